@@ -1,0 +1,262 @@
+"""Every error that shardwise raises, in one tree.
+
+    ShardwiseError
+    |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
+    |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
+    |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
+    |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
+    |- CheckpointExistsError   (FileExistsError)    a published checkpoint is never overwritten
+    |- IncompleteCheckpointError (FileNotFoundError) an interrupted save, named explicitly
+    |- FormatError             (ValueError)         bytes that are not what their format promises
+    |  |- HeaderError                               a safetensors header
+    |  |- WeightIndexError                          a ``*.safetensors.index.json``
+    |  |- ManifestError                             a shardwise manifest
+    |  |- StateFormatError                          a JSON state file
+    |  `- UnsafePickleError                         a pickle that names something outside the allow-list
+    |- IntegrityError          (ValueError)         sizes or digests differ from what was written
+    |- TensorError             (ValueError)         one tensor cannot be saved or loaded as asked
+    |  |- ShapeMismatchError
+    |  |- DtypeMismatchError
+    |  |- MissingTensorError   (KeyError)           the model wants it, the checkpoint lacks it
+    |  |- UnexpectedTensorError (KeyError)          the checkpoint has it, the model lacks it
+    |  |- IncompleteTensorError                     the ranks together do not hold all of it
+    |  `- NameCollisionError                        two different tensors claim one name
+    |- ConversionError         (ValueError)         native names or tensors do not map to the hub's and back
+    |- QuantizationError       (ValueError)         a quantization method that is not supported
+    |- ExportMismatchError     (ValueError)         what was written differs from what the base model promises
+    |- AdapterError            (ValueError)         an adapter that is incomplete or cannot be described
+    |- PeerError               (RuntimeError)       another rank died, hung or left
+    |- SaveInterruptedError    (RuntimeError)       a background save failed; carries what failed
+    `- RemoteError             (RuntimeError)       an error of a type that is not ours, seen on another rank
+
+Each error carries ``path``, ``tensor`` and ``rank`` where they are known, and its text ends with what to do. An error
+travels between ranks as a plain record (`ShardwiseError.to_record`), never as a pickle, so every rank raises the same
+type with the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ShardwiseError(Exception):
+    """Base of every error raised by shardwise.
+
+    Args:
+        message: What happened.
+        path: The file or directory concerned.
+        tensor: Name of the tensor concerned, as it stands in the file.
+        rank: Global rank on which it happened.
+        hint: What to do about it, one sentence.
+    """
+
+    registry: ClassVar[dict[str, type[ShardwiseError]]] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        ShardwiseError.registry[cls.__name__] = cls
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: object = None,
+        tensor: str | None = None,
+        rank: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.tensor = tensor
+        self.rank = rank
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = [
+            f"{label} {value!r}" if label != "rank" else f"rank {value}"
+            for label, value in (("tensor", self.tensor), ("path", self.path), ("rank", self.rank))
+            if value is not None and (label == "rank" or str(value) not in self.message)
+        ]
+        text = self.message + (f" [{', '.join(where)}]" if where else "")
+        return f"{text} {self.hint}" if self.hint else text
+
+    def to_record(self) -> dict[str, str | int | None]:
+        """Return a JSON-able record from which `from_record` rebuilds an equal error on another rank."""
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "path": self.path,
+            "tensor": self.tensor,
+            "rank": self.rank,
+            "hint": self.hint,
+            "errno": getattr(self, "errno", None),
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, str | int | None]) -> ShardwiseError:
+        """Rebuild the error described by ``record``; an unknown type becomes `RemoteError`."""
+        cls = ShardwiseError.registry.get(str(record["type"]), RemoteError)
+        rank = record.get("rank")
+        path, tensor, hint = record.get("path"), record.get("tensor"), record.get("hint")
+        error = cls(
+            str(record["message"]),
+            path=path,
+            tensor=None if tensor is None else str(tensor),
+            rank=None if rank is None else int(rank),
+            hint=None if hint is None else str(hint),
+        )
+        code = record.get("errno")
+        if isinstance(error, OSError) and isinstance(code, int):
+            error.errno = code
+        return error
+
+    @staticmethod
+    def wrap(error: BaseException, *, rank: int | None = None) -> ShardwiseError:
+        """Return ``error`` as one of ours: unchanged if it is, a `StorageError` for an ``OSError``, else `RemoteError`.
+
+        The rank is filled in where the error does not name one.
+        """
+        if isinstance(error, ShardwiseError):
+            if error.rank is None:
+                error.rank = rank
+            return error
+        if isinstance(error, OSError):
+            return StorageError.from_os(error, rank=rank)
+        return RemoteError(f"{type(error).__name__}: {error}", rank=rank)
+
+
+class ConfigError(ShardwiseError, ValueError):
+    """A setting is wrong, unknown, or contradicts another."""
+
+
+class MisuseError(ShardwiseError, ValueError):
+    """A call that cannot be right, whatever the data."""
+
+
+class StorageError(ShardwiseError, OSError):
+    """The file system refused an operation. ``errno`` is the operating system's."""
+
+    @classmethod
+    def from_os(cls, error: OSError, *, path: object = None, rank: int | None = None) -> StorageError:
+        """Describe ``error``, keeping its ``errno`` and adding what to do for the common ones."""
+        where = path if path is not None else error.filename
+        reason = error.strerror or str(error) or type(error).__name__
+        wrapped = cls(reason, path=where, rank=rank, hint=_OS_HINTS.get(error.errno or 0))
+        wrapped.errno = error.errno
+        return wrapped
+
+
+_OS_HINTS = {
+    1: "The operation is not permitted; check the owner of the directory.",
+    2: "Check that the path exists on every node and that the file system is mounted.",
+    5: "The device reports an input/output error; check the disk or the mount and save elsewhere.",
+    13: "Check the permissions of the directory.",
+    17: "Choose another path or remove what is there.",
+    20: "A file stands where a directory is needed; choose another path.",
+    21: "A directory stands where a file is needed; choose another path.",
+    28: "The disk is full: free space or keep fewer checkpoints (max_recent_checkpoints), then save again.",
+    30: "The file system is read-only; choose another checkpoint_dir.",
+    122: "The quota is used up: free space or keep fewer checkpoints (max_recent_checkpoints), then save again.",
+}
+
+
+class CheckpointNotFoundError(ShardwiseError, FileNotFoundError):
+    """There is no checkpoint at the path, or a file that it needs is absent."""
+
+
+class CheckpointExistsError(ShardwiseError, FileExistsError):
+    """A published checkpoint already stands at the path; it is never overwritten."""
+
+
+class IncompleteCheckpointError(ShardwiseError, FileNotFoundError):
+    """The path holds an interrupted save."""
+
+
+class FormatError(ShardwiseError, ValueError):
+    """Bytes that are not what their format promises."""
+
+
+class HeaderError(FormatError):
+    """A safetensors header is malformed, or contradicts its file."""
+
+
+class WeightIndexError(FormatError):
+    """A weight index is malformed, or names a file or tensor that is absent."""
+
+
+class ManifestError(FormatError):
+    """A manifest is malformed, damaged, or of an unknown version."""
+
+
+class StateFormatError(FormatError):
+    """A JSON state file is malformed, or a value cannot be stored in one."""
+
+
+class UnsafePickleError(FormatError):
+    """A pickle names a class or function outside the allow-list."""
+
+
+class IntegrityError(ShardwiseError, ValueError):
+    """A size or digest differs from the one recorded when the checkpoint was written."""
+
+
+class TensorError(ShardwiseError, ValueError):
+    """One tensor cannot be saved or loaded as asked."""
+
+
+class ShapeMismatchError(TensorError):
+    """Model and checkpoint disagree about a tensor's shape."""
+
+
+class DtypeMismatchError(TensorError):
+    """Model and checkpoint disagree about a tensor's dtype in a way that would lose data."""
+
+
+class MissingTensorError(TensorError, KeyError):
+    """The model has a tensor that the checkpoint lacks."""
+
+    __str__ = ShardwiseError.__str__
+
+
+class UnexpectedTensorError(TensorError, KeyError):
+    """The checkpoint has a tensor that the model lacks."""
+
+    __str__ = ShardwiseError.__str__
+
+
+class IncompleteTensorError(TensorError):
+    """The ranks together do not hold every element of a tensor."""
+
+
+class NameCollisionError(TensorError):
+    """Two different tensors claim the same name."""
+
+
+class ConversionError(ShardwiseError, ValueError):
+    """Native names or tensors do not map to the hub's names and back."""
+
+
+class QuantizationError(ShardwiseError, ValueError):
+    """A quantized base model uses a method that is not supported."""
+
+
+class ExportMismatchError(ShardwiseError, ValueError):
+    """What was written differs from what the base model or the model itself promises."""
+
+
+class AdapterError(ShardwiseError, ValueError):
+    """An adapter is incomplete, or its configuration cannot be described."""
+
+
+class PeerError(ShardwiseError, RuntimeError):
+    """Another rank died, hung or left a collective."""
+
+
+class SaveInterruptedError(ShardwiseError, RuntimeError):
+    """A background save failed."""
+
+
+class RemoteError(ShardwiseError, RuntimeError):
+    """An error of a type that is not ours, as seen on the rank that it names."""

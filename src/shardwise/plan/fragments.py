@@ -1,0 +1,116 @@
+"""The currency of the engine: what a rank holds of a tensor, under the tensor's name in the file. Pure.
+
+A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of its
+shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.plan.placement import MeshKey, Placement, Region, regions
+from shardwise.plan.views import AxisView, hub_boxes, hub_views
+from shardwise.types import Box, TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """A region of a tensor with its memory.
+
+    Attributes:
+        box: Where it lies, in the tensor's grid.
+        data: Its elements: shape ``box.sizes``, any strides, any device. Its dtype may differ from the file's.
+    """
+
+    box: Box
+    data: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How one native tensor, spread over a mesh, contributes to a tensor of the file. The same on every rank.
+
+    Attributes:
+        native_shape: Global shape of the native tensor.
+        mesh: The mesh that it is spread over; ``None`` for a plain tensor, which every holder holds whole.
+        placements: One for each mesh dimension.
+        view: How the file's tensor looks into it; ``None`` where both are the same.
+    """
+
+    native_shape: tuple[int, ...]
+    mesh: MeshKey | None = None
+    placements: tuple[Placement, ...] = ()
+    view: AxisView | None = None
+
+    def regions(self, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
+        """What the rank at ``coordinate`` holds of the native tensor."""
+        if self.mesh is None:
+            return (Region(Box.whole(self.native_shape), (0,) * len(self.native_shape)),)
+        return regions(self.native_shape, self.mesh.shape, self.placements, coordinate)
+
+    def boxes(self, coordinate: tuple[int, ...]) -> tuple[Box, ...]:
+        """What the rank at ``coordinate`` holds of the file's tensor, in its grid."""
+        held = (region.box for region in self.regions(coordinate))
+        if self.view is None:
+            return tuple(held)
+        return tuple(hub for box in held for hub in hub_boxes(self.view, box))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldPart:
+    """This rank's share of a `Part`: its coordinate and the memory behind each box."""
+
+    part: Part
+    coordinate: tuple[int, ...]
+    fragments: tuple[Fragment, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldTensor:
+    """What this rank holds of one tensor of the file.
+
+    Attributes:
+        spec: Name, global shape and dtype in the file.
+        grid: The refinement of ``spec.shape`` in which the fragments' boxes are given.
+        parts: Usually one; several where native tensors are joined into one of the file.
+    """
+
+    spec: TensorSpec
+    grid: tuple[int, ...]
+    parts: tuple[HeldPart, ...]
+
+    @property
+    def fragments(self) -> Iterable[Fragment]:
+        """All fragments of all parts."""
+        return (fragment for part in self.parts for fragment in part.fragments)
+
+
+def hold(
+    spec: TensorSpec,
+    part: Part,
+    coordinate: tuple[int, ...],
+    local: torch.Tensor,
+    grid: tuple[int, ...] | None = None,
+) -> HeldTensor:
+    """Describe a local tensor as fragments.
+
+    Args:
+        spec: The tensor in the file.
+        part: How the native tensor is spread, and how the file's tensor looks into it.
+        coordinate: This rank's mesh coordinate; ``()`` for a plain tensor.
+        local: This rank's local native tensor.
+        grid: The file tensor's grid; its shape if not given.
+    """
+    fragments: list[Fragment] = []
+    for region in part.regions(coordinate):
+        data = local
+        for dim, (start, size) in enumerate(zip(region.local, region.box.sizes, strict=True)):
+            data = data.narrow(dim, start, size)
+        if part.view is None:
+            fragments.append(Fragment(region.box, data))
+        else:
+            fragments += [Fragment(box, view) for box, view in hub_views(part.view, region.box, data)]
+    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, tuple(fragments)),))

@@ -1,0 +1,153 @@
+"""Which regions of a tensor a rank holds, from the placements and the rank's mesh coordinate. Pure.
+
+The rules are those of ``torch.distributed.tensor``: mesh dimensions apply from left to right, a dimension is cut as
+``torch.chunk`` cuts (pieces of ``ceil(n / parts)``, the last ones short or empty), and a strided shard first cuts the
+dimension into ``split_factor`` groups, each of which is cut again. Where FSDP2 wraps a tensor-parallel parameter the
+result is one region; as a packed placement (fused weights under tensor parallelism) it is several disjoint ones, which
+DCP's own hooks describe as a single chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from shardwise.types import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Every index of the mesh dimension holds the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """The mesh dimension cuts tensor dimension ``dim`` into consecutive pieces."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """The mesh dimension takes one piece from each of ``split_factor`` groups of tensor dimension ``dim``."""
+
+    dim: int
+    split_factor: int
+
+
+Placement = Replicated | Sharded | Strided
+
+
+@dataclass(frozen=True, slots=True)
+class MeshKey:
+    """What two ranks must agree on to speak of the same kind of mesh.
+
+    Attributes:
+        names: Names of the mesh dimensions; empty strings where the mesh has none.
+        shape: Size of each mesh dimension.
+        ordinal: Distinguishes meshes of equal names and shape on one rank, in the order in which tensors use them.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    ordinal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One rectangular piece of what a rank holds.
+
+    Attributes:
+        box: Where it lies in the global tensor.
+        local: Where it starts in the rank's local tensor.
+    """
+
+    box: Box
+    local: tuple[int, ...]
+
+
+Interval = tuple[int, int]
+
+
+def chunk(length: int, parts: int, index: int) -> Interval:
+    """Start and length of piece ``index`` when ``length`` elements are cut into ``parts`` as ``torch.chunk`` does."""
+    size = -(-length // parts)
+    start = min(index * size, length)
+    return start, min(size, length - start)
+
+
+def _take(intervals: list[Interval], start: int, length: int) -> list[Interval]:
+    """The global intervals behind local indices ``start .. start + length``."""
+    taken: list[Interval] = []
+    position = 0
+    for begin, size in intervals:
+        low, high = max(start, position), min(start + length, position + size)
+        if low < high:
+            taken.append((begin + low - position, high - low))
+        position += size
+    return taken
+
+
+def _merge(intervals: list[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for begin, size in intervals:
+        if merged and sum(merged[-1]) == begin:
+            merged[-1] = (merged[-1][0], merged[-1][1] + size)
+        else:
+            merged.append((begin, size))
+    return merged
+
+
+def _cut(intervals: list[Interval], placement: Sharded | Strided, parts: int, index: int) -> list[Interval]:
+    length = sum(size for _, size in intervals)
+    groups = placement.split_factor if isinstance(placement, Strided) else 1
+    taken: list[Interval] = []
+    for group in range(groups):
+        group_start, group_length = chunk(length, groups, group)
+        start, size = chunk(group_length, parts, index)
+        taken += _take(intervals, group_start + start, size)
+    return _merge(taken)
+
+
+def regions(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    coordinate: tuple[int, ...],
+) -> tuple[Region, ...]:
+    """The disjoint regions of a tensor that the rank at ``coordinate`` holds, in the order of its local tensor.
+
+    Args:
+        shape: Global shape.
+        mesh_shape: Size of each mesh dimension.
+        placements: One placement for each mesh dimension.
+        coordinate: The rank's index along each mesh dimension.
+
+    Returns:
+        No region at all where the rank's local tensor is empty.
+    """
+    per_dim: list[list[Interval]] = [[(0, n)] if n else [] for n in shape]
+    for parts, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
+        if not isinstance(placement, Replicated):
+            per_dim[placement.dim] = _cut(per_dim[placement.dim], placement, parts, index)
+    with_local: list[list[tuple[int, int, int]]] = []
+    for intervals in per_dim:
+        starts = itertools.accumulate((size for _, size in intervals), initial=0)
+        with_local.append([(begin, size, local) for (begin, size), local in zip(intervals, starts, strict=False)])
+    return tuple(
+        Region(Box(tuple(b for b, _, _ in combo), tuple(s for _, s, _ in combo)), tuple(at for _, _, at in combo))
+        for combo in itertools.product(*with_local)
+    )
+
+
+def shard_coordinate(placements: tuple[Placement, ...], coordinate: tuple[int, ...]) -> tuple[int, ...]:
+    """The part of a coordinate that decides what is held: equal for two ranks if and only if they are replicas."""
+    return tuple(
+        index for placement, index in zip(placements, coordinate, strict=True) if not isinstance(placement, Replicated)
+    )
+
+
+def replica_count(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> int:
+    """How many coordinates of the mesh hold the same bytes."""
+    return math.prod(n for n, p in zip(mesh_shape, placements, strict=True) if isinstance(p, Replicated))

@@ -1,0 +1,198 @@
+"""Hub tensors as views of native ones, in index arithmetic. Pure.
+
+A model's own parameters and the tensors of its Hugging Face files often differ by shape only: experts fused into one
+parameter and stored one by one, a gate and an up projection in one matrix, a transposed weight. Where the hub tensor is a
+strided view of the native one, an `AxisView` says which element lies where, and a rank can find the file bytes of
+what it holds without communication or a copy.
+
+The trick that keeps this simple is the *grid*: a shape with more, smaller dimensions and the same row-major order. The
+bytes of a tensor of shape ``(h * d, n)`` and those of grid ``(h, d, n)`` are the same, so fusing and splitting
+dimensions need no rule of their own, and every remaining rule is a permutation plus ranges.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.types import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One dimension of the hub grid.
+
+    Attributes:
+        native: Index of the native grid dimension that it walks along.
+        start: First native index.
+        hub_start: Where in the hub dimension that first index lands (not 0 where several native tensors are joined).
+        length: How many indices.
+    """
+
+    native: int
+    start: int
+    hub_start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AxisView:
+    """A region of a hub tensor as a strided view of a native tensor.
+
+    Attributes:
+        native_grid: For each native dimension, its factors: ``((2, 3), (4,))`` reads a ``(6, 4)`` tensor as ``(2, 3, 4)``.
+        hub_grid: The hub tensor's shape, refined; one entry for each item of ``axes``.
+        axes: For each hub grid dimension, the native grid dimension behind it.
+        fixed: ``(native grid dimension, index)`` of the dimensions that the hub tensor does not have.
+    """
+
+    native_grid: tuple[tuple[int, ...], ...]
+    hub_grid: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    fixed: tuple[tuple[int, int], ...] = ()
+
+
+def identity_view(shape: tuple[int, ...]) -> AxisView:
+    """The view under which hub and native tensor are the same."""
+    return AxisView(tuple((n,) for n in shape), shape, tuple(Axis(d, 0, 0, n) for d, n in enumerate(shape)))
+
+
+def refine_range(start: int, length: int, factors: tuple[int, ...]) -> tuple[Box, ...]:
+    """Cut a range of one dimension into boxes of its factors, each a consecutive run of the range, in order."""
+    if length == 0:
+        return ()
+    if len(factors) == 1:
+        return (Box((start,), (length,)),)
+    inner = math.prod(factors[1:])
+    out: list[Box] = []
+    end = start + length
+    while start < end:
+        row, within = divmod(start, inner)
+        if within == 0 and end - start >= inner:
+            rows = (end - start) // inner
+            out.append(Box((row, *(0 for _ in factors[1:])), (rows, *factors[1:])))
+            start += rows * inner
+            continue
+        size = min(inner - within, end - start)
+        for sub in refine_range(within, size, factors[1:]):
+            out.append(Box((row, *sub.offsets), (1, *sub.sizes)))
+        start += size
+    return tuple(out)
+
+
+def refine_box(box: Box, grid: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
+    """Express a box of a tensor in a grid of it (factors for each dimension), as few boxes as that takes."""
+    per_dim = [
+        refine_range(start, size, factors) for start, size, factors in zip(box.offsets, box.sizes, grid, strict=True)
+    ]
+    return tuple(
+        Box(
+            tuple(o for part in combo for o in part.offsets),
+            tuple(s for part in combo for s in part.sizes),
+        )
+        for combo in itertools.product(*per_dim)
+    )
+
+
+def factor_shape(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Group the dimensions of ``grid`` by the dimension of ``shape`` that they refine.
+
+    Raises:
+        ValueError: ``grid`` is not a refinement of ``shape``.
+    """
+    out: list[tuple[int, ...]] = []
+    rest = list(grid)
+    for position, n in enumerate(shape):
+        factors: list[int] = []
+        while rest and (not factors or math.prod(factors) != n):
+            factors.append(rest.pop(0))
+        if position == len(shape) - 1:
+            factors += rest
+            rest = []
+        if math.prod(factors) != n or not factors:
+            raise ValueError(f"grid {grid} does not refine shape {shape}")
+        out.append(tuple(factors))
+    if math.prod(rest) != 1:
+        raise ValueError(f"grid {grid} does not refine shape {shape}")
+    return tuple(out)
+
+
+def _through(view: AxisView, box: Box) -> Box | None:
+    """The hub grid box behind a native grid box, or ``None`` where the view does not touch it."""
+    for dim, index in view.fixed:
+        if not box.offsets[dim] <= index < box.ends[dim]:
+            return None
+    offsets, sizes = [], []
+    for axis in view.axes:
+        low = max(box.offsets[axis.native], axis.start)
+        high = min(box.ends[axis.native], axis.start + axis.length)
+        if low >= high:
+            return None
+        offsets.append(low - axis.start + axis.hub_start)
+        sizes.append(high - low)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def hub_boxes(view: AxisView, box: Box) -> tuple[Box, ...]:
+    """The hub grid boxes that a box of the native tensor covers."""
+    found = (_through(view, refined) for refined in refine_box(box, view.native_grid))
+    return tuple(hub for hub in found if hub is not None)
+
+
+def hub_views(view: AxisView, box: Box, data: torch.Tensor) -> tuple[tuple[Box, torch.Tensor], ...]:
+    """As `hub_boxes`, with the part of ``data`` behind each; no element is copied.
+
+    Args:
+        view: The mapping.
+        box: Where ``data`` lies in the native tensor.
+        data: A tensor of shape ``box.sizes``, of any strides.
+
+    Returns:
+        Pairs of a hub grid box and a view of ``data`` of its shape.
+    """
+    out: list[tuple[Box, torch.Tensor]] = []
+    for refined in refine_box(box, view.native_grid):
+        hub = _through(view, refined)
+        if hub is not None:
+            out.append((hub, _slice(view, refined, hub, box, data)))
+    return tuple(out)
+
+
+def _slice(view: AxisView, refined: Box, hub: Box, box: Box, data: torch.Tensor) -> torch.Tensor:
+    part = data
+    position = 0
+    sizes: list[int] = []
+    for dim, factors in enumerate(view.native_grid):
+        dims = range(position, position + len(factors))
+        strides = [math.prod(factors[i + 1 :]) for i in range(len(factors))]
+        start = sum(refined.offsets[d] * s for d, s in zip(dims, strides, strict=True))
+        length = math.prod(refined.sizes[d] for d in dims)
+        part = part.narrow(dim, start - box.offsets[dim], length)
+        sizes += [refined.sizes[d] for d in dims]
+        position += len(factors)
+    part = _unflatten(part, sizes, [len(f) for f in view.native_grid])
+    for dim, index in view.fixed:
+        part = part.narrow(dim, index - refined.offsets[dim], 1)
+    for axis, low, size in zip(view.axes, hub.offsets, hub.sizes, strict=True):
+        start = low - axis.hub_start + axis.start
+        part = part.narrow(axis.native, start - refined.offsets[axis.native], size)
+    order = [axis.native for axis in view.axes]
+    rest = [d for d in range(part.dim()) if d not in order]
+    part = part.permute(order + rest)
+    for _ in rest:
+        part = part.squeeze(-1)
+    return part
+
+
+def _unflatten(part: torch.Tensor, sizes: list[int], counts: list[int]) -> torch.Tensor:
+    """Split every dimension of ``part`` into its grid dimensions."""
+    dim, used = 0, 0
+    for count in counts:
+        if count != 1:
+            part = part.unflatten(dim, sizes[used : used + count])
+        dim += count
+        used += count
+    return part

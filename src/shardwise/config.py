@@ -1,0 +1,435 @@
+"""What a user may set, checked when it is set.
+
+`CheckpointingConfig` is plain data: it imports neither torch nor transformers until it has to, and a mistake in it is a
+`ConfigError` before the first step rather than a surprise at the first save.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from shardwise.checkpointing import Checkpointer
+
+__all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
+
+logger = logging.getLogger(__name__)
+
+_SAVE_FORMATS = ("safetensors", "torch_save")
+_METRIC_MODES = ("min", "max")
+# A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
+class SaveConsolidatedMode(enum.Enum):
+    """When a save writes the consolidated Hugging Face export.
+
+    Attributes:
+        FALSE: Never; sharded safetensors only.
+        FINAL: With the save that is marked as the last one.
+        EVERY: With every save.
+    """
+
+    FALSE = "false"
+    FINAL = "final"
+    EVERY = "every"
+
+
+# Quoted booleans reach us as text: YAML's own spellings mean what they mean unquoted.
+_MODE_ALIASES = {mode.value: mode for mode in SaveConsolidatedMode}
+_MODE_ALIASES |= dict.fromkeys(("true", "yes", "on"), SaveConsolidatedMode.EVERY)
+_MODE_ALIASES |= dict.fromkeys(("no", "off"), SaveConsolidatedMode.FALSE)
+
+
+def _is_geq_torch_2_9() -> bool:
+    """Say whether the torch that would be used is 2.9.0 or newer (imports torch)."""
+    import torch
+    from packaging.version import Version
+
+    return Version(str(torch.__version__)) >= Version("2.9.0")
+
+
+def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> SaveConsolidatedMode:
+    """Turn a mode, its name in any case, or a legacy bool (``True`` is ``every``) into a `SaveConsolidatedMode`.
+
+    Raises:
+        ConfigError: ``value`` is none of these.
+    """
+    if isinstance(value, SaveConsolidatedMode):
+        return value
+    if isinstance(value, bool):
+        return SaveConsolidatedMode.EVERY if value else SaveConsolidatedMode.FALSE
+    if isinstance(value, str) and (mode := _MODE_ALIASES.get(value.strip().lower())) is not None:
+        return mode
+    raise ConfigError(
+        f"save_consolidated is {value!r}", hint="Use 'false' (shards only), 'final' (with the last save) or 'every'."
+    )
+
+
+@dataclass
+class CheckpointingConfig:
+    """Everything that can be set about checkpointing; every field has a default.
+
+    Fields up to ``best_metric_key`` are those of the reference page, those up to ``max_recent_checkpoints`` belong to
+    the engine it describes, the rest are ours.
+
+    Attributes:
+        enabled: Whether the training loop saves at all.
+        checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
+        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files.
+        model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
+        model_repo_id: Hub name or local directory of the base model.
+        save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
+        is_peft: Whether an adapter is trained: only the adapter is saved.
+        model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
+        is_async: Write in the background. Needs torch 2.9 or newer; with an older one this is an error and not a
+            silent fall back to synchronous saves, whose stalls would go unexplained.
+        dequantize_base_checkpoint: Whether quantized base weights become ordinary floating point on loading; ``None``
+            decides by what the base model's configuration says.
+        original_model_root_dir: Root directory in which the base model lies, where that is not the cache.
+        skip_task_head_prefixes_for_base_model: Parameters with these prefixes keep their fresh initialisation.
+        single_rank_consolidation: Let one rank merge the export, for file systems without random writes.
+        staging_dir: Local directory in which the merging rank builds files before it copies them into place.
+        v4_compatible: Export configurations (and expert adapters) that transformers 4 understands.
+        diffusers_compatible: Name the weight index as diffusers expects it.
+        best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
+        wait_for_staging: Return from an asynchronous save only when everything is staged.
+        cpu_offload: Move states to the CPU as they are captured.
+        allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
+        legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.
+        consolidation_timeout_minutes: How long the other ranks wait for a merging rank, in minutes.
+        max_recent_checkpoints: How many of the newest complete checkpoints to keep; ``None`` keeps all.
+        random_writes: False where the file system cannot take random writes into shared files: the merging path is
+            used. It is apart from ``single_rank_consolidation`` because here every rank may still merge a file.
+        max_file_bytes: Largest exported file, in bytes, where there is no base model whose split is kept: uploads and
+            tools dislike larger ones.
+        io_threads: Threads per rank that read and write; ``None`` derives it from the cores. Shared nodes and network
+            file systems may want fewer or more.
+        collective_timeout_seconds: How long a rank waits for its peers before it reports them lost: a hung peer must
+            end as an error that names it, and only the user knows how slow an honest one may be.
+        verify_export: Compare names, shapes, dtypes and ties of an export with the base model (or the model itself)
+            before publishing: a wrong export is otherwise found weeks later, by someone else's tool.
+        pass_through_unloaded: Carry over tensors that the base model ships and the model class does not load, such as
+            multi-token-prediction heads, which the exported configuration still promises.
+        keep_every_k_steps: Also keep checkpoints whose step is a multiple of this, so that a long run stays
+            inspectable while ``max_recent_checkpoints`` is small.
+        keep_best: Also keep this many checkpoints with the best ``best_metric_key``.
+        best_metric_mode: ``min`` where a lower metric is better, ``max`` where a higher one is; a loss and an accuracy
+            differ in this.
+        skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of
+            waiting for it: some loops rather lose a checkpoint than time.
+        save_rng: Save the random number generators' states, without which a resumed run repeats or changes its draws.
+    """
+
+    enabled: bool = True
+    checkpoint_dir: str | Path = "checkpoints/"
+    model_save_format: str = "safetensors"
+    model_cache_dir: str | Path | None = None
+    model_repo_id: str | None = None
+    save_consolidated: bool | str | SaveConsolidatedMode = "final"
+    is_peft: bool = False
+    model_state_dict_keys: list[str] | None = None
+    is_async: bool = False
+    dequantize_base_checkpoint: bool | None = None
+    original_model_root_dir: str | None = None
+    skip_task_head_prefixes_for_base_model: list[str] | None = None
+    single_rank_consolidation: bool = False
+    staging_dir: str | None = None
+    v4_compatible: bool = False
+    diffusers_compatible: bool = False
+    best_metric_key: str = "default"
+    wait_for_staging: bool = False
+    cpu_offload: bool = False
+    allow_legacy_pickle_restore: bool = False
+    legacy_paramwrapper_layout: bool = False
+    consolidation_timeout_minutes: int = 30
+    max_recent_checkpoints: int | None = None
+    random_writes: bool = True
+    max_file_bytes: int = 5_000_000_000
+    io_threads: int | None = None
+    collective_timeout_seconds: float = 1800
+    verify_export: bool = True
+    pass_through_unloaded: bool = True
+    keep_every_k_steps: int | None = None
+    keep_best: int | None = None
+    best_metric_mode: str = "min"
+    skip_save_while_busy: bool = False
+    save_rng: bool = True
+
+    def __post_init__(self) -> None:
+        """Resolve the cache directory, coerce format and mode, and reject what cannot work.
+
+        Raises:
+            ConfigError: A value is out of range, or two settings contradict each other.
+        """
+        if self.model_cache_dir is None:
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            self.model_cache_dir = HF_HUB_CACHE
+        self.model_save_format = _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
+        self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
+        self._apply_peft_constraints()
+        self._check_values()
+        self._check_remote()
+        if self.is_async and not _is_geq_torch_2_9():
+            raise ConfigError("is_async needs torch 2.9 or newer", hint="Update torch, or set is_async to false.")
+
+    def _apply_peft_constraints(self) -> None:
+        if self.is_peft and self.model_save_format == "torch_save":
+            self.model_save_format = "safetensors"
+            self.save_consolidated = SaveConsolidatedMode.FINAL
+            logger.warning(
+                "Adapters are saved as safetensors only: model_save_format 'torch_save' becomes 'safetensors' "
+                "and save_consolidated becomes 'final'."
+            )
+
+    def _check_values(self) -> None:
+        if not isinstance(self.allow_legacy_pickle_restore, bool):
+            raise ConfigError(
+                f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",
+                hint="It permits running code from a file, so it has to be exactly true or false.",
+            )
+        if str(self.checkpoint_dir) == "":
+            raise ConfigError("checkpoint_dir is empty", hint="Name the directory that is to hold the checkpoints.")
+        for key in ("max_recent_checkpoints", "io_threads", "keep_every_k_steps", "keep_best"):
+            value = getattr(self, key)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{key} is {value!r}", hint="Use a whole number of at least 1, or leave it out.")
+        if type(self.max_file_bytes) is not int or self.max_file_bytes < 1:
+            raise ConfigError(f"max_file_bytes is {self.max_file_bytes!r}", hint="Use a positive number of bytes.")
+        for key in ("consolidation_timeout_minutes", "collective_timeout_seconds"):
+            value = getattr(self, key)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"{key} is {value!r}", hint="Use a number greater than 0.")
+
+    def _check_remote(self) -> None:
+        if not self.is_remote:
+            return
+        if self.exports(is_final_checkpoint=True):
+            raise ConfigError(
+                "A consolidated export cannot be written to a remote checkpoint directory",
+                path=self.checkpoint_dir,
+                hint="Set save_consolidated to 'false' and run `shardwise consolidate` later, or set checkpoint_dir to "
+                "a local or mounted directory.",
+            )
+        for key in ("max_recent_checkpoints", "keep_every_k_steps", "keep_best"):
+            if getattr(self, key) is not None:
+                raise ConfigError(
+                    f"{key} cannot be applied to a remote checkpoint directory",
+                    path=self.checkpoint_dir,
+                    hint=f"Leave {key} out and set a lifecycle rule on the bucket instead, or set checkpoint_dir to a "
+                    "local or mounted directory.",
+                )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``checkpoint_dir`` is a URL (``scheme://...``) and not a path."""
+        text = str(self.checkpoint_dir)
+        found = _REMOTE.match(text)
+        return found is not None and (isinstance(self.checkpoint_dir, Path) or text.startswith("//", found.end() - 1))
+
+    @property
+    def consolidated_mode(self) -> SaveConsolidatedMode:
+        """``save_consolidated`` with its exact type."""
+        return _normalize_save_consolidated(self.save_consolidated)
+
+    def exports(self, *, is_final_checkpoint: bool) -> bool:
+        """Say whether a save writes ``consolidated/``; ``torch_save`` never does."""
+        if self.model_save_format != "safetensors":
+            return False
+        mode = self.consolidated_mode
+        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final_checkpoint)
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, object]) -> CheckpointingConfig:
+        """Build a configuration from a ``checkpoint:`` block, or from a document that contains one.
+
+        Numbers may be written as text (YAML reads ``1e9`` as text). Keys that are absent keep their default.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest known one is named), or a value has the wrong type or range.
+        """
+        if not isinstance(block, Mapping):
+            raise ConfigError(
+                f"The checkpoint block is a {type(block).__name__}", hint="Write it as `key: value` lines."
+            )
+        if "checkpoint" in block:
+            inner = block["checkpoint"]
+            return cls.from_dict({} if inner is None else inner)  # type: ignore[arg-type]
+        kinds = {field.name: str(field.type) for field in fields(cls)}
+        values: dict[str, object] = {}
+        for key, value in block.items():
+            if key not in kinds:
+                raise _unknown_key(key, tuple(kinds))
+            values[key] = _CONVERTERS[kinds[key]](key, value)
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> CheckpointingConfig:
+        """Build a configuration from a YAML file, or from YAML text.
+
+        A `Path`, and a one-line string that ends in ``.yaml`` or ``.yml``, is a file; any other string is text.
+
+        Raises:
+            ConfigError: The file cannot be read, is not YAML, or as in `from_dict`.
+        """
+        import yaml
+
+        path = None
+        if isinstance(source, Path) or ("\n" not in source and source.strip().endswith((".yaml", ".yml"))):
+            path = Path(source)
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(
+                    f"The configuration cannot be read: {reason}", path=path, hint="Check the path and the file."
+                ) from error
+        try:
+            document = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"This is not YAML: {error}", path=path, hint="Correct the file.") from error
+        try:
+            return cls.from_dict(document)
+        except ConfigError as error:
+            error.path = error.path or (None if path is None else str(path))
+            raise
+
+    def build(
+        self,
+        dp_rank: int,
+        tp_rank: int,
+        pp_rank: int,
+        moe_mesh: DeviceMesh | None = None,
+        process_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+    ) -> Checkpointer:
+        """Make the engine for this configuration; every rank calls it.
+
+        The engine is imported here because it imports this module, and because it is heavy.
+
+        Args:
+            dp_rank: This rank's data-parallel coordinate.
+            tp_rank: This rank's tensor-parallel coordinate.
+            pp_rank: This rank's pipeline stage.
+            moe_mesh: Mesh over which experts are spread, where they are.
+            process_group: Ranks that save together; all ranks when not given.
+            pp_group: Ranks that hold the stages of one model replica.
+
+        Returns:
+            The `shardwise.checkpointing.Checkpointer`.
+        """
+        from shardwise.checkpointing import Checkpointer
+
+        return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group)
+
+
+def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
+    text = value.strip().lower() if isinstance(value, str) else None
+    if text in allowed:
+        return text
+    label = "Unsupported model save format" if key == "model_save_format" else f"Unsupported {key}"
+    raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")
+
+
+def _unknown_key(key: object, known: tuple[str, ...]) -> ConfigError:
+    if key == "restore_from":
+        return ConfigError(
+            "'restore_from' is not a setting of the engine",
+            hint="Take it out of the block and pass it to Checkpointer.restore(restore_from=...).",
+        )
+    near = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.0)[0]
+    return ConfigError(f"Unknown key {key!r} in the checkpoint block", hint=f"Did you mean {near!r}?")
+
+
+def _wrong(key: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")
+
+
+def _bool(key: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise _wrong(key, value, "true or false")
+
+
+def _float(key: str, value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _wrong(key, value, "a number") from None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    raise _wrong(key, value, "a number")
+
+
+def _int(key: str, value: object) -> int:
+    if isinstance(value, str):
+        # Underscores group digits in YAML 1.1 and in Python alike; int() keeps what float() would round.
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = _float(key, value)
+    if isinstance(number, int):
+        return number
+    if not number.is_integer():
+        raise _wrong(key, value, "a whole number")
+    return int(number)
+
+
+def _str(key: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise _wrong(key, value, "text")
+
+
+def _path(key: str, value: object) -> str | Path:
+    return value if isinstance(value, Path) else _str(key, value)
+
+
+def _strings(key: str, value: object) -> list[str]:
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return list(value)
+    raise _wrong(key, value, "a list of texts")
+
+
+def _mode(key: str, value: object) -> SaveConsolidatedMode:
+    if isinstance(value, bool | str | SaveConsolidatedMode):
+        return _normalize_save_consolidated(value)
+    raise _wrong(key, value, "'false', 'final' or 'every'")
+
+
+def _or_none(convert: Callable[[str, object], object]) -> Callable[[str, object], object]:
+    return lambda key, value: None if value is None else convert(key, value)
+
+
+# By the annotation of the field, so that a new field of a known kind needs no entry.
+_CONVERTERS: dict[str, Callable[[str, object], object]] = {
+    "bool": _bool,
+    "bool | None": _or_none(_bool),
+    "bool | str | SaveConsolidatedMode": _mode,
+    "float": _float,
+    "int": _int,
+    "int | None": _or_none(_int),
+    "list[str] | None": _or_none(_strings),
+    "str": _str,
+    "str | None": _or_none(_str),
+    "str | Path": _path,
+    "str | Path | None": _or_none(_path),
+}

@@ -1,0 +1,1 @@
+"""Names, publication, pointers, retention, resolving, preemption: policies and local files, no tensors."""

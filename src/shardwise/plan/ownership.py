@@ -1,0 +1,74 @@
+"""One writer for every byte, balanced by bytes. Pure.
+
+Ranks that hold the same bytes (replicas under HSDP, DDP or plain tensors) share the writing: a large region is cut into
+rows, one piece for each replica; small ones go whole to the replica that has the least so far. Replicas see the same
+tensors in the same order, so each computes the whole assignment by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.roster import Roster
+from shardwise.plan.runs import split_rows
+from shardwise.types import Box
+
+#: Below this, a region is written whole by one replica: cutting it would only make small writes.
+SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owned:
+    """A region that this rank, and no other, writes. ``tensor`` is an index into the list of held tensors."""
+
+    tensor: int
+    fragment: Fragment
+
+
+def cut(fragment: Fragment, box: Box) -> Fragment:
+    """The part of a fragment inside ``box``, which it contains; no copy."""
+    data = fragment.data
+    for dim, (low, size) in enumerate(zip(box.relative_to(fragment.box).offsets, box.sizes, strict=True)):
+        if size != data.shape[dim]:
+            data = data.narrow(dim, low, size)
+    return Fragment(box, data)
+
+
+def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[int] = frozenset()) -> list[Owned]:
+    """The regions that ``rank`` writes.
+
+    Args:
+        held: What the rank holds, in declared order.
+        roster: Who holds what.
+        rank: The rank in the group.
+        skip: Indices of tensors that are written in another way (by exchanging rows first).
+    """
+    loads: dict[tuple[int, ...], list[int]] = {}
+    mine: list[Owned] = []
+    for number, tensor in enumerate(held):
+        if number in skip:
+            continue
+        for part in tensor.parts:
+            replicas = roster.shard_set(tensor.spec.name, part.part).replicas_of(rank)
+            if len(replicas) == 1:
+                mine += [Owned(number, fragment) for fragment in part.fragments]
+                continue
+            load = loads.setdefault(replicas, [0] * len(replicas))
+            position = replicas.index(rank)
+            for fragment in part.fragments:
+                taken = _share(fragment, tensor.spec.itemsize, load, position)
+                if taken is not None:
+                    mine.append(Owned(number, taken))
+    return mine
+
+
+def _share(fragment: Fragment, itemsize: int, load: list[int], position: int) -> Fragment | None:
+    nbytes = fragment.box.numel * itemsize
+    if nbytes < SPLIT_REPLICATED_ABOVE_BYTES:
+        lightest = min(range(len(load)), key=load.__getitem__)
+        load[lightest] += max(nbytes, 1)
+        return fragment if lightest == position else None
+    box = split_rows(fragment.box, len(load), position)
+    return None if box is None else cut(fragment, box)

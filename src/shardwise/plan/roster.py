@@ -1,0 +1,194 @@
+"""Who holds what, known to every rank without gathering anybody's plan. Pure.
+
+A rank declares its tensors (`Declaration`): names, shapes, dtypes and how each is spread. Ranks of one kind declare the
+same, so declarations are compared by digest and only the distinct ones travel. With each rank's mesh coordinates, a few
+integers, every rank can compute every other rank's boxes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from shardwise.errors import IncompleteTensorError, NameCollisionError
+from shardwise.plan.fragments import HeldTensor, Part
+from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
+from shardwise.types import TensorSpec
+
+PlacementCode = list[int]
+SpecRow = tuple[str, tuple[int, ...], str, int]
+
+
+def _placement_code(placement: Placement) -> str:
+    match placement:
+        case Replicated():
+            return "r"
+        case Sharded(dim):
+            return f"s{dim}"
+        case Strided(dim, factor):
+            return f"x{dim}.{factor}"
+
+
+def _part_code(part: Part) -> str:
+    mesh = "" if part.mesh is None else f"{part.mesh.names}{part.mesh.shape}{part.mesh.ordinal}"
+    return f"{part.native_shape}|{mesh}|{','.join(map(_placement_code, part.placements))}|{part.view}"
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a rank says of its tensors; equal on ranks of one kind.
+
+    Attributes:
+        specs: The tensors in the file that this kind of rank holds a part of, in the model's order.
+        stage: Pipeline stage, which keeps two stages' tensors of one name from passing for replicas.
+        digest: Hexadecimal digest over specs, spreads and stage.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    stage: int
+    digest: str
+
+    @staticmethod
+    def of(held: Sequence[HeldTensor], stage: int = 0) -> Declaration:
+        """Describe a rank's tensors."""
+        codes: dict[Part, str] = {}
+        hasher = hashlib.blake2b(str(stage).encode(), digest_size=16)
+        for tensor in held:
+            parts = []
+            for part in tensor.parts:
+                code = codes.get(part.part)
+                if code is None:
+                    code = codes[part.part] = _part_code(part.part)
+                parts.append(code)
+            hasher.update(f"{tensor.spec.name}\0{tensor.spec.shape}{tensor.spec.dtype}{tensor.grid}{parts}\n".encode())
+        return Declaration(tuple(t.spec for t in held), stage, hasher.hexdigest())
+
+
+Coordinates = Mapping[MeshKey, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All ranks' declarations and coordinates. The same on every rank.
+
+    Attributes:
+        declarations: The distinct ones, by digest, in the order of the first rank that made each.
+        digests: The digest of each rank's declaration.
+        coordinates: Each rank's mesh coordinates.
+    """
+
+    declarations: Mapping[str, Declaration]
+    digests: tuple[str, ...]
+    coordinates: tuple[Coordinates, ...]
+    _peers: dict[tuple[str, Part], ShardSet] = field(default_factory=dict, compare=False)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.digests)
+
+    @cached_property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The union of all ranks' tensors, in order of stage, then as declared.
+
+        Raises:
+            NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
+                stages declare the same name.
+        """
+        found: dict[str, tuple[TensorSpec, int]] = {}
+        for declaration in sorted(self.declarations.values(), key=lambda d: d.stage):
+            for spec in declaration.specs:
+                known = found.get(spec.name)
+                if known is None:
+                    found[spec.name] = (spec, declaration.stage)
+                elif known != (spec, declaration.stage):
+                    raise _collision(spec, declaration.stage, *known)
+        return tuple(spec for spec, _ in found.values())
+
+    @cached_property
+    def _declarers(self) -> dict[str, str]:
+        """For each tensor name, a key of the set of digests that declare it."""
+        names: dict[str, list[str]] = {}
+        for digest, declaration in self.declarations.items():
+            for spec in declaration.specs:
+                names.setdefault(spec.name, []).append(digest)
+        return {name: ",".join(digests) for name, digests in names.items()}
+
+    def shard_set(self, name: str, part: Part) -> ShardSet:
+        """The ranks that hold a part of tensor ``name``, by what they hold."""
+        declarers = self._declarers[name]
+        # The native shape and the view do not matter for who holds what: keep the cache small.
+        key = (declarers, Part((), part.mesh, part.placements))
+        found = self._peers.get(key)
+        if found is None:
+            found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
+        return found
+
+    def _shard_set(self, digests: set[str], part: Part) -> ShardSet:
+        replicas: dict[tuple[int, ...], list[int]] = {}
+        for rank, digest in enumerate(self.digests):
+            if digest not in digests:
+                continue
+            if part.mesh is None:
+                replicas.setdefault((), []).append(rank)
+            elif part.mesh in self.coordinates[rank]:
+                own = shard_coordinate(part.placements, self.coordinates[rank][part.mesh])
+                replicas.setdefault(own, []).append(rank)
+        return ShardSet({where: tuple(ranks) for where, ranks in sorted(replicas.items())})
+
+    def check_complete(self, held: Iterable[HeldTensor]) -> None:
+        """Check that the ranks together hold all of every tensor of ``held``.
+
+        Raises:
+            IncompleteTensorError: A mesh coordinate that holds a piece is missing from the group.
+        """
+        for tensor in held:
+            for part in tensor.parts:
+                wanted = 1
+                if part.part.mesh is not None:
+                    for size, placement in zip(part.part.mesh.shape, part.part.placements, strict=True):
+                        wanted *= 1 if isinstance(placement, Replicated) else size
+                present = len(self.shard_set(tensor.spec.name, part.part).replicas)
+                if present != wanted:
+                    raise IncompleteTensorError(
+                        f"{present} of {wanted} pieces are held by the ranks that save together",
+                        tensor=tensor.spec.name,
+                        hint="Save with a process group that contains every rank of the tensor's mesh.",
+                    )
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Ranks by what they hold: shard coordinate -> the ranks that hold exactly that (replicas), ascending."""
+
+    replicas: Mapping[tuple[int, ...], tuple[int, ...]]
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """All ranks concerned, ascending."""
+        return tuple(sorted(rank for ranks in self.replicas.values() for rank in ranks))
+
+    def replicas_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same as ``rank``, itself included."""
+        return self._by_rank[rank]
+
+    @cached_property
+    def _by_rank(self) -> dict[int, tuple[int, ...]]:
+        return {rank: ranks for ranks in self.replicas.values() for rank in ranks}
+
+
+def _collision(spec: TensorSpec, stage: int, known: TensorSpec, known_stage: int) -> NameCollisionError:
+    if stage != known_stage:
+        what = f"pipeline stages {known_stage} and {stage} both have a tensor of this name"
+    else:
+        what = (
+            f"ranks disagree about this tensor: {known.dtype} {list(known.shape)} here, "
+            f"{spec.dtype} {list(spec.shape)} there"
+        )
+    return NameCollisionError(
+        what,
+        tensor=spec.name,
+        hint="Give each stage's modules the names that they have in the whole model.",
+    )

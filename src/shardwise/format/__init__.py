@@ -1,0 +1,1 @@
+"""Codecs: safetensors headers, weight indexes, manifests, JSON state, DCP metadata. Pure bytes, no tensors moved."""

@@ -1,0 +1,159 @@
+"""Opening files that somebody else may have put there: regular files only, bounded reads, typed errors."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def _check_regular(status: os.stat_result, path: str, error: type[FormatError]) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kind = next((text for test, text in _KINDS if test(status.st_mode)), "a special file")
+    raise error(f"{path!r} is {kind}, not a regular file", path=path, hint="Pass the path of the file itself.")
+
+
+def _open_descriptor(path: str, error: type[FormatError]) -> int:
+    # The type is checked before opening, because opening a device can have effects, and again on the descriptor,
+    # because the name can be replaced in between; O_NONBLOCK keeps a pipe that slips in from blocking.
+    _check_regular(os.stat(path), path, error)
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        _check_regular(os.fstat(descriptor), path, error)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def open_regular(path: str | os.PathLike[str], error: type[FormatError]) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading, or a symbolic link to one, and give it with its size in bytes.
+
+    Operating-system errors inside the ``with`` block become typed errors too.
+
+    Args:
+        path: The file.
+        error: Type raised where the path is not a regular file.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        StorageError: The file system refused.
+        FormatError: Of type ``error``; the path is a directory, pipe, socket or device.
+    """
+    text = os.fspath(path)
+    if "\0" in text:
+        raise error(f"the path {text!r} holds a NUL character", hint="No file can have such a name.")
+    try:
+        descriptor = _open_descriptor(text, error)
+        with open(descriptor, "rb", buffering=0) as stream:
+            yield stream, os.fstat(descriptor).st_size
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        if isinstance(cause, CheckpointNotFoundError):
+            raise
+        raise CheckpointNotFoundError(
+            f"no file {text!r}", path=text, hint="Check the path, and that it is mounted on every node."
+        ) from cause
+    except StorageError:
+        raise
+    except OSError as cause:
+        raise StorageError.from_os(cause, path=text) from cause
+    except UnicodeEncodeError as cause:
+        raise error(f"the path {text!r} is not valid Unicode", hint="No file can have such a name.") from cause
+
+
+def read_exactly(stream: BinaryIO, count: int) -> bytes:
+    """Read ``count`` bytes, or fewer where the file ends first."""
+    parts: list[bytes] = []
+    while count > 0:
+        part = stream.read(min(count, 1 << 26))
+        if not part:
+            break
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def read_whole(path: str | os.PathLike[str], limit: int, error: type[FormatError]) -> bytes:
+    """Read a regular file of at most ``limit`` bytes.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        StorageError: The file system refused.
+        FormatError: Of type ``error``; not a regular file, or larger than ``limit``.
+    """
+    with open_regular(path, error) as (stream, size):
+        data = b"" if size > limit else read_exactly(stream, limit + 1)
+    if size > limit or len(data) > limit:
+        text = os.fspath(path)
+        raise error(
+            f"{text!r} has {max(size, len(data))} bytes; at most {limit} are read",
+            path=text,
+            hint="This cannot be the file that it is named as; fetch or save it again.",
+        )
+    return data
+
+
+def why_not_relative(relative: str) -> str | None:
+    """Say why ``relative`` is not a plain POSIX path below a directory, or return ``None`` where it is one."""
+    if not relative:
+        return "is empty"
+    if any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in relative):
+        return "holds a control character or an unpaired surrogate"
+    if "\\" in relative:
+        return "holds a backslash"
+    if relative.startswith("/"):
+        return "is absolute"
+    parts = relative.split("/")
+    if ".." in parts:
+        return "leads out of the directory"
+    if "" in parts or "." in parts:
+        return "is not in its shortest form"
+    if len(relative) > 4096 or any(len(part.encode()) > 255 for part in parts):
+        return "is longer than file systems take"
+    return None
+
+
+def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[FormatError] = FormatError) -> Path:
+    """Return the real path of ``root/relative``, which need not exist, and make sure that it lies below ``root``.
+
+    Args:
+        root: A directory; it may itself be reached through symbolic links.
+        relative: A POSIX path as it stands in an index or manifest.
+        error: Type raised for a path that leads elsewhere.
+
+    Raises:
+        FormatError: Of type ``error``; the path is absolute, holds "..", or a symbolic link leads out of ``root``.
+        MisuseError: ``root`` holds a NUL character.
+    """
+    if "\0" in os.fspath(root):
+        raise MisuseError("the directory's path holds a NUL character", hint="Pass another path.")
+    reason = why_not_relative(relative)
+    if reason is not None:
+        raise error(
+            f"the path {relative!r} {reason}", path=root, hint="Do not use this checkpoint: it is damaged or forged."
+        )
+    real_root = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(real_root, relative))
+    if os.path.commonpath([real_root, real]) != real_root:
+        raise error(
+            f"the path {relative!r} leads through a symbolic link to {real!r}, outside the checkpoint",
+            path=root,
+            hint="Replace the link by the file that it points at, if you trust it.",
+        )
+    return Path(real)

@@ -1,0 +1,349 @@
+"""The header of a safetensors file: written byte for byte as the library does, read as if it were hostile.
+
+A file is the header's length in 8 bytes (little-endian), the header (JSON padded with spaces so that the data start at
+a multiple of 8), and the data section, which the tensors tile without hole or overlap. Offsets in a header count from
+the start of the data section.
+
+Source: the safetensors format description, and the bytes that safetensors 0.8 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NoReturn
+
+from shardwise.errors import HeaderError, MissingTensorError, MisuseError
+from shardwise.format.files import open_regular, read_exactly
+from shardwise.format.strict_json import (
+    MAX_INT,
+    MAX_NAME,
+    JsonValue,
+    as_counts,
+    as_object,
+    as_text,
+    check_magnitude,
+    exact_keys,
+    loads,
+)
+from shardwise.types import DTYPE_BYTES, TensorSpec
+
+#: Longest header that the format allows, in bytes.
+MAX_HEADER_BYTES = 100_000_000
+
+#: Bytes that hold the header's length.
+LENGTH_BYTES = 8
+
+#: Key of ``__metadata__`` under which DCP records where in the global tensors a shard's tensors belong.
+DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
+
+_METADATA_KEY = "__metadata__"
+_RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
+_SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor and the bytes ``begin`` to ``end`` of the data section that hold it."""
+
+    spec: TensorSpec
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A validated header.
+
+    Attributes:
+        entries: The tensors, ordered by their place in the file.
+        metadata: The ``__metadata__`` strings; read-only, empty where the file has none.
+        data_start: Offset in the file at which the data section starts, in bytes.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+    _by_name: Mapping[str, TensorEntry] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+        object.__setattr__(self, "_by_name", {entry.spec.name: entry for entry in self.entries})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors, ordered by their place in the file."""
+        return tuple(entry.spec.name for entry in self.entries)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_start + (self.entries[-1].end if self.entries else 0)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the entry of the tensor called ``name``.
+
+        Raises:
+            MissingTensorError: The file has no such tensor.
+        """
+        found = self._by_name.get(name)
+        if found is None:
+            raise MissingTensorError(
+                "the file has no such tensor", tensor=name, hint="Compare the name with those in the index."
+            )
+        return found
+
+
+def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
+    """Lay tensors out as the safetensors library does: by dtype (the widest first), then by name, without gaps.
+
+    Raises:
+        MisuseError: Two tensors have the same name.
+    """
+    ordered = sorted(specs, key=lambda spec: (-_RANK[spec.dtype], spec.name))
+    names: set[str] = set()
+    entries, begin = [], 0
+    for spec in ordered:
+        if spec.name in names:
+            raise MisuseError("two tensors of a file have the same name", tensor=spec.name, hint="Rename one of them.")
+        names.add(spec.name)
+        entries.append(TensorEntry(spec, begin, begin + spec.nbytes))
+        begin += spec.nbytes
+    return tuple(entries)
+
+
+def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of a file up to its data section.
+
+    The result equals what ``safetensors.torch.save_file`` writes for tensors in the order of `arrange`. Metadata keys
+    are sorted, where the library takes them in the order of a hash table, which differs from run to run.
+
+    Raises:
+        MisuseError: A name is reserved, too long or not valid Unicode, or the header would exceed `MAX_HEADER_BYTES`.
+    """
+    table: dict[str, object] = {}
+    if metadata is not None:
+        table[_METADATA_KEY] = {key: metadata[key] for key in sorted(metadata)}
+    for entry in entries:
+        spec = entry.spec
+        if spec.name == _METADATA_KEY:
+            raise MisuseError(f"no tensor can be called {_METADATA_KEY!r}", tensor=spec.name, hint="Rename the tensor.")
+        if len(spec.name) > MAX_NAME:
+            raise MisuseError(
+                f"a tensor name has {len(spec.name)} characters; at most {MAX_NAME} are written",
+                hint="Shorten the name.",
+            )
+        table[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    try:
+        text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MisuseError(
+            f"a tensor name or metadata text is not valid Unicode: {error.object[error.start : error.end]!r}",
+            hint="Rename the tensor or change the text.",
+        ) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise MisuseError(
+            f"the header would take {len(text)} bytes; the format allows {MAX_HEADER_BYTES}",
+            hint="Spread the tensors over more files.",
+        )
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and validate the header of a safetensors file, which may be reached through a symbolic link.
+
+    Memory is bounded by a small multiple of the header, which is never longer than the file or `MAX_HEADER_BYTES`.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        StorageError: The file system refused.
+        HeaderError: The path is not a regular file, or the header is malformed or contradicts the file.
+    """
+    with open_regular(path, HeaderError) as (stream, size):
+        text = os.fspath(path)
+        start = read_exactly(stream, LENGTH_BYTES)
+        length = _header_length(start, size, text)
+        buffer = start + read_exactly(stream, length)
+    return parse_header(buffer, size, text)
+
+
+def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
+    """Validate a header that is already in memory.
+
+    Args:
+        buffer: The first bytes of the file, at least to the end of the header.
+        file_size: Bytes of the whole file.
+        path: The file, for errors.
+
+    Raises:
+        HeaderError: The header is malformed, or the file is shorter or longer than it says.
+    """
+    length = _header_length(buffer[:LENGTH_BYTES], file_size, path)
+    text = bytes(buffer[LENGTH_BYTES : LENGTH_BYTES + length])
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the header of {path!r} {reason}", path=path, hint=_DAMAGED)
+
+    if len(text) < length:
+        fail(f"has {length} bytes, of which only {len(text)} are there")
+    if not text.startswith(b"{"):
+        fail("does not start with '{'")
+    table = as_object(loads(text, max_depth=3, fail=fail), "which", fail)
+    metadata = {
+        key: as_text(value, f"metadata {key!r}", fail)
+        for key, value in as_object(table.pop(_METADATA_KEY, {}), _METADATA_KEY, fail).items()
+    }
+    entries = [_entry(name, value, path) for name, value in table.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    data_start = LENGTH_BYTES + length
+    _check_tiling(entries, file_size - data_start, path)
+    return Header(tuple(entries), metadata, data_start)
+
+
+def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the ``__metadata__`` that makes a shard readable by ``torch.distributed.checkpoint``.
+
+    Args:
+        offsets: Where in its global tensor each tensor of the file starts, in elements per dimension.
+
+    Source: what torch 2.13's ``HuggingFaceStorageWriter`` writes and its ``HuggingFaceStorageReader`` looks for.
+    """
+    record = {name: {"saved_offsets": list(offsets[name])} for name in sorted(offsets)}
+    return {DCP_SHARDING_KEY: json.dumps(record), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
+    """Return where each tensor of a DCP shard starts in its global tensor, or ``None`` where the file has no record.
+
+    Raises:
+        HeaderError: The record is malformed, lacks a tensor, or disagrees with a tensor's number of dimensions.
+    """
+    text = header.metadata.get(DCP_SHARDING_KEY)
+    if text is None:
+        return None
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", hint=_DAMAGED)
+
+    record = as_object(loads(text.encode("utf-8"), max_depth=4, fail=fail), "which", fail)
+    result: dict[str, tuple[int, ...]] = {}
+    for entry in header.entries:
+        name, shape = entry.spec.name, entry.spec.shape
+        if name not in record:
+            raise HeaderError(f"the record {DCP_SHARDING_KEY} lacks the tensor", tensor=name, hint=_DAMAGED)
+
+        def fail_tensor(reason: str, tensor: str = name) -> NoReturn:
+            raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=tensor, hint=_DAMAGED)
+
+        info = as_object(record[name], "its entry", fail_tensor)
+        offsets = as_counts(info.get("saved_offsets"), "saved_offsets", fail_tensor)
+        if len(offsets) != len(shape):
+            fail_tensor(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
+        if any(offset + size > MAX_INT for offset, size in zip(offsets, shape, strict=True)):
+            fail_tensor("puts it outside any possible tensor")
+        result[name] = offsets
+    return result
+
+
+def _header_length(start: bytes, file_size: int, path: str) -> int:
+    if len(start) < LENGTH_BYTES or file_size < LENGTH_BYTES:
+        missing = LENGTH_BYTES - min(len(start), file_size)
+        raise HeaderError(
+            f"{path!r} is truncated: {missing} bytes of the header's length are missing", path=path, hint=_DAMAGED
+        )
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"{path!r} claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed",
+            path=path,
+            hint=_DAMAGED,
+        )
+    missing = LENGTH_BYTES + length - file_size
+    if missing > 0:
+        raise HeaderError(
+            f"{path!r} is truncated: {missing} of its header's {length} bytes are missing", path=path, hint=_DAMAGED
+        )
+    return int(length)
+
+
+def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
+    if len(name) > MAX_NAME:
+        raise HeaderError(
+            f"the header of {path!r} has a tensor name of {len(name)} characters, starting with {name[:80]!r}",
+            path=path,
+            hint=_DAMAGED,
+        )
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the header of {path!r} {reason}", path=path, tensor=name, hint=_DAMAGED)
+
+    info = as_object(value, "the entry of a tensor", fail)
+    exact_keys(info, _ENTRY_KEYS, "the entry of a tensor", fail)
+    dtype = as_text(info["dtype"], "dtype", fail)
+    if dtype in _SUB_BYTE:
+        raise HeaderError(
+            f"the tensor has the sub-byte dtype {dtype}, which shardwise does not read",
+            path=path,
+            tensor=name,
+            hint="Convert the checkpoint to a dtype of whole bytes.",
+        )
+    if dtype not in DTYPE_BYTES:
+        raise HeaderError(
+            f"the tensor has the unknown dtype {dtype[:40]!r}",
+            path=path,
+            tensor=name,
+            hint=f"Known are {', '.join(DTYPE_BYTES)}.",
+        )
+    shape = as_counts(info["shape"], "shape", fail)
+    check_magnitude(shape, "the shape", fail)
+    offsets = as_counts(info["data_offsets"], "data_offsets", fail)
+    if len(offsets) != 2:
+        fail(f"gives {len(offsets)} data_offsets where two belong")
+    begin, end = offsets
+    spec = TensorSpec(name, shape, dtype)
+    if begin > end:
+        fail(f"has reversed data_offsets {begin}, {end}")
+    if end - begin != spec.nbytes:
+        fail(f"gives {end - begin} bytes to {list(shape)} elements of {dtype}, which take {spec.nbytes}")
+    return TensorEntry(spec, begin, end)
+
+
+def _check_tiling(entries: Sequence[TensorEntry], data_bytes: int, path: str) -> None:
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            gap = entry.begin - position
+            wrong = "overlaps the one before" if gap < 0 else f"leaves {gap} bytes unused"
+            raise HeaderError(
+                f"in {path!r} a tensor at bytes {entry.begin} to {entry.end} of the data {wrong}",
+                path=path,
+                tensor=entry.spec.name,
+                hint=_DAMAGED,
+            )
+        position = entry.end
+    if position > data_bytes:
+        cut = next(entry for entry in entries if entry.end > data_bytes)
+        raise HeaderError(
+            f"{path!r} is truncated: {position - data_bytes} of {position} data bytes are missing",
+            path=path,
+            tensor=cut.spec.name,
+            hint="The copy or download was cut short: fetch or save the file again.",
+        )
+    if position < data_bytes:
+        raise HeaderError(
+            f"{path!r} has {data_bytes - position} bytes more than its tensors take", path=path, hint=_DAMAGED
+        )

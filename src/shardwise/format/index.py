@@ -1,0 +1,127 @@
+"""The weight index of a Hugging Face directory: which file holds which tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NoReturn
+
+from shardwise.errors import MisuseError, WeightIndexError
+from shardwise.format.files import read_whole, why_not_relative
+from shardwise.format.strict_json import MAX_INT, MAX_NAME, Fail, JsonValue, as_count, as_object, as_text, loads
+
+#: Largest index that is read, in bytes.
+MAX_INDEX_BYTES = 64 * 2**20
+
+_MAX_DEPTH = 16
+_DAMAGED = "The index is damaged or forged: fetch or save it again."
+
+
+@dataclass(frozen=True, slots=True)
+class WeightIndex:
+    """A validated ``*.safetensors.index.json``.
+
+    Attributes:
+        weight_map: Tensor name -> name of the file in the index's own directory; read-only.
+        total_size: Bytes of all tensors together, where the index says so.
+        total_parameters: Number of parameters, where the index says so.
+        metadata: The whole ``metadata`` object as it stands; read-only.
+    """
+
+    weight_map: Mapping[str, str]
+    total_size: int | None = None
+    total_parameters: int | None = None
+    metadata: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_map", MappingProxyType(dict(self.weight_map)))
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files, sorted."""
+        return tuple(sorted(set(self.weight_map.values())))
+
+
+def encode_index(weight_map: Mapping[str, str], total_size: int, *, total_parameters: int | None = None) -> bytes:
+    """Return an index as transformers writes it: sorted keys, two spaces of indent, a newline at the end.
+
+    Args:
+        weight_map: Tensor name -> file name.
+        total_size: Bytes of all tensors together.
+        total_parameters: Number of parameters; left out where it is ``None``.
+
+    Raises:
+        MisuseError: A file name is not a plain name.
+    """
+    for name, file in weight_map.items():
+        reason = _why_not_plain(file)
+        if reason is not None:
+            raise MisuseError(
+                f"the file name {file!r} {reason}", tensor=name, hint="Use a plain name in the index's own directory."
+            )
+    metadata = {"total_size": total_size}
+    if total_parameters is not None:
+        metadata["total_parameters"] = total_parameters
+    text = json.dumps({"metadata": metadata, "weight_map": dict(weight_map)}, indent=2, sort_keys=True)
+    return text.encode("ascii") + b"\n"
+
+
+def read_index(path: str | os.PathLike[str]) -> WeightIndex:
+    """Read and validate a weight index.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        StorageError: The file system refused.
+        WeightIndexError: Not a regular file, too large, malformed, or naming a file outside its directory.
+    """
+    return parse_index(read_whole(path, MAX_INDEX_BYTES, WeightIndexError), os.fspath(path))
+
+
+def parse_index(data: bytes, path: str) -> WeightIndex:
+    """Validate a weight index that is already in memory.
+
+    Args:
+        data: The whole file.
+        path: The file, for errors.
+
+    Raises:
+        WeightIndexError: Malformed, or naming a file outside its directory.
+    """
+
+    def fail(reason: str, tensor: str | None = None) -> NoReturn:
+        raise WeightIndexError(f"the index {path!r} {reason}", path=path, tensor=tensor, hint=_DAMAGED)
+
+    table = as_object(loads(data, max_depth=_MAX_DEPTH, fail=fail), "it", fail)
+    if "weight_map" not in table:
+        fail("lacks weight_map")
+    weight_map: dict[str, str] = {}
+    for name, value in as_object(table["weight_map"], "weight_map", fail).items():
+        if len(name) > MAX_NAME:
+            fail(f"has a tensor name of {len(name)} characters, starting with {name[:80]!r}")
+        file = as_text(value, f"weight_map[{name[:200]!r}]", fail)
+        reason = _why_not_plain(file)
+        if reason is not None:
+            fail(f"names the file {file[:200]!r}, which {reason}", name)
+        weight_map[name] = file
+    # Diffusers and other tools leave the metadata out or set it to null.
+    found = table.get("metadata")
+    metadata = {} if found is None else as_object(found, "metadata", fail)
+    return WeightIndex(
+        weight_map, _total(metadata, "total_size", fail), _total(metadata, "total_parameters", fail), metadata
+    )
+
+
+def _total(metadata: Mapping[str, JsonValue], key: str, fail: Fail) -> int | None:
+    value = metadata.get(key)
+    # Older exports computed the size in floating point; the hub still holds many of them.
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INT:
+        value = int(value)
+    return None if value is None else as_count(value, key, fail)
+
+
+def _why_not_plain(file: str) -> str | None:
+    return "is not a plain name" if "/" in file else why_not_relative(file)

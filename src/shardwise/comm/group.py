@@ -164,6 +164,26 @@ class Group:
         """Return when every rank has called."""
         self.any(False, what)
 
+    def fold(self, xors: Sequence[int], sums: Sequence[int], what: str) -> tuple[list[int], list[int]]:
+        """Combine two lists of integers over the ranks, element by element: one by exclusive or, one by sum.
+
+        All ranks call, with lists of the same lengths. Its cost is that of the lists, whatever the number of ranks.
+        """
+        if self.world_size == 1:
+            return list(xors), list(sums)
+        with self._guard(what):
+            bits = torch.tensor(list(xors), dtype=torch.int64, device=self._device)
+            counts = torch.tensor(list(sums), dtype=torch.int64, device=self._device)
+            if self._device.type == "cpu":
+                dist.all_reduce(bits, op=dist.ReduceOp.BXOR, group=self._pg)
+            else:  # NCCL has no exclusive or
+                bits = torch.stack(self._all_gather(bits)).cpu()
+                for row in bits[1:]:
+                    bits[0] ^= row
+                bits = bits[0]
+            dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._pg)
+            return [int(v) for v in bits.tolist()], [int(v) for v in counts.tolist()]
+
     # --- bytes ------------------------------------------------------------------------------------------------------
 
     def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
@@ -179,10 +199,8 @@ class Group:
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         with self._guard(what):
-            sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self._device)
             own = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-            dist.all_gather_into_tensor(sizes, own, group=self._pg)
-            counts = [int(n) for n in sizes.tolist()]
+            counts = [int(n.item()) for n in self._all_gather(own)]
             widest = max(counts)
             if widest == 0:
                 return [b""] * self.world_size
@@ -194,10 +212,12 @@ class Group:
                     for r, n in enumerate(counts)
                 ]
             padded = _to_tensor(data, widest, self._device)
-            everything = torch.zeros(self.world_size * widest, dtype=torch.uint8, device=self._device)
-            dist.all_gather_into_tensor(everything, padded, group=self._pg)
-            flat = _to_bytes(everything)
-            return [flat[r * widest : r * widest + n] for r, n in enumerate(counts)]
+            return [_to_bytes(theirs[:n]) for theirs, n in zip(self._all_gather(padded), counts, strict=True)]
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own, group=self._pg)
+        return gathered
 
     def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
         buffer = _to_tensor(data, size, self._device)

@@ -1,0 +1,125 @@
+"""Carrying out an exchange: column shards come in, rows go to the file, in bounded memory.
+
+A rank whose own writing fails keeps taking part until the exchange is over, so that its peers are not left waiting; its
+failure is then raised where all ranks learn of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shardwise.comm import Group
+from shardwise.errors import PeerError
+from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.layout import Layout
+from shardwise.plan.ownership import cut
+from shardwise.plan.rows import Exchange
+from shardwise.plan.schedule import Run
+from shardwise.types import Box
+
+
+def exchange_rows(
+    exchanges: Sequence[Exchange],
+    held: Sequence[HeldTensor],
+    layout: Layout,
+    group: Group,
+    write: Callable[[Run], None],
+) -> Exception | None:
+    """Turn column shards into rows and hand each range of rows to ``write``. The exchanges' members call.
+
+    Args:
+        exchanges: In an order common to all ranks.
+        held: What this rank holds.
+        layout: Where the tensors lie.
+        group: Whose ranks swap.
+        write: Writes one run; called on the calling thread.
+
+    Returns:
+        What ``write`` raised first, if anything; later rows are then swapped and dropped.
+
+    Raises:
+        PeerError: A peer left.
+    """
+    failure: Exception | None = None
+    for exchange in exchanges:
+        for turn in range(exchange.rounds):
+            run = _round(exchange, turn, held[exchange.tensor], layout, group)
+            if run is None or failure is not None:
+                continue
+            try:
+                write(run)
+            except PeerError:
+                raise
+            except Exception as error:
+                failure = error
+    return failure
+
+
+def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group) -> Run | None:
+    sends: list[tuple[int, torch.Tensor]] = []
+    own: list[Fragment] = []
+    fragments = list(tensor.fragments)
+    for target in exchange.members:
+        start, count = exchange.target(target, turn)
+        for source, boxes in exchange.sources[target]:
+            if source == group.rank and count:
+                pieces = _cut_out(exchange, boxes, fragments, start, count)
+                if target == group.rank:
+                    own = pieces
+                elif pieces:
+                    sends.append((target, _pack(pieces)))
+    start, count = exchange.target(group.rank, turn)
+    dtype = fragments[0].data.dtype if fragments else torch.uint8
+    receives: list[tuple[int, torch.Tensor, list[Box]]] = []
+    for source, boxes in exchange.sources[group.rank]:
+        if source != group.rank and count:
+            wanted = [box for _, box in exchange.pieces(boxes, start, count)]
+            if wanted:
+                numel = sum(box.numel for box in wanted)
+                receives.append((source, torch.empty(numel, dtype=dtype).view(torch.uint8), wanted))
+    what = f"exchanging rows of {tensor.spec.name}"
+    group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
+    if not count:
+        return None
+    rows = torch.empty(count * math.prod(exchange.row_shape), dtype=dtype)
+    for fragment in own:
+        _place(exchange, rows, fragment.box, start, count, fragment.data)
+    for _, buffer, boxes_in in receives:
+        flat, position = buffer.view(dtype), 0
+        for box in boxes_in:
+            _place(exchange, rows, box, start, count, flat[position : position + box.numel].view(box.sizes))
+            position += box.numel
+    place = layout.places[tensor.spec.name]
+    offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
+    return Run(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+
+
+def _cut_out(
+    exchange: Exchange, boxes: tuple[Box, ...], fragments: Sequence[Fragment], start: int, count: int
+) -> list[Fragment]:
+    """This rank's part of the rows, in the order in which the receiver enumerates it."""
+    by_box = {fragment.box: fragment for fragment in fragments}
+    return [cut(by_box[boxes[number]], common) for number, common in exchange.pieces(boxes, start, count)]
+
+
+def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
+    flat = [piece.data.detach().to("cpu").reshape(-1) for piece in pieces]
+    packed = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
+    return packed.view(torch.uint8)
+
+
+def _place(exchange: Exchange, rows: torch.Tensor, box: Box, start: int, count: int, data: torch.Tensor) -> None:
+    position = 0
+    for lead in exchange.row_boxes(start, count):
+        common = box.intersect(lead)
+        if common is not None:
+            target = rows[position : position + lead.numel].view(lead.sizes)
+            inside = common.relative_to(lead)
+            for dim, (low, size) in enumerate(zip(inside.offsets, inside.sizes, strict=True)):
+                target = target.narrow(dim, low, size)
+            target.copy_(data)
+            return
+        position += lead.numel

@@ -1,0 +1,141 @@
+"""Writing runs of bytes at their final offsets, with their digests.
+
+The digest of a tensor does not depend on who wrote which run of it: a run's CRC-32C, shifted by the bytes that follow
+it in the tensor, is its contribution, and the exclusive or of all contributions is the CRC-32C of the tensor. So ranks
+exchange one number for each tensor, not one for each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardwise.errors import ShardwiseError
+from shardwise.format.crc import crc32c, shift
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.memory import blocks, byte_blocks
+from shardwise.io.storage import Storage
+from shardwise.plan.schedule import Run
+
+#: A run larger than this is cut, so that several threads can share it.
+_LARGEST_RUN_BYTES = 64 * 2**20
+
+
+@dataclass
+class Digests:
+    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``."""
+
+    crcs: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, tensor_bytes: int, start: int, nbytes: int, crc: int) -> None:
+        """Take in a run of ``nbytes`` bytes at ``start`` of a tensor of ``tensor_bytes``."""
+        self.crcs[name] = self.crcs.get(name, 0) ^ shift(crc, tensor_bytes - start - nbytes)
+        self.counts[name] = self.counts.get(name, 0) + nbytes
+
+
+class FileSet:
+    """Open files of one export, by index; opened when first needed, synced and closed together."""
+
+    def __init__(self, storage: Storage, paths: Sequence[Path]) -> None:
+        self._storage = storage
+        self._paths = paths
+        self._handles: dict[int, int] = {}
+
+    def handle(self, file: int) -> int:
+        """The handle of file ``file``, open for writing."""
+        if file not in self._handles:
+            self._handles[file] = self._storage.open(self._paths[file], writable=True)
+        return self._handles[file]
+
+    def path(self, file: int) -> Path:
+        """Path of file ``file``."""
+        return self._paths[file]
+
+    def sync(self) -> None:
+        """Make durable what was written through this object."""
+        for file, handle in self._handles.items():
+            try:
+                self._storage.sync(handle)
+            except ShardwiseError as error:
+                raise located(error, self._paths[file])
+
+    def close(self) -> None:
+        """Close every handle, even if one fails; the first failure is raised."""
+        failure: ShardwiseError | None = None
+        while self._handles:
+            file, handle = self._handles.popitem()
+            try:
+                self._storage.close(handle)
+            except ShardwiseError as error:
+                failure = failure or located(error, self._paths[file])
+        if failure is not None:
+            raise failure
+
+
+def located(error: ShardwiseError, path: Path, tensor: str | None = None) -> ShardwiseError:
+    """Add the path (and tensor) to an error of a handle-level operation, which does not know them."""
+    error.path = error.path or str(path)
+    error.tensor = error.tensor or tensor
+    return error
+
+
+def write_run(run: Run, files: FileSet, storage: Storage) -> int:
+    """Write one run; returns its CRC-32C."""
+    handle = files.handle(run.file)
+    offset, crc = run.offset, 0
+    try:
+        for block in byte_blocks(run.data, torch_dtype(run.spec.dtype)):
+            crc = crc32c(block, crc)
+            storage.write(handle, block, offset)
+            offset += len(block)
+    except ShardwiseError as error:
+        raise located(error, files.path(run.file), run.spec.name)
+    return crc
+
+
+def write_runs(runs: Iterable[Run], files: FileSet, storage: Storage, threads: int, digests: Digests) -> None:
+    """Write runs, in order on each thread, and add their digests.
+
+    Args:
+        runs: What to write.
+        files: Where.
+        storage: Through what.
+        threads: How many at once. Opening and adding digests stay on the calling thread.
+        digests: Takes the contributions.
+    """
+    pieces = [piece for run in runs for piece in _pieces(run)]
+    for run in pieces:
+        files.handle(run.file)
+    if threads <= 1 or len(pieces) <= 1:
+        for run in pieces:
+            digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage))
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
+        futures = [pool.submit(write_run, run, files, storage) for run in pieces]
+        try:
+            for run, future in zip(pieces, futures, strict=True):
+                digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, future.result())
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _pieces(run: Run) -> Iterable[Run]:
+    if run.nbytes <= _LARGEST_RUN_BYTES:
+        yield run
+        return
+    start = 0
+    for block in blocks(run.data, _LARGEST_RUN_BYTES // run.spec.itemsize):
+        yield Run(run.file, run.offset + start, run.tensor, run.spec, run.start + start, block)
+        start += block.numel() * run.spec.itemsize
+
+
+def totals(names: Sequence[str], digests: Digests) -> tuple[list[int], list[int]]:
+    """The contributions as two lists in the order of ``names``, for folding over ranks."""
+    return [digests.crcs.get(n, 0) for n in names], [digests.counts.get(n, 0) for n in names]
+
+
+Crcs = Mapping[str, int]

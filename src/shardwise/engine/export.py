@@ -1,0 +1,193 @@
+"""Writing an export once: every rank writes what it holds at its final place in the final files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardwise.comm import Group
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import IncompleteTensorError
+from shardwise.format.crc import crc32c
+from shardwise.format.index import encode_index
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.io.exchange import exchange_rows
+from shardwise.io.storage import Storage
+from shardwise.io.writer import Digests, FileSet, totals, write_run, write_runs
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import Run, Schedule, schedule
+from shardwise.types import Box, TensorSpec
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is laid out.
+
+    Attributes:
+        base_files: File of each tensor in the base model, or empty.
+        max_file_bytes: Largest file without a base split.
+        stem: What file names start with (``model``, ``diffusion_pytorch_model``).
+        component: Name of the component in the manifest.
+        threads: Writers on this rank.
+    """
+
+    base_files: Mapping[str, str] = field(default_factory=dict)
+    max_file_bytes: int = 5_000_000_000
+    stem: str = "model"
+    component: str = "model"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export that only waits for its bytes: the layout, and this rank's part of the work."""
+
+    directory: Path
+    options: ExportOptions
+    layout: Layout
+    schedule: Schedule
+    held: Sequence[HeldTensor]
+
+
+def plan_export(
+    held: Sequence[HeldTensor], roster: Roster, group: Group, directory: Path, options: ExportOptions
+) -> ExportPlan:
+    """Lay out the files and find this rank's writes. Local: no communication.
+
+    Args:
+        held: What this rank holds, under the names of the files.
+        roster: Who holds what.
+        group: The ranks that save together.
+        directory: Where the files go.
+        options: How.
+    """
+    layout = lay_out(
+        roster.specs, base_files=options.base_files, max_file_bytes=options.max_file_bytes, stem=options.stem
+    )
+    return ExportPlan(directory, options, layout, schedule(held, layout, roster, group.rank), held)
+
+
+def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
+    """Write the files of an export. All ranks of the group call; the files are durable when it returns.
+
+    Extra memory is bounded by a constant: a block for conversion, and one round of rows where tensors are cut along
+    another dimension than the first.
+
+    Returns:
+        Files and tensors with their digests, on every rank.
+
+    Raises:
+        StorageError: The file system refused, on any rank; the same error on every rank.
+        IncompleteTensorError: The ranks together did not write every byte of a tensor.
+    """
+    started = time.monotonic()
+    reserve(plan, group, storage)
+    digests = Digests()
+    _write(plan, group, storage, digests)
+    record = _fold(plan, group, digests)
+    with group.together("writing the weight index"):
+        if group.is_main:
+            write_plain(storage, plan.directory / index_name(plan.options.stem), _index(plan.layout))
+            storage.sync_directory(plan.directory)
+    if group.is_main:
+        seconds = time.monotonic() - started
+        nbytes = plan.layout.total_bytes
+        _LOG.info("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
+    return record
+
+
+def reserve(plan: ExportPlan, group: Group, storage: Storage) -> None:
+    """Create every file with its header and its space, so that a full disk fails before a byte is written."""
+    with group.together(f"reserving space in {plan.directory}"):
+        if group.is_main:
+            storage.make_directory(plan.directory)
+            storage.check_space(plan.directory, plan.layout.total_bytes)
+    with group.together(f"creating the files of {plan.directory}"):
+        for number, file in enumerate(plan.layout.files):
+            if number % group.world_size == group.rank:
+                storage.create(plan.directory / file.name, file.size, file.header)
+
+
+def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests) -> None:
+    files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
+
+    def write_rows(run: Run) -> None:
+        digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage))
+
+    with group.together(f"writing {plan.directory}"):
+        try:
+            failure: Exception | None = None
+            try:
+                write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests)
+            except Exception as error:
+                failure = error
+            # Peers count on this rank's rows even if its own writing has failed.
+            refused = exchange_rows(
+                plan.schedule.exchanges,
+                plan.held,
+                plan.layout,
+                group,
+                write_rows if failure is None else _drop,
+            )
+            failure = failure or refused
+            if failure is not None:
+                raise failure
+            files.sync()
+        finally:
+            files.close()
+
+
+def _drop(_: Run) -> None:
+    """Take rows that cannot be written any more."""
+
+
+def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
+    names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
+    crcs, counts = group.fold(*totals(names, digests), "combining digests")
+    files, tensors = [], []
+    position = 0
+    for file in plan.layout.files:
+        head = len(file.header)
+        files.append(FileRecord(file.name, file.size, crc32c(file.header), head))
+        for entry in file.entries:
+            _check_written(entry.spec, counts[position], plan.directory / file.name)
+            crc = crcs[position] if entry.spec.nbytes else crc32c(b"")
+            chunk = ChunkRecord(
+                file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc
+            )
+            tensors.append(TensorRecord(plan.options.component, entry.spec, crc, (chunk,)))
+            position += 1
+    index = _index(plan.layout)
+    files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
+    return ComponentRecord(tuple(files), tuple(tensors))
+
+
+def _check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
+    if nbytes != spec.nbytes:
+        raise IncompleteTensorError(
+            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
+            path=path,
+            tensor=spec.name,
+            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
+        )
+
+
+def _index(layout: Layout) -> bytes:
+    return encode_index(layout.weight_map, layout.tensor_bytes)
+
+
+def write_plain(storage: Storage, path: Path, content: bytes) -> None:
+    """Write a small file and make it durable."""
+    storage.create(path, len(content), content)
+    handle = storage.open(path, writable=True)
+    try:
+        storage.sync(handle)
+    finally:
+        storage.close(handle)

@@ -1,0 +1,105 @@
+"""Agreeing on who holds what: one small exchange, and the distinct declarations once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import MisuseError
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.placement import MeshKey
+from shardwise.plan.roster import Declaration, Roster
+from shardwise.types import TensorSpec
+
+
+class RosterKeeper:
+    """Keeps what the ranks of a group have declared, so that a later save with the same layout asks for nothing.
+
+    Args:
+        group: The ranks that save together.
+        stage: This rank's pipeline stage.
+    """
+
+    def __init__(self, group: Group, stage: int = 0) -> None:
+        self._group = group
+        self._stage = stage
+        self._declarations: dict[str, Declaration] = {}
+        self._rosters: dict[str, Roster] = {}
+
+    def roster(self, held: Sequence[HeldTensor]) -> Roster:
+        """Everybody's declarations and coordinates. All ranks call.
+
+        Raises:
+            NameCollisionError: Two kinds of rank declare one name differently.
+            IncompleteTensorError: The ranks together lack a piece of a tensor.
+        """
+        own: Declaration | None = None
+        row: JsonValue = None
+        with self._group.together("describing the tensors to save"):
+            own = Declaration.of(held, self._stage)
+            row = [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
+        assert own is not None
+        rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))
+        key = repr(rows)
+        known = self._rosters.get(key)
+        if known is None:
+            digests = tuple(str(theirs[0]) for theirs in rows)
+            self._learn(own, digests)
+            coordinates = tuple(dict(map(_decode_key, cast(list[JsonValue], theirs[1]))) for theirs in rows)
+            known = Roster({d: self._declarations[d] for d in dict.fromkeys(digests)}, digests, coordinates)
+            with self._group.together("checking that the ranks hold every tensor whole"):
+                _ = known.specs
+                known.check_complete(held)
+            self._rosters = {key: known}
+        return known
+
+    def _learn(self, own: Declaration, digests: tuple[str, ...]) -> None:
+        for digest in dict.fromkeys(digests):
+            if digest in self._declarations:
+                continue
+            teller = digests.index(digest)
+            mine = own if own.digest == digest else None
+            told = self._group.broadcast_json(
+                _encode(mine) if mine is not None and self._group.rank == teller else None,
+                teller,
+                "exchanging descriptions of the tensors to save",
+            )
+            self._declarations[digest] = mine if mine is not None else _decode(told, digest)
+
+
+def coordinates_of(held: Sequence[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]:
+    """This rank's coordinate in each mesh that its tensors are spread over.
+
+    Raises:
+        MisuseError: Two tensors give different coordinates for one mesh.
+    """
+    found: dict[MeshKey, tuple[int, ...]] = {}
+    for tensor in held:
+        for part in tensor.parts:
+            mesh = part.part.mesh
+            if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
+                raise MisuseError(
+                    f"two meshes {mesh} with different coordinates pass for one",
+                    tensor=tensor.spec.name,
+                    hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
+                )
+    return found
+
+
+def _encode_key(mesh: MeshKey, coordinate: tuple[int, ...]) -> JsonValue:
+    return [list(mesh.names), list(mesh.shape), mesh.ordinal, list(coordinate)]
+
+
+def _decode_key(value: JsonValue) -> tuple[MeshKey, tuple[int, ...]]:
+    names, shape, ordinal, coordinate = cast(tuple[list[str], list[int], int, list[int]], value)
+    return MeshKey(tuple(names), tuple(shape), ordinal), tuple(coordinate)
+
+
+def _encode(declaration: Declaration) -> JsonValue:
+    return [declaration.stage, [[s.name, list(s.shape), s.dtype] for s in declaration.specs]]
+
+
+def _decode(value: JsonValue, digest: str) -> Declaration:
+    stage, rows = cast(tuple[int, list[tuple[str, list[int], str]]], value)
+    return Declaration(tuple(TensorSpec(n, tuple(shape), dtype) for n, shape, dtype in rows), stage, digest)

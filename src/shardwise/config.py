@@ -209,6 +209,11 @@ class CheckpointingConfig:
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{key} is {value!r}", hint="Use a whole number of at least 1, or leave it out.")
+            if value is not None and key.startswith("keep_") and self.max_recent_checkpoints is None:
+                raise ConfigError(
+                    f"{key} has no effect while every checkpoint is kept",
+                    hint=f"Set max_recent_checkpoints too, or leave {key} out.",
+                )
         if type(self.max_file_bytes) is not int or self.max_file_bytes < 1:
             raise ConfigError(f"max_file_bytes is {self.max_file_bytes!r}", hint="Use a positive number of bytes.")
         for key in ("consolidation_timeout_minutes", "collective_timeout_seconds"):
@@ -220,21 +225,20 @@ class CheckpointingConfig:
     def _check_remote(self) -> None:
         if not self.is_remote:
             return
-        if self.exports(is_final_checkpoint=True):
+        if self.model_save_format == "safetensors" and self.consolidated_mode is not SaveConsolidatedMode.FALSE:
             raise ConfigError(
                 "A consolidated export cannot be written to a remote checkpoint directory",
                 path=self.checkpoint_dir,
                 hint="Set save_consolidated to 'false' and run `shardwise consolidate` later, or set checkpoint_dir to "
                 "a local or mounted directory.",
             )
-        for key in ("max_recent_checkpoints", "keep_every_k_steps", "keep_best"):
-            if getattr(self, key) is not None:
-                raise ConfigError(
-                    f"{key} cannot be applied to a remote checkpoint directory",
-                    path=self.checkpoint_dir,
-                    hint=f"Leave {key} out and set a lifecycle rule on the bucket instead, or set checkpoint_dir to a "
-                    "local or mounted directory.",
-                )
+        if self.max_recent_checkpoints is not None:
+            raise ConfigError(
+                "max_recent_checkpoints cannot be applied to a remote checkpoint directory",
+                path=self.checkpoint_dir,
+                hint="Leave max_recent_checkpoints out and set a lifecycle rule on the bucket instead, or set "
+                "checkpoint_dir to a local or mounted directory.",
+            )
 
     @property
     def is_remote(self) -> bool:
@@ -249,8 +253,8 @@ class CheckpointingConfig:
         return _normalize_save_consolidated(self.save_consolidated)
 
     def exports(self, *, is_final_checkpoint: bool) -> bool:
-        """Say whether a save writes ``consolidated/``; ``torch_save`` never does."""
-        if self.model_save_format != "safetensors":
+        """Say whether a save writes ``consolidated/``; ``torch_save`` and adapters never do."""
+        if self.model_save_format != "safetensors" or self.is_peft:
             return False
         mode = self.consolidated_mode
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final_checkpoint)

@@ -1,0 +1,187 @@
+"""Pointers of a root: ``LATEST`` and its like, replaced atomically.
+
+A pointer is a relative symbolic link, or a text file ``NAME.txt`` where links are not to be had. Should a crash leave
+both kinds, the text file is the newer one: `set_pointer` writes them in the order that makes this so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.lifecycle.filesystem import LOCAL, FileSystem, read_small_file, storage_errors
+from shardwise.lifecycle.names import (
+    ANNOUNCEMENT_NAME,
+    LATEST,
+    draft_name,
+    is_hidden,
+    is_plain,
+    parse_checkpoint_name,
+)
+
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_TEXT_LIMIT = 4096
+
+
+def set_pointer(root: Path, name: str, target: str, *, fs: FileSystem = LOCAL) -> None:
+    """Let the pointer ``name`` lead to the checkpoint directory ``target``; one rank calls.
+
+    At every moment, a crash included, the pointer leads to the old target or to the new one. Setting ``LATEST`` also
+    ends the publication that `announce` began.
+
+    Raises:
+        MisuseError: ``name`` cannot be a pointer's, or ``target`` is not a plain name.
+        CheckpointNotFoundError: There is no directory ``target`` in the root.
+        StorageError: The file system refused.
+    """
+    if not is_plain(name) or name.endswith(".txt") or parse_checkpoint_name(name) is not None:
+        raise MisuseError(f"{name!r} cannot be the name of a pointer", hint="Use letters, digits and underscores.")
+    if not is_plain(target):
+        raise MisuseError(f"{target!r} is not the name of a checkpoint", hint="Name a directory of the root.")
+    if not (root / target).is_dir():
+        raise CheckpointNotFoundError(
+            f"The pointer {name} cannot lead to {target!r}",
+            path=root / target,
+            hint="Publish the checkpoint first.",
+        )
+    link, text = root / name, root / f"{name}.txt"
+    with storage_errors(root):
+        if os.path.lexists(text):
+            _replace_text(root, text.name, target, fs)
+        if _replace_link(root, link.name, target, fs):
+            stale = text
+        else:
+            _replace_text(root, text.name, target, fs)
+            stale = link
+        leftovers = [stale] if os.path.lexists(stale) and not _is_directory(stale) else []
+        if name == LATEST and os.path.lexists(root / ANNOUNCEMENT_NAME):
+            leftovers.append(root / ANNOUNCEMENT_NAME)
+        for path in leftovers:
+            fs.remove_tree(path)
+        if leftovers:
+            fs.fsync_path(root)
+
+
+def read_pointer(root: Path, name: str) -> str | None:
+    """Name of the directory in the root that the pointer ``name`` leads to; ``None`` where there is no such pointer.
+
+    The directory need not exist.
+
+    Raises:
+        CheckpointNotFoundError: The pointer leads outside the root, in a circle, or is unreadable.
+    """
+    if is_hidden(name) or not is_plain(name):
+        return None
+    with storage_errors(root / name):
+        if os.path.lexists(root / f"{name}.txt"):
+            path = root / f"{name}.txt"
+            target = _read_text(path)
+        elif (root / name).is_symlink():
+            path = root / name
+            target = os.readlink(path)
+        else:
+            return None
+    inside = None if target is None else _inside(root, target)
+    if inside is None:
+        raise CheckpointNotFoundError(
+            f"The pointer {name} leads to {target!r}, which is not in its root"
+            if target is not None
+            else f"The pointer {name} cannot be read",
+            path=path,
+            hint="Name the checkpoint directory, or pass its path.",
+        )
+    return inside
+
+
+def pointers(root: Path) -> dict[str, str]:
+    """Every pointer of the root that leads to something in it, by name; the target need not exist."""
+    found: dict[str, str] = {}
+    with storage_errors(root):
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name) if root.is_dir() else []
+        for entry in entries:
+            name = entry.name.removesuffix(".txt")
+            is_pointer = entry.is_symlink() or entry.name.endswith(".txt")
+            if not is_pointer or name in found:
+                continue
+            try:
+                target = read_pointer(root, name)
+            except CheckpointNotFoundError:
+                # It protects nothing in this root; naming it to resolve() is what reports it.
+                continue
+            if target is not None:
+                found[name] = target
+    return found
+
+
+def announce(root: Path, name: str, *, fs: FileSystem = LOCAL) -> None:
+    """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
+
+    Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
+    checkpoint, and the next save of the same step would then find its name taken. With the record `announced` tells
+    that case from a ``LATEST`` that somebody set back on purpose.
+    """
+    with storage_errors(root):
+        _replace_text(root, ANNOUNCEMENT_NAME, name, fs)
+
+
+def announced(root: Path) -> str | None:
+    """Name of the checkpoint whose publication began and whose ``LATEST`` was not set; it may not exist."""
+    with storage_errors(root):
+        target = _read_text(root / ANNOUNCEMENT_NAME)
+    return target if target is not None and is_plain(target) else None
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _replace_link(root: Path, name: str, target: str, fs: FileSystem) -> bool:
+    if _is_directory(root / name):
+        # A copy that followed the link. It may be somebody's only one, so the text file takes over beside it.
+        return False
+    draft = root / draft_name(name)
+    fs.remove_tree(draft)
+    try:
+        fs.symlink(target, draft)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    fs.rename(draft, root / name)
+    fs.fsync_path(root)
+    return True
+
+
+def _replace_text(root: Path, name: str, target: str, fs: FileSystem) -> None:
+    draft = root / draft_name(name)
+    fs.remove_tree(draft)
+    fs.write_file(draft, f"{target}\n".encode())
+    fs.rename(draft, root / name)
+    fs.fsync_path(root)
+
+
+def _read_text(path: Path) -> str | None:
+    data = read_small_file(path, _TEXT_LIMIT)
+    if data is None:
+        return None
+    try:
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    return text if text and text.isprintable() else None
+
+
+def _inside(root: Path, target: str) -> str | None:
+    """First component below the root of what ``target`` finally is; a circle or a way out gives ``None``."""
+    base = os.path.realpath(root)
+    try:
+        full = os.path.realpath(os.path.join(base, target), strict=True)
+    except FileNotFoundError:
+        full = os.path.realpath(os.path.join(base, target))
+    except OSError:
+        return None
+    relative = os.path.relpath(full, base)
+    first = relative.split(os.sep, 1)[0]
+    return first if is_plain(first) else None

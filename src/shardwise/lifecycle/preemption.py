@@ -1,0 +1,131 @@
+"""Asked to leave: finish the step, save on all ranks together, exit.
+
+A signal reaches ranks at different moments, or only one of them. The guard notes it and nothing else; the ranks agree
+at a step boundary, through whatever the caller passes to `PreemptionGuard.should_save`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Self
+
+from shardwise.errors import MisuseError
+
+# Their default action is not to end the process, so a second one could not leave at once.
+_HARMLESS = {"SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
+_UNCATCHABLE = {"SIGKILL", "SIGSTOP"}
+
+
+class PreemptionGuard:
+    """Turns the first signal into a request, and the second into an immediate exit.
+
+    Used as a context manager, in the main thread, around the training loop:
+
+        with PreemptionGuard() as guard:
+            for batch in loader:
+                train_step(batch)
+                if guard.should_save(group.any):
+                    checkpointer.save(...)
+                    break
+
+    After the first signal the signal's default action is in force, so that the second ends the process even while the
+    main thread waits in a collective. Publication is one rename, so nothing is half-published then. The previous
+    handlers are back when the context is left.
+
+    Args:
+        signals: What counts as a request.
+        repeat_window_seconds: Signals within this time after the first belong to it. Some launchers forward a signal
+            that the scheduler also sends to every process; where yours does, a second or two avoids an exit without a
+            save. With 0 any second signal leaves at once.
+        clock: Monotonic seconds.
+
+    Raises:
+        MisuseError: A signal cannot be caught, or does not end a process by default.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+        *,
+        repeat_window_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._signals = tuple(signal.Signals(number) for number in signals)
+        for number in self._signals:
+            if number.name in _HARMLESS | _UNCATCHABLE:
+                raise MisuseError(
+                    f"{number.name} cannot ask for a save", hint="Use SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2."
+                )
+        self._window = repeat_window_seconds
+        self._clock = clock
+        self._first_at: float | None = None
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        """Install the handlers.
+
+        Raises:
+            MisuseError: Not in the main thread (Python delivers signals there only), or entered twice.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise MisuseError(
+                "Signals can be handled in the main thread only", hint="Enter the PreemptionGuard in the main thread."
+            )
+        if self._previous:
+            raise MisuseError("The PreemptionGuard is already in use", hint="Make one guard for each loop.")
+        self._first_at = None
+        self._owner = os.getpid()
+        for number in self._signals:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    @property
+    def requested_locally(self) -> bool:
+        """Whether this process has been asked; other ranks may not have been."""
+        return self._first_at is not None
+
+    def should_save(self, any_rank: Callable[[bool], bool] | None = None) -> bool:
+        """Whether to save now and leave; every rank calls it at the same step boundaries.
+
+        Args:
+            any_rank: Tells whether any rank passed ``True``; a collective, called on every call, so that no rank waits
+                for one that already knows. ``None`` for a single process.
+        """
+        mine = self.requested_locally
+        return mine if any_rank is None else any_rank(mine)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Nothing is logged here: a handler may run in the middle of a logging call.
+        now = self._clock()
+        if os.getpid() != self._owner:
+            # A forked worker inherits the handler; asked to end, it must end.
+            self._leave(number)
+        elif self._first_at is None:
+            self._first_at = now
+            if self._window > 0:
+                return
+            for each in self._signals:
+                signal.signal(each, signal.SIG_DFL)
+        elif now - self._first_at > self._window:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        # Returns only where the signal is blocked in this thread.
+        signal.raise_signal(number)
+        os._exit(128 + number)

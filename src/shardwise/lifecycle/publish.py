@@ -1,0 +1,182 @@
+"""From a reserved directory to a published checkpoint: one rename is the commit point."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from shardwise.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    MisuseError,
+)
+from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.lifecycle.names import (
+    MANIFEST_NAME,
+    doomed_name,
+    is_doomed,
+    is_plain,
+    is_temporary,
+    published_name,
+    temporary_name,
+)
+from shardwise.lifecycle.pointers import announce
+from shardwise.lifecycle.resolve import is_complete, is_verifiable
+
+
+def reserve(root: Path, name: str, *, fs: FileSystem = LOCAL) -> Path:
+    """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
+
+    What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
+    name that could not be resumed from.
+
+    Returns:
+        The temporary directory, to be handed to `publish` or `abandon`.
+
+    Raises:
+        CheckpointExistsError: The checkpoint is already published.
+        MisuseError: ``name`` is not a plain name.
+        StorageError: The root is a file, not writable, or the file system refused.
+    """
+    if not is_plain(name):
+        raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
+    final, temp = root / name, root / temporary_name(name)
+    with storage_errors(root):
+        _make_root(root, fs)
+        if os.path.lexists(final):
+            _refuse_published(final)
+            remove_checkpoint(root, name, fs=fs)
+        fs.remove_tree(temp)
+        fs.make_directory(temp)
+        fs.fsync_path(root)
+    return temp
+
+
+def publish(temp: Path, final: Path, *, fs: FileSystem = LOCAL) -> None:
+    """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
+
+    The writers have synced the content of their files; this syncs the directories that list them, and then renames
+    once. A crash before the rename leaves a temporary directory, one after it the whole checkpoint. Set ``LATEST``
+    next, with `set_pointer`; until then resolving ``LATEST`` follows the announcement made here.
+
+    Raises:
+        CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
+        CheckpointNotFoundError: ``temp`` does not exist.
+        IncompleteCheckpointError: ``temp`` has no manifest.
+        MisuseError: ``temp`` is not what `reserve` returned for ``final``.
+        StorageError: The file system refused; ``temp`` is still there, unless only the sync after the rename failed.
+    """
+    if temp.parent != final.parent or published_name(temp.name) != final.name:
+        raise MisuseError(
+            f"{temp.name!r} was not reserved for {final.name!r}", path=temp, hint="Pass what reserve() returned."
+        )
+    with storage_errors(temp):
+        if not temp.is_dir():
+            raise CheckpointNotFoundError(
+                "There is no unfinished save to publish", path=temp, hint="Call reserve() and write the checkpoint."
+            )
+        if not is_verifiable(temp):
+            raise IncompleteCheckpointError(
+                f"The save has no {MANIFEST_NAME}", path=temp, hint="Write the manifest last, then publish."
+            )
+        if os.path.lexists(final):
+            _refuse(final)
+        for directory in _directories_bottom_up(temp):
+            fs.fsync_path(directory)
+        announce(final.parent, final.name, fs=fs)
+        try:
+            fs.rename_new(temp, final)
+        except FileExistsError:
+            _refuse(final)
+        fs.fsync_path(final.parent)
+
+
+def abandon(temp: Path, *, fs: FileSystem = LOCAL) -> None:
+    """Delete an unfinished save; one rank calls, when no rank writes to it any more. Twice is once.
+
+    Raises:
+        MisuseError: ``temp`` is not an unfinished save; nothing is deleted.
+        StorageError: The file system refused.
+    """
+    published_name(temp.name)
+    with storage_errors(temp):
+        fs.remove_tree(temp)
+
+
+def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSystem = LOCAL) -> tuple[str, ...]:
+    """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
+
+    A killed save of a step that is never saved again would otherwise hold its space for ever.
+
+    Args:
+        root: Directory of the checkpoints; it need not exist.
+        active: Temporary directories of saves that are under way.
+        fs: Where to.
+
+    Returns:
+        The names that were deleted.
+    """
+    busy = {path.name for path in active}
+    with storage_errors(root):
+        names = sorted(os.listdir(root)) if root.is_dir() else []
+        gone = tuple(name for name in names if (is_temporary(name) or is_doomed(name)) and name not in busy)
+        for name in gone:
+            fs.remove_tree(root / name)
+    return gone
+
+
+def remove_checkpoint(root: Path, *names: str, fs: FileSystem = LOCAL) -> None:
+    """Delete directories so that a crash leaves each either whole under its name, or under none that resolves.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    with storage_errors(root):
+        for name in names:
+            fs.remove_tree(root / doomed_name(name))
+            fs.rename_new(root / name, root / doomed_name(name))
+        # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
+        fs.fsync_path(root)
+        for name in names:
+            fs.remove_tree(root / doomed_name(name))
+
+
+def _make_root(root: Path, fs: FileSystem) -> None:
+    missing = []
+    path = root
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        try:
+            fs.make_directory(directory)
+        except FileExistsError:
+            # Somebody else (a logger, say) wanted the same root.
+            if not directory.is_dir():
+                raise
+        fs.fsync_path(directory.parent)
+
+
+def _refuse_published(final: Path) -> None:
+    is_directory = final.is_dir() and not final.is_symlink()
+    if not is_directory or is_complete(final):
+        _refuse(final)
+
+
+def _refuse(final: Path) -> None:
+    raise CheckpointExistsError(
+        f"{final.name} is already there and is never overwritten",
+        path=final,
+        hint="Resume from it, delete it, or choose another checkpoint_dir.",
+    )
+
+
+def _directories_bottom_up(top: Path) -> Iterator[Path]:
+    for directory, _, _ in os.walk(top, topdown=False, onerror=_raise):
+        yield Path(directory)
+
+
+def _raise(error: OSError) -> None:
+    raise error

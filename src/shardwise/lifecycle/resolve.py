@@ -1,0 +1,271 @@
+"""From what a user names to a checkpoint that may be resumed from; reading only, so every rank may call.
+
+Order is by name, never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest.
+Checkpoints order by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps;
+with one that starts again in every epoch, ordering by step alone would take the end of an old epoch for the newest and
+let retention delete the newest in its stead. The one case that this order gets wrong, epoch numbers that run backwards
+after a change of the data, is decided by ``LATEST``, which is set by publication and always comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError
+from shardwise.lifecycle.filesystem import read_small_file, storage_errors
+from shardwise.lifecycle.names import (
+    LATEST,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    is_doomed,
+    is_temporary,
+    parse_checkpoint_name,
+)
+from shardwise.lifecycle.pointers import announced, read_pointer
+
+logger = logging.getLogger(__name__)
+
+_METRICS_LIMIT = 1 << 20
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A directory of the root that has a checkpoint's name.
+
+    Attributes:
+        name: ``epoch_E_step_S``.
+        epoch: E.
+        step: S.
+        complete: It may be resumed from.
+        verifiable: It has a manifest. A complete one without (another tool's) cannot be checked.
+        metrics: Finite numbers of its ``losses.json``.
+    """
+
+    name: str
+    epoch: int
+    step: int
+    complete: bool
+    verifiable: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: the larger, the newer."""
+        return self.epoch, self.step
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedCheckpoint:
+    """A complete checkpoint to resume from.
+
+    Attributes:
+        path: Its directory.
+        name: Last component of ``path``.
+        epoch: From the name; ``None`` where the directory is not called ``epoch_E_step_S``.
+        step: Likewise.
+        verifiable: It has a manifest.
+        metrics: Finite numbers of its ``losses.json``.
+    """
+
+    path: Path
+    name: str
+    epoch: int | None
+    step: int | None
+    verifiable: bool
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+
+def is_verifiable(directory: Path) -> bool:
+    """Whether the directory holds a manifest, which is what a save writes last."""
+    try:
+        return stat.S_ISREG(os.lstat(directory / MANIFEST_NAME).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the directory may be resumed from: a manifest, or (another tool's) a ``model/`` with something in it."""
+    if is_verifiable(directory):
+        return True
+    try:
+        return any(os.scandir(directory / "model"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
+    """Every directory of the root with a checkpoint's name, oldest first; a root that does not exist has none.
+
+    Links are pointers and not checkpoints, whatever they are called.
+
+    Raises:
+        StorageError: The root is a file, or cannot be read.
+    """
+    found = []
+    with storage_errors(root):
+        try:
+            entries = list(os.scandir(root))
+        except FileNotFoundError:
+            return ()
+        for entry in entries:
+            numbers = parse_checkpoint_name(entry.name)
+            if numbers is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            directory = root / entry.name
+            found.append(
+                CheckpointInfo(
+                    entry.name, *numbers, is_complete(directory), is_verifiable(directory), read_metrics(directory)
+                )
+            )
+    return tuple(sorted(found, key=lambda info: info.order))
+
+
+def newest(checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+    """The newest complete one."""
+    return max((info for info in checkpoints if info.complete), key=lambda info: info.order, default=None)
+
+
+def read_metrics(directory: Path) -> dict[str, float]:
+    """The finite numbers at the top level of ``losses.json``; none where it is absent or damaged."""
+    path = directory / METRICS_NAME
+    data = read_small_file(path, _METRICS_LIMIT)
+    if data is None:
+        return {}
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        # Metrics choose what is best, they are not needed to resume; verify reports the damage.
+        logger.warning("%s is not JSON and is left out of account: %s", path, error)
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    numbers = {}
+    for key, value in document.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                continue
+            if math.isfinite(number):
+                numbers[key] = number
+    return numbers
+
+
+def resolve(root: Path, restore_from: str | Path = LATEST) -> ResolvedCheckpoint | None:
+    """Find the checkpoint that ``restore_from`` means.
+
+    Args:
+        root: Directory of the checkpoints and pointers.
+        restore_from: ``LATEST``, another pointer's name, the name of a directory in the root, or a path (a `Path`, or
+            text that names nothing in the root).
+
+    Returns:
+        The checkpoint, always complete; ``None`` only for ``LATEST`` of a root in which no checkpoint was published.
+
+    Raises:
+        CheckpointNotFoundError: There is no such thing; the text lists what there is.
+        IncompleteCheckpointError: It is an interrupted save.
+        StorageError: The root or the target cannot be read.
+    """
+    with storage_errors(root):
+        if isinstance(restore_from, Path):
+            return _at_path(root, restore_from)
+        if restore_from == LATEST:
+            return _latest(root)
+        return _named(root, restore_from)
+
+
+def _latest(root: Path) -> ResolvedCheckpoint | None:
+    name = announced(root)
+    if name is not None and parse_checkpoint_name(name) and is_complete(root / name):
+        return _describe(root / name)
+    problem = None
+    try:
+        name = read_pointer(root, LATEST)
+        if name is None:
+            # Copying tools that follow links leave a directory in the pointer's place: the copy is as good.
+            name = LATEST if (root / LATEST).is_dir() else None
+        if name is not None:
+            return _checked(root, root / name, f"{LATEST} leads to {name}, which")
+    except (CheckpointNotFoundError, IncompleteCheckpointError) as error:
+        problem = error
+    checkpoints = list_checkpoints(root)
+    fallback = newest(checkpoints)
+    if fallback is not None:
+        if problem is not None:
+            logger.warning("%s Falling back to %s.", problem.message, fallback.name)
+        return _describe(root / fallback.name)
+    if problem is not None:
+        # There was a checkpoint once. Starting afresh without a word would bury its loss.
+        raise problem
+    if checkpoints:
+        logger.warning("%s holds interrupted saves only: %s", root, ", ".join(info.name for info in checkpoints))
+    return None
+
+
+def _named(root: Path, text: str) -> ResolvedCheckpoint:
+    name = text.rstrip(os.sep)
+    if not text.strip():
+        raise CheckpointNotFoundError("restore_from is empty", path=root, hint=_what_is_there(root))
+    if name and os.sep not in name and name not in (".", ".."):
+        target = read_pointer(root, name)
+        if target is not None:
+            return _checked(root, root / target, f"The pointer {name} leads to {target}, which")
+        if os.path.lexists(root / name):
+            return _checked(root, root / name, name)
+    return _at_path(root, Path(text))
+
+
+def _at_path(root: Path, path: Path) -> ResolvedCheckpoint:
+    path = path.expanduser()
+    if path.name and not os.path.lexists(path):
+        target = read_pointer(path.parent, path.name)
+        if target is not None:
+            return _checked(path.parent, path.parent / target, f"The pointer {path.name} leads to {target}, which")
+    try:
+        real = path.resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        real = path
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointNotFoundError(
+            f"{str(path)!r} cannot be followed: {error}", path=path, hint=_what_is_there(root)
+        ) from error
+    return _checked(root, real, repr(str(path)))
+
+
+def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
+    if is_temporary(directory.name) or is_doomed(directory.name):
+        raise IncompleteCheckpointError(f"{label} is an interrupted save", path=directory, hint=_what_is_there(root))
+    if not os.path.lexists(directory):
+        raise CheckpointNotFoundError(f"{label} does not exist", path=directory, hint=_what_is_there(root))
+    if not directory.is_dir():
+        raise CheckpointNotFoundError(f"{label} is not a directory", path=directory, hint=_what_is_there(root))
+    if not is_complete(directory):
+        raise IncompleteCheckpointError(
+            f"{label} has neither {MANIFEST_NAME} nor model/: an interrupted save, or not a checkpoint",
+            path=directory,
+            hint=_what_is_there(root),
+        )
+    return _describe(directory)
+
+
+def _describe(directory: Path) -> ResolvedCheckpoint:
+    numbers = parse_checkpoint_name(directory.name)
+    epoch, step = numbers if numbers is not None else (None, None)
+    return ResolvedCheckpoint(directory, directory.name, epoch, step, is_verifiable(directory), read_metrics(directory))
+
+
+def _what_is_there(root: Path) -> str:
+    names = [info.name for info in list_checkpoints(root) if info.complete] if root.is_dir() else []
+    if not names:
+        return f"{root} holds no complete checkpoint."
+    shown = ", ".join(reversed(names[-_LISTED:])) + (", ..." if len(names) > _LISTED else "")
+    return f"Complete checkpoints in {root}, newest first: {shown}."

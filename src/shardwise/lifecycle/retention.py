@@ -1,0 +1,117 @@
+"""Which checkpoints to keep: a pure decision, and a deletion that a crash cannot turn into a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.config import CheckpointingConfig
+from shardwise.errors import ConfigError
+from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.lifecycle.names import is_doomed
+from shardwise.lifecycle.pointers import announced, pointers
+from shardwise.lifecycle.publish import remove_checkpoint
+from shardwise.lifecycle.resolve import CheckpointInfo, list_checkpoints, newest
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What to keep; a checkpoint stays if any rule wants it.
+
+    Attributes:
+        max_recent: The newest so many; ``None`` keeps everything, whatever the other rules say.
+        every_k_steps: Those whose step is a multiple of this.
+        best: So many with the best metric.
+        metric_mode: ``min`` where lower is better, ``max`` where higher is.
+        metric_key: Key of the metric in ``losses.json``.
+
+    Raises:
+        ConfigError: A number is below 1, or the mode is neither.
+    """
+
+    max_recent: int | None = None
+    every_k_steps: int | None = None
+    best: int | None = None
+    metric_mode: str = "min"
+    metric_key: str = "default"
+
+    def __post_init__(self) -> None:
+        for key, value in (("max_recent", self.max_recent), ("every_k_steps", self.every_k_steps), ("best", self.best)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{key} is {value!r}", hint="Use a whole number of at least 1, or leave it out.")
+        if self.metric_mode not in ("min", "max"):
+            raise ConfigError(f"metric_mode is {self.metric_mode!r}", hint="Use 'min' or 'max'.")
+
+    @staticmethod
+    def from_config(config: CheckpointingConfig) -> Retention:
+        """The policy that a configuration asks for."""
+        return Retention(
+            config.max_recent_checkpoints,
+            config.keep_every_k_steps,
+            config.keep_best,
+            config.best_metric_mode,
+            config.best_metric_key,
+        )
+
+
+def rank_by_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> tuple[CheckpointInfo, ...]:
+    """The complete checkpoints that have the metric, best first; of equals the newer comes first."""
+    sign = 1 if policy.metric_mode == "min" else -1
+    measured = [info for info in checkpoints if info.complete and policy.metric_key in info.metrics]
+    by_age = sorted(measured, key=lambda info: info.order, reverse=True)
+    return tuple(sorted(by_age, key=lambda info: sign * info.metrics[policy.metric_key]))
+
+
+def best_checkpoint(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> str | None:
+    """Name of the checkpoint that the best-metric pointer should lead to."""
+    ranked = rank_by_metric(checkpoints, policy)
+    return ranked[0].name if ranked else None
+
+
+def select_doomed(
+    checkpoints: Sequence[CheckpointInfo], pointed: AbstractSet[str], policy: Retention
+) -> tuple[str, ...]:
+    """Names to delete, oldest first. Pure.
+
+    Never among them: what a pointer names; the newest complete checkpoint; the newest complete one that has a manifest
+    (another tool's directory may be a save still under way); an incomplete directory (it is not known to be ours).
+    """
+    if policy.max_recent is None:
+        return ()
+    complete = sorted((info for info in checkpoints if info.complete), key=lambda info: info.order)
+    kept = {info.name for info in complete[-policy.max_recent :]} | set(pointed)
+    last_verifiable = newest([info for info in complete if info.verifiable])
+    if last_verifiable is not None:
+        kept.add(last_verifiable.name)
+    if policy.every_k_steps is not None:
+        kept |= {info.name for info in complete if info.step % policy.every_k_steps == 0}
+    if policy.best is not None:
+        kept |= {info.name for info in rank_by_metric(complete, policy)[: policy.best]}
+    return tuple(info.name for info in complete if info.name not in kept)
+
+
+def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str, ...]:
+    """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
+
+    Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
+    deleted by the next.
+
+    Returns:
+        The names of the checkpoints that were deleted.
+
+    Raises:
+        StorageError: The file system refused. What was kept is untouched.
+    """
+    with storage_errors(root):
+        for leftover in sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else ():
+            fs.remove_tree(leftover)
+    pointed = set(pointers(root).values())
+    begun = announced(root)
+    if begun is not None:
+        pointed.add(begun)
+    doomed = select_doomed(list_checkpoints(root), pointed, policy)
+    if doomed:
+        remove_checkpoint(root, *doomed, fs=fs)
+    return doomed

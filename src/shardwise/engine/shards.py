@@ -1,0 +1,127 @@
+"""Writing sharded files: no file is shared between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import IncompleteTensorError
+from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.io.digest import contribution
+from shardwise.io.storage import Storage
+from shardwise.io.writer import Digests, FileSet, totals, write_run
+from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import Run
+from shardwise.plan.shards import Piece, ShardFile
+from shardwise.types import Box, TensorSpec
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A sharded save that only waits for its bytes."""
+
+    directory: Path
+    component: str
+    roster: Roster
+    files: tuple[ShardFile, ...]
+
+
+def write_shards(plan: ShardPlan, group: Group, storage: Storage) -> ComponentRecord:
+    """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
+
+    Returns:
+        Files and tensors of all ranks, on every rank.
+
+    Raises:
+        StorageError: The file system refused, on any rank; the same error on every rank.
+    """
+    digests = Digests()
+    chunks: dict[str, list[ChunkRecord]] = {}
+    nbytes = sum(file.layout.size for file in plan.files)
+    total = sum(group.fold([], [nbytes], "adding up what is to be written")[1])
+    with group.together(f"reserving space in {plan.directory}"):
+        storage.make_directory(plan.directory)
+        storage.check_space(plan.directory, total if group.is_main else nbytes)
+        for file in plan.files:
+            storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
+    with group.together(f"writing {plan.directory}"):
+        files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
+        try:
+            for number, file in enumerate(plan.files):
+                _write_file(number, file, files, storage, digests, chunks)
+            files.sync()
+            storage.sync_directory(plan.directory)
+        finally:
+            files.close()
+    return _gather(plan, group, digests, chunks)
+
+
+def _write_file(
+    number: int,
+    file: ShardFile,
+    files: FileSet,
+    storage: Storage,
+    digests: Digests,
+    chunks: dict[str, list[ChunkRecord]],
+) -> None:
+    head = len(file.layout.header)
+    for entry in file.layout.entries:
+        piece = file.pieces[entry.spec.name]
+        run = Run(number, head + entry.begin, piece.tensor, entry.spec, 0, piece.data)
+        crc = write_run(run, files, storage)
+        name = piece.spec.name
+        digests.crcs[name] = digests.crcs.get(name, 0) ^ _contribution(piece, crc)
+        digests.counts[name] = digests.counts.get(name, 0) + run.nbytes
+        chunks.setdefault(name, []).append(
+            ChunkRecord(file.layout.name, head + entry.begin, run.nbytes, piece.box, crc)
+        )
+
+
+def _contribution(piece: Piece, crc: int) -> int:
+    return contribution(piece.box, piece.spec.shape, piece.data.detach().to("cpu", torch_dtype(piece.spec.dtype)), crc)
+
+
+def _gather(plan: ShardPlan, group: Group, digests: Digests, chunks: dict[str, list[ChunkRecord]]) -> ComponentRecord:
+    specs = plan.roster.specs
+    crcs, counts = group.fold(*totals([spec.name for spec in specs], digests), "combining digests")
+    own: JsonValue = [
+        [[f.layout.name, f.layout.size, crc32c(f.layout.header), len(f.layout.header)] for f in plan.files],
+        {name: [_encode(chunk) for chunk in found] for name, found in chunks.items()},
+    ]
+    rows = cast(list[tuple[list[list[int]], dict[str, list[list[int]]]]], group.gather_json(own, "gathering records"))
+    everywhere: dict[str, list[ChunkRecord]] = {}
+    files = [FileRecord(str(name), size, crc, head) for named, _ in rows for name, size, crc, head in named]
+    for _, theirs in rows:
+        for name, encoded in theirs.items():
+            everywhere.setdefault(name, []).extend(_decode(chunk) for chunk in encoded)
+    tensors = []
+    for spec, crc, count in zip(specs, crcs, counts, strict=True):
+        _check(spec, count, plan.directory)
+        ordered = tuple(sorted(everywhere.get(spec.name, []), key=lambda chunk: chunk.box.offsets))
+        tensors.append(TensorRecord(plan.component, spec, crc if spec.nbytes else crc32c(b""), ordered))
+    return ComponentRecord(tuple(files), tuple(tensors))
+
+
+def _check(spec: TensorSpec, nbytes: int, directory: Path) -> None:
+    if nbytes != spec.nbytes:
+        raise IncompleteTensorError(
+            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
+            path=directory,
+            tensor=spec.name,
+            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
+        )
+
+
+def _encode(chunk: ChunkRecord) -> JsonValue:
+    return [chunk.file, chunk.offset, chunk.nbytes, list(chunk.box.offsets), list(chunk.box.sizes), chunk.crc32c]
+
+
+def _decode(value: Sequence[object]) -> ChunkRecord:
+    file, offset, nbytes, offsets, sizes, crc = cast(tuple[str, int, int, list[int], list[int], int], tuple(value))
+    return ChunkRecord(file, offset, nbytes, Box(tuple(offsets), tuple(sizes)), crc)

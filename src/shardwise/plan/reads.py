@@ -1,0 +1,142 @@
+"""Which bytes to read, and where each goes. Pure.
+
+A saved tensor is a set of chunks, each a box in row-major order somewhere in a file. What a rank wants of it is a set of
+fragments. Their intersections become `Read`s: rows of bytes at a regular distance in a file, and the memory that they fill.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.errors import MissingTensorError
+from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.ownership import cut
+from shardwise.plan.views import factor_shape, refine_box
+from shardwise.types import Box, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class SourceChunk:
+    """A saved piece of a tensor.
+
+    Attributes:
+        box: Its region, in the tensor's shape.
+        file: Index into the source's files.
+        offset: Byte offset in the file; -1 where the piece is not raw bytes (a DCP ``.distcp`` item).
+        key: What a source of another kind needs to find the piece; empty for raw bytes.
+    """
+
+    box: Box
+    file: int
+    offset: int
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A saved tensor: what it is, and where its pieces are."""
+
+    spec: TensorSpec
+    chunks: tuple[SourceChunk, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """Rows of bytes, and the memory that they fill.
+
+    Attributes:
+        file: Index into the source's files.
+        offset: Byte offset of the first row in the file.
+        rows: Number of rows.
+        period: Bytes from one row's start to the next.
+        width: Bytes of each row.
+        dest: Where they go: its first dimension is ``rows``, and each row's elements are consecutive in the file. One
+            row's worth of elements times ``rows``; any strides.
+        spec: The saved tensor, for its dtype and for messages.
+    """
+
+    file: int
+    offset: int
+    rows: int
+    period: int
+    width: int
+    dest: torch.Tensor
+    spec: TensorSpec
+
+
+def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[Read]:
+    """The reads that fill every fragment of ``wanted``.
+
+    Raises:
+        MissingTensorError: The chunks do not cover a fragment.
+    """
+    for fragment in wanted.fragments:
+        covered = 0
+        for chunk in source.chunks:
+            for read in _from_chunk(chunk, source.spec, fragment, wanted.grid):
+                covered += read.dest.numel()
+                yield read
+        if covered != fragment.box.numel:
+            raise MissingTensorError(
+                f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",
+                tensor=source.spec.name,
+                hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
+            )
+
+
+def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[Read]:
+    if grid == spec.shape:
+        factors: tuple[tuple[int, ...], ...] = tuple((n,) for n in grid)
+        boxes: Sequence[Box] = (chunk.box,)
+    else:
+        factors = factor_shape(spec.shape, grid)
+        boxes = refine_box(chunk.box, factors)
+    origin, strides = _memory(chunk.box, factors)
+    for box in boxes:
+        common = box.intersect(fragment.box) if box.sizes else box
+        if common is not None:
+            start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
+            yield from _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
+
+
+def _memory(box: Box, factors: tuple[tuple[int, ...], ...]) -> tuple[int, tuple[int, ...]]:
+    """Strides of the grid dimensions inside a chunk, and the position that its own first element would have."""
+    strides: list[int] = []
+    origin, inner = 0, 1
+    for start, size, parts in reversed(list(zip(box.offsets, box.sizes, factors, strict=True))):
+        origin += start * inner
+        for i in reversed(range(len(parts))):
+            strides.append(inner * math.prod(parts[i + 1 :]))
+        inner *= size
+    return origin, tuple(reversed(strides))
+
+
+def _strided(
+    chunk: SourceChunk,
+    spec: TensorSpec,
+    start: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dest: torch.Tensor,
+) -> Iterator[Read]:
+    """Split a strided region of a chunk into reads of regular rows."""
+    outer = len(sizes)
+    run = 1
+    while outer > 0 and (strides[outer - 1] == run or sizes[outer - 1] == 1):
+        run *= sizes[outer - 1]
+        outer -= 1
+    item = spec.itemsize
+    if outer == 0:
+        yield Read(chunk.file, chunk.offset + start * item, 1, run * item, run * item, dest.unsqueeze(0), spec)
+        return
+    if outer == 1:
+        yield Read(
+            chunk.file, chunk.offset + start * item, sizes[0], strides[0] * item, run * item, dest, spec
+        )
+        return
+    for i in range(sizes[0]):
+        yield from _strided(chunk, spec, start + i * strides[0], sizes[1:], strides[1:], dest[i])

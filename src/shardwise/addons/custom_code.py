@@ -1,0 +1,300 @@
+"""Copies the Python files of a custom model beside its weights. Nothing here runs or imports what it copies."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from shardwise.addons.base_model import base_directory, is_inside
+from shardwise.addons.compat import _apply_transformers_compat_guards
+from shardwise.addons.model_parts import own_class, unwrap
+from shardwise.errors import StorageError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+_LOG = logging.getLogger(__name__)
+
+#: The package under which transformers imports code that comes with a model (transformers.utils.hub).
+_CACHE_PACKAGE = "transformers_modules"
+
+#: A revision folder in that package: a commit of a hub model, or a digest of a local one's sources.
+_REVISION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{16}")
+
+_DOTTED = re.compile(r"\w+(?:\.\w+)+")
+
+
+def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
+    """Yield classes referenced by ``config.auto_map`` (and the model's own class).
+
+    The model's and its config's full method resolution orders are walked, because FSDP2 and other mixins put classes
+    of their own in front of the one that was loaded. A class counts as custom if it was loaded from a model directory
+    (its module is in ``transformers_modules``) or was registered for an auto class. References of ``auto_map`` are
+    looked up among the modules that are loaded already; nothing is imported.
+
+    Args:
+        model_part: The model, or the part of it on this rank.
+
+    Yields:
+        Each custom class once, the model's own first.
+    """
+    model = unwrap(model_part)
+    config: object = getattr(model, "config", None)
+    seen: set[type] = set()
+    families = _families_of_name(getattr(config, "_name_or_path", None))
+    for cls in (*type(model).__mro__, *type(config).__mro__):
+        if cls not in seen and _is_custom(cls):
+            seen.add(cls)
+            families.add(_family(cls.__module__))
+            yield cls
+    for reference in auto_map_references(config):
+        repo, _, target = reference.rpartition("--")
+        wanted = _families_of_name(repo) if repo else families
+        for cls in _loaded_classes(target, wanted):
+            if cls not in seen:
+                seen.add(cls)
+                yield cls
+
+
+def auto_map_references(config: object) -> list[str]:
+    """The class references in a config's ``auto_map`` (``[repo--]module.Class``); a config may also be a dict."""
+    found = config.get("auto_map") if isinstance(config, Mapping) else getattr(config, "auto_map", None)
+    if not isinstance(found, Mapping):
+        return []
+    listed = [value if isinstance(value, (list, tuple)) else [value] for value in found.values()]
+    return [reference for values in listed for reference in values if isinstance(reference, str) and "." in reference]
+
+
+def _maybe_save_custom_model_code(
+    original_model_path: str | None, hf_metadata_dir: str, model_part: torch.nn.Module | None = None
+) -> None:
+    """Save the custom model code if it exists. This function preserves the original directory structure.
+
+    1. Where ``original_model_path`` is a local directory, its ``.py`` files are copied; where it is a single ``.py``
+       file, that file and the files beside it that it imports relatively.
+    2. Where ``model_part`` has custom classes, the ``.py`` files of the ``transformers_modules`` directories that they
+       were loaded from are added, so that a model loaded by hub id carries its code and reloads without the hub.
+    3. Where ``auto_map`` names modules that are still absent, they are taken from the hub cache, with what they import.
+
+    ``__init__.py`` files are left out, as are hidden directories and the directory that is being written. A symbolic
+    link is followed only to a target inside the base directory or among the blobs of a hub cache. Imports of names that
+    transformers removed are guarded. Called on the rank that writes.
+
+    Args:
+        original_model_path: Local directory, single file or hub id of the base model; ``None`` where there is none.
+        hf_metadata_dir: Directory to write to; made if there is something to copy.
+        model_part: The model, or the part of it on this rank.
+
+    Raises:
+        StorageError: A file cannot be read or written.
+    """
+    target = Path(hf_metadata_dir)
+    copied = _Copies(target)
+    if original_model_path and os.path.isdir(original_model_path):
+        base = Path(original_model_path)
+        copied.add_all(_python_files(base, target), base)
+    elif original_model_path and os.path.isfile(original_model_path):
+        single = Path(original_model_path)
+        if single.suffix == ".py" and single.name != "__init__.py":
+            copied.add_all(_with_relative_imports(single, single.parent), single.parent)
+    if model_part is not None:
+        for cls in _iter_custom_code_classes(model_part):
+            _add_class(copied, cls, target)
+        config = getattr(unwrap(model_part), "config", None)
+        _add_referenced(copied, auto_map_references(config), original_model_path)
+    for path in copied.written:
+        _apply_transformers_compat_guards(str(path))
+
+
+class _Copies:
+    """Copies files below one directory; the first source of a relative path wins."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.written: list[Path] = []
+        self._sources: dict[Path, Path] = {}
+
+    def holds(self, relative: Path) -> bool:
+        """Whether a file already came to stand at ``relative``."""
+        return relative in self._sources
+
+    def add_all(self, files: list[Path], root: Path) -> None:
+        """Copy ``files``, which lie below ``root``, to the same relative paths."""
+        for file in files:
+            self.add(file, file.relative_to(root))
+
+    def add(self, source: Path, relative: Path) -> None:
+        """Copy the bytes of ``source`` to ``relative``, unless another source already stands there."""
+        first = self._sources.get(relative)
+        if first is not None:
+            if first != source and first.read_bytes() != source.read_bytes():
+                _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
+            return
+        self._sources[relative] = source
+        destination = self.target / relative
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, destination)
+        except OSError as error:
+            raise StorageError.from_os(error, path=error.filename or destination) from error
+        self.written.append(destination)
+
+
+def _python_files(base: Path, target: Path) -> list[Path]:
+    """The ``.py`` files below ``base`` that are part of a model, in a fixed order."""
+    root, inside = base.resolve(), target.resolve()
+    # A run that saves below the model directory must not copy the code of its own earlier checkpoints.
+    own = root / inside.relative_to(root).parts[0] if inside != root and inside.is_relative_to(root) else None
+    found: list[Path] = []
+    for directory, folders, names in os.walk(base):
+        here = Path(directory)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name != "__pycache__" and (here / name).resolve() != own
+        )
+        for name in sorted(names):
+            path = here / name
+            if not name.endswith(".py") or name == "__init__.py":
+                continue
+            if path.is_file() and is_inside(path, base):
+                found.append(path)
+            else:
+                _LOG.warning("custom code: %s is left out, its link leaves the model directory", path)
+    return found
+
+
+def _with_relative_imports(file: Path, root: Path) -> list[Path]:
+    """``file`` and the files below ``root`` that it needs through relative imports, however indirectly."""
+    pending, found = [file], {file: None}
+    while pending:
+        for needed in _relatively_imported(pending.pop()):
+            if needed not in found and needed.is_relative_to(root) and needed.is_file() and is_inside(needed, root):
+                found[needed] = None
+                pending.append(needed)
+    return [path for path in found if path.name != "__init__.py"]
+
+
+def _relatively_imported(file: Path) -> Iterator[Path]:
+    """Where the modules would be that ``file`` imports relatively; some of the paths may not exist."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except OSError as error:
+        raise StorageError.from_os(error, path=file) from error
+    except (SyntaxError, ValueError):
+        _LOG.warning("custom code: %s is not valid Python, what it imports is not followed", file)
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        if node.level > len(file.parents):
+            continue
+        package = file.parents[node.level - 1]
+        module = package.joinpath(*node.module.split(".")) if node.module else package
+        for path in (module, *(module / alias.name for alias in node.names if alias.name != "*")):
+            yield path.with_name(path.name + ".py")
+            yield path / "__init__.py"
+
+
+def _add_class(copied: _Copies, cls: type, target: Path) -> None:
+    """Copy the code of one custom class."""
+    file = _module_file(cls)
+    if file is None:
+        _LOG.warning("custom code: the source of %s.%s is not a file, it is left out", cls.__module__, cls.__qualname__)
+        return
+    if _in_cache(cls.__module__):
+        root = _cache_root(cls.__module__, file)
+        copied.add_all(_python_files(root, target), root)
+    else:
+        # A class of the user's own, registered for an auto class: transformers wants its module at the top level.
+        copied.add_all(_with_relative_imports(file, file.parent), file.parent)
+
+
+def _add_referenced(copied: _Copies, references: list[str], original_model_path: str | None) -> None:
+    """Copy modules that ``auto_map`` names and that no earlier source had, from the hub cache."""
+    for reference in references:
+        repo, _, dotted = reference.rpartition("--")
+        if not _DOTTED.fullmatch(dotted):
+            continue
+        relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
+        base = None if copied.holds(relative) else base_directory(repo or original_model_path)
+        if base is None or not (base / relative).is_file() or not is_inside(base / relative, base):
+            continue
+        copied.add_all(_with_relative_imports(base / relative, base), base)
+
+
+def _is_custom(cls: type) -> bool:
+    return _in_cache(cls.__module__) or vars(cls).get("_auto_class") is not None
+
+
+def _in_cache(module: str) -> bool:
+    return module.startswith(_CACHE_PACKAGE + ".")
+
+
+def _family(module: str) -> str:
+    """What modules of one model have in common, whatever revision: ``transformers_modules.<org>.<name>``."""
+    parts = module.split(".")[:-1]
+    revision = _revision_index(parts)
+    return ".".join(parts if revision is None else parts[:revision])
+
+
+def _revision_index(parts: list[str]) -> int | None:
+    return next((i for i in reversed(range(1, len(parts))) if _REVISION.fullmatch(parts[i])), None)
+
+
+def _families_of_name(name: object) -> set[str]:
+    """The packages that transformers would load the code of ``name`` (hub id or directory) into."""
+    if not isinstance(name, str) or not name:
+        return set()
+    folders = [os.path.basename(os.path.normpath(name))] if os.path.isdir(name) else name.split("/")
+    return {".".join([_CACHE_PACKAGE, *(_module_name(folder) for folder in folders)])}
+
+
+def _module_name(folder: str) -> str:
+    """The package name that transformers gives to a folder (transformers.dynamic_module_utils)."""
+    name = folder.replace(".", "_dot_").replace("-", "_hyphen_")
+    return f"_{name}" if name[:1].isdigit() else name
+
+
+def _loaded_classes(target: str, families: set[str]) -> list[type]:
+    """Classes called ``module.Class`` in loaded modules of the given families."""
+    stem, _, class_name = target.rpartition(".")
+    found: list[type] = []
+    for name, module in sorted(sys.modules.items()):
+        if _in_cache(name) and name.endswith("." + stem) and _family(name) in families:
+            value = vars(module).get(class_name) if isinstance(module, ModuleType) else None
+            if isinstance(value, type):
+                found.append(value)
+    return found
+
+
+def _module_file(cls: type) -> Path | None:
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    return Path(file) if isinstance(file, str) and file.endswith(".py") and os.path.isfile(file) else None
+
+
+def _cache_root(module: str, file: Path) -> Path:
+    """The directory of the cache that mirrors the model directory which ``file`` came from."""
+    parts = module.split(".")[:-1]
+    revision = _revision_index(parts)
+    return file.parent if revision is None else file.parents[len(parts) - 1 - revision]
+
+
+def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
+    """The ``auto_map`` entries of classes that were registered for an auto class, as transformers would write them."""
+    entries: dict[str, str] = {}
+    for cls in (own_class(model), type(config)):
+        auto_class = vars(cls).get("_auto_class")
+        if isinstance(auto_class, str) and cls.__module__ != "__main__":
+            entries[auto_class] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+    return entries

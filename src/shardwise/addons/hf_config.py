@@ -1,0 +1,366 @@
+"""``config.json`` and ``generation_config.json``: whole, true to the weights beside them, and free of stale entries."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from shardwise.addons.base_model import base_directory
+from shardwise.addons.custom_code import custom_auto_map
+from shardwise.addons.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.comm import JsonValue
+from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn as nn
+
+_LOG = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+_QUANTIZATION = "quantization_config"
+
+#: Entries of a generation config that say where it came from and not how to generate.
+_GENERATION_ORIGIN = frozenset({"transformers_version", "_from_model_config"})
+
+#: Metadata files in which transformers looks for an ``auto_map``.
+_AUTO_MAP_FILES = (
+    CONFIG,
+    "config.v5.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+class _Config(Protocol):
+    """The part of transformers' ``PreTrainedConfig`` that is used here."""
+
+    dtype: object
+    architectures: list[str] | None
+
+    def to_json_string(self, use_diff: bool = True) -> str: ...
+
+
+class _GenerationConfig(Protocol):
+    """The part of transformers' ``GenerationConfig`` that is used here."""
+
+    def to_diff_dict(self) -> dict[str, object]: ...
+
+    def to_json_string(self, use_diff: bool = True, *, keys_to_pop: list[str] | None = None) -> str: ...
+
+
+# --- what the reference page documents ------------------------------------------------------------------------------
+
+
+def _config_exists(original_model_path: str, config_name: str) -> bool:
+    """Whether the base model has a file ``config_name``. The network is never asked.
+
+    Args:
+        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
+        config_name: File name, such as ``config.json``.
+    """
+    base = base_directory(original_model_path)
+    return base is not None and (base / config_name).is_file()
+
+
+def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, config_name: str) -> None:
+    """Copy the original pretrained ``config.json`` with ``quantization_config`` stripped.
+
+    Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, the file is
+    copied byte for byte; with, every other entry keeps its value and its place. Called on the rank that writes.
+
+    Args:
+        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
+        hf_metadata_dir: Directory to write to; made if absent.
+        config_name: Name of the file, there and here: ``config.json`` or ``generation_config.json``.
+
+    Raises:
+        CheckpointNotFoundError: The base model has no such file.
+        FormatError: The file is not a JSON object.
+        StorageError: A file cannot be read or written.
+    """
+    copy_config(original_model_path, hf_metadata_dir, config_name, keep_quantization=False)
+
+
+def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
+    """Remove ``quantization_config`` from the HF config when no parameters are quantized.
+
+    A model that was dequantized while it was loaded still carries the entry, and a checkpoint with it would be read as
+    quantized. The entry is removed **from the model's own config**, in sub-configs too, whether they are objects or
+    dicts. Nothing changes where any parameter is quantized (`has_quantized_parameters`) or where there is no config.
+
+    Args:
+        model_part: The model, or the part of it on this rank; wrappers are looked through.
+    """
+    model = unwrap(model_part)
+    config: object = getattr(model, "config", None)
+    if config is None or has_quantized_parameters(model):
+        return
+    if isinstance(config, dict) and _QUANTIZATION in config and hasattr(model, "_internal_dict"):
+        # diffusers' FrozenDict refuses deletion, and repeats its entries as attributes: it has to be rebuilt.
+        kept = {key: value for key, value in config.items() if key != _QUANTIZATION}
+        model._internal_dict = type(config)(kept)  # type: ignore[assignment]
+    else:
+        _strip(config)
+
+
+def _strip(config: object) -> bool:
+    """Remove the entry from a config, an object or a dict, and from its sub-configs; whether anything was removed."""
+    entries: Mapping[str, object]
+    removed = False
+    if isinstance(config, MutableMapping):
+        removed = config.pop(_QUANTIZATION, _ABSENT) is not _ABSENT
+        entries = config
+    else:
+        entries = getattr(config, "__dict__", {})
+        if _QUANTIZATION in entries:
+            delattr(config, _QUANTIZATION)
+            removed = True
+    below = [value for value in entries.values() if isinstance(value, MutableMapping) or _is_config(value)]
+    return any([removed, *(_strip(value) for value in below)])
+
+
+_ABSENT = object()
+
+
+def _is_config(value: object) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def is_transformers_config(config: object) -> bool:
+    """Whether ``config`` writes itself as transformers' configs do."""
+    from transformers import PreTrainedConfig
+
+    return isinstance(config, PreTrainedConfig)
+
+
+def write_config(model: nn.Module, path: Path, dtype: str | None, *, keep_quantization: bool) -> None:
+    """Write the model's transformers config, whole, as it should be read beside the written weights.
+
+    Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` and
+    ``architectures`` are what transformers itself would put there; the model's own config is left as it is.
+
+    Args:
+        model: The model, out of its wrappers.
+        path: File to write.
+        dtype: torch's name of the dtype of the written weights; ``None`` keeps what the config says.
+        keep_quantization: Whether a ``quantization_config`` is still true.
+
+    Raises:
+        MisuseError: The config holds a value that JSON cannot.
+        StorageError: The file cannot be written.
+    """
+    from transformers import PreTrainedModel
+
+    exported = copy.deepcopy(cast(_Config, model.config))
+    cls = own_class(model)
+    if isinstance(model, PreTrainedModel) or not exported.architectures:
+        exported.architectures = [cls.__name__]
+    if dtype is not None:
+        _set_dtype(exported, dtype)
+    if not keep_quantization:
+        _strip(exported)
+    try:
+        entries = json.loads(exported.to_json_string(use_diff=False))
+    except (TypeError, ValueError) as error:
+        raise MisuseError(
+            f"the config of {cls.__name__} cannot be written as JSON: {error}",
+            path=path,
+            hint="Keep only numbers, strings, lists and dicts on model.config.",
+        ) from error
+    _drop_origin(entries)
+    declared = custom_auto_map(model, model.config)
+    if declared or entries.get("auto_map"):
+        entries["auto_map"] = {**declared, **(entries.get("auto_map") or {})}
+    write_json(path, entries)
+
+
+def _set_dtype(config: _Config, dtype: str) -> None:
+    """Set the dtype on a config and on those sub-configs that name one, as loading does (``_get_dtype``)."""
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", None) or {}:
+        below = getattr(config, name, None)
+        if is_transformers_config(below) and getattr(below, "dtype", None) is not None:
+            _set_dtype(cast(_Config, below), dtype)
+
+
+def _drop_origin(entries: MutableMapping[str, JsonValue]) -> None:
+    """Remove where the model was loaded from: a path of this machine, of no use elsewhere."""
+    entries.pop("_name_or_path", None)
+    for value in entries.values():
+        if isinstance(value, dict):
+            _drop_origin(value)
+
+
+def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
+    """Let a model that is not transformers' write its own ``config.json``: diffusers', or a config that can.
+
+    Args:
+        model: The model, out of its wrappers.
+        directory: Directory to write to.
+        keep_quantization: Whether a ``quantization_config`` is still true.
+
+    Returns:
+        Whether there was anything to write.
+    """
+    config: object = getattr(model, "config", None)
+    save = getattr(model, "save_config", None) or getattr(config, "save_pretrained", None)
+    if config is None or not callable(save):
+        return False
+    # diffusers notes the running class in the config that it writes; under FSDP2 that is the generated class.
+    noted = config.get("_class_name", _ABSENT) if isinstance(config, dict) else _ABSENT
+    cast(Callable[[str], object], save)(str(directory))
+    if isinstance(config, dict) and noted is not _ABSENT and config["_class_name"] != noted:
+        config["_class_name"] = noted
+    path = directory / CONFIG
+    if not path.is_file():
+        return True
+    entries = read_json(path)
+    changed = False
+    if "_class_name" in entries and entries["_class_name"] != own_class(model).__name__:
+        entries["_class_name"] = own_class(model).__name__
+        changed = True
+    if not keep_quantization and _strip(entries):
+        changed = True
+    if changed:
+        write_json(path, entries)
+    return True
+
+
+def write_generation_config(model: nn.Module, path: Path, original_model_path: str | None) -> None:
+    """Write how the model generates; the base model's file where the model in memory has nothing of its own to say.
+
+    A model built from its config, and not loaded, has a generation config that only repeats the config's token ids:
+    written over the base model's, it would drop stop tokens and sampling settings. Nothing is written for a model that
+    cannot generate.
+
+    Args:
+        model: The model, out of its wrappers.
+        path: File to write.
+        original_model_path: The base model.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    if callable(can_generate) and not can_generate():
+        return
+    generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
+    if generation is None or _says_nothing(generation, model.config):
+        base = base_directory(original_model_path)
+        if base is not None and (base / GENERATION_CONFIG).is_file():
+            _copy(base / GENERATION_CONFIG, path)
+            return
+    if generation is None or not callable(can_generate):
+        return
+    _write(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))
+
+
+def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
+    """Whether a generation config holds only defaults and what it took from the model's config."""
+    from transformers import GenerationConfig
+
+    taken = cast(_GenerationConfig, GenerationConfig.from_model_config(config)).to_diff_dict()
+    own = {key: value for key, value in generation.to_diff_dict().items() if key not in _GENERATION_ORIGIN}
+    return all(taken.get(key, _ABSENT) == value for key, value in own.items())
+
+
+def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
+    """Copy a config file of the base model; see `_save_original_config_json`."""
+    base = base_directory(original_model_path)
+    if base is None or not (base / name).is_file():
+        raise CheckpointNotFoundError(
+            f"the base model has no {name}",
+            path=original_model_path if base is None else base / name,
+            hint="Give a directory or a cached hub id as the base model, or leave v4_compatible off.",
+        )
+    entries = read_json(base / name)
+    if not keep_quantization and _strip(entries):
+        write_json(Path(directory) / name, entries)
+    else:
+        _copy(base / name, Path(directory) / name)
+
+
+def localize_auto_maps(directory: Path) -> None:
+    """Point ``auto_map`` at the modules that stand beside it: ``repo--module.Class`` becomes ``module.Class``.
+
+    transformers fetches a prefixed reference from the hub even where the module was exported with the model.
+
+    Args:
+        directory: The metadata directory, code included.
+    """
+    for path in (directory / name for name in _AUTO_MAP_FILES):
+        entries = read_json(path) if path.is_file() else {}
+        auto_map = entries.get("auto_map")
+        if not isinstance(auto_map, dict):
+            continue
+        local = {key: _localized(value, directory) for key, value in auto_map.items()}
+        if local != auto_map:
+            entries["auto_map"] = local
+            write_json(path, entries)
+
+
+def _localized(reference: JsonValue, directory: Path) -> JsonValue:
+    if isinstance(reference, list):
+        return [_localized(each, directory) for each in reference]
+    if not isinstance(reference, str) or "--" not in reference:
+        return reference
+    target = reference.rpartition("--")[2]
+    return target if (directory / (target.partition(".")[0] + ".py")).is_file() else reference
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, JsonValue]:
+    """Read a JSON object.
+
+    Raises:
+        FormatError: The file is not one.
+        StorageError: The file cannot be read.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+    except ValueError as error:
+        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file from the model's source.") from error
+    if not isinstance(entries, dict):
+        raise FormatError("not a JSON object", path=path, hint="Restore the file from the model's source.")
+    return entries
+
+
+def write_json(path: Path, entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> None:
+    """Write a JSON object, its entries in the order given."""
+    _write(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+
+
+def _copy(source: Path, destination: Path) -> None:
+    copy_files([(source, destination)])
+
+
+def copy_files(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Copy the bytes of each first path to the second, making directories; links are followed."""
+    for source, destination in pairs:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, destination)
+        except OSError as error:
+            raise StorageError.from_os(error, path=error.filename or destination) from error

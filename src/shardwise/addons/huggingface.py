@@ -1,0 +1,191 @@
+"""`ConsolidatedHFAddon`: everything beside the weights that makes a directory a Hugging Face model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Unpack, cast
+
+from shardwise.addons.base import SaveHookArgs, SavesPretrained
+from shardwise.addons.base_model import base_directory
+from shardwise.addons.compat import _apply_transformers_compat_guards
+from shardwise.addons.custom_code import _maybe_save_custom_model_code
+from shardwise.addons.hf_config import (
+    CONFIG,
+    GENERATION_CONFIG,
+    _config_exists,
+    copy_config,
+    is_transformers_config,
+    localize_auto_maps,
+    write_config,
+    write_generation_config,
+    write_json,
+    write_own_config,
+)
+from shardwise.addons.model_parts import described_part, has_quantized_parameters, unwrap, written_dtype
+from shardwise.addons.side_files import write_sentence_transformers, write_tokenizer, write_tokenizer_for_v4
+from shardwise.comm import Group
+from shardwise.errors import ExportMismatchError, StorageError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+_FILE_INDEX = "fqn_to_file_index_mapping.json"
+_DTYPES = "fqn_to_dtype_mapping.json"
+_CONFIG_V5 = "config.v5.json"
+_GENERATION_CONFIG_V5 = "generation_config.v5.json"
+
+
+class HFMetadataExporter(Protocol):
+    """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
+
+    The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
+    on rank 0 and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. `validate` is
+    called before anything is written, `save` afterwards.
+    """
+
+    def validate(self) -> object:
+        """Raise (or return ``False``) if the metadata cannot be written as it should be."""
+        ...
+
+    def save(self, directory: str, /) -> object:
+        """Write config, tokenizer and whatever else the model needs into ``directory``, which exists."""
+        ...
+
+
+class ConsolidatedHFAddon:
+    """Addon that writes consolidated Hugging Face metadata alongside sharded weights.
+
+    On rank 0, `pre_save` writes ``config.json``, ``generation_config.json``, the tokenizer or processor, custom model
+    code and sentence-transformers' side files into ``hf_metadata_dir``, and `post_save` copies them to
+    ``consolidated_path``. Ranks leave each hook together, and what fails on rank 0 is raised on all of them.
+    """
+
+    def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Pre-save hook to emit consolidated HF artifacts. All ranks call.
+
+        A model without a Hugging Face config gets no config; a tokenizer that was passed and the two mappings are
+        written for any model. The model's own config is not changed.
+
+        Args:
+            **kwargs: See `SaveHookArgs`. Without ``hf_metadata_dir`` nothing is written.
+
+        Raises:
+            ShardwiseError: What failed on rank 0.
+        """
+        group = kwargs.get("group") or Group.current()
+        directory = kwargs.get("hf_metadata_dir")
+        parts = list(kwargs["model_state"].model) if "model_state" in kwargs else []
+        if directory is None:
+            return
+        # Pipeline stages differ: one quantized stage anywhere keeps the entry.
+        quantized = group.any(any(has_quantized_parameters(unwrap(part)) for part in parts), "looking for quantization")
+        with group.together("writing the Hugging Face metadata"):
+            if group.rank == 0:
+                _write_metadata(Path(directory), parts, quantized, kwargs)
+
+    def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Copy the saved HF metadata to the consolidated directory. All ranks call.
+
+        The metadata stays in ``hf_metadata_dir`` too, so that a later offline export has the configuration that
+        training ended with. The two mappings are for that export only and are not copied.
+
+        Args:
+            **kwargs: See `SaveHookArgs`. Without ``consolidated_path`` nothing is copied.
+
+        Raises:
+            ShardwiseError: What failed on rank 0.
+        """
+        group = kwargs.get("group") or Group.current()
+        source, target = kwargs.get("hf_metadata_dir"), kwargs.get("consolidated_path")
+        if source is None or target is None:
+            return
+        with group.together("copying the Hugging Face metadata"):
+            if group.rank == 0 and Path(source).is_dir():
+                _copy_tree(Path(source), Path(target))
+
+
+def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs) -> None:
+    """Write everything into ``directory``. Runs on rank 0."""
+    model = described_part(parts)
+    tokenizer = args.get("tokenizer")
+    base_path = args.get("original_model_path")
+    exporter = _own_exporter(model, tokenizer, base_path)
+    _write_mappings(directory, args)
+    if exporter is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        exporter.save(str(directory))
+        return
+    described = model is not None and getattr(model, "config", None) is not None
+    base = base_directory(base_path) if described else None
+    v4 = args.get("v4_compatible", False)
+    write_tokenizer(tokenizer, base, directory)
+    if v4:
+        write_tokenizer_for_v4(directory, base)
+    if model is None or not described:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    _maybe_save_custom_model_code(base_path, str(directory), model)
+    if is_transformers_config(model.config):
+        dtype = written_dtype([unwrap(part) for part in parts], args.get("fqn_to_dtype_mapping"))
+        _write_configs(model, directory, base_path, dtype, keep_quantization=quantized, v4=v4)
+    else:
+        write_own_config(model, directory, keep_quantization=quantized)
+    write_sentence_transformers(base, directory)
+    localize_auto_maps(directory)
+    for path in sorted(directory.rglob("*.py")):
+        _apply_transformers_compat_guards(str(path))
+
+
+def _write_configs(
+    model: nn.Module, directory: Path, base_path: str | None, dtype: str | None, *, keep_quantization: bool, v4: bool
+) -> None:
+    """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
+    base_config = v4 and base_path is not None and _config_exists(base_path, CONFIG)
+    base_generation = v4 and base_path is not None and _config_exists(base_path, GENERATION_CONFIG)
+    if base_path is not None and base_config:
+        copy_config(base_path, str(directory), CONFIG, keep_quantization=keep_quantization)
+    if base_path is not None and base_generation:
+        copy_config(base_path, str(directory), GENERATION_CONFIG, keep_quantization=keep_quantization)
+    config = directory / (_CONFIG_V5 if base_config else CONFIG)
+    generation = directory / (_GENERATION_CONFIG_V5 if base_generation else GENERATION_CONFIG)
+    write_config(model, config, dtype, keep_quantization=keep_quantization)
+    write_generation_config(model, generation, base_path)
+
+
+def _own_exporter(
+    model: nn.Module | None, tokenizer: SavesPretrained | None, base_path: str | None
+) -> HFMetadataExporter | None:
+    """The model's own exporter, validated, or ``None``."""
+    make = getattr(model, "_get_consolidated_hf_metadata_exporter", None)
+    if not callable(make):
+        return None
+    exporter = cast("HFMetadataExporter | None", make(tokenizer=tokenizer, original_model_path=base_path))
+    if exporter is not None and exporter.validate() is False:
+        raise ExportMismatchError(
+            f"the metadata exporter of {type(model).__name__} refuses to export the model",
+            hint="See what its validate() checks.",
+        )
+    return exporter
+
+
+def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
+    files, dtypes = args.get("fqn_to_file_index_mapping"), args.get("fqn_to_dtype_mapping")
+    if files is not None:
+        write_json(directory / _FILE_INDEX, dict(files))
+    if dtypes is not None:
+        write_json(directory / _DTYPES, dict(dtypes))
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy everything but the mappings, over what is there."""
+    try:
+        shutil.copytree(
+            source,
+            target,
+            ignore=lambda folder, names: {_FILE_INDEX, _DTYPES} & set(names) if Path(folder) == source else set(),
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
+        )
+    except shutil.Error as error:
+        raise StorageError(f"the metadata cannot be copied: {error}", path=target) from error

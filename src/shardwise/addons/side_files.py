@@ -1,0 +1,155 @@
+"""Tokenizer, processor and sentence-transformers files: from memory where they are given, else from the base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from shardwise.addons.base import SavesPretrained
+from shardwise.addons.hf_config import copy_files, read_json, write_json
+from shardwise.errors import FormatError, StorageError
+
+_LOG = logging.getLogger(__name__)
+
+#: Files of tokenizers, as transformers' tokenizer classes name them (``vocab_files_names``).
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "sentencepiece.*",
+    "spiece.*",
+    "tekken.json",
+    "tokenizer_config.*.json",
+)
+
+#: Files of processors (transformers.utils: the ``*_NAME`` constants).
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_TEMPLATE_FOLDER = "additional_chat_templates"
+
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_*_config.json")
+
+
+def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, directory: Path) -> None:
+    """Write the tokenizer or processor, and take from the base model what then still is absent.
+
+    What the caller passes wins. The base model's tokenizer files are copied where no tokenizer was written, its
+    processor files where no processor was, its chat template where none was.
+
+    Args:
+        tokenizer: Tokenizer, processor or ``None``.
+        base: The base model's directory, if it has one.
+        directory: Directory to write to.
+    """
+    if tokenizer is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(directory))
+    if base is None:
+        return
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        _copy_matching(base, directory, _TOKENIZER_FILES)
+    if not any((directory / name).exists() for name in _PROCESSOR_FILES):
+        _copy_matching(base, directory, _PROCESSOR_FILES)
+    if not _has_template(directory):
+        _copy_matching(base, directory, _TEMPLATES)
+        if (base / _TEMPLATE_FOLDER).is_dir():
+            _copy_matching(base / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, ("*.jinja",))
+
+
+def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
+    """Let readers of the 4.x generation of transformers open the tokenizer that release 5 wrote.
+
+    Release 5 writes its own backend class (``TokenizersBackend``) and a list under ``extra_special_tokens``; 4.x knows
+    neither the class nor the list, and both generations read the older names.
+
+    Args:
+        directory: The metadata directory, tokenizer included.
+        base: The base model's directory, if it has one: its ``tokenizer_class`` is preferred.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    entries = read_json(path)
+    changed = False
+    if entries.get("tokenizer_class") == "TokenizersBackend":
+        theirs = base / path.name if base is not None else path
+        known = read_json(theirs).get("tokenizer_class") if theirs.is_file() else None
+        usable = isinstance(known, str) and known != "TokenizersBackend"
+        entries["tokenizer_class"] = known if usable else "PreTrainedTokenizerFast"
+        changed = True
+    if isinstance(entries.get("extra_special_tokens"), list):
+        entries["additional_special_tokens"] = entries.pop("extra_special_tokens")
+        changed = True
+    if changed:
+        write_json(path, entries)
+
+
+def write_sentence_transformers(base: Path | None, directory: Path) -> None:
+    """Copy what makes the base model a sentence-transformers model: its side files and its module folders.
+
+    Args:
+        base: The base model's directory, if it has one.
+        directory: Directory to write to.
+
+    Raises:
+        FormatError: ``modules.json`` names a folder outside the model.
+    """
+    if base is None or not (base / "modules.json").is_file():
+        return
+    folders = _module_folders(base / "modules.json")
+    if folders is None:
+        _LOG.warning("sentence-transformers files are left out: %s keeps its weights in a folder of its own", base)
+        return
+    _copy_matching(base, directory, _SENTENCE_FILES)
+    for folder in folders:
+        files = sorted(p for p in (base / folder).rglob("*") if p.is_file() and p.name.lower() != "readme.md")
+        copy_files((p, directory / p.relative_to(base)) for p in files)
+
+
+def _module_folders(path: Path) -> list[str] | None:
+    """The folders that ``modules.json`` names, or ``None`` where the language model itself is in one of them."""
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        listed = [(str(module["type"]), str(module["path"])) for module in modules]
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"not a list of modules: {error}", path=path, hint="Restore the file.") from error
+    folders = [(kind, folder) for kind, folder in listed if folder not in ("", ".")]
+    for _, folder in folders:
+        if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
+            raise FormatError(f"the module folder {folder!r} is outside the model", path=path, hint="Correct the path.")
+    if any(kind.rpartition(".")[2] == "Transformer" for kind, _ in folders):
+        return None
+    return [folder for _, folder in folders]
+
+
+def _has_template(directory: Path) -> bool:
+    if any((directory / name).exists() for name in _TEMPLATES):
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config).get("chat_template"))
+
+
+def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:
+    names = sorted(p.name for p in base.iterdir() if p.is_file() and any(fnmatch(p.name, each) for each in patterns))
+    copy_files((base / name, directory / name) for name in names if not (directory / name).exists())

@@ -202,7 +202,7 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
         fail(f"has {length} bytes, of which only {len(text)} are there")
     if not text.startswith(b"{"):
         fail("does not start with '{'")
-    table = as_object(loads(text, max_depth=3, fail=fail), "which", fail)
+    table = as_object(loads(text, fail=fail), "which", fail)
     metadata = {
         key: as_text(value, f"metadata {key!r}", fail)
         for key, value in as_object(table.pop(_METADATA_KEY, {}), _METADATA_KEY, fail).items()
@@ -239,7 +239,7 @@ def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
     def fail(reason: str) -> NoReturn:
         raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", hint=_DAMAGED)
 
-    record = as_object(loads(text.encode("utf-8"), max_depth=4, fail=fail), "which", fail)
+    record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
     result: dict[str, tuple[int, ...]] = {}
     for entry in header.entries:
         name, shape = entry.spec.name, entry.spec.shape

@@ -11,7 +11,17 @@ from typing import NoReturn
 
 from shardwise.errors import MisuseError, WeightIndexError
 from shardwise.format.files import read_whole, why_not_relative
-from shardwise.format.strict_json import MAX_INT, MAX_NAME, Fail, JsonValue, as_count, as_object, as_text, loads
+from shardwise.format.strict_json import (
+    MAX_INT,
+    MAX_NAME,
+    Fail,
+    JsonValue,
+    as_count,
+    as_object,
+    as_text,
+    check_depth,
+    loads,
+)
 
 #: Largest index that is read, in bytes.
 MAX_INDEX_BYTES = 64 * 2**20
@@ -95,7 +105,7 @@ def parse_index(data: bytes, path: str) -> WeightIndex:
     def fail(reason: str, tensor: str | None = None) -> NoReturn:
         raise WeightIndexError(f"the index {path!r} {reason}", path=path, tensor=tensor, hint=_DAMAGED)
 
-    table = as_object(loads(data, max_depth=_MAX_DEPTH, fail=fail), "it", fail)
+    table = as_object(loads(data, fail=fail), "it", fail)
     if "weight_map" not in table:
         fail("lacks weight_map")
     weight_map: dict[str, str] = {}
@@ -110,6 +120,7 @@ def parse_index(data: bytes, path: str) -> WeightIndex:
     # Diffusers and other tools leave the metadata out or set it to null.
     found = table.get("metadata")
     metadata = {} if found is None else as_object(found, "metadata", fail)
+    check_depth(found, _MAX_DEPTH, "metadata", fail)
     return WeightIndex(
         weight_map, _total(metadata, "total_size", fail), _total(metadata, "total_parameters", fail), metadata
     )

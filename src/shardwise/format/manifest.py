@@ -8,13 +8,15 @@ One JSON object with one record per line, so that ``grep`` and ``diff`` work on 
     {"path":"model/model-00001-of-00002.safetensors","size":1104,"crc32c":"1f00d34d","header_bytes":80},
     ...],
     "tensors":[
-    {"component":"model","name":"w","dtype":"F32","shape":[16,16],"crc32c":"8a9136aa","chunks":[...]},
+    {"component":"model","name":"w","dtype":"F32","shape":[16,16],"crc32c":"8a9136aa","chunks":[
+     ["model/model-00001-of-00002.safetensors",80,1024,[0,0],[16,16],"8a9136aa"]]},
     ...],
     "crc32c":"6a09e667"}
 
-The last line holds the CRC-32C of everything before it, so that no flipped bit in the manifest goes unnoticed. A tensor
-file is described by the digest of its header and by those of the chunks, which together cover each of its bytes once;
-any other file by the digest of its whole content.
+A chunk is [file, offset, bytes, offsets in the tensor, sizes, CRC-32C] and stands on the line of its tensor. The last
+line holds the CRC-32C of everything before it, so that no flipped bit in the manifest goes unnoticed. A tensor file is
+described by the digest of its header and by those of the chunks, which together cover each of its bytes once; any other
+file by the digest of its whole content.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from shardwise.format.strict_json import (
     as_counts,
     as_object,
     as_text,
+    check_depth,
     check_magnitude,
     exact_keys,
     loads,
@@ -77,7 +80,6 @@ _HEX = re.compile("[0-9a-f]{8}")
 _TOP_KEYS = frozenset({"format", "version", "info", "files", "tensors", "crc32c"})
 _FILE_KEYS = frozenset({"path", "size", "crc32c", "header_bytes"})
 _TENSOR_KEYS = frozenset({"component", "name", "dtype", "shape", "crc32c", "chunks"})
-_CHUNK_KEYS = frozenset({"file", "offset", "nbytes", "offsets", "sizes", "crc32c"})
 _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume from another checkpoint."
 
 
@@ -186,6 +188,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         )
 
     _check(manifest, fail)
+    check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
     try:
         info = _dumps(dict(manifest.info))
         lines = [
@@ -202,7 +205,6 @@ def encode_manifest(manifest: Manifest) -> bytes:
             f"a manifest cannot be written: {error}",
             hint="info takes finite numbers, text, lists and dicts with text keys.",
         ) from error
-    loads(info.encode("utf-8"), max_depth=_MAX_DEPTH - 1, fail=fail)
     if len(body) + _TAIL_BYTES > MAX_MANIFEST_BYTES:
         fail(f"would have more than {MAX_MANIFEST_BYTES} bytes")
     return body + _TAIL % crc32c(body)
@@ -239,7 +241,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     body = data[:-_TAIL_BYTES]
     if data[-_TAIL_BYTES:] != _TAIL % crc32c(body):
         fail("is damaged or incomplete: it does not match its own digest")
-    table = as_object(loads(data, max_depth=_MAX_DEPTH, fail=fail), "it", fail)
+    table = as_object(loads(data, fail=fail), "it", fail)
     if table.get("format") != _FORMAT:
         fail(f"is not a {_FORMAT} record")
     version = as_count(table.get("version"), "version", fail)
@@ -250,6 +252,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
             hint="Use the release of shardwise that wrote the checkpoint, or a newer one.",
         )
     exact_keys(table, _TOP_KEYS, "it", fail)
+    check_depth(table["info"], _MAX_DEPTH, "info", fail)
     manifest = Manifest(
         tuple([_parse_file(value, fail) for value in as_array(table["files"], "files", fail)]),
         tuple([_parse_tensor(value, fail) for value in as_array(table["tensors"], "tensors", fail)]),
@@ -287,14 +290,7 @@ def _tensor_line(record: TensorRecord) -> str:
             "shape": record.spec.shape,
             "crc32c": _hex(record.crc32c),
             "chunks": [
-                {
-                    "file": chunk.file,
-                    "offset": chunk.offset,
-                    "nbytes": chunk.nbytes,
-                    "offsets": chunk.box.offsets,
-                    "sizes": chunk.box.sizes,
-                    "crc32c": _hex(chunk.crc32c),
-                }
+                [chunk.file, chunk.offset, chunk.nbytes, chunk.box.offsets, chunk.box.sizes, _hex(chunk.crc32c)]
                 for chunk in record.chunks
             ],
         }
@@ -332,14 +328,15 @@ def _parse_tensor(value: JsonValue, fail: Fail) -> TensorRecord:
 
 
 def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:
-    table = as_object(value, "the record of a chunk", fail)
-    exact_keys(table, _CHUNK_KEYS, "the record of a chunk", fail)
+    row = as_array(value, "the record of a chunk", fail)
+    if len(row) != 6:
+        fail(f"has the record of a chunk with {len(row)} fields where six belong")
     return ChunkRecord(
-        as_text(table["file"], "file", fail),
-        as_count(table["offset"], "offset", fail),
-        as_count(table["nbytes"], "nbytes", fail),
-        Box(as_counts(table["offsets"], "offsets", fail), as_counts(table["sizes"], "sizes", fail)),
-        _parse_crc(table["crc32c"], fail),
+        as_text(row[0], "the file of a chunk", fail),
+        as_count(row[1], "the offset of a chunk", fail),
+        as_count(row[2], "the length of a chunk", fail),
+        Box(as_counts(row[3], "the offsets of a chunk", fail), as_counts(row[4], "the sizes of a chunk", fail)),
+        _parse_crc(row[5], fail),
     )
 
 

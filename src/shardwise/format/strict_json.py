@@ -23,25 +23,10 @@ MAX_NAME = 4096
 #: Larger than any tensor that torch makes, small enough that products of dimensions stay cheap.
 MAX_DIMS = 64
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 #: Raises the caller's error; the argument says what is wrong.
 Fail: TypeAlias = Callable[[str], NoReturn]
-
-
-def _too_deep(data: bytes, max_depth: int) -> bool:
-    # Removing innermost pairs takes one level off per pass and runs at C speed; the parser would recurse instead.
-    structure = _STRING.sub(b"", data).translate(None, _NOT_STRUCTURE)
-    for _ in range(max_depth):
-        if not structure:
-            return False
-        before = len(structure)
-        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
-        if len(structure) == before:
-            return len(structure) > 2 * max_depth
-    return bool(structure)
 
 
 def _no_constant(text: str) -> NoReturn:
@@ -59,30 +44,46 @@ def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     return result
 
 
-def loads(data: bytes, *, max_depth: int, fail: Fail) -> JsonValue:
+def loads(data: bytes, *, fail: Fail) -> JsonValue:
     """Parse ``data`` strictly.
 
-    Takes time and memory linear in ``len(data)``, which the caller bounds.
+    Takes time and memory linear in ``len(data)``, which the caller bounds. Nesting is bounded by the interpreter's
+    recursion limit, which the parser obeys; parts of free form are checked with `check_depth`.
 
     Args:
         data: UTF-8 text.
-        max_depth: Deepest nesting of objects and arrays that is accepted.
         fail: Called with the reason where the text is not strict JSON.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         fail(f"is not valid UTF-8 at byte {error.start}")
-    if _too_deep(data, max_depth):
-        fail(f"is nested deeper than {max_depth} levels")
     try:
         value: JsonValue = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         # Escapes can spell half of a surrogate pair, which no UTF-8 text can hold.
         if "\\u" in text:
             _refuse_surrogates(value)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        fail("is nested too deeply")
+    except ValueError as error:
         fail(f"is not valid JSON: {str(error)[:300]}")
     return value
+
+
+def check_depth(value: JsonValue, max_depth: int, what: str, fail: Fail) -> None:
+    """Make sure that objects and arrays are nested at most ``max_depth`` deep."""
+    level: list[JsonValue] = [value]
+    for _ in range(max_depth + 1):
+        inner: list[JsonValue] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                inner.extend(item.values())
+            elif isinstance(item, Sequence) and not isinstance(item, str):
+                inner.extend(item)
+        if not inner:
+            return
+        level = inner
+    fail(f"{what} is nested deeper than {max_depth} levels")
 
 
 def _refuse_surrogates(value: JsonValue) -> None:
@@ -110,7 +111,10 @@ def as_counts(value: JsonValue, what: str, fail: Fail) -> tuple[int, ...]:
     """Return ``value`` where it is an array of at most `MAX_DIMS` integers from 0 to `MAX_INT`."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         fail(f"{what} must be an array of at most {MAX_DIMS} integers, not {_show(value)}")
-    return tuple([as_count(item, what, fail) for item in value])
+    for item in value:
+        if type(item) is not int or not 0 <= item <= MAX_INT:
+            as_count(item, what, fail)
+    return tuple(value)
 
 
 def as_text(value: JsonValue, what: str, fail: Fail) -> str:

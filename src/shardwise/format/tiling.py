@@ -34,6 +34,13 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     split = [d for d, size in enumerate(shape) if any(box.sizes[d] != size for box in solid)]
     if not split:
         return len(solid) == 1
+    if len(split) == 1:
+        d, end = split[0], 0
+        for box in sorted(solid, key=lambda box: box.offsets[d]):
+            if box.offsets[d] != end:
+                return False
+            end += box.sizes[d]
+        return end == shape[d]
     if len(split) > MAX_SPLIT_DIMS:
         return False
     corners: dict[tuple[int, ...], int] = {}

@@ -1,0 +1,240 @@
+"""State without pickle: any tree of plain Python values as JSON text, plus the tensors that it refers to.
+
+JSON holds what it can hold exactly; everything else is an object with a single key that starts with ``$``:
+
+    {"format":"shardwise-state","version":1,"value":{"step":7,"betas":{"$tuple":[0.9,0.999]},"m":{"$tensor":"00000.m"}}}
+
+Nothing is ever looked up by a name from the file except in the tables below, so reading runs no foreign code.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from shardwise.errors import MisuseError, StateFormatError
+from shardwise.format.dtypes import dtype_code
+from shardwise.format.state_decoder import MAX_DEPTH, NUMPY_DTYPE, Decoder, fail
+from shardwise.format.strict_json import JsonValue, as_object, exact_keys, loads
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+#: Version of the record that this module writes, and the only one that it reads.
+STATE_VERSION = 1
+
+#: Largest state text that is read, in bytes.
+MAX_STATE_BYTES = 2**30
+
+_FORMAT = "shardwise-state"
+_PLAIN_INT = 2**53
+_WHAT_TO_DO = (
+    "State may hold numbers, text, bytes, lists, tuples, dicts, sets, tensors and numpy arrays: "
+    "have state_dict() return those."
+)
+
+
+def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """Split a state into JSON text and the tensors that belong into a safetensors file beside it.
+
+    Tensors are detached, moved to the CPU and made contiguous. They are copied only where that, or a shared storage,
+    demands it; others still share memory with ``value``.
+    Dicts keep their order. A tensor that occurs several times is stored, and comes back, as one.
+
+    Raises:
+        StateFormatError: A value of another kind; the error names the path of keys that leads to it.
+    """
+    encoder = _Encoder()
+    tree = encoder.encode(value, "", 0)
+    text = json.dumps(
+        {"format": _FORMAT, "version": STATE_VERSION, "value": tree}, ensure_ascii=True, separators=(",", ":")
+    )
+    return text.encode("ascii") + b"\n", encoder.tensors
+
+
+def decode_state(data: bytes, tensors: Mapping[str, torch.Tensor]) -> object:
+    """Put a state together again.
+
+    Args:
+        data: The JSON text.
+        tensors: The tensors that stood beside it.
+
+    Raises:
+        StateFormatError: The text is malformed or does not fit the tensors.
+    """
+    if len(data) > MAX_STATE_BYTES:
+        fail(f"has {len(data)} bytes; at most {MAX_STATE_BYTES} are read")
+    table = as_object(loads(data, fail=fail), "it", fail)
+    if table.get("format") != _FORMAT:
+        fail(f"is not a {_FORMAT} record")
+    if type(table.get("version")) is not int or table["version"] != STATE_VERSION:
+        raise StateFormatError(
+            f"the state has version {str(table.get('version'))[:40]}; this shardwise reads version {STATE_VERSION}",
+            hint="Use the release of shardwise that wrote the checkpoint, or a newer one.",
+        )
+    exact_keys(table, frozenset({"format", "version", "value"}), "it", fail)
+    decoder = Decoder(tensors)
+    value = decoder.decode(table["value"], 0)
+    unused = tensors.keys() - decoder.used
+    if unused:
+        fail(f"does not refer to {len(unused)} of the tensors beside it, for example {min(unused)[:200]!r}")
+    return value
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._storages: set[int] = set()
+        # Keeps encoded tensors alive, so that no two of them can have the same id.
+        self._alive: list[torch.Tensor] = []
+
+    def encode(self, value: object, path: str, depth: int) -> JsonValue:
+        if depth > MAX_DEPTH:
+            self._refuse(path, f"it is nested deeper than {MAX_DEPTH} levels, or contains itself")
+        if value is None or isinstance(value, (bool, str)):
+            if value is None or type(value) in (bool, str):
+                return self._text(value, path) if isinstance(value, str) else value
+        elif type(value) is int:
+            return value if -_PLAIN_INT <= value <= _PLAIN_INT else {"$int": f"{value:x}"}
+        elif type(value) is float:
+            return _encode_float(value)
+        elif type(value) is complex:
+            return {"$complex": [_encode_float(value.real), _encode_float(value.imag)]}
+        elif type(value) is bytes:
+            return {"$bytes": base64.b64encode(value).decode("ascii")}
+        container = self._encode_container(value, path, depth + 1)
+        return container if container is not None else self._encode_array(value, path)
+
+    def _text(self, value: str, path: str) -> str:
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            self._refuse(path, "it is text with an unpaired surrogate")
+        return value
+
+    def _refuse(self, path: str, reason: str) -> NoReturn:
+        raise StateFormatError(f"the state at {path or 'its top'} cannot be stored: {reason}", hint=_WHAT_TO_DO)
+
+    def _items(self, values: Iterable[object], path: str, depth: int) -> list[JsonValue]:
+        return [self.encode(item, f"{path}[{index}]", depth) for index, item in enumerate(values)]
+
+    def _encode_container(self, value: object, path: str, depth: int) -> JsonValue:
+        kind = type(value)
+        if kind is list:
+            return self._items(cast("list[object]", value), path, depth)
+        if kind is tuple:
+            return {"$tuple": self._items(cast("tuple[object, ...]", value), path, depth)}
+        if kind is dict or kind is collections.OrderedDict or kind is collections.Counter:
+            return self._encode_mapping(cast("dict[object, object]", value), path, depth)
+        if kind is set or kind is frozenset:
+            items = self._items(cast("set[object]", value), path, depth)
+            # Sets have no order of their own; sorting makes equal states equal bytes.
+            return {f"${kind.__name__}": sorted(items, key=lambda item: json.dumps(item, sort_keys=True))}
+        if kind is collections.deque:
+            queue = cast("collections.deque[object]", value)
+            return {"$deque": [self._items(queue, path, depth), queue.maxlen]}
+        return None
+
+    def _encode_mapping(self, value: dict[object, object], path: str, depth: int) -> JsonValue:
+        kind = type(value)
+        if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
+            named = cast("dict[str, object]", value)
+            return {self._text(key, path): self.encode(item, f"{path}.{key}", depth) for key, item in named.items()}
+        pairs: list[JsonValue] = []
+        for key, item in value.items():
+            self._check_key(key, path)
+            pairs.append([self.encode(key, f"{path} key {key!r}", depth), self.encode(item, f"{path}[{key!r}]", depth)])
+        tag = {dict: "$dict", collections.OrderedDict: "$ordered_dict", collections.Counter: "$counter"}[kind]
+        return {tag: pairs}
+
+    def _check_key(self, key: object, path: str) -> None:
+        if type(key) is tuple:
+            for item in key:
+                self._check_key(item, path)
+        elif key is not None and type(key) not in (str, int, float, bool, bytes):
+            self._refuse(path, f"it has a key of type {type(key).__qualname__}")
+
+    def _encode_array(self, value: object, path: str) -> JsonValue:
+        import numpy as np
+        import torch
+
+        if type(value) is torch.Tensor:
+            return self._encode_tensor(value, path)
+        if isinstance(value, torch.Size):
+            return {"$size": list(value)}
+        if isinstance(value, torch.dtype):
+            return {"$dtype": str(value).removeprefix("torch.")}
+        if type(value) is not np.ndarray and not isinstance(value, np.generic):
+            self._refuse_type(value, path)
+        return self._encode_numpy(value, path)
+
+    def _refuse_type(self, value: object, path: str) -> NoReturn:
+        import torch
+
+        kind = type(value)
+        reason = f"it is of type {kind.__module__}.{kind.__qualname__}"
+        if isinstance(value, torch.Tensor):
+            reason += ", not a plain tensor (use .detach(), or .to_local() for a DTensor)"
+        self._refuse(path, reason)
+
+    def _encode_tensor(self, value: torch.Tensor, path: str) -> JsonValue:
+        import torch
+
+        if value.layout is not torch.strided or value.is_quantized or value.device.type == "meta":
+            self._refuse(path, f"it is a tensor without ordinary dense data ({value.layout}, device {value.device})")
+        name = self._names.get(id(value))
+        plain = torch.view_as_real(value.detach().resolve_conj()) if value.dtype == torch.complex128 else value
+        if name is None:
+            try:
+                dtype_code(plain.dtype)
+            except MisuseError as error:
+                raise StateFormatError(
+                    f"the state at {path or 'its top'} cannot be stored: {error.message}", hint=error.hint
+                ) from error
+            name = self._store(plain, path)
+            self._names[id(value)] = name
+            self._alive.append(value)
+        return {"$tensor": name} if plain is value else {"$complex_tensor": name}
+
+    def _store(self, tensor: torch.Tensor, path: str) -> str:
+        import torch
+
+        with torch.no_grad():
+            stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            storage = stored.untyped_storage()
+            # safetensors refuses two tensors on one storage; a view of a part would also drag in the whole.
+            if storage.data_ptr() in self._storages or storage.nbytes() != stored.nbytes:
+                stored = stored.clone()
+        self._storages.add(stored.untyped_storage().data_ptr())
+        readable = re.sub(r"[^0-9A-Za-z_.\-]+", ".", path).strip(".")[:200]
+        name = f"{len(self.tensors):05d}.{readable}" if readable else f"{len(self.tensors):05d}"
+        self.tensors[name] = stored
+        return name
+
+    def _encode_numpy(self, value: np.ndarray | np.generic, path: str) -> JsonValue:
+        import numpy as np
+        import torch
+
+        code = value.dtype.str
+        if not NUMPY_DTYPE.fullmatch(code):
+            self._refuse(path, f"it is a numpy value of dtype {value.dtype}")
+        if isinstance(value, np.generic):
+            return {"$npscalar": [code, value.tobytes().hex()]}
+        data = (
+            torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+            if value.size
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        return {"$ndarray": [code, list(value.shape), self._store(data, path)]}
+
+
+def _encode_float(value: float) -> JsonValue:
+    # The bits, because NaN has many and JSON has none.
+    if value != value or value in (float("inf"), float("-inf")):
+        return {"$float": struct.pack(">d", value).hex()}
+    return value

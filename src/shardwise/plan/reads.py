@@ -26,14 +26,15 @@ class SourceChunk:
     Attributes:
         box: Its region, in the tensor's shape.
         file: Index into the source's files.
-        offset: Byte offset in the file; -1 where the piece is not raw bytes (a DCP ``.distcp`` item).
-        key: What a source of another kind needs to find the piece; empty for raw bytes.
+        offset: Byte offset in the file.
+        packed: Length in bytes where the piece is not raw bytes but a serialised tensor (an item of a DCP ``.distcp``
+            file); 0 for raw bytes.
     """
 
     box: Box
     file: int
     offset: int
-    key: str = ""
+    packed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,29 @@ class Read:
     spec: TensorSpec
 
 
-def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[Read]:
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRead:
+    """A serialised tensor to load, and the region of it to copy.
+
+    Attributes:
+        chunk: Where it is.
+        region: The region, in the chunk's own coordinates, refined as ``shape``.
+        shape: The chunk's shape in the grid.
+        dest: What it fills.
+        spec: The saved tensor.
+    """
+
+    chunk: SourceChunk
+    region: Box
+    shape: tuple[int, ...]
+    dest: torch.Tensor
+    spec: TensorSpec
+
+
+AnyRead = Read | PackedRead
+
+
+def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[AnyRead]:
     """The reads that fill every fragment of ``wanted``.
 
     Raises:
@@ -88,7 +111,7 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[Read]:
             )
 
 
-def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[Read]:
+def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[AnyRead]:
     if grid == spec.shape:
         factors: tuple[tuple[int, ...], ...] = tuple((n,) for n in grid)
         boxes: Sequence[Box] = (chunk.box,)
@@ -97,8 +120,12 @@ def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: 
         boxes = refine_box(chunk.box, factors)
     origin, strides = _memory(chunk.box, factors)
     for box in boxes:
-        common = box.intersect(fragment.box) if box.sizes else box
-        if common is not None:
+        common = box.intersect(fragment.box)
+        if common is None:
+            continue
+        if chunk.packed:
+            yield PackedRead(chunk, common.relative_to(box), box.sizes, cut(fragment, common).data, spec)
+        else:
             start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
             yield from _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
 

@@ -1,0 +1,222 @@
+"""Reading byte ranges into place.
+
+Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into the
+parameter's memory. Everything else passes through a small buffer: strided memory, other devices, other dtypes, and rows
+of a column shard, which are read together with the gaps between them as long as the gaps are small.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardwise.errors import FormatError, IntegrityError, ShardwiseError
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.memory import as_bytes, blocks
+from shardwise.io.storage import Storage
+from shardwise.io.writer import located
+from shardwise.plan.reads import AnyRead, PackedRead, Read
+
+#: Bytes of the buffer of each reading thread.
+BUFFER_BYTES = 4 * 2**20
+#: Gaps up to this are read along; so are larger ones as long as at most this many times the wanted bytes are read.
+SMALL_GAP_BYTES = 16 * 1024
+MOST_OVERREAD = 2
+
+
+@dataclass
+class ReadCounts:
+    """What a load has read: bytes asked for, and bytes read with the gaps between rows."""
+
+    wanted: int = 0
+    read: int = 0
+
+
+class _Buffers(threading.local):
+    """One buffer for each thread, made when first needed."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def get(self, nbytes: int) -> torch.Tensor:
+        if self.memory.numel() < nbytes:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self.memory[:nbytes]
+
+
+class Reader:
+    """Executes reads from a list of files. One object for one load; `close` releases the files.
+
+    Args:
+        storage: Through what.
+        files: Paths; reads name them by index.
+        threads: How many reads at once.
+        observe: Told of every byte range read, ``(file, offset, length)``; for counting.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        files: Sequence[Path],
+        threads: int = 1,
+        observe: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        self._storage = storage
+        self._files = files
+        self._threads = threads
+        self._observe = observe
+        self._handles: dict[int, int] = {}
+        self._buffers = _Buffers()
+        self._lock = threading.Lock()
+        self.counts = ReadCounts()
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._handles:
+            _, handle = self._handles.popitem()
+            self._storage.close(handle)
+
+    def execute(self, reads: Sequence[AnyRead]) -> None:
+        """Carry out all reads, in file order on each thread.
+
+        Raises:
+            IntegrityError: A file ends before a range that its header promises.
+            StorageError: The file system failed.
+        """
+        ordered = sorted(reads, key=_position)
+        for read in ordered:
+            self._handle(read.chunk.file if isinstance(read, PackedRead) else read.file)
+        if self._threads <= 1 or len(ordered) <= 1:
+            for read in ordered:
+                self._one(read)
+            return
+        pieces = [piece for read in ordered for piece in _split(read)]
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="shardwise-read") as pool:
+            futures = [pool.submit(self._one, piece) for piece in pieces]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _handle(self, file: int) -> int:
+        if file not in self._handles:
+            self._handles[file] = self._storage.open(self._files[file], writable=False)
+        return self._handles[file]
+
+    def _one(self, read: AnyRead) -> None:
+        try:
+            if isinstance(read, PackedRead):
+                self._packed(read)
+            elif read.dest.numel():
+                self._rows(read)
+        except ShardwiseError as error:
+            file = read.chunk.file if isinstance(read, PackedRead) else read.file
+            raise located(error, self._files[file], read.spec.name)
+
+    def _rows(self, read: Read) -> None:
+        with self._lock:
+            self.counts.wanted += read.rows * read.width
+        dest = read.dest.detach()
+        dtype = torch_dtype(read.spec.dtype)
+        whole = read.rows == 1 or read.period == read.width
+        if whole and dest.is_contiguous() and dest.dtype == dtype and dest.device.type == "cpu":
+            self._fill(read, as_bytes(dest), read.offset)
+        elif whole:
+            offset = read.offset
+            for block in blocks(dest, BUFFER_BYTES // dtype.itemsize):
+                buffer = self._buffers.get(block.numel() * dtype.itemsize)
+                self._fill(read, as_bytes(buffer), offset)
+                block.copy_(buffer.view(dtype).view(block.shape))
+                offset += buffer.numel()
+        elif read.width > BUFFER_BYTES:
+            for row in range(read.rows):
+                self._rows(Read(read.file, read.offset + row * read.period, 1, read.width, read.width,
+                                dest[row : row + 1], read.spec))  # fmt: skip
+        else:
+            self._gapped(read, dest, dtype)
+
+    def _gapped(self, read: Read, dest: torch.Tensor, dtype: torch.dtype) -> None:
+        """Rows with gaps between them: one read for many rows, or one for each."""
+        along = read.period - read.width <= SMALL_GAP_BYTES or read.period <= MOST_OVERREAD * read.width
+        along = along and read.period <= BUFFER_BYTES
+        pitch = read.period if along else read.width
+        step = max(1, BUFFER_BYTES // pitch)
+        for first in range(0, read.rows, step):
+            rows = min(step, read.rows - first)
+            buffer = self._buffers.get(rows * pitch)
+            if along:
+                span = (rows - 1) * read.period + read.width
+                self._fill(read, as_bytes(buffer[:span]), read.offset + first * read.period)
+            else:
+                for row in range(rows):
+                    part = buffer[row * pitch : row * pitch + read.width]
+                    self._fill(read, as_bytes(part), read.offset + (first + row) * read.period)
+            target = dest[first : first + rows]
+            elements = buffer.view(dtype)
+            lengths = _row_strides(tuple(target.shape[1:]))
+            target.copy_(elements.as_strided(target.shape, (pitch // dtype.itemsize, *lengths)))
+
+    def _fill(self, read: Read, into: memoryview, offset: int) -> None:
+        got = self._storage.read(self._handles[read.file], into, offset)
+        if self._observe is not None:
+            self._observe(read.file, offset, len(into))
+        with self._lock:
+            self.counts.read += len(into)
+        if got != len(into):
+            raise IntegrityError(
+                f"the file ends {len(into) - got} bytes before the end of this tensor",
+                hint="The file was truncated after it was opened; restore it or choose another checkpoint.",
+            )
+
+    def _packed(self, read: PackedRead) -> None:
+        raw = bytearray(read.chunk.packed)
+        with self._lock:
+            self.counts.wanted += read.dest.numel() * read.spec.itemsize
+            self.counts.read += len(raw)
+        got = self._storage.read(self._handles[read.chunk.file], memoryview(raw), read.chunk.offset)
+        if got != len(raw):
+            raise IntegrityError("the file ends within this item", hint="Restore the file.")
+        try:
+            loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FormatError(f"this item is not a serialised tensor: {error}", hint="Restore the file.") from error
+        if not isinstance(loaded, torch.Tensor) or loaded.numel() != read.chunk.box.numel:
+            raise FormatError("this item is not the tensor that the metadata describes", hint="Restore the file.")
+        region = loaded.reshape(read.shape)
+        for dim, (low, size) in enumerate(zip(read.region.offsets, read.region.sizes, strict=True)):
+            region = region.narrow(dim, low, size)
+        read.dest.detach().copy_(region)
+
+
+def _position(read: AnyRead) -> tuple[int, int]:
+    return (read.chunk.file, read.chunk.offset) if isinstance(read, PackedRead) else (read.file, read.offset)
+
+
+def _row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    inner = 1
+    for n in reversed(shape):
+        strides.append(inner)
+        inner *= n
+    return tuple(reversed(strides))
+
+
+def _split(read: AnyRead) -> Iterator[AnyRead]:
+    """Cut a large contiguous read, so that several threads can share it."""
+    limit = 16 * BUFFER_BYTES
+    if isinstance(read, PackedRead) or read.rows != 1 or read.width <= limit:
+        yield read
+        return
+    offset = read.offset
+    for block in blocks(read.dest[0], limit // read.spec.itemsize):
+        nbytes = block.numel() * read.spec.itemsize
+        yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
+        offset += nbytes

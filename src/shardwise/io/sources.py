@@ -1,0 +1,253 @@
+"""Finding the tensors of a checkpoint: which file holds which region at which offset.
+
+A source is a ``consolidated/`` export, a directory of shards, any Hugging Face model directory or single file, what
+torch's own Hugging Face writer wrote, or a DCP directory (``.metadata`` and ``.distcp``). All end as `SourceTensor`s.
+Reading headers is shared between the ranks; each file's header is read by one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import CheckpointNotFoundError, FormatError, HeaderError, WeightIndexError
+from shardwise.format.header import read_header, saved_offsets
+from shardwise.format.index import read_index
+from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.types import Box, TensorSpec
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors at a path.
+
+    Attributes:
+        path: What was opened.
+        files: Every file that holds tensor data.
+        tensors: By name.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, SourceTensor]
+
+    def without(self, names: Iterable[str]) -> Source:
+        """The same without some tensors."""
+        dropped = set(names)
+        return Source(self.path, self.files, {n: t for n, t in self.tensors.items() if n not in dropped})
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor or piece in one file: global offsets are ``None`` where the file holds it whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    saved: tuple[int, ...] | None
+
+
+def open_source(path: str | os.PathLike[str], group: Group) -> Source:
+    """Find the tensors at ``path``. All ranks of the group call and see the same.
+
+    Args:
+        path: A safetensors file, or a directory: of safetensors files with or without an index, a ``model/`` directory
+            with ``consolidated/`` or shards in it, or a DCP directory.
+        group: The ranks that load together.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
+        WeightIndexError: The index names a file or a tensor that is absent.
+        HeaderError: A file is truncated or damaged.
+    """
+    root = Path(path).absolute()
+    plan: JsonValue = None
+    with group.together(f"looking for a checkpoint at {root}"):
+        if group.is_main:
+            plan = _look(root)
+    listed = cast(dict[str, list[str]], group.broadcast_json(plan, 0, f"looking for a checkpoint at {root}"))
+    if listed["dcp"]:
+        return _open_dcp(root, group)
+    files = [root.parent / f if root.is_file() else root / f for f in listed["files"]]
+    entries = _read_headers(files, group)
+    source = _assemble(root, files, entries)
+    with group.together(f"checking the index of {root}"):
+        _check_index(root, listed["index"], source, listed["files"])
+    return source
+
+
+def _look(root: Path) -> JsonValue:
+    """List what is at a path: relative file names, names of tensors per the index, and whether it is a DCP directory."""
+    if not root.exists():
+        raise CheckpointNotFoundError(
+            "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
+        )
+    if not root.is_dir():
+        return {"files": [root.name], "index": [], "dcp": []}
+    if (root / ".metadata").exists():
+        return {"files": [], "index": [], "dcp": [".metadata"]}
+    own, index = _tensor_files(root)
+    merged: list[str] = []
+    if (root / "consolidated").is_dir():
+        below, index_below = _tensor_files(root / "consolidated")
+        merged = [f"consolidated/{name}" for name in below]
+        index = index or ([f"consolidated/{index_below[0]}"] if index_below else [])
+    # A name in both is read from the shards, which hold it as it was in memory; so they come first.
+    if not own and not merged:
+        raise CheckpointNotFoundError(
+            "the directory holds no safetensors file and no DCP metadata",
+            path=root,
+            hint="Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
+        )
+    return {"files": [*own, *merged], "index": list(index), "dcp": []}
+
+
+def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
+    names = sorted(os.listdir(directory))
+    indices = [n for n in names if n.endswith(_INDEX_SUFFIX)]
+    plain = [n for n in names if n.endswith(".safetensors")]
+    if not indices:
+        return plain, []
+    chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
+    listed = sorted(set(read_index(directory / chosen).weight_map.values()))
+    for name in listed:
+        if not (directory / name).exists():
+            raise WeightIndexError(
+                f"the index names {name}, which is absent",
+                path=directory / chosen,
+                hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
+            )
+    return listed, [chosen]
+
+
+def _read_headers(files: Sequence[Path], group: Group) -> list[list[_Entry]]:
+    """The entries of every file, on every rank; each header is read by one rank."""
+    own: dict[str, JsonValue] = {}
+    with group.together("reading safetensors headers"):
+        for number, file in enumerate(files):
+            if number % group.world_size == group.rank:
+                own[str(number)] = [_encode(entry) for entry in _entries(file)]
+    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
+    merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
+    return [[_decode(row) for row in merged[number]] for number in range(len(files))]
+
+
+def _entries(file: Path) -> list[_Entry]:
+    header = read_header(file)
+    offsets = saved_offsets(header) or {}
+    return [
+        _Entry(
+            entry.spec.name,
+            entry.spec.shape,
+            entry.spec.dtype,
+            header.data_start + entry.begin,
+            offsets.get(entry.spec.name),
+        )
+        for entry in header.entries
+    ]
+
+
+def _encode(entry: _Entry) -> JsonValue:
+    saved: JsonValue = None if entry.saved is None else list(entry.saved)
+    return [entry.name, list(entry.shape), entry.dtype, entry.offset, saved]
+
+
+def _decode(row: JsonValue) -> _Entry:
+    name, shape, dtype, offset, saved = cast(tuple[str, list[int], str, int, list[int] | None], row)
+    return _Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
+
+
+def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Entry]]) -> Source:
+    pieces: dict[str, list[tuple[_Entry, int]]] = {}
+    sharded_names: set[str] = set()
+    for number, found in enumerate(entries):
+        below = files[number].parent.name == "consolidated" and files[number].parent != root
+        for entry in found:
+            if below and entry.name in sharded_names:
+                continue
+            pieces.setdefault(entry.name, []).append((entry, number))
+        if not below:
+            sharded_names.update(entry.name for entry in found)
+    return Source(root, tuple(files), {name: _tensor(name, found, files) for name, found in pieces.items()})
+
+
+def _tensor(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
+    first, number = found[0]
+    shape = list(first.shape)
+    chunks: dict[Box, SourceChunk] = {}
+    for entry, file in found:
+        offsets = entry.saved if entry.saved is not None else (0,) * len(entry.shape)
+        if entry.dtype != first.dtype or len(entry.shape) != len(first.shape):
+            raise HeaderError(
+                f"{files[number].name} and {files[file].name} disagree about this tensor's dtype or dimensions",
+                path=files[file],
+                tensor=name,
+                hint="The directory mixes files of different checkpoints; separate them.",
+            )
+        shape = [max(n, o + s) for n, o, s in zip(shape, offsets, entry.shape, strict=True)]
+        box = Box(offsets, entry.shape)
+        # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
+        chunks.setdefault(box, SourceChunk(box, file, entry.offset))
+    return SourceTensor(TensorSpec(name, tuple(shape), first.dtype), tuple(chunks.values()))
+
+
+def _check_index(root: Path, indices: Sequence[str], source: Source, files: Sequence[str]) -> None:
+    for name in indices:
+        index = read_index(root / name)
+        prefix = name.rpartition("/")[0]
+        for tensor, file in index.weight_map.items():
+            known = source.tensors.get(tensor)
+            held = {source.files[chunk.file].name for chunk in known.chunks} if known else set()
+            if known is None or (file not in held and f"{prefix}/{file}".lstrip("/") in files and not _sharded(known)):
+                raise WeightIndexError(
+                    f"the index says that {file} holds this tensor, which it does not",
+                    path=root / name,
+                    tensor=tensor,
+                    hint="Index and files belong to different exports; fetch or save them again.",
+                )
+
+
+def _sharded(tensor: SourceTensor) -> bool:
+    return len(tensor.chunks) > 1 or tensor.chunks[0].box.sizes != tensor.spec.shape
+
+
+def _open_dcp(root: Path, group: Group) -> Source:
+    """The tensors of a DCP directory; its pickled metadata passes through an unpickler with an allow-list."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from shardwise.format.dcp_metadata import read_dcp_metadata
+    from shardwise.format.dtypes import dtype_code
+
+    files: dict[str, int] = {}
+    tensors: dict[str, SourceTensor] = {}
+    with group.together(f"reading the DCP metadata of {root}"):
+        metadata = read_dcp_metadata(root / ".metadata")
+        places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
+        for name, saved in metadata.state_dict_metadata.items():
+            if not isinstance(saved, TensorStorageMetadata):
+                continue
+            chunks = []
+            for chunk in saved.chunks:
+                info = places.get((name, tuple(chunk.offsets)))
+                if info is None:
+                    raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
+                number = files.setdefault(str(info.relative_path), len(files))
+                chunks.append(SourceChunk(Box(tuple(chunk.offsets), tuple(chunk.sizes)), number, info.offset, info.length))
+            spec = TensorSpec(name, tuple(saved.size), dtype_code(saved.properties.dtype, name))
+            tensors[name] = SourceTensor(spec, tuple(chunks))
+        missing = [name for name in files if not (root / name).is_file()]
+        if missing:
+            raise CheckpointNotFoundError(
+                f"the metadata names {missing[0]}, which is absent",
+                path=root / missing[0],
+                hint="Restore the missing file; the checkpoint is not whole without it.",
+            )
+    return Source(root, tuple(root / name for name in files), tensors)

@@ -1,0 +1,31 @@
+"""Native names and tensors to the Hugging Face hub's and back, as views, with nothing known about any model.
+
+`derive` (from transformers' rules) or `derive_from_adapter` gives a `Conversion`; `check_round_trip` makes sure that it
+loses nothing; `to_hub` applies it to what a rank holds.
+"""
+
+from shardwise.convert.adapter import StateDictAdapter, derive_from_adapter
+from shardwise.convert.apply import Converted, HeldGroup, to_hub
+from shardwise.convert.check import check_round_trip
+from shardwise.convert.derive import derive, identity
+from shardwise.convert.mapping import rename, revert
+from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
+
+__all__ = [
+    "Computed",
+    "Conversion",
+    "Converted",
+    "HeldGroup",
+    "HubPart",
+    "HubTensor",
+    "NativeSpec",
+    "Rule",
+    "StateDictAdapter",
+    "check_round_trip",
+    "derive",
+    "derive_from_adapter",
+    "identity",
+    "rename",
+    "revert",
+    "to_hub",
+]

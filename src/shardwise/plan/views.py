@@ -192,7 +192,7 @@ def _unflatten(part: torch.Tensor, sizes: list[int], counts: list[int]) -> torch
     dim, used = 0, 0
     for count in counts:
         if count != 1:
-            part = part.unflatten(dim, sizes[used : used + count])
+            part = torch.unflatten(part, dim, sizes[used : used + count])
         dim += count
         used += count
     return part

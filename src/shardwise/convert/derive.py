@@ -1,0 +1,163 @@
+"""Derive a conversion from transformers' own rules, by running them once on tensors without memory.
+
+Nothing here knows a model. The rules that `transformers.core_model_loading.revert_weight_conversion` would apply when
+the model is saved are applied to `TracedTensor`s, and where each element went is read off the results. A model of many
+tensors is dealt with quickly because a name that no rule touches costs a look at the patterns and nothing else, and
+because a rule is run once for each combination of shapes and then replayed under other names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.convert.mapping import revert
+from shardwise.convert.provenance import Untraceable
+from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
+from shardwise.convert.skeleton import skeleton
+from shardwise.convert.trace import TracedTensor, traced
+from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, replay, rule_set, run
+from shardwise.convert.assemble import axis_views
+from shardwise.errors import ConversionError
+from shardwise.format.dtypes import dtype_code, torch_dtype
+from shardwise.plan.views import AxisView
+from shardwise.types import TensorSpec
+
+#: What code that converts tensors may raise when it is given a tensor that it does not expect.
+RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """How a hub tensor is made, whatever its name and its group.
+
+    Attributes:
+        shape: Global shape of the hub tensor.
+        dtype: Its dtype code.
+        parts: Number of a native tensor in the group, and the view of it.
+        reason: Why no view expresses it; empty where one does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[tuple[int, AxisView | None], ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The outcome of a converter for a combination of shapes."""
+
+    keys: tuple[str, ...]
+    results: tuple[Derived, ...]
+
+
+def identity(natives: Sequence[NativeSpec]) -> Conversion:
+    """The conversion under which files and model are the same."""
+    return Conversion(tuple(HubTensor(spec.name, spec.shape, (HubPart(spec.name),)) for spec in natives))
+
+
+def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
+    """Derive how a model's tensors become those of its Hugging Face files.
+
+    Neither the model nor its rules are changed. No collectives; any rank may call, with the tensors that it has.
+
+    Args:
+        model: A transformers model, wrapped or not, or any other module (whose files then have the model's names).
+        natives: The model's tensors under their FQNs without wrappers, with their global shapes; tied ones once.
+
+    Returns:
+        The conversion of ``natives``.
+
+    Raises:
+        ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
+    """
+    bare = skeleton(model)
+    ignored = frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ())
+    kept = [spec for spec in natives if spec.name not in ignored]
+    left_out = tuple(spec.name for spec in natives if spec.name in ignored)
+    rules = rule_set(bare)
+    if rules is not None:
+        views, computed = _by_rules(rules, kept)
+        return Conversion(views, computed, left_out)
+    mapping: dict[str, str] = getattr(bare, "_checkpoint_conversion_mapping", None) or {}
+    names = revert([spec.name for spec in kept], mapping) if mapping else [spec.name for spec in kept]
+    renamed = tuple(HubTensor(name, spec.shape, (HubPart(spec.name),)) for name, spec in zip(names, kept, strict=True))
+    return Conversion(renamed, (), left_out)
+
+
+def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubTensor, ...], tuple[Computed, ...]]:
+    from transformers.core_model_loading import dot_natural_key
+
+    views: list[HubTensor] = []
+    groups: defaultdict[str, list[tuple[Member, NativeSpec]]] = defaultdict(list)
+    for spec in sorted(natives, key=lambda spec: dot_natural_key(spec.name)):
+        group, pattern = rules.match(spec.name)
+        if pattern is None:
+            views.append(HubTensor(rules.rename(spec.name), spec.shape, (HubPart(spec.name),)))
+        else:
+            groups[group].append((Member(spec.name, pattern), spec))
+    computed: list[Computed] = []
+    cache: dict[object, _Known] = {}
+    for group, pairs in groups.items():
+        members = tuple(member for member, _ in pairs)
+        specs = tuple(spec for _, spec in pairs)
+        names, results = _results(rules, group, members, specs, cache)
+        reasons = [result.reason for result in results if result.reason]
+        if reasons:
+            hub = tuple(TensorSpec(name, r.shape, r.dtype) for name, r in zip(names, results, strict=True))
+            rule = ConverterRule(rules, rules.converter(members[0].pattern), group, members)
+            computed.append(Computed(specs, hub, rule, reasons[0]))
+        else:
+            views += (hub_tensor(name, result, specs) for name, result in zip(names, results, strict=True))
+    return tuple(views), tuple(computed)
+
+
+def _results(
+    rules: RuleSet,
+    group: str,
+    members: tuple[Member, ...],
+    specs: tuple[NativeSpec, ...],
+    cache: dict[object, _Known],
+) -> tuple[list[str], tuple[Derived, ...]]:
+    """Hub names of a group's results, and how each is made."""
+    number = rules.converter(members[0].pattern)
+    key = (number, tuple((m.pattern, s.shape, s.dtype) for m, s in zip(members, specs, strict=True)))
+    known = cache.get(key)
+    if known is not None:
+        names = replay(rules.converters[number], group, members, known.keys)
+        return [rules.rename(name) for name in names], known.results
+    sources = [traced(i, spec.shape, torch_dtype(spec.dtype)) for i, spec in enumerate(specs)]
+    try:
+        outcome = run(rules.converters[number], group, members, sources, rules.model)
+    except RULE_ERRORS as error:
+        raise ConversionError(
+            f"the conversion rule for {group!r} does not fit the model's tensors: {error}",
+            tensor=members[0].name,
+            hint="Check that all tensors of the group are there in their global shapes.",
+        ) from error
+    results = tuple(derived(tensor, specs) for tensor in outcome.tensors)
+    if outcome.replayable:
+        cache[key] = _Known(outcome.keys, results)
+    return [rules.rename(name) for name in outcome.names], results
+
+
+def derived(tensor: torch.Tensor, natives: Sequence[NativeSpec]) -> Derived:
+    """Read off the result of a rule how it is made of the native tensors numbered as in ``natives``."""
+    shape, dtype = tuple(tensor.shape), dtype_code(tensor.dtype)
+    if not isinstance(tensor, TracedTensor):
+        return Derived(shape, dtype, (), "made from nothing")
+    if tensor.provenance is None:
+        return Derived(shape, dtype, (), tensor.why)
+    try:
+        return Derived(shape, dtype, axis_views(tensor.provenance, [spec.shape for spec in natives]))
+    except Untraceable as reason:
+        return Derived(shape, dtype, (), str(reason))
+
+
+def hub_tensor(name: str, made: Derived, natives: Sequence[NativeSpec]) -> HubTensor:
+    """A hub tensor from its name and how it is made."""
+    return HubTensor(name, made.shape, tuple(HubPart(natives[source].name, view) for source, view in made.parts))

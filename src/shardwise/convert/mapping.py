@@ -1,0 +1,106 @@
+"""Renaming by regular expressions, with the promise that nothing is lost. Pure.
+
+A key mapping is what transformers calls ``key_mapping`` or, in older and custom models,
+``_checkpoint_conversion_mapping``: patterns of names in the files, each with its replacement in the model. The first pattern that matches a name decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from shardwise.errors import ConversionError
+
+
+def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
+    """Rename names of the files to those of the model.
+
+    Args:
+        names: Names in the files.
+        key_mapping: Regular expressions and their replacements; the first that matches anywhere in a name applies.
+
+    Returns:
+        One name for each of ``names``.
+
+    Raises:
+        ConversionError: A pattern is not a regular expression, or two names become one.
+    """
+    rules = [(_compiled(pattern), replacement) for pattern, replacement in key_mapping.items()]
+    renamed = tuple(_first_match(name, rules) for name in names)
+    _refuse_collisions(names, renamed)
+    return renamed
+
+
+def revert(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
+    """Rename names of the model to those of the files, by a mapping written for the other direction.
+
+    Args:
+        names: Names in the model.
+        key_mapping: As in `rename`: from the files to the model.
+
+    Returns:
+        One name for each of ``names``, such that `rename` gives ``names`` back.
+
+    Raises:
+        ConversionError: Two names become one, or `rename` would not give back the same names.
+    """
+    reversed_mapping = {_as_pattern(new): _as_replacement(old) for old, new in key_mapping.items()}
+    in_files = rename(names, reversed_mapping)
+    back = rename(in_files, key_mapping)
+    trips = zip(names, in_files, back, strict=True)
+    wrong = [f"{name} -> {file} -> {again}" for name, file, again in trips if name != again]
+    if wrong:
+        raise ConversionError(
+            f"the key mapping does not give back {len(wrong)} of {len(names)} names: {'; '.join(wrong[:5])}",
+            tensor=wrong[0].partition(" ")[0],
+            hint="Write patterns that can be reverted, or give the model a state_dict_adapter.",
+        )
+    return in_files
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConversionError(
+            f"{pattern!r} in the key mapping is not a regular expression: {error}", hint="Correct the pattern."
+        ) from error
+
+
+def _first_match(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
+        try:
+            renamed, count = pattern.subn(replacement, name)
+        except (re.error, IndexError) as error:
+            raise ConversionError(
+                f"the replacement {replacement!r} does not fit the pattern {pattern.pattern!r}: {error}",
+                tensor=name,
+                hint="Refer only to groups that the pattern has.",
+            ) from error
+        if count:
+            return renamed
+    return name
+
+
+def _refuse_collisions(names: Sequence[str], renamed: Sequence[str]) -> None:
+    clashing = sorted(name for name, count in Counter(renamed).items() if count > 1)
+    if clashing:
+        sources = [name for name, new in zip(names, renamed, strict=True) if new == clashing[0]]
+        raise ConversionError(
+            f"the key mapping makes one name of several: {', '.join(sources)} all become {clashing[0]!r}",
+            tensor=clashing[0],
+            hint="Narrow the patterns.",
+        )
+
+
+def _as_pattern(replacement: str) -> str:
+    """The pattern of names that a replacement produces."""
+    anchored = replacement.startswith("^")
+    return ("^" if anchored else "") + re.escape(replacement.removeprefix("^"))
+
+
+def _as_replacement(pattern: str) -> str:
+    """The text that a pattern stands for, without anchors and assertions (which match no text)."""
+    text = re.sub(r"\(\?[=!<](?:[^()]|\([^()]*\))*\)", "", pattern)
+    return text.removeprefix("^").removesuffix("$").replace("\\.", ".")

@@ -1,0 +1,138 @@
+"""What a conversion is: which native tensor, looked at how, gives which tensor of the Hugging Face files. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from shardwise.errors import ConversionError
+from shardwise.plan.views import AxisView
+from shardwise.types import TensorSpec
+
+#: A native tensor is described as one of a file is: name (FQN), global shape, safetensors dtype code.
+NativeSpec = TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class HubPart:
+    """What one native tensor contributes to a hub tensor.
+
+    Attributes:
+        native: FQN of the native tensor.
+        view: Where its elements lie; ``None`` where the two tensors are the same but for the name.
+    """
+
+    native: str
+    view: AxisView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubTensor:
+    """A tensor of the Hugging Face files that is made of views of native tensors.
+
+    Attributes:
+        name: Name in the files.
+        shape: Global shape.
+        parts: Disjoint, together the whole; the views of all parts share one hub grid.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[HubPart, ...]
+
+
+class Rule(Protocol):
+    """Code that converts the whole tensors of one group. Pure; whoever holds whole tensors calls it, no collectives."""
+
+    def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Native tensors by FQN to hub tensors by name."""
+        ...
+
+    def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Hub tensors by name to native tensors by FQN."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A group of tensors whose conversion no view expresses: converted whole, one group at a time.
+
+    Attributes:
+        natives: The native tensors of the group.
+        hub: The hub tensors that they become.
+        rule: The code that does it, in both directions.
+        reason: Why no view expresses it.
+    """
+
+    natives: tuple[NativeSpec, ...]
+    hub: tuple[TensorSpec, ...]
+    rule: Rule
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Native tensors to hub tensors.
+
+    Attributes:
+        hub: Tensors that are views of native ones.
+        computed: Groups that have to be computed.
+        ignored: FQNs that the model keeps out of its files.
+    """
+
+    hub: tuple[HubTensor, ...]
+    computed: tuple[Computed, ...] = ()
+    ignored: tuple[str, ...] = ()
+    _by_name: dict[str, HubTensor] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_native: dict[str, list[HubTensor]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clashes: set[str] = set()
+        names = [spec.name for group in self.computed for spec in group.hub]
+        seen = set(names)
+        if len(seen) != len(names):
+            clashes |= {name for name in seen if names.count(name) > 1}
+        for tensor in self.hub:
+            if tensor.name in seen:
+                clashes.add(tensor.name)
+            seen.add(tensor.name)
+            self._by_name[tensor.name] = tensor
+            for native in dict.fromkeys(part.native for part in tensor.parts):
+                self._by_native.setdefault(native, []).append(tensor)
+        if clashes:
+            shown = ", ".join(sorted(clashes)[:5])
+            raise ConversionError(
+                f"several native tensors would be written as one: {shown}",
+                tensor=min(clashes),
+                hint="The conversion rules of the model type are ambiguous; give the model a state_dict_adapter.",
+            )
+
+    def by_hub(self, name: str) -> HubTensor:
+        """The tensor of the files called ``name``.
+
+        Raises:
+            ConversionError: There is no such view; a tensor of a `Computed` group has none.
+        """
+        found = self._by_name.get(name)
+        if found is None:
+            raise ConversionError(f"no native tensor is a view of {name!r}", tensor=name)
+        return found
+
+    def by_native(self, name: str) -> tuple[HubTensor, ...]:
+        """The tensors of the files that look into the native tensor ``name``; none for an ignored or computed one."""
+        return tuple(self._by_native.get(name, ()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in the files, those of views first."""
+        return (*self._by_name, *(spec.name for group in self.computed for spec in group.hub))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every native tensor goes to the files under its own name and as it is."""
+        return not self.computed and all(
+            len(t.parts) == 1 and t.parts[0].view is None and t.parts[0].native == t.name for t in self.hub
+        )

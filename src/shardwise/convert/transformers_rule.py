@@ -1,0 +1,245 @@
+"""The one place that talks to transformers' conversion rules: find them, run them, replay them.
+
+The order of the steps is that of `transformers.core_model_loading.revert_weight_conversion` (5.23): at most one
+converter for a name, names in natural order, then every renaming on what the converter returned. The steps themselves
+(matching, converting, naming) are transformers' own methods, called on copies, because they leave traces in the rules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shardwise.errors import ConversionError
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+
+class Watched:
+    """A model that remembers whether a rule looked at it; what the rule does may then depend on the layer."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._touched = False
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything was asked of the model."""
+        return self._touched
+
+    def __getattr__(self, name: str) -> object:
+        self._touched = True
+        return getattr(self._model, name)
+
+
+class _Record:
+    """A last operation that keeps what the others returned."""
+
+    def __init__(self) -> None:
+        self.keys: tuple[str, ...] = ()
+        self.values: tuple[object, ...] = ()
+
+    def convert(self, collected: Mapping[str, object], **_: object) -> Mapping[str, object]:
+        self.keys, self.values = tuple(collected), tuple(collected.values())
+        return collected
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """An only operation that returns numbers under known keys, so that the converter only finds the names."""
+
+    keys: tuple[str, ...]
+
+    def convert(self, _: object, **__: object) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self.keys)}
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """A model's rules in the direction native to hub, with what they came from.
+
+    Attributes:
+        renamings: Applied to a name one after the other.
+        converters: By the pattern that they take tensors from; at most one applies to a name.
+        origins: For each of ``converters``, the rule in the direction hub to native.
+        forward_renamings: The renamings in the direction hub to native, in the order of loading.
+        model: The model, without wrappers.
+    """
+
+    renamings: tuple[WeightRenaming, ...]
+    converters: tuple[WeightConverter, ...]
+    origins: tuple[WeightConverter, ...]
+    forward_renamings: tuple[WeightRenaming, ...]
+    model: torch.nn.Module
+
+    def match(self, name: str) -> tuple[str, str | None]:
+        """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
+        from transformers.core_model_loading import apply_converters
+
+        key, pattern = apply_converters(name, self.converters)
+        return str(key), None if pattern is None else str(pattern)
+
+    def rename(self, name: str) -> str:
+        """The hub name of what is called ``name`` once the converters are done with it."""
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def converter(self, pattern: str) -> int:
+        """The number of the converter for ``pattern``: the last one, as transformers' own table has it."""
+        return max(i for i, c in enumerate(self.converters) if pattern in c.source_patterns)
+
+
+def rule_set(model: torch.nn.Module) -> RuleSet | None:
+    """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
+
+    The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
+    `PrefixChange` only if it was used in loading, since the name alone does not tell.
+
+    Raises:
+        ConversionError: A rule has no reverse.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    rules = getattr(model, "_weight_conversions", None)
+    if rules is None:
+        rules = get_model_conversion_mapping(model, add_legacy=False)
+        rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+    if not rules:
+        return None
+    pristine = [deepcopy(rule) for rule in rules]
+    try:
+        reverse = [deepcopy(rule).reverse_transform() for rule in pristine[::-1]]
+    except (NotImplementedError, ValueError) as error:
+        raise ConversionError(
+            f"a conversion rule of {type(model).__name__} has no reverse: {error}",
+            hint="Dequantize the model on load, or give it a state_dict_adapter.",
+        ) from error
+    pairs = list(zip(reverse, pristine[::-1], strict=True))
+    return RuleSet(
+        renamings=tuple(rule for rule in reverse if isinstance(rule, WeightRenaming)),
+        converters=tuple(rule for rule in reverse if isinstance(rule, WeightConverter)),
+        origins=tuple(origin for rule, origin in pairs if isinstance(rule, WeightConverter)),
+        forward_renamings=tuple(rule for rule in pristine if isinstance(rule, WeightRenaming)),
+        model=model,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A tensor of a converter's group: its name and the pattern that it fills."""
+
+    name: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a converter made of a group.
+
+    Attributes:
+        keys: The converter's own keys of its results, from which it makes names.
+        names: Full names, before renaming.
+        tensors: Results, in the order of both.
+        replayable: Whether a group of the same shapes elsewhere in the model must come out the same.
+    """
+
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
+    replayable: bool
+
+
+def run(
+    converter: WeightConverter,
+    group: str,
+    members: Sequence[Member],
+    tensors: Sequence[torch.Tensor],
+    model: torch.nn.Module,
+) -> Outcome:
+    """Run a converter on the tensors of one group."""
+    record, watched = _Record(), Watched(model)
+    copy = _loaded(converter, group, members, tensors)
+    by_name = any("full_layer_name" in inspect.signature(op.convert).parameters for op in copy.operations)
+    copy.operations = [*copy.operations, record]
+    named = copy.convert(group, model=watched, config=model.config)
+    names = {id(value): str(name) for name, value in named.items()}
+    return Outcome(
+        keys=record.keys,
+        names=tuple(names[id(value)] for value in record.values),
+        tensors=tuple(_single(value) for value in record.values),
+        replayable=not (watched.touched or by_name) and len(names) == len(record.values),
+    )
+
+
+def replay(converter: WeightConverter, group: str, members: Sequence[Member], keys: tuple[str, ...]) -> list[str]:
+    """The names that a converter gives to known results of another group."""
+    copy = _loaded(converter, group, members, [0] * len(members))
+    copy.operations = [_Replay(keys)]
+    named = copy.convert(group)
+    return [str(name) for name, _ in sorted(named.items(), key=lambda item: int(item[1]))]
+
+
+def _loaded(converter: WeightConverter, group: str, members: Sequence[Member], values: Sequence[object]) -> Any:
+    copy = deepcopy(converter)
+    for member, value in zip(members, values, strict=True):
+        copy.add_tensor(group, member.name, member.pattern, value)
+    return copy
+
+
+def _single(value: object) -> torch.Tensor:
+    found = value[0] if isinstance(value, list) else value
+    if not isinstance(found, torch.Tensor):
+        raise ConversionError(f"a conversion rule returned a {type(found).__name__} where a tensor was due")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ConverterRule:
+    """A converter of transformers, run on the whole tensors of one group (a `shardwise.convert.rules.Rule`).
+
+    Attributes:
+        rules: The model's rules.
+        number: Which converter of them.
+        group: Name of the group.
+        members: The native tensors of the group.
+    """
+
+    rules: RuleSet
+    number: int
+    group: str
+    members: tuple[Member, ...]
+
+    def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Native tensors by FQN to hub tensors by name."""
+        tensors = [natives[member.name] for member in self.members]
+        outcome = run(self.rules.converters[self.number], self.group, self.members, tensors, self.rules.model)
+        return {self.rules.rename(name): t for name, t in zip(outcome.names, outcome.tensors, strict=True)}
+
+    def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Hub tensors by name to native tensors by FQN."""
+        from transformers.core_model_loading import apply_renamings, dot_natural_key
+
+        origin = deepcopy(self.rules.origins[self.number])
+        members: list[Member] = []
+        tensors: list[torch.Tensor] = []
+        group = ""
+        for name in sorted(hub, key=dot_natural_key):
+            renamed = apply_renamings(name, [deepcopy(renaming) for renaming in self.rules.forward_renamings])
+            group, pattern = origin.rename_source_key(renamed)
+            if pattern is None:
+                raise ConversionError("the rule that made this tensor does not take it back", tensor=name)
+            members.append(Member(name, pattern))
+            tensors.append(hub[name])
+        outcome = run(origin, group, members, tensors, self.rules.model)
+        return dict(zip(outcome.names, outcome.tensors, strict=True))

@@ -1,0 +1,157 @@
+"""Filling held tensors from a source: compare, plan byte ranges, read."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from shardwise.comm import Group
+from shardwise.errors import (
+    DtypeMismatchError,
+    MissingTensorError,
+    ShapeMismatchError,
+    UnexpectedTensorError,
+)
+from shardwise.io.reader import ReadCounts, Reader
+from shardwise.io.sources import Source
+from shardwise.io.storage import Storage
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import AnyRead, plan_reads
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a load lets pass.
+
+    Attributes:
+        allow_missing: The checkpoint may lack tensors of the model, which then keep their values.
+        allow_unexpected: The checkpoint may hold tensors that the model lacks.
+        allow_cast: Dtypes may differ; values are cast to the model's.
+        threads: Reads at once on each rank.
+    """
+
+    allow_missing: bool = False
+    allow_unexpected: bool = False
+    allow_cast: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did: names that the checkpoint lacked, names that the model lacked, and bytes."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    counts: ReadCounts
+
+
+def load_tensors(
+    held: Sequence[HeldTensor], source: Source, group: Group, storage: Storage, options: LoadOptions
+) -> LoadReport:
+    """Fill every fragment of ``held`` from ``source``. All ranks of the group call.
+
+    Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows). Nothing is
+    written to the model before names, shapes and dtypes of all tensors agree on every rank.
+
+    Raises:
+        MissingTensorError: The model has a tensor that the source lacks; names the nearest.
+        UnexpectedTensorError: The source has a tensor that no rank's model has; names the nearest.
+        ShapeMismatchError: Shapes differ.
+        DtypeMismatchError: Dtypes differ.
+        IntegrityError: A file is shorter than its header promises.
+    """
+    started = time.monotonic()
+    unexpected = _unexpected(held, source, group)
+    reads: list[AnyRead] = []
+    missing: list[str] = []
+    with group.together(f"comparing the model with {source.path}"):
+        missing = [tensor.spec.name for tensor in held if tensor.spec.name not in source.tensors]
+        if missing and not options.allow_missing:
+            raise _missing(missing, unexpected or list(source.tensors), source)
+        if unexpected and not options.allow_unexpected:
+            raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
+        for tensor in held:
+            if tensor.spec.name in source.tensors:
+                _compare(tensor, source, options)
+                reads += plan_reads(source.tensors[tensor.spec.name], tensor)
+    reader = Reader(storage, source.files, options.threads)
+    with group.together(f"reading {source.path}"):
+        try:
+            reader.execute(reads)
+        finally:
+            reader.close()
+    if group.is_main:
+        seconds = max(time.monotonic() - started, 1e-9)
+        rate = reader.counts.read / 1e9 / seconds
+        _LOG.info("read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate)
+    return LoadReport(tuple(missing), tuple(unexpected), reader.counts)
+
+
+def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> list[str]:
+    """Names of the source that no rank wants; the same list on every rank."""
+    names = sorted(source.tensors)
+    own = {tensor.spec.name for tensor in held}
+    _, wanted = group.fold([], [int(name in own) for name in names], "comparing names")
+    return [name for name, count in zip(names, wanted, strict=True) if not count]
+
+
+def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
+    saved = source.tensors[tensor.spec.name]
+    where = source.files[saved.chunks[0].file] if saved.chunks else source.path
+    if saved.spec.shape != tensor.spec.shape:
+        raise ShapeMismatchError(
+            f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
+            path=where,
+            tensor=tensor.spec.name,
+            hint="Build the model from the checkpoint's own config.json.",
+        )
+    if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast:
+        raise DtypeMismatchError(
+            f"the model's dtype is {tensor.spec.dtype}, the checkpoint's {saved.spec.dtype}",
+            path=where,
+            tensor=tensor.spec.name,
+            hint="Build the model in the checkpoint's dtype, or load it as a base model, which casts.",
+        )
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that looks most like ``name``, if any does."""
+    found = difflib.get_close_matches(name, list(candidates)[:20_000], n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _listing(names: Collection[str]) -> str:
+    shown = list(names)[:5]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _missing(names: Sequence[str], others: Sequence[str], source: Source) -> MissingTensorError:
+    close = nearest(names[0], others)
+    hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?" if close else (
+        "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
+    )  # fmt: skip
+    return MissingTensorError(
+        f"the checkpoint lacks {len(names)} of the model's tensors: {_listing(names)}",
+        path=source.path,
+        tensor=names[0],
+        hint=hint,
+    )
+
+
+def _unexpected_error(names: Sequence[str], own: Sequence[str], source: Source) -> UnexpectedTensorError:
+    close = nearest(names[0], own)
+    hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?" if close else (
+        "Build the model from the checkpoint's own config.json."
+    )  # fmt: skip
+    return UnexpectedTensorError(
+        f"the checkpoint holds {len(names)} tensors that the model lacks: {_listing(names)}",
+        path=source.path,
+        tensor=names[0],
+        hint=hint,
+    )

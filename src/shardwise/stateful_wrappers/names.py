@@ -1,0 +1,117 @@
+"""A module's tensors under their plain names, and which of them are the same tensor."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shardwise.errors import NameCollisionError, StateFormatError
+
+_LOG = logging.getLogger(__name__)
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def plain_name(name: str) -> str:
+    """Strip what torch.compile and activation checkpointing put into names."""
+    return _WRAPPERS.sub("", name)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedTensor:
+    """A tensor of the model's state.
+
+    Attributes:
+        name: Plain fully qualified name.
+        tensor: The parameter or buffer itself (not detached).
+        aliases: Further names of the very same tensor.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    aliases: tuple[str, ...] = ()
+
+
+def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
+    """Parameters and persistent buffers of a rank's model parts, each once, in the model's order.
+
+    Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
+    is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``), else
+    the first.
+
+    Raises:
+        NameCollisionError: Two parts have different tensors of one name.
+        StateFormatError: A part's state holds something that is not a tensor.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in _entries(parts):
+        if name in found and found[name] is not tensor:
+            raise NameCollisionError(
+                "two of this rank's model parts have different tensors of this name",
+                tensor=name,
+                hint="Give each stage's modules the names that they have in the whole model.",
+            )
+        found[name] = tensor
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in found.items():
+        groups.setdefault(_identity(tensor), []).append(name)
+    declared = declared_ties(parts)
+    out = []
+    for names in groups.values():
+        kept = next((n for n in names if n not in declared), names[0])
+        out.append(NamedTensor(kept, found[kept], tuple(n for n in names if n != kept)))
+    return tuple(out)
+
+
+def _entries(parts: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for part in parts:
+        module = unwrap(part)
+        for key, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, torch.Tensor):
+                yield plain_name(key), value
+            elif value is not None and value != {}:
+                raise StateFormatError(
+                    f"the module's state holds a {type(value).__name__} under this name",
+                    tensor=key,
+                    hint="Pass it through extra_state, or let get_extra_state return a tensor.",
+                )
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    local = getattr(tensor, "_local_tensor", tensor)
+    if local.device.type == "meta" or local.numel() == 0:
+        return (id(tensor),)
+    return (local.device, local.data_ptr(), tuple(tensor.shape), local.stride(), tensor.dtype)
+
+
+def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
+    """Names that the model declares as tied to another: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
+
+    Only what is declared; whether the tensors really are one is for the caller to see.
+    """
+    ties: dict[str, str] = {}
+    for part in parts:
+        declared = getattr(unwrap(part), "all_tied_weights_keys", None) or getattr(
+            unwrap(part), "_tied_weights_keys", None
+        )
+        if isinstance(declared, dict):
+            ties.update({str(target): str(source) for target, source in declared.items()})
+        elif declared:
+            ties.update({str(target): "" for target in declared})
+    return ties

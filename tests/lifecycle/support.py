@@ -1,0 +1,102 @@
+"""A file system that records, refuses and stops, and checkpoints to try things on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shardwise.lifecycle import LATEST, LocalFileSystem, checkpoint_name, publish, reserve, set_pointer
+from shardwise.lifecycle.filesystem import FileSystem
+
+
+class Crash(BaseException):
+    """The process is gone: nothing may catch this and carry on."""
+
+
+class FaultyFileSystem:
+    """The real file system, until operation number ``at`` (from 0) raises ``error`` instead of happening."""
+
+    def __init__(self, at: int | None = None, error: BaseException | None = None, links: bool = True) -> None:
+        self.real = LocalFileSystem()
+        self.calls: list[tuple[str, str]] = []
+        self.at = at
+        self.error = error or Crash()
+        self.links = links
+
+    def _step(self, operation: str, path: Path) -> None:
+        self.calls.append((operation, path.name))
+        if self.at is not None and len(self.calls) > self.at:
+            raise self.error
+
+    def make_directory(self, path: Path) -> None:
+        self._step("make_directory", path)
+        self.real.make_directory(path)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        self._step("write_file", path)
+        self.real.write_file(path, data)
+
+    def symlink(self, target: str, path: Path) -> None:
+        if not self.links:
+            raise PermissionError(1, "Operation not permitted")
+        self._step("symlink", path)
+        self.real.symlink(target, path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._step("rename", target)
+        self.real.rename(source, target)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        self._step("rename_new", target)
+        self.real.rename_new(source, target)
+
+    def fsync_path(self, path: Path) -> None:
+        self._step("fsync_path", path)
+        self.real.fsync_path(path)
+
+    def remove_tree(self, path: Path) -> None:
+        """Stops in the middle: what is deleted first is the manifest's neighbour, so half a tree stays."""
+        if path.is_dir() and not path.is_symlink():
+            for child in sorted(path.iterdir()):
+                self.remove_tree(child)
+        self._step("remove_tree", path)
+        self.real.remove_tree(path)
+
+
+def fill(directory: Path, metrics: dict[str, float] | None = None, payload: bytes = b"weights") -> None:
+    """Make ``directory`` look like a finished save; the manifest comes last."""
+    (directory / "model").mkdir(parents=True)
+    (directory / "model" / "data.bin").write_bytes(payload)
+    if metrics is not None:
+        (directory / "losses.json").write_text(json.dumps(metrics))
+    (directory / "manifest.json").write_text("{}")
+
+
+def made(root: Path, epoch: int, step: int, metrics: dict[str, float] | None = None) -> str:
+    """A published checkpoint made by hand."""
+    name = checkpoint_name(epoch, step)
+    fill(root / name, metrics, f"{epoch} {step}".encode())
+    return name
+
+
+def save(root: Path, epoch: int, step: int, fs: FileSystem, metrics: dict[str, float] | None = None) -> str:
+    """One whole save through the lifecycle, without retention."""
+    name = checkpoint_name(epoch, step)
+    temp = reserve(root, name, fs=fs)
+    fill_existing(temp, metrics, f"{epoch} {step}".encode())
+    publish(temp, root / name, fs=fs)
+    set_pointer(root, LATEST, name, fs=fs)
+    return name
+
+
+def fill_existing(temp: Path, metrics: dict[str, float] | None, payload: bytes) -> None:
+    (temp / "model").mkdir()
+    (temp / "model" / "data.bin").write_bytes(payload)
+    if metrics is not None:
+        (temp / "losses.json").write_text(json.dumps(metrics))
+    (temp / "manifest.json").write_text("{}")
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether nothing of what `save` or `made` wrote is missing."""
+    return (directory / "manifest.json").is_file() and (directory / "model" / "data.bin").is_file()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import shardwise
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["shardwise", "shardwise.config", "shardwise.errors", "shardwise.lifecycle"])
+def test_importing_is_cheap(module: str) -> None:
+    heavy = "('torch', 'transformers', 'peft', 'safetensors', 'numpy', 'huggingface_hub')"
+    assert _run(f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+def test_making_a_configuration_does_not_load_torch() -> None:
+    code = "import sys, shardwise; shardwise.CheckpointingConfig(); print('torch' in sys.modules)"
+    assert _run(code) == "False"
+
+
+def test_importing_leaves_torch_as_it_was() -> None:
+    code = """
+import sys
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.planner as planner
+watched = [torch, torch.nn.Module, torch.optim.Optimizer, torch.Tensor, torch.distributed, dcp, planner]
+before = [dict(vars(each)) for each in watched]
+import shardwise
+for name in shardwise.__all__:
+    getattr(shardwise, name)
+def changed(was, now):
+    return [key for key, value in was.items() if now.get(key, None) is not value]
+print([changed(was, vars(each)) for was, each in zip(before, watched) if changed(was, vars(each))])
+"""
+    assert _run(code) == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in shardwise.__all__:
+        assert getattr(shardwise, name) is not None
+    assert set(shardwise.__all__) <= set(dir(shardwise))
+    assert sorted(shardwise.__all__) == [
+        "Checkpointer",
+        "CheckpointingConfig",
+        "RestoreRecord",
+        "SafetensorsReader",
+        "SafetensorsWriter",
+        "SaveConsolidatedMode",
+        "ShardwiseError",
+        "__version__",
+    ]
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    from shardwise import config, errors
+
+    assert shardwise.CheckpointingConfig is config.CheckpointingConfig
+    assert shardwise.SaveConsolidatedMode is config.SaveConsolidatedMode
+    assert shardwise.ShardwiseError is errors.ShardwiseError
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = shardwise.no_such_name
+    assert not hasattr(shardwise, "__path_that_is_not__")
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    from importlib.metadata import version
+
+    assert version("shardwise") == shardwise.__version__

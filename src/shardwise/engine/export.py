@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IncompleteTensorError
 from shardwise.format.crc import crc32c
 from shardwise.format.index import encode_index
@@ -182,12 +183,3 @@ def _check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
 def _index(layout: Layout) -> bytes:
     return encode_index(layout.weight_map, layout.tensor_bytes)
 
-
-def write_plain(storage: Storage, path: Path, content: bytes) -> None:
-    """Write a small file and make it durable."""
-    storage.create(path, len(content), content)
-    handle = storage.open(path, writable=True)
-    try:
-        storage.sync(handle)
-    finally:
-        storage.close(handle)

@@ -1,0 +1,164 @@
+"""PEFT: the settings and the tokenizer beside an adapter's weights.
+
+The weights themselves are described by `capture_adapter` and written and read by the engine; `check_adapter` says
+whether what all ranks are about to write is a whole adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Unpack
+
+import torch.nn as nn
+
+from shardwise.addons.base import ModelParts, SaveHookArgs
+from shardwise.addons.peft_capture import adapter_directory, capture_adapter
+from shardwise.addons.peft_check import check_adapter
+from shardwise.addons.peft_config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
+from shardwise.addons.peft_hf import (
+    ExpertTargets,
+    adapter_configs,
+    expert_targets,
+    is_peft_adapted,
+    peft_target_modules,
+    peft_target_parameters,
+)
+from shardwise.addons.peft_own import ExpertSite, find_sites, is_qwen3_moe
+from shardwise.addons.peft_settings import adapter_settings
+from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
+from shardwise.comm import Group
+from shardwise.errors import MisuseError
+
+__all__ = [
+    "AdapterEntry",
+    "AdapterFile",
+    "AdapterTensors",
+    "PeftAddon",
+    "adapter_settings",
+    "capture_adapter",
+    "check_adapter",
+    "read_adapter_config",
+]
+
+
+class PeftAddon:
+    """Writes ``adapter_config.json``, ``automodel_peft_config.json`` and the tokenizer beside an adapter's weights."""
+
+    def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Write the settings and the tokenizer. All ranks call; rank 0 of the group writes; all leave together.
+
+        Args:
+            **kwargs: ``model_state`` and ``model_path`` are needed, and ``peft_config`` for a model with LoRA modules
+                of its own; ``tokenizer``, ``original_model_path``, ``v4_compatible`` and ``group`` may be given.
+
+        Raises:
+            MisuseError: A needed argument is missing.
+            AdapterError: The adapter cannot be described.
+            StorageError: The file system refused.
+        """
+        group = kwargs.get("group") or Group.current()
+        state, path = kwargs.get("model_state"), kwargs.get("model_path")
+        parts: list[nn.Module] = []
+        with group.together("describing the adapter"):
+            if state is None or path is None:
+                raise MisuseError("the PEFT addon needs model_state and model_path", hint="Pass both to pre_save.")
+            parts = list(state.model)
+        settings = adapter_settings(
+            parts,
+            kwargs.get("peft_config"),
+            group,
+            v4_compatible=kwargs.get("v4_compatible", False),
+            original_model_path=kwargs.get("original_model_path"),
+        )
+        with group.together("writing the adapter's settings"):
+            if group.is_main and path is not None:
+                _write(Path(path), parts, settings, kwargs)
+
+    def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Do nothing: all is written before the weights. All ranks may call."""
+
+
+def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], kwargs: SaveHookArgs) -> None:
+    for name, values in settings.items():
+        directory = path / adapter_directory(name)
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(directory / ADAPTER_CONFIG_NAME, values)
+    config = kwargs.get("peft_config")
+    if config is None or isinstance(config, Mapping):
+        configs = adapter_configs(parts, config)
+        config = configs.get("default", next(iter(configs.values())))
+    _write_json(path / AUTOMODEL_CONFIG_NAME, _get_automodel_peft_metadata(config))
+    tokenizer = kwargs.get("tokenizer")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(path))
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> list[str]:
+    """Names of the adapted modules, as adapter_config.json lists them, sorted.
+
+    Combined projections are expanded to those of the Hugging Face model, grouped expert factors to one name for each
+    expert and projection (unless `_extract_target_parameters` names them), and wrappers' prefixes are removed.
+
+    Args:
+        model: One part of the model.
+        v4_compatible: Whether experts are written one by one.
+    """
+    if is_peft_adapted([model]):
+        experts: list[ExpertTargets] = []
+        for name in adapter_configs([model], None) if v4_compatible else ():
+            experts += expert_targets([model], name)
+        expanded = {f"{t.module}.{e}.{p}" for t in experts for p in t.projections for e in range(t.experts)}
+        return sorted(expanded.union(peft_target_modules(model)))
+    sites = find_sites(model, None, v4_compatible)
+    return sorted({t for s in sites if not (isinstance(s, ExpertSite) and s.fused) for t in s.targets})
+
+
+def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) -> list[str]:
+    """Names of the fused expert parameters that are adapted as such, sorted; none in v4 mode.
+
+    Args:
+        model: One part of the model.
+        v4_compatible: Whether experts are written one by one.
+    """
+    if v4_compatible:
+        return []
+    if is_peft_adapted([model]):
+        return peft_target_parameters(model)
+    sites = find_sites(model, None, v4_compatible)
+    return sorted({f"{s.fqn}.{s.parameter}" for s in sites if isinstance(s, ExpertSite) and s.fused})
+
+
+def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
+    """The settings of an adapter configuration that adapter_config.json does not hold, ready for JSON.
+
+    Of a Hugging Face ``PeftConfig`` adapter_config.json holds all, so nothing is left.
+
+    Args:
+        peft_config: The configuration, with ``to_dict()``.
+    """
+    return {} if is_peft_adapted([], peft_config) else automodel_metadata(peft_config)
+
+
+def _get_hf_peft_config(
+    peft_config: object, model_state: ModelParts, v4_compatible: bool = False
+) -> dict[str, object]:
+    """What adapter_config.json is to say, from this process's parts alone.
+
+    Args:
+        peft_config: The configuration.
+        model_state: The model's parts; those of a single process make up the model.
+        v4_compatible: Whether experts are written one by one.
+    """
+    settings = adapter_settings(list(model_state.model), peft_config, Group(None), v4_compatible=v4_compatible)
+    return settings.get("default", next(iter(settings.values())))
+
+
+def _is_qwen3_moe(model: nn.Module) -> bool:
+    """Whether ``model`` uses the state-dict adapter of Qwen3 MoE (or is such a model and has no adapter)."""
+    return is_qwen3_moe(model)

@@ -1,0 +1,105 @@
+"""What an adapter checkpoint contains, as one rank holds it: the adapters' counterpart of capturing a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch.nn as nn
+
+from shardwise.addons.peft_hf import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
+from shardwise.addons.peft_names import named_modules
+from shardwise.addons.peft_own_capture import capture_own
+from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
+from shardwise.errors import MisuseError, NameCollisionError
+
+_NUMBERED = re.compile(r"(?P<container>.+)\.(?P<index>\d+)")
+
+
+def capture_adapter(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    *,
+    v4_compatible: bool,
+    legacy_paramwrapper_layout: bool,
+    adapter_name: str | None = None,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> AdapterTensors:
+    """Describe the adapters of a model, for saving and for loading alike. Local: no rank communicates.
+
+    Every tensor refers to the memory of a parameter, of which a DTensor holds this rank's shard; nothing is copied or
+    gathered. Ranks of one pipeline stage describe the same tensors.
+
+    Args:
+        parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
+            with LoRA modules of its own (see `shardwise.addons.peft_own`).
+        peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
+            which ``dim`` is read.
+        v4_compatible: Describe expert adapters as one pair for each expert and projection.
+        legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
+        adapter_name: Only this adapter; all if not given.
+        save_embedding_layers: As in ``PeftModel.save_pretrained``.
+
+    Raises:
+        AdapterError: The adapter cannot be described.
+        MisuseError: There is no adapter of that name.
+        NameCollisionError: Two parts have a tensor of one name.
+    """
+    if is_peft_adapted(parts, peft_config):
+        configs = adapter_configs(parts, peft_config)
+        wanted = list(configs) if adapter_name is None else [adapter_name]
+        files = []
+        for name in wanted:
+            found = [
+                capture_peft(
+                    part,
+                    configs,
+                    name,
+                    v4_compatible=v4_compatible,
+                    legacy_layout=legacy_paramwrapper_layout,
+                    save_embedding_layers=save_embedding_layers,
+                )
+                for part in parts
+            ]
+            files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
+    else:
+        if adapter_name not in (None, "default"):
+            raise MisuseError(
+                f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
+            )
+        dim = getattr(peft_config, "dim", None)
+        own = [
+            capture_own(part, dim if isinstance(dim, int) else None, v4_compatible, legacy_paramwrapper_layout)
+            for part in parts
+        ]
+        files = [AdapterFile("default", "", _joined(own))]
+    return AdapterTensors(tuple(files), _inventory(parts))
+
+
+def adapter_directory(adapter_name: str) -> str:
+    """Where peft keeps an adapter below the directory that it saves into."""
+    return "" if adapter_name == "default" else adapter_name
+
+
+def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, ...]:
+    out: dict[str, AdapterEntry] = {}
+    for entries in per_part:
+        for item in entries:
+            if item.spec.name in out:
+                raise NameCollisionError(
+                    "two parameters claim one name in the adapter",
+                    tensor=item.spec.name,
+                    hint="Give the pipeline stages distinct module names.",
+                )
+            out[item.spec.name] = item
+    return tuple(out.values())
+
+
+def _inventory(parts: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = {}
+    for part in parts:
+        for name, _ in named_modules(outer(part)):
+            match = _NUMBERED.fullmatch(name.removeprefix(PEFT_PREFIX))
+            if match:
+                found.setdefault(match["container"], set()).add(int(match["index"]))
+    return {container: tuple(sorted(indices)) for container, indices in sorted(found.items())}

@@ -1,0 +1,392 @@
+"""Models adapted with Hugging Face ``peft``: which tensors belong to an adapter, and under which names.
+
+peft's own ``get_peft_model_state_dict`` decides. It is given placeholders instead of parameters, so that nothing is
+gathered, and a stand-in for the model, so that wrappers' prefixes, a pipeline stage without a config and the look-up of
+the base model on the hub do not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn as nn
+
+from shardwise.addons.model_parts import own_class, unwrap
+from shardwise.addons.peft_names import clean, join, named_modules
+from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.errors import AdapterError, MisuseError
+from shardwise.plan.views import AxisView
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+SaveEmbeddings = bool | Literal["auto"]
+
+#: Projections behind a fused expert parameter, in row order, for models whose v4 files hold experts one by one.
+_FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = None) -> bool:
+    """Whether the model is adapted with peft, by its layers or, for a stage that has none, by its configuration."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
+    if any(isinstance(config, PeftConfig) for config in given):
+        return True
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(module, kinds) for part in parts for module in part.modules())
+
+
+def outer(part: nn.Module) -> nn.Module:
+    """The part inside DDP and torch.compile, with its ``PeftModel``."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    while True:
+        inner = part._modules.get("_orig_mod") or part._modules.get("_checkpoint_wrapped_module")
+        if inner is None and isinstance(part, (DistributedDataParallel, DataParallel)):
+            inner = cast("nn.Module", part.module)
+        if inner is None:
+            return part
+        part = inner
+
+
+def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
+    """Each adapter's configuration, from the model, or ``given`` where the parts do not carry one.
+
+    Args:
+        parts: This rank's parts.
+        given: A ``PeftConfig``, or a mapping of adapter names to such.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    from peft import PeftConfig
+
+    for part in parts:
+        found = getattr(outer(part), "peft_config", None)
+        if isinstance(found, Mapping) and found:
+            return {str(name): cast("PeftConfig", config) for name, config in found.items()}
+    if isinstance(given, Mapping):
+        return {str(name): cast("PeftConfig", config) for name, config in given.items()}
+    if isinstance(given, PeftConfig):
+        return {"default": given}
+    raise AdapterError(
+        "the model has peft layers but no peft_config", hint="Pass the LoraConfig that the layers were made from."
+    )
+
+
+class _StandIn:
+    """A model as peft's state-dict functions see it: its modules under clean names, and nothing that communicates."""
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+        self._model = model
+        self.peft_config = dict(configs)
+        self.config: object | None = getattr(unwrap(model), "config", None)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return named_modules(self._model)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self._model.modules()
+
+    def get_base_model(self) -> _StandIn:
+        return _StandIn(unwrap(self._model), self.peft_config)
+
+    def get_input_embeddings(self) -> object | None:
+        return self._embeddings("get_input_embeddings")
+
+    def get_output_embeddings(self) -> object | None:
+        return self._embeddings("get_output_embeddings")
+
+    def _embeddings(self, getter: str) -> object | None:
+        get = getattr(unwrap(self._model), getter, None)
+        try:
+            return None if get is None else cast("object", get())
+        except (AttributeError, NotImplementedError):
+            # A pipeline stage without the embeddings.
+            return None
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under clean names; tied ones under each of their names, as in a state dict."""
+    out: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = clean(name)
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                out[join(prefix, leaf)] = tensor
+    return out
+
+
+def capture_peft(
+    part: nn.Module,
+    configs: Mapping[str, PeftConfig],
+    adapter_name: str,
+    *,
+    v4_compatible: bool,
+    legacy_layout: bool,
+    save_embedding_layers: SaveEmbeddings,
+) -> list[AdapterEntry]:
+    """The tensors of one adapter that a part has, as peft itself would name them.
+
+    Args:
+        part: A part, wrapped or not.
+        configs: All adapters' configurations.
+        adapter_name: The adapter wanted.
+        v4_compatible: Write adapters of fused expert parameters as one pair for each expert and projection.
+        legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
+        save_embedding_layers: As in ``PeftModel.save_pretrained``.
+
+    Raises:
+        AdapterError: peft computes the tensors instead of naming parameters (prompt learning).
+        MisuseError: There is no such adapter.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    if adapter_name not in configs:
+        raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
+    model = outer(part)
+    state = _state(model)
+    placeholders = {name: torch.empty(0, device="meta") for name in state}
+    names = {id(placeholder): name for name, placeholder in placeholders.items()}
+    local = {name: _with_local_base(config) for name, config in configs.items()}
+    if configs[adapter_name].is_prompt_learning:
+        raise AdapterError(
+            f"adapter {adapter_name!r} ({configs[adapter_name].peft_type}) is computed from a prompt encoder",
+            hint="Use LoraConfig, or another method whose adapters live in the layers.",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = get_peft_model_state_dict(
+            cast("Any", _StandIn(model, local)),
+            state_dict=placeholders,
+            adapter_name=adapter_name,
+            save_embedding_layers=save_embedding_layers,
+        )
+    wrappers = _param_wrappers(model)
+    out: list[AdapterEntry] = []
+    for name, placeholder in found.items():
+        fqn = names.get(id(placeholder))
+        if fqn is None:
+            raise AdapterError(
+                f"peft computes {name!r} instead of naming a parameter, which a sharded model cannot do",
+                tensor=name,
+                hint="Use LoraConfig, or another method whose adapters live in the layers.",
+            )
+        out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
+    return out
+
+
+def _prefixed(name: str) -> str:
+    """Layers that were injected without a ``PeftModel`` are saved as if they had one; transformers does the same."""
+    return name if name.startswith("base_model.") else f"{PEFT_PREFIX}{name}"
+
+
+def _with_local_base(config: PeftConfig) -> PeftConfig:
+    """A copy whose base model is a local directory or none: peft compares the vocabulary's size, and asks the hub."""
+    out = copy.copy(config)
+    base = config.base_model_name_or_path
+    if base and not (Path(base) / "config.json").exists():
+        out.base_model_name_or_path = _cached_directory(base)
+    return out
+
+
+def _cached_directory(model_id: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError:
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _param_wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules through which peft adapts a parameter directly, by name."""
+    from peft.tuners.lora import ParamWrapper
+
+    return {name: module for name, module in named_modules(model) if isinstance(module, ParamWrapper)}
+
+
+def _entries(
+    name: str,
+    fqn: str,
+    tensor: torch.Tensor,
+    wrappers: Mapping[str, nn.Module],
+    v4_compatible: bool,
+    legacy_layout: bool,
+) -> list[AdapterEntry]:
+    for side in ("lora_A", "lora_B"):
+        owner, found, _ = fqn.rpartition(f".{side}.")
+        wrapper = wrappers.get(owner) if found else None
+        # Only where the parameter is (experts, out, in) do the layouts differ, and only there has v4 single experts.
+        if wrapper is None or not getattr(wrapper, "_did_swap_in_out_features", False):
+            continue
+        experts = int(cast("int", wrapper.num_experts))
+        if v4_compatible:
+            return _single_experts(name, fqn, tensor, str(wrapper.parameter_name), side, experts)
+        if legacy_layout:
+            return [_legacy(name, fqn, tensor, side, experts)]
+    return [entry(name, fqn, tensor)]
+
+
+def _legacy(name: str, fqn: str, tensor: torch.Tensor, side: str, experts: int) -> AdapterEntry:
+    """A factor for peft up to 0.19.0, which read the parameter's (out, in) as (in, out): A and B change places."""
+    rows, columns = (int(n) for n in tensor.shape)
+    if side == "lora_A":
+        rank = rows // experts
+        view = axis_view([[experts, rank], [columns]], (2, 1, 0))
+        return entry(name.replace(".lora_A.", ".lora_B."), fqn, tensor, view, (columns, rows))
+    rank = columns // experts
+    view = axis_view([[rows], [rank, experts]], (2, 1, 0))
+    return entry(name.replace(".lora_B.", ".lora_A."), fqn, tensor, view, (columns, rows))
+
+
+def _single_experts(
+    name: str, fqn: str, tensor: torch.Tensor, parameter: str, side: str, experts: int
+) -> list[AdapterEntry]:
+    projections = _FUSED_PROJECTIONS.get(parameter)
+    if projections is None:
+        raise AdapterError(
+            f"the fused parameter {parameter!r} has no counterpart for single experts",
+            tensor=name,
+            hint="Save this adapter without v4_compatible.",
+        )
+    base = name.partition(f".{side}.")[0]
+    while base.endswith(".base_layer"):
+        base = base.removesuffix(".base_layer")
+    rows, columns = (int(n) for n in tensor.shape)
+    out: list[AdapterEntry] = []
+    for expert in range(experts):
+        first = f"{base}.{expert}.{projections[0]}.lora_A.weight"
+        for index, projection in enumerate(projections):
+            target = f"{base}.{expert}.{projection}.{side}.weight"
+            view: AxisView
+            if side == "lora_A":
+                shape = (rows // experts, columns)
+                view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
+            else:
+                shape = (rows // len(projections), columns // experts)
+                span = (0, index * shape[0], shape[0])
+                view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
+            shared = first if side == "lora_A" and index else None
+            out.append(entry(target, fqn, tensor, view, shape, shared))
+    return out
+
+
+def config_as_saved(model: nn.Module | None, config: PeftConfig) -> dict[str, object]:
+    """An adapter's settings as ``PeftModel.save_pretrained`` writes them; sets become sorted lists.
+
+    Args:
+        model: The part that describes the base model, without wrappers.
+        config: The adapter's configuration; it is not changed.
+    """
+    out: dict[str, object] = dict(config.to_dict())
+    out["inference_mode"] = True
+    if out.get("base_model_name_or_path") is None and model is not None:
+        out["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+    if config.task_type is None and model is not None:
+        cls = own_class(model)
+        out["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return out
+
+
+def peft_target_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that peft's LoRA layers replace, without peft's prefix."""
+    from peft.tuners.lora import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = {
+        name.removeprefix(PEFT_PREFIX)
+        for name, module in named_modules(outer(model))
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+    }
+    return sorted(names)
+
+
+def peft_target_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that peft's LoRA adapts directly, without peft's prefix."""
+    names = {
+        join(name.removeprefix(PEFT_PREFIX).replace(".base_layer", ""), str(wrapper.parameter_name))
+        for name, wrapper in _param_wrappers(outer(model)).items()
+    }
+    return sorted(names)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTargets:
+    """The single-expert modules that an adapter of a fused parameter stands for.
+
+    Attributes:
+        module: Name of the module that has the parameter.
+        projections: The projections in it.
+        experts: Number of experts.
+        rank: LoRA rank.
+        alpha: LoRA alpha.
+    """
+
+    module: str
+    projections: tuple[str, ...]
+    experts: int
+    rank: int
+    alpha: float
+
+
+def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[ExpertTargets]:
+    """What an adapter's fused parameters stand for when its tensors are written expert by expert."""
+    out: list[ExpertTargets] = []
+    for part in parts:
+        for name, wrapper in _param_wrappers(outer(part)).items():
+            ranks, alphas = cast("dict[str, int]", wrapper.r), cast("dict[str, float]", wrapper.lora_alpha)
+            if not getattr(wrapper, "_did_swap_in_out_features", False) or adapter_name not in ranks:
+                continue
+            module = name.removeprefix(PEFT_PREFIX)
+            while module.endswith(".base_layer"):
+                module = module.removesuffix(".base_layer")
+            parameter = str(wrapper.parameter_name)
+            projections = _FUSED_PROJECTIONS.get(parameter, (parameter,))
+            experts = int(cast("int", wrapper.num_experts))
+            out.append(ExpertTargets(module, projections, experts, ranks[adapter_name], alphas[adapter_name]))
+    return out
+
+
+def v4_config(config: Mapping[str, object], targets: Sequence[ExpertTargets]) -> dict[str, object]:
+    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert.
+
+    Args:
+        config: Settings as peft saves them.
+        targets: What the fused parameters of all ranks stand for.
+    """
+    out = dict(config)
+    if not config.get("target_parameters") or not targets:
+        return out
+    names = [f"{t.module}.{e}.{p}" for t in targets for p in t.projections for e in range(t.experts)]
+    modules = config.get("target_modules")
+    if isinstance(modules, str):
+        patterns = [rf"{t.module}\.\d+\.{p}" for t in targets for p in t.projections]
+        out["target_modules"] = "|".join([f"(?:{modules})", *patterns])
+    else:
+        listed = modules if isinstance(modules, (list, tuple, set, frozenset)) else ()
+        out["target_modules"] = sorted({*(str(name) for name in listed), *names})
+    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        own = config.get(key)
+        pattern: dict[str, object] = dict(own) if isinstance(own, Mapping) else {}
+        for target in targets:
+            value = target.rank if default == "r" else target.alpha
+            if value != config.get(default):
+                pattern.update({rf"{target.module}\.\d+\.{p}": value for p in target.projections})
+        out[key] = pattern
+    out["target_parameters"] = None
+    return out

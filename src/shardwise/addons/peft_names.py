@@ -1,0 +1,122 @@
+"""Names: wrappers' prefixes, combined projections, and expert projections. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from shardwise.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+#: Path components that torch.compile, activation checkpointing and FSDP1 put between a module and its parent.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+
+#: Projections that share one matrix, and the projections of the Hugging Face model that they stand for, in row order.
+COMBINED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+#: Names under which grouped expert adapters are known, and the projections that each stands for, in column order.
+_EXPERT_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "gate_and_up": ("gate_proj", "up_proj"),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+    "gate": ("gate_proj",),
+    "up": ("up_proj",),
+}
+
+#: Model types whose hub files name the experts' projections otherwise. Source: the models' files on the hub.
+_EXPERT_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+}
+
+
+def clean(name: str) -> str:
+    """A module or parameter name without what wrappers add to it."""
+    return _WRAPPERS.sub("", name).rstrip(".")
+
+
+def join(*parts: str) -> str:
+    """Join the non-empty parts of a dotted name."""
+    return ".".join(part for part in parts if part)
+
+
+def named_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, under clean names; where a wrapper and the wrapped share one, the wrapped is given."""
+    found: dict[str, nn.Module] = {}
+    for name, module in part.named_modules():
+        found[clean(name)] = module
+    yield from found.items()
+
+
+def expert_projections(token: str, model_type: str | None) -> tuple[str, ...]:
+    """The per-expert projections behind a grouped parameter called ``lora_<token>_A``.
+
+    ``gate_and_up`` and ``gate_up`` stand for two projections, the gate in the first half of the output columns; any
+    other token names its projection, with or without ``_proj`` or ``_projs`` at the end.
+    """
+    stem = re.sub(r"_projs?$", "", token)
+    names = _EXPERT_PROJECTIONS.get(stem, (f"{stem}_proj",))
+    renamed = _EXPERT_NAMES.get(model_type or "", {})
+    return tuple(renamed.get(name, name) for name in names)
+
+
+def fused_parameter(token: str) -> str:
+    """Name of the fused parameter of the Hugging Face model behind ``lora_<token>_A``: gate_up_proj or down_proj."""
+    stem = re.sub(r"_projs?$", "", token)
+    return "gate_up_proj" if stem in ("gate_and_up", "gate_up") else f"{stem}_proj"
+
+
+def expand_combined(fqn: str, expand: bool) -> tuple[str, ...]:
+    """The Hugging Face modules behind a module: several for a combined projection, else the module itself."""
+    parent, _, leaf = fqn.rpartition(".")
+    if not expand or leaf not in COMBINED_PROJECTIONS:
+        return (fqn,)
+    return tuple(join(parent, name) for name in COMBINED_PROJECTIONS[leaf])
+
+
+def text_config(model: object) -> object | None:
+    """The configuration that describes the language model: nested in that of a multimodal one."""
+    config: object | None = getattr(model, "config", None)
+    nested = getattr(config, "text_config", None)
+    return config if nested is None or isinstance(nested, dict) else nested
+
+
+def _size(config: object | None, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
+    """Output rows of each projection behind a combined one.
+
+    Args:
+        fqn: The combined module; its last component is a key of `COMBINED_PROJECTIONS`.
+        rows: Rows of its matrix.
+        config: The language model's configuration, with ``num_attention_heads``, ``num_key_value_heads`` (the number
+            of heads if absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
+
+    Raises:
+        AdapterError: The configuration does not account for ``rows``.
+    """
+    leaf = fqn.rpartition(".")[2]
+    if leaf == "gate_up_proj":
+        sizes: Iterable[int] = (rows // 2, rows - rows // 2)
+        known = rows % 2 == 0
+    else:
+        heads = _size(config, "num_attention_heads") or 0
+        groups = _size(config, "num_key_value_heads") or heads
+        width = _size(config, "head_dim") or ((_size(config, "hidden_size") or 0) // heads if heads else 0)
+        sizes = (heads * width, groups * width, groups * width)
+        known = heads > 0 and sum(sizes) == rows
+    if not known:
+        raise AdapterError(
+            f"the rows of {fqn!r} ({rows}) do not split into {', '.join(COMBINED_PROJECTIONS[leaf])}",
+            tensor=fqn,
+            hint="Set num_attention_heads, num_key_value_heads and head_dim in the model's config.",
+        )
+    return tuple(sizes)

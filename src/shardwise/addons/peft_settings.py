@@ -1,0 +1,116 @@
+"""The settings of a model's adapters, agreed between the ranks: each pipeline stage knows only its own modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import torch.nn as nn
+
+from shardwise.addons.model_parts import described_part
+from shardwise.addons.peft_config import OwnSettings, jsonable, own_config, own_settings
+from shardwise.addons.peft_hf import (
+    ExpertTargets,
+    adapter_configs,
+    config_as_saved,
+    expert_targets,
+    is_peft_adapted,
+    v4_config,
+)
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import AdapterError
+
+Settings = dict[str, object]
+
+
+def adapter_settings(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    group: Group,
+    *,
+    v4_compatible: bool = False,
+    original_model_path: str | None = None,
+) -> dict[str, Settings]:
+    """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
+
+    Args:
+        parts: This rank's parts of the model.
+        peft_config: The configuration: a ``PeftConfig`` (or adapter names with such) for parts that do not carry one,
+            or that of a model's own LoRA.
+        group: The ranks that hold the model together, all pipeline stages among them.
+        v4_compatible: The tensors are written expert by expert.
+        original_model_path: The base model, for a model that does not name it.
+
+    Raises:
+        AdapterError: The adapter cannot be described.
+    """
+    local: JsonValue = None
+    with group.together("describing the adapter"):
+        local = _local_settings(parts, peft_config, v4_compatible)
+    gathered = group.gather_json(local, "collecting the adapter's target modules")
+    out: dict[str, Settings] = {}
+    with group.together("describing the adapter"):
+        rows = [cast("dict[str, JsonValue]", row) for row in gathered]
+        out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path)
+    return out
+
+
+def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
+    if not is_peft_adapted(parts, peft_config):
+        return {"own": own_settings(parts, peft_config, v4_compatible).to_json()}
+    if not v4_compatible:
+        return {"experts": {}}
+    found: dict[str, JsonValue] = {}
+    for name in adapter_configs(parts, peft_config):
+        rows: list[JsonValue] = []
+        for target in expert_targets(parts, name):
+            values = dataclasses.asdict(target)
+            rows.append({**values, "projections": list(target.projections)})
+        found[name] = rows
+    return {"experts": found}
+
+
+def _merged(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    rows: Sequence[dict[str, JsonValue]],
+    v4_compatible: bool,
+    original_model_path: str | None,
+) -> dict[str, Settings]:
+    if any(set(row) != set(rows[0]) for row in rows):
+        raise AdapterError(
+            "some ranks hold layers of peft and others LoRA modules of the model's own",
+            hint="Adapt every pipeline stage in the same way, and pass its peft_config on every rank.",
+        )
+    if "own" in rows[0]:
+        if peft_config is None:
+            raise AdapterError(
+                "LoRA modules of the model's own need a peft_config",
+                hint="Pass a configuration with dim, alpha, use_dora and to_dict().",
+            )
+        settings = OwnSettings.union([row["own"] for row in rows])
+        return {"default": own_config(parts, peft_config, settings, original_model_path)}
+    out: dict[str, Settings] = {}
+    for name, config in adapter_configs(parts, peft_config).items():
+        saved = config_as_saved(described_part(parts), config)
+        saved = {key: jsonable(value, key) for key, value in saved.items()}
+        out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
+    return out
+
+
+def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list[ExpertTargets]:
+    found: dict[tuple[str, tuple[str, ...]], ExpertTargets] = {}
+    for row in rows:
+        by_adapter = cast("dict[str, list[dict[str, object]]]", row["experts"])
+        for values in by_adapter.get(adapter_name, []):
+            projections = tuple(cast("list[str]", values["projections"]))
+            target = ExpertTargets(
+                str(values["module"]),
+                projections,
+                int(cast("int", values["experts"])),
+                int(cast("int", values["rank"])),
+                cast("float", values["alpha"]),
+            )
+            found[target.module, projections] = target
+    return list(found.values())

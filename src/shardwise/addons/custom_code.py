@@ -58,6 +58,8 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
             yield cls
     for reference in auto_map_references(config):
         repo, _, target = reference.rpartition("--")
+        if any(f"{cls.__module__}.{cls.__name__}".endswith("." + target) for cls in seen):
+            continue
         wanted = _families_of_name(repo) if repo else families
         for cls in _loaded_classes(target, wanted):
             if cls not in seen:

@@ -152,19 +152,23 @@ def _drop(_: Run) -> None:
 def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     crcs, counts = group.fold(*totals(names, digests), "combining digests")
+    specs = {entry.spec.name: (entry.spec, file.name) for file in plan.layout.files for entry in file.entries}
+    for name, count in zip(names, counts, strict=True):
+        spec, file_name = specs[name]
+        _check_written(spec, count, plan.directory / file_name)
+    return export_record(plan, dict(zip(names, crcs, strict=True)))
+
+
+def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
+    """Files and tensors of an export whose tensors have these digests."""
     files, tensors = [], []
-    position = 0
     for file in plan.layout.files:
         head = len(file.header)
         files.append(FileRecord(file.name, file.size, crc32c(file.header), head))
         for entry in file.entries:
-            _check_written(entry.spec, counts[position], plan.directory / file.name)
-            crc = crcs[position] if entry.spec.nbytes else crc32c(b"")
-            chunk = ChunkRecord(
-                file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc
-            )
+            crc = crcs[entry.spec.name] if entry.spec.nbytes else crc32c(b"")
+            chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
             tensors.append(TensorRecord(plan.options.component, entry.spec, crc, (chunk,)))
-            position += 1
     index = _index(plan.layout)
     files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
     return ComponentRecord(tuple(files), tuple(tensors))

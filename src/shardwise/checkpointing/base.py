@@ -1,0 +1,98 @@
+"""The base model's files: which tensor stands in which file, and in which dtype."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.config import CheckpointingConfig
+from shardwise.errors import CheckpointNotFoundError
+from shardwise.io.sources import Source, open_source
+from shardwise.types import TensorSpec
+
+_TORCH_FILE = re.compile(r"^pytorch_model(.*)\.bin$")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What the base model's headers say.
+
+    Attributes:
+        directory: Where it is.
+        files: Tensor name -> file name.
+        specs: Tensor name -> shape and dtype.
+        source: Its tensors, for reading.
+    """
+
+    directory: Path
+    files: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]
+    source: Source
+
+
+def base_path(config: CheckpointingConfig) -> str | None:
+    """The base model as the configuration names it: a local path where there is one, else the hub id."""
+    name, root = config.model_repo_id, config.original_model_root_dir
+    if root is not None:
+        candidates = [Path(root) / name] if name else []
+        for candidate in [*candidates, Path(root)]:
+            if _has_weights(candidate):
+                return str(candidate)
+    if name is None:
+        return None
+    if Path(name).exists():
+        return name
+    snapshot = snapshot_directory(Path(config.model_cache_dir or "."), name)
+    if snapshot is None and root is not None:
+        snapshot = snapshot_directory(Path(root), name)
+    return str(snapshot) if snapshot is not None else name
+
+
+def _has_weights(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.glob("*.safetensors"))
+
+
+def snapshot_directory(cache: Path, repo_id: str) -> Path | None:
+    """The snapshot of a hub model in a cache directory (``models--org--name/snapshots/<commit>``), or ``None``.
+
+    The commit that ``refs/main`` names is preferred; without it, the only or the lexically last snapshot.
+    """
+    home = cache / ("models--" + repo_id.replace("/", "--"))
+    reference = home / "refs" / "main"
+    if reference.is_file():
+        commit = home / "snapshots" / reference.read_text().strip()
+        if commit.is_dir():
+            return commit
+    snapshots = sorted(path for path in (home / "snapshots").glob("*") if path.is_dir())
+    return snapshots[-1] if snapshots else None
+
+
+def open_base(path: str | None, group: Group) -> BaseModel | None:
+    """Read the base model's headers. All ranks of the group call.
+
+    Returns:
+        ``None`` where no base model is configured, or it has no safetensors files on this machine.
+    """
+    if path is None:
+        return None
+    found: JsonValue = None
+    with group.together("looking for the base model"):
+        if group.is_main:
+            place = Path(path)
+            found = place.is_file() and place.suffix == ".safetensors" or _has_weights(place)
+    if not cast(bool, group.broadcast_json(found, 0, "looking for the base model")):
+        return None
+    try:
+        source = open_source(path, group)
+    except CheckpointNotFoundError:
+        return None
+    files = {
+        name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items() if tensor.chunks
+    }
+    specs = {name: tensor.spec for name, tensor in source.tensors.items()}
+    directory = Path(path) if Path(path).is_dir() else Path(path).parent
+    return BaseModel(directory, files, specs, source)

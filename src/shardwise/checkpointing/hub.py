@@ -1,0 +1,108 @@
+"""A model's tensors under the names of its Hugging Face files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from shardwise.convert import (
+    Conversion,
+    HeldGroup,
+    StateDictAdapter,
+    check_round_trip,
+    derive,
+    derive_from_adapter,
+    to_hub,
+)
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import plain_name, unwrap
+from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.types import TensorSpec
+
+#: Dtypes between which an export may convert: those of ordinary weights.
+_FLOATS = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
+
+
+@dataclass(frozen=True)
+class HubState:
+    """What this rank holds of the model, in the terms of its files.
+
+    Attributes:
+        native: Under the model's own names.
+        held: Under the hub's names, as views.
+        groups: What has to be computed.
+    """
+
+    native: tuple[HeldTensor, ...]
+    held: tuple[HeldTensor, ...]
+    groups: tuple[HeldGroup, ...]
+
+
+class HubNames:
+    """Derives a model's conversion once and applies it at every save and load."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[TensorSpec, ...], Conversion] = {}
+
+    def capture(self, state: ModelState) -> HubState:
+        """The model's tensors under their names in the files. Local; no element is copied."""
+        meshes = MeshRegister()
+        native = state.held(meshes)
+        by_name = {tensor.spec.name: tensor for tensor in native}
+        held: list[HeldTensor] = []
+        groups: list[HeldGroup] = []
+        for part in state.model:
+            own = [by_name.pop(name) for name in _names(part) if name in by_name]
+            converted = to_hub(self._conversion(part, own), own)
+            held += converted.held
+            groups += converted.groups
+        return HubState(tuple(native), tuple(held), tuple(groups))
+
+    def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
+        specs = tuple(tensor.spec for tensor in own)
+        known = self._known.get(specs)
+        if known is None:
+            module = unwrap(part)
+            adapter = getattr(module, "state_dict_adapter", None)
+            if isinstance(adapter, StateDictAdapter):
+                known = derive_from_adapter(adapter, specs)
+            else:
+                known = derive(module, specs)
+            check_round_trip(known, specs)
+            self._known[specs] = known
+        return known
+
+
+def _names(part: nn.Module) -> list[str]:
+    return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
+
+
+def with_base_dtypes(
+    held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]
+) -> tuple[list[HeldTensor], list[HeldTensor]]:
+    """Give each tensor the dtype that the base model has it in.
+
+    Returns:
+        The tensors to export, and those among the originals whose values the base's dtype cannot hold exactly: a run
+        that trains in float32 from a bfloat16 base exports bfloat16 and resumes from float32.
+    """
+    export, exact = [], []
+    for tensor in held:
+        known = base.get(tensor.spec.name)
+        have = tensor.spec.dtype
+        if known is None or known.dtype == have or not {known.dtype, have} <= _FLOATS.keys():
+            export.append(tensor)
+            continue
+        export.append(replace(tensor, spec=replace(tensor.spec, dtype=known.dtype)))
+        if _FLOATS[known.dtype] <= _FLOATS[have]:
+            exact.append(tensor)
+    return export, exact
+
+
+def materialised(state: ModelState) -> bool:
+    """Whether no tensor of the model is on the meta device."""
+    return all(named.tensor.device.type != torch.device("meta").type for named in state.tensors())

@@ -1,0 +1,27 @@
+"""What the checkpointer tells its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRecord:
+    """What was resumed.
+
+    Attributes:
+        epoch: Epoch of the checkpoint; ``None`` where its directory is not called ``epoch_E_step_S``.
+        step: Step of the checkpoint; likewise.
+        path: Its directory.
+        metrics: The metrics it was saved with.
+        unrestored: Names of per-rank states (random number generators, entries of ``extra_state``) that were left as
+            they are, because they differed between ranks when they were saved on another number of ranks.
+    """
+
+    epoch: int | None
+    step: int | None
+    path: Path
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    unrestored: tuple[str, ...] = ()

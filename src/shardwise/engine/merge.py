@@ -1,0 +1,175 @@
+"""The merging path, for file systems that cannot take random writes: shards first, then finished files one after another.
+
+It gives the same bytes as the direct path, because both follow the same layout; it costs what the direct path saves: every
+byte is written, read and written again.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardwise.comm import Group
+from shardwise.engine.export import ExportPlan, export_record
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.statefiles import write_plain
+from shardwise.errors import IntegrityError, StorageError
+from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
+from shardwise.format.index import encode_index
+from shardwise.format.manifest import TensorRecord
+from shardwise.io.memory import as_bytes
+from shardwise.io.reader import Reader
+from shardwise.io.storage import Storage
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.layout import FileLayout, index_name
+from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
+from shardwise.plan.roster import Roster
+from shardwise.plan.shards import plan_shards
+from shardwise.plan.views import refine_range
+from shardwise.types import Box
+
+_BLOCK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
+        staging_dir: Local directory in which a file is finished before it is copied into place.
+    """
+
+    single_rank: bool
+    staging_dir: Path | None
+
+
+def write_merged(
+    plan: ExportPlan, roster: Roster, group: Group, storage: Storage, options: MergeOptions
+) -> ComponentRecord:
+    """Write an export without a random write. All ranks of the group call.
+
+    Returns:
+        Files and tensors with their digests, on every rank; the same bytes as `write_export` writes.
+    """
+    aside = plan.directory.with_name(".merging")
+    record = write_shards(
+        ShardPlan(aside, plan.options.component, roster, plan_shards(plan.held, roster, group.rank)), group, storage
+    )
+    names = {file.path: number for number, file in enumerate(record.files)}
+    sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
+    paths = [aside / file.path for file in record.files]
+    digests = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
+    with group.together(f"preparing {plan.directory}"):
+        if group.is_main:
+            storage.make_directory(plan.directory)
+            storage.check_space(plan.directory, plan.layout.total_bytes)
+    with group.together(f"merging shards into {plan.directory}"):
+        for number, file in enumerate(plan.layout.files):
+            if (0 if options.single_rank else number % group.world_size) == group.rank:
+                _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
+    with group.together(f"finishing {plan.directory}"):
+        if group.is_main:
+            index = encode_index(plan.layout.weight_map, plan.layout.tensor_bytes)
+            write_plain(storage, plan.directory / index_name(plan.options.stem), index)
+            storage.sync_directory(plan.directory)
+            shutil.rmtree(aside)
+    return export_record(plan, {name: crc or 0 for name, crc in digests.items()})
+
+
+def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
+    return SourceTensor(
+        tensor.spec, tuple(SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks)
+    )
+
+
+def _merge_file(
+    file: FileLayout,
+    target: Path,
+    sources: dict[str, SourceTensor],
+    paths: Sequence[Path],
+    storage: Storage,
+    options: MergeOptions,
+    digests: dict[str, int | None],
+) -> None:
+    """Write one final file from front to back."""
+    place = target
+    if options.staging_dir is not None:
+        storage.make_directory(options.staging_dir)
+        storage.check_space(options.staging_dir, file.size)
+        place = options.staging_dir / f".shardwise-{target.name}"
+    reader = Reader(storage, paths)
+    storage.create(place, 0, b"")
+    handle = storage.open(place, writable=True)
+    try:
+        storage.write(handle, file.header, 0)
+        offset = len(file.header)
+        for entry in file.entries:
+            crc = 0
+            for block in tensor_blocks(sources[entry.spec.name], reader):
+                crc = crc32c(block, crc)
+                storage.write(handle, block, offset)
+                offset += len(block)
+            if entry.spec.nbytes and crc != digests[entry.spec.name]:
+                raise IntegrityError(
+                    "the bytes read back from the shards differ from those written",
+                    path=target,
+                    tensor=entry.spec.name,
+                    hint="The file system or the memory of this node is not reliable; save elsewhere.",
+                )
+        storage.sync(handle)
+    finally:
+        storage.close(handle)
+        reader.close()
+    if place != target:
+        _copy(place, target, file.size, storage)
+
+
+def tensor_blocks(source: SourceTensor, reader: Reader) -> Iterator[memoryview]:
+    """A saved tensor's bytes in row-major order, in bounded memory."""
+    spec = source.spec
+    dtype = torch_dtype(spec.dtype)
+    per_block = max(1, _BLOCK_BYTES // spec.itemsize)
+    start, total = 0, math.prod(spec.shape)
+    while start < total:
+        count = min(per_block, total - start)
+        buffer = torch.empty(count, dtype=dtype)
+        fragments, used = [], 0
+        for box in refine_range(start, count, spec.shape) if spec.shape else (Box((), ()),):
+            fragments.append(Fragment(box, buffer[used : used + box.numel].view(box.sizes)))
+            used += box.numel
+        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
+        reader.execute(list(plan_reads(source, wanted)))
+        yield as_bytes(buffer)
+        start += count
+
+
+def _copy(place: Path, target: Path, size: int, storage: Storage) -> None:
+    """Copy a finished file to its place with large sequential writes."""
+    source = storage.open(place, writable=False)
+    try:
+        storage.create(target, 0, b"")
+        handle = storage.open(target, writable=True)
+        try:
+            buffer = bytearray(_BLOCK_BYTES)
+            offset = 0
+            while offset < size:
+                got = storage.read(source, memoryview(buffer)[: min(len(buffer), size - offset)], offset)
+                storage.write(handle, memoryview(buffer)[:got], offset)
+                offset += got
+            storage.sync(handle)
+        finally:
+            storage.close(handle)
+    finally:
+        storage.close(source)
+    try:
+        place.unlink()
+    except OSError as error:
+        raise StorageError.from_os(error, path=place) from error

@@ -191,7 +191,7 @@ class Decoder:
         import numpy as np
 
         code = as_text(value, "a numpy dtype", fail)
-        if not _NUMPY_DTYPE.fullmatch(code):
+        if not NUMPY_DTYPE.fullmatch(code):
             fail(f"names the numpy dtype {code[:80]!r}, which is not allowed")
         return np.dtype(code)
 

@@ -1,0 +1,345 @@
+"""The ``.metadata`` of a ``torch.distributed.checkpoint`` directory, read without unpickling it.
+
+Source: what torch 2.13's ``FileSystemWriter`` pickles. The classes it names are those of
+``torch.distributed.checkpoint.metadata`` and ``.filesystem``, torch.Size, dtypes and layouts, and the path of the
+checkpoint; torch before 2.3 took the tensor properties from ``torch.distributed._shard``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from shardwise.errors import FormatError, UnsafePickleError
+from shardwise.format.files import read_whole, why_not_relative
+from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
+from shardwise.format.strict_json import MAX_DIMS, MAX_INT
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+#: Name of the metadata file in a DCP directory.
+DCP_METADATA_NAME = ".metadata"
+
+#: Largest metadata file that is read, in bytes.
+MAX_METADATA_BYTES = 512 * 2**20
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_LEGACY = "torch.distributed._shard.sharded_tensor.metadata"
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath")
+_DAMAGED = "The checkpoint's metadata is damaged or forged: restore it from a copy."
+_MAX_PLANNER_DEPTH = 64
+
+_T = TypeVar("_T")
+
+
+@cache
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+@cache
+def _allowed() -> frozenset[PickledGlobal]:
+    names = {
+        _METADATA: (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        ),
+        _FILESYSTEM: ("_StorageInfo",),
+        _LEGACY: ("TensorProperties", "MEM_FORMAT_ENCODING"),
+        "torch": ("Size", *_dtypes()),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": _PATHS,
+        "pathlib._local": _PATHS,
+        "collections": ("OrderedDict",),
+        "builtins": ("set", "frozenset"),
+        "__builtin__": ("set", "frozenset"),
+    }
+    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
+
+
+def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """Read the metadata of a DCP checkpoint, given its directory or the ``.metadata`` file itself.
+
+    No code named by the file runs: it is interpreted as data, checked, and then built from torch's own classes.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+        StorageError: The file system refused.
+        UnsafePickleError: The file names anything but DCP's own classes.
+        FormatError: The file is malformed, too large, or points outside the checkpoint.
+    """
+    text = os.fspath(path)
+    if "\0" not in text and os.path.isdir(text):
+        text = os.path.join(text, DCP_METADATA_NAME)
+    return parse_dcp_metadata(read_whole(text, MAX_METADATA_BYTES, FormatError), text)
+
+
+def parse_dcp_metadata(data: bytes, path: str) -> Metadata:
+    """Do what `read_dcp_metadata` does with a file that is already in memory."""
+    return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path))
+
+
+def load_item(data: bytes, path: str, name: str) -> object:
+    """Load one item of a ``.distcp`` file: the bytes that DCP wrote with ``torch.save``, without running code.
+
+    Args:
+        data: The bytes of the item.
+        path: The file that holds it, for errors.
+        name: Name of the item, for errors.
+
+    Returns:
+        A tensor on the CPU, or a plain Python value.
+
+    Raises:
+        UnsafePickleError: The item holds anything but tensors and plain values.
+        FormatError: The item is malformed.
+    """
+    import torch
+
+    try:
+        value: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsafePickleError(
+            f"the item in {path!r} holds something other than tensors and plain values: {str(error)[:300]}",
+            path=path,
+            tensor=name,
+            hint="Set allow_legacy_pickle_restore=True if you trust whoever wrote it; unpickling can run code.",
+        ) from error
+    # torch.load meets malformed bytes with whatever its parsers happen to raise.
+    except Exception as error:
+        raise FormatError(
+            f"the item in {path!r} is malformed: {type(error).__name__}: {str(error)[:300]}",
+            path=path,
+            tensor=name,
+            hint="The file is damaged: restore it from a copy.",
+        ) from error
+    return value
+
+
+class _Builder:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._chunk_lists: dict[int, tuple[object, list[ChunkStorageMetadata]]] = {}
+        self._properties: dict[int, tuple[object, TensorProperties]] = {}
+
+    def _fail(self, reason: str, tensor: str | None = None) -> NoReturn:
+        raise FormatError(f"the metadata {self._path!r} {reason}", path=self._path, tensor=tensor, hint=_DAMAGED)
+
+    def _is(self, value: object, module: str, name: str) -> bool:
+        return isinstance(value, PickledCall) and value.function.name == name and value.function.module == module
+
+    def _fields(self, value: object, module: str, name: str) -> dict[object, object]:
+        if not isinstance(value, PickledCall) or not self._is(value, module, name) or value.args:
+            self._fail(f"has something else where a {name} belongs")
+        if not isinstance(value.state, dict) and value.state is not None:
+            self._fail(f"has a {name} with a malformed state")
+        return value.state or {}
+
+    def _typed(self, value: object, kind: type[_T], what: str) -> _T:
+        if type(value) is not kind:
+            self._fail(f"has {what} that is not of type {kind.__name__}")
+        return value
+
+    def _count(self, value: object, what: str) -> int:
+        if type(value) is not int or not 0 <= value <= MAX_INT:
+            self._fail(f"has {what} that is not an integer from 0 to 2**63 - 1")
+        return value
+
+    def _optional(self, value: object, build: Callable[[object], _T]) -> _T | None:
+        return None if value is None else build(value)
+
+    def metadata(self, tree: object) -> Metadata:
+        from torch.distributed.checkpoint.metadata import Metadata
+
+        fields = self._fields(tree, _METADATA, "Metadata")
+        items = self._typed(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
+        version = fields.get("version")
+        return Metadata(
+            state_dict_metadata={
+                self._typed(name, str, "a name"): self._item(name, item) for name, item in items.items()
+            },
+            planner_data=self._plain(fields.get("planner_data")),
+            storage_data=self._optional(fields.get("storage_data"), self._storage_data),
+            storage_meta=self._optional(fields.get("storage_meta"), self._storage_meta),
+            version=None if version is None else self._typed(version, str, "version"),
+        )
+
+    def _item(self, name: str, item: object) -> TensorStorageMetadata | BytesStorageMetadata:
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+        if self._is(item, _METADATA, "BytesStorageMetadata"):
+            return BytesStorageMetadata()
+        fields = self._fields(item, _METADATA, "TensorStorageMetadata")
+        size = self._size(fields.get("size"))
+        chunks = self._chunks(fields.get("chunks"))
+        for chunk in chunks:
+            if len(chunk.offsets) != len(size) or len(chunk.sizes) != len(size):
+                self._fail("has a chunk with another number of dimensions than its tensor", name)
+            if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, size, strict=True)):
+                self._fail("has a chunk that reaches outside its tensor", name)
+        return TensorStorageMetadata(self._tensor_properties(fields.get("properties")), size, chunks)
+
+    def _size(self, value: object) -> torch.Size:
+        import torch
+
+        if not isinstance(value, PickledCall) or not self._is(value, "torch", "Size") or value.state is not None:
+            self._fail("has something else where a torch.Size belongs")
+        if len(value.args) != 1 or not isinstance(value.args[0], (tuple, list)) or len(value.args[0]) > MAX_DIMS:
+            self._fail("has a malformed torch.Size")
+        return torch.Size([self._count(item, "a size or offset") for item in value.args[0]])
+
+    def _chunks(self, value: object) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        rows = self._typed(value, list, "chunks")
+        known = self._chunk_lists.get(id(rows))
+        if known is not None:
+            return known[1]
+        chunks = []
+        for row in rows:
+            fields = self._fields(row, _METADATA, "ChunkStorageMetadata")
+            chunks.append(ChunkStorageMetadata(self._size(fields.get("offsets")), self._size(fields.get("sizes"))))
+        self._chunk_lists[id(rows)] = (rows, chunks)
+        return chunks
+
+    def _tensor_properties(self, value: object) -> TensorProperties:
+        from torch.distributed.checkpoint.metadata import TensorProperties
+
+        known = self._properties.get(id(value))
+        if known is not None:
+            return known[1]
+        if not isinstance(value, PickledCall) or value.args or value.function.name != "TensorProperties":
+            self._fail("has something else where TensorProperties belong")
+        if not isinstance(value.state, tuple) or len(value.state) != 5:
+            self._fail("has malformed TensorProperties")
+        dtype, layout, requires_grad, memory_format, pin_memory = value.state
+        if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in _dtypes():
+            self._fail("has something else where a dtype belongs")
+        properties = TensorProperties(
+            dtype=_dtypes()[dtype.name],
+            layout=self._layout(layout),
+            requires_grad=self._typed(requires_grad, bool, "requires_grad"),
+            memory_format=self._memory_format(memory_format),
+            pin_memory=self._typed(pin_memory, bool, "pin_memory"),
+        )
+        self._properties[id(value)] = (value, properties)
+        return properties
+
+    def _layout(self, value: object) -> torch.layout:
+        import torch
+
+        if not isinstance(value, PickledCall) or not self._is(value, "torch.serialization", "_get_layout"):
+            self._fail("has something else where a layout belongs")
+        # DCP writes nothing but dense tensors.
+        if value.args != (str(torch.strided),):
+            self._fail("names a layout other than torch.strided")
+        return torch.strided
+
+    def _memory_format(self, value: object) -> torch.memory_format:
+        import torch
+
+        formats = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
+        if not isinstance(value, PickledCall) or not value.function.name.endswith("MEM_FORMAT_ENCODING"):
+            self._fail("has something else where a memory format belongs")
+        number = value.args[0] if len(value.args) == 1 else None
+        if type(number) is not int or not 0 <= number < len(formats):
+            self._fail("names an unknown memory format")
+        return formats[number]
+
+    def _storage_data(self, value: object) -> dict[MetadataIndex, _StorageInfo]:
+        rows = self._typed(value, dict, "storage_data")
+        result = {self._index(key): self._storage_info(info) for key, info in rows.items()}
+        if len(result) != len(rows):
+            self._fail("says twice where one item lies")
+        return result
+
+    def _index(self, value: object) -> MetadataIndex:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        fields = self._fields(value, _METADATA, "MetadataIndex")
+        index = fields.get("index")
+        return MetadataIndex(
+            self._typed(fields.get("fqn"), str, "a name"),
+            self._optional(fields.get("offset"), self._size),
+            None if index is None else self._count(index, "an index"),
+        )
+
+    def _storage_info(self, value: object) -> _StorageInfo:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        fields = self._fields(value, _FILESYSTEM, "_StorageInfo")
+        relative = self._typed(fields.get("relative_path"), str, "a file's path")
+        reason = why_not_relative(relative)
+        if reason is not None:
+            self._fail(f"names the file {relative[:200]!r}, which {reason}")
+        transforms = fields.get("transform_descriptors")
+        if transforms is not None:
+            if not isinstance(transforms, (list, tuple)):
+                self._fail("has malformed transform_descriptors")
+            transforms = [self._typed(item, str, "a transform") for item in transforms]
+        offset, length = self._count(fields.get("offset"), "an offset"), self._count(fields.get("length"), "a length")
+        return _StorageInfo(relative, offset, length, transforms)
+
+    def _storage_meta(self, value: object) -> StorageMeta:
+        from torch.distributed.checkpoint.metadata import StorageMeta
+
+        fields = self._fields(value, _METADATA, "StorageMeta")
+        save_id, load_id = fields.get("save_id"), fields.get("load_id")
+        modules = self._typed(fields.get("modules", []), list, "modules")
+        return StorageMeta(
+            checkpoint_id=self._optional(fields.get("checkpoint_id"), self._where),
+            save_id=None if save_id is None else self._typed(save_id, str, "save_id"),
+            load_id=None if load_id is None else self._typed(load_id, str, "load_id"),
+            modules=[self._typed(item, str, "a module's name") for item in modules],
+        )
+
+    def _where(self, value: object) -> str:
+        # Where the checkpoint stood when it was written; told to the user, never opened.
+        if isinstance(value, PickledCall) and value.function.module.startswith("pathlib") and value.state is None:
+            return os.path.join("", *[self._typed(part, str, "a part of a path") for part in value.args])
+        return self._typed(value, str, "checkpoint_id")
+
+    def _plain(self, value: object) -> object:
+        # Each container is looked at once, however often it is shared.
+        seen: set[int] = set()
+        level = [value]
+        for _ in range(_MAX_PLANNER_DEPTH):
+            inner: list[object] = []
+            for item in level:
+                if isinstance(item, (dict, list, tuple, set, frozenset)):
+                    if id(item) in seen:
+                        continue
+                    seen.add(id(item))
+                    inner.extend(item)
+                    if isinstance(item, dict):
+                        inner.extend(item.values())
+                elif item is not None and type(item) not in (str, int, float, bool, bytes):
+                    self._fail("has planner_data that are not plain values")
+            level = inner
+        if level:
+            self._fail("has planner_data that are nested too deeply")
+        return value

@@ -1,0 +1,293 @@
+"""Reading a pickle as data: a small interpreter of the pickle opcodes that imports nothing and calls nothing.
+
+The standard unpickler with a restricted ``find_class`` still runs constructors, ``__setstate__`` and ``setattr`` of
+what is allowed, and reserves memory for any memo index that a file claims. Here a global is only a name, a call only a
+record of its arguments (`PickledCall`), and the caller builds real objects from the finished tree after checking it.
+
+Source: the opcode table of the Python standard library's ``pickletools``, protocols 2 to 5 as far as plain data need.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NoReturn
+
+from shardwise.errors import FormatError, UnsafePickleError
+
+_UNSAFE_HINT = (
+    "It is not loaded, because unpickling it could run code. If you trust whoever wrote it, load it yourself and save "
+    "it again in another format."
+)
+_DAMAGED = "The file is damaged or forged: restore it from a copy."
+_MAX_PROTOCOL = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PickledGlobal:
+    """A class, function or constant that a pickle names; never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False, slots=True)
+class PickledCall:
+    """An object that a pickle makes by calling ``function``, and the state that it then gives to it."""
+
+    function: PickledGlobal
+    args: tuple[object, ...]
+    state: object = None
+
+
+class _Mark:
+    pass
+
+
+_MARK = _Mark()
+_UNHASHABLE_AS_KEY = (list, dict, set, tuple, frozenset)
+
+
+def read_pickle_tree(data: bytes, allowed: Collection[PickledGlobal], path: str) -> object:
+    """Return what ``data`` holds as plain containers, `PickledGlobal` and `PickledCall`.
+
+    Time and memory are linear in ``len(data)``. Containers may be shared or contain themselves; the caller has to look
+    out for that.
+
+    Args:
+        data: The pickle.
+        allowed: The globals that it may name.
+        path: The file, for errors.
+
+    Raises:
+        UnsafePickleError: It names another global, or uses an opcode that plain data do not need.
+        FormatError: It is malformed.
+    """
+    machine = _Machine(data, frozenset(allowed), path)
+    try:
+        return machine.run()
+    except (IndexError, struct.error) as error:
+        raise FormatError(f"the pickle {path!r} ends early or is malformed", path=path, hint=_DAMAGED) from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the pickle {path!r} holds text that is not UTF-8", path=path, hint=_DAMAGED) from error
+
+
+class _Machine:
+    def __init__(self, data: bytes, allowed: frozenset[PickledGlobal], path: str) -> None:
+        self._data = data
+        self._allowed = allowed
+        self._path = path
+        self._at = 0
+        self._stack: list[object] = []
+        self._memo: dict[int, object] = {}
+        self._handlers: dict[int, Callable[[], None]] = self._table()
+
+    def run(self) -> object:
+        handlers, data = self._handlers, self._data
+        while True:
+            opcode = data[self._at]
+            self._at += 1
+            if opcode == 0x2E:
+                break
+            handler = handlers.get(opcode)
+            if handler is None:
+                raise UnsafePickleError(
+                    f"the pickle {self._path!r} uses the opcode {bytes([opcode])!r} at byte {self._at - 1}, which "
+                    "plain data do not need",
+                    path=self._path,
+                    hint=_UNSAFE_HINT,
+                )
+            handler()
+        if len(self._stack) != 1 or self._stack[0] is _MARK:
+            self._fail("does not end with one value")
+        return self._stack[0]
+
+    def _table(self) -> dict[int, Callable[[], None]]:
+        push = self._stack.append
+        table: dict[bytes, Callable[[], None]] = {
+            b"\x80": self._protocol,
+            b"\x95": lambda: self._skip(8),
+            b"(": lambda: push(_MARK),
+            b"0": self._drop,
+            b"1": self._drop_to_mark,
+            b"N": lambda: push(None),
+            b"\x88": lambda: push(True),
+            b"\x89": lambda: push(False),
+            b"K": lambda: push(self._take(1)[0]),
+            b"M": lambda: push(int.from_bytes(self._take(2), "little")),
+            b"J": lambda: push(int.from_bytes(self._take(4), "little", signed=True)),
+            b"\x8a": lambda: push(int.from_bytes(self._counted(1), "little", signed=True)),
+            b"G": lambda: push(struct.unpack(">d", self._take(8))[0]),
+            b"\x8c": lambda: push(self._counted(1).decode("utf-8")),
+            b"X": lambda: push(self._counted(4).decode("utf-8")),
+            b"\x8d": lambda: push(self._counted(8).decode("utf-8")),
+            b"C": lambda: push(self._counted(1)),
+            b"B": lambda: push(self._counted(4)),
+            b")": lambda: push(()),
+            b"]": lambda: push([]),
+            b"}": lambda: push({}),
+            b"\x8f": lambda: push(set()),
+            b"t": lambda: push(tuple(self._to_mark())),
+            b"\x85": lambda: self._tuple(1),
+            b"\x86": lambda: self._tuple(2),
+            b"\x87": lambda: self._tuple(3),
+            b"a": lambda: self._extend([self._pop()]),
+            b"e": lambda: self._extend(self._to_mark()),
+            b"s": lambda: self._set_items([self._pop(), self._pop()][::-1]),
+            b"u": lambda: self._set_items(self._to_mark()),
+            b"\x90": lambda: self._add(self._to_mark()),
+            b"\x91": lambda: push(frozenset(self._keys(self._to_mark()))),
+            b"\x94": lambda: self._remember(len(self._memo)),
+            b"q": lambda: self._remember(self._take(1)[0]),
+            b"r": lambda: self._remember(int.from_bytes(self._take(4), "little")),
+            b"h": lambda: self._recall(self._take(1)[0]),
+            b"j": lambda: self._recall(int.from_bytes(self._take(4), "little")),
+            b"c": self._global,
+            b"\x93": self._stack_global,
+            b"R": self._call,
+            b"\x81": self._call,
+            b"b": self._build,
+        }
+        return {code[0]: handler for code, handler in table.items()}
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise FormatError(f"the pickle {self._path!r} {reason}", path=self._path, hint=_DAMAGED)
+
+    def _take(self, count: int) -> bytes:
+        part = self._data[self._at : self._at + count]
+        if len(part) != count:
+            self._fail("is truncated")
+        self._at += count
+        return part
+
+    def _counted(self, width: int) -> bytes:
+        return self._take(int.from_bytes(self._take(width), "little"))
+
+    def _skip(self, count: int) -> None:
+        self._take(count)
+
+    def _protocol(self) -> None:
+        version = self._take(1)[0]
+        if version > _MAX_PROTOCOL:
+            self._fail(f"has the unknown protocol {version}")
+
+    def _pop(self) -> object:
+        value = self._stack.pop()
+        if value is _MARK:
+            self._fail("takes a value where none is")
+        return value
+
+    def _drop(self) -> None:
+        self._stack.pop()
+
+    def _drop_to_mark(self) -> None:
+        self._to_mark()
+
+    def _to_mark(self) -> list[object]:
+        stack = self._stack
+        at = len(stack) - 1
+        while at >= 0 and stack[at] is not _MARK:
+            at -= 1
+        if at < 0:
+            self._fail("closes a group that it never opened")
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    def _tuple(self, count: int) -> None:
+        items = [self._pop() for _ in range(count)]
+        self._stack.append(tuple(items[::-1]))
+
+    def _extend(self, items: list[object]) -> None:
+        target = self._stack[-1]
+        if type(target) is not list:
+            self._fail("appends to something that is not a list")
+        target.extend(items)
+
+    def _keys(self, keys: list[object]) -> list[object]:
+        # Hashing a deeply nested tuple recurses without a guard, so no container serves as a key.
+        if any(isinstance(key, _UNHASHABLE_AS_KEY) for key in keys):
+            self._fail("uses a container as a key")
+        if len(keys) > 100 and 2 * len({hash(key) for key in keys}) < len(keys):
+            self._fail("has keys that were chosen to collide")
+        return keys
+
+    def _set_items(self, items: list[object]) -> None:
+        target = self._stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            self._fail("sets items of something that is not a dict")
+        target.update(zip(self._keys(items[::2]), items[1::2], strict=True))
+
+    def _add(self, items: list[object]) -> None:
+        target = self._stack[-1]
+        if type(target) is not set:
+            self._fail("adds to something that is not a set")
+        target.update(self._keys(items))
+
+    def _remember(self, slot: int) -> None:
+        value = self._stack[-1]
+        if value is _MARK:
+            self._fail("remembers a value where none is")
+        self._memo[slot] = value
+
+    def _recall(self, slot: int) -> None:
+        if slot not in self._memo:
+            self._fail("recalls a value that it never stored")
+        self._stack.append(self._memo[slot])
+
+    def _line(self) -> str:
+        end = self._data.index(b"\n", self._at) if b"\n" in self._data[self._at : self._at + 1024] else -1
+        if end < 0:
+            self._fail("names a global in a malformed way")
+        text = self._data[self._at : end].decode("utf-8")
+        self._at = end + 1
+        return text
+
+    def _global(self) -> None:
+        self._name(self._line(), self._line())
+
+    def _stack_global(self) -> None:
+        name, module = self._pop(), self._pop()
+        if type(module) is not str or type(name) is not str:
+            self._fail("names a global in a malformed way")
+        self._name(module, name)
+
+    def _name(self, module: str, name: str) -> None:
+        found = PickledGlobal(module, name)
+        if found not in self._allowed:
+            raise UnsafePickleError(
+                f"the pickle {self._path!r} names {str(found)[:200]!r}, which is not on the list of what it may name",
+                path=self._path,
+                hint=_UNSAFE_HINT,
+            )
+        self._stack.append(found)
+
+    def _call(self) -> None:
+        args, function = self._pop(), self._pop()
+        if type(function) is not PickledGlobal or type(args) is not tuple:
+            self._fail("calls something that is not a global")
+        self._stack.append(
+            self._plain(function, args) if function.module in _PLAIN_MODULES else PickledCall(function, args)
+        )
+
+    def _plain(self, function: PickledGlobal, args: tuple[object, ...]) -> object:
+        # Containers become real at once, because later opcodes fill them.
+        if function.name == "OrderedDict" and not args:
+            return {}
+        items = args[0] if len(args) == 1 else []
+        if function.name == "OrderedDict" or len(args) > 1 or type(items) is not list:
+            self._fail(f"calls {function} with arguments that it never has")
+        return set(self._keys(items)) if function.name == "set" else frozenset(self._keys(items))
+
+    def _build(self) -> None:
+        state, target = self._pop(), self._stack[-1]
+        if type(target) is not PickledCall or target.state is not None:
+            self._fail("gives a state to something that takes none")
+        target.state = state
+
+
+_PLAIN_MODULES = frozenset({"collections", "builtins", "__builtin__"})

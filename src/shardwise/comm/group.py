@@ -81,6 +81,11 @@ class Group:
         self._pg = None
 
     @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The process group, for code of others that communicates by itself."""
+        return self._pg
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0 of the group."""
         return self.rank == 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardwise.comm import Group
+from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IncompleteTensorError
@@ -55,10 +56,16 @@ class ExportPlan:
     layout: Layout
     schedule: Schedule
     held: Sequence[HeldTensor]
+    computed: ComputedPlan
 
 
 def plan_export(
-    held: Sequence[HeldTensor], roster: Roster, group: Group, directory: Path, options: ExportOptions
+    held: Sequence[HeldTensor],
+    roster: Roster,
+    group: Group,
+    directory: Path,
+    options: ExportOptions,
+    computed: ComputedPlan | None = None,
 ) -> ExportPlan:
     """Lay out the files and find this rank's writes. Local: no communication.
 
@@ -68,11 +75,12 @@ def plan_export(
         group: The ranks that save together.
         directory: Where the files go.
         options: How.
+        computed: Groups of tensors that have to be computed while writing; ``held`` declares their results.
     """
     layout = lay_out(
         roster.specs, base_files=options.base_files, max_file_bytes=options.max_file_bytes, stem=options.stem
     )
-    return ExportPlan(directory, options, layout, schedule(held, layout, roster, group.rank), held)
+    return ExportPlan(directory, options, layout, schedule(held, layout, roster, group.rank), held, computed or ComputedPlan())
 
 
 def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
@@ -137,6 +145,8 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests) -
                 group,
                 write_rows if failure is None else _drop,
             )
+            failure = failure or refused
+            refused = write_computed(plan.computed, plan.layout, group, write_rows if failure is None else _drop)
             failure = failure or refused
             if failure is not None:
                 raise failure

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from shardwise.comm import Group
 from shardwise.errors import (
@@ -33,12 +33,15 @@ class LoadOptions:
         allow_unexpected: The checkpoint may hold tensors that the model lacks.
         allow_cast: Dtypes may differ; values are cast to the model's.
         threads: Reads at once on each rank.
+        exact: Name -> dtype that a tensor had in memory when it was saved in a wider one; reading it back into that
+            dtype loses nothing and is always allowed.
     """
 
     allow_missing: bool = False
     allow_unexpected: bool = False
     allow_cast: bool = False
     threads: int = 1
+    exact: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
             tensor=tensor.spec.name,
             hint="Build the model from the checkpoint's own config.json.",
         )
-    if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast:
+    exact = options.exact.get(tensor.spec.name) == tensor.spec.dtype
+    if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast and not exact:
         raise DtypeMismatchError(
             f"the model's dtype is {tensor.spec.dtype}, the checkpoint's {saved.spec.dtype}",
             path=where,

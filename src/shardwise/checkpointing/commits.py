@@ -1,0 +1,185 @@
+"""From written bytes to a checkpoint that resolves: manifest, one rename, pointers, retention."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from shardwise.checkpointing.context import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.config import CheckpointingConfig
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import write_plain
+from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.format.crc import crc32c
+from shardwise.format.manifest import FileRecord, Manifest, encode_manifest
+from shardwise.io.storage import Storage
+from shardwise.lifecycle import (
+    BEST,
+    LATEST,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    Retention,
+    abandon,
+    best_checkpoint,
+    list_checkpoints,
+    prune,
+    publish,
+    set_pointer,
+)
+
+_LOG = logging.getLogger(__name__)
+CONFIG_NAME = "config.yaml"
+_READ_BYTES = 2**20
+
+
+def gather_records(group: Group, record: ComponentRecord) -> ComponentRecord:
+    """Add files that only their writer knows of. All ranks call; every rank gets the union."""
+    own: JsonValue = [[f.path, f.size, f.crc32c, f.header_bytes] for f in record.files]
+    files = {file.path: file for file in record.files}
+    for theirs in group.gather_json(own, "gathering file records"):
+        assert isinstance(theirs, list)
+        for row in theirs:
+            assert isinstance(row, list)
+            path, size, crc, head = row
+            files.setdefault(str(path), FileRecord(str(path), _int(size), _maybe(crc), _maybe(head)))
+    return ComponentRecord(tuple(files.values()), record.tensors)
+
+
+def _int(value: JsonValue) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _maybe(value: JsonValue) -> int | None:
+    return None if value is None else _int(value)
+
+
+def complete_manifest(directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> Manifest:
+    """The manifest of a directory: what the engine wrote, and every other file with its digest. One rank calls."""
+    known = {file.path for file in record.files}
+    files = list(record.files)
+    for where, _, names in os.walk(directory):
+        for name in sorted(names):
+            path = Path(where) / name
+            relative = path.relative_to(directory).as_posix()
+            if relative not in known and relative != MANIFEST_NAME:
+                size, crc = _digest(path)
+                files.append(FileRecord(relative, size, crc, None))
+    files.sort(key=lambda file: file.path)
+    return Manifest(tuple(files), record.tensors, dict(info))
+
+
+def _digest(path: Path) -> tuple[int, int]:
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            crc = crc32c(block, crc)
+            size += len(block)
+        os.fsync(file.fileno())
+    return size, crc
+
+
+def write_manifest(
+    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]
+) -> None:
+    """Write the manifest, the last file of a save. One rank calls."""
+    write_plain(storage, directory / MANIFEST_NAME, encode_manifest(complete_manifest(directory, record, info)))
+    storage.sync_directory(directory)
+
+
+def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Metrics as plain numbers.
+
+    Raises:
+        MisuseError: One is not a number.
+    """
+    out: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            out[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number") from error
+    return out
+
+
+def write_run_files(storage: Storage, directory: Path, config: CheckpointingConfig, metrics: Mapping[str, float]) -> None:
+    """Write ``config.yaml`` and ``losses.json``. One rank calls."""
+    plain = {
+        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+    write_plain(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
+    finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    write_plain(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
+
+
+class Publication:
+    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
+
+    Args:
+        context: Settings, ranks and storage.
+        temp: Where the checkpoint was written.
+        final: The name under which it is to be found.
+        info: What the manifest says beside files and tensors.
+        metrics: Metrics, for the best pointer.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        temp: Path,
+        final: Path,
+        info: Mapping[str, JsonValue],
+        metrics: Mapping[str, float],
+    ) -> None:
+        self._context = context
+        self._temp = temp
+        self._final = final
+        self._info = info
+        self._metrics = metrics
+
+    def commit(self, group: Group, record: ComponentRecord) -> None:
+        """Publish. All ranks of ``group`` call; every rank's files are durable."""
+        context = self._context
+        whole = gather_records(group, record)
+        with group.together(f"publishing {self._final}"):
+            if group.is_main:
+                write_run_files(context.storage, self._temp, context.config, self._metrics)
+                write_manifest(context.storage, self._temp, whole, self._info)
+                publish(self._temp, self._final, fs=context.fs)
+        with group.together(f"moving the pointers of {context.root}"):
+            if group.is_main:
+                self._point()
+
+    def _point(self) -> None:
+        context = self._context
+        set_pointer(context.root, LATEST, self._final.name, fs=context.fs)
+        policy = Retention.from_config(context.config)
+        best = best_checkpoint(list_checkpoints(context.root), policy)
+        if best is not None:
+            set_pointer(context.root, BEST, best, fs=context.fs)
+        doomed = prune(context.root, policy, fs=context.fs)
+        _LOG.info("published %s%s", self._final, f"; removed {', '.join(doomed)}" if doomed else "")
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
+        if not group.is_main or not self._temp.exists():
+            return
+        try:
+            abandon(self._temp, fs=self._context.fs)
+        except ShardwiseError as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)

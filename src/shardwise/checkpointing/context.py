@@ -1,0 +1,76 @@
+"""What every part of the checkpointer needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardwise.checkpointing.base import BaseModel, base_path, open_base
+from shardwise.checkpointing.hub import HubNames
+from shardwise.comm import Group
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.engine.rosters import RosterKeeper
+from shardwise.io.storage import Storage
+from shardwise.lifecycle import FileSystem
+
+
+@dataclass
+class Context:
+    """Settings, ranks and storage of one checkpointer.
+
+    Attributes:
+        config: Settings.
+        group: The ranks that save and load together.
+        storage: Where data goes.
+        fs: Where names are made and renamed.
+        stage: Pipeline rank.
+        names: The model's conversion to hub names.
+        model_roster: Who holds what of the model.
+        optimizer_roster: Who holds what of the optimizer.
+    """
+
+    config: CheckpointingConfig
+    group: Group
+    storage: Storage
+    fs: FileSystem
+    stage: int
+    names: HubNames = field(default_factory=HubNames)
+    _base: BaseModel | None = None
+    _base_read: bool = False
+
+    def __post_init__(self) -> None:
+        self.model_roster = RosterKeeper(self.group, self.stage)
+        self.exact_roster = RosterKeeper(self.group, self.stage)
+        self.computed_roster = RosterKeeper(self.group, self.stage)
+        self.optimizer_roster = RosterKeeper(self.group, self.stage)
+
+    @property
+    def root(self) -> Path:
+        """The directory of checkpoints and pointers."""
+        return Path(self.config.checkpoint_dir).absolute()
+
+    @property
+    def base_path(self) -> str | None:
+        """The base model: a local path where there is one, else the hub id."""
+        return base_path(self.config)
+
+    def base(self) -> BaseModel | None:
+        """The base model's headers, read once. All ranks call."""
+        if not self._base_read:
+            self._base = open_base(self.base_path, self.group)
+            self._base_read = True
+        return self._base
+
+    def exports(self, is_final: bool) -> bool:
+        """Whether a save writes the consolidated export."""
+        mode = self.config.save_consolidated
+        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def threads(self) -> int:
+        """Threads for reading and writing on this rank."""
+        if self.config.io_threads is not None:
+            return self.config.io_threads
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or self.group.world_size
+        return max(1, min(4, (os.cpu_count() or 1) // local))

@@ -1,0 +1,156 @@
+"""States that are neither model nor optimizer: random number generators, dataloaders, whatever the loop keeps.
+
+A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
+and restored only on the same number of ranks; on another it stays as it is, and the caller is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
+from urllib.parse import quote
+
+import torch
+
+from shardwise.checkpointing.context import Context
+from shardwise.comm import Group
+from shardwise.engine.jobs import Step
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
+from shardwise.errors import CheckpointNotFoundError, StateFormatError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with DCP's two methods of a state."""
+
+    def state_dict(self) -> dict[str, object]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Take the state in."""
+        ...
+
+
+def capture_steps(context: Context, values: Mapping[str, object], directory: Path) -> list[Step]:
+    """Capture named values now and return what is left to do. All ranks call, with the same names.
+
+    Args:
+        context: Settings, ranks and storage.
+        values: Name -> a `Stateful` object, or a value that JSON and tensors can express.
+        directory: Where they go.
+    """
+    group = context.group
+    packed: dict[str, dict[str, bytes]] = {}
+    with group.together("capturing extra state"):
+        for name, value in values.items():
+            try:
+                packed[name] = pack_state(value.state_dict() if isinstance(value, Stateful) else value)
+            except StateFormatError as error:
+                error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
+                raise
+    digests = {name: _digest(found) for name, found in packed.items()}
+    everyone = cast(list[dict[str, str]], group.gather_json(dict(digests), "comparing extra state"))
+    shared = {name for name in packed if all(theirs.get(name) == digests[name] for theirs in everyone)}
+
+    def write(group: Group) -> ComponentRecord:
+        record = ComponentRecord()
+        with group.together(f"writing {directory}"):
+            if packed:
+                context.storage.make_directory(directory)
+            for name, found in packed.items():
+                if name in shared and group.is_main:
+                    record += write_state(context.storage, directory / quote(name, safe=""), found)
+                elif name not in shared:
+                    stem = rank_stem(directory, name, group.rank, group.world_size)
+                    record += write_state(context.storage, stem, found)
+            if packed:
+                context.storage.sync_directory(directory)
+        return record
+
+    return [write] if any(everyone) else []
+
+
+def _digest(packed: Mapping[str, bytes]) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    for suffix, content in sorted(packed.items()):
+        hasher.update(suffix.encode() + len(content).to_bytes(8, "little") + content)
+    return hasher.hexdigest()
+
+
+def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
+    """Where one rank's state of a name is; the number of ranks is part of it, since the state means nothing on another."""
+    return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
+
+
+def restore_values(group: Group, values: MutableMapping[str, object], directory: Path) -> tuple[str, ...]:
+    """Put named values back, in place. All ranks call, with the same names.
+
+    A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced in ``values``.
+
+    Returns:
+        Names that were saved for each rank on another number of ranks, and stay as they are.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint has no state of a name.
+    """
+    skipped: list[str] = []
+    with group.together(f"restoring {directory.name} state"):
+        for name, value in list(values.items()):
+            stem = directory / quote(name, safe="")
+            own = rank_stem(directory, name, group.rank, group.world_size)
+            if has_state(stem):
+                _install(values, name, value, read_state(stem))
+            elif has_state(own):
+                _install(values, name, value, read_state(own))
+            elif any(directory.glob(f"{quote(name, safe='')}_rank_*")):
+                skipped.append(name)
+            else:
+                raise CheckpointNotFoundError(
+                    f"the checkpoint has no extra state {name!r}",
+                    path=directory,
+                    hint="Leave it out of extra_state, or choose a checkpoint that has it.",
+                )
+    return tuple(skipped)
+
+
+def _install(values: MutableMapping[str, object], name: str, value: object, state: object) -> None:
+    if isinstance(value, Stateful):
+        value.load_state_dict(cast(dict[str, object], state))
+    elif isinstance(value, MutableMapping) and isinstance(state, Mapping):
+        value.clear()
+        value.update(state)
+    else:
+        values[name] = state
+
+
+class RandomState:
+    """The random number generators of this process: torch's (CPU and CUDA), Python's, and numpy's if it is in use."""
+
+    def state_dict(self) -> dict[str, object]:
+        """The generators' states."""
+        state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        if "numpy" in sys.modules:
+            import numpy as np
+
+            state["numpy"] = np.random.get_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Set the generators."""
+        torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
+        random.setstate(cast(tuple[object, ...], state_dict["python"]))
+        if "cuda" in state_dict and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cast(torch.Tensor, state_dict["cuda"]))
+        if "numpy" in state_dict:
+            import numpy as np
+
+            np.random.set_state(cast("tuple[str, np.ndarray[tuple[int], np.dtype[np.uint32]], int, int, float]",
+                                     state_dict["numpy"]))  # fmt: skip

@@ -1,0 +1,253 @@
+"""Saving and loading models: which files, under which names, in which mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.base import BaseModel
+from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
+from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.comm import Group
+from shardwise.convert import HeldGroup, rename
+from shardwise.engine.computed import ComputedPlan, declared, load_computed
+from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
+from shardwise.engine.jobs import Step
+from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
+from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.statefiles import read_file
+from shardwise.errors import MisuseError, StateFormatError
+from shardwise.io.sources import Source, open_source
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.roster import Roster
+from shardwise.plan.shards import plan_shards
+from shardwise.stateful_wrappers import ModelState
+
+METADATA_DIR = ".hf_metadata"
+CONSOLIDATED_DIR = "consolidated"
+NATIVE_DTYPES = "native_dtypes.json"
+
+
+class ModelSave:
+    """One save of a model: captured in the foreground, written by `steps`.
+
+    Args:
+        context: Settings, ranks and storage.
+        model: The model, or this rank's pipeline stages.
+        directory: Where the ``model`` directory's content goes.
+        addons: Hooks around the writing.
+        hook_args: What the caller gave for the hooks (tokenizer, adapter configuration).
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module | Sequence[nn.Module],
+        directory: Path,
+        addons: Sequence[CheckpointAddon],
+        *,
+        tokenizer: SavesPretrained | None,
+        peft_config: object | None,
+        is_final: bool,
+    ) -> None:
+        self._context = context
+        self._directory = directory
+        self._addons = addons
+        self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
+        self.state = ModelState(model)
+        self.base = context.base()
+        self._args: SaveHookArgs = {
+            "model_state": self.state,
+            "model_path": str(directory),
+            "hf_metadata_dir": str(directory / METADATA_DIR),
+            "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
+            "tokenizer": tokenizer,
+            "peft_config": peft_config,
+            "original_model_path": context.base_path,
+            "v4_compatible": context.config.v4_compatible,
+            "diffusers_compatible": context.config.diffusers_compatible,
+            "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
+            "is_final_checkpoint": is_final,
+        }
+
+    def steps(self) -> list[Step]:
+        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
+        context = self._context
+        if context.config.model_save_format == "torch_save":
+            return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
+        with context.group.together("describing the model"):
+            hub = context.names.capture(self.state)
+        if not self._exports:
+            return [*self._before({}), self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster), self._after]
+        held = [*hub.held, *declared(hub.groups)]
+        base = self.base.specs if self.base is not None else {}
+        export, exact = with_base_dtypes(held, base)
+        native = {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
+        roster = context.model_roster.roster(export)
+        computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
+        directory = self._directory / CONSOLIDATED_DIR
+        plan = plan_export(export, roster, context.group, directory, self._options(), computed)
+        steps: list[Step] = [*self._before(native), self._export(plan, roster)]
+        if exact:
+            steps.append(self._shards(exact, context.exact_roster))
+        return [*steps, self._after]
+
+    def _options(self) -> ExportOptions:
+        config = self._context.config
+        return ExportOptions(
+            base_files=_safetensors_names(self.base) if self.base is not None else {},
+            max_file_bytes=config.max_file_bytes,
+            stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
+            threads=self._context.threads,
+        )
+
+    def _before(self, native: Mapping[str, str]) -> list[Step]:
+        """Run the addons' first hooks now, while the model may be read."""
+        group = self._context.group
+        with group.together("preparing the model's directory"):
+            if group.is_main:
+                self._context.storage.make_directory(self._directory / METADATA_DIR)
+                if native:
+                    path = self._directory / METADATA_DIR / NATIVE_DTYPES
+                    path.write_text(json.dumps(dict(native), indent=1, sort_keys=True) + "\n")
+        args = self._args | {"group": group}
+        if self.base is not None:
+            numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
+            args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
+            args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
+        for addon in self._addons:
+            addon.pre_save(**args)
+        return []
+
+    def _after(self, group: Group) -> ComponentRecord:
+        for addon in self._addons:
+            addon.post_save(**(self._args | {"group": group}))
+        return ComponentRecord()
+
+    def _export(self, plan: ExportPlan, roster: Roster) -> Step:
+        context = self._context
+        config = context.config
+        if config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes:
+            options = MergeOptions(
+                config.single_rank_consolidation, Path(config.staging_dir) if config.staging_dir else None
+            )
+            return lambda group: write_merged(plan, roster, group, context.storage, options).below(CONSOLIDATED_DIR)
+        return lambda group: write_export(plan, group, context.storage).below(CONSOLIDATED_DIR)
+
+    def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper) -> Step:
+        context = self._context
+        roster = keeper.roster(held)
+        index = None
+        if self.base is not None:
+            numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
+            last = max(numbers.values())
+            index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
+        files = plan_shards(held, roster, context.group.rank, index)
+        plan = ShardPlan(self._directory, "model", roster, files)
+        return lambda group: write_shards(plan, group, context.storage)
+
+
+def _safetensors_names(base: BaseModel) -> dict[str, str]:
+    return dict(base.files)
+
+
+def default_addons(is_peft: bool) -> list[CheckpointAddon]:
+    """The addons of an ordinary save: Hugging Face metadata, or an adapter's."""
+    if is_peft:
+        from shardwise.addons import PeftAddon
+
+        return [PeftAddon()]
+    return [ConsolidatedHFAddon()]
+
+
+def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
+    """The native tensors of groups that have to be computed."""
+    return [tensor for group in groups for tensor in group.natives]
+
+
+def load_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> LoadReport:
+    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    group = context.group
+    source = open_source(path, group)
+    exact: dict[str, str] = {}
+    state = ModelState(model, skip_prefixes=skip_prefixes)
+    hub: HubState | None = None
+    with group.together("describing the model"):
+        if key_mapping:
+            source = renamed(source, key_mapping)
+        if not materialised(state):
+            raise MisuseError(
+                "the model is on the meta device and has no memory to load into",
+                hint="Call initialize_model_weights or load_base_model first.",
+            )
+        hub = context.names.capture(state)
+        exact = _native_dtypes(path)
+    assert hub is not None
+    if _speaks_native(hub, source, group):
+        return load_tensors(hub.native, source, group, context.storage, options)
+    computed = [held for held in hub.groups if not _has_natives(held, source)]
+    direct = [*hub.held, *natives_of([held for held in hub.groups if held not in computed])]
+    names = [spec.name for held in computed for spec in held.computed.hub]
+    report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
+    load_computed(computed, source, group, context.storage, options)
+    return report
+
+
+def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
+    """The source with its names passed through regular expressions; the first that matches a name applies."""
+    mapping = rename(tuple(source.tensors), key_mapping)
+    tensors = {
+        mapping[name]: replace(tensor, spec=replace(tensor.spec, name=mapping[name]))
+        for name, tensor in source.tensors.items()
+    }
+    return Source(source.path, source.files, tensors)
+
+
+def _has_natives(held: HeldGroup, source: Source) -> bool:
+    return all(tensor.spec.name in source.tensors for tensor in held.natives)
+
+
+def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
+    """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
+    hub_names = [*(t.spec.name for t in hub.held), *(s.name for held in hub.groups for s in held.computed.hub)]
+    lacks = any(name not in source.tensors for name in hub_names)
+    has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
+    # Stages may differ; one whose names are the same either way has no say.
+    return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
+
+
+def _native_dtypes(path: Path) -> dict[str, str]:
+    """Dtypes that exported tensors had in memory, where the export has a wider one; empty for others' checkpoints."""
+    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
+        file = directory / NATIVE_DTYPES
+        if file.is_file():
+            try:
+                found = json.loads(read_file(file))
+            except ValueError as error:
+                raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
+            if isinstance(found, dict):
+                return {str(name): str(dtype) for name, dtype in found.items()}
+    return {}

@@ -1,0 +1,48 @@
+"""``model_save_format="torch_save"``: DCP's own ``.distcp`` directories, written by DCP's own writer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+
+from shardwise.comm import Group
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.stateful_wrappers import ModelState, OptimizerState
+
+
+def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Group) -> ComponentRecord:
+    """Write a state as a DCP directory. All ranks of the group call.
+
+    Raises:
+        MisuseError: A tensor is sharded in a way that DCP's format describes wrongly.
+        ShardwiseError: What DCP's writer failed with, on every rank.
+    """
+    with group.together("describing what DCP is to write"):
+        for tensor in state.held():
+            if len([fragment for fragment in tensor.fragments if fragment.box.numel]) > 1:
+                raise MisuseError(
+                    "this rank holds several disjoint regions, which a .distcp file records as one",
+                    tensor=tensor.spec.name,
+                    hint='Set model_save_format to "safetensors".',
+                )
+    failure: BaseException | None = None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            writer = dcp.FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
+            dcp.save(dict(state.state_dict()), storage_writer=writer, process_group=group.process_group)
+    except Exception as error:
+        failure = _cause(error)
+    group.agree(failure, f"writing {directory}")
+    return ComponentRecord()
+
+
+def _cause(error: Exception) -> ShardwiseError:
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return ShardwiseError.wrap(cause, rank=int(rank))
+    return ShardwiseError.wrap(error)

@@ -1,0 +1,174 @@
+"""Tensors whose conversion no view expresses: converted whole, one group at a time, on one of the ranks that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.comm import Group
+from shardwise.convert import HeldGroup
+from shardwise.engine.load import LoadOptions
+from shardwise.errors import ConversionError, MissingTensorError, PeerError
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.reader import Reader
+from shardwise.io.sources import Source
+from shardwise.io.storage import Storage
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.layout import Layout
+from shardwise.plan.reads import plan_reads
+from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import Run
+from shardwise.types import Box, TensorSpec
+
+
+@dataclass(frozen=True)
+class ComputedPlan:
+    """The groups of an export that have to be computed, and who holds their native tensors."""
+
+    groups: tuple[HeldGroup, ...] = ()
+    roster: Roster | None = None
+
+
+def declared(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
+    """The groups' hub tensors, so that the layout has places for them; no fragments, since they are not yet made."""
+    return [HeldTensor(spec, spec.shape, ()) for group in groups for spec in group.computed.hub]
+
+
+def write_computed(
+    plan: ComputedPlan, layout: Layout, group: Group, write: Callable[[Run], None]
+) -> Exception | None:
+    """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
+
+    Returns:
+        What failed locally first; the remaining groups are still swapped, so that no peer waits.
+
+    Raises:
+        PeerError: A peer left.
+    """
+    failure: Exception | None = None
+    if plan.roster is None:
+        return None
+    for number, held in enumerate(plan.groups):
+        members = sorted(
+            {
+                rank
+                for tensor in held.natives
+                for part in tensor.parts
+                for rank in plan.roster.shard_set(tensor.spec.name, part.part).members
+            }
+        )
+        owner = members[number % len(members)]
+        whole = {t.spec.name: gather(t, plan.roster, group, owner) for t in held.natives}
+        if group.rank != owner or failure is not None:
+            continue
+        try:
+            _write_group(held, {name: t for name, t in whole.items() if t is not None}, layout, write)
+        except PeerError:
+            raise
+        except Exception as error:
+            failure = error
+    return failure
+
+
+def _write_group(
+    held: HeldGroup, natives: dict[str, torch.Tensor], layout: Layout, write: Callable[[Run], None]
+) -> None:
+    made = held.computed.rule.forward(natives)
+    for spec in held.computed.hub:
+        tensor = made.get(spec.name)
+        if tensor is None or tuple(tensor.shape) != spec.shape:
+            raise ConversionError(
+                "the conversion did not give the tensor that it announced",
+                tensor=spec.name,
+                hint="Report the model type; its conversion depends on values.",
+            )
+        if spec.nbytes:
+            place = layout.places[spec.name]
+            # The rule may compute in another dtype; the run casts to the file's.
+            written = next(e.spec for e in layout.files[place.file].entries if e.spec.name == spec.name)
+            write(Run(place.file, place.offset, -1, written, 0, tensor))
+
+
+def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
+    """Put one tensor together on rank ``owner``. Its holders call; others than the owner get ``None``."""
+    sends: list[tuple[int, torch.Tensor]] = []
+    receives: list[tuple[int, torch.Tensor, Box]] = []
+    whole: torch.Tensor | None = None
+    own = {fragment.box: fragment for fragment in tensor.fragments}
+    dtype = next((f.data.dtype for f in tensor.fragments), torch_dtype(tensor.spec.dtype))
+    if group.rank == owner:
+        whole = torch.empty(tensor.grid, dtype=dtype)
+    for held in tensor.parts:
+        for ranks in roster.shard_set(tensor.spec.name, held.part).replicas.values():
+            mesh = held.part.mesh
+            source = owner if owner in ranks else ranks[0]
+            boxes = held.part.boxes(() if mesh is None else roster.coordinates[source][mesh])
+            for box in boxes:
+                if source == owner and whole is not None:
+                    _region(whole, box).copy_(own[box].data.detach())
+                elif group.rank == owner:
+                    receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
+                elif group.rank == source and source != owner:
+                    sends.append((owner, own[box].data.detach().to("cpu").contiguous()))
+    group.swap(
+        [(rank, t.reshape(-1).view(torch.uint8)) for rank, t in sends],
+        [(rank, t.view(-1).view(torch.uint8)) for rank, t, _ in receives],
+        f"gathering {tensor.spec.name}",
+    )
+    if whole is not None:
+        for _, buffer, box in receives:
+            _region(whole, box).copy_(buffer)
+    return whole
+
+
+def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
+def load_computed(
+    groups: Sequence[HeldGroup], source: Source, group: Group, storage: Storage, options: LoadOptions
+) -> None:
+    """Fill the native tensors of groups from their hub tensors, one group at a time. All ranks of the group call.
+
+    Raises:
+        MissingTensorError: A hub tensor of a group is absent.
+    """
+    reader = Reader(storage, source.files, options.threads)
+    with group.together(f"converting tensors of {source.path}"):
+        try:
+            for held in groups:
+                if held.natives:
+                    _load_group(held, source, reader, options)
+        finally:
+            reader.close()
+
+
+def _load_group(held: HeldGroup, source: Source, reader: Reader, options: LoadOptions) -> None:
+    hub: dict[str, torch.Tensor] = {}
+    for spec in held.computed.hub:
+        saved = source.tensors.get(spec.name)
+        if saved is None:
+            if options.allow_missing:
+                return
+            raise MissingTensorError(
+                "the checkpoint lacks this tensor",
+                path=source.path,
+                tensor=spec.name,
+                hint="Build the model from the checkpoint's own config.json.",
+            )
+        hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+        reader.execute(list(plan_reads(saved, _destination(spec, hub[spec.name]))))
+    natives = held.computed.rule.backward(hub)
+    with torch.no_grad():
+        for tensor in held.natives:
+            for fragment in tensor.fragments:
+                fragment.data.copy_(_region(natives[tensor.spec.name].reshape(tensor.grid), fragment.box))
+
+
+def _destination(spec: TensorSpec, memory: torch.Tensor) -> HeldTensor:
+    fragment = Fragment(Box.whole(spec.shape), memory)
+    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))

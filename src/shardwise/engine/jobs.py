@@ -1,0 +1,44 @@
+"""A save as a value: steps that write, and one commit at the end. It runs at once, or in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shardwise.comm import Group
+from shardwise.engine.records import ComponentRecord
+
+Step = Callable[[Group], ComponentRecord]
+Commit = Callable[[Group, ComponentRecord], None]
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """Everything that is left of a save once the state is captured. Every rank has one, with the same steps.
+
+    Attributes:
+        what: What is saved, for messages.
+        steps: Each writes a component and tells what it wrote; all ranks run them in this order.
+        commit: Makes the result visible, given the records of all steps.
+        abandon: Removes what was written, after a failure; must not raise.
+    """
+
+    what: str
+    steps: tuple[Step, ...]
+    commit: Commit
+    abandon: Callable[[Group], None]
+
+    def run(self, group: Group) -> None:
+        """Carry out the save. All ranks of ``group`` call.
+
+        Raises:
+            ShardwiseError: What failed, the same on every rank; nothing was made visible.
+        """
+        record = ComponentRecord()
+        try:
+            for step in self.steps:
+                record = record + step(group)
+            self.commit(group, record)
+        except BaseException:
+            self.abandon(group)
+            raise

@@ -48,7 +48,8 @@ class Parts:
 
 
 def llama(**settings: object) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "num_key_value_heads": 1, "rope_theta": 12345.0, **settings}))
+    defaults = {**SMALL, "num_key_value_heads": 1} | ({} if "rope_parameters" in settings else {"rope_theta": 12345.0})
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
 
 
 def qwen3() -> Qwen3ForCausalLM:
@@ -282,6 +283,27 @@ def test_v4_exports_without_a_base_carry_the_config_in_memory(tmp_path: Path) ->
     directory = save(llama(), tmp_path, v4_compatible=True)
     assert entries(directory)["model_type"] == "llama"
     assert not (directory / "config.v5.json").exists()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("family", ["llama", "yarn", "gemma3"])
+def test_v4_exports_without_a_base_spell_the_rotary_settings_as_v4_does(family: str, tmp_path: Path) -> None:
+    model = llama(rope_parameters=dict(YARN)) if family == "yarn" else FAMILIES[family]()
+    directory = save(model, tmp_path, v4_compatible=True)
+    written = entries(directory)
+    if family == "gemma3":
+        text = model.config.text_config.rope_parameters
+        assert written["text_config"]["rope_theta"] == text["full_attention"]["rope_theta"]  # type: ignore[index]
+        assert written["text_config"]["rope_local_base_freq"] == text["sliding_attention"]["rope_theta"]  # type: ignore[index]
+    else:
+        assert written["rope_theta"] == model.config.rope_parameters["rope_theta"]
+    if family == "yarn":
+        assert written["rope_scaling"] == {k: v for k, v in YARN.items() if k != "rope_theta"}
+    reopened = comparable(AutoConfig.from_pretrained(directory))
+    wanted = comparable(model.config)
+    assert {key: reopened[key] for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("quantized", [False, True])

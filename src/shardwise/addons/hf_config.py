@@ -146,7 +146,9 @@ def is_transformers_config(config: object) -> bool:
     return isinstance(config, PreTrainedConfig)
 
 
-def write_config(model: nn.Module, path: Path, dtype: str | None, *, keep_quantization: bool) -> None:
+def write_config(
+    model: nn.Module, path: Path, dtype: str | None, *, keep_quantization: bool, v4_names: bool = False
+) -> None:
     """Write the model's transformers config, whole, as it should be read beside the written weights.
 
     Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` and
@@ -157,6 +159,7 @@ def write_config(model: nn.Module, path: Path, dtype: str | None, *, keep_quanti
         path: File to write.
         dtype: torch's name of the dtype of the written weights; ``None`` keeps what the config says.
         keep_quantization: Whether a ``quantization_config`` is still true.
+        v4_names: Whether to repeat the rotary settings under the names that transformers 4.x reads.
 
     Raises:
         MisuseError: The config holds a value that JSON cannot.
@@ -181,6 +184,8 @@ def write_config(model: nn.Module, path: Path, dtype: str | None, *, keep_quanti
             hint="Keep only numbers, strings, lists and dicts on model.config.",
         ) from error
     _drop_origin(entries)
+    if v4_names:
+        _add_v4_rope(entries)
     declared = custom_auto_map(model, model.config)
     if declared or entries.get("auto_map"):
         entries["auto_map"] = {**declared, **(entries.get("auto_map") or {})}
@@ -202,6 +207,31 @@ def _drop_origin(entries: MutableMapping[str, JsonValue]) -> None:
     for value in entries.values():
         if isinstance(value, dict):
             _drop_origin(value)
+
+
+def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
+    """Repeat ``rope_parameters`` as 4.x spells it, in sub-configs too.
+
+    Release 5 gathers in one entry what 4.x reads from ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and,
+    where sliding layers rotate differently, ``rope_local_base_freq``. A 4.x reader ignores the new entry and falls back
+    to the class's defaults without a word: the model loads and is wrong.
+    """
+    for value in list(entries.values()):
+        if isinstance(value, dict):
+            _add_v4_rope(value)
+    rope = entries.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+    if isinstance(sliding, dict) and "rope_theta" in sliding:
+        entries.setdefault("rope_local_base_freq", sliding["rope_theta"])
+    settings = full if isinstance(full, dict) else rope
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in settings:
+            entries.setdefault(name, settings[name])
+    if settings.get("rope_type", "default") != "default":
+        scaling = {k: v for k, v in settings.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        entries.setdefault("rope_scaling", scaling)
 
 
 def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:

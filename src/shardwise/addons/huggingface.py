@@ -149,7 +149,7 @@ def _write_configs(
         copy_config(base_path, str(directory), GENERATION_CONFIG, keep_quantization=keep_quantization)
     config = directory / (_CONFIG_V5 if base_config else CONFIG)
     generation = directory / (_GENERATION_CONFIG_V5 if base_generation else GENERATION_CONFIG)
-    write_config(model, config, dtype, keep_quantization=keep_quantization)
+    write_config(model, config, dtype, keep_quantization=keep_quantization, v4_names=v4 and not base_config)
     write_generation_config(model, generation, base_path)
 
 

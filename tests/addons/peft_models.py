@@ -9,8 +9,10 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from shardwise.addons.peft import AdapterEntry, capture_adapter
-from shardwise.plan.fragments import Part, hold
+from shardwise.addons.peft import capture_adapter, hold_adapter
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.types import Box
 
 SIZES = {
     "vocab_size": 32,
@@ -69,19 +71,19 @@ def logits(model: nn.Module) -> torch.Tensor:
     return out
 
 
-def assemble(item: AdapterEntry) -> torch.Tensor:
+def assemble(held: HeldTensor) -> torch.Tensor:
     """The tensor of the file, from the fragments of a whole parameter."""
-    held = hold(
-        item.spec, Part(tuple(item.tensor.shape), view=item.view), (), item.tensor.detach(), grid=item.grid
-    )
-    out = torch.zeros(held.grid, dtype=item.tensor.dtype)
-    covered = 0
-    for fragment in held.fragments:
-        index = tuple(slice(o, e) for o, e in zip(fragment.box.offsets, fragment.box.ends, strict=True))
-        out[index] = fragment.data
-        covered += fragment.box.numel
-    assert covered == item.spec.numel
-    return out.reshape(item.spec.shape)
+    fragments = list(held.fragments)
+    out = torch.zeros(held.grid, dtype=fragments[0].data.dtype)
+    for fragment in fragments:
+        out[where(fragment.box)] = fragment.data
+    assert sum(fragment.box.numel for fragment in fragments) == held.spec.numel
+    return out.reshape(held.spec.shape)
+
+
+def where(box: Box) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
 
 
 def save_captured(
@@ -104,4 +106,5 @@ def save_captured(
     for file in captured.files:
         path = directory / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({e.spec.name: assemble(e).contiguous() for e in file.entries}, path, metadata={"format": "pt"})
+        held = hold_adapter(file.entries, MeshRegister())
+        save_file({t.spec.name: assemble(t).contiguous() for t in held}, path, metadata={"format": "pt"})

@@ -14,7 +14,7 @@ from typing import Unpack
 import torch.nn as nn
 
 from shardwise.addons.base import ModelParts, SaveHookArgs
-from shardwise.addons.peft_capture import adapter_directory, capture_adapter
+from shardwise.addons.peft_capture import adapter_directory, capture_adapter, hold_adapter
 from shardwise.addons.peft_check import check_adapter
 from shardwise.addons.peft_config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
 from shardwise.addons.peft_hf import (
@@ -39,6 +39,7 @@ __all__ = [
     "adapter_settings",
     "capture_adapter",
     "check_adapter",
+    "hold_adapter",
     "read_adapter_config",
 ]
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch.nn as nn
 
+from shardwise.addons.peft_config import rank_setting
 from shardwise.addons.peft_hf import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
 from shardwise.addons.peft_names import named_modules
 from shardwise.addons.peft_own_capture import capture_own
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.errors import MisuseError, NameCollisionError
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.plan.views import AxisView, hub_views
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 _NUMBERED = re.compile(r"(?P<container>.+)\.(?P<index>\d+)")
 
@@ -67,13 +72,36 @@ def capture_adapter(
             raise MisuseError(
                 f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
             )
-        dim = getattr(peft_config, "dim", None)
-        own = [
-            capture_own(part, dim if isinstance(dim, int) else None, v4_compatible, legacy_paramwrapper_layout)
-            for part in parts
-        ]
+        dim = rank_setting(peft_config)
+        own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
         files = [AdapterFile("default", "", _joined(own))]
     return AdapterTensors(tuple(files), _inventory(parts))
+
+
+def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
+    """What this rank holds of an adapter's tensors: sources for a save, destinations for a load.
+
+    Args:
+        entries: Of one `AdapterFile`.
+        meshes: Keys of the meshes seen so far on this rank.
+
+    Raises:
+        TensorError: A partial or unknown placement.
+        MisuseError: A sparse or nested tensor.
+    """
+    out: list[HeldTensor] = []
+    for item in entries:
+        native = held_tensor(item.spec.name, item.tensor, meshes)
+        parts = native.parts if item.view is None else tuple(_through(item.view, part) for part in native.parts)
+        out.append(HeldTensor(item.spec, item.grid, parts))
+    return tuple(out)
+
+
+def _through(view: AxisView, held: HeldPart) -> HeldPart:
+    pieces = tuple(
+        Fragment(box, data) for fragment in held.fragments for box, data in hub_views(view, fragment.box, fragment.data)
+    )
+    return HeldPart(replace(held.part, view=view), held.coordinate, pieces)
 
 
 def adapter_directory(adapter_name: str) -> str:

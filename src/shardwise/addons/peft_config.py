@@ -103,10 +103,10 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
     Raises:
         AdapterError: A LoRA module cannot be described.
     """
-    dim, alpha = _number(peft_config, "dim"), _number(peft_config, "alpha")
+    dim, alpha = rank_setting(peft_config), alpha_setting(peft_config)
     merged: list[JsonValue] = []
     for part in parts:
-        sites = find_sites(part, None if dim is None else int(dim), v4_compatible)
+        sites = find_sites(part, dim, v4_compatible)
         fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
         single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
         ranks, alphas = _patterns(sites, dim, alpha, bool(getattr(peft_config, "use_rslora", False) is True))
@@ -123,7 +123,7 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
 
 
 def _patterns(
-    sites: Sequence[Site], dim: float | None, alpha: float | None, rslora: bool
+    sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
 ) -> tuple[dict[str, int], dict[str, float]]:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -149,9 +149,16 @@ def _pattern_keys(site: Site) -> tuple[str, ...]:
     return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)
 
 
-def _number(config: object | None, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def rank_setting(config: object | None) -> int | None:
+    """The configured rank of a model's own LoRA: ``dim``, or ``r`` where a ``LoraConfig`` was used for it."""
+    values = (getattr(config, name, None) for name in ("dim", "r"))
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def alpha_setting(config: object | None) -> float | None:
+    """The configured alpha of a model's own LoRA: ``alpha``, or ``lora_alpha`` where a ``LoraConfig`` was used."""
+    values = (getattr(config, name, None) for name in ("alpha", "lora_alpha"))
+    return next((value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)), None)
 
 
 def own_config(
@@ -172,8 +179,8 @@ def own_config(
     out: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task,
-        "r": getattr(peft_config, "dim", None),
-        "lora_alpha": getattr(peft_config, "alpha", None),
+        "r": rank_setting(peft_config),
+        "lora_alpha": alpha_setting(peft_config),
         "use_dora": bool(getattr(peft_config, "use_dora", False)),
         "target_modules": list(settings.target_modules),
         "bias": "none",

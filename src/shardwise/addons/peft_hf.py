@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from shardwise.addons.model_parts import own_class, unwrap
 from shardwise.addons.peft_names import clean, join, named_modules
+from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.plan.views import AxisView
@@ -41,11 +42,12 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
-    if any(isinstance(config, PeftConfig) for config in given):
-        return True
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return any(isinstance(module, kinds) for part in parts for module in part.modules())
+    if any(isinstance(module, kinds) for part in parts for module in part.modules()):
+        return True
+    given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
+    known = any(isinstance(config, PeftConfig) for config in given)
+    return known and not any(find_sites(part) for part in parts)
 
 
 def outer(part: nn.Module) -> nn.Module:

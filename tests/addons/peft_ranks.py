@@ -1,0 +1,204 @@
+"""What each rank of the two-rank adapter tests does. Run by `test_peft_ranks`, which compares the results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors.torch import load_file
+from tests.addons.peft_models import Parts, where
+from tests.addons.peft_own_models import OwnConfig, OwnForCausalLM, dense, moe
+from tests.addons.test_peft_hf import EXPERTS, LINEAR, adapted
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+
+from shardwise.addons.base import SaveHookArgs
+from shardwise.addons.peft import PeftAddon, adapter_settings, capture_adapter, check_adapter, hold_adapter
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import ShardwiseError
+from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.types import TensorSpec
+
+DENSE: dict[str, object] = {
+    "target_modules": LINEAR,
+    "use_dora": True,
+    "modules_to_save": ["lm_head"],
+    "task_type": None,
+}
+MOE: dict[str, object] = {"target_modules": LINEAR, "target_parameters": EXPERTS}
+
+
+def fsdp(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh) -> nn.Module:
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    if hasattr(model, "base_model"):
+        fully_shard(model.base_model.model, mesh=mesh)  # type: ignore[union-attr, arg-type]
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def distribute(model: nn.Module, mesh: DeviceMesh, rule: Callable[[str], Placement]) -> nn.Module:
+    """Make every parameter a DTensor."""
+    for name, module in list(model.named_modules()):
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                placed = distribute_tensor(parameter.detach(), mesh, [rule(f"{name}.{leaf}")])
+                module._parameters[leaf] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+    return model
+
+
+def by_tensor_parallel(name: str) -> Placement:
+    if "o_proj" in name:
+        return Shard(1) if "lora_A" in name else Replicate()
+    return Shard(0) if "lora_B" in name or "magnitude" in name else Replicate()
+
+
+def by_expert(name: str) -> Placement:
+    return Shard(0) if ".experts." in name else Replicate()
+
+
+def stage(model: nn.Module, holder: nn.Module, rank: int) -> nn.Module:
+    """Keep one layer, under its name in the whole model."""
+    holder.layers = nn.ModuleDict({str(rank): holder.layers[rank]})  # type: ignore[index, assignment]
+    return model
+
+
+def peft_layers(model: nn.Module) -> Sequence[nn.Module]:
+    return list(model.base_model.model.model.layers)  # type: ignore[union-attr, arg-type]
+
+
+def scenarios(rank: int, mesh: DeviceMesh) -> dict[str, tuple[nn.Module, object | None]]:
+    config = OwnConfig(use_dora=True)
+    hf_dense, hf_moe, piped = adapted("llama", DENSE), adapted("qwen3_moe", MOE), adapted("llama", DENSE)
+    own: OwnForCausalLM = dense(config)
+    own_piped = dense(config)
+    own_moe = moe(OwnConfig())
+    return {
+        "hf_fsdp": (fsdp(hf_dense, peft_layers(hf_dense), mesh), None),
+        "hf_experts_fsdp": (fsdp(hf_moe, peft_layers(hf_moe), mesh), None),
+        "hf_tp": (distribute(adapted("llama", DENSE), mesh, by_tensor_parallel), None),
+        "hf_pipeline": (stage(piped, piped.base_model.model.model, rank), None),  # type: ignore[union-attr, arg-type]
+        "own_fsdp": (fsdp(own, list(own.model.layers), mesh), config),
+        "own_tp": (distribute(dense(config), mesh, by_tensor_parallel), config),
+        "own_experts_ep": (distribute(own_moe, mesh, by_expert), OwnConfig()),
+        "own_pipeline": (stage(own_piped, own_piped.model, rank), config),
+    }
+
+
+VARIANTS = {
+    "": {"v4_compatible": False, "legacy_paramwrapper_layout": False},
+    "_v4": {"v4_compatible": True, "legacy_paramwrapper_layout": False},
+    "_legacy": {"v4_compatible": False, "legacy_paramwrapper_layout": True},
+}
+
+
+def dump(model: nn.Module, config: object | None, path: Path, options: dict[str, bool]) -> None:
+    """Write this rank's fragments, for the parent to put together."""
+    captured = capture_adapter([model], config, **options)
+    rows = []
+    for tensor in hold_adapter(captured.files[0].entries, MeshRegister()):
+        spec = (tensor.spec.name, list(tensor.spec.shape), tensor.spec.dtype, list(tensor.grid))
+        pieces = [
+            (list(f.box.offsets), list(f.box.sizes), f.data.clone().contiguous()) for f in tensor.fragments
+        ]
+        rows.append((spec, pieces))
+    torch.save(rows, path)
+
+
+def fill(model: nn.Module, config: object | None, file: Path) -> None:
+    """Load, as the engine does: each rank copies what its fragments cover."""
+    saved = load_file(file)
+    captured = capture_adapter([model], config, **VARIANTS[""])
+    with torch.no_grad():
+        for tensor in hold_adapter(captured.files[0].entries, MeshRegister()):
+            whole = saved[tensor.spec.name].reshape(tensor.grid)
+            for fragment in tensor.fragments:
+                fragment.data.copy_(whole[where(fragment.box)])
+
+
+Inventories = list[dict[str, list[int]]]
+
+
+def whole_specs(group: Group, model: nn.Module, config: object | None) -> tuple[list[TensorSpec], Inventories]:
+    captured = capture_adapter([model], config, **VARIANTS[""])
+    row: JsonValue = [[e.spec.name, list(e.spec.shape), e.spec.dtype] for e in captured.files[0].entries]
+    rows = cast("list[list[tuple[str, list[int], str]]]", group.gather_json(row))
+    specs = {name: TensorSpec(name, tuple(shape), dtype) for theirs in rows for name, shape, dtype in theirs}
+    inventory: JsonValue = {name: list(indices) for name, indices in captured.inventory.items()}
+    return list(specs.values()), cast("Inventories", group.gather_json(inventory))
+
+
+def check(group: Group, model: nn.Module, config: object | None) -> None:
+    """The whole adapter passes; one rank's part of a pipeline does not."""
+    specs, inventories = whole_specs(group, model, config)
+    settings = adapter_settings([model], config, group)["default"]
+    check_adapter(specs, settings, inventories, layers=2)
+
+
+def alone(rank: int, model: nn.Module, config: object | None) -> str:
+    """What is said of a stage that saves by itself, as with the wrong process group."""
+    single = Group(None)
+    specs, inventories = whole_specs(single, model, config)
+    try:
+        check_adapter(specs, adapter_settings([model], config, single)["default"], inventories, layers=2)
+    except ShardwiseError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def broken_hook(group: Group, root: Path, rank: int) -> str:
+    """Rank 1 has a model that cannot be described: both must leave with the same error."""
+    model = dense(OwnConfig())
+    if rank == 1:
+        del model.model.layers[0].mlp.down_proj.lora_B  # type: ignore[union-attr]
+    args: SaveHookArgs = {
+        "model_state": Parts([model]),
+        "model_path": str(root / "broken"),
+        "peft_config": OwnConfig(),
+        "group": group,
+    }
+    try:
+        PeftAddon().pre_save(**args)
+    except ShardwiseError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main(rank: int, world: int, root_name: str) -> None:
+    root = Path(root_name)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost")
+    store = dist.FileStore(str(root / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    mesh = init_device_mesh("cpu", (world,))
+    group = Group.current()
+    said = {}
+    for name, (model, config) in scenarios(rank, mesh).items():
+        variants = VARIANTS if "experts" in name else {"": VARIANTS[""]}
+        for suffix, options in variants.items():
+            directory = root / f"{name}{suffix}"
+            args: SaveHookArgs = {"model_state": Parts([model]), "model_path": str(directory), "group": group}
+            args["peft_config"] = config
+            args["v4_compatible"] = options["v4_compatible"]
+            PeftAddon().pre_save(**args)
+            dump(model, config, directory / f"rank{rank}.pt", options)
+        check(group, model, config)
+        if "pipeline" in name:
+            said[name] = alone(rank, model, config)
+    reloaded = adapted("llama", DENSE, seed=5)
+    fsdp(reloaded, peft_layers(reloaded), mesh)
+    fill(reloaded, None, root / "reference/hf_fsdp/adapter_model.safetensors")
+    (root / "reloaded").mkdir(exist_ok=True)
+    dump(reloaded, None, root / f"reloaded/rank{rank}.pt", VARIANTS[""])
+    said["broken"] = broken_hook(group, root, rank)
+    (root / f"said{rank}.json").write_text(json.dumps(said))
+    dist.barrier()
+    dist.destroy_process_group()

@@ -185,6 +185,12 @@ def test_metrics_are_read_from_an_ordinary_file_only(tmp_path: Path) -> None:
     name = made(tmp_path, 0, 1)
     os.mkfifo(tmp_path / name / "losses.json")
     assert list_checkpoints(tmp_path)[0].metrics == {}
+    pipe = os.open(tmp_path / name / "losses.json", os.O_RDWR)
+    try:
+        os.write(pipe, b'{"default": 1.0}')
+        assert list_checkpoints(tmp_path)[0].metrics == {}
+    finally:
+        os.close(pipe)
     (tmp_path / name / "losses.json").unlink()
     outside = tmp_path / "outside.json"
     outside.write_text(json.dumps({"default": 1.0}))

@@ -1,7 +1,8 @@
 """Pointers of a root: ``LATEST`` and its like, replaced atomically.
 
 A pointer is a relative symbolic link, or a text file ``NAME.txt`` where links are not to be had. Should a crash leave
-both kinds, the text file is the newer one: `set_pointer` writes them in the order that makes this so.
+both kinds, the text file decides: one that is new counts at once, one that is old until it is removed, and in either
+case the pointer changes in a single step.
 """
 
 from __future__ import annotations
@@ -48,8 +49,6 @@ def set_pointer(root: Path, name: str, target: str, *, fs: FileSystem = LOCAL) -
         )
     link, text = root / name, root / f"{name}.txt"
     with storage_errors(root):
-        if os.path.lexists(text):
-            _replace_text(root, text.name, target, fs)
         if _replace_link(root, link.name, target, fs):
             stale = text
         else:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save
+from tests.format.builders import GOLDEN, entry, tensor_file
 
 from shardwise.errors import CheckpointNotFoundError, HeaderError, MissingTensorError, MisuseError, StorageError
 from shardwise.format.dtypes import dtype_code, torch_dtype
@@ -25,7 +26,6 @@ from shardwise.format.header import (
     saved_offsets,
 )
 from shardwise.types import DTYPE_BYTES, TensorSpec
-from tests.format.builders import GOLDEN, entry, tensor_file
 
 GOLDEN_FILES = sorted(GOLDEN.glob("*.safetensors"))
 

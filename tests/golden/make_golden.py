@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tests.format.builders import sample_manifest
 
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import encode_manifest
-from tests.format.builders import sample_manifest
 
 HERE = Path(__file__).resolve().parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from pathlib import Path
 _LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")
 
 
-def base_directory(original_model_path: str | None) -> Path | None:
+def base_directory(original_model_path: str | None, revision: str | None = None) -> Path | None:
     """The local directory of the base model, or ``None``. The network is never asked.
 
     Args:
         original_model_path: A local directory; a hub id, whose snapshot is looked up in the hub cache; or a single
             file, which has no directory of its own.
+        revision: The commit that was loaded from the hub; without it, or where it is not in the cache, ``main``.
     """
     if not original_model_path:
         return None
@@ -25,9 +27,9 @@ def base_directory(original_model_path: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in _LANDMARKS:
+    for wanted, name in itertools.product(dict.fromkeys((revision, None)), _LANDMARKS):
         try:
-            cached = try_to_load_from_cache(original_model_path, name)
+            cached = try_to_load_from_cache(original_model_path, name, revision=wanted)
         except HFValidationError:
             return None
         if isinstance(cached, str):

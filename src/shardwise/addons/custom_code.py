@@ -6,7 +6,6 @@ import ast
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.addons.base_model import base_directory, is_inside
 from shardwise.addons.compat import _apply_transformers_compat_guards
+from shardwise.addons.files import copy_file
 from shardwise.addons.model_parts import own_class, unwrap
 from shardwise.errors import StorageError
 
@@ -142,13 +142,8 @@ class _Copies:
                 _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
             return
         self._sources[relative] = source
-        destination = self.target / relative
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, destination)
-        except OSError as error:
-            raise StorageError.from_os(error, path=error.filename or destination) from error
-        self.written.append(destination)
+        copy_file(source, self.target / relative)
+        self.written.append(self.target / relative)
 
 
 def _python_files(base: Path, target: Path) -> list[Path]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.base_model import base_directory
 from shardwise.addons.custom_code import custom_auto_map
+from shardwise.addons.files import copy_file, read_json, write_json, write_text
 from shardwise.addons.model_parts import has_quantized_parameters, own_class, unwrap
 from shardwise.comm import JsonValue
-from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+from shardwise.errors import CheckpointNotFoundError, MisuseError
 
 if TYPE_CHECKING:
     import torch
@@ -249,11 +250,8 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     save = getattr(model, "save_config", None) or getattr(config, "save_pretrained", None)
     if config is None or not callable(save):
         return False
-    # diffusers notes the running class in the config that it writes; under FSDP2 that is the generated class.
-    noted = config.get("_class_name", _ABSENT) if isinstance(config, dict) else _ABSENT
-    cast(Callable[[str], object], save)(str(directory))
-    if isinstance(config, dict) and noted is not _ABSENT and config["_class_name"] != noted:
-        config["_class_name"] = noted
+    with _spared(model, config):
+        cast(Callable[[str], object], save)(str(directory))
     path = directory / CONFIG
     if not path.is_file():
         return True
@@ -269,7 +267,20 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     return True
 
 
-def write_generation_config(model: nn.Module, path: Path, original_model_path: str | None) -> None:
+@contextlib.contextmanager
+def _spared(model: nn.Module, config: object) -> Iterator[None]:
+    """Lend a diffusers model a copy of its config: writing notes the running class in it, FSDP2's generated one too."""
+    if not isinstance(config, dict) or not hasattr(model, "_internal_dict"):
+        yield
+        return
+    model._internal_dict = type(config)(config)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model._internal_dict = config  # type: ignore[assignment]
+
+
+def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> None:
     """Write how the model generates; the base model's file where the model in memory has nothing of its own to say.
 
     A model built from its config, and not loaded, has a generation config that only repeats the config's token ids:
@@ -279,20 +290,19 @@ def write_generation_config(model: nn.Module, path: Path, original_model_path: s
     Args:
         model: The model, out of its wrappers.
         path: File to write.
-        original_model_path: The base model.
+        base: The base model's directory, if it has one.
     """
     can_generate = getattr(model, "can_generate", None)
     if callable(can_generate) and not can_generate():
         return
     generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
     if generation is None or _says_nothing(generation, model.config):
-        base = base_directory(original_model_path)
         if base is not None and (base / GENERATION_CONFIG).is_file():
-            _copy(base / GENERATION_CONFIG, path)
+            copy_file(base / GENERATION_CONFIG, path)
             return
     if generation is None or not callable(can_generate):
         return
-    _write(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))
+    write_text(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))
 
 
 def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
@@ -317,7 +327,7 @@ def copy_config(original_model_path: str, directory: str, name: str, *, keep_qua
     if not keep_quantization and _strip(entries):
         write_json(Path(directory) / name, entries)
     else:
-        _copy(base / name, Path(directory) / name)
+        copy_file(base / name, Path(directory) / name)
 
 
 def localize_auto_maps(directory: Path) -> None:
@@ -346,51 +356,3 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
         return reference
     target = reference.rpartition("--")[2]
     return target if (directory / (target.partition(".")[0] + ".py")).is_file() else reference
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, JsonValue]:
-    """Read a JSON object.
-
-    Raises:
-        FormatError: The file is not one.
-        StorageError: The file cannot be read.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file from the model's source.") from error
-    if not isinstance(entries, dict):
-        raise FormatError("not a JSON object", path=path, hint="Restore the file from the model's source.")
-    return entries
-
-
-def write_json(path: Path, entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> None:
-    """Write a JSON object, its entries in the order given."""
-    _write(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-
-
-def _copy(source: Path, destination: Path) -> None:
-    copy_files([(source, destination)])
-
-
-def copy_files(pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Copy the bytes of each first path to the second, making directories; links are followed."""
-    for source, destination in pairs:
-        try:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, destination)
-        except OSError as error:
-            raise StorageError.from_os(error, path=error.filename or destination) from error

@@ -10,16 +10,15 @@ from shardwise.addons.base import SaveHookArgs, SavesPretrained
 from shardwise.addons.base_model import base_directory
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
+from shardwise.addons.files import write_json
 from shardwise.addons.hf_config import (
     CONFIG,
     GENERATION_CONFIG,
-    _config_exists,
     copy_config,
     is_transformers_config,
     localize_auto_maps,
     write_config,
     write_generation_config,
-    write_json,
     write_own_config,
 )
 from shardwise.addons.model_parts import described_part, has_quantized_parameters, unwrap, written_dtype
@@ -117,7 +116,8 @@ def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, ar
         exporter.save(str(directory))
         return
     described = model is not None and getattr(model, "config", None) is not None
-    base = base_directory(base_path) if described else None
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    base = base_directory(base_path, revision) if described else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:
@@ -128,7 +128,7 @@ def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, ar
     _maybe_save_custom_model_code(base_path, str(directory), model)
     if is_transformers_config(model.config):
         dtype = written_dtype([unwrap(part) for part in parts], args.get("fqn_to_dtype_mapping"))
-        _write_configs(model, directory, base_path, dtype, keep_quantization=quantized, v4=v4)
+        _write_configs(model, directory, base, dtype, keep_quantization=quantized, v4=v4)
     else:
         write_own_config(model, directory, keep_quantization=quantized)
     write_sentence_transformers(base, directory)
@@ -138,19 +138,17 @@ def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, ar
 
 
 def _write_configs(
-    model: nn.Module, directory: Path, base_path: str | None, dtype: str | None, *, keep_quantization: bool, v4: bool
+    model: nn.Module, directory: Path, base: Path | None, dtype: str | None, *, keep_quantization: bool, v4: bool
 ) -> None:
     """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
-    base_config = v4 and base_path is not None and _config_exists(base_path, CONFIG)
-    base_generation = v4 and base_path is not None and _config_exists(base_path, GENERATION_CONFIG)
-    if base_path is not None and base_config:
-        copy_config(base_path, str(directory), CONFIG, keep_quantization=keep_quantization)
-    if base_path is not None and base_generation:
-        copy_config(base_path, str(directory), GENERATION_CONFIG, keep_quantization=keep_quantization)
-    config = directory / (_CONFIG_V5 if base_config else CONFIG)
-    generation = directory / (_GENERATION_CONFIG_V5 if base_generation else GENERATION_CONFIG)
-    write_config(model, config, dtype, keep_quantization=keep_quantization, v4_names=v4 and not base_config)
-    write_generation_config(model, generation, base_path)
+    theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and (base / name).is_file()]
+    for name in theirs:
+        copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
+    config = directory / (_CONFIG_V5 if CONFIG in theirs else CONFIG)
+    generation = directory / (_GENERATION_CONFIG_V5 if GENERATION_CONFIG in theirs else GENERATION_CONFIG)
+    v4_names = v4 and CONFIG not in theirs
+    write_config(model, config, dtype, keep_quantization=keep_quantization, v4_names=v4_names)
+    write_generation_config(model, generation, base)
 
 
 def _own_exporter(

@@ -25,6 +25,8 @@ from shardwise.addons.peft_hf import (
     peft_target_modules,
     peft_target_parameters,
 )
+from shardwise.addons.peft_init import initialise_adapters, initialise_magnitudes
+from shardwise.addons.peft_load import check_shared_factors, differing_settings
 from shardwise.addons.peft_own import ExpertSite, find_sites, is_qwen3_moe
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
@@ -39,7 +41,11 @@ __all__ = [
     "adapter_settings",
     "capture_adapter",
     "check_adapter",
+    "check_shared_factors",
+    "differing_settings",
     "hold_adapter",
+    "initialise_adapters",
+    "initialise_magnitudes",
     "read_adapter_config",
 ]
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.hf_config import copy_files, read_json, write_json
+from shardwise.addons.files import copy_file, read_json, write_json
 from shardwise.errors import FormatError, StorageError
 
 _LOG = logging.getLogger(__name__)
@@ -122,7 +122,8 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
     _copy_matching(base, directory, _SENTENCE_FILES)
     for folder in folders:
         files = sorted(p for p in (base / folder).rglob("*") if p.is_file() and p.name.lower() != "readme.md")
-        copy_files((p, directory / p.relative_to(base)) for p in files)
+        for path in files:
+            copy_file(path, directory / path.relative_to(base))
 
 
 def _module_folders(path: Path) -> list[str] | None:
@@ -152,4 +153,6 @@ def _has_template(directory: Path) -> bool:
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:
     names = sorted(p.name for p in base.iterdir() if p.is_file() and any(fnmatch(p.name, each) for each in patterns))
-    copy_files((base / name, directory / name) for name in names if not (directory / name).exists())
+    for name in names:
+        if not (directory / name).exists():
+            copy_file(base / name, directory / name)

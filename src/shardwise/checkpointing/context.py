@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from shardwise.checkpointing.hub import HubNames
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.staging import Stager
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
+from shardwise.plan.fragments import HeldTensor
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Context:
         fs: Where names are made and renamed.
         stage: Pipeline rank.
         names: The model's conversion to hub names.
+        stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
         optimizer_roster: Who holds what of the optimizer.
     """
@@ -36,6 +40,7 @@ class Context:
     fs: FileSystem
     stage: int
     names: HubNames = field(default_factory=HubNames)
+    stager: Stager | None = None
     _base: BaseModel | None = None
     _base_read: bool = False
 
@@ -44,6 +49,10 @@ class Context:
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
+
+    def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
+        """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
+        return list(held) if self.stager is None else self.stager.stage(component, held)
 
     @property
     def root(self) -> Path:

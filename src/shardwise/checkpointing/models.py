@@ -85,8 +85,10 @@ class ModelSave:
         context = self._context
         if context.config.model_save_format == "torch_save":
             return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
+        hub: HubState | None = None
         with context.group.together("describing the model"):
-            hub = context.names.capture(self.state)
+            hub = self._captured()
+        assert hub is not None
         if not self._exports:
             return [*self._before({}), self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster), self._after]
         held = [*hub.held, *declared(hub.groups)]
@@ -101,6 +103,14 @@ class ModelSave:
         if exact:
             steps.append(self._shards(exact, context.exact_roster))
         return [*steps, self._after]
+
+    def _captured(self) -> HubState:
+        context = self._context
+        hub = context.names.capture(self.state)
+        groups = tuple(
+            replace(held, natives=tuple(context.staged("model.native", held.natives))) for held in hub.groups
+        )
+        return HubState(hub.native, tuple(context.staged("model", hub.held)), groups)
 
     def _options(self) -> ExportOptions:
         config = self._context.config

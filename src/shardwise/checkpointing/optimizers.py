@@ -99,7 +99,7 @@ class OptimizerSave:
         if context.config.model_save_format == "torch_save":
             held_state = state
             return [write_states, lambda group: save_distcp(held_state, self._directory, group)]
-        held = state.held()
+        held = context.staged("optim", state.held())
         roster = context.optimizer_roster.roster(held)
         files = plan_shards(held, roster, group.rank, stem="optim")
         plan = ShardPlan(self._directory, "optim", roster, files)

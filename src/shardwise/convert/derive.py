@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.convert.assemble import axis_views
 from shardwise.convert.mapping import revert
 from shardwise.convert.provenance import Untraceable
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
 from shardwise.convert.skeleton import skeleton
 from shardwise.convert.trace import TracedTensor, traced
 from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, replay, rule_set, run
-from shardwise.convert.assemble import axis_views
 from shardwise.errors import ConversionError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.views import AxisView

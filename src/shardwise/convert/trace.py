@@ -182,7 +182,7 @@ def _stack(tensors: list[torch.Tensor], dim: int = 0) -> TracedTensor:
 
 
 def _expand(tensor: torch.Tensor, shape: list[int], **_: object) -> TracedTensor:
-    if tuple(tensor.shape) != tuple(n if s == -1 else s for s, n in zip(shape, tensor.shape, strict=False)):
+    if len(shape) != tensor.dim() or any(s not in (-1, n) for s, n in zip(shape, tensor.shape, strict=True)):
         raise Untraceable("repeated elements")
     return _like(tensor, _of(tensor))
 

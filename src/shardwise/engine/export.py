@@ -38,6 +38,7 @@ class ExportOptions:
         stem: What file names start with (``model``, ``diffusion_pytorch_model``).
         component: Name of the component in the manifest.
         threads: Writers on this rank.
+        index: Whether a weight index is written beside the files.
     """
 
     base_files: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class ExportOptions:
     stem: str = "model"
     component: str = "model"
     threads: int = 1
+    index: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentR
     record = _fold(plan, group, digests)
     with group.together("writing the weight index"):
         if group.is_main:
-            write_plain(storage, plan.directory / index_name(plan.options.stem), _index(plan.layout))
+            if plan.options.index:
+                write_plain(storage, plan.directory / index_name(plan.options.stem), _index(plan.layout))
             storage.sync_directory(plan.directory)
     if group.is_main:
         seconds = time.monotonic() - started
@@ -179,8 +182,9 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
             crc = crcs[entry.spec.name] if entry.spec.nbytes else crc32c(b"")
             chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
             tensors.append(TensorRecord(plan.options.component, entry.spec, crc, (chunk,)))
-    index = _index(plan.layout)
-    files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
+    if plan.options.index:
+        index = _index(plan.layout)
+        files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
     return ComponentRecord(tuple(files), tuple(tensors))
 
 

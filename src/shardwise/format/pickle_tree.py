@@ -199,8 +199,11 @@ class _Machine:
         return items
 
     def _tuple(self, count: int) -> None:
-        items = [self._pop() for _ in range(count)]
-        self._stack.append(tuple(items[::-1]))
+        stack = self._stack
+        items = tuple(stack[-count:])
+        if len(items) != count or _MARK in items:
+            self._fail("takes a value where none is")
+        stack[-count:] = [items]
 
     def _extend(self, items: list[object]) -> None:
         target = self._stack[-1]

@@ -1,8 +1,8 @@
 """Hub tensors as views of native ones, in index arithmetic. Pure.
 
 A model's own parameters and the tensors of its Hugging Face files often differ by shape only: experts fused into one
-parameter and stored one by one, a gate and an up projection in one matrix, a transposed weight. Where the hub tensor is a
-strided view of the native one, an `AxisView` says which element lies where, and a rank can find the file bytes of
+parameter and stored one by one, a gate and an up projection in one matrix, a transposed weight. Where the hub tensor is
+a strided view of the native one, an `AxisView` says which element lies where, and a rank can find the file bytes of
 what it holds without communication or a copy.
 
 The trick that keeps this simple is the *grid*: a shape with more, smaller dimensions and the same row-major order. The
@@ -43,7 +43,8 @@ class AxisView:
     """A region of a hub tensor as a strided view of a native tensor.
 
     Attributes:
-        native_grid: For each native dimension, its factors: ``((2, 3), (4,))`` reads a ``(6, 4)`` tensor as ``(2, 3, 4)``.
+        native_grid: For each native dimension, its factors: ``((2, 3), (4,))`` reads a ``(6, 4)`` tensor as
+            ``(2, 3, 4)``.
         hub_grid: The hub tensor's shape, refined; one entry for each item of ``axes``.
         axes: For each hub grid dimension, the native grid dimension behind it.
         fixed: ``(native grid dimension, index)`` of the dimensions that the hub tensor does not have.
@@ -77,8 +78,7 @@ def refine_range(start: int, length: int, factors: tuple[int, ...]) -> tuple[Box
             start += rows * inner
             continue
         size = min(inner - within, end - start)
-        for sub in refine_range(within, size, factors[1:]):
-            out.append(Box((row, *sub.offsets), (1, *sub.sizes)))
+        out += [Box((row, *sub.offsets), (1, *sub.sizes)) for sub in refine_range(within, size, factors[1:])]
         start += size
     return tuple(out)
 

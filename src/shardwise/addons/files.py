@@ -1,0 +1,52 @@
+"""Reads, writes and copies the small files of a model; what the file system refuses becomes a `StorageError`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardwise.comm import JsonValue
+from shardwise.errors import FormatError, StorageError
+
+
+def read_json(path: Path) -> dict[str, JsonValue]:
+    """Read a JSON object.
+
+    Raises:
+        FormatError: The file is not one.
+        StorageError: The file cannot be read.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+    except ValueError as error:
+        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file from the model's source.") from error
+    if not isinstance(entries, dict):
+        raise FormatError("not a JSON object", path=path, hint="Restore the file from the model's source.")
+    return entries
+
+
+def write_json(path: Path, entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> None:
+    """Write a JSON object, its entries in the order given."""
+    write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, making the directory."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+
+
+def copy_file(source: Path, destination: Path) -> None:
+    """Copy the bytes of a file, making the directory; a link is followed."""
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, destination)
+    except OSError as error:
+        raise StorageError.from_os(error, path=error.filename or destination) from error

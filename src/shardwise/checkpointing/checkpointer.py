@@ -1,0 +1,425 @@
+"""The engine's front: save and restore of whole checkpoints, and of their components."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise._version import __version__
+from shardwise.addons import CheckpointAddon
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing import basemodel
+from shardwise.checkpointing.adapters import AdapterSave, load_adapter
+from shardwise.checkpointing.commits import Publication, check_metrics
+from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.extras import RandomState, Stateful, capture_steps, restore_values
+from shardwise.checkpointing.models import ModelSave, default_addons, load_model
+from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.standalone import Replacement
+from shardwise.comm import Group, JsonValue
+from shardwise.config import CheckpointingConfig
+from shardwise.engine.background import Background
+from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.load import LoadOptions
+from shardwise.io.storage import LocalStorage, Storage
+from shardwise.lifecycle import LOCAL, FileSystem, checkpoint_name, reserve, resolve, temporary_name
+
+_LOG = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+
+
+class Checkpointer:
+    """Saves and restores training runs. Build it with `CheckpointingConfig.build`.
+
+    Every method is called by all ranks of the group together, in the same order. A failure on one rank is raised on
+    all of them as the same error.
+
+    Args:
+        config: Settings.
+        dp_rank: Data-parallel rank.
+        tp_rank: Tensor-parallel rank.
+        pp_rank: Pipeline rank.
+        moe_mesh: The mesh of expert parallelism, where there is one. Sharding is read from the tensors themselves, so
+            it is only kept.
+        process_group: The ranks that save together: all that hold a part of the model. Default: all ranks.
+        pp_group: The ranks of this pipeline, kept for addons.
+        addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
+            with ``is_peft``).
+        storage: Where tensor data is written to and read from; the mounted file systems by default.
+        file_system: Where names are made and renamed; likewise.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointingConfig,
+        dp_rank: int,
+        tp_rank: int,
+        pp_rank: int,
+        moe_mesh: DeviceMesh | None = None,
+        process_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+        *,
+        addons: Sequence[CheckpointAddon] | None = None,
+        storage: Storage | None = None,
+        file_system: FileSystem | None = None,
+    ) -> None:
+        self.config = config
+        self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
+        self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
+        self._process_group = process_group
+        self._storage = storage or LocalStorage()
+        self._fs = file_system or LOCAL
+        self._made: Context | None = None
+        self._background: Background | None = None
+
+    # --- whole checkpoints ------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        epoch: int,
+        step: int,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        scheduler: Schedulers | None = None,
+        *,
+        tokenizer: SavesPretrained | None = None,
+        peft_config: object | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, object] | None = None,
+        is_final_checkpoint: bool = False,
+    ) -> Path | None:
+        """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
+
+        Args:
+            epoch: Epoch, not negative.
+            step: Global step, not negative.
+            model: The model, or this rank's pipeline stages.
+            optimizer: One, or several.
+            scheduler: One, or several.
+            tokenizer: A tokenizer or processor to put beside the weights.
+            peft_config: The adapter's configuration, for a model with LoRA modules of its own.
+            metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
+            extra_state: Name -> a ``Stateful`` object or plain values; see `restore`.
+            is_final_checkpoint: Whether this is the run's last save (``save_consolidated="final"`` exports it).
+
+        Returns:
+            The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
+            disabled or the save was skipped by ``skip_save_while_busy``.
+
+        Raises:
+            CheckpointExistsError: This checkpoint is already published.
+            ShardwiseError: What failed, on any rank; nothing that was published is touched.
+        """
+        context = self._context
+        if not self.config.enabled or self._skip():
+            return None
+        name = checkpoint_name(epoch, step)
+        temp, final = context.root / temporary_name(name), context.root / name
+        numbers: dict[str, float] = {}
+        with context.group.together(f"reserving {final}"):
+            numbers = check_metrics(metrics)
+            if context.group.is_main:
+                reserve(context.root, name, fs=self._fs)
+        info: dict[str, JsonValue] = {
+            "shardwise": __version__,
+            "epoch": epoch,
+            "step": step,
+            "world_size": context.group.world_size,
+            "metrics": {key: value if value == value else None for key, value in numbers.items()},
+        }
+        publication = Publication(context, temp, final, info, numbers)
+        try:
+            steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
+            if optimizer is not None:
+                steps += _below("optim", OptimizerSave(context, optimizer, model, scheduler, temp / "optim").steps())
+            values = {"rng": RandomState()} if self.config.save_rng else {}
+            steps += _below("rng", capture_steps(context, values, temp / "rng"))
+            steps += _below("extra", capture_steps(context, extra_state or {}, temp / "extra"))
+        except BaseException:
+            publication.abandon(context.group)
+            raise
+        self._run(SaveJob(f"saving {final}", tuple(steps), publication.commit, publication.abandon))
+        return final
+
+    def restore(
+        self,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        scheduler: Schedulers | None = None,
+        *,
+        restore_from: str | Path = "LATEST",
+        extra_state: MutableMapping[str, object] | None = None,
+    ) -> RestoreRecord | None:
+        """Resume from a checkpoint, in place. All ranks call.
+
+        Args:
+            model: The model, or this rank's pipeline stages; its topology may differ from the one that saved.
+            optimizer: The optimizer or optimizers, fresh or used.
+            scheduler: The scheduler or schedulers.
+            restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, or a path.
+            extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
+                values are replaced in this mapping.
+
+        Returns:
+            What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
+
+        Raises:
+            CheckpointNotFoundError: What ``restore_from`` names does not exist.
+            IncompleteCheckpointError: It is an interrupted save.
+            ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged.
+        """
+        context = self._context
+        self.async_wait()
+        told: JsonValue = None
+        with context.group.together(f"looking for {restore_from}"):
+            if context.group.is_main:
+                found = resolve(context.root, restore_from)
+                if found is not None:
+                    told = [str(found.path), found.epoch, found.step, dict(found.metrics)]
+        told = context.group.broadcast_json(told, 0, f"looking for {restore_from}")
+        if told is None:
+            return None
+        path_text, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
+        path = Path(path_text)
+        self.load_model(model, path / "model")
+        if optimizer is not None:
+            self.load_optimizer(optimizer, model, path, scheduler)
+        skipped: tuple[str, ...] = ()
+        if extra_state:
+            skipped += restore_values(context.group, extra_state, path / "extra")
+        if self.config.save_rng and context.group.any((path / "rng").is_dir(), "looking for generators"):
+            skipped += restore_values(context.group, {"rng": RandomState()}, path / "rng")
+        if skipped and context.group.is_main:
+            _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+        return RestoreRecord(epoch, step, path, metrics, skipped)
+
+    # --- components -------------------------------------------------------------------------------------------------
+
+    def save_model(
+        self,
+        model: Model,
+        weights_path: str | Path,
+        peft_config: object | None = None,
+        tokenizer: SavesPretrained | None = None,
+        is_final_checkpoint: bool = False,
+    ) -> None:
+        """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
+        context = self._context
+        if not self.config.enabled or self._skip():
+            return
+        target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
+        target.reserve()
+        try:
+            steps = self._model_steps(model, target.temp, tokenizer, peft_config, is_final_checkpoint, below="")
+        except BaseException:
+            target.abandon(context.group)
+            raise
+        self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), target.commit, target.abandon))
+
+    def load_model(
+        self,
+        model: Model,
+        model_path: str | Path,
+        is_init_step: bool = False,
+        use_checkpoint_id: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_checkpoint_key_subset: bool = False,
+    ) -> None:
+        """Fill ``model`` in place. All ranks call.
+
+        Args:
+            model: The model, or this rank's pipeline stages, with memory (not on the meta device).
+            model_path: A checkpoint's ``model`` directory, ``model/consolidated``, a DCP directory, any Hugging Face
+                model directory, or a single safetensors file.
+            is_init_step: Initialise from a base model: dtypes are cast to the model's, tensors of the checkpoint that the
+                model lacks are left alone, and ``skip_task_head_prefixes_for_base_model`` applies.
+            use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
+            allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
+        """
+        self.async_wait()
+        context = self._context
+        if self.config.is_peft and not is_init_step:
+            load_adapter(context, model, Path(model_path).absolute())
+            return
+        options = LoadOptions(
+            allow_missing=allow_checkpoint_key_subset,
+            allow_unexpected=is_init_step,
+            allow_cast=is_init_step,
+            threads=context.threads,
+        )
+        skip = (self.config.skip_task_head_prefixes_for_base_model or []) if is_init_step else []
+        load_model(
+            context, model, Path(model_path).absolute(), key_mapping=key_mapping, options=options, skip_prefixes=skip
+        )
+
+    def save_optimizer(
+        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+    ) -> None:
+        """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
+        context = self._context
+        if not self.config.enabled or self._skip():
+            return
+        target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
+        target.reserve()
+        try:
+            steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
+        except BaseException:
+            target.abandon(context.group)
+            raise
+        self._run(SaveJob(f"saving {weights_path}/optim", tuple(steps), target.commit, target.abandon))
+
+    def load_optimizer(
+        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+    ) -> None:
+        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
+        self.async_wait()
+        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
+
+    def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""
+        writes = self.tp_rank == 0 and self.pp_rank == 0
+        save_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
+
+    def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call."""
+        load_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
+
+    def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each process, ``path/state_name/``. All ranks call."""
+        rank = f"rank_{self._context.group.global_rank}"
+        save_rank_state(self._context, state, state_name, Path(path).absolute(), rank, True)
+
+    def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
+        rank = f"rank_{self._context.group.global_rank}"
+        load_rank_state(self._context, state, state_name, Path(path).absolute(), rank)
+
+    # --- base models ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def initialize_model_weights(
+        model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
+    ) -> None:
+        """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
+        basemodel.initialize_model_weights(model, torch.device(device), peft_init_method)
+
+    def load_base_model(
+        self,
+        model: Model,
+        device: torch.device | str,
+        root_dir: str | Path | None,
+        model_name: str | None,
+        load_base_model: bool = True,
+    ) -> None:
+        """Materialise ``model`` on ``device`` and load the base model ``model_name`` into it. All ranks call."""
+        basemodel.load_base_model(self, model, torch.device(device), root_dir, model_name, load_base_model)
+
+    # --- background -------------------------------------------------------------------------------------------------
+
+    def maybe_wait_for_staging(self) -> None:
+        """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""
+        if self._background is not None:
+            self._background.wait_for_staging()
+
+    def async_wait(self) -> None:
+        """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
+        if self._background is not None:
+            self._background.wait()
+
+    def finalize(self) -> None:
+        """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
+        try:
+            self.async_wait()
+        finally:
+            if self._background is not None:
+                self._background.close()
+                self._background = None
+            if self._made is not None:
+                self._made.group.close()
+                self._made = None
+
+    close = finalize
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finalize()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _context(self) -> Context:
+        if self._made is None:
+            group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
+            self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
+            if self.config.is_async:
+                seconds = self.config.collective_timeout_seconds
+                self._background = Background(Group.dedicated(self._process_group, seconds))
+                self._made.stager = self._background.stager
+        return self._made
+
+    def _model_steps(
+        self,
+        model: Model,
+        directory: Path,
+        tokenizer: SavesPretrained | None,
+        peft_config: object | None,
+        is_final: bool,
+        below: str = "model",
+    ) -> list[Step]:
+        context = self._context
+        kind = AdapterSave if self.config.is_peft else ModelSave
+        save = kind(
+            context,
+            model,
+            directory,
+            self.addons,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            is_final=is_final,
+        )
+        return _below(below, save.steps())
+
+    def _skip(self) -> bool:
+        """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""
+        if self._background is None:
+            return False
+        if self.config.skip_save_while_busy and self._context.group.any(self._background.busy, "asking for a save"):
+            _LOG.info("skipped a save: the last one is still being written")
+            return True
+        self._background.wait()
+        return False
+
+    def _run(self, job: SaveJob) -> None:
+        if self._background is None:
+            job.run(self._context.group)
+            return
+        self._background.submit(job)
+        if self.config.wait_for_staging:
+            self._background.wait_for_staging()
+
+
+def _below(prefix: str, steps: Sequence[Step]) -> list[Step]:
+    """The steps with the paths of their records put below ``prefix``."""
+
+    def moved(step: Step) -> Step:
+        return lambda group: step(group).below(prefix)
+
+    return [moved(step) for step in steps]

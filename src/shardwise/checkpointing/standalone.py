@@ -1,0 +1,67 @@
+"""Saving one component by itself, for loops that publish on their own: ``weights_path/model``, ``weights_path/optim``.
+
+The component is written beside its place and renamed onto it, so that a re-save leaves nothing of an earlier split behind
+and an interrupted one leaves the earlier component whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardwise.checkpointing.commits import gather_records, write_manifest
+from shardwise.checkpointing.context import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import ShardwiseError
+from shardwise.lifecycle import doomed_name, temporary_name
+
+_LOG = logging.getLogger(__name__)
+
+
+class Replacement:
+    """Reserve, fill and put in place one component's directory."""
+
+    def __init__(self, context: Context, target: Path, info: Mapping[str, JsonValue]) -> None:
+        self._context = context
+        self._target = target
+        self._info = info
+        self.temp = target.with_name(temporary_name(target.name))
+
+    def reserve(self) -> None:
+        """Make the directory to write into, removing what an interrupted save left. All ranks call."""
+        context = self._context
+        with context.group.together(f"preparing {self._target}"):
+            if context.group.is_main:
+                context.storage.make_directory(self._target.parent)
+                context.fs.remove_tree(self.temp)
+                context.fs.remove_tree(self._doomed)
+                context.storage.make_directory(self.temp)
+
+    @property
+    def _doomed(self) -> Path:
+        return self._target.with_name(doomed_name(self._target.name))
+
+    def commit(self, group: Group, record: ComponentRecord) -> None:
+        """Write the component's manifest and rename it into place. All ranks call."""
+        whole = gather_records(group, record)
+        with group.together(f"putting {self._target} in place"):
+            if group.is_main:
+                fs = self._context.fs
+                write_manifest(self._context.storage, self.temp, whole, self._info)
+                if os.path.lexists(self._target):
+                    fs.rename(self._target, self._doomed)
+                fs.rename(self.temp, self._target)
+                fs.fsync_path(self._target.parent)
+                fs.remove_tree(self._doomed)
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, after a failure. Never raises."""
+        if not group.is_main:
+            return
+        try:
+            self._context.fs.remove_tree(self.temp)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)

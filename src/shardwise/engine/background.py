@@ -1,0 +1,83 @@
+"""Running a save in the background, on a process group of its own, one at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from shardwise.comm import Group
+from shardwise.engine.jobs import SaveJob
+from shardwise.engine.staging import Stager
+from shardwise.errors import SaveInterruptedError, ShardwiseError
+
+_LOG = logging.getLogger(__name__)
+
+
+class Background:
+    """A thread that carries out saves, and the buffers that they are written from.
+
+    Its process group is used by that thread alone, so that no collective of the training can get between the save's.
+
+    Args:
+        group: The background's own group; closed with it.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.stager = Stager()
+        self._group = group
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._what = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, job: SaveJob) -> None:
+        """Start a save; the previous one must have been waited for. All ranks call.
+
+        The thread publishes as soon as every rank is durable; it waits for no later call.
+        """
+        self._what = job.what
+        self._thread = threading.Thread(target=self._run, args=(job,), name="shardwise-save", daemon=False)
+        self._thread.start()
+
+    def _run(self, job: SaveJob) -> None:
+        try:
+            self.stager.wait()
+            job.run(self._group)
+        except BaseException as error:
+            _LOG.error("%s failed: %s", job.what, error)
+            self._failure = error
+
+    def wait_for_staging(self) -> None:
+        """Return when the captured memory may be overwritten."""
+        self.stager.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is durable and published.
+
+        Raises:
+            ShardwiseError: What failed in it; the same type on every rank. Raised once.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if isinstance(failure, ShardwiseError):
+            raise failure
+        raise SaveInterruptedError(
+            f"{self._what} failed in the background: {type(failure).__name__}: {failure}",
+            hint="What was published before is untouched; save again.",
+        ) from failure
+
+    def close(self) -> None:
+        """Release thread, group and buffers; the last save must have been waited for."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.stager.clear()
+        self._group.close()

@@ -198,6 +198,20 @@ def test_a_hub_model_reopens_without_the_hub(prefix: str, tmp_path: Path, caches
     reopened_equals(directory, model)
 
 
+def test_a_hub_model_fetched_at_one_revision_is_found_without_main(tmp_path: Path, caches: SimpleNamespace) -> None:
+    from transformers import AutoModel, BertConfig
+
+    source = write_model(tmp_path / "source")
+    (source / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 9}))
+    (source / "vocab.txt").write_text("[UNK]\n")
+    repo = hub_model(caches.hub, "some-org/pinned", source)
+    (caches.hub / "models--some-org--pinned" / "refs" / "main").unlink()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig.from_pretrained(repo, revision="0123456789abcdef0123456789abcdef01234567", **sizes)
+    directory = export(AutoModel.from_config(config), tmp_path / "out", repo)
+    assert (directory / "vocab.txt").read_text() == "[UNK]\n"
+
+
 def test_code_that_auto_map_names_is_taken_from_the_hub_cache_where_it_was_never_loaded(
     tmp_path: Path, caches: SimpleNamespace
 ) -> None:

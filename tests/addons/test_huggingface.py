@@ -202,6 +202,13 @@ def test_wrappers_do_not_show_in_the_architecture(tmp_path: Path) -> None:
     assert entries(save(compiled, tmp_path))["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_an_adapted_model_is_described_as_its_base(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    assert entries(save(adapted, tmp_path))["architectures"] == ["LlamaForCausalLM"]
+
+
 def test_the_config_comes_from_the_first_pipeline_stage_that_has_one(tmp_path: Path) -> None:
     directory = save([nn.Linear(2, 2), llama(), qwen3()], tmp_path)
     assert entries(directory)["model_type"] == "llama"
@@ -457,6 +464,20 @@ def test_processor_files_and_a_processors_chat_template_come_from_the_base(base:
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
         assert entries(directory, name) == {"from": name}
     assert entries(directory, "chat_template.json") == {"chat_template": "{{ 1 }}"}
+
+
+def test_a_processor_is_exported_and_the_bases_older_files_do_not_contradict_it(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor
+
+    (base / "preprocessor_config.json").write_text('{"crop_size": {"height": 1, "width": 1}}')
+    images = CLIPImageProcessor(crop_size={"height": 30, "width": 30})
+    processor = LlavaProcessor(images, tokenizer(), patch_size=5, chat_template="{{ 'mine' }}")
+    directory = save(llama(), tmp_path, original_model_path=str(base), tokenizer=processor)
+    reopened = AutoProcessor.from_pretrained(directory)
+    assert isinstance(reopened, LlavaProcessor)
+    assert reopened.image_processor.crop_size["height"] == 30
+    assert reopened.chat_template == "{{ 'mine' }}"
+    assert not (directory / "preprocessor_config.json").exists()
 
 
 def minilm() -> Path:

@@ -55,6 +55,10 @@ def build(scenario):
     if scenario == "custom":
         config = AutoConfig.from_pretrained(top / "base", trust_remote_code=True)
         return AutoModel.from_config(config, trust_remote_code=True)
+    if scenario == "diffusers":
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = LlamaConfig(**sizes, vocab_size=40)
     config.quantization_config = {"quant_method": "fp8"}
@@ -78,14 +82,17 @@ def run(scenario, mesh):
         "hf_metadata_dir": str(root / "model" / ".hf_metadata"),
         "consolidated_path": str(root / "model" / "consolidated"),
         "tokenizer": Broken(root) if scenario == "broken" else None,
+        "diffusers_compatible": scenario == "diffusers",
         "group": Group.current() if scenario == "plain" else None,
     }
+    noted = dict(model.config) if scenario == "diffusers" else None
     seen = {"rank": rank, "error": None, "classes": [c.__name__ for c in _iter_custom_code_classes(model)]}
     try:
         addon = ConsolidatedHFAddon()
         addon.pre_save(**kwargs)
         seen["written_when_left"] = (root / "model" / ".hf_metadata" / "config.json").is_file()
         addon.post_save(**kwargs)
+        seen["config_is_unchanged"] = noted is None or dict(model.config) == noted
         seen["copied_when_left"] = (root / "model" / "consolidated" / "config.json").is_file()
     except ShardwiseError as error:
         seen["error"] = [type(error).__name__, str(error), error.rank]
@@ -131,7 +138,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "base" / "modeling_own.py").write_text(CODE)
     (root / "base" / "config.json").write_text(json.dumps({"model_type": "own_of_this_test", "auto_map": AUTO_MAP}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(root / "program.py"), str(root), "plain", "prefix", "stages", "broken", "custom"]
+    command += [str(root / "program.py"), str(root), "plain", "prefix", "stages", "broken", "custom", "diffusers"]
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -183,3 +190,12 @@ def test_custom_code_is_found_behind_the_class_that_fully_shard_makes(root: Path
     assert config["architectures"] == ["OwnModel"]
     assert config["auto_map"] == AUTO_MAP
     assert (root / "custom" / "model" / "consolidated" / "modeling_own.py").read_text() == CODE
+
+
+def test_a_sharded_diffusers_model_names_its_own_class(root: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    assert exported(root, "diffusers")["_class_name"] == "AutoencoderKL"
+    assert all(seen["config_is_unchanged"] for seen in left_behind(root, "diffusers"))
+    reopened = AutoencoderKL.from_config(AutoencoderKL.load_config(root / "diffusers" / "model" / "consolidated"))
+    assert list(reopened.config.block_out_channels) == [8]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 
@@ -10,13 +9,12 @@ from pathlib import Path
 _LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")
 
 
-def base_directory(original_model_path: str | None, revision: str | None = None) -> Path | None:
+def base_directory(original_model_path: str | None) -> Path | None:
     """The local directory of the base model, or ``None``. The network is never asked.
 
     Args:
         original_model_path: A local directory; a hub id, whose snapshot is looked up in the hub cache; or a single
             file, which has no directory of its own.
-        revision: The commit that was loaded from the hub; without it, or where it is not in the cache, ``main``.
     """
     if not original_model_path:
         return None
@@ -27,14 +25,26 @@ def base_directory(original_model_path: str | None, revision: str | None = None)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for wanted, name in itertools.product(dict.fromkeys((revision, None)), _LANDMARKS):
+    for name in _LANDMARKS:
         try:
-            cached = try_to_load_from_cache(original_model_path, name, revision=wanted)
+            cached = try_to_load_from_cache(original_model_path, name)
         except HFValidationError:
             return None
         if isinstance(cached, str):
             return Path(cached).parent
-    return None
+    return _only_snapshot(original_model_path)
+
+
+def _only_snapshot(hub_id: str) -> Path | None:
+    """The snapshot of a model that was fetched at one revision and never at ``main``.
+
+    A model in memory does not say which revision it is of, so among several there is no telling.
+    """
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
+    found = [path for path in snapshots.iterdir() if path.is_dir()] if snapshots.is_dir() else []
+    return found[0] if len(found) == 1 else None
 
 
 def is_inside(path: Path, base: Path) -> bool:

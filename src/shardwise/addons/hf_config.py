@@ -296,10 +296,10 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     if callable(can_generate) and not can_generate():
         return
     generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
-    if generation is None or _says_nothing(generation, model.config):
-        if base is not None and (base / GENERATION_CONFIG).is_file():
-            copy_file(base / GENERATION_CONFIG, path)
-            return
+    theirs = base / GENERATION_CONFIG if base is not None else None
+    if theirs is not None and theirs.is_file() and (generation is None or _says_nothing(generation, model.config)):
+        copy_file(theirs, path)
+        return
     if generation is None or not callable(can_generate):
         return
     write_text(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))

@@ -116,8 +116,7 @@ def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, ar
         exporter.save(str(directory))
         return
     described = model is not None and getattr(model, "config", None) is not None
-    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-    base = base_directory(base_path, revision) if described else None
+    base = base_directory(base_path) if described else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:

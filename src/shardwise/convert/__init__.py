@@ -1,13 +1,14 @@
 """Native names and tensors to the Hugging Face hub's and back, as views, with nothing known about any model.
 
 `derive` (from transformers' rules) or `derive_from_adapter` gives a `Conversion`; `check_round_trip` makes sure that it
-loses nothing; `to_hub` applies it to what a rank holds.
+loses nothing; `for_files` puts it into the names of files that are to be loaded; `to_hub` applies it to what a rank holds.
 """
 
 from shardwise.convert.adapter import StateDictAdapter, derive_from_adapter
 from shardwise.convert.apply import Converted, HeldGroup, to_hub
 from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import derive, identity
+from shardwise.convert.files import for_files
 from shardwise.convert.mapping import rename, revert
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_round_trip",
     "derive",
     "derive_from_adapter",
+    "for_files",
     "identity",
     "rename",
     "revert",

@@ -243,3 +243,25 @@ class ConverterRule:
             tensors.append(hub[name])
         outcome = run(origin, group, members, tensors, self.rules.model)
         return dict(zip(outcome.names, outcome.tensors, strict=True))
+
+
+def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """What transformers' renamings make of names in files when it loads them, before any converter.
+
+    Args:
+        model: The model to be loaded, without wrappers.
+        names: Names in files.
+
+    Returns:
+        One name for each of ``names``; the same names for a model that is not of transformers.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
+
+    if not isinstance(model, PreTrainedModel):
+        return tuple(names)
+    rules = [deepcopy(rule) for rule in get_model_conversion_mapping(model)]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    renamed = {name: str(apply_renamings(name, renamings)) for name in sorted(names, key=dot_natural_key)}
+    return tuple(renamed[name] for name in names)

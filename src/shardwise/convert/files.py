@@ -1,0 +1,120 @@
+"""A conversion in the names that a given set of files happens to use.
+
+Files of one model come under several names: with or without the base model's prefix, in the original authors' names or
+in transformers' own, with legacy endings, saved unconverted. What loading does about it is transformers' code again:
+two names mean the same tensor if its renamings for loading make one name of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from shardwise.convert.mapping import rename
+from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
+from shardwise.convert.skeleton import skeleton
+from shardwise.convert.transformers_rule import loading_names
+
+
+@dataclass(frozen=True, slots=True)
+class RenamedRule:
+    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`).
+
+    Attributes:
+        rule: The rule under the hub's names.
+        in_files: Name in the files of each hub name.
+    """
+
+    rule: Rule
+    in_files: Mapping[str, str]
+
+    def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Native tensors by FQN to tensors by their name in the files."""
+        return {self.in_files[name]: tensor for name, tensor in self.rule.forward(natives).items()}
+
+    def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by their name in the files to native tensors by FQN."""
+        return self.rule.backward({name: hub[file] for name, file in self.in_files.items()})
+
+
+def for_files(
+    model: torch.nn.Module,
+    conversion: Conversion,
+    natives: Sequence[NativeSpec],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None = None,
+) -> Conversion:
+    """Put a conversion into the names of files that are to be loaded. No collectives; any rank may call.
+
+    A native tensor whose hub tensors are not in the files, while it is there itself, is taken unconverted. One that is
+    not there in any form keeps its hub names, so that the loader misses it under the name that the hub would use; names
+    of the files that the result does not have are unexpected.
+
+    Args:
+        model: The model to be loaded.
+        conversion: Of the model.
+        natives: What ``conversion`` was derived from.
+        names: All names in the files.
+        key_mapping: The user's: regular expressions and replacements, from the files' names to the model's.
+
+    Raises:
+        ConversionError: ``key_mapping`` makes one name of two, or two tensors would be read from one.
+    """
+    if not key_mapping and set(conversion.names) <= set(names):
+        return conversion
+    found = _Finder.make(model, names, key_mapping or {})
+    hub = found.all(conversion.names)
+    unconverted = found.all([spec.name for spec in natives])
+    shapes = {spec.name: spec.shape for spec in natives}
+    views: list[HubTensor] = []
+    taken: set[str] = set()
+    for tensor in conversion.hub:
+        sources = [part.native for part in tensor.parts]
+        if tensor.name not in hub and all(native in unconverted for native in sources):
+            fresh = [native for native in dict.fromkeys(sources) if native not in taken]
+            views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in fresh)
+            taken.update(fresh)
+        else:
+            views.append(replace(tensor, name=hub.get(tensor.name, tensor.name)))
+    computed: list[Computed] = []
+    for group in conversion.computed:
+        members = [spec.name for spec in group.natives]
+        if all(s.name not in hub for s in group.hub) and all(native in unconverted for native in members):
+            views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in members)
+        else:
+            computed.append(_renamed(group, hub))
+    return Conversion(tuple(views), tuple(computed), conversion.ignored)
+
+
+def _renamed(group: Computed, hub: Mapping[str, str]) -> Computed:
+    in_files = {spec.name: hub.get(spec.name, spec.name) for spec in group.hub}
+    specs = tuple(replace(spec, name=in_files[spec.name]) for spec in group.hub)
+    return replace(group, hub=specs, rule=RenamedRule(group.rule, in_files))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """Finds names in the files by what loading would make of them."""
+
+    model: torch.nn.Module
+    files: Mapping[str, str]
+    prefix: str
+
+    @staticmethod
+    def make(model: torch.nn.Module, names: Sequence[str], key_mapping: Mapping[str, str]) -> _Finder:
+        bare = skeleton(model)
+        keys = loading_names(bare, rename(names, key_mapping))
+        prefix: str = getattr(bare, "base_model_prefix", "") or ""
+        return _Finder(bare, dict(zip(keys, names, strict=True)), prefix)
+
+    def all(self, names: Sequence[str]) -> dict[str, str]:
+        """For each of ``names`` that is in the files, its name there."""
+        out: dict[str, str] = {}
+        for name, key in zip(names, loading_names(self.model, names), strict=True):
+            for variant in (key, f"{self.prefix}.{key}", key.removeprefix(f"{self.prefix}.")):
+                if variant in self.files:
+                    out[name] = self.files[variant]
+                    break
+        return out

@@ -101,7 +101,7 @@ def save_captured(
         peft_config,
         v4_compatible=v4_compatible,
         legacy_paramwrapper_layout=legacy_paramwrapper_layout,
-        save_embedding_layers=save_embedding_layers,  # type: ignore[arg-type]
+        save_embedding_layers=save_embedding_layers,
     )
     for file in captured.files:
         path = directory / file.path

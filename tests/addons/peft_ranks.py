@@ -19,9 +19,18 @@ from tests.addons.test_peft_hf import EXPERTS, LINEAR, adapted
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from shardwise.addons.base import SaveHookArgs
-from shardwise.addons.peft import PeftAddon, adapter_settings, capture_adapter, check_adapter, hold_adapter
+from shardwise.addons.peft import (
+    PeftAddon,
+    adapter_settings,
+    capture_adapter,
+    check_adapter,
+    hold_adapter,
+    initialise_adapters,
+    initialise_magnitudes,
+)
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ShardwiseError
 from shardwise.stateful_wrappers.tensors import MeshRegister
@@ -33,6 +42,7 @@ DENSE: dict[str, object] = {
     "modules_to_save": ["lm_head"],
     "task_type": None,
 }
+SOME_LAYERS: dict[str, object] = {"target_modules": LINEAR, "layers_to_transform": [1]}
 MOE: dict[str, object] = {"target_modules": LINEAR, "target_parameters": EXPERTS}
 
 
@@ -40,7 +50,7 @@ def fsdp(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh) -> nn.
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     if hasattr(model, "base_model"):
-        fully_shard(model.base_model.model, mesh=mesh)  # type: ignore[union-attr, arg-type]
+        fully_shard(model.base_model.model, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -67,17 +77,18 @@ def by_expert(name: str) -> Placement:
 
 def stage(model: nn.Module, holder: nn.Module, rank: int) -> nn.Module:
     """Keep one layer, under its name in the whole model."""
-    holder.layers = nn.ModuleDict({str(rank): holder.layers[rank]})  # type: ignore[index, assignment]
+    holder.layers = nn.ModuleDict({str(rank): holder.layers[rank]})
     return model
 
 
 def peft_layers(model: nn.Module) -> Sequence[nn.Module]:
-    return list(model.base_model.model.model.layers)  # type: ignore[union-attr, arg-type]
+    return list(model.base_model.model.model.layers)
 
 
 def scenarios(rank: int, mesh: DeviceMesh) -> dict[str, tuple[nn.Module, object | None]]:
     config = OwnConfig(use_dora=True)
     hf_dense, hf_moe, piped = adapted("llama", DENSE), adapted("qwen3_moe", MOE), adapted("llama", DENSE)
+    some = adapted("llama", SOME_LAYERS)
     own: OwnForCausalLM = dense(config)
     own_piped = dense(config)
     own_moe = moe(OwnConfig())
@@ -85,7 +96,9 @@ def scenarios(rank: int, mesh: DeviceMesh) -> dict[str, tuple[nn.Module, object 
         "hf_fsdp": (fsdp(hf_dense, peft_layers(hf_dense), mesh), None),
         "hf_experts_fsdp": (fsdp(hf_moe, peft_layers(hf_moe), mesh), None),
         "hf_tp": (distribute(adapted("llama", DENSE), mesh, by_tensor_parallel), None),
-        "hf_pipeline": (stage(piped, piped.base_model.model.model, rank), None),  # type: ignore[union-attr, arg-type]
+        "hf_pipeline": (stage(piped, piped.base_model.model.model, rank), None),
+        "hf_pipeline_some": (stage(some, some.base_model.model.model, rank), None),
+        "hf_ddp": (DistributedDataParallel(adapted("llama", DENSE)), None),
         "own_fsdp": (fsdp(own, list(own.model.layers), mesh), config),
         "own_tp": (distribute(dense(config), mesh, by_tensor_parallel), config),
         "own_experts_ep": (distribute(own_moe, mesh, by_expert), OwnConfig()),
@@ -106,9 +119,7 @@ def dump(model: nn.Module, config: object | None, path: Path, options: dict[str,
     rows = []
     for tensor in hold_adapter(captured.files[0].entries, MeshRegister()):
         spec = (tensor.spec.name, list(tensor.spec.shape), tensor.spec.dtype, list(tensor.grid))
-        pieces = [
-            (list(f.box.offsets), list(f.box.sizes), f.data.clone().contiguous()) for f in tensor.fragments
-        ]
+        pieces = [(list(f.box.offsets), list(f.box.sizes), f.data.clone().contiguous()) for f in tensor.fragments]
         rows.append((spec, pieces))
     torch.save(rows, path)
 
@@ -158,7 +169,7 @@ def broken_hook(group: Group, root: Path, rank: int) -> str:
     """Rank 1 has a model that cannot be described: both must leave with the same error."""
     model = dense(OwnConfig())
     if rank == 1:
-        del model.model.layers[0].mlp.down_proj.lora_B  # type: ignore[union-attr]
+        del model.model.layers[0].mlp.down_proj.lora_B
     args: SaveHookArgs = {
         "model_state": Parts([model]),
         "model_path": str(root / "broken"),
@@ -191,13 +202,19 @@ def main(rank: int, world: int, root_name: str) -> None:
             PeftAddon().pre_save(**args)
             dump(model, config, directory / f"rank{rank}.pt", options)
         check(group, model, config)
-        if "pipeline" in name:
+        if name in ("hf_pipeline", "own_pipeline"):
             said[name] = alone(rank, model, config)
     reloaded = adapted("llama", DENSE, seed=5)
     fsdp(reloaded, peft_layers(reloaded), mesh)
     fill(reloaded, None, root / "reference/hf_fsdp/adapter_model.safetensors")
     (root / "reloaded").mkdir(exist_ok=True)
     dump(reloaded, None, root / f"reloaded/rank{rank}.pt", VARIANTS[""])
+    fresh = dense(OwnConfig(use_dora=True))
+    fsdp(fresh, list(fresh.model.layers), mesh)
+    initialise_adapters([fresh], OwnConfig())
+    initialise_magnitudes([fresh])
+    (root / "fresh").mkdir(exist_ok=True)
+    dump(fresh, OwnConfig(), root / f"fresh/rank{rank}.pt", VARIANTS[""])
     said["broken"] = broken_hook(group, root, rank)
     (root / f"said{rank}.json").write_text(json.dumps(said))
     dist.barrier()

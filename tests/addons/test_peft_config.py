@@ -24,9 +24,7 @@ class Tokenizer:
 def test_files_beside_the_weights(tmp_path: Path) -> None:
     path, config = tmp_path / "step" / "model", OwnConfig()
     model = dense(config)
-    PeftAddon().pre_save(
-        model_state=Parts([model]), model_path=str(path), peft_config=config, tokenizer=Tokenizer()
-    )
+    PeftAddon().pre_save(model_state=Parts([model]), model_path=str(path), peft_config=config, tokenizer=Tokenizer())
     assert sorted(p.name for p in path.iterdir()) == [
         "adapter_config.json",
         "automodel_peft_config.json",
@@ -48,10 +46,10 @@ def test_peft_reads_the_settings(tmp_path: Path) -> None:
 def test_the_base_model_is_named(tmp_path: Path) -> None:
     model = dense(OwnConfig())
     args = {"model_state": Parts([model]), "model_path": str(tmp_path), "peft_config": OwnConfig()}
-    PeftAddon().pre_save(**args, original_model_path="given/base")  # type: ignore[arg-type]
+    PeftAddon().pre_save(**args, original_model_path="given/base")
     assert read_adapter_config(tmp_path)["base_model_name_or_path"] == "base/model"
     model.config.name_or_path = ""
-    PeftAddon().pre_save(**args, original_model_path="given/base")  # type: ignore[arg-type]
+    PeftAddon().pre_save(**args, original_model_path="given/base")
     assert read_adapter_config(tmp_path)["base_model_name_or_path"] == "given/base"
 
 
@@ -61,7 +59,7 @@ def test_a_lora_config_describes_own_modules_too() -> None:
     settings = _get_hf_peft_config(config, Parts([dense(OwnConfig(alpha=16))]))
     assert (settings["r"], settings["lora_alpha"]) == (4, 16)
     assert "alpha_pattern" not in settings
-    assert "model.layers.0.self_attn.q_proj" in settings["target_modules"]  # type: ignore[operator]
+    assert "model.layers.0.self_attn.q_proj" in settings["target_modules"]
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def capture(model: nn.Module, config: object, **options: bool) -> AdapterTensors
 
 def opened(directory: Path, family: str = "llama") -> nn.Module:
     model: nn.Module = peft.PeftModel.from_pretrained(causal(family), directory)
-    inner: nn.Module = model.base_model.model.model  # type: ignore[union-attr, assignment]
+    inner: nn.Module = model.base_model.model.model
     return inner
 
 
@@ -98,7 +98,7 @@ def test_logits_of_a_llama_with_own_lora(tmp_path: Path) -> None:
 
     model = causal("llama").requires_grad_(False)
     torch.manual_seed(1)
-    for layer in model.model.layers:  # type: ignore[union-attr]
+    for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
             old = getattr(layer.self_attn, name)
             new = Own(old.in_features, old.out_features, config.dim, config.alpha / config.dim)
@@ -330,7 +330,7 @@ def test_qwen3_moe_is_told_by_its_state_dict_adapter() -> None:
     assert not _is_qwen3_moe(moe(OwnConfig(), qwen=False))
     assert _is_qwen3_moe(causal("qwen3_moe"))
     other = causal("qwen3_moe")
-    other.state_dict_adapter = object()  # type: ignore[assignment]
+    other.state_dict_adapter = object()
     assert not _is_qwen3_moe(other)
 
 
@@ -373,7 +373,7 @@ def test_pipeline_stages_in_one_process() -> None:
     stages: list[OwnForCausalLM] = []
     for index in range(2):
         stage = dense(OwnConfig())
-        stage.model.layers = nn.ModuleDict({str(index): stage.model.layers[index]})  # type: ignore[assignment]
+        stage.model.layers = nn.ModuleDict({str(index): stage.model.layers[index]})
         stages.append(stage)
     captured = capture_adapter(stages, OwnConfig(), v4_compatible=False, legacy_paramwrapper_layout=False)
     assert {e.spec.name for e in captured.files[0].entries} == names

@@ -13,6 +13,7 @@ from tests.addons import peft_ranks
 from tests.addons.peft_own_models import OwnConfig, dense, moe
 from tests.addons.test_peft_hf import adapted, same_json, save
 
+from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.format.dtypes import dtype_code
 
 pytest.importorskip("peft")
@@ -25,16 +26,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference = path / "reference"
     adapted("llama", peft_ranks.DENSE).save_pretrained(reference / "hf_fsdp")
     adapted("qwen3_moe", peft_ranks.MOE).save_pretrained(reference / "hf_experts_fsdp")
+    adapted("llama", peft_ranks.SOME_LAYERS).save_pretrained(reference / "hf_pipeline_some")
+    (reference / "hf_ddp").symlink_to(reference / "hf_fsdp")
     for suffix, options in peft_ranks.VARIANTS.items():
         save(moe(OwnConfig()), reference / f"own_experts_ep{suffix}", OwnConfig(), **options)
         if suffix:
             save(adapted("qwen3_moe", peft_ranks.MOE), reference / f"hf_experts_fsdp{suffix}", None, **options)
     config = OwnConfig(use_dora=True)
     save(dense(config), reference / "own_fsdp", config)
+    fresh = dense(config)
+    initialise_adapters([fresh], config)
+    initialise_magnitudes([fresh])
+    save(fresh, reference / "fresh", config)
     for kind in ("hf", "own"):
         for how in ("tp", "pipeline"):
             (reference / f"{kind}_{how}").symlink_to(reference / f"{kind}_fsdp")
-    mp.spawn(peft_ranks.main, args=(2, str(path)), nprocs=2, join=True)  # type: ignore[no-untyped-call]
+    mp.spawn(peft_ranks.main, args=(2, str(path)), nprocs=2, join=True)
     return path
 
 
@@ -73,6 +80,8 @@ SCENARIOS = [
     "hf_experts_fsdp_legacy",
     "hf_tp",
     "hf_pipeline",
+    "hf_pipeline_some",
+    "hf_ddp",
     "own_fsdp",
     "own_tp",
     "own_experts_ep",
@@ -91,6 +100,10 @@ def test_ranks_together_hold_what_one_process_saves(scenario: str, root: Path) -
 
 def test_fragments_are_destinations_too(root: Path) -> None:
     compare(put_together(root / "reloaded"), root / "reference/hf_fsdp/adapter_model.safetensors")
+
+
+def test_fresh_adapters_are_those_of_one_process(root: Path) -> None:
+    compare(put_together(root / "fresh"), root / "reference/fresh/adapter_model.safetensors")
 
 
 def said(root: Path) -> list[dict[str, str]]:

@@ -152,9 +152,7 @@ def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
     return {} if is_peft_adapted([], peft_config) else automodel_metadata(peft_config)
 
 
-def _get_hf_peft_config(
-    peft_config: object, model_state: ModelParts, v4_compatible: bool = False
-) -> dict[str, object]:
+def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compatible: bool = False) -> dict[str, object]:
     """What adapter_config.json is to say, from this process's parts alone.
 
     Args:

@@ -40,9 +40,7 @@ def check_adapter(
     """
     by_name = {spec.name: spec for spec in specs}
     if not by_name:
-        raise AdapterError(
-            "the adapter has no tensors", hint="Check that target_modules matches modules of the model."
-        )
+        raise AdapterError("the adapter has no tensors", hint="Check that target_modules matches modules of the model.")
     faults = [f"{name} is empty" for name, spec in by_name.items() if spec.numel == 0]
     if str(config.get("peft_type", "LORA")).rpartition(".")[2] == "LORA":
         pairs = dict(_pairs(by_name))

@@ -313,4 +313,3 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, object]:
             hint="Restore the file, or save the adapter again.",
         )
     return value
-

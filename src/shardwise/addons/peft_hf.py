@@ -46,6 +46,9 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
     if any(isinstance(module, kinds) for part in parts for module in part.modules()):
         return True
     given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
+    for part in parts:
+        carried = getattr(outer(part), "peft_config", None)
+        given += list(carried.values()) if isinstance(carried, Mapping) else [carried]
     known = any(isinstance(config, PeftConfig) for config in given)
     return known and not any(find_sites(part) for part in parts)
 

@@ -71,4 +71,3 @@ def check_shared_factors(file: AdapterFile, model_directory: str | os.PathLike[s
                     tensor=name,
                     hint="Load this adapter into a model with separate projections, for example with peft.",
                 )
-

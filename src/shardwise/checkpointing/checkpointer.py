@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from shardwise.engine.background import Background
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.load import LoadOptions
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.lifecycle import LOCAL, FileSystem, checkpoint_name, reserve, resolve, temporary_name
+from shardwise.lifecycle import LOCAL, FileSystem, checkpoint_name, remove_leftovers, reserve, resolve, temporary_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Checkpointer:
         self._fs = file_system or LOCAL
         self._made: Context | None = None
         self._background: Background | None = None
+        self._tidied = False
 
     # --- whole checkpoints ------------------------------------------------------------------------------------------
 
@@ -131,13 +133,16 @@ class Checkpointer:
         with context.group.together(f"reserving {final}"):
             numbers = check_metrics(metrics)
             if context.group.is_main:
+                if not self._tidied:
+                    remove_leftovers(context.root, fs=self._fs)
                 reserve(context.root, name, fs=self._fs)
+        self._tidied = True
         info: dict[str, JsonValue] = {
             "shardwise": __version__,
             "epoch": epoch,
             "step": step,
             "world_size": context.group.world_size,
-            "metrics": {key: value if value == value else None for key, value in numbers.items()},
+            "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
         }
         publication = Publication(context, temp, final, info, numbers)
         try:

@@ -228,7 +228,8 @@ def load_model(
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
     """The source with its names passed through regular expressions; the first that matches a name applies."""
-    mapping = rename(tuple(source.tensors), key_mapping)
+    names = tuple(source.tensors)
+    mapping = dict(zip(names, rename(names, key_mapping), strict=True))
     tensors = {
         mapping[name]: replace(tensor, spec=replace(tensor.spec, name=mapping[name]))
         for name, tensor in source.tensors.items()

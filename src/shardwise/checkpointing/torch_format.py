@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
@@ -32,8 +33,8 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            writer = dcp.FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
-            dcp.save(dict(state.state_dict()), storage_writer=writer, process_group=group.process_group)
+            writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
+            save(dict(state.state_dict()), storage_writer=writer, process_group=group.process_group)
     except Exception as error:
         failure = _cause(error)
     group.agree(failure, f"writing {directory}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardwise.convert.rules import Computed, Conversion, HubTensor
 from shardwise.errors import ConversionError
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.views import AxisView, hub_views
 from shardwise.types import TensorSpec
 
@@ -74,10 +74,14 @@ def _group(computed: Computed, held: dict[str, HeldTensor]) -> HeldGroup:
 
 
 def _convert(hub: HubTensor, held: dict[str, HeldTensor]) -> HeldTensor:
+    if len(hub.parts) == 1:
+        [only] = hub.parts
+        tensor = held[only.native]
+        spec = TensorSpec(hub.name, hub.shape, tensor.spec.dtype)
+        grid = hub.shape if only.view is None else only.view.hub_grid
+        return HeldTensor(spec, grid, (_part(tensor.parts[0], only.view),))
     present = [(held[part.native], part.view) for part in hub.parts if part.native in held]
     spec = TensorSpec(hub.name, hub.shape, present[0][0].spec.dtype)
-    if len(hub.parts) == 1 and hub.parts[0].view is None:
-        return HeldTensor(spec, hub.shape, present[0][0].parts)
     grids = {hub.shape if view is None else view.hub_grid for _, view in present}
     if len(grids) != 1:
         raise ConversionError(f"the parts of {hub.name!r} are on different grids", tensor=hub.name)
@@ -88,7 +92,8 @@ def _part(native: HeldPart, view: AxisView | None) -> HeldPart:
     if view is None:
         return native
     fragments = tuple(_through(view, native.fragments))
-    return HeldPart(replace(native.part, view=view), native.coordinate, fragments)
+    part = native.part
+    return HeldPart(Part(part.native_shape, part.mesh, part.placements, view), native.coordinate, fragments)
 
 
 def _through(view: AxisView, fragments: Iterable[Fragment]) -> Iterable[Fragment]:

@@ -1,8 +1,8 @@
 """Renaming by regular expressions, with the promise that nothing is lost. Pure.
 
 A key mapping is what transformers calls ``key_mapping`` or, in older and custom models,
-``_checkpoint_conversion_mapping``: patterns of names in the files, each with its replacement in the model. The first pattern
-that matches a name decides.
+``_checkpoint_conversion_mapping``: patterns of names in the files, each with its replacement in the model. The first
+pattern that matches a name decides.
 """
 
 from __future__ import annotations

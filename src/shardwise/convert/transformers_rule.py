@@ -8,7 +8,7 @@ converter for a name, names in natural order, then every renaming on what the co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ class RuleSet:
         origins: For each of ``converters``, the rule in the direction hub to native.
         forward_renamings: The renamings in the direction hub to native, in the order of loading.
         model: The model, without wrappers.
+        quick: For each of ``renamings`` a search that fails where it would change nothing; ``None`` if there is none.
     """
 
     renamings: tuple[WeightRenaming, ...]
@@ -77,6 +78,7 @@ class RuleSet:
     origins: tuple[WeightConverter, ...]
     forward_renamings: tuple[WeightRenaming, ...]
     model: torch.nn.Module
+    quick: tuple[Callable[[str], object] | None, ...]
 
     def match(self, name: str) -> tuple[str, str | None]:
         """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
@@ -87,8 +89,9 @@ class RuleSet:
 
     def rename(self, name: str) -> str:
         """The hub name of what is called ``name`` once the converters are done with it."""
-        for renaming in self.renamings:
-            name, _ = renaming.rename_source_key(name)
+        for quick, renaming in zip(self.quick, self.renamings, strict=True):
+            if quick is None or quick(name) is not None:
+                name, _ = renaming.rename_source_key(name)
         return name
 
     def converter(self, pattern: str) -> int:
@@ -126,13 +129,21 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
             hint="Dequantize the model on load, or give it a state_dict_adapter.",
         ) from error
     pairs = list(zip(reverse, pristine[::-1], strict=True))
+    renamings = tuple(rule for rule in reverse if isinstance(rule, WeightRenaming))
     return RuleSet(
-        renamings=tuple(rule for rule in reverse if isinstance(rule, WeightRenaming)),
+        renamings=renamings,
         converters=tuple(rule for rule in reverse if isinstance(rule, WeightConverter)),
         origins=tuple(origin for rule, origin in pairs if isinstance(rule, WeightConverter)),
         forward_renamings=tuple(rule for rule in pristine if isinstance(rule, WeightRenaming)),
         model=model,
+        quick=tuple(_quick(rule) for rule in renamings),
     )
+
+
+def _quick(renaming: WeightRenaming) -> Callable[[str], object] | None:
+    """A search without the detour through a match object and its groups; most renamings do not concern most names."""
+    ours_to_judge = type(renaming).__module__ == "transformers.core_model_loading" and renaming.scope_prefix is None
+    return renaming.compiled_sources.search if ours_to_judge else None
 
 
 @dataclass(frozen=True, slots=True)

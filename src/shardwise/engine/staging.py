@@ -85,7 +85,7 @@ class Stager:
             buffer.copy_(source)
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(source.device)
+            self._stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(self._stream):
             buffer.copy_(source, non_blocking=True)

@@ -220,34 +220,51 @@ def _sharded(tensor: SourceTensor) -> bool:
 
 
 def _open_dcp(root: Path, group: Group) -> Source:
-    """The tensors of a DCP directory; its pickled metadata passes through an unpickler with an allow-list."""
+    """The tensors of a DCP directory; rank 0 reads its metadata, through an unpickler with an allow-list."""
+    told: JsonValue = None
+    with group.together(f"reading the DCP metadata of {root}"):
+        if group.is_main:
+            told = _describe_dcp(root)
+    files, rows = cast(
+        tuple[list[str], list[tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]]]],
+        group.broadcast_json(told, 0, f"reading the DCP metadata of {root}"),
+    )
+    tensors = {
+        name: SourceTensor(
+            TensorSpec(name, tuple(shape), dtype),
+            tuple(SourceChunk(Box(tuple(o), tuple(s)), file, at, size) for o, s, file, at, size in chunks),
+        )
+        for name, shape, dtype, chunks in rows
+    }
+    return Source(root, tuple(root / name for name in files), tensors)
+
+
+def _describe_dcp(root: Path) -> JsonValue:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from shardwise.format.dcp_metadata import read_dcp_metadata
     from shardwise.format.dtypes import dtype_code
 
     files: dict[str, int] = {}
-    tensors: dict[str, SourceTensor] = {}
-    with group.together(f"reading the DCP metadata of {root}"):
-        metadata = read_dcp_metadata(root / ".metadata")
-        places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
-        for name, saved in metadata.state_dict_metadata.items():
-            if not isinstance(saved, TensorStorageMetadata):
-                continue
-            chunks = []
-            for chunk in saved.chunks:
-                info = places.get((name, tuple(chunk.offsets)))
-                if info is None:
-                    raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
-                number = files.setdefault(str(info.relative_path), len(files))
-                chunks.append(SourceChunk(Box(tuple(chunk.offsets), tuple(chunk.sizes)), number, info.offset, info.length))
-            spec = TensorSpec(name, tuple(saved.size), dtype_code(saved.properties.dtype, name))
-            tensors[name] = SourceTensor(spec, tuple(chunks))
-        missing = [name for name in files if not (root / name).is_file()]
-        if missing:
-            raise CheckpointNotFoundError(
-                f"the metadata names {missing[0]}, which is absent",
-                path=root / missing[0],
-                hint="Restore the missing file; the checkpoint is not whole without it.",
-            )
-    return Source(root, tuple(root / name for name in files), tensors)
+    rows: list[JsonValue] = []
+    metadata = read_dcp_metadata(root / ".metadata")
+    places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
+    for name, saved in metadata.state_dict_metadata.items():
+        if not isinstance(saved, TensorStorageMetadata):
+            continue
+        chunks: list[JsonValue] = []
+        for chunk in saved.chunks:
+            info = places.get((name, tuple(chunk.offsets)))
+            if info is None:
+                raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
+            number = files.setdefault(str(info.relative_path), len(files))
+            chunks.append([list(chunk.offsets), list(chunk.sizes), number, info.offset, info.length])
+        rows.append([name, list(saved.size), dtype_code(saved.properties.dtype, name), chunks])
+    missing = [name for name in files if not (root / name).is_file()]
+    if missing:
+        raise CheckpointNotFoundError(
+            f"the metadata names {missing[0]}, which is absent",
+            path=root / missing[0],
+            hint="Restore the missing file; the checkpoint is not whole without it.",
+        )
+    return [list(files), rows]

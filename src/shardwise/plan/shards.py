@@ -100,20 +100,39 @@ def plan_shards(
         file_index: Number (from 1) of the file that each tensor belongs to in the merged model; all 1 if not given.
         stem: What the second half of file names starts with.
     """
-    files = max((file_index or {}).values(), default=1)
-    groups: dict[tuple[int, int], dict[str, Piece]] = {}
-    seen: dict[str, int] = {}
+    pieces = []
     for owned in own(held, roster, rank):
         tensor = held[owned.tensor]
         for box, data in coarsen(owned.fragment, tensor.spec.shape, tensor.grid):
-            if box.numel == 0 and rank != 0:
-                continue
-            turn = seen.get(tensor.spec.name, 0)
-            seen[tensor.spec.name] = turn + 1
-            number = (file_index or {}).get(tensor.spec.name, files)
-            piece = Piece(owned.tensor, tensor.spec, box, data)
-            groups.setdefault((rank + 1 + turn * roster.world_size, number), {})[tensor.spec.name] = piece
-    return tuple(_file(shard_name(shard, number, files, stem), pieces) for (shard, number), pieces in sorted(groups.items()))
+            if box.numel or rank == 0:
+                pieces.append(Piece(owned.tensor, tensor.spec, box, data))
+    return shard_files(pieces, rank, roster.world_size, file_index, stem)
+
+
+def shard_files(
+    pieces: Sequence[Piece], rank: int, world_size: int, file_index: Mapping[str, int] | None, stem: str
+) -> tuple[ShardFile, ...]:
+    """Put a rank's pieces into files.
+
+    Args:
+        pieces: Disjoint pieces.
+        rank: The rank in the group.
+        world_size: Number of ranks in the group.
+        file_index: As in `plan_shards`.
+        stem: As in `plan_shards`.
+    """
+    files = max((file_index or {}).values(), default=1)
+    groups: dict[tuple[int, int], dict[str, Piece]] = {}
+    seen: dict[str, int] = {}
+    for piece in pieces:
+        name = piece.spec.name
+        turn = seen.get(name, 0)
+        seen[name] = turn + 1
+        number = (file_index or {}).get(name, files)
+        groups.setdefault((rank + 1 + turn * world_size, number), {})[name] = piece
+    return tuple(
+        _file(shard_name(shard, number, files, stem), found) for (shard, number), found in sorted(groups.items())
+    )
 
 
 def _file(name: str, pieces: Mapping[str, Piece]) -> ShardFile:

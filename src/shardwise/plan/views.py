@@ -12,6 +12,7 @@ dimensions need no rule of their own, and every remaining rule is a permutation 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def refine_range(start: int, length: int, factors: tuple[int, ...]) -> tuple[Box
     return tuple(out)
 
 
+@functools.lru_cache(maxsize=4096)  # the views of one fused tensor share few grids, and a layer is like the one before
 def refine_box(box: Box, grid: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
     """Express a box of a tensor in a grid of it (factors for each dimension), as few boxes as that takes."""
     per_dim = [
@@ -123,12 +125,13 @@ def factor_shape(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[tuple[i
 def _through(view: AxisView, box: Box) -> Box | None:
     """The hub grid box behind a native grid box, or ``None`` where the view does not touch it."""
     for dim, index in view.fixed:
-        if not box.offsets[dim] <= index < box.ends[dim]:
+        if not 0 <= index - box.offsets[dim] < box.sizes[dim]:
             return None
     offsets, sizes = [], []
     for axis in view.axes:
-        low = max(box.offsets[axis.native], axis.start)
-        high = min(box.ends[axis.native], axis.start + axis.length)
+        start = box.offsets[axis.native]
+        low = max(start, axis.start)
+        high = min(start + box.sizes[axis.native], axis.start + axis.length)
         if low >= high:
             return None
         offsets.append(low - axis.start + axis.hub_start)
@@ -157,42 +160,22 @@ def hub_views(view: AxisView, box: Box, data: torch.Tensor) -> tuple[tuple[Box, 
     for refined in refine_box(box, view.native_grid):
         hub = _through(view, refined)
         if hub is not None:
-            out.append((hub, _slice(view, refined, hub, box, data)))
+            out.append((hub, _slice(view, hub, box, data)))
     return tuple(out)
 
 
-def _slice(view: AxisView, refined: Box, hub: Box, box: Box, data: torch.Tensor) -> torch.Tensor:
-    part = data
-    position = 0
-    sizes: list[int] = []
-    for dim, factors in enumerate(view.native_grid):
-        dims = range(position, position + len(factors))
-        strides = [math.prod(factors[i + 1 :]) for i in range(len(factors))]
-        start = sum(refined.offsets[d] * s for d, s in zip(dims, strides, strict=True))
-        length = math.prod(refined.sizes[d] for d in dims)
-        part = part.narrow(dim, start - box.offsets[dim], length)
-        sizes += [refined.sizes[d] for d in dims]
-        position += len(factors)
-    part = _unflatten(part, sizes, [len(f) for f in view.native_grid])
+def _slice(view: AxisView, hub: Box, box: Box, data: torch.Tensor) -> torch.Tensor:
+    """The part of ``data`` behind a hub box that lies in it: one strided view, since tensors have many of them."""
+    offset = data.storage_offset()
+    grid_strides: list[int] = []
+    for factors, start, stride in zip(view.native_grid, box.offsets, data.stride(), strict=True):
+        offset -= start * stride
+        inner = math.prod(factors)
+        for factor in factors:
+            inner //= factor
+            grid_strides.append(stride * inner)
     for dim, index in view.fixed:
-        part = part.narrow(dim, index - refined.offsets[dim], 1)
-    for axis, low, size in zip(view.axes, hub.offsets, hub.sizes, strict=True):
-        start = low - axis.hub_start + axis.start
-        part = part.narrow(axis.native, start - refined.offsets[axis.native], size)
-    order = [axis.native for axis in view.axes]
-    rest = [d for d in range(part.dim()) if d not in order]
-    part = part.permute(order + rest)
-    for _ in rest:
-        part = part.squeeze(-1)
-    return part
-
-
-def _unflatten(part: torch.Tensor, sizes: list[int], counts: list[int]) -> torch.Tensor:
-    """Split every dimension of ``part`` into its grid dimensions."""
-    dim, used = 0, 0
-    for count in counts:
-        if count != 1:
-            part = torch.unflatten(part, dim, sizes[used : used + count])
-        dim += count
-        used += count
-    return part
+        offset += index * grid_strides[dim]
+    for axis, low in zip(view.axes, hub.offsets, strict=True):
+        offset += (low - axis.hub_start + axis.start) * grid_strides[axis.native]
+    return data.as_strided(hub.sizes, [grid_strides[axis.native] for axis in view.axes], offset)

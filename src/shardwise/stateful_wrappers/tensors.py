@@ -77,4 +77,4 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         )
     placements = tuple(_placement(p, name) for p in tensor.placements)
     part = Part(tuple(tensor.shape), meshes.key(tensor.device_mesh), placements)
-    return hold(spec, part, tuple(coordinate), tensor.detach().to_local())
+    return hold(spec, part, tuple(coordinate), tensor.to_local().detach())

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from tests.convert import compare
 
 from shardwise.convert import NativeSpec, StateDictAdapter, check_round_trip, derive_from_adapter, to_hub
 from shardwise.errors import ConversionError
-from tests.convert import compare
 
 
 class Fused(StateDictAdapter):
     """Experts fused in memory, transposed and one by one in the files; a scale stored as its inverse."""
 
-    def convert_single_tensor_to_hf(self, fqn: str, tensor: torch.Tensor, **options: object):  # noqa: ANN201
+    def convert_single_tensor_to_hf(self, fqn: str, tensor: torch.Tensor, **options: object):
         if fqn.endswith("experts"):
             return [(f"{fqn}.{i}.weight", expert.t().contiguous()) for i, expert in enumerate(tensor.unbind(0))]
         if fqn.endswith("scale"):
@@ -77,7 +77,7 @@ def test_it_does_not_write_through_unless_it_says_so() -> None:
 
 def test_an_adapter_that_fails_is_an_error_that_names_the_tensor() -> None:
     class Broken(Fused):
-        def convert_single_tensor_to_hf(self, fqn: str, tensor: torch.Tensor, **options: object):  # noqa: ANN201
+        def convert_single_tensor_to_hf(self, fqn: str, tensor: torch.Tensor, **options: object):
             return [(fqn, tensor.view(7))]
 
     with pytest.raises(ConversionError, match="fails on 'norm'") as caught:
@@ -87,7 +87,7 @@ def test_an_adapter_that_fails_is_an_error_that_names_the_tensor() -> None:
 
 def test_an_adapter_that_does_not_come_back_is_an_error() -> None:
     class OneWay(Fused):
-        def from_hf(self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object):  # noqa: ANN201
+        def from_hf(self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object):
             return {}
 
     [group] = derive_from_adapter(OneWay(), [NativeSpec("scale", (3,), "F32")]).computed

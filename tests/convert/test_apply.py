@@ -60,10 +60,10 @@ def test_an_unknown_or_converted_tensor_is_an_error() -> None:
 
 
 class Twice:
-    def forward(self, natives):  # noqa: ANN001, ANN201
+    def forward(self, natives):
         return {"hub": natives["experts"] * 2}
 
-    def backward(self, hub):  # noqa: ANN001, ANN201
+    def backward(self, hub):
         return {"experts": hub["hub"] / 2}
 
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-
-from shardwise.convert import HubPart, NativeSpec, check_round_trip, derive
-from shardwise.errors import ConversionError
 from tests.convert import compare
 from tests.convert.tiny_models import build, quiet
 
+from shardwise.convert import HubPart, NativeSpec, check_round_trip, derive
+from shardwise.errors import ConversionError
 
-def conversion_of(key: str):  # noqa: ANN201
+
+def conversion_of(key: str):
     model = build(key)
     state = compare.saved_state(model)
     return model, state, derive(model, compare.specs_of(state))
@@ -79,7 +79,7 @@ def test_deriving_changes_nothing(key: str) -> None:
     assert derive(model, compare.specs_of(compare.saved_state(model))).hub == first.hub
 
 
-def test_the_rules_of_from_pretrained_are_used_and_left_as_they_are(tmp_path) -> None:  # noqa: ANN001
+def test_the_rules_of_from_pretrained_are_used_and_left_as_they_are(tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
     with quiet():
@@ -128,7 +128,7 @@ def test_fsdp2_renames_classes_and_changes_no_rule(key: str, one_rank_group: Non
 
 
 @pytest.fixture
-def one_rank_group(tmp_path):  # noqa: ANN001, ANN201
+def one_rank_group(tmp_path):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -173,7 +173,7 @@ def test_a_rule_without_a_reverse_is_an_error() -> None:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
     class OneWay(ConversionOps):
-        def convert(self, input_dict, source_patterns, target_patterns, **_):  # noqa: ANN001, ANN003, ANN202
+        def convert(self, input_dict, source_patterns, target_patterns, **_):
             return input_dict
 
     model = build("qwen3_moe")
@@ -189,13 +189,13 @@ def test_a_computed_rule_runs_both_ways() -> None:
         def __init__(self, factor: float = 0.5) -> None:
             self.factor = factor
 
-        def convert(self, input_dict, source_patterns, target_patterns, **_):  # noqa: ANN001, ANN003, ANN202
+        def convert(self, input_dict, source_patterns, target_patterns, **_):
             [tensors] = input_dict.values()
             tensor = tensors[0] if isinstance(tensors, list) else tensors
             return {target_patterns[0]: tensor * self.factor}
 
         @property
-        def reverse_op(self):  # noqa: ANN202
+        def reverse_op(self):
             return Doubled(1 / self.factor)
 
     model = build("qwen3_moe")

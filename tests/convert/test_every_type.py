@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from shardwise.convert import check_round_trip, derive
 from tests.convert import compare
 from tests.convert.tiny_models import CannotBuildError, build, is_slow, quiet, registered
+
+from shardwise.convert import check_round_trip, derive
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from tests.convert import compare
+from tests.convert.tiny_models import build
 
 from shardwise.convert import Conversion, derive, for_files, identity, to_hub
 from shardwise.convert.rules import NativeSpec
-from tests.convert import compare
-from tests.convert.tiny_models import build
 
 
 def load(conversion: Conversion, files: compare.Tensors, state: compare.Tensors) -> compare.Tensors:

@@ -1,4 +1,4 @@
-"""Views by property: whatever the factoring, permutation and cut, every hub element is where indexing the whole puts it."""
+"""Views by property: whatever the factoring, permutation and cut, an element is where indexing the whole puts it."""
 
 from __future__ import annotations
 

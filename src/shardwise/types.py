@@ -72,7 +72,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangular region of a tensor: ``offsets[d] <= index[d] < offsets[d] + sizes[d]`` for every dimension ``d``."""
+    """A rectangular region of a tensor.
+
+    ``offsets[d] <= index[d] < offsets[d] + sizes[d]`` for every dimension ``d``.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]

@@ -83,16 +83,14 @@ def open_base(path: str | None, group: Group) -> BaseModel | None:
     with group.together("looking for the base model"):
         if group.is_main:
             place = Path(path)
-            found = place.is_file() and place.suffix == ".safetensors" or _has_weights(place)
+            found = (place.is_file() and place.suffix == ".safetensors") or _has_weights(place)
     if not cast(bool, group.broadcast_json(found, 0, "looking for the base model")):
         return None
     try:
         source = open_source(path, group)
     except CheckpointNotFoundError:
         return None
-    files = {
-        name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items() if tensor.chunks
-    }
+    files = {name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items() if tensor.chunks}
     specs = {name: tensor.spec for name, tensor in source.tensors.items()}
     directory = Path(path) if Path(path).is_dir() else Path(path).parent
     return BaseModel(directory, files, specs, source)

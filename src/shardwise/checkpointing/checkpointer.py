@@ -248,8 +248,8 @@ class Checkpointer:
             model: The model, or this rank's pipeline stages, with memory (not on the meta device).
             model_path: A checkpoint's ``model`` directory, ``model/consolidated``, a DCP directory, any Hugging Face
                 model directory, or a single safetensors file.
-            is_init_step: Initialise from a base model: dtypes are cast to the model's, tensors of the checkpoint that the
-                model lacks are left alone, and ``skip_task_head_prefixes_for_base_model`` applies.
+            is_init_step: Initialise from a base model: dtypes are cast to the model's, tensors that
+                the model lacks are left alone, and ``skip_task_head_prefixes_for_base_model`` applies.
             use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
             allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.

@@ -88,9 +88,7 @@ def _digest(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def write_manifest(
-    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]
-) -> None:
+def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
     """Write the manifest, the last file of a save. One rank calls."""
     write_plain(storage, directory / MANIFEST_NAME, encode_manifest(complete_manifest(directory, record, info)))
     storage.sync_directory(directory)
@@ -111,11 +109,11 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return out
 
 
-def write_run_files(storage: Storage, directory: Path, config: CheckpointingConfig, metrics: Mapping[str, float]) -> None:
+def write_run_files(
+    storage: Storage, directory: Path, config: CheckpointingConfig, metrics: Mapping[str, float]
+) -> None:
     """Write ``config.yaml`` and ``losses.json``. One rank calls."""
-    plain = {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    plain = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     write_plain(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
     finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     write_plain(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())

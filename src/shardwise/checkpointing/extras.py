@@ -84,7 +84,10 @@ def _digest(packed: Mapping[str, bytes]) -> str:
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
-    """Where one rank's state of a name is; the number of ranks is part of it, since the state means nothing on another."""
+    """Where one rank's state of a name is.
+
+    The number of ranks is part of it, since the state means nothing on another.
+    """
     return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
 
 

@@ -90,7 +90,11 @@ class ModelSave:
             hub = self._captured()
         assert hub is not None
         if not self._exports:
-            return [*self._before({}), self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster), self._after]
+            return [
+                *self._before({}),
+                self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster),
+                self._after,
+            ]
         held = [*hub.held, *declared(hub.groups)]
         base = self.base.specs if self.base is not None else {}
         export, exact = with_base_dtypes(held, base)

@@ -159,8 +159,7 @@ def load_optimizer(
     if not group.any(bool(held), "comparing optimizer states"):
         return
     source = open_source(directory, group)
-    states = [n for n in (OPTIMIZER_STATE, SCHEDULER_STATE)]
-    source = _without_files(source, {f"{name}.safetensors" for name in states})
+    source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads)
     load_tensors(held, source, group, context.storage, options)

@@ -17,9 +17,7 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
     return path / state_name / f"{state_name}_{rank}"
 
 
-def save_rank_state(
-    context: Context, state: Stateful, state_name: str, path: Path, rank: str, writes: bool
-) -> None:
+def save_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
     """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
     with context.group.together(f"writing {state_name} of every rank"):
         stem = _stem(path, state_name, rank)

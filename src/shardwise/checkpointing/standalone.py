@@ -1,7 +1,7 @@
 """Saving one component by itself, for loops that publish on their own: ``weights_path/model``, ``weights_path/optim``.
 
-The component is written beside its place and renamed onto it, so that a re-save leaves nothing of an earlier split behind
-and an interrupted one leaves the earlier component whole.
+The component is written beside its place and renamed onto it, so that a re-save leaves nothing of an earlier split
+behind and an interrupted one leaves the earlier component whole.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
             save(dict(state.state_dict()), storage_writer=writer, process_group=group.process_group)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
         failure = _cause(error)
     group.agree(failure, f"writing {directory}")
     return ComponentRecord()

@@ -16,14 +16,13 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
-
-JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class Group:
         failure: BaseException | None = None
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
         self.agree(failure, what)
 

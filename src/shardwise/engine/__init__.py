@@ -1,0 +1,1 @@
+"""A save or a load as a whole: agreeing, planning, staging, writing, reading, in the foreground or the background."""

@@ -47,7 +47,7 @@ class Background:
         try:
             self.stager.wait()
             job.run(self._group)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised at the next call of the library
             _LOG.error("%s failed: %s", job.what, error)
             self._failure = error
 

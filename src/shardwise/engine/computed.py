@@ -1,4 +1,7 @@
-"""Tensors whose conversion no view expresses: converted whole, one group at a time, on one of the ranks that hold them."""
+"""Tensors whose conversion no view expresses.
+
+Converted whole, one group at a time, on one of the ranks that hold them.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,7 @@ def declared(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     return [HeldTensor(spec, spec.shape, ()) for group in groups for spec in group.computed.hub]
 
 
-def write_computed(
-    plan: ComputedPlan, layout: Layout, group: Group, write: Callable[[Run], None]
-) -> Exception | None:
+def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Callable[[Run], None]) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
     Returns:
@@ -67,7 +68,7 @@ def write_computed(
             _write_group(held, {name: t for name, t in whole.items() if t is not None}, layout, write)
         except PeerError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
     return failure
 

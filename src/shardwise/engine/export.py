@@ -82,7 +82,9 @@ def plan_export(
     layout = lay_out(
         roster.specs, base_files=options.base_files, max_file_bytes=options.max_file_bytes, stem=options.stem
     )
-    return ExportPlan(directory, options, layout, schedule(held, layout, roster, group.rank), held, computed or ComputedPlan())
+    return ExportPlan(
+        directory, options, layout, schedule(held, layout, roster, group.rank), held, computed or ComputedPlan()
+    )
 
 
 def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
@@ -138,7 +140,7 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests) -
             failure: Exception | None = None
             try:
                 write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised once no peer waits
                 failure = error
             # Peers count on this rank's rows even if its own writing has failed.
             refused = exchange_rows(
@@ -200,4 +202,3 @@ def _check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
 
 def _index(layout: Layout) -> bytes:
     return encode_index(layout.weight_map, layout.tensor_bytes)
-

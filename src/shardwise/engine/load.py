@@ -91,7 +91,9 @@ def load_tensors(
     if group.is_main:
         seconds = max(time.monotonic() - started, 1e-9)
         rate = reader.counts.read / 1e9 / seconds
-        _LOG.info("read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate)
+        _LOG.info(
+            "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
+        )
     return LoadReport(tuple(missing), tuple(unexpected), reader.counts)
 
 

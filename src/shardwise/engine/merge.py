@@ -1,7 +1,7 @@
-"""The merging path, for file systems that cannot take random writes: shards first, then finished files one after another.
+"""The merging path, for file systems that cannot take random writes: shards first, then finished files in turn.
 
-It gives the same bytes as the direct path, because both follow the same layout; it costs what the direct path saves: every
-byte is written, read and written again.
+It gives the same bytes as the direct path, because both follow the same layout; it costs what the direct path saves:
+every byte is written, read and written again.
 """
 
 from __future__ import annotations

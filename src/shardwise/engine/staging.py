@@ -1,7 +1,7 @@
 """Copying state aside, so that training may go on while it is written.
 
-The buffers belong to the `Stager` and are reused by every save; they are pinned where the source is on a GPU, and the copy
-then runs on a stream of its own.
+The buffers belong to the `Stager` and are reused by every save; they are pinned where the source is on a GPU, and the
+copy then runs on a stream of its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Bytes in and out: storage, the digesting writer, the byte-range reader, sources, DCP's storage classes."""

@@ -1,11 +1,12 @@
-"""The writer and the reader as ordinary DCP storage classes, for those who call ``torch.distributed.checkpoint`` themselves.
+"""The writer and the reader as ordinary DCP storage classes, for those who call DCP themselves.
 
     dcp.save(state_dict, storage_writer=SafetensorsWriter(path))
     dcp.load(state_dict, storage_reader=SafetensorsReader(path))
 
-The writer gives finished Hugging Face files (``consolidated=True``, every rank at the final offsets) or one shard file for
-each rank, with an index and a manifest; the reader takes whatever `shardwise.io.sources.open_source` opens. Planning is DCP's
-own here: its coordinator gathers every rank's plan. `Checkpointer` plans locally and does not go through these classes.
+The writer gives finished Hugging Face files (``consolidated=True``, every rank at the final offsets) or one shard file
+for each rank, with an index and a manifest; the reader takes whatever `shardwise.io.sources.open_source` opens.
+Planning is DCP's own here: its coordinator gathers every rank's plan. `Checkpointer` plans locally and does not go
+through these classes.
 """
 
 from __future__ import annotations
@@ -160,9 +161,7 @@ class SafetensorsWriter(StorageWriter):
             self._storage.check_space(self._path, self._layout.total_bytes)
             for file in self._layout.files:
                 self._storage.create(self._path / file.name, file.size, file.header)
-        return [
-            replace(plan, storage_data=_Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)
-        ]
+        return [replace(plan, storage_data=_Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items and make them durable."""
@@ -342,7 +341,7 @@ def _union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
 
 def _refuse_packed(planner: SavePlanner) -> None:
     state = getattr(planner, "state_dict", None)
-    for name, value in (state.items() if isinstance(state, dict) else ()):
+    for name, value in state.items() if isinstance(state, dict) else ():
         if is_packed(value):
             raise MisuseError(
                 "this rank holds several disjoint regions of the tensor, which DCP describes as one",

@@ -43,9 +43,7 @@ def contribution(box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc
     tail = flat_offset(box.offsets[how.outer :], shape[how.outer :]) * itemsize + how.run * itemsize
     for number, row in enumerate(crcs):
         index = np.unravel_index(number, leads.sizes) if leads.sizes else ()
-        lead = flat_offset(
-            tuple(int(i) + o for i, o in zip(index, leads.offsets, strict=True)), shape[: how.outer - 1]
-        )
+        lead = flat_offset(tuple(int(i) + o for i, o in zip(index, leads.offsets, strict=True)), shape[: how.outer - 1])
         last = lead * shape[how.outer - 1] + box.offsets[how.outer - 1] + rows - 1
         found ^= shift(_combine_regular(row, period), total - (last * inner + tail))
     return found
@@ -63,7 +61,9 @@ def _row_crcs(data: torch.Tensor, run: int, count: int) -> np.ndarray[tuple[int]
     return crcs
 
 
-def _times(crcs: np.ndarray[tuple[int], np.dtype[np.uint32]], factor: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+def _times(
+    crcs: np.ndarray[tuple[int], np.dtype[np.uint32]], factor: int
+) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
     """Multiply every polynomial by ``factor`` modulo the generator (reflected bit order)."""
     product = np.zeros_like(crcs)
     power = crcs.copy()

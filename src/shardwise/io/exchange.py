@@ -53,33 +53,23 @@ def exchange_rows(
                 write(run)
             except PeerError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised once no peer waits
                 failure = error
     return failure
 
 
 def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group) -> Run | None:
-    sends: list[tuple[int, torch.Tensor]] = []
-    own: list[Fragment] = []
+    """Swap one round; returns the rows that this rank is to write, if any."""
     fragments = list(tensor.fragments)
-    for target in exchange.members:
-        start, count = exchange.target(target, turn)
-        for source, boxes in exchange.sources[target]:
-            if source == group.rank and count:
-                pieces = _cut_out(exchange, boxes, fragments, start, count)
-                if target == group.rank:
-                    own = pieces
-                elif pieces:
-                    sends.append((target, _pack(pieces)))
-    start, count = exchange.target(group.rank, turn)
+    own, sends = _outgoing(exchange, turn, fragments, group.rank)
     dtype = fragments[0].data.dtype if fragments else torch.uint8
+    start, count = exchange.target(group.rank, turn)
     receives: list[tuple[int, torch.Tensor, list[Box]]] = []
-    for source, boxes in exchange.sources[group.rank]:
-        if source != group.rank and count:
-            wanted = [box for _, box in exchange.pieces(boxes, start, count)]
-            if wanted:
-                numel = sum(box.numel for box in wanted)
-                receives.append((source, torch.empty(numel, dtype=dtype).view(torch.uint8), wanted))
+    for source, boxes in exchange.sources[group.rank] if count else ():
+        wanted = [box for _, box in exchange.pieces(boxes, start, count)]
+        if source != group.rank and wanted:
+            numel = sum(box.numel for box in wanted)
+            receives.append((source, torch.empty(numel, dtype=dtype).view(torch.uint8), wanted))
     what = f"exchanging rows of {tensor.spec.name}"
     group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
     if not count:
@@ -95,6 +85,25 @@ def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, gr
     place = layout.places[tensor.spec.name]
     offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
     return Run(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+
+
+def _outgoing(
+    exchange: Exchange, turn: int, fragments: Sequence[Fragment], rank: int
+) -> tuple[list[Fragment], list[tuple[int, torch.Tensor]]]:
+    """What this rank keeps of its fragments in a round, and what it sends to whom."""
+    own: list[Fragment] = []
+    sends: list[tuple[int, torch.Tensor]] = []
+    for target in exchange.members:
+        start, count = exchange.target(target, turn)
+        for source, boxes in exchange.sources[target] if count else ():
+            if source != rank:
+                continue
+            pieces = _cut_out(exchange, boxes, fragments, start, count)
+            if target == rank:
+                own = pieces
+            elif pieces:
+                sends.append((target, _pack(pieces)))
+    return own, sends
 
 
 def _cut_out(

@@ -1,8 +1,8 @@
 """Reading byte ranges into place.
 
-Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into the
-parameter's memory. Everything else passes through a small buffer: strided memory, other devices, other dtypes, and rows
-of a column shard, which are read together with the gaps between them as long as the gaps are small.
+Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into
+the parameter's memory. Everything else passes through a small buffer: strided memory, other devices, other dtypes, and
+rows of a column shard, which are read together with the gaps between them as long as the gaps are small.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Reader:
                 self._rows(read)
         except ShardwiseError as error:
             file = read.chunk.file if isinstance(read, PackedRead) else read.file
-            raise located(error, self._files[file], read.spec.name)
+            raise located(error, self._files[file], read.spec.name) from None
 
     def _rows(self, read: Read) -> None:
         with self._lock:

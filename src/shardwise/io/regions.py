@@ -37,9 +37,7 @@ class RegionTensor(torch.Tensor):
     @staticmethod
     def of(value: DTensor) -> RegionTensor:
         """Wrap a DTensor; the regions are views of its local memory."""
-        wrapped = torch.Tensor._make_wrapper_subclass(
-            RegionTensor, value.shape, dtype=value.dtype, device=value.device
-        )
+        wrapped = torch.Tensor._make_wrapper_subclass(RegionTensor, value.shape, dtype=value.dtype, device=value.device)
         wrapped._fragments = tuple(held_tensor("", value, MeshRegister()).fragments)
         return wrapped
 

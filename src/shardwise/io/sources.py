@@ -84,7 +84,10 @@ def open_source(path: str | os.PathLike[str], group: Group) -> Source:
 
 
 def _look(root: Path) -> JsonValue:
-    """List what is at a path: relative file names, names of tensors per the index, and whether it is a DCP directory."""
+    """List what is at a path.
+
+    Relative file names, names of tensors per the index, and whether it is a DCP directory.
+    """
     if not root.exists():
         raise CheckpointNotFoundError(
             "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."

@@ -1,8 +1,9 @@
 """The file operations that the writer and the reader use, as an interface, and the local file system's.
 
-Everything that touches checkpoint data goes through a `Storage`, so that faults can be injected and every operation of a
-save can be recorded. The sequence of a save: ``make_directory``, ``check_space``, ``create`` (one rank for each file), then on
-every rank ``open`` for writing, ``write`` at offsets, ``sync``, ``close``; at the end ``sync_directory``.
+Everything that touches checkpoint data goes through a `Storage`, so that faults can be injected and every operation of
+a save can be recorded. The sequence of a save: ``make_directory``, ``check_space``, ``create`` (one rank for each
+file), then on every rank ``open`` for writing, ``write`` at offsets, ``sync``, ``close``; at the end
+``sync_directory``.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class FileSet:
             try:
                 self._storage.sync(handle)
             except ShardwiseError as error:
-                raise located(error, self._paths[file])
+                raise located(error, self._paths[file]) from None
 
     def close(self) -> None:
         """Close every handle, even if one fails; the first failure is raised."""
@@ -92,7 +92,7 @@ def write_run(run: Run, files: FileSet, storage: Storage) -> int:
             storage.write(handle, block, offset)
             offset += len(block)
     except ShardwiseError as error:
-        raise located(error, files.path(run.file), run.spec.name)
+        raise located(error, files.path(run.file), run.spec.name) from None
     return crc
 
 

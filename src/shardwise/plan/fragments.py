@@ -1,7 +1,7 @@
 """The currency of the engine: what a rank holds of a tensor, under the tensor's name in the file. Pure.
 
-A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of its
-shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.
+A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of
+its shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.
 """
 
 from __future__ import annotations

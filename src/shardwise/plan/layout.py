@@ -1,8 +1,8 @@
 """Where every byte of an export lies. A pure function of tensor specs and the base model's file map.
 
-The same function serves the writer, the offline tools and the tests: no rank, no memory and no file system enters it, so
-every rank computes the same layout by itself, and a checkpoint written by eight ranks has the bytes of one written by
-one.
+The same function serves the writer, the offline tools and the tests: no rank, no memory and no file system enters it,
+so every rank computes the same layout by itself, and a checkpoint written by eight ranks has the bytes of one written
+by one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import TensorEntry, arrange, encode_header
 from shardwise.types import TensorSpec
 
-#: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split into
-#: several files even where one would do, and each rank starts in another file.
+#: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split
+#: into several files even where one would do, and each rank starts in another file.
 SPLIT_ABOVE_BYTES = 512 * 2**20
 SMALLEST_SPLIT_BYTES = 256 * 2**20
 SPLIT_WAYS = 8
@@ -112,7 +112,9 @@ def lay_out(
             raise NameCollisionError("two tensors have this name", tensor=spec.name, hint="Rename one of them.")
         seen.add(spec.name)
     known = {name: file for name, file in (base_files or {}).items() if name in seen}
-    groups = _split_as_base(ordered, known, base_files or {}) if known else _split_by_size(ordered, max_file_bytes, stem)
+    groups = (
+        _split_as_base(ordered, known, base_files or {}) if known else _split_by_size(ordered, max_file_bytes, stem)
+    )
     info = {"format": "pt"} if metadata is None else dict(metadata)
     files = []
     for name, members in groups.items():

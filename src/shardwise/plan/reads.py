@@ -1,7 +1,8 @@
 """Which bytes to read, and where each goes. Pure.
 
-A saved tensor is a set of chunks, each a box in row-major order somewhere in a file. What a rank wants of it is a set of
-fragments. Their intersections become `Read`s: rows of bytes at a regular distance in a file, and the memory that they fill.
+A saved tensor is a set of chunks, each a box in row-major order somewhere in a file. What a rank wants of it is a set
+of fragments. Their intersections become `Read`s: rows of bytes at a regular distance in a file, and the memory that
+they fill.
 """
 
 from __future__ import annotations
@@ -136,8 +137,7 @@ def _memory(box: Box, factors: tuple[tuple[int, ...], ...]) -> tuple[int, tuple[
     origin, inner = 0, 1
     for start, size, parts in reversed(list(zip(box.offsets, box.sizes, factors, strict=True))):
         origin += start * inner
-        for i in reversed(range(len(parts))):
-            strides.append(inner * math.prod(parts[i + 1 :]))
+        strides += [inner * math.prod(parts[i + 1 :]) for i in reversed(range(len(parts)))]
         inner *= size
     return origin, tuple(reversed(strides))
 
@@ -161,9 +161,7 @@ def _strided(
         yield Read(chunk.file, chunk.offset + start * item, 1, run * item, run * item, dest.unsqueeze(0), spec)
         return
     if outer == 1:
-        yield Read(
-            chunk.file, chunk.offset + start * item, sizes[0], strides[0] * item, run * item, dest, spec
-        )
+        yield Read(chunk.file, chunk.offset + start * item, sizes[0], strides[0] * item, run * item, dest, spec)
         return
     for i in range(sizes[0]):
         yield from _strided(chunk, spec, start + i * strides[0], sizes[1:], strides[1:], dest[i])

@@ -1,8 +1,8 @@
 """Turning column shards into rows. Pure.
 
 A slice along another dimension than the first is many small runs in the file. Such tensors are written by rows: every
-holder is the target of a consecutive range of rows, the ranks swap what each row is made of, a bounded number of rows at
-a time, and each writes long runs. Everybody computes everybody's sends and receives from the roster.
+holder is the target of a consecutive range of rows, the ranks swap what each row is made of, a bounded number of rows
+at a time, and each writes long runs. Everybody computes everybody's sends and receives from the roster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sharded files: each rank's pieces in files of its own, readable by torch's Hugging Face reader. Pure.
 
 That reader knows one piece of a tensor for each file (``saved_offsets`` has one entry for a name), so a rank that holds
-several disjoint pieces of one tensor puts the second into a further file, whose shard number continues after the ranks'.
+several disjoint pieces of one tensor puts the second into a further file, whose shard number continues after the
+ranks'.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def _ranges(box: Box, factors: tuple[int, ...]) -> list[tuple[int, int, Box]]:
         whole -= 1
     outer = max(whole - 1, 0)
     out = []
-    for index in itertools.product(*(range(o, o + s) for o, s in zip(box.offsets[:outer], box.sizes[:outer], strict=True))):
+    for index in itertools.product(
+        *(range(o, o + s) for o, s in zip(box.offsets[:outer], box.sizes[:outer], strict=True))
+    ):
         sub = Box((*index, *box.offsets[outer:]), (*(1 for _ in index), *box.sizes[outer:]))
         start = 0
         for i, n in zip(sub.offsets, factors, strict=True):

@@ -1,9 +1,9 @@
 """An optimizer's state, keyed by parameter name.
 
 An optimizer numbers its parameters, which means nothing on another topology. Here each state tensor has a name,
-``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. What is
-not a tensor, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state, and
-comes back without.
+``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. What
+is not a tensor, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state,
+and comes back without.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwise.errors import MisuseError, MissingTensorError, StateFormatError
+from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import state_tensors

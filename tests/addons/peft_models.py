@@ -50,8 +50,8 @@ def causal(family: str) -> nn.Module:
             "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config),
             "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config),
         }
-        kind, config = kinds[name]
-        model = kind(config(**SIZES))
+        kind, config = kinds[name.removesuffix("-tied")]
+        model = kind(config(**SIZES, tie_word_embeddings=name.endswith("-tied")))
     return model.to(torch.bfloat16).eval() if family.endswith("-bf16") else model.eval()
 
 

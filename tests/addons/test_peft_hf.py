@@ -20,6 +20,7 @@ from shardwise.addons.peft import (
     _get_hf_peft_config,
     capture_adapter,
     check_adapter,
+    read_adapter_config,
 )
 from shardwise.errors import AdapterError, MisuseError
 
@@ -54,6 +55,13 @@ FEATURES: dict[str, tuple[str, dict[str, object]]] = {
     "experts": ("qwen3_moe", {"target_modules": LINEAR, "target_parameters": EXPERTS}),
     "experts_alone": ("qwen3_moe", {"target_modules": [], "target_parameters": EXPERTS[1:]}),
     "no_task": ("llama", {"target_modules": LINEAR, "task_type": None}),
+    "tied": ("llama-tied", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}),
+    "tied_ensured": (
+        "llama-tied",
+        {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied_tokens": ("llama-tied", {"target_modules": LINEAR, "trainable_token_indices": [1, 2]}),
+    "layer_replication": ("llama", {"target_modules": LINEAR, "layer_replication": [(0, 2), (1, 2)]}),
     "half": ("llama-bf16", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}),
 }
 
@@ -102,6 +110,32 @@ def test_equals_what_peft_saves(feature: str, tmp_path: Path) -> None:
     same_tensors(tmp_path / "ours/adapter_model.safetensors", tmp_path / "theirs/adapter_model.safetensors")
     same_json(tmp_path / "ours/adapter_config.json", tmp_path / "theirs/adapter_config.json")
     assert json.loads((tmp_path / "ours/automodel_peft_config.json").read_text()) == {}
+    captured = capture_adapter([model], None, v4_compatible=False, legacy_paramwrapper_layout=False)
+    specs = [entry.spec for entry in captured.files[0].entries]
+    check_adapter(specs, read_adapter_config(tmp_path / "ours"), [captured.inventory], layers=2)
+
+
+#: Other methods whose adapters live in the layers.
+METHODS: dict[str, dict[str, object]] = {
+    "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LoHaConfig": {"target_modules": LINEAR},
+    "OFTConfig": {"target_modules": LINEAR, "oft_block_size": 4},
+    "VeraConfig": {"target_modules": ["q_proj", "o_proj"], "r": 4},
+    "LNTuningConfig": {"target_modules": ["norm"]},
+    "AdaLoraConfig": {"target_modules": LINEAR, "total_step": 10},
+    "TrainableTokensConfig": {"token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_equal_what_peft_saves(method: str, tmp_path: Path) -> None:
+    config = getattr(peft, method)(task_type="CAUSAL_LM", **METHODS[method])
+    model = peft.get_peft_model(causal("llama"), config)
+    randomise(model, 0)
+    model.save_pretrained(tmp_path / "theirs")
+    save(model, tmp_path / "ours")
+    same_tensors(tmp_path / "ours/adapter_model.safetensors", tmp_path / "theirs/adapter_model.safetensors")
+    same_json(tmp_path / "ours/adapter_config.json", tmp_path / "theirs/adapter_config.json")
 
 
 @pytest.mark.parametrize("feature", ["plain", "patterns", "rslora", "dora", "modules_to_save", "embedding", "experts"])
@@ -114,6 +148,20 @@ def test_peft_opens_it_with_equal_logits(feature: str, tmp_path: Path) -> None:
     assert not torch.equal(want, logits(causal(family)))
     assert torch.equal(logits(opened), want)
     assert torch.equal(logits(opened.merge_and_unload()), logits(model.merge_and_unload()))
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_the_auto_class_finds_the_base_model(task: str | None, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    causal("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=LINEAR, task_type=task))
+    randomise(model, 0)
+    save(model, tmp_path / "adapter")
+    kind = peft.AutoPeftModelForCausalLM if task else peft.AutoPeftModel
+    opened = kind.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(opened), logits(model.eval()))
 
 
 def test_the_saved_config_leaves_the_models_alone(tmp_path: Path) -> None:

@@ -191,15 +191,13 @@ class Group:
     # --- bytes ------------------------------------------------------------------------------------------------------
 
     def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
-        """The bytes of rank ``source`` (in the group), on every rank. All ranks call."""
+        """The bytes of rank ``source`` (in the group), on every rank. All ranks call; others' bytes are ignored."""
         if self.world_size == 1:
             return data
         with self._guard(what):
             size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
             dist.broadcast(size, group=self._pg, group_src=source)
-            buffer = _to_tensor(data, int(size.item()), self._device)
-            dist.broadcast(buffer, group=self._pg, group_src=source)
-            return _to_bytes(buffer)
+            return _to_bytes(self._broadcast_sized(data if source == self.rank else b"", int(size.item()), source))
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         with self._guard(what):

@@ -331,7 +331,8 @@ def test_a_captured_adapter_is_whole_and_a_smaller_one_is_not() -> None:
     settings = _get_hf_peft_config(None, Parts([model]))
     captured = capture_adapter([model], None, v4_compatible=False, legacy_paramwrapper_layout=False)
     specs = [entry.spec for entry in captured.files[0].entries]
-    check_adapter(specs, settings, [captured.inventory], layers=2)
+    assert captured.layers == 2
+    check_adapter(specs, settings, [captured.inventory], captured.layers)
     lost = next(spec for spec in specs if "lora_B" in spec.name)
     with pytest.raises(AdapterError, match="has no lora_B"):
         check_adapter([spec for spec in specs if spec is not lost], settings, [captured.inventory], layers=2)

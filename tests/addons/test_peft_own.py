@@ -37,6 +37,7 @@ from shardwise.addons.peft import (
     _get_hf_peft_config,
     _is_qwen3_moe,
     capture_adapter,
+    read_adapter_config,
 )
 from shardwise.errors import AdapterError, MisuseError
 
@@ -120,6 +121,8 @@ def test_transposed_factors(dim: int, tmp_path: Path) -> None:
     if dim == HIDDEN:
         del model.model.layers[0].self_attn.q_proj, model.model.layers[1].self_attn.q_proj
     save(model, tmp_path, config)
+    names = [(e.spec, e.view) for e in capture(model, config).files[0].entries]
+    assert names == [(e.spec, e.view) for e in capture(model, read_adapter_config(tmp_path)).files[0].entries]
     own = model.model.layers[1].self_attn.k_proj
     theirs = opened(tmp_path).layers[1].self_attn.k_proj
     torch.testing.assert_close(theirs.get_delta_weight("default"), own.delta())

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch.nn as nn
 
+from shardwise.addons.model_parts import unwrap
 from shardwise.addons.peft_config import rank_setting
 from shardwise.addons.peft_hf import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
-from shardwise.addons.peft_names import named_modules
+from shardwise.addons.peft_names import named_modules, text_config
 from shardwise.addons.peft_own_capture import capture_own
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.errors import MisuseError, NameCollisionError
@@ -39,7 +40,7 @@ def capture_adapter(
         parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
             with LoRA modules of its own (see `shardwise.addons.peft_own`).
         peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
-            which ``dim`` is read.
+            which ``dim`` is read (or ``r`` of what `shardwise.addons.peft.read_adapter_config` returns).
         v4_compatible: Describe expert adapters as one pair for each expert and projection.
         legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
         adapter_name: Only this adapter; all if not given.
@@ -75,7 +76,7 @@ def capture_adapter(
         dim = rank_setting(peft_config)
         own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
         files = [AdapterFile("default", "", _joined(own))]
-    return AdapterTensors(tuple(files), _inventory(parts))
+    return AdapterTensors(tuple(files), _inventory(parts), _layers(parts))
 
 
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
@@ -121,6 +122,11 @@ def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, .
                 )
             out[item.spec.name] = item
     return tuple(out.values())
+
+
+def _layers(parts: Sequence[nn.Module]) -> int | None:
+    counts = (getattr(text_config(unwrap(part)), "num_hidden_layers", None) for part in parts)
+    return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
 def _inventory(parts: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:

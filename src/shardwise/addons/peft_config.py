@@ -149,15 +149,19 @@ def _pattern_keys(site: Site) -> tuple[str, ...]:
     return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)
 
 
+def _setting(config: object | None, name: str) -> object:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
 def rank_setting(config: object | None) -> int | None:
     """The configured rank of a model's own LoRA: ``dim``, or ``r`` where a ``LoraConfig`` was used for it."""
-    values = (getattr(config, name, None) for name in ("dim", "r"))
+    values = (_setting(config, name) for name in ("dim", "r"))
     return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
 def alpha_setting(config: object | None) -> float | None:
     """The configured alpha of a model's own LoRA: ``alpha``, or ``lora_alpha`` where a ``LoraConfig`` was used."""
-    values = (getattr(config, name, None) for name in ("alpha", "lora_alpha"))
+    values = (_setting(config, name) for name in ("alpha", "lora_alpha"))
     return next((value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)), None)
 
 

@@ -82,8 +82,11 @@ def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[st
         found = getattr(outer(part), "peft_config", None)
         if isinstance(found, Mapping) and found:
             return {str(name): cast("PeftConfig", config) for name, config in found.items()}
-    if isinstance(given, Mapping):
-        return {str(name): cast("PeftConfig", config) for name, config in given.items()}
+    named = (
+        {str(name): c for name, c in given.items() if isinstance(c, PeftConfig)} if isinstance(given, Mapping) else {}
+    )
+    if named:
+        return named
     if isinstance(given, PeftConfig):
         return {"default": given}
     raise AdapterError(

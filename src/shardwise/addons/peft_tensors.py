@@ -74,10 +74,12 @@ class AdapterTensors:
         files: One for each adapter, in the model's order.
         inventory: Which numbered children this rank's parts have, for `shardwise.addons.peft_check.check_adapter`:
             path of the container -> indices.
+        layers: Number of transformer layers that the model's configuration promises, where it does.
     """
 
     files: tuple[AdapterFile, ...]
     inventory: dict[str, tuple[int, ...]]
+    layers: int | None = None
 
 
 def entry(

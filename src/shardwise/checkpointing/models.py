@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,28 +15,31 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
+from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import ComputedPlan, declared, load_computed
-from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
+from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import read_file
+from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState
+from shardwise.types import TensorSpec
 
 METADATA_DIR = ".hf_metadata"
 CONSOLIDATED_DIR = "consolidated"
 NATIVE_DTYPES = "native_dtypes.json"
+PASSED_THROUGH = "passed_through.json"
 
 
 class ModelSave:
@@ -100,10 +104,16 @@ class ModelSave:
         export, exact = with_base_dtypes(held, base)
         native = {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
         roster = context.model_roster.roster(export)
+        proof = self._prove(roster.specs)
+        assert self.base is not None or not proof.passed
+        passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
         computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
         directory = self._directory / CONSOLIDATED_DIR
-        plan = plan_export(export, roster, context.group, directory, self._options(), computed)
-        steps: list[Step] = [*self._before(native), self._export(plan, roster)]
+        copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
+        plan = plan_export(export, roster, context.group, directory, self._options(), computed, copies)
+        steps: list[Step] = [*self._before(native, proof.passed), self._export(plan, roster)]
+        if context.config.verify_export:
+            steps.append(lambda group: self._read_back(plan, group))
         if exact:
             steps.append(self._shards(exact, context.exact_roster))
         return [*steps, self._after]
@@ -125,15 +135,33 @@ class ModelSave:
             threads=self._context.threads,
         )
 
-    def _before(self, native: Mapping[str, str]) -> list[Step]:
+    def _prove(self, specs: Sequence[TensorSpec]) -> Proof:
+        """Compare what will be written with the base model; all ranks call and come to the same."""
+        proof = Proof()
+        config = self._context.config
+        with self._context.group.together("comparing the export with the base model"):
+            if self.base is not None:
+                promise = promise_of(self.state.model, self.state.tensors())
+                proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
+                if config.verify_export:
+                    require(proof, self.base.directory)
+        return proof
+
+    def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
+        specs = [entry.spec for file in plan.layout.files for entry in file.entries]
+        read_back(plan.directory, specs, group)
+        return ComponentRecord()
+
+    def _before(self, native: Mapping[str, str], passed: Sequence[str] = ()) -> list[Step]:
         """Run the addons' first hooks now, while the model may be read."""
         group = self._context.group
         with group.together("preparing the model's directory"):
             if group.is_main:
                 self._context.storage.make_directory(self._directory / METADATA_DIR)
-                if native:
-                    path = self._directory / METADATA_DIR / NATIVE_DTYPES
-                    path.write_text(json.dumps(dict(native), indent=1, sort_keys=True) + "\n")
+                for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+                    if value:
+                        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+                        write_plain(self._context.storage, self._directory / METADATA_DIR / name, text.encode())
         args = self._args | {"group": group}
         if self.base is not None:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
@@ -218,7 +246,8 @@ def load_model(
                 hint="Call initialize_model_weights or load_base_model first.",
             )
         hub = context.names.capture(state)
-        exact = _native_dtypes(path)
+        exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
+        source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
     assert hub is not None
     if _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
@@ -254,15 +283,20 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
 
 
-def _native_dtypes(path: Path) -> dict[str, str]:
-    """Dtypes that exported tensors had in memory, where the export has a wider one; empty for others' checkpoints."""
+_Remark = TypeVar("_Remark", dict[str, str], list[str])
+
+
+def _remark(path: Path, name: str, absent: _Remark) -> _Remark:
+    """What a save noted beside the model under ``name``; ``absent`` for others' checkpoints."""
     for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
-        file = directory / NATIVE_DTYPES
-        if file.is_file():
-            try:
-                found = json.loads(read_file(file))
-            except ValueError as error:
-                raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
-            if isinstance(found, dict):
-                return {str(name): str(dtype) for name, dtype in found.items()}
-    return {}
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(read_file(file))
+        except ValueError as error:
+            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
+        if not isinstance(found, type(absent)):
+            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
+        return found
+    return absent

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
@@ -14,13 +16,17 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IncompleteTensorError
 from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.io.exchange import exchange_rows
+from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
+from shardwise.io.stream import tensor_blocks
 from shardwise.io.writer import Digests, FileSet, totals, write_run, write_runs
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run, Schedule, schedule
 from shardwise.types import Box, TensorSpec
@@ -50,6 +56,19 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Tensors that are carried over from other files as they are.
+
+    Attributes:
+        tensors: What to copy; ``chunks`` refer to ``files``.
+        files: Where from.
+    """
+
+    tensors: tuple[SourceTensor, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """An export that only waits for its bytes: the layout, and this rank's part of the work."""
 
@@ -59,6 +78,7 @@ class ExportPlan:
     schedule: Schedule
     held: Sequence[HeldTensor]
     computed: ComputedPlan
+    copies: Copies
 
 
 def plan_export(
@@ -68,6 +88,7 @@ def plan_export(
     directory: Path,
     options: ExportOptions,
     computed: ComputedPlan | None = None,
+    copies: Copies | None = None,
 ) -> ExportPlan:
     """Lay out the files and find this rank's writes. Local: no communication.
 
@@ -78,13 +99,17 @@ def plan_export(
         directory: Where the files go.
         options: How.
         computed: Groups of tensors that have to be computed while writing; ``held`` declares their results.
+        copies: Tensors to carry over from other files.
     """
+    copied = [tensor.spec for tensor in copies.tensors] if copies is not None else []
     layout = lay_out(
-        roster.specs, base_files=options.base_files, max_file_bytes=options.max_file_bytes, stem=options.stem
+        [*roster.specs, *copied],
+        base_files=options.base_files,
+        max_file_bytes=options.max_file_bytes,
+        stem=options.stem,
     )
-    return ExportPlan(
-        directory, options, layout, schedule(held, layout, roster, group.rank), held, computed or ComputedPlan()
-    )
+    work = schedule(held, layout, roster, group.rank)
+    return ExportPlan(directory, options, layout, work, held, computed or ComputedPlan(), copies or Copies())
 
 
 def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
@@ -155,9 +180,26 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests) -
             failure = failure or refused
             if failure is not None:
                 raise failure
+            _copy(plan, group, storage, write_rows)
             files.sync()
         finally:
             files.close()
+
+
+def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run], None]) -> None:
+    """Carry tensors over, each by one rank, a block at a time."""
+    reader = Reader(storage, plan.copies.files)
+    try:
+        for number, tensor in enumerate(plan.copies.tensors):
+            if number % group.world_size != group.rank:
+                continue
+            place, start = plan.layout.places[tensor.spec.name], 0
+            for block in tensor_blocks(tensor, reader):
+                data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
+                write(Run(place.file, place.offset + start, -1, tensor.spec, start, data))
+                start += len(block)
+    finally:
+        reader.close()
 
 
 def _drop(_: Run) -> None:

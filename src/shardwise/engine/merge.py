@@ -6,13 +6,10 @@ every byte is written, read and written again.
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from shardwise.comm import Group
 from shardwise.engine.export import ExportPlan, export_record
@@ -21,19 +18,15 @@ from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IntegrityError, StorageError
 from shardwise.format.crc import crc32c
-from shardwise.format.dtypes import torch_dtype
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import TensorRecord
-from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.io.stream import tensor_blocks
 from shardwise.plan.layout import FileLayout, index_name
-from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
+from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
-from shardwise.plan.views import refine_range
-from shardwise.types import Box
 
 _BLOCK_BYTES = 8 * 2**20
 
@@ -65,8 +58,12 @@ def write_merged(
     )
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
-    paths = [aside / file.path for file in record.files]
-    digests = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
+    paths = [*(aside / file.path for file in record.files), *plan.copies.files]
+    digests: dict[str, int | None] = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
+    for tensor in plan.copies.tensors:
+        moved = tuple(replace(chunk, file=chunk.file + len(names)) for chunk in tensor.chunks)
+        sources[tensor.spec.name] = SourceTensor(tensor.spec, moved)
+    copied = {tensor.spec.name: 0 for tensor in plan.copies.tensors}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
             storage.make_directory(plan.directory)
@@ -74,7 +71,8 @@ def write_merged(
     with group.together(f"merging shards into {plan.directory}"):
         for number, file in enumerate(plan.layout.files):
             if (0 if options.single_rank else number % group.world_size) == group.rank:
-                _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
+                copied |= _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
+    digests |= dict(zip(copied, group.fold(list(copied.values()), [], "sharing digests")[0], strict=True))
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
             index = encode_index(plan.layout.weight_map, plan.layout.tensor_bytes)
@@ -98,8 +96,9 @@ def _merge_file(
     storage: Storage,
     options: MergeOptions,
     digests: dict[str, int | None],
-) -> None:
-    """Write one final file from front to back."""
+) -> dict[str, int]:
+    """Write one final file from front to back; returns the digests of tensors that had none."""
+    found: dict[str, int] = {}
     place = target
     if options.staging_dir is not None:
         storage.make_directory(options.staging_dir)
@@ -117,7 +116,9 @@ def _merge_file(
                 crc = crc32c(block, crc)
                 storage.write(handle, block, offset)
                 offset += len(block)
-            if entry.spec.nbytes and crc != digests[entry.spec.name]:
+            if entry.spec.name not in digests:
+                found[entry.spec.name] = crc
+            elif entry.spec.nbytes and crc != digests[entry.spec.name]:
                 raise IntegrityError(
                     "the bytes read back from the shards differ from those written",
                     path=target,
@@ -130,25 +131,7 @@ def _merge_file(
         reader.close()
     if place != target:
         _copy(place, target, file.size, storage)
-
-
-def tensor_blocks(source: SourceTensor, reader: Reader) -> Iterator[memoryview]:
-    """A saved tensor's bytes in row-major order, in bounded memory."""
-    spec = source.spec
-    dtype = torch_dtype(spec.dtype)
-    per_block = max(1, _BLOCK_BYTES // spec.itemsize)
-    start, total = 0, math.prod(spec.shape)
-    while start < total:
-        count = min(per_block, total - start)
-        buffer = torch.empty(count, dtype=dtype)
-        fragments, used = [], 0
-        for box in refine_range(start, count, spec.shape) if spec.shape else (Box((), ()),):
-            fragments.append(Fragment(box, buffer[used : used + box.numel].view(box.sizes)))
-            used += box.numel
-        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
-        reader.execute(list(plan_reads(source, wanted)))
-        yield as_bytes(buffer)
-        start += count
+    return found
 
 
 def _copy(place: Path, target: Path, size: int, storage: Storage) -> None:

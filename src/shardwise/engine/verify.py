@@ -1,0 +1,410 @@
+"""Comparing a directory with its manifest: kinds and sizes of files, then the digest of every byte.
+
+Nothing here needs torch, so that the command line answers at once; offline verification and restoring share it. A link
+is never followed out of the directory, a pipe or a device is never read, and memory is one buffer per thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    FormatError,
+    IntegrityError,
+    ManifestError,
+    MisuseError,
+    ShardwiseError,
+)
+from shardwise.format.crc import combine, crc32c
+from shardwise.format.files import read_whole, resolve_inside
+from shardwise.format.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    parse_manifest,
+)
+from shardwise.io.storage import Storage
+
+if TYPE_CHECKING:
+    from shardwise.comm import Group
+
+_LOG = logging.getLogger(__name__)
+
+#: What is compared: kinds and sizes of files, or also the digest of every byte.
+VerifyLevel = Literal["sizes", "digests"]
+
+#: ``absent``: no such file. ``kind``: not a regular file, or behind a link. ``size``: shorter or longer. ``header``:
+#: the header of a tensor file. ``digest``: a tensor's bytes, or any other file's. ``unreadable``: the device failed.
+#: ``manifest``: the manifest itself. ``unexpected``: no save wrote it, and a load would read it. ``index``: a weight
+#: index that does not describe its directory (looked at only where there is no manifest).
+DamageKind = Literal["absent", "kind", "size", "header", "digest", "unreadable", "manifest", "unexpected", "index"]
+
+#: Bytes that one thread takes up at a time, and the buffer through which it reads them.
+_TASK_BYTES = 32 * 2**20
+_BUFFER_BYTES = 4 * 2**20
+
+#: Told of every run of bytes that has been read; may be called from any thread, one call at a time.
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is wrong.
+
+    Attributes:
+        file: The file, relative to the checkpoint's directory (POSIX).
+        kind: Sort of damage.
+        message: What is wrong, without the names.
+        component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
+        tensors: Names of the tensors whose bytes are concerned. Empty for a header or a file without tensors.
+    """
+
+    file: str
+    kind: DamageKind
+    message: str
+    component: str | None = None
+    tensors: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One line: the file, its tensors, what is wrong."""
+        shown = ", ".join(self.tensors[:4]) + (f" and {len(self.tensors) - 4} more" if len(self.tensors) > 4 else "")
+        what = f" ({'tensor' if len(self.tensors) == 1 else 'tensors'} {shown} of {self.component})" if shown else ""
+        return f"{self.file}{what}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file.
+
+    Attributes:
+        file: Path relative to the checkpoint's directory.
+        offset: First byte in the file.
+        nbytes: Length.
+        crc32c: What its CRC-32C must be.
+        kind: ``header`` or ``digest``.
+        component: Component of the tensor; ``None`` for anything but a chunk.
+        tensor: Name of the tensor; likewise.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    crc32c: int
+    kind: Literal["header", "digest"]
+    component: str | None = None
+    tensor: str | None = None
+
+    def damage(self, kind: DamageKind, message: str) -> Damage:
+        """This extent, damaged."""
+        return Damage(self.file, kind, message, self.component, () if self.tensor is None else (self.tensor,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Part of an extent; ``extent`` is its number."""
+
+    extent: int
+    start: int
+    nbytes: int
+
+
+def load_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a directory, or ``None`` where there is none.
+
+    Raises:
+        ManifestError: It is damaged, forged, not a regular file, or of another version.
+        StorageError: The file system refused.
+    """
+    try:
+        return parse_manifest(_manifest_bytes(directory), str(directory / MANIFEST_NAME))
+    except CheckpointNotFoundError:
+        return None
+
+
+def _manifest_bytes(directory: Path) -> bytes:
+    path = directory / MANIFEST_NAME
+    if path.is_symlink():
+        raise ManifestError(
+            "a link stands in the manifest's place", path=path, hint="Replace the link by the file, if you trust it."
+        )
+    return read_whole(path, MAX_MANIFEST_BYTES, ManifestError)
+
+
+def files_below(manifest: Manifest, prefixes: Collection[str] = ()) -> tuple[FileRecord, ...]:
+    """The files whose path is, or is below, one of ``prefixes``; all where there are none."""
+    if not prefixes:
+        return manifest.files
+    heads = tuple(f"{prefix}/" for prefix in prefixes)
+    return tuple(file for file in manifest.files if file.path in prefixes or file.path.startswith(heads))
+
+
+def tensors_by_file(manifest: Manifest) -> dict[str, list[TensorRecord]]:
+    """The tensors that have a chunk in each file."""
+    found: dict[str, dict[int, TensorRecord]] = {}
+    for number, tensor in enumerate(manifest.tensors):
+        for chunk in tensor.chunks:
+            found.setdefault(chunk.file, {})[number] = tensor
+    return {file: list(tensors.values()) for file, tensors in found.items()}
+
+
+def check_files(
+    directory: Path, files: Iterable[FileRecord], tensors: Mapping[str, Sequence[TensorRecord]]
+) -> list[Damage]:
+    """Compare existence, kind and size of files with their records. Nothing is opened.
+
+    Args:
+        directory: The checkpoint.
+        files: What to look at.
+        tensors: The tensors of each file, to name those that a short file lacks.
+
+    Raises:
+        StorageError: The file system refused for another reason than that a file is absent.
+    """
+    return [damage for record in files for damage in _check_file(directory, record, tensors.get(record.path, ()))]
+
+
+def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord]) -> list[Damage]:
+    try:
+        place = resolve_inside(directory, record.path)
+        info = os.lstat(directory / record.path)
+    except (FileNotFoundError, NotADirectoryError):
+        return _concerned(record, tensors, "absent", "the file is absent", 0)
+    except FormatError as error:
+        return _concerned(record, tensors, "kind", error.message, 0)
+    except OSError as error:
+        return _concerned(record, tensors, "unreadable", error.strerror or str(error), 0)
+    if not stat.S_ISREG(info.st_mode) or place != Path(os.path.realpath(directory)) / record.path:
+        kind = "a link" if stat.S_ISLNK(info.st_mode) or stat.S_ISREG(info.st_mode) else "something else"
+        return _concerned(record, tensors, "kind", f"{kind} stands where a regular file was written", 0)
+    if info.st_size < record.size:
+        message = f"the file has {info.st_size} of {record.size} bytes: it was cut short"
+        return _concerned(record, tensors, "size", message, info.st_size)
+    if info.st_size > record.size:
+        return [Damage(record.path, "size", f"the file has {info.st_size} bytes where {record.size} were written")]
+    return []
+
+
+def _concerned(
+    record: FileRecord, tensors: Sequence[TensorRecord], kind: DamageKind, message: str, size: int
+) -> list[Damage]:
+    """One damage for each component of which a chunk ends beyond ``size``; at least one."""
+    lost: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if any(chunk.file == record.path and chunk.offset + chunk.nbytes > size for chunk in tensor.chunks):
+            lost.setdefault(tensor.component, []).append(tensor.spec.name)
+    if not lost:
+        return [Damage(record.path, kind, message)]
+    return [Damage(record.path, kind, message, component, tuple(names)) for component, names in lost.items()]
+
+
+def extents_of(manifest: Manifest, files: Iterable[FileRecord]) -> tuple[Extent, ...]:
+    """Every run of bytes of ``files`` that has a digest, in file order."""
+    wanted = {file.path: file for file in files}
+    found = []
+    for file in wanted.values():
+        if file.crc32c is not None:
+            header = file.header_bytes is not None
+            size = file.size if file.header_bytes is None else file.header_bytes
+            found.append(Extent(file.path, 0, size, file.crc32c, "header" if header else "digest"))
+    for tensor in manifest.tensors:
+        name = tensor.spec.name
+        found += [
+            Extent(chunk.file, chunk.offset, chunk.nbytes, chunk.crc32c, "digest", tensor.component, name)
+            for chunk in tensor.chunks
+            if chunk.file in wanted and chunk.nbytes
+        ]
+    return tuple(sorted(found, key=lambda extent: (extent.file, extent.offset)))
+
+
+def check_extents(
+    directory: Path, extents: Sequence[Extent], storage: Storage, *, threads: int = 1, advance: Advance | None = None
+) -> list[Damage]:
+    """Read runs of bytes and compare their digests. Files must have passed `check_files`.
+
+    Args:
+        directory: The checkpoint.
+        extents: What to read.
+        storage: Through what.
+        threads: How many reads at once; each has one buffer of 4 MiB.
+        advance: Told of every run of bytes that was read.
+    """
+    lock = threading.Lock()
+
+    def told(nbytes: int) -> None:
+        if advance is not None:
+            with lock:
+                advance(nbytes)
+
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="shardwise-verify") as pool:
+        local = threading.local()
+        tasks = list(_tasks(extents))
+        results = pool.map(lambda task: _read_task(directory, extents, task, storage, local, told), tasks)
+        return _judge(extents, tasks, results)
+
+
+def _tasks(extents: Sequence[Extent]) -> Iterator[list[_Run]]:
+    """Runs of one file each, of about the same size; a large extent is cut, small ones stay together."""
+    task: list[_Run] = []
+    room = _TASK_BYTES
+    for number, extent in enumerate(extents):
+        start = 0
+        while start < extent.nbytes or (start == 0 and extent.nbytes == 0):
+            if task and (room == 0 or extents[task[-1].extent].file != extent.file):
+                yield task
+                task, room = [], _TASK_BYTES
+            nbytes = min(room, extent.nbytes - start)
+            task.append(_Run(number, start, nbytes))
+            room -= nbytes
+            start += max(nbytes, 1)
+    if task:
+        yield task
+
+
+def _read_task(
+    directory: Path,
+    extents: Sequence[Extent],
+    task: Sequence[_Run],
+    storage: Storage,
+    local: threading.local,
+    told: Advance,
+) -> list[int | ShardwiseError]:
+    """For each run of one task its digest, or what kept it from being read."""
+    if not hasattr(local, "buffer"):
+        local.buffer = memoryview(bytearray(_BUFFER_BYTES))
+    try:
+        handle = storage.open(directory / extents[task[0].extent].file, writable=False)
+    except ShardwiseError as error:
+        return [error] * len(task)
+    found: list[int | ShardwiseError] = []
+    try:
+        for run in task:
+            try:
+                found.append(_read_run(handle, extents[run.extent], run, storage, local.buffer, told))
+            except ShardwiseError as error:
+                found.append(error)
+    finally:
+        storage.close(handle)
+    return found
+
+
+def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview, told: Advance) -> int:
+    crc, done = 0, 0
+    while done < run.nbytes:
+        part = buffer[: min(len(buffer), run.nbytes - done)]
+        got = storage.read(handle, part, extent.offset + run.start + done)
+        crc = crc32c(part[:got], crc)
+        done += got
+        told(got)
+        if got < len(part):
+            raise IntegrityError(f"the file ends {run.nbytes - done} bytes before the end of this run of bytes")
+    return crc
+
+
+def _judge(
+    extents: Sequence[Extent], tasks: Sequence[list[_Run]], results: Iterable[list[int | ShardwiseError]]
+) -> list[Damage]:
+    crcs: dict[int, int] = {}
+    failures: dict[int, ShardwiseError] = {}
+    for task, result in zip(tasks, results, strict=True):
+        for run, crc in zip(task, result, strict=True):
+            if isinstance(crc, ShardwiseError):
+                failures[run.extent] = crc
+            else:
+                crcs[run.extent] = crc if run.start == 0 else combine(crcs.get(run.extent, 0), crc, run.nbytes)
+    found = []
+    for number, extent in enumerate(extents):
+        if number in failures:
+            found.append(extent.damage("unreadable", failures[number].message))
+        elif crcs[number] != extent.crc32c:
+            what = "the header" if extent.kind == "header" else "its bytes" if extent.tensor else "the content"
+            message = f"{what} changed since the save (CRC-32C {crcs[number]:08x} instead of {extent.crc32c:08x})"
+            found.append(extent.damage(extent.kind, message))
+    return found
+
+
+def check_checkpoint(
+    path: Path,
+    level: VerifyLevel,
+    group: Group,
+    storage: Storage,
+    *,
+    components: Collection[str] = (),
+    threads: int = 1,
+) -> bool:
+    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
+
+    The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
+
+    Args:
+        path: The checkpoint's directory.
+        level: ``sizes`` compares manifest, kinds and sizes; ``digests`` also reads every byte.
+        group: The ranks that restore.
+        storage: Through what bytes are read.
+        components: Directories of the checkpoint that are to be restored (``model``, ``optim``); all where empty.
+        threads: Reads at once on each rank.
+
+    Returns:
+        Whether the checkpoint could be checked: one without a manifest (another tool's) is let through, with a warning.
+
+    Raises:
+        IntegrityError: Something differs, on any rank; the same error on every rank, naming file and tensor.
+        ManifestError: The manifest is damaged.
+        MisuseError: There is no such level.
+    """
+    if level not in ("sizes", "digests"):
+        raise MisuseError(f"verify is {level!r}", hint="Use 'sizes' or 'digests'.")
+    data = b""
+    with group.together(f"reading the manifest of {path}"):
+        if group.is_main:
+            try:
+                data = _manifest_bytes(path)
+            except CheckpointNotFoundError:
+                _LOG.warning("%s has no %s: it cannot be verified and is restored as it is", path, MANIFEST_NAME)
+    data = group.broadcast_bytes(data, 0, f"sharing the manifest of {path}")
+    if not data:
+        return False
+    with group.together(f"verifying {path}"):
+        manifest = parse_manifest(data, str(path / MANIFEST_NAME))
+        files = files_below(manifest, components)
+        own = [file for number, file in enumerate(files) if number % group.world_size == group.rank]
+        _raise(path, check_files(path, own, tensors_by_file(manifest)))
+    if level == "digests":
+        with group.together(f"verifying the digests of {path}"):
+            extents = _share(extents_of(manifest, files), group.rank, group.world_size)
+            _raise(path, check_extents(path, extents, storage, threads=threads))
+    return True
+
+
+def _share(extents: Sequence[Extent], rank: int, world_size: int) -> list[Extent]:
+    """A rank's part: consecutive extents of about the same number of bytes as everyone else's."""
+    total = sum(extent.nbytes + 1 for extent in extents)
+    own, position = [], 0
+    for extent in extents:
+        if position * world_size // max(total, 1) == rank:
+            own.append(extent)
+        position += extent.nbytes + 1
+    return own
+
+
+def _raise(path: Path, damages: Sequence[Damage]) -> None:
+    if not damages:
+        return
+    first = damages[0]
+    more = f"; {len(damages) - 1} more are damaged" if len(damages) > 1 else ""
+    raise IntegrityError(
+        f"the checkpoint is damaged: {first.describe()}{more}",
+        path=path / first.file,
+        tensor=first.tensors[0] if first.tensors else None,
+        hint="`shardwise verify` lists everything; restore the file from a copy, or resume from another checkpoint.",
+    )

@@ -1,0 +1,98 @@
+"""From the path that somebody names to the directories whose content can be judged."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError
+from shardwise.format.manifest import MANIFEST_NAME
+from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
+from shardwise.lifecycle.filesystem import storage_errors
+from shardwise.lifecycle.names import is_doomed, is_temporary
+
+#: Directories of a checkpoint that may stand alone, each with a manifest of its own.
+COMPONENTS = ("model", "optim")
+_CLIMB = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Something that can be judged.
+
+    Attributes:
+        directory: The directory that the manifest, if there is one, describes.
+        under: What of it was named: a path relative to ``directory``, or "" for all of it.
+    """
+
+    directory: Path
+    under: str = ""
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether something stands in the manifest's place."""
+        return os.path.lexists(self.directory / MANIFEST_NAME)
+
+
+def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
+    """What ``path`` means: a checkpoint, a part of one, components that stand alone, or a root's ``LATEST``.
+
+    Returns:
+        One target, or one for each component of a directory whose components have manifests of their own.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there, or a root in which nothing was published.
+        IncompleteCheckpointError: An interrupted save.
+        StorageError: The file system refused.
+    """
+    given = Path(path).absolute()
+    with storage_errors(given):
+        if not os.path.lexists(given):
+            found = resolve(given.parent, given)
+            assert found is not None  # only LATEST of an empty root resolves to nothing
+            return find_targets(found.path)
+        real = Path(os.path.realpath(given, strict=True))
+        if not real.is_dir():
+            return (_above(real) or Target(real.parent, real.name),)
+        os.listdir(real)  # an unreadable directory is the caller's mistake, not damage
+        return _in_directory(real)
+
+
+def _in_directory(real: Path) -> tuple[Target, ...]:
+    if is_temporary(real.name) or is_doomed(real.name):
+        raise IncompleteCheckpointError(
+            "this is an interrupted save", path=real, hint="Name a published checkpoint, or the root."
+        )
+    if Target(real).has_manifest:
+        return (Target(real),)
+    above = _above(real)
+    if above is not None:
+        return (above,)
+    alone = tuple(Target(real / name) for name in COMPONENTS if Target(real / name).has_manifest)
+    if alone:
+        return alone
+    if list_checkpoints(real) or read_pointer(real, LATEST) is not None:
+        found = resolve(real)
+        if found is None:
+            raise CheckpointNotFoundError(
+                "no checkpoint was published in this root", path=real, hint="Name a checkpoint's directory."
+            )
+        return (Target(found.path),)
+    return (Target(real),)
+
+
+def _above(real: Path) -> Target | None:
+    """The checkpoint that ``real`` is a part of."""
+    from shardwise.engine.verify import files_below, load_manifest
+
+    for parent in list(real.parents)[:_CLIMB]:
+        if Target(parent).has_manifest:
+            under = real.relative_to(parent).as_posix()
+            try:
+                manifest = load_manifest(parent)
+            except ManifestError:
+                return Target(parent, under)
+            if manifest is not None and files_below(manifest, (under,)):
+                return Target(parent, under)
+    return None

@@ -1,0 +1,286 @@
+"""Is a checkpoint what was saved? What differs, by file and tensor."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from shardwise.engine.verify import (
+    Damage,
+    VerifyLevel,
+    check_extents,
+    check_files,
+    extents_of,
+    files_below,
+    load_manifest,
+    tensors_by_file,
+)
+from shardwise.errors import FormatError, ManifestError, MisuseError, ShardwiseError
+from shardwise.format.header import read_header
+from shardwise.format.index import read_index
+from shardwise.format.manifest import MANIFEST_NAME, Manifest
+from shardwise.io.storage import LocalStorage, Storage
+from shardwise.ops.targets import Target, find_targets
+
+__all__ = ["Damage", "Progress", "VerifyReport", "verify"]
+
+#: Told of bytes read so far and bytes to read in all; from any thread, one call at a time.
+Progress = Callable[[int, int], None]
+
+Status = Literal["whole", "damaged", "unverifiable"]
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+_STATE_DIRS = ("optim", "rng", "extra")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        requested: What was named.
+        path: What was verified: for a root, its newest checkpoint; for a part of a checkpoint, that part.
+        level: ``sizes`` or ``digests``.
+        verifiable: A manifest says what every byte must be. Without one, headers are checked and nothing else.
+        files: Number of files looked at.
+        tensors: Number of tensors in them.
+        bytes_read: Bytes whose digest was computed.
+        seconds: How long it took.
+        damages: What is wrong; paths relative to ``path`` (to its checkpoint, where ``path`` is a part of one).
+        extra: Files that no save wrote and no load reads (notes, a README); not damage.
+        undigested: Files of the manifest without a digest: only their size could be compared.
+    """
+
+    requested: Path
+    path: Path
+    level: VerifyLevel
+    verifiable: bool
+    files: int = 0
+    tensors: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    damages: tuple[Damage, ...] = ()
+    extra: tuple[str, ...] = ()
+    undigested: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """The verdict."""
+        if self.damages:
+            return "damaged"
+        return "whole" if self.verifiable else "unverifiable"
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    digests: bool = True,
+    storage: Storage | None = None,
+) -> VerifyReport:
+    """Verify a checkpoint, a part of one (``model``, ``optim``), or the newest checkpoint of a root.
+
+    Args:
+        path: Its directory. A component with a manifest of its own is judged by it.
+        threads: Reads at once; the cores, at most 8, by default. Memory is 4 MiB for each.
+        progress: Told of bytes read and bytes to read.
+        digests: Read every byte; else manifest, kinds and sizes are compared.
+        storage: Through what bytes are read.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing to verify.
+        IncompleteCheckpointError: The path is an interrupted save.
+        StorageError: The path cannot be read.
+        MisuseError: ``threads`` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise MisuseError(f"threads is {threads}", hint="Use at least 1.")
+    started = time.monotonic()
+    targets = find_targets(path)
+    level: VerifyLevel = "digests" if digests else "sizes"
+    job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, storage or LocalStorage())
+    reports = [job.run(Path(path), target) for target in targets]
+    whole = reports[0]
+    if len(reports) > 1:
+        whole = _merged(Path(path), targets, reports)
+    return replace(whole, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    level: VerifyLevel
+    threads: int
+    progress: Progress | None
+    storage: Storage
+
+    def run(self, requested: Path, target: Target) -> VerifyReport:
+        report = VerifyReport(requested, target.directory / target.under, self.level, target.has_manifest)
+        if not target.has_manifest:
+            return self._without_manifest(report, target)
+        try:
+            manifest = load_manifest(target.directory)
+        except ManifestError as error:
+            # What can be said without a manifest is said all the same.
+            found = self._without_manifest(report, target)
+            own = Damage(MANIFEST_NAME, "manifest", error.message)
+            return replace(found, damages=(own, *found.damages))
+        if manifest is None:
+            return self._without_manifest(replace(report, verifiable=False), target)
+        return self._with_manifest(report, target, manifest)
+
+    def _with_manifest(self, report: VerifyReport, target: Target, manifest: Manifest) -> VerifyReport:
+        root = target.directory
+        files = files_below(manifest, (target.under,) if target.under else ())
+        tensors = tensors_by_file(manifest)
+        damages = check_files(root, files, tensors)
+        extra: list[str] = []
+        known = {file.path for file in manifest.files} | {MANIFEST_NAME}
+        for relative, problem in _walk(root, target.under):
+            if problem is not None:
+                damages.append(problem)
+            elif relative not in known and _is_read(relative):
+                damages.append(Damage(relative, "unexpected", "no save wrote this file, and a load would read it"))
+            elif relative not in known:
+                extra.append(relative)
+        nbytes = 0
+        if self.level == "digests":
+            bad = {damage.file for damage in damages}
+            extents = extents_of(manifest, [file for file in files if file.path not in bad])
+            total = sum(extent.nbytes for extent in extents)
+            counted = _Counted(total, self.progress)
+            damages += check_extents(root, extents, self.storage, threads=self.threads, advance=counted.add)
+            nbytes = counted.done
+        return replace(
+            report,
+            files=len(files),
+            tensors=len({(t.component, t.spec.name) for file in files for t in tensors.get(file.path, ())}),
+            bytes_read=nbytes,
+            damages=tuple(sorted(damages, key=lambda damage: (damage.file, damage.tensors))),
+            extra=tuple(extra),
+            undigested=tuple(file.path for file in files if file.crc32c is None),
+        )
+
+    def _without_manifest(self, report: VerifyReport, target: Target) -> VerifyReport:
+        files = tensors = 0
+        damages: list[Damage] = []
+        single = (target.directory / target.under).is_file()
+        listed = iter([(target.under, None)]) if single else _walk(target.directory, target.under)
+        for relative, problem in listed:
+            files += relative != MANIFEST_NAME
+            if problem is not None:
+                damages.append(problem)
+            elif relative.endswith(".safetensors"):
+                try:
+                    tensors += len(read_header(target.directory / relative).entries)
+                except ShardwiseError as error:
+                    names = () if error.tensor is None else (error.tensor,)
+                    damages.append(Damage(relative, "header", error.message, "model" if names else None, names))
+            elif relative.endswith(_INDEX_SUFFIX):
+                damages += _check_index(target.directory, relative)
+            elif PurePosixPath(relative).name == ".metadata":
+                damages += _check_dcp(target.directory, relative)
+        return replace(report, files=files, tensors=tensors, damages=tuple(damages))
+
+
+class _Counted:
+    """Adds up what was read and passes it on."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self.done = 0
+        self._progress = progress
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self.total)
+
+
+def _walk(root: Path, under: str) -> Iterator[tuple[str, Damage | None]]:
+    """Every entry below ``root/under`` that is not a directory, relative to ``root``; links are not followed."""
+    unreadable: list[OSError] = []
+    for where, directories, names in os.walk(root / under, onerror=unreadable.append):
+        directories.sort()
+        links = [name for name in directories if os.path.islink(os.path.join(where, name))]
+        for name in sorted([*names, *links]):
+            yield (Path(where) / name).relative_to(root).as_posix(), None
+    for error in unreadable:
+        place = Path(error.filename)
+        relative = place.relative_to(root).as_posix() if place.is_relative_to(root) else str(place)
+        if os.path.lexists(place) and stat.S_ISDIR(os.lstat(place).st_mode):
+            yield relative, Damage(relative, "unreadable", error.strerror or str(error))
+
+
+def _is_read(relative: str) -> bool:
+    """Whether a load takes in a file of this name though no manifest lists it: tensor files are found by listing."""
+    path = PurePosixPath(relative)
+    top = path.parts[0] if len(path.parts) > 1 else ""
+    if path.name.endswith((".safetensors", _INDEX_SUFFIX, ".distcp")) or path.name == ".metadata":
+        return top in ("model", "optim", "rng", "extra", "consolidated", "")
+    return top in _STATE_DIRS and path.suffix == ".json"
+
+
+def _check_index(root: Path, relative: str) -> list[Damage]:
+    directory = (root / relative).parent
+    try:
+        weight_map = read_index(root / relative).weight_map
+    except ShardwiseError as error:
+        return [Damage(relative, "index", error.message)]
+    lost: dict[str, list[str]] = {}
+    held: dict[str, frozenset[str]] = {}
+    for tensor, file in weight_map.items():
+        if file not in held:
+            try:
+                held[file] = frozenset(read_header(directory / file).names)
+            except ShardwiseError:
+                held[file] = frozenset()
+        if tensor not in held[file]:
+            lost.setdefault(file, []).append(tensor)
+    return [
+        Damage(relative, "index", f"{file} does not hold what the index says", "model", tuple(names))
+        for file, names in lost.items()
+    ]
+
+
+def _check_dcp(root: Path, relative: str) -> list[Damage]:
+    from shardwise.comm import Group
+    from shardwise.io.sources import open_source
+
+    try:
+        open_source((root / relative).parent, Group(None))
+    except FormatError as error:
+        return [Damage(relative, "header", error.message)]
+    except ShardwiseError as error:
+        return [Damage(relative, "absent", error.message)]
+    return []
+
+
+def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
+    """One report on components that stand alone beside one another."""
+    damages: list[Damage] = []
+    extra: list[str] = []
+    undigested: list[str] = []
+    for target, report in zip(targets, reports, strict=True):
+        prefix = target.directory.name
+        damages += [replace(damage, file=f"{prefix}/{damage.file}") for damage in report.damages]
+        extra += [f"{prefix}/{name}" for name in report.extra]
+        undigested += [f"{prefix}/{name}" for name in report.undigested]
+    return VerifyReport(
+        requested,
+        targets[0].directory.parent,
+        reports[0].level,
+        all(report.verifiable for report in reports),
+        sum(report.files for report in reports),
+        sum(report.tensors for report in reports),
+        sum(report.bytes_read for report in reports),
+        0.0,
+        tuple(damages),
+        tuple(extra),
+        tuple(undigested),
+    )

@@ -1,0 +1,294 @@
+"""Quantized tensors by the slice: which values and scales a region needs, and what it becomes. Pure.
+
+A quantized tensor is stored as values of few bits and a grid of scales, one scale for each block of values. What a rank
+wants of it are fragments, cut anywhere. They become `Slab`s: boxes of the scale grid to read, and `Piece`s of bounded
+size, each a box of values with the memory that its floating-point numbers fill. The arithmetic is float32 throughout:
+value times scale, rounded once when it is copied into the destination.
+
+Sources: OCP 8-bit Floating Point Specification 1.0 (E4M3, E5M2), OCP Microscaling Formats 1.0 (E2M1 values, E8M0
+scales, blocks of 32); block-scaled FP8 as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceTensor
+from shardwise.plan.views import factor_shape
+from shardwise.types import Box, TensorSpec
+
+#: Values dequantized at a time: 1 MiB of FP8, and three float32 tensors of 4 MiB while they are computed.
+PIECE_ELEMENTS = 2**20
+#: Scales held at a time: 4 MiB as float32.
+SLAB_SCALES = 2**20
+#: Beyond this many boxes of scales, one box around them is read instead of their exact union.
+_MOST_BOXES = 256
+
+_Cost = Callable[[Box], int]
+
+#: The sixteen E2M1 numbers; the highest bit is the sign.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A tensor that is stored as values and scales.
+
+    Attributes:
+        spec: What it is once dequantized: name, shape and ``F32``.
+        values: The stored values: one element each, or with ``packed`` bytes of two (the lower half first) along the
+            last dimension, which then has half its length.
+        scales: The stored scales; its shape is the scale grid, ``ceil(n / block)`` along each stored dimension.
+        block: Values that share a scale, along each stored dimension.
+        packed: Whether the values are E2M1, two to a byte.
+        transposed: Whether the last two dimensions are stored the other way round.
+    """
+
+    spec: TensorSpec
+    values: SourceTensor
+    scales: SourceTensor
+    block: tuple[int, ...]
+    packed: bool = False
+    transposed: bool = False
+
+    def turned(self) -> Quantized:
+        """The same stored tensor, read with its last two dimensions swapped."""
+        return replace(self, spec=replace(self.spec, shape=_swap(self.spec.shape)), transposed=not self.transposed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A box of stored values, and the memory of that shape which its numbers fill."""
+
+    box: Box
+    dest: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slab:
+    """Pieces that are dequantized with one set of scales.
+
+    Attributes:
+        around: Box of the scale grid around all scales of the slab.
+        scales: Disjoint boxes within it: the scales that the pieces need and no others.
+        pieces: The pieces.
+    """
+
+    around: Box
+    scales: tuple[Box, ...]
+    pieces: tuple[Piece, ...]
+
+
+def plan_slabs(
+    tensor: Quantized, wanted: HeldTensor, piece_elements: int = PIECE_ELEMENTS, slab_scales: int = SLAB_SCALES
+) -> Iterator[Slab]:
+    """Cut what a rank wants of a quantized tensor into slabs.
+
+    Args:
+        tensor: The tensor; ``wanted`` has its shape.
+        wanted: Fragments in any grid of that shape, their memory strided in any way.
+        piece_elements: Most values of a piece.
+        slab_scales: Most scales of a slab, as far as whole blocks allow.
+    """
+    regions: list[Piece] = []
+    for fragment in wanted.fragments:
+        for box, data in in_shape(fragment.box, fragment.data, wanted.grid, tensor.spec.shape):
+            if tensor.transposed:
+                box, data = Box(_swap(box.offsets), _swap(box.sizes)), data.transpose(-1, -2)
+            regions.append(Piece(box, data))
+    if not regions:
+        return
+    needed = [scale_box(region.box, tensor.block) for region in regions]
+    around = bounding(needed)
+    if around.numel <= slab_scales:
+        exact = disjoint(needed) if len(needed) <= _MOST_BOXES else (around,)
+        yield Slab(around, exact, tuple(p for region in regions for p in _pieces(region, piece_elements)))
+        return
+    for region in regions:
+        for part in _aligned(region, tensor.block, slab_scales):
+            box = scale_box(part.box, tensor.block)
+            yield Slab(box, (box,), tuple(_pieces(part, piece_elements)))
+
+
+def scale_box(box: Box, block: tuple[int, ...]) -> Box:
+    """The scales that a box of values needs."""
+    first = tuple(o // b for o, b in zip(box.offsets, block, strict=True))
+    last = tuple(-(-e // b) for e, b in zip(box.ends, block, strict=True))
+    return Box(first, tuple(e - o for o, e in zip(first, last, strict=True)))
+
+
+def byte_box(box: Box) -> Box:
+    """The bytes that a box of packed values needs: the last dimension counts bytes of two values."""
+    low, high = box.offsets[-1] // 2, -(-box.ends[-1] // 2)
+    return Box((*box.offsets[:-1], low), (*box.sizes[:-1], high - low))
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, tensor: Quantized, box: Box, around: Box) -> torch.Tensor:
+    """The float32 numbers of a box of stored values.
+
+    Args:
+        values: The stored values of ``box``; with ``tensor.packed`` the bytes of `byte_box`.
+        scales: Float32 scales of the box ``around`` of the scale grid.
+        tensor: What they belong to.
+        box: Which values.
+        around: Which scales.
+
+    Returns:
+        A new tensor of shape ``box.sizes``.
+    """
+    numbers = _unpacked(values, box) if tensor.packed else values.to(torch.float32)
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        if scales.shape[dim] == 1:
+            continue
+        index = torch.arange(start, start + size, device=scales.device) // tensor.block[dim] - around.offsets[dim]
+        scales = scales.index_select(dim, index)
+    return numbers.mul_(scales)
+
+
+def scales_to_float(scales: torch.Tensor) -> torch.Tensor:
+    """Stored scales as float32; bytes are E8M0: ``2 ** (byte - 127)``, and 255 is not a number."""
+    if scales.dtype == torch.float8_e8m0fnu:
+        scales = scales.view(torch.uint8)
+    if scales.dtype != torch.uint8:
+        return scales.to(torch.float32)
+    bits = scales.to(torch.int32)
+    exponent = torch.where(bits == 0, 0x00400000, bits << 23)  # 2 ** -127 is subnormal in float32
+    return torch.where(bits == 255, 0x7FC00000, exponent).to(torch.int32).view(torch.float32)
+
+
+def _unpacked(values: torch.Tensor, box: Box) -> torch.Tensor:
+    table = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
+    halves = torch.stack([values & 0xF, values >> 4], dim=-1).to(torch.int32)
+    both = table[halves].reshape(*values.shape[:-1], 2 * values.shape[-1])
+    return both.narrow(-1, box.offsets[-1] % 2, box.sizes[-1])
+
+
+def _swap(dims: tuple[int, ...]) -> tuple[int, ...]:
+    return (*dims[:-2], dims[-1], dims[-2])
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def bounding(boxes: Sequence[Box]) -> Box:
+    """The smallest box around some boxes of the same tensor."""
+    low = tuple(min(ns) for ns in zip(*(box.offsets for box in boxes), strict=True))
+    high = tuple(max(ns) for ns in zip(*(box.ends for box in boxes), strict=True))
+    return Box(low, tuple(h - n for n, h in zip(low, high, strict=True)))
+
+
+def disjoint(boxes: Sequence[Box]) -> tuple[Box, ...]:
+    """Boxes that cover the same elements, each element once."""
+    out: list[Box] = []
+    for box in dict.fromkeys(boxes):
+        rest = [box]
+        for known in tuple(out):
+            rest = [piece for old in rest for piece in _minus(old, known)]
+        out += rest
+    return tuple(out)
+
+
+def _minus(box: Box, other: Box) -> Iterator[Box]:
+    """What is left of a box without another, as disjoint boxes."""
+    common = box.intersect(other)
+    if common is None:
+        yield box
+        return
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    for dim, (low, high) in enumerate(zip(common.offsets, common.ends, strict=True)):
+        for start, end in ((offsets[dim], low), (high, offsets[dim] + sizes[dim])):
+            if end > start:
+                yield Box((*offsets[:dim], start, *offsets[dim + 1 :]), (*sizes[:dim], end - start, *sizes[dim + 1 :]))
+        offsets[dim], sizes[dim] = low, high - low
+
+
+def _part(region: Piece, dim: int, start: int, size: int) -> Piece:
+    box = region.box
+    offsets = (*box.offsets[:dim], box.offsets[dim] + start, *box.offsets[dim + 1 :])
+    return Piece(Box(offsets, (*box.sizes[:dim], size, *box.sizes[dim + 1 :])), region.dest.narrow(dim, start, size))
+
+
+def _pieces(region: Piece, most: int) -> Iterator[Piece]:
+    """Cut a region into rows that lie one after the other, of at most ``most`` values."""
+    yield from _cut(region, (1,) * len(region.box.sizes), lambda box: box.numel, most)
+
+
+def _aligned(region: Piece, block: tuple[int, ...], most: int) -> Iterator[Piece]:
+    """Cut a region at the borders of blocks, so that no two parts share a scale, into parts of ``most`` scales."""
+    yield from _cut(region, block, lambda box: scale_box(box, block).numel, most)
+
+
+def _cut(region: Piece, block: tuple[int, ...], cost: _Cost, most: int) -> Iterator[Piece]:
+    box = region.box
+    if cost(box) <= most:
+        yield region
+        return
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        rows = -(-(start + size) // block[dim]) - start // block[dim]
+        if rows == 1:
+            continue
+        step = max(1, rows * most // cost(box)) * block[dim]
+        begin = start
+        while begin < start + size:
+            end = min(start + size, (begin // block[dim]) * block[dim] + step)
+            yield from _cut(_part(region, dim, begin - start, end - begin), block, cost, most)
+            begin = end
+        return
+    yield region
+
+
+def in_shape(
+    box: Box, data: torch.Tensor, grid: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Express a region in a grid as regions of the tensor itself, as few as its memory allows; no copy.
+
+    Args:
+        box: The region, in the grid.
+        data: Its memory: shape ``box.sizes``, any strides.
+        grid: A refinement of ``shape`` with the same row-major order.
+        shape: The tensor's shape.
+    """
+    if box.numel == 0:
+        return
+    if grid == shape:
+        yield box, data
+        return
+    runs: list[list[tuple[int, int, int]]] = []  # for each dimension: start, length, offset in memory
+    strides: list[int] = []
+    at = 0
+    for factors in factor_shape(shape, grid):
+        dims = range(at, at + len(factors))
+        found, stride = _runs(factors, [(box.offsets[d], box.sizes[d], data.stride(d)) for d in dims])
+        runs.append(found)
+        strides.append(stride)
+        at += len(factors)
+    for combo in itertools.product(*runs):
+        sizes = tuple(length for _, length, _ in combo)
+        offset = data.storage_offset() + sum(where for _, _, where in combo)
+        yield Box(tuple(start for start, _, _ in combo), sizes), data.as_strided(sizes, strides, offset)
+
+
+def _runs(factors: tuple[int, ...], axes: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], int]:
+    """The consecutive runs of one dimension's factors, and the memory stride within each."""
+    inner = len(axes) - 1
+    length, stride = axes[inner][1], axes[inner][2]
+    while inner > 0 and axes[inner][:2] == (0, factors[inner]):
+        size, step = axes[inner - 1][1:]
+        if size > 1 and length > 1 and step != stride * length:
+            break
+        stride = step if length == 1 else stride
+        length *= size
+        inner -= 1
+    units = [math.prod(factors[i + 1 :]) for i in range(len(factors))]
+    base = sum(axes[i][0] * units[i] for i in range(len(axes)))
+    found = []
+    for index in itertools.product(*(range(size) for _, size, _ in axes[:inner])):
+        start = base + sum(n * units[i] for i, n in enumerate(index))
+        found.append((start, length, sum(n * axes[i][2] for i, n in enumerate(index))))
+    return found, stride

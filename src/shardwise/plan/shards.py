@@ -107,9 +107,20 @@ def plan_shards(
     for owned in own(held, roster, rank):
         tensor = held[owned.tensor]
         for box, data in coarsen(owned.fragment, tensor.spec.shape, tensor.grid):
-            if box.numel or rank == 0:
+            if box.numel:
                 pieces.append(Piece(owned.tensor, tensor.spec, box, data))
+    pieces += _without_elements(held, roster, rank)
     return shard_files(pieces, rank, roster.world_size, file_index, stem)
+
+
+def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> list[Piece]:
+    """Tensors that have no element belong to nobody by their regions; the first of their holders writes them."""
+    return [
+        Piece(number, tensor.spec, Box.whole(tensor.spec.shape), torch.empty(tensor.spec.shape))
+        for number, tensor in enumerate(held)
+        if tensor.spec.numel == 0
+        and any(roster.shard_set(tensor.spec.name, part.part).members[0] == rank for part in tensor.parts[:1])
+    ]
 
 
 def shard_files(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise._version import __version__
-from shardwise.errors import FormatError, MisuseError, ShardwiseError
+from shardwise.errors import FormatError, ShardwiseError
 
 if TYPE_CHECKING:
     from shardwise.ops.inspect import CheckpointDescription

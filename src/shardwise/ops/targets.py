@@ -14,6 +14,7 @@ from shardwise.lifecycle.names import is_doomed, is_temporary
 
 #: Directories of a checkpoint that may stand alone, each with a manifest of its own.
 COMPONENTS = ("model", "optim")
+_EXPORTS = ("model/consolidated", "consolidated")
 _CLIMB = 4
 
 
@@ -24,10 +25,12 @@ class Target:
     Attributes:
         directory: The directory that the manifest, if there is one, describes.
         under: What of it was named: a path relative to ``directory``, or "" for all of it.
+        nested: Directories below it that have manifests of their own and are targets of their own.
     """
 
     directory: Path
     under: str = ""
+    nested: tuple[str, ...] = ()
 
     @property
     def has_manifest(self) -> bool:
@@ -57,6 +60,20 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
             return (_above(real) or Target(real.parent, real.name),)
         os.listdir(real)  # an unreadable directory is the caller's mistake, not damage
         return _in_directory(real)
+
+
+def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    """The targets, and exports that `consolidate` put inside them later, which have manifests of their own."""
+    found: list[Target] = []
+    for target in targets:
+        own = [
+            Target(target.directory / name)
+            for name in _EXPORTS
+            if not target.under and target.has_manifest and Target(target.directory / name).has_manifest
+        ]
+        names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)
+        found += [Target(target.directory, target.under, names), *own]
+    return tuple(found)
 
 
 def _in_directory(real: Path) -> tuple[Target, ...]:

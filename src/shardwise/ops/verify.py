@@ -25,7 +25,7 @@ from shardwise.format.header import read_header
 from shardwise.format.index import read_index
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.ops.targets import Target, find_targets
+from shardwise.ops.targets import Target, find_targets, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
 
@@ -102,7 +102,7 @@ def verify(
     if threads is not None and threads < 1:
         raise MisuseError(f"threads is {threads}", hint="Use at least 1.")
     started = time.monotonic()
-    targets = find_targets(path)
+    targets = with_nested(find_targets(path))
     level: VerifyLevel = "digests" if digests else "sizes"
     job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, storage or LocalStorage())
     reports = [job.run(Path(path), target) for target in targets]
@@ -141,7 +141,7 @@ class _Job:
         damages = check_files(root, files, tensors)
         extra: list[str] = []
         known = {file.path for file in manifest.files} | {MANIFEST_NAME}
-        for relative, problem in _walk(root, target.under):
+        for relative, problem in _walk(root, target.under, skip=target.nested):
             if problem is not None:
                 damages.append(problem)
             elif relative not in known and _is_read(relative):
@@ -202,11 +202,11 @@ class _Counted:
             self._progress(self.done, self.total)
 
 
-def _walk(root: Path, under: str) -> Iterator[tuple[str, Damage | None]]:
+def _walk(root: Path, under: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Damage | None]]:
     """Every entry below ``root/under`` that is not a directory, relative to ``root``; links are not followed."""
     unreadable: list[OSError] = []
     for where, directories, names in os.walk(root / under, onerror=unreadable.append):
-        directories.sort()
+        directories[:] = sorted(d for d in directories if (Path(where) / d).relative_to(root).as_posix() not in skip)
         links = [name for name in directories if os.path.islink(os.path.join(where, name))]
         for name in sorted([*names, *links]):
             yield (Path(where) / name).relative_to(root).as_posix(), None
@@ -262,18 +262,19 @@ def _check_dcp(root: Path, relative: str) -> list[Damage]:
 
 
 def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
-    """One report on components that stand alone beside one another."""
+    """One report on directories that have manifests of their own: components, or an export made later."""
+    top = Path(os.path.commonpath([target.directory for target in targets]))
     damages: list[Damage] = []
     extra: list[str] = []
     undigested: list[str] = []
     for target, report in zip(targets, reports, strict=True):
-        prefix = target.directory.name
-        damages += [replace(damage, file=f"{prefix}/{damage.file}") for damage in report.damages]
-        extra += [f"{prefix}/{name}" for name in report.extra]
-        undigested += [f"{prefix}/{name}" for name in report.undigested]
+        below = target.directory.relative_to(top)
+        damages += [replace(damage, file=(below / damage.file).as_posix()) for damage in report.damages]
+        extra += [(below / name).as_posix() for name in report.extra]
+        undigested += [(below / name).as_posix() for name in report.undigested]
     return VerifyReport(
         requested,
-        targets[0].directory.parent,
+        top,
         reports[0].level,
         all(report.verifiable for report in reports),
         sum(report.files for report in reports),

@@ -1,0 +1,214 @@
+"""The Hugging Face export of a checkpoint that was saved as shards: one process, bounded memory, the shards stay."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from shardwise.comm import Group
+from shardwise.engine.statefiles import read_file, write_plain
+from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
+from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
+from shardwise.format.index import encode_index
+from shardwise.format.manifest import (
+    MANIFEST_NAME,
+    ChunkRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    encode_manifest,
+)
+from shardwise.format.strict_json import JsonValue, loads
+from shardwise.io.memory import as_bytes
+from shardwise.io.reader import Reader
+from shardwise.io.sources import Source, open_source
+from shardwise.io.storage import LocalStorage, Storage
+from shardwise.io.stream import tensor_blocks
+from shardwise.lifecycle import LOCAL, temporary_name
+from shardwise.lifecycle.filesystem import storage_errors
+from shardwise.ops.verify import Progress
+from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
+from shardwise.types import Box, TensorSpec
+
+__all__ = ["CONSOLIDATE_SCRIPT", "ConsolidateReport", "consolidate"]
+
+#: The script that stands in ``model/`` where a save wrote shards and no export.
+CONSOLIDATE_SCRIPT = '#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
+
+_CONSOLIDATED = "consolidated"
+_METADATA = ".hf_metadata"
+_FILE_INDEX = "fqn_to_file_index_mapping.json"
+_DTYPES = "fqn_to_dtype_mapping.json"
+#: For this export, or for resuming; not for its readers.
+_OWN = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json"})
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolidateReport:
+    """What was written.
+
+    Attributes:
+        path: The export's directory.
+        files: Names of its tensor files.
+        tensors: Number of tensors.
+        nbytes: Bytes of the tensor files.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    tensors: int
+    nbytes: int
+
+
+def consolidate(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    max_file_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> ConsolidateReport:
+    """Write the export of a checkpoint's shards, with the base model's file split and dtypes where they were recorded.
+
+    It is written beside its place and renamed into it, with a manifest of its own: that of a checkpoint is never
+    rewritten.
+
+    Args:
+        path: A checkpoint's ``model`` directory, or the checkpoint.
+        output: The export's directory; ``consolidated`` in the ``model`` directory by default.
+        max_file_bytes: Largest file where no base model's split was recorded.
+        progress: Told of bytes written and bytes to write.
+        storage: Through what.
+
+    Raises:
+        CheckpointExistsError: There is an export already.
+        CheckpointNotFoundError: There are no shards.
+        FormatError: A shard is damaged.
+    """
+    top = Path(path).absolute()
+    directory = top / "model" if (top / "model").is_dir() else top
+    target = Path(output).absolute() if output is not None else directory / _CONSOLIDATED
+    if os.path.lexists(target):
+        raise CheckpointExistsError(
+            "the export is already there", path=target, hint="Use it, delete it, or choose another output."
+        )
+    if not directory.is_dir():
+        raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
+    store = storage or LocalStorage()
+    source = open_source(directory, Group(None))
+    layout = _layout(directory, source, max_file_bytes)
+    aside = target.with_name(temporary_name(target.name))
+    with storage_errors(aside):
+        LOCAL.remove_tree(aside)
+    try:
+        store.make_directory(aside)
+        _write(source, layout, aside, directory / _METADATA, store, progress)
+        with storage_errors(target):
+            LOCAL.rename_new(aside, target)
+            LOCAL.fsync_path(target.parent)
+    except BaseException:
+        with storage_errors(aside):
+            LOCAL.remove_tree(aside)
+        raise
+    return ConsolidateReport(target, tuple(file.name for file in layout.files), len(source.tensors), layout.total_bytes)
+
+
+def _layout(directory: Path, source: Source, max_file_bytes: int) -> Layout:
+    numbers = {n: i for n, i in _mapping(directory / _METADATA / _FILE_INDEX).items() if isinstance(i, int)}
+    dtypes = _mapping(directory / _METADATA / _DTYPES)
+    count = max(numbers.values(), default=0)
+    files = {
+        name: "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        for name, number in numbers.items()
+    }
+    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in source.tensors.items()]
+    return lay_out(specs, base_files=files, max_file_bytes=max_file_bytes)
+
+
+def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
+    if isinstance(dtype, str) and {dtype, spec.dtype} <= _FLOATS:
+        return replace(spec, dtype=dtype)
+    return spec
+
+
+def _mapping(path: Path) -> Mapping[str, JsonValue]:
+    if not path.is_file():
+        return {}
+
+    def fail(reason: str) -> NoReturn:
+        raise StateFormatError(f"the record {reason}", path=path, hint="Restore the file.")
+
+    found = loads(read_file(path), fail=fail)
+    if not isinstance(found, dict):
+        raise StateFormatError("not a JSON object", path=path, hint="Restore the file.")
+    return found
+
+
+def _write(
+    source: Source, layout: Layout, aside: Path, metadata: Path, storage: Storage, progress: Progress | None
+) -> None:
+    storage.check_space(aside, layout.total_bytes)
+    files: list[FileRecord] = []
+    tensors: list[TensorRecord] = []
+    reader = Reader(storage, source.files)
+    done = 0
+    try:
+        for file in layout.files:
+            for record in _write_file(file, aside / file.name, source, reader, storage):
+                tensors.append(record)
+                done += record.spec.nbytes
+                if progress is not None:
+                    progress(done, layout.tensor_bytes)
+            files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
+    finally:
+        reader.close()
+    plain = {index_name(): encode_index(layout.weight_map, layout.tensor_bytes)}
+    for place in sorted(p for p in metadata.rglob("*") if p.is_file()):
+        relative = place.relative_to(metadata).as_posix()
+        if relative not in _OWN:
+            plain[relative] = read_file(place)
+    for name, content in plain.items():
+        storage.make_directory((aside / name).parent)
+        write_plain(storage, aside / name, content)
+        storage.sync_directory((aside / name).parent)
+        files.append(FileRecord(name, len(content), crc32c(content), None))
+    write_plain(storage, aside / MANIFEST_NAME, encode_manifest(Manifest(tuple(files), tuple(tensors))))
+    storage.sync_directory(aside)
+
+
+def _write_file(
+    file: FileLayout, path: Path, source: Source, reader: Reader, storage: Storage
+) -> Iterator[TensorRecord]:
+    storage.create(path, file.size, file.header)
+    handle = storage.open(path, writable=True)
+    try:
+        offset = len(file.header)
+        for entry in file.entries:
+            start, crc = offset, 0
+            for block in _blocks(source, entry.spec, reader):
+                crc = crc32c(block, crc)
+                storage.write(handle, block, offset)
+                offset += len(block)
+            chunk = ChunkRecord(file.name, start, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
+            yield TensorRecord("model", entry.spec, crc, (chunk,))
+        storage.sync(handle)
+    finally:
+        storage.close(handle)
+
+
+def _blocks(source: Source, spec: TensorSpec, reader: Reader) -> Iterator[memoryview]:
+    saved = source.tensors[spec.name]
+    for block in tensor_blocks(saved, reader):
+        if saved.spec.dtype == spec.dtype or math.prod(spec.shape) == 0:
+            yield block
+        else:
+            values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
+            yield as_bytes(values.to(torch_dtype(spec.dtype)))

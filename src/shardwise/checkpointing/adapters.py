@@ -10,9 +10,12 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.peft_capture import capture_adapter
+from shardwise.addons.peft_capture import capture_adapter, hold_adapter
 from shardwise.addons.peft_check import check_adapter
-from shardwise.addons.peft_tensors import AdapterEntry, AdapterTensors
+from shardwise.addons.peft_config import read_adapter_config
+from shardwise.addons.peft_load import check_shared_factors, differing_settings
+from shardwise.addons.peft_settings import adapter_settings
+from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, plan_export, write_export
@@ -20,19 +23,10 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.errors import AdapterError
 from shardwise.io.sources import open_source
-from shardwise.plan.fragments import HeldTensor, Part, hold
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-
-
-def held_entry(entry: AdapterEntry, meshes: MeshRegister) -> HeldTensor:
-    """What this rank holds of one tensor of an adapter file, as views of the parameter's memory."""
-    native = held_tensor(entry.fqn, entry.tensor, meshes).parts[0]
-    part = Part(native.part.native_shape, native.part.mesh, native.part.placements, entry.view)
-    detached = entry.tensor.detach()
-    local = cast(nn.Parameter, detached.to_local() if hasattr(detached, "to_local") else detached)
-    return hold(entry.spec, part, native.coordinate, local, entry.grid)
+from shardwise.stateful_wrappers.tensors import MeshRegister
 
 
 class AdapterSave:
@@ -69,8 +63,6 @@ class AdapterSave:
 
     def steps(self) -> list[Step]:
         """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
-        from shardwise.addons.peft import adapter_settings
-
         context, group = self._context, self._context.group
         with group.together("preparing the adapter's directory"):
             if group.is_main:
@@ -91,12 +83,11 @@ class AdapterSave:
         inventories = _inventories(group, captured)
         steps: list[Step] = []
         for file in captured.files:
-            meshes = MeshRegister()
-            own = [held_entry(entry, meshes) for entry in file.entries]
+            own = hold_adapter(file.entries, MeshRegister())
             held = context.staged(f"adapter/{file.adapter_name}", own)
             roster = RosterKeeper(group, context.stage).roster(held)
             with group.together(f"checking the adapter {file.adapter_name}"):
-                check_adapter(roster.specs, settings[file.adapter_name], inventories)
+                check_adapter(roster.specs, settings[file.adapter_name], inventories, captured.layers)
             options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component="adapter", index=False)
             plan = plan_export(held, roster, group, self._directory / file.directory, options)
             prefix = file.directory
@@ -125,18 +116,52 @@ def _inventories(group: Group, captured: AdapterTensors) -> list[dict[str, tuple
     return [{path: tuple(indices) for path, indices in theirs.items()} for theirs in everyone]
 
 
-def load_adapter(context: Context, model: nn.Module | Sequence[nn.Module], path: Path) -> None:
-    """Fill a model's adapters in place, on any topology. All ranks call."""
+def load_adapter(
+    context: Context, model: nn.Module | Sequence[nn.Module], path: Path, peft_config: object | None = None
+) -> None:
+    """Fill a model's adapters in place, on any topology. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        model: The adapted model, or this rank's pipeline stages.
+        path: A checkpoint's ``model`` directory, or another adapter's directory.
+        peft_config: The adapter's configuration, for parts that do not carry one; the checkpoint's own if not given.
+
+    Raises:
+        AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
+        TensorError: Model and adapter do not fit.
+    """
     group = context.group
+    parts = ModelState(model).model
     captured: AdapterTensors | None = None
+    saved: dict[str, dict[str, object]] = {}
     with group.together("describing the adapter"):
-        captured = capture(context, ModelState(model).model, None)
+        config = peft_config or (read_adapter_config(path) if (path / ADAPTER_CONFIG_NAME).is_file() else None)
+        captured = capture(context, parts, config)
+        for file in captured.files:
+            directory = (path / file.path).parent
+            if (directory / ADAPTER_CONFIG_NAME).is_file():
+                saved[file.adapter_name] = read_adapter_config(directory)
+            if group.is_main:
+                check_shared_factors(file, path)
     assert captured is not None
+    own = adapter_settings(parts, config, group, v4_compatible=context.config.v4_compatible)
+    with group.together("comparing the adapter's settings"):
+        for name, settings in saved.items():
+            _refuse_other_meaning(name, differing_settings(settings, own[name]), path)
     for file in captured.files:
-        meshes = MeshRegister()
-        # Entries that share memory are equal in every file that can be loaded; one of them is enough.
-        held = [held_entry(entry, meshes) for entry in file.entries if entry.alias_of is None]
+        # Entries that share memory are equal in the file, as was checked; one of them is enough.
+        held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
-        place = path if path.is_file() else path / file.path
-        source = open_source(place, group).without(aliases)
+        source = open_source(path / file.path, group).without(aliases)
         load_tensors(held, source, group, context.storage, LoadOptions(threads=context.threads))
+
+
+def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:
+    if differing:
+        listed = ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, (theirs, ours) in differing.items())
+        raise AdapterError(
+            f"the saved adapter {name!r} would mean something else in this model: {listed}",
+            path=path,
+            hint="Build the model with the adapter configuration that stands in the checkpoint.",
+        )

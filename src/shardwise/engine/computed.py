@@ -15,6 +15,7 @@ from shardwise.convert import HeldGroup
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConversionError, MissingTensorError, PeerError
 from shardwise.format.dtypes import torch_dtype
+from shardwise.io.memory import flat_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
@@ -114,8 +115,8 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
                 elif group.rank == source and source != owner:
                     sends.append((owner, own[box].data.detach().to("cpu").contiguous()))
     group.swap(
-        [(rank, t.reshape(-1).view(torch.uint8)) for rank, t in sends],
-        [(rank, t.view(-1).view(torch.uint8)) for rank, t, _ in receives],
+        [(rank, flat_bytes(t)) for rank, t in sends],
+        [(rank, flat_bytes(t)) for rank, t, _ in receives],
         f"gathering {tensor.spec.name}",
     )
     if whole is not None:

@@ -15,8 +15,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable, without a copy."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return flat.numpy().data.cast("B")
+    return flat_bytes(tensor).numpy().data.cast("B")
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as a one-dimensional ``uint8`` tensor, without a copy."""
+    # A dimension of size 1 may have any stride and the tensor still be contiguous; view() alone refuses such a one.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def blocks(tensor: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
@@ -46,15 +51,11 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
         dtype: The dtype in the file.
         block_bytes: Largest block.
     """
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous():
         data = as_bytes(tensor)
         for start in range(0, len(data), block_bytes):
             yield data[start : start + block_bytes]
         return
-    if tensor.is_conj():
-        tensor = tensor.resolve_conj()
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
     for block in blocks(tensor, max(1, block_bytes // max(tensor.element_size(), dtype.itemsize))):
         yield as_bytes(block.to(device="cpu", dtype=dtype).contiguous())

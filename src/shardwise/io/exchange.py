@@ -13,6 +13,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.errors import PeerError
+from shardwise.io.memory import flat_bytes
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout
 from shardwise.plan.ownership import cut
@@ -28,7 +29,7 @@ def exchange_rows(
     group: Group,
     write: Callable[[Run], None],
 ) -> Exception | None:
-    """Turn column shards into rows and hand each range of rows to ``write``. The exchanges' members call.
+    """Turn column shards into rows and hand each range of rows to ``write``. The tensors' holders call.
 
     Args:
         exchanges: In an order common to all ranks.
@@ -45,7 +46,7 @@ def exchange_rows(
     """
     failure: Exception | None = None
     for exchange in exchanges:
-        for turn in range(exchange.rounds):
+        for turn in range(exchange.rounds) if group.rank in exchange.members else ():
             run = _round(exchange, turn, held[exchange.tensor], layout, group)
             if run is None or failure is not None:
                 continue
@@ -62,7 +63,7 @@ def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, gr
     """Swap one round; returns the rows that this rank is to write, if any."""
     fragments = list(tensor.fragments)
     own, sends = _outgoing(exchange, turn, fragments, group.rank)
-    dtype = fragments[0].data.dtype if fragments else torch.uint8
+    dtype = fragments[0].data.dtype
     start, count = exchange.target(group.rank, turn)
     receives: list[tuple[int, torch.Tensor, list[Box]]] = []
     for source, boxes in exchange.sources[group.rank] if count else ():
@@ -117,7 +118,7 @@ def _cut_out(
 def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
     flat = [piece.data.detach().to("cpu").reshape(-1) for piece in pieces]
     packed = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
-    return packed.view(torch.uint8)
+    return flat_bytes(packed)
 
 
 def _place(exchange: Exchange, rows: torch.Tensor, box: Box, start: int, count: int, data: torch.Tensor) -> None:

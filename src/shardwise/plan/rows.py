@@ -120,10 +120,12 @@ class ExchangePlanner:
         return outer if needed else 0
 
     def _exchange(self, number: int, tensor: HeldTensor, outer: int) -> Exchange:
+        # A rank whose shard is empty takes no part: it has no memory that would tell the elements' dtype.
         pieces = [
-            (ranks, held.part.boxes(coordinate))
+            (ranks, boxes)
             for held in tensor.parts
             for ranks, coordinate in self._coordinates(tensor, held.part)
+            if (boxes := held.part.boxes(coordinate))
         ]
         members = tuple(sorted({rank for ranks, _ in pieces for rank in ranks}))
         turn_of = {rank: ranks.index(rank) for ranks, _ in reversed(pieces) for rank in ranks}

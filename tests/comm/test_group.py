@@ -1,0 +1,187 @@
+"""Ranks that fail together: status, values, bytes and rows between real processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.ranks import WORLDS, failure, outcomes, run
+
+from shardwise.comm import Group
+from shardwise.errors import RemoteError, ShapeMismatchError, ShardwiseError, StorageError
+
+
+def gather(length: int) -> list[object]:
+    group = Group.current()
+    value = {"rank": group.rank, "text": "é" * (length * group.rank)}
+    return group.gather_json(value)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("length", [0, 3, 5000])
+def test_gather_json_gives_every_value_in_rank_order(world: int, length: int) -> None:
+    want = [{"rank": r, "text": "é" * (length * r)} for r in range(world)]
+    assert run(world, gather, length) == [want] * world
+
+
+def one_talks(talker: int) -> list[object]:
+    group = Group.current()
+    return group.gather_json("x" * 10_000 if group.rank == talker else None)
+
+
+def test_one_long_value_among_short_ones_arrives() -> None:
+    want = [None, None, "x" * 10_000, None]
+    assert run(4, one_talks, 2) == [want] * 4
+
+
+def broadcast(source: int) -> tuple[object, bytes]:
+    group = Group.current()
+    return group.broadcast_json({"from": group.rank}, source), group.broadcast_bytes(
+        b"" if group.rank == 0 else bytes([group.rank]) * 3, source, "testing"
+    )
+
+
+@pytest.mark.parametrize("source", [0, 2])
+def test_broadcast_gives_the_value_of_the_source(source: int) -> None:
+    data = b"" if source == 0 else bytes([source]) * 3
+    assert run(3, broadcast, source) == [({"from": source}, data)] * 3
+
+
+def fold() -> tuple[list[int], list[int], bool, bool]:
+    group = Group.current()
+    xors, sums = group.fold([1 << group.rank, 0xFFFFFFFF], [group.rank, 2**40], "testing")
+    return xors, sums, group.any(group.rank == group.world_size - 1), group.any(False)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fold_combines_by_exclusive_or_and_by_sum(world: int) -> None:
+    bits = (1 << world) - 1
+    full = 0xFFFFFFFF if world % 2 else 0
+    want = ([bits, full], [world * (world - 1) // 2, world * 2**40], True, False)
+    assert run(world, fold) == [want] * world
+
+
+def fail_on(ranks: tuple[int, ...], kind: str) -> None:
+    group = Group.current()
+    with group.together("testing"):
+        if group.rank in ranks:
+            if kind == "ours":
+                raise ShapeMismatchError("shapes differ", path=f"/file/{group.rank}", tensor="w", hint="Mend it.")
+            if kind == "os":
+                raise OSError(28, "No space left on device", "/disk")
+            raise KeyError("who knows")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_error_of_one_rank_is_raised_on_every_rank(world: int) -> None:
+    error = failure(world, fail_on, (world - 1,), "ours")
+    assert isinstance(error, ShapeMismatchError)
+    assert isinstance(error, ValueError)
+    assert (error.tensor, error.path, error.rank) == ("w", f"/file/{world - 1}", world - 1)
+    assert str(error).endswith("Mend it.")
+
+
+def test_the_error_of_the_lowest_rank_wins_when_several_fail() -> None:
+    found = outcomes(3, fail_on, (1, 2), "ours")
+    # A rank that failed itself and is not the lowest raises the lowest's error all the same.
+    assert [outcome.error.rank for outcome in found] == [1, 1, 1]
+
+
+def test_errors_of_the_operating_system_keep_their_number() -> None:
+    error = failure(2, fail_on, (1,), "os")
+    assert isinstance(error, StorageError)
+    assert error.errno == 28
+    assert "/disk" in str(error)
+    assert "disk is full" in str(error)
+
+
+def test_errors_of_unknown_types_arrive_with_their_text() -> None:
+    error = failure(2, fail_on, (0,), "other")
+    assert isinstance(error, RemoteError)
+    assert "who knows" in str(error)
+
+
+def after_failure() -> bool:
+    group = Group.current()
+    try:
+        fail_on((0,), "ours")
+    except ShardwiseError:
+        return group.any(group.rank == 1)
+    return False
+
+
+def test_a_group_works_on_after_a_failure() -> None:
+    assert run(2, after_failure) == [True, True]
+
+
+def ring() -> list[int]:
+    group = Group.current()
+    right, left = (group.rank + 1) % group.world_size, (group.rank - 1) % group.world_size
+    got = [torch.zeros(3, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)]
+    # Two messages to one peer: they arrive in the order in which they are listed.
+    sends = [(right, torch.full((3,), group.rank, dtype=torch.uint8)), (right, torch.tensor([9], dtype=torch.uint8))]
+    group.swap(sends, [(left, got[0]), (left, got[1])], "testing")
+    group.swap([], [], "nothing to do")
+    return torch.cat(got).tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_swap_delivers_messages_in_order(world: int) -> None:
+    assert run(world, ring) == [[(r - 1) % world] * 3 + [9] for r in range(world)]
+
+
+def in_subgroup() -> tuple[int, int, list[object]] | None:
+    half = dist.new_group([1, 3])
+    if dist.get_rank() not in (1, 3):
+        return None
+    group = Group(half)
+    return group.rank, group.global_rank, group.gather_json(group.global_rank)
+
+
+def test_ranks_of_a_subgroup_are_its_own() -> None:
+    assert run(4, in_subgroup) == [None, (0, 1, [1, 3]), None, (1, 3, [1, 3])]
+
+
+def fail_in_subgroup() -> str | None:
+    half = dist.new_group([1, 3])
+    if dist.get_rank() not in (1, 3):
+        return None
+    group = Group(half)
+    try:
+        with group.together("testing"):
+            if group.rank == 1:
+                raise ValueError("no")
+    except RemoteError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_errors_name_the_global_rank() -> None:
+    found = run(4, fail_in_subgroup)
+    assert found[0] is None
+    assert found[1] == found[3]
+    assert "rank 3" in str(found[1])
+
+
+def dedicated() -> tuple[bool, bool]:
+    group = Group.dedicated(None, 30)
+    other = group.process_group is not dist.group.WORLD
+    together = group.any(True)
+    group.close()
+    group.close()
+    return other, together
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_dedicated_group_has_the_same_ranks_and_closes_twice(world: int) -> None:
+    assert run(world, dedicated) == [(True, True)] * world
+
+
+def no_group() -> list[object]:
+    dist.destroy_process_group()
+    group = Group.current()
+    return [group.rank, group.world_size, group.gather_json(1), group.fold([3], [4], ""), group.global_ranks()]
+
+
+def test_without_a_process_group_there_is_one_rank() -> None:
+    assert run(1, no_group) == [[0, 1, [1], ([3], [4]), (0,)]]

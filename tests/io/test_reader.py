@@ -1,0 +1,149 @@
+"""Reading by property: random chunks and random fragments in random grids come together exactly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.memory import MemoryStorage
+from tests.support.simulate import DTYPES, raw, values
+
+from shardwise.errors import CheckpointNotFoundError, IntegrityError, StorageError
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.reader import MOST_OVERREAD, SMALL_GAP_BYTES, Reader
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
+from shardwise.types import Box, TensorSpec
+
+
+def cut_up(data: st.DataObject, box: Box) -> list[Box]:
+    """Random disjoint boxes that tile a box."""
+    dims = [d for d, n in enumerate(box.sizes) if n > 1]
+    if not dims or not data.draw(st.booleans()):
+        return [box]
+    dim = data.draw(st.sampled_from(dims))
+    at = data.draw(st.integers(1, box.sizes[dim] - 1))
+    low = Box(box.offsets, (*box.sizes[:dim], at, *box.sizes[dim + 1 :]))
+    offsets = (*box.offsets[:dim], box.offsets[dim] + at, *box.offsets[dim + 1 :])
+    high = Box(offsets, (*box.sizes[:dim], box.sizes[dim] - at, *box.sizes[dim + 1 :]))
+    return cut_up(data, low) + cut_up(data, high)
+
+
+def part_of(whole: torch.Tensor, box: Box) -> torch.Tensor:
+    return whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+
+
+def strided(data: st.DataObject, box: Box, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of the box's shape, contiguous or with random strides."""
+    if not data.draw(st.booleans()):
+        return torch.zeros(box.sizes, dtype=dtype)
+    order = data.draw(st.permutations(range(len(box.sizes))))
+    wide = torch.zeros([box.sizes[d] + data.draw(st.integers(0, 2)) for d in order], dtype=dtype)
+    narrow = wide[tuple(slice(0, box.sizes[d]) for d in order)]
+    return narrow.permute([order.index(d) for d in range(len(order))])
+
+
+@given(st.data(), st.sampled_from(DTYPES), st.sampled_from([1, 3]))
+def test_any_chunks_fill_any_fragments(data: st.DataObject, dtype: str, threads: int) -> None:
+    factors = [
+        tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+        for _ in range(data.draw(st.integers(0, 3)))
+    ]
+    shape = tuple(math.prod(f) for f in factors)
+    refined = data.draw(st.booleans())
+    grid = tuple(n for f in factors for n in f) if refined else shape
+    spec = TensorSpec("w", shape, dtype)
+    whole = values(spec, data.draw(st.integers(0, 9)))
+    storage = MemoryStorage()
+    chunks = []
+    for number, box in enumerate(cut_up(data, Box.whole(shape))):
+        pad = data.draw(st.integers(0, 5))
+        storage.files[Path(f"/f{number}")] = bytearray(b"x" * pad + raw(part_of(whole, box)) + b"y")
+        chunks.append(SourceChunk(box, number, pad))
+    boxes = cut_up(data, Box.whole(grid))
+    into = torch_dtype(dtype)
+    fragments = tuple(Fragment(box, strided(data, box, into)) for box in boxes)
+    wanted = HeldTensor(spec, grid, (HeldPart(Part(shape), (), fragments),))
+    reader = Reader(storage, list(storage.files), threads)
+    reader.execute(list(plan_reads(SourceTensor(spec, tuple(chunks)), wanted)))
+    reader.close()
+    assert storage.open_handles == 0
+    for fragment in fragments:
+        assert raw(fragment.data) == raw(part_of(whole.reshape(grid), fragment.box))
+    assert reader.counts.wanted == spec.nbytes
+
+
+@given(st.sampled_from(["F32", "BF16", "F16", "F8_E4M3", "I64"]), st.sampled_from(["F32", "BF16", "F64"]))
+def test_values_are_cast_as_torch_casts(saved: str, dtype: str) -> None:
+    spec = TensorSpec("w", (5, 7), saved)
+    whole = torch.randn(5, 7).mul(4).to(torch_dtype(saved))
+    storage = MemoryStorage({Path("/f"): bytearray(raw(whole))})
+    for box in (Box.whole((5, 7)), Box((1, 2), (3, 4))):
+        fragment = Fragment(box, torch.zeros(box.sizes, dtype=torch_dtype(dtype)))
+        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))
+        reader = Reader(storage, [Path("/f")])
+        reader.execute(list(plan_reads(SourceTensor(spec, (SourceChunk(Box.whole((5, 7)), 0, 0),)), wanted)))
+        assert torch.equal(fragment.data, part_of(whole, box).to(torch_dtype(dtype)))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_large_tensors_pass_in_pieces(threads: int) -> None:
+    spec = TensorSpec("w", (3000, 6000), "F32")  # 72 MB: more than a buffer, more than one thread's share
+    whole = torch.arange(3000 * 6000, dtype=torch.int32).view(torch.float32).reshape(3000, 6000)
+    storage = MemoryStorage({Path("/f"): bytearray(raw(whole))})
+    source = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), 0, 0),))
+    for box, memory in (
+        (Box.whole(spec.shape), torch.zeros(3000, 6000)),
+        (Box.whole(spec.shape), torch.zeros(6000, 3000).t()),
+        (Box((0, 100), (3000, 5000)), torch.zeros(3000, 5000)),
+        (Box((0, 100), (3000, 50)), torch.zeros(3000, 50)),
+    ):
+        seen: list[int] = []
+        reader = Reader(storage, [Path("/f")], threads, observe=lambda file, at, n, seen=seen: seen.append(n))  # type: ignore[misc]
+        fragment = Fragment(box, memory)
+        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))
+        reader.execute(list(plan_reads(source, wanted)))
+        assert raw(memory) == raw(part_of(whole, box))
+        assert sum(seen) == reader.counts.read
+        assert reader.counts.wanted == memory.nbytes
+        assert reader.counts.read <= max(MOST_OVERREAD * memory.nbytes, memory.nbytes + 3000 * SMALL_GAP_BYTES)
+
+
+def read_of(width: int, rows: int, period: int) -> Read:
+    spec = TensorSpec("layers.0.w", (rows, period), "U8")
+    return Read(0, 0, rows, period, width, torch.zeros(rows, width, dtype=torch.uint8), spec)
+
+
+def test_wide_gaps_are_not_read() -> None:
+    period = 10 * SMALL_GAP_BYTES
+    storage = MemoryStorage({Path("/f"): bytearray(range(256)) * (period * 5 // 256)})
+    reader = Reader(storage, [Path("/f")])
+    read = read_of(16, 5, period)
+    reader.execute([read])
+    assert reader.counts.read == reader.counts.wanted == 80
+    assert read.dest.tolist() == [[(row * period + i) % 256 for i in range(16)] for row in range(5)]
+
+
+def test_a_file_that_ends_early_is_an_error_with_file_and_tensor() -> None:
+    storage = MemoryStorage({Path("/some/f"): bytearray(99)})
+    with pytest.raises(IntegrityError, match="ends 1 bytes before") as found:
+        Reader(storage, [Path("/some/f")]).execute([read_of(100, 1, 100)])
+    assert (found.value.path, found.value.tensor) == ("/some/f", "layers.0.w")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_failing_device_is_an_error_with_file_and_tensor(threads: int) -> None:
+    storage = MemoryStorage({Path("/some/f"): bytearray(500)}, fail="read")
+    with pytest.raises(StorageError) as found:
+        Reader(storage, [Path("/some/f")], threads).execute([read_of(100, 1, 100), read_of(50, 1, 50)])
+    assert (found.value.path, found.value.tensor) == ("/some/f", "layers.0.w")
+
+
+def test_a_file_that_has_gone_is_an_error() -> None:
+    with pytest.raises(CheckpointNotFoundError) as found:
+        Reader(MemoryStorage(), [Path("/some/f")]).execute([read_of(100, 1, 100)])
+    assert found.value.path == "/some/f"

@@ -63,7 +63,9 @@ def _maybe(value: JsonValue) -> int | None:
     return None if value is None else _int(value)
 
 
-def complete_manifest(directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> Manifest:
+def complete_manifest(
+    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]
+) -> Manifest:
     """The manifest of a directory: what the engine wrote, and every other file with its digest. One rank calls."""
     known = {file.path for file in record.files}
     files = list(record.files)
@@ -72,25 +74,32 @@ def complete_manifest(directory: Path, record: ComponentRecord, info: Mapping[st
             path = Path(where) / name
             relative = path.relative_to(directory).as_posix()
             if relative not in known and relative != MANIFEST_NAME:
-                size, crc = _digest(path)
+                size, crc = _digest(storage, path)
                 files.append(FileRecord(relative, size, crc, None))
     files.sort(key=lambda file: file.path)
     return Manifest(tuple(files), record.tensors, dict(info))
 
 
-def _digest(path: Path) -> tuple[int, int]:
+def _digest(storage: Storage, path: Path) -> tuple[int, int]:
+    """Size and digest of a file that an addon wrote by its own means, which is made durable here."""
     size, crc = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            crc = crc32c(block, crc)
-            size += len(block)
-        os.fsync(file.fileno())
+    buffer = memoryview(bytearray(_READ_BYTES))
+    handle = storage.open(path, writable=False)
+    try:
+        while got := storage.read(handle, buffer, size):
+            crc = crc32c(buffer[:got], crc)
+            size += got
+        storage.sync(handle)
+    finally:
+        storage.close(handle)
     return size, crc
 
 
 def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
     """Write the manifest, the last file of a save. One rank calls."""
-    write_plain(storage, directory / MANIFEST_NAME, encode_manifest(complete_manifest(directory, record, info)))
+    write_plain(
+        storage, directory / MANIFEST_NAME, encode_manifest(complete_manifest(storage, directory, record, info))
+    )
     storage.sync_directory(directory)
 
 

@@ -11,6 +11,8 @@ from shardwise.checkpointing.base import BaseModel, base_path, open_base
 from shardwise.checkpointing.hub import HubNames
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.engine.export import ExportPlan
+from shardwise.engine.memo import Memo
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.staging import Stager
 from shardwise.io.storage import Storage
@@ -46,6 +48,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self.model_roster = RosterKeeper(self.group, self.stage)
+        self.base_dtypes: Memo[tuple[list[HeldTensor], list[HeldTensor]]] = Memo()
+        self.model_plan: Memo[ExportPlan] = Memo()
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)

@@ -17,6 +17,7 @@ from shardwise.convert import (
     derive_from_adapter,
     to_hub,
 )
+from shardwise.engine.memo import Memo
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import plain_name, unwrap
@@ -47,9 +48,18 @@ class HubNames:
 
     def __init__(self) -> None:
         self._known: dict[tuple[TensorSpec, ...], Conversion] = {}
+        self._captured: Memo[HubState] = Memo()
 
     def capture(self, state: ModelState) -> HubState:
-        """The model's tensors under their names in the files. Local; no element is copied."""
+        """The model's tensors under their names in the files. Local; no element is copied.
+
+        As long as the model's tensors are the same objects at the same addresses, the same result is given.
+        """
+        tensors = state.tensors()
+        names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
+        return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state))
+
+    def _capture(self, state: ModelState) -> HubState:
         meshes = MeshRegister()
         native = state.held(meshes)
         by_name = {tensor.spec.name: tensor for tensor in native}
@@ -75,6 +85,11 @@ class HubNames:
             check_round_trip(known, specs)
             self._known[specs] = known
         return known
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local.data_ptr() if local.device.type != "meta" else 0, local.shape
 
 
 def _names(part: nn.Module) -> list[str]:

@@ -101,7 +101,7 @@ class ModelSave:
             ]
         held = [*hub.held, *declared(hub.groups)]
         base = self.base.specs if self.base is not None else {}
-        export, exact = with_base_dtypes(held, base)
+        export, exact = context.base_dtypes.get(held, None, lambda: with_base_dtypes(held, base))
         native = {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
         roster = context.model_roster.roster(export)
         proof = self._prove(roster.specs)
@@ -110,7 +110,13 @@ class ModelSave:
         computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
         directory = self._directory / CONSOLIDATED_DIR
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
-        plan = plan_export(export, roster, context.group, directory, self._options(), computed, copies)
+        options = self._options()
+        known = context.model_plan.get(
+            [*export, roster, *computed.groups],
+            (options, copies),
+            lambda: plan_export(export, roster, context.group, directory, options, computed, copies),
+        )
+        plan = replace(known, directory=directory)
         steps: list[Step] = [*self._before(native, proof.passed), self._export(plan, roster)]
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(plan, group))

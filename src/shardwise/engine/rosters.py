@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.memo import Memo
 from shardwise.errors import MisuseError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.placement import MeshKey
@@ -26,6 +27,11 @@ class RosterKeeper:
         self._stage = stage
         self._declarations: dict[str, Declaration] = {}
         self._rosters: dict[str, Roster] = {}
+        self._described: Memo[tuple[Declaration, JsonValue]] = Memo()
+
+    def _describe(self, held: Sequence[HeldTensor]) -> tuple[Declaration, JsonValue]:
+        own = Declaration.of(held, self._stage)
+        return own, [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
 
     def roster(self, held: Sequence[HeldTensor]) -> Roster:
         """Everybody's declarations and coordinates. All ranks call.
@@ -37,8 +43,7 @@ class RosterKeeper:
         own: Declaration | None = None
         row: JsonValue = None
         with self._group.together("describing the tensors to save"):
-            own = Declaration.of(held, self._stage)
-            row = [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
+            own, row = self._described.get(held, None, lambda: self._describe(held))
         assert own is not None
         rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))
         key = repr(rows)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shardwise.engine.memo import Memo
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 
 
@@ -29,6 +30,7 @@ class Stager:
 
     def __init__(self) -> None:
         self._buffers: dict[_Key, torch.Tensor] = {}
+        self._plans: dict[str, Memo[tuple[list[tuple[torch.Tensor, torch.Tensor]], list[HeldTensor]]]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._event: torch.cuda.Event | None = None
 
@@ -49,14 +51,24 @@ class Stager:
             The same tensors, with the buffers as their memory. CPU sources are copied when this returns, GPU sources
             when `wait` does.
         """
-        staged: dict[_Key, Fragment] = {}
-        for key, fragment in _fragments(component, held):
-            buffer = self._buffer(key, fragment)
-            self._copy(buffer, fragment.data.detach())
-            staged[key] = Fragment(fragment.box, buffer)
+        memo = self._plans.setdefault(component, Memo())
+        pairs, staged = memo.get(held, None, lambda: self._plan(component, held))
+        for buffer, source in pairs:
+            self._copy(buffer, source)
         if self._stream is not None:
             self._event = self._stream.record_event()
-        return [_rebuilt(component, tensor, staged) for tensor in held]
+        return staged
+
+    def _plan(
+        self, component: str, held: Sequence[HeldTensor]
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[HeldTensor]]:
+        """Which buffer takes which memory, and the tensors as they are once copied."""
+        pairs, staged = [], {}
+        for key, fragment in _fragments(component, held):
+            buffer = self._buffer(key, fragment)
+            pairs.append((buffer, fragment.data.detach()))
+            staged[key] = Fragment(fragment.box, buffer)
+        return pairs, [_rebuilt(component, tensor, staged) for tensor in held]
 
     def wait(self) -> None:
         """Return when the sources may be overwritten."""
@@ -68,6 +80,7 @@ class Stager:
         """Release the buffers."""
         self.wait()
         self._buffers.clear()
+        self._plans.clear()
 
     def _buffer(self, key: _Key, fragment: Fragment) -> torch.Tensor:
         source = fragment.data

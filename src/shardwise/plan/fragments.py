@@ -107,8 +107,9 @@ def hold(
     fragments: list[Fragment] = []
     for region in part.regions(coordinate):
         data = local
-        for dim, (start, size) in enumerate(zip(region.local, region.box.sizes, strict=True)):
-            data = data.narrow(dim, start, size)
+        if region.box.sizes != local.shape:
+            for dim, (start, size) in enumerate(zip(region.local, region.box.sizes, strict=True)):
+                data = data.narrow(dim, start, size)
         if part.view is None:
             fragments.append(Fragment(region.box, data))
         else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shardwise.types import Box
 
@@ -110,6 +111,7 @@ def _cut(intervals: list[Interval], placement: Sharded | Strided, parts: int, in
     return _merge(taken)
 
 
+@lru_cache(maxsize=65536)
 def regions(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],

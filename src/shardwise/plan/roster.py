@@ -82,7 +82,9 @@ class Roster:
     declarations: Mapping[str, Declaration]
     digests: tuple[str, ...]
     coordinates: tuple[Coordinates, ...]
-    _peers: dict[tuple[str, Part], ShardSet] = field(default_factory=dict, compare=False)
+    _peers: dict[tuple[str, MeshKey | None, tuple[Placement, ...]], ShardSet] = field(
+        default_factory=dict, compare=False
+    )
 
     @property
     def world_size(self) -> int:
@@ -120,7 +122,7 @@ class Roster:
         """The ranks that hold a part of tensor ``name``, by what they hold."""
         declarers = self._declarers[name]
         # The native shape and the view do not matter for who holds what: keep the cache small.
-        key = (declarers, Part((), part.mesh, part.placements))
+        key = (declarers, part.mesh, part.placements)
         found = self._peers.get(key)
         if found is None:
             found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
@@ -144,13 +146,18 @@ class Roster:
         Raises:
             IncompleteTensorError: A mesh coordinate that holds a piece is missing from the group.
         """
+        checked: set[ShardSet] = set()
         for tensor in held:
             for part in tensor.parts:
+                found = self.shard_set(tensor.spec.name, part.part)
+                if found in checked:
+                    continue
+                checked.add(found)
                 wanted = 1
                 if part.part.mesh is not None:
                     for size, placement in zip(part.part.mesh.shape, part.part.placements, strict=True):
                         wanted *= 1 if isinstance(placement, Replicated) else size
-                present = len(self.shard_set(tensor.spec.name, part.part).replicas)
+                present = len(found.replicas)
                 if present != wanted:
                     raise IncompleteTensorError(
                         f"{present} of {wanted} pieces are held by the ranks that save together",
@@ -159,7 +166,7 @@ class Roster:
                     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardSet:
     """Ranks by what they hold: shard coordinate -> the ranks that hold exactly that (replicas), ascending."""
 

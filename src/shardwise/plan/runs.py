@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shardwise.types import Box
 
@@ -29,6 +30,7 @@ class Stride:
     count: int
 
 
+@lru_cache(maxsize=65536)
 def stride_of(box: Box, shape: tuple[int, ...]) -> Stride:
     """Into how many runs of which length a box falls in a row-major tensor of ``shape``."""
     outer = len(shape)

@@ -16,7 +16,7 @@ from shardwise.plan.layout import Layout
 from shardwise.plan.ownership import Owned, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
-from shardwise.plan.runs import runs, stride_of
+from shardwise.plan.runs import flat_offset, runs, stride_of
 from shardwise.types import TensorSpec
 
 
@@ -96,8 +96,7 @@ def _runs_of(owned: Owned, tensor: HeldTensor, layout: Layout) -> list[Run]:
     if box.numel == 0:
         return []
     if stride_of(box, tensor.grid).count == 1:
-        first, _, _ = next(runs(box, tensor.grid))
-        start = first * itemsize
+        start = flat_offset(box.offsets, tensor.grid) * itemsize
         return [Run(place.file, place.offset + start, owned.tensor, tensor.spec, start, owned.fragment.data)]
     return [
         Run(

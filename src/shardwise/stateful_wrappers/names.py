@@ -19,7 +19,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_
 
 def plain_name(name: str) -> str:
     """Strip what torch.compile and activation checkpointing put into names."""
-    return _WRAPPERS.sub("", name)
+    return _WRAPPERS.sub("", name) if "_mod." in name or "_wrapped_module." in name else name
 
 
 def unwrap(module: nn.Module) -> nn.Module:

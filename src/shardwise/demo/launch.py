@@ -17,6 +17,7 @@ from shardwise.demo.events import Event, Follower, Started
 from shardwise.demo.task import Task
 
 _LOG_LINES = 30
+_TORCHRUN = "torch/distributed/elastic/multiprocessing/api.py"
 _GONE_SECONDS = 10.0
 
 
@@ -71,6 +72,9 @@ class Workers:
     def log_end(self) -> str:
         """The last lines that the workers and ``torchrun`` wrote."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        # torchrun adds a traceback of its own, which says nothing and would push the workers' out of sight.
+        own = [number for number, line in enumerate(lines) if _TORCHRUN in line]
+        lines = lines[: own[0]] if own and own[0] else lines
         return "\n".join(f"    {line}" for line in lines[-_LOG_LINES:])
 
     def freeze(self) -> None:
@@ -128,8 +132,7 @@ def _environment(processes: int) -> dict[str, str]:
     environment["HF_HUB_OFFLINE"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["PYTHONUNBUFFERED"] = "1"
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
 
@@ -138,11 +141,5 @@ def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        if sys.platform == "linux":
-            return False
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
+        return False
     return state != "Z"

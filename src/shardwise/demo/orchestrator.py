@@ -21,16 +21,17 @@ from shardwise.demo.launch import Workers
 from shardwise.demo.report import Check, RunRecord, Written
 from shardwise.demo.task import Task
 from shardwise.lifecycle import checkpoint_name, temporary_name
+from shardwise.ops.verify import verify
 
 _FIRST, _SECOND, _LAST = 2, 3, 1
 _LEARNING_RATE = 1e-4
 _TICK_SECONDS = 0.002
 _SILENCE_SECONDS = 900.0
 #: Where in a save the kill falls, as a part of the duration of the saves before it.
-_KILL_AT = 0.4
+_KILL_AT = 0.1
 #: Copies of the weights that the disk has to hold: the base, and a model with two moments in each of two checkpoints,
-#: one unfinished and one raw write.
-_COPIES = 1 + 3 * 4
+#: an unfinished one and two raw writes.
+_COPIES = 1 + 3 * 5
 #: Losses that should be equal but for the order of additions.
 _ROUNDING = 0.01
 
@@ -208,6 +209,8 @@ class Demo:
         with Workers(task, processes, directory) as workers:
             switch = KillSwitch(workers, self._root, self._options.kill_step) if kill else None
             self._follow(workers, record, switch)
+        for raw in directory.glob("raw-*"):
+            raw.unlink()
         return record
 
     def _follow(self, workers: Workers, record: RunRecord, switch: KillSwitch | None) -> None:
@@ -233,7 +236,9 @@ class Demo:
         line: str | None = None
         match event:
             case Ready():
-                line = f"{event.parameters:,} parameters loaded and sharded over {event.world_size} ({event.seconds:.1f} s)"
+                line = (
+                    f"{event.parameters:,} parameters loaded, sharded over {event.world_size} ({event.seconds:.1f} s)"
+                )
             case Resumed():
                 record.resumed = event
                 line = f"resumed from {event.name}, written by {event.saved_by} processes ({event.seconds:.1f} s)"
@@ -279,7 +284,13 @@ class Demo:
         self._check(not left, f"unfinished directories left: {', '.join(left) or 'none'}")
 
     def _open(self, base: BaseChoice, last: RunRecord) -> None:
-        model = (self._root / "LATEST").resolve() / "model"
+        checkpoint = (self._root / "LATEST").resolve()
+        verified = verify(checkpoint)
+        self._check(
+            verified.status == "whole",
+            f"{checkpoint.name} is {verified.status}: {verified.tensors} tensors compared with their digests",
+        )
+        model = checkpoint / "model"
         exported = inspection.weight_bytes(model)
         self._check(
             exported <= 1.01 * base.weight_bytes,

@@ -28,16 +28,19 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def raw_write(tensors: Iterable[torch.Tensor], path: Path) -> int:
-    """Write the tensors' bytes one after another and ``fsync``.
+    """Write the tensors' bytes one after another, ``fsync``, and put the file in the place of the last one.
+
+    A save deletes the oldest checkpoint, so its yardstick has to delete as many bytes.
 
     Returns:
         The number of bytes.
     """
     total = 0
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    fresh = path.with_suffix(".new")
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         for tensor in tensors:
-            view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             done = 0
             while done < len(view):
                 done += os.write(handle, view[done:])
@@ -45,4 +48,5 @@ def raw_write(tensors: Iterable[torch.Tensor], path: Path) -> int:
         os.fsync(handle)
     finally:
         os.close(handle)
+    fresh.replace(path)
     return total

@@ -87,8 +87,8 @@ def build_model(base: Path, world_size: int) -> nn.Module:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # The first is the stack of layers; those within layers (experts) belong to their layer.
     for layer in stacks[0] if stacks else ():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
 
 
@@ -166,16 +166,12 @@ def save_and_measure(run: Run, step: int, loss: float, progress: dict[str, objec
     dist.barrier()
     seconds = time.monotonic() - begun
     assert path is not None
-    scratch = run.task.scratch / f"raw-{run.rank}"
-    # A new file each time, as the save makes new files.
-    scratch.unlink(missing_ok=True)
     tensors = list(local_tensors(run.model, run.optimizer))
     dist.barrier()
     begun = time.monotonic()
-    own = raw_write(tensors, scratch)
+    own = raw_write(tensors, run.task.scratch / f"raw-{run.rank}")
     dist.barrier()
     raw_seconds = time.monotonic() - begun
-    scratch.unlink()
     run.tell(Saved(step, path.name, seconds, raw_seconds, _sum(own)))
 
 

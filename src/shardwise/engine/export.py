@@ -23,7 +23,7 @@ from shardwise.io.exchange import exchange_rows
 from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import Digests, FileSet, totals, write_run, write_runs
+from shardwise.io.writer import Digest, Digests, FileSet, totals, write_run, write_runs
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
@@ -112,11 +112,17 @@ def plan_export(
     return ExportPlan(directory, options, layout, work, held, computed or ComputedPlan(), copies or Copies())
 
 
-def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
+def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Digest = crc32c) -> ComponentRecord:
     """Write the files of an export. All ranks of the group call; the files are durable when it returns.
 
     Extra memory is bounded by a constant: a block for conversion, and one round of rows where tensors are cut along
     another dimension than the first.
+
+    Args:
+        plan: What to write where.
+        group: The ranks that save together.
+        storage: Through what.
+        digest: How tensors are digested; `crc32c` for anything that is to be verified.
 
     Returns:
         Files and tensors with their digests, on every rank.
@@ -128,7 +134,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentR
     started = time.monotonic()
     reserve(plan, group, storage)
     digests = Digests()
-    _write(plan, group, storage, digests)
+    _write(plan, group, storage, digests, digest)
     record = _fold(plan, group, digests)
     with group.together("writing the weight index"):
         if group.is_main:
@@ -154,17 +160,17 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> None:
                 storage.create(plan.directory / file.name, file.size, file.header)
 
 
-def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests) -> None:
+def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest) -> None:
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
 
     def write_rows(run: Run) -> None:
-        digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage))
+        digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage, digest))
 
     with group.together(f"writing {plan.directory}"):
         try:
             failure: Exception | None = None
             try:
-                write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests)
+                write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
             except Exception as error:  # noqa: BLE001 - raised once no peer waits
                 failure = error
             # Peers count on this rank's rows even if its own writing has failed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointNotFoundError
 from shardwise.io.sources import Source, open_source
 from shardwise.types import TensorSpec
-
-_TORCH_FILE = re.compile(r"^pytorch_model(.*)\.bin$")
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,32 @@ def _has_weights(directory: Path) -> bool:
     return directory.is_dir() and any(directory.glob("*.safetensors"))
 
 
-def snapshot_directory(cache: Path, repo_id: str) -> Path | None:
+def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Path | None:
     """The snapshot of a hub model in a cache directory (``models--org--name/snapshots/<commit>``), or ``None``.
 
-    The commit that ``refs/main`` names is preferred; without it, the only or the lexically last snapshot.
+    Source of the layout: huggingface_hub, "Understand caching".
+
+    Args:
+        cache: The cache, or the directory above its ``hub``.
+        repo_id: ``org/name``.
+        revision: A branch or tag (a file below ``refs``) or a commit. Where ``main`` was never fetched, the only
+            snapshot stands for it, or the newest of several.
     """
-    home = cache / ("models--" + repo_id.replace("/", "--"))
-    reference = home / "refs" / "main"
+    folder = "models--" + repo_id.replace("/", "--")
+    home = next((h for h in (cache / folder, cache / "hub" / folder) if h.is_dir()), None)
+    if home is None:
+        return None
+    reference = home / "refs" / revision
     if reference.is_file():
         commit = home / "snapshots" / reference.read_text().strip()
         if commit.is_dir():
             return commit
-    snapshots = sorted(path for path in (home / "snapshots").glob("*") if path.is_dir())
+    if revision != "main":
+        commits = sorted(path for path in (home / "snapshots").glob(f"{revision}*") if path.is_dir())
+        return commits[0] if len(commits) == 1 or (commits and commits[0].name == revision) else None
+    snapshots = sorted(
+        (path for path in (home / "snapshots").glob("*") if path.is_dir()), key=lambda p: (p.stat().st_mtime, p.name)
+    )
     return snapshots[-1] if snapshots else None
 
 

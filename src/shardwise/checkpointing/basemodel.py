@@ -1,62 +1,240 @@
-"""Materialising models and loading base weights into them."""
+"""Materialising models and loading base weights into them.
+
+What is decided here, and why:
+
+* The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
+  sharding are made for what the model is. `shardwise.checkpointing.base_files.base_dtype` tells the base's dtype, for
+  building the model in it.
+* A tensor of the model that the base lacks is an error, listed with the nearest names. A task head that is to keep its
+  fresh values is named in ``skip_task_head_prefixes_for_base_model``.
+* Tensors that are about to be loaded get memory and no random values first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from shardwise.checkpointing.base import snapshot_directory
-from shardwise.errors import CheckpointNotFoundError, MisuseError
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
+from shardwise.addons.peft_hf import is_peft_adapted
+from shardwise.addons.peft_own import find_sites
+from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
+from shardwise.checkpointing.base_init import initialise, meta_names, names_of
+from shardwise.checkpointing.base_names import BaseWanted, match_base
+from shardwise.checkpointing.context import Context
+from shardwise.comm import Group
+from shardwise.engine.load_base import BaseLoadReport, BaseOptions, BaseSource, check_base, load_base_tensors
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.names import declared_ties
 
-if TYPE_CHECKING:
-    from shardwise.checkpointing.checkpointer import Checkpointer
+_LOG = logging.getLogger(__name__)
+
+#: Names that are listed in the log.
+_SHOWN = 5
 
 
 def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_method: str | None) -> None:
-    """Give meta-device parameters and buffers memory on ``device``, and fresh values by the model's own code."""
-    module = unwrap(model)
-    if any(t.device.type == "meta" for t in [*module.parameters(), *module.buffers()]):
-        module.to_empty(device=device)
-    else:
-        module.to(device)
-    initialise = getattr(module, "initialize_weights", None) or getattr(module, "init_weights", None)
-    if callable(initialise):
-        with torch.no_grad():
-            initialise()
-    tie = getattr(module, "tie_weights", None)
-    if callable(tie):
-        tie()
+    """Give meta-device parameters and buffers memory on ``device``, and fresh values by the model's own code.
+
+    FSDP2's and tensor parallelism's DTensors get their shards; no whole model is ever there. Ties are kept. Buffers
+    that are in no file are recomputed by the module's own code. Random values follow from ``torch.initial_seed()`` of
+    the first rank of the parameters' mesh: in-place draws on parameters are the same on every topology and device,
+    whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
+    generators are left as they were.
+
+    All ranks that hold parts of this model call, since they agree on the seed.
+
+    Raises:
+        MisuseError: A tensor has no values and no code that gives it any.
+    """
+    seed = _agreed_seed(model)
+    initialise(model, device, seed)
+    _fresh_adapters([model], peft_init_method, seed)
+
+
+def _agreed_seed(model: nn.Module) -> int:
+    """The seed of the first rank of the meshes that the parameters are spread over."""
+    seed = torch.initial_seed()
+    seen = set()
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in seen:
+            mesh = parameter.device_mesh
+            seen.add(mesh)
+            for dim in range(mesh.ndim):
+                seed = cast(int, Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed"))
+    return seed
+
+
+def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
+    if is_peft_adapted(parts) or any(find_sites(part) for part in parts):
+        initialise_adapters(parts, None, method, seed=seed)
+    elif method is not None:
+        _LOG.info("peft_init_method is %s and the model has no adapter", method)
 
 
 def load_base_model(
-    checkpointer: Checkpointer,
+    context: Context,
     model: nn.Module | Sequence[nn.Module],
     device: torch.device,
     root_dir: str | Path | None,
     model_name: str | None,
     load: bool,
-) -> None:
-    """Materialise a model and fill it from its base."""
+) -> BaseLoadReport | None:
+    """Materialise a model and fill it from its base. All ranks call.
+
+    Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
+    memory are moved to ``device`` and keep what the base does not fill. Names, shapes and dtypes are compared before
+    any memory is allocated.
+
+    Returns:
+        What was loaded; ``None`` where ``load`` is false.
+
+    Raises:
+        CheckpointNotFoundError: The base is not there.
+        TensorError, QuantizationError: Model and base do not fit.
+    """
     parts = [model] if isinstance(model, nn.Module) else list(model)
-    for part in parts:
-        initialize_model_weights(part, device, None)
     if not load:
-        return
-    if model_name is None:
-        raise MisuseError("no base model is named", hint="Pass model_name, a hub id or a directory.")
-    path = Path(model_name)
-    if not path.exists():
-        found = snapshot_directory(Path(root_dir), model_name) if root_dir is not None else None
-        if found is None:
-            raise CheckpointNotFoundError(
-                f"the base model {model_name} is not in the cache",
-                path=root_dir,
-                hint="Download it first (hf download), or pass a directory.",
+        _materialise(context.group, parts, device, None)
+        return None
+    path = _found(context.group, root_dir, model_name)
+    return fill_from_base(
+        context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
+    )
+
+
+def _found(group: Group, root_dir: str | Path | None, model_name: str | None) -> Path:
+    told = ""
+    with group.together(f"looking for the base model {model_name}"):
+        if model_name is None:
+            raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
+        if group.is_main:
+            told = str(find_base(root_dir, model_name))
+    return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
+
+
+def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
+    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    with group.together("materialising the model"):
+        for part in parts:
+            if not meta_names(part):
+                part.to(device)
+                continue
+            loaded = names_of(part, wanted.tensors) if wanted is not None else frozenset()
+            initialise(part, device, seed, loaded)
+            _fresh_adapters([part], None, seed)
+
+
+def fill_from_base(
+    context: Context,
+    parts: Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
+    before: Callable[[BaseWanted], None] | None = None,
+) -> BaseLoadReport:
+    """Fill a model from a base in place. All ranks of the context's group call.
+
+    Args:
+        context: Settings, ranks and storage.
+        parts: This rank's parts; on the meta device only if ``before`` gives them memory.
+        path: A directory or file.
+        key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
+        allow_missing: Tensors that the base lacks keep their values.
+        before: Called when all is known to fit, before anything is read.
+
+    Raises:
+        TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
+    """
+    group, config = context.group, context.config
+    told: dict[str, object] = {}
+    with group.together("reading the base model's config"):
+        told = base_config(path)
+    source = open_base_source(
+        path,
+        group,
+        told,
+        dequantize=config.dequantize_base_checkpoint,
+        allow_legacy_pickle=config.allow_legacy_pickle_restore,
+    )
+    options = BaseOptions(allow_missing, context.threads)
+    wanted = _matched(context, parts, source, told, key_mapping)
+    if before is not None:
+        check_base(wanted.held, wanted.groups, source, group, options)
+        before(wanted)
+        wanted = _matched(context, parts, source, told, key_mapping)
+    with group.together("checking the model's memory"):
+        if any(tensor.device.type == "meta" for tensor in wanted.tensors):
+            raise MisuseError(
+                "the model is on the meta device and has no memory to load into",
+                hint="Call load_base_model, or initialize_model_weights first.",
             )
-        path = found
-    checkpointer.load_model(model, path, is_init_step=True)
+    report = load_base_tensors(wanted.held, wanted.groups, source, group, context.storage, options)
+    with group.together("copying what is held twice"), torch.no_grad():
+        for first, second in wanted.copies:
+            second.copy_(first)
+        own = [part for part in parts if find_sites(part)]
+        if before is not None and own:
+            initialise_magnitudes(own)
+    if group.is_main:
+        _tell(report, parts)
+    return report
+
+
+def _matched(
+    context: Context,
+    parts: Sequence[nn.Module],
+    source: BaseSource,
+    config: Mapping[str, object],
+    key_mapping: Mapping[str, str] | None,
+) -> BaseWanted:
+    found: BaseWanted | None = None
+    with context.group.together("matching the model with its base"):
+        found = match_base(
+            parts,
+            source.names(),
+            base_ties=ties_head(config),
+            skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
+            key_mapping=key_mapping,
+        )
+    assert found is not None
+    return found
+
+
+def _tell(report: BaseLoadReport, parts: Sequence[nn.Module]) -> None:
+    seconds = max(report.seconds, 1e-9)
+    _LOG.info(
+        "loaded %s: rank 0 read %.3f GB in %.2f s (%.2f GB/s); %d tensors dequantized, %d cast",
+        report.path,
+        report.counts.read / 1e9,
+        report.seconds,
+        report.counts.read / 1e9 / seconds,
+        report.dequantized,
+        report.cast,
+    )
+    if report.missing:
+        _LOG.warning("the base model lacks %s, which keep their values", _listing(report.missing))
+    known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
+    strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
+    if strange:
+        _LOG.warning("the base model has tensors that the model lacks: %s", _listing(strange))
+
+
+def _listing(names: Sequence[str]) -> str:
+    more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _expected_leftovers(part: nn.Module) -> list[str]:
+    """Patterns of names that a transformers model knows its files to have in vain, tied heads among them."""
+    patterns: object = getattr(part, "_keys_to_ignore_on_load_unexpected", None)
+    known = [str(p) for p in patterns] if isinstance(patterns, (list, tuple, set)) else []
+    return [*known, *(f"{re.escape(name)}$" for name in declared_ties([part]))]

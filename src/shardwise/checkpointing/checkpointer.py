@@ -248,8 +248,9 @@ class Checkpointer:
             model: The model, or this rank's pipeline stages, with memory (not on the meta device).
             model_path: A checkpoint's ``model`` directory, ``model/consolidated``, a DCP directory, any Hugging Face
                 model directory, or a single safetensors file.
-            is_init_step: Initialise from a base model: dtypes are cast to the model's, tensors that
-                the model lacks are left alone, and ``skip_task_head_prefixes_for_base_model`` applies.
+            is_init_step: Initialise from a base model: values are cast to the model's dtypes, quantized ones are
+                dequantized (``dequantize_base_checkpoint``), tensors that the model lacks are left alone, adapters
+                are too, and ``skip_task_head_prefixes_for_base_model`` applies. ``.bin`` files are read as well.
             use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
             allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
@@ -259,16 +260,15 @@ class Checkpointer:
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
             return
-        options = LoadOptions(
-            allow_missing=allow_checkpoint_key_subset,
-            allow_unexpected=is_init_step,
-            allow_cast=is_init_step,
-            threads=context.threads,
-        )
-        skip = (self.config.skip_task_head_prefixes_for_base_model or []) if is_init_step else []
-        load_model(
-            context, model, Path(model_path).absolute(), key_mapping=key_mapping, options=options, skip_prefixes=skip
-        )
+        path = Path(model_path).absolute()
+        if is_init_step:
+            parts = [model] if isinstance(model, nn.Module) else list(model)
+            basemodel.fill_from_base(
+                context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
+            )
+            return
+        options = LoadOptions(allow_missing=allow_checkpoint_key_subset, threads=context.threads)
+        load_model(context, model, path, key_mapping=key_mapping, options=options)
 
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
@@ -329,8 +329,23 @@ class Checkpointer:
         model_name: str | None,
         load_base_model: bool = True,
     ) -> None:
-        """Materialise ``model`` on ``device`` and load the base model ``model_name`` into it. All ranks call."""
-        basemodel.load_base_model(self, model, torch.device(device), root_dir, model_name, load_base_model)
+        """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
+
+        The model keeps its dtypes; `shardwise.checkpointing.base_files.base_dtype` tells the base's.
+
+        Args:
+            model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
+            device: Where it is to be.
+            root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
+            model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
+            load_base_model: Whether to load; otherwise the model is only initialised.
+
+        Raises:
+            CheckpointNotFoundError: The base is not there.
+            TensorError: Model and base do not fit.
+            QuantizationError: The base is quantized in a way that cannot be undone.
+        """
+        basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
 
     # --- background -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,331 @@
+"""Fresh values for a model that was built on the meta device, by the model's own code.
+
+First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
+marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
+that are in no file, in most models) come from building their module once more, from the arguments that it keeps, or
+the whole model from its config. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from shardwise.checkpointing.base_random import SeededInit
+from shardwise.convert.skeleton import original_class
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.names import plain_name, unwrap
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+
+_LOG = logging.getLogger(__name__)
+
+#: What a constructor may raise when it is called with arguments that turn out not to be its own.
+_CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError,
+                       TypeError, ValueError)  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module.
+
+    Attributes:
+        name: Plain name of its first occurrence.
+        places: Modules and attributes that are this very tensor.
+        kind: Where modules keep it.
+    """
+
+    name: str
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    kind: str = "parameter"
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it is now."""
+        module, leaf = self.places[0]
+        found = getattr(module, leaf)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+def initialise(module: nn.Module, device: torch.device, seed: int, loaded: Collection[str] = ()) -> None:
+    """Give what is on the meta device memory and values; other tensors are moved and initialised anew as well.
+
+    Random values are those of `SeededInit`: the same on every topology for one ``seed``, as far as the model's code
+    draws them in place on its parameters. The generators' states are left as they were.
+
+    Args:
+        module: The model, or a pipeline stage.
+        device: Where it is to be.
+        seed: Equal on all ranks that hold parts of the same tensors.
+        loaded: Plain names of tensors that are about to be loaded: they get memory and no values.
+
+    Raises:
+        MisuseError: A tensor has no values, and no code that would give it any.
+    """
+    inner = unwrap(module)
+    slots = _slots(inner)
+    fresh = [slot for slot in slots if slot.tensor.device.type == "meta"]
+    _materialise(module, slots, device)
+    open_slots = [slot for slot in fresh if slot.name not in loaded]
+    marked = {slot.name: _mark(slot.tensor) for slot in open_slots}
+    tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
+    with _seeded(seed), torch.no_grad():
+        with _flags(inner, tensors, loaded), SeededInit(tensors, seed, loaded).with_padding(inner):
+            _run_own_code(inner, device)
+        _tie(inner)
+        left = [slot for slot in open_slots if not marked[slot.name] or _untouched(slot.tensor)]
+        left = _rebuild(inner, left)
+    unknown = [slot for slot in left if marked[slot.name]]
+    if unknown:
+        raise MisuseError(
+            f"{len(unknown)} tensors have no initial values and no code that gives them any: "
+            + ", ".join(slot.name for slot in unknown[:5]),
+            tensor=unknown[0].name,
+            hint="Give the module that owns them reset_parameters(), or build the model on a real device.",
+        )
+    if left:
+        _LOG.warning("could not recompute %s", ", ".join(slot.name for slot in left[:5]))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The CPU's generator at ``seed``, and afterwards as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def meta_names(module: nn.Module) -> frozenset[str]:
+    """Plain names of the tensors of a model that are on the meta device."""
+    return frozenset(slot.name for slot in _slots(unwrap(module)) if slot.tensor.device.type == "meta")
+
+
+def names_of(module: nn.Module, tensors: Collection[torch.Tensor]) -> frozenset[str]:
+    """The names under which `initialise` knows some of a model's tensors."""
+    ids = {id(tensor) for tensor in tensors}
+    return frozenset(slot.name for slot in _slots(unwrap(module)) if id(slot.tensor) in ids)
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    found: dict[int, _Slot] = {}
+    for prefix, inner in module.named_modules():
+        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in inner._parameters.items()]
+        entries += [(k, v, "buffer") for k, v in inner._buffers.items()]
+        entries += [(k, v, "attribute") for k, v in vars(inner).items()]
+        for leaf, value, kind in entries:
+            if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):
+                continue
+            name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
+            slot = found.setdefault(id(value), _Slot(name, kind=kind))
+            slot.places.append((inner, leaf))
+    return list(found.values())
+
+
+def _materialise(module: nn.Module, slots: list[_Slot], device: torch.device) -> None:
+    made: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            return tensor.to(device)
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_like(tensor, device=device)
+        return made[id(tensor)]
+
+    attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
+    module._apply(move)  # type: ignore[no-untyped-call]
+    for slot, old in attributes:
+        new = torch.empty_like(old, device=device)
+        for owner, leaf in slot.places:
+            setattr(owner, leaf, new)
+    for slot in slots:
+        # Module._apply makes a parameter for each place; a tied one is one parameter again.
+        first = slot.tensor
+        for owner, leaf in slot.places[1:]:
+            for store in (owner._parameters, owner._buffers):
+                if (
+                    leaf in store
+                    and store[leaf] is not first
+                    and (store is owner._buffers or isinstance(first, nn.Parameter))
+                ):
+                    store[leaf] = first  # type: ignore[assignment]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _signal(dtype: torch.dtype) -> float | int | None:
+    """A value that no initialisation leaves everywhere; ``None`` where there is no such value."""
+    if dtype == torch.bool:
+        return None
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan") if dtype not in (torch.float8_e8m0fnu,) else None
+    info = torch.iinfo(dtype)
+    return info.max if info.min == 0 else info.min
+
+
+def _mark(tensor: torch.Tensor) -> bool:
+    signal = _signal(tensor.dtype)
+    if signal is not None:
+        _local(tensor).fill_(signal)
+    return signal is not None
+
+
+def _untouched(tensor: torch.Tensor) -> bool:
+    local, signal = _local(tensor), _signal(tensor.dtype)
+    if local.numel() == 0 or signal is None:
+        return False
+    if isinstance(signal, float):
+        wide = local.to(torch.float32) if local.dtype.itemsize == 1 else local
+        # Looking at one element settles it for all but tensors that were never touched.
+        return bool(wide.flatten()[0].isnan()) and bool(wide.isnan().all())
+    return bool((local == signal).all())
+
+
+@contextlib.contextmanager
+def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Collection[str]) -> Iterator[None]:
+    """Tell transformers' initialisation what is loaded and that nothing else is initialised yet."""
+    for inner in module.modules():
+        vars(inner).pop("_is_hf_initialized", None)
+    for name, tensor in tensors.items():
+        vars(tensor).pop("_is_hf_initialized", None)
+        if name in loaded:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for tensor in tensors.values():
+            vars(tensor).pop("_is_hf_initialized", None)
+
+
+def _run_own_code(module: nn.Module, device: torch.device) -> None:
+    """The module's initialisation, or that of its children and then its own."""
+    for name in ("initialize_weights", "init_weights"):
+        method = getattr(module, name, None)
+        if callable(method):
+            _call(method, device)
+            return
+    for child in module.children():
+        _run_own_code(child, device)
+    for name in ("reset_parameters", "_reset_parameters"):
+        method = getattr(module, name, None)
+        if callable(method):
+            method()
+            return
+
+
+def _call(method: Callable[..., object], device: torch.device) -> None:
+    """Call it with what it may want to know: torchtitan's models take the device of their buffers."""
+    known = {"buffer_device": device, "device": device}
+    wanted = inspect.signature(method).parameters
+    method(**{name: value for name, value in known.items() if name in wanted})
+
+
+def _tie(module: nn.Module) -> None:
+    """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
+    tie = getattr(module, "tie_weights", None)
+    if callable(tie) and not any(isinstance(p, DTensor) for p in module.parameters()):
+        tie()
+
+
+# --- building modules once more -------------------------------------------------------------------------------------
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts uninitialised memory, of which layers make their weights, on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _rebuild(model: nn.Module, left: list[_Slot]) -> list[_Slot]:
+    """Fill tensors from modules built anew; returns those that this did not fill."""
+    if not left:
+        return left
+    config = getattr(model, "config", None)
+    built: dict[int, nn.Module | None] = {}
+    for real in (False, True):
+        rest = []
+        for slot in left:
+            owner, leaf = slot.places[0]
+            if real or id(owner) not in built:
+                built[id(owner)] = _again(owner, config, real)
+            if not _fill(slot, built[id(owner)], leaf):
+                rest.append(slot)
+        left = rest
+        if not left:
+            return left
+    whole = _again(model, config, False, strict=False)
+    return [slot for slot in left if not _fill(slot, whole, slot.name)]
+
+
+def _again(module: nn.Module, config: object, real: bool, *, strict: bool = True) -> nn.Module | None:
+    """The module built once more on the CPU, or ``None`` where its arguments are not known.
+
+    Args:
+        module: Any module.
+        config: The model's configuration, for a module that takes one and does not keep it.
+        real: Whether weights get memory.
+        strict: Whether arguments that have defaults must be known too: a default that was not the argument would give
+            values that are wrong without a sign.
+    """
+    cls = original_class(module)
+    arguments = _arguments(module, cls, config, strict)
+    if arguments is None:
+        return None
+    mode = contextlib.nullcontext() if real else _EmptyOnMeta()
+    try:
+        with torch.device("cpu"), mode:
+            return cls(**arguments)
+    except _CONSTRUCTOR_ERRORS as error:
+        _LOG.debug("building %s once more failed: %s", cls.__name__, error)
+        return None
+
+
+def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: bool) -> dict[str, object] | None:
+    found: dict[str, object] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in ("device", "dtype"):
+            continue
+        value = next((vars(module)[key] for key in (name, f"_{name}") if key in vars(module)), parameter.empty)
+        if value is parameter.empty and name == "config" and config is not None:
+            value = config
+        known = value is not parameter.empty and not isinstance(value, torch.Tensor)
+        if known and parameter.kind is not parameter.POSITIONAL_ONLY:
+            found[name] = value
+        elif strict or parameter.default is parameter.empty:
+            return None
+    return found
+
+
+def _fill(slot: _Slot, built: nn.Module | None, path: str) -> bool:
+    value: object = built
+    for piece in path.split("."):
+        value = getattr(value, piece, None)
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.shape != slot.tensor.shape:
+        return False
+    whole = value.detach()
+    for fragment in held_tensor(slot.name, slot.tensor, MeshRegister()).fragments:
+        box = fragment.box
+        fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+    return True

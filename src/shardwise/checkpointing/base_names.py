@@ -1,0 +1,256 @@
+"""Which tensors of a model a base model fills, and under which names its files have them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from shardwise.addons.model_parts import unwrap as unwrap_adapted
+from shardwise.addons.peft_own import find_sites
+from shardwise.addons.peft_own import natives as site_natives
+from shardwise.convert import (
+    Conversion,
+    HeldGroup,
+    StateDictAdapter,
+    check_round_trip,
+    derive,
+    derive_from_adapter,
+    for_files,
+    identity,
+    to_hub,
+)
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, plain_name, state_tensors
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BaseWanted:
+    """What a base fills on this rank.
+
+    Attributes:
+        held: Destinations under the names of the base's files.
+        groups: Native tensors that have to be computed from the base's.
+        copies: ``(from, to)``: memory that gets what another one was filled with.
+        tensors: The model's tensors behind all of these.
+    """
+
+    held: tuple[HeldTensor, ...]
+    groups: tuple[HeldGroup, ...]
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The tensors of one part of the model under the names of its base.
+
+    Attributes:
+        module: The part without wrappers and adapters.
+        tensors: Its tensors.
+        copies: Names of ``tensors``, and further tensors that begin as copies of them.
+    """
+
+    module: nn.Module
+    tensors: tuple[NamedTensor, ...]
+    copies: tuple[tuple[str, torch.Tensor], ...]
+
+
+def match_base(
+    parts: Sequence[nn.Module],
+    names: Sequence[str],
+    *,
+    base_ties: bool,
+    skip_prefixes: Sequence[str] = (),
+    key_mapping: Mapping[str, str] | None = None,
+) -> BaseWanted:
+    """Describe what a base's files fill of a model, which may still be on the meta device. Local.
+
+    Adapters are left out: their layers' base weights are matched under the names that they have without. A tied tensor
+    is matched under whichever of its names the files have; a head that this model does not tie and the files lack gets
+    the embedding that the model's class would tie it to, if the base ties.
+
+    Args:
+        parts: This rank's parts.
+        names: All names in the files.
+        base_ties: Whether the base's head may be tied, so that files without it are whole.
+        skip_prefixes: Tensors whose names start with one of these are left out.
+        key_mapping: Regular expressions and replacements, from the files' names to the model's.
+
+    Raises:
+        ConversionError: Names or tensors do not map.
+    """
+    register = MeshRegister()
+    available = frozenset(names)
+    held: list[HeldTensor] = []
+    groups: list[HeldGroup] = []
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tensors: list[torch.Tensor] = []
+    for module in parts:
+        part = _part(module)
+        kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
+        kept = list(_present(part.module, kept, names, key_mapping))
+        natives = [held_tensor(named.name, named.tensor, register) for named in kept]
+        specs = tuple(native.spec for native in natives)
+        conversion = for_files(part.module, _conversion(part.module, natives), specs, names, key_mapping)
+        converted = to_hub(conversion, natives)
+        ignorable = _ignorable(part.module)
+        embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
+        for tensor in converted.held:
+            native = tensor.parts[0].part.view is None and _native_of(conversion, tensor.spec.name)
+            if tensor.spec.name in available:
+                held.append(tensor)
+            elif native and native in embedded:
+                held.append(replace(tensor, spec=replace(tensor.spec, name=embedded[native])))
+            elif not _matches(ignorable, tensor.spec.name):
+                held.append(tensor)
+        groups += converted.groups
+        by_name = {named.name: named.tensor for named in kept}
+        copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
+        tensors += by_name.values()
+    own, doubled = _once(held)
+    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors))
+
+
+def _conversion(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
+    specs = tuple(native.spec for native in natives)
+    adapter = getattr(module, "state_dict_adapter", None)
+    found = derive_from_adapter(adapter, specs) if isinstance(adapter, StateDictAdapter) else derive(module, specs)
+    check_round_trip(found, specs)
+    return found
+
+
+def _native_of(conversion: Conversion, name: str) -> str:
+    return conversion.by_hub(name).parts[0].native
+
+
+def _present(
+    module: nn.Module, tensors: Sequence[NamedTensor], names: Sequence[str], key_mapping: Mapping[str, str] | None
+) -> Iterator[NamedTensor]:
+    """The tensors, tied ones under a name that the files have if they have one of them."""
+    tied = [t for t in tensors if t.aliases]
+    if not tied:
+        yield from tensors
+        return
+    found = _in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
+    for named in tensors:
+        choices = [name for name in (named.name, *named.aliases) if name in found]
+        yield replace(named, name=choices[0]) if named.aliases and choices else named
+
+
+def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
+    """For each tensor that the model's class ties to another, that other one's name in the files."""
+    ties = {target: source for target, source in declared_ties([module]).items() if source}
+    class_ties = getattr(type(module), "_tied_weights_keys", None)
+    if isinstance(class_ties, dict):
+        ties = {str(t): str(s) for t, s in class_ties.items()} | ties
+    scalar = torch.empty((), device="meta")
+    found = _in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
+    return {target: found[source] for target, source in ties.items() if source in found}
+
+
+def _in_files(
+    module: nn.Module,
+    tensors: Sequence[tuple[str, torch.Tensor]],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None,
+) -> dict[str, str]:
+    """For each of some native names that is in the files, its name there."""
+    register = MeshRegister()
+    specs = [held_tensor(name, tensor, register).spec for name, tensor in tensors]
+    conversion = for_files(module, identity(specs), specs, names, key_mapping)
+    available = frozenset(names)
+    return {hub.parts[0].native: hub.name for hub in conversion.hub if hub.name in available}
+
+
+def _ignorable(module: nn.Module) -> tuple[re.Pattern[str], ...]:
+    """Patterns of names that a transformers model does not expect in its files."""
+    patterns: object = getattr(module, "_keys_to_ignore_on_load_missing", None)
+    return tuple(re.compile(str(p)) for p in patterns) if isinstance(patterns, (list, tuple, set)) else ()
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Destinations that read nothing twice: a region wanted in two places is read into one and copied to the other."""
+    seen: dict[tuple[object, ...], torch.Tensor] = {}
+    doubled: list[tuple[torch.Tensor, torch.Tensor]] = []
+    out: list[HeldTensor] = []
+    for tensor in held:
+        parts = []
+        for part in tensor.parts:
+            fresh = []
+            for fragment in part.fragments:
+                first = seen.setdefault((tensor.spec.name, tensor.grid, fragment.box), fragment.data)
+                if first is fragment.data:
+                    fresh.append(fragment)
+                else:
+                    doubled.append((first, fragment.data))
+            parts.append(replace(part, fragments=tuple(fresh)))
+        out.append(replace(tensor, parts=tuple(parts)))
+    return tuple(out), doubled
+
+
+def _part(module: nn.Module) -> _Part:
+    inner = unwrap_adapted(module)
+    wrapped, saved = _peft_layers(inner)
+    adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
+    tensors: list[NamedTensor] = []
+    copies: list[tuple[str, torch.Tensor]] = []
+    for named in state_tensors([inner]):
+        if id(named.tensor) in adapters:
+            continue
+        names = [_base_name(name, wrapped, saved) for name in (named.name, *named.aliases)]
+        own = [name for name, is_copy in names if name and not is_copy]
+        if own:
+            tensors.append(NamedTensor(own[0], named.tensor, tuple(dict.fromkeys(own[1:]))))
+        else:
+            copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
+    return _Part(inner, tuple(tensors), tuple(copies))
+
+
+def _peft_layers(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies."""
+    import sys
+
+    if "peft" not in sys.modules:  # a model with its layers cannot exist without it
+        return frozenset(), frozenset()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = [(plain_name(name), m) for name, m in module.named_modules()]
+    layers = frozenset(name for name, m in modules if isinstance(m, BaseTunerLayer))
+    return layers, frozenset(name for name, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+
+
+def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tuple[str, bool]:
+    """The name that a tensor has without adapters (empty for an adapter's), and whether it is a copy to be trained."""
+    kept: list[str] = []
+    pieces = name.split(".")
+    position, copy = 0, False
+    while position < len(pieces):
+        prefix = ".".join(pieces[:position])
+        piece = pieces[position]
+        if prefix in layers and position:
+            if piece != "base_layer":
+                return "", False
+            position += 1
+            continue
+        if prefix in saved and position:
+            if piece == "modules_to_save" and position + 1 < len(pieces):
+                copy = True
+                position += 2
+                continue
+            if piece != "original_module":
+                return "", False
+            position += 1
+            continue
+        kept.append(piece)
+        position += 1
+    return ".".join(kept), copy

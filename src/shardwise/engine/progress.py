@@ -1,0 +1,74 @@
+"""Progress of a long read: a bar on a terminal, a line in the log now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Protocol
+
+_LOG = logging.getLogger(__name__)
+
+#: Seconds between lines in the log.
+LOG_SECONDS = 10.0
+
+
+class _Bar(Protocol):
+    def update(self, n: int, /) -> object: ...
+
+    def close(self) -> object: ...
+
+
+class Progress:
+    """Counts bytes and tells how far things are. Threads may share it.
+
+    Args:
+        what: What is being done: "loading model".
+        total: Bytes expected.
+        shown: Whether this rank tells; one of them is enough.
+    """
+
+    def __init__(self, what: str, total: int, shown: bool) -> None:
+        self._what, self._total, self._shown = what, total, shown
+        self._done = 0
+        self._started = self._told = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar: _Bar | None = None
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that have been read."""
+        if not self._shown:
+            return
+        with self._lock:
+            self._done += nbytes
+            if self._bar is not None:
+                self._bar.update(nbytes)
+            elif time.monotonic() - self._told >= LOG_SECONDS:
+                self._told = time.monotonic()
+                share = 100 * self._done / max(self._total, self._done, 1)
+                _LOG.info("%s: %.0f%% of %.2f GB, %s", self._what, share, self._total / 1e9, self._rate())
+
+    def close(self) -> None:
+        """Take the bar off the terminal. Safe to call twice."""
+        self._shown = False
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return f"{self._done / 1e9 / seconds:.2f} GB/s in {seconds:.1f} s"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

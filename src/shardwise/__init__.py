@@ -9,17 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from shardwise._version import __version__
+
 if TYPE_CHECKING:
     from shardwise.checkpointing import Checkpointer, RestoreRecord
     from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
     from shardwise.errors import ShardwiseError
     from shardwise.io.dcp import SafetensorsReader, SafetensorsWriter
-
-__version__ = "0.1.0"
+    from shardwise.lifecycle import PreemptionGuard
 
 __all__ = [
     "Checkpointer",
     "CheckpointingConfig",
+    "PreemptionGuard",
     "RestoreRecord",
     "SafetensorsReader",
     "SafetensorsWriter",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "Checkpointer": "shardwise.checkpointing",
     "CheckpointingConfig": "shardwise.config",
+    "PreemptionGuard": "shardwise.lifecycle",
     "RestoreRecord": "shardwise.checkpointing",
     "SafetensorsReader": "shardwise.io.dcp",
     "SafetensorsWriter": "shardwise.io.dcp",

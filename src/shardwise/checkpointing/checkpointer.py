@@ -33,7 +33,16 @@ from shardwise.engine.background import Background
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.load import LoadOptions
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.lifecycle import LOCAL, FileSystem, checkpoint_name, remove_leftovers, reserve, resolve, temporary_name
+from shardwise.lifecycle import (
+    LOCAL,
+    FileSystem,
+    PreemptionGuard,
+    checkpoint_name,
+    remove_leftovers,
+    reserve,
+    resolve,
+    temporary_name,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -381,6 +390,21 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.finalize()
+
+    # --- preemption -------------------------------------------------------------------------------------------------
+
+    def asked_to_stop(self, guard: PreemptionGuard) -> bool:
+        """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
+
+        with PreemptionGuard() as guard:
+            for step, batch in enumerate(loader):
+                train_step(batch)
+                if checkpointer.asked_to_stop(guard):
+                    checkpointer.save(epoch, step, model, optimizer)
+                    checkpointer.finalize()
+                    break
+        """
+        return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from shardwise.comm.lost import Seat, find_lost
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -41,6 +42,9 @@ class Group:
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self._pg = process_group
         self._owned = False
+        self._broken: PeerError | None = None
+        self._name = ""
+        self._seats: tuple[Seat, ...] = ()
         if process_group is None:
             self.rank, self.world_size = 0, 1
             self._device = torch.device("cpu")
@@ -48,6 +52,7 @@ class Group:
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
             self._device = _collective_device(process_group)
+            self._name = str(process_group.group_name)
 
     @classmethod
     def current(cls) -> Group:
@@ -69,6 +74,9 @@ class Group:
         made = dist.new_group(ranks=ranks, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         group = cls(made)
         group._owned = True
+        own = Seat.own()
+        seats = cast(list[tuple[str, int]], group.gather_json([own.host, own.pid], "meeting the other ranks"))
+        group._seats = tuple(Seat(host, pid) for host, pid in seats)
         return group
 
     def close(self) -> None:
@@ -251,6 +259,8 @@ class Group:
 
     @contextlib.contextmanager
     def _guard(self, what: str) -> Iterator[None]:
+        if self._broken is not None:
+            raise self._broken
         try:
             yield
         except ShardwiseError:
@@ -258,11 +268,24 @@ class Group:
         except (RuntimeError, ValueError) as error:
             if self._pg is None:
                 raise RemoteError(f"{type(error).__name__}: {error}", rank=self.global_rank) from error
-            raise PeerError(
-                f"a rank left or did not answer while {what}: {error}",
-                rank=self.global_rank,
-                hint="Look for the first failure in the other ranks' logs; what was published before is untouched.",
-            ) from error
+            raise self._break(what, error) from error
+
+    def _break(self, what: str, error: Exception) -> PeerError:
+        """Find out who is missing, and refuse every later collective: the ranks are out of step."""
+        lost, how = find_lost(self._name, self.rank, self._seats)
+        ranks = self.global_ranks()
+        named = [ranks[number] for number in lost]
+        if named:
+            who = f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(map(str, named))}"
+            message = f"{who} {how} while {what}"
+        else:
+            message = f"the ranks lost touch while {what}: {str(error).splitlines()[0]}"
+        self._broken = PeerError(
+            message,
+            rank=named[0] if named else None,
+            hint="Look at that rank's log and restart the job; what was published before is untouched.",
+        )
+        return self._broken
 
 
 def _collective_device(process_group: dist.ProcessGroup) -> torch.device:

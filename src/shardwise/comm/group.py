@@ -63,7 +63,7 @@ class Group:
 
     @classmethod
     def dedicated(cls, of: dist.ProcessGroup | None, timeout_seconds: float) -> Group:
-        """Make a CPU (gloo) group of the same ranks, for checkpoints alone. All ranks of the default group call.
+        """Make a CPU (gloo) group of the same ranks, for checkpoints alone. The ranks of ``of`` call, and no others.
 
         A group of its own keeps checkpoint traffic from mixing with the training's, lets a background thread
         communicate while training does, and has a time-out of its own.
@@ -71,7 +71,14 @@ class Group:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None)
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
-        made = dist.new_group(ranks=ranks, backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        # torch wants every rank of the default group to take part in making a group, unless told that only members do.
+        few = len(ranks) < dist.get_world_size()
+        made = dist.new_group(
+            ranks=ranks,
+            backend="gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            use_local_synchronization=few,
+        )
         group = cls(made)
         group._owned = True
         own = Seat.own()

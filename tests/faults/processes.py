@@ -125,7 +125,9 @@ def alone(body: Callable[[], object], limit: float = 600.0) -> object:
             break
         time.sleep(0.002)
     ended = _ended(place, status, hung, 0.0)
-    assert not ended.crash and not ended.hung and not ended.signal, ended.crash or f"{ended}"
+    assert not ended.crash, ended.crash
+    assert not ended.hung, "it hung"
+    assert not ended.signal, f"killed by signal {ended.signal}"
     return ended.returned
 
 

@@ -208,7 +208,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .configuration_tiny import TinyClientConfig
-from .parts.blocks import block
+from .blocks_tiny import block
 
 
 class TinyClientForCausalLM(PreTrainedModel):
@@ -233,10 +233,10 @@ def write_custom_base(directory: Path) -> Path:
     """A model whose code is in its own directory, with weights made by that code."""
     from safetensors.torch import save_file
 
-    (directory / "parts").mkdir(parents=True)
+    directory.mkdir(parents=True)
     (directory / "configuration_tiny.py").write_text(CONFIGURATION)
     (directory / "modeling_tiny.py").write_text(MODELING)
-    (directory / "parts" / "blocks.py").write_text(BLOCKS)
+    (directory / "blocks_tiny.py").write_text(BLOCKS)
     config = {
         "model_type": "shardwise_tiny_client",
         "architectures": ["TinyClientForCausalLM"],

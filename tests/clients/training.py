@@ -89,9 +89,43 @@ def save_both_ways(name: str, root: str, base: str) -> bool:
     with checkpointer(directory / "run", base) as with_base:
         with_base.save(0, 1, tuned, optimizer)
         with_base.restore(again, other)
-    same = [torch.equal(a, b) for a, b in zip(locals_of(tuned.parameters()), locals_of(again.parameters()), strict=True)]
+    pairs = list(zip(locals_of(tuned.parameters()), locals_of(again.parameters()), strict=True))
     for old, new in zip(tuned.parameters(), again.parameters(), strict=True):
         if old in optimizer.state:
-            pairs = zip(locals_of(optimizer.state[old].values()), locals_of(other.state[new].values()), strict=True)
-            same += [torch.equal(a, b) for a, b in pairs]
-    return all(same)
+            pairs += zip(locals_of(optimizer.state[old].values()), locals_of(other.state[new].values()), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def save_custom(root: str, base: str) -> list[str]:
+    """Train and save a model whose code came with its base; the names of its files' parameters."""
+    from transformers import AutoModelForCausalLM, dynamic_module_utils
+
+    directory = Path(root)
+    # Each process has a module cache of its own: two that fill one race.
+    shared = dynamic_module_utils.HF_MODULES_CACHE
+    dynamic_module_utils.HF_MODULES_CACHE = str(directory / f"modules_{dist.get_rank()}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE = shared
+    shard(model)
+    optimizer = trained(model, FAMILIES["llama"].inputs())
+    keep_whole(model, directory / "whole.pt")
+    with checkpointer(directory / "run", base) as saver:
+        saver.save(0, 1, model, optimizer, tokenizer=tokenizer())
+    return sorted(name for name, _ in model.named_parameters())
+
+
+def save_encoder(root: str, base: str) -> None:
+    """Fine-tune a real encoder for a step and save it."""
+    from transformers import AutoModel
+
+    directory = Path(root)
+    model = AutoModel.from_pretrained(base)
+    shard(model)
+    before = model.embeddings.LayerNorm.weight.full_tensor().clone()
+    trained(model, FAMILIES["encoder"].inputs())
+    assert not torch.equal(before, model.embeddings.LayerNorm.weight.full_tensor())
+    keep_whole(model, directory / "whole.pt")
+    with checkpointer(directory, base) as saver:
+        saver.save_model(model, directory)

@@ -18,6 +18,7 @@ from shardwise.convert import (
     to_hub,
 )
 from shardwise.engine.memo import Memo
+from shardwise.errors import ConversionError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import plain_name, unwrap
@@ -36,11 +37,14 @@ class HubState:
         native: Under the model's own names.
         held: Under the hub's names, as views.
         groups: What has to be computed.
+        absent: Names that files of this model may have and these do not: other names of tied tensors, and what the
+            class keeps out of its files.
     """
 
     native: tuple[HeldTensor, ...]
     held: tuple[HeldTensor, ...]
     groups: tuple[HeldGroup, ...]
+    absent: tuple[str, ...] = ()
 
 
 class HubNames:
@@ -63,14 +67,19 @@ class HubNames:
         meshes = MeshRegister()
         native = state.held(meshes)
         by_name = {tensor.spec.name: tensor for tensor in native}
+        aliases = {named.name: named.aliases for named in state.tensors()}
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
+        absent: list[str] = []
         for part in state.model:
             own = [by_name.pop(name) for name in _names(part) if name in by_name]
-            converted = to_hub(self._conversion(part, own), own)
+            conversion = self._conversion(part, own)
+            converted = to_hub(conversion, own)
             held += converted.held
             groups += converted.groups
-        return HubState(tuple(native), tuple(held), tuple(groups))
+            tied = [replace(tensor.spec, name=alias) for tensor in own for alias in aliases[tensor.spec.name]]
+            absent += [*conversion.ignored, *_file_names(part, tied)]
+        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent))
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
@@ -85,6 +94,20 @@ class HubNames:
             check_round_trip(known, specs)
             self._known[specs] = known
         return known
+
+
+def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
+    """The names of tensors that are written under other names, as the model has them and as its files would."""
+    own = [spec.name for spec in specs]
+    module = unwrap(part)
+    if not specs or isinstance(getattr(module, "state_dict_adapter", None), StateDictAdapter):
+        return own
+    try:
+        conversion = derive(module, specs)
+    except ConversionError:
+        # A rule that needs more than these tensors gives them no names of their own.
+        return own
+    return [*own, *(tensor.name for tensor in conversion.hub)]
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, torch.Size]:

@@ -104,7 +104,7 @@ class ModelSave:
         export, exact = context.base_dtypes.get(held, None, lambda: with_base_dtypes(held, base))
         native = {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
         roster = context.model_roster.roster(export)
-        proof = self._prove(roster.specs)
+        proof = self._prove(roster.specs, hub.absent)
         assert self.base is not None or not proof.passed
         passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
         computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
@@ -130,7 +130,7 @@ class ModelSave:
         groups = tuple(
             replace(held, natives=tuple(context.staged("model.native", held.natives))) for held in hub.groups
         )
-        return HubState(hub.native, tuple(context.staged("model", hub.held)), groups)
+        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
 
     def _options(self) -> ExportOptions:
         config = self._context.config
@@ -141,16 +141,17 @@ class ModelSave:
             threads=self._context.threads,
         )
 
-    def _prove(self, specs: Sequence[TensorSpec]) -> Proof:
+    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> Proof:
         """Compare what will be written with the base model; all ranks call and come to the same."""
         proof = Proof()
-        config = self._context.config
-        with self._context.group.together("comparing the export with the base model"):
-            if self.base is not None:
-                promise = promise_of(self.state.model, self.state.tensors())
-                proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
-                if config.verify_export:
-                    require(proof, self.base.directory)
+        if self.base is None:
+            return proof
+        config, group = self._context.config, self._context.group
+        promise = promise_of(self.state.model, absent, group)
+        with group.together("comparing the export with the base model"):
+            proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
+            if config.verify_export:
+                require(proof, self.base.directory)
         return proof
 
     def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
+from shardwise.addons.model_parts import own_class
 from shardwise.checkpointing.base import BaseModel
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.errors import ExportMismatchError
 from shardwise.io.sources import open_source
-from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.names import unwrap
 from shardwise.types import TensorSpec
 
 _SHOWN = 10
@@ -32,9 +34,10 @@ class Promise:
     """What the model says of its own files.
 
     Attributes:
-        aliases: Names of tensors that are written under another name because they are the same tensor.
+        aliases: Names that files of this model may have and these do not, such as further names of tied tensors.
         unloaded: Patterns of tensors that the model class is known not to load (transformers'
             ``_keys_to_ignore_on_load_unexpected``).
+        computed: The last two components of the names of buffers that the model computes and does not save.
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
@@ -42,6 +45,7 @@ class Promise:
 
     aliases: frozenset[str] = frozenset()
     unloaded: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
     prefix: str = ""
     architectures: tuple[str, ...] = ()
     vocab_size: int | None = None
@@ -60,20 +64,58 @@ class Proof:
     differences: tuple[str, ...] = ()
 
 
-def promise_of(parts: Sequence[nn.Module], tensors: Iterable[NamedTensor]) -> Promise:
-    """Collect what a rank's model parts say. Local."""
-    aliases = frozenset(alias for named in tensors for alias in named.aliases)
+def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) -> Promise:
+    """Collect what all ranks' model parts say: pipeline stages have different ones. All ranks call.
+
+    Args:
+        parts: This rank's parts.
+        absent: Names that files of this rank's parts may have and the export does not.
+        group: The ranks that save together.
+    """
+    own: JsonValue = None
+    with group.together("describing what the model promises"):
+        own = _record_of(parts, absent)
+    everyone = [cast(_Row, theirs) for theirs in group.gather_json(own, "comparing what the stages promise")]
+    prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
+    sizes = [size for *_, size in everyone if size is not None]
+    return Promise(
+        frozenset(name for names, *_ in everyone for name in names),
+        tuple(dict.fromkeys(pattern for _, patterns, *_ in everyone for pattern in patterns)),
+        frozenset(name for _, _, names, *_ in everyone for name in names),
+        prefixes[0] if prefixes else "",
+        (everyone[0][4],),
+        sizes[0] if sizes else None,
+    )
+
+
+_Row = tuple[list[str], list[str], list[str], str, str, int | None]
+
+
+def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
     module = unwrap(parts[0])
     config = getattr(module, "config", None)
     text = getattr(config, "text_config", None) or config
     size = getattr(text, "vocab_size", None)
-    return Promise(
-        aliases,
-        tuple(str(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+    computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
+    return [
+        list(absent),
+        sorted(str(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        sorted(computed),
         str(getattr(module, "base_model_prefix", "") or ""),
-        (type(module).__name__.removeprefix("FSDP"),),
+        own_class(module).__name__,
         size if isinstance(size, int) else None,
-    )
+    ]
+
+
+def _computed_buffers(module: nn.Module) -> Iterable[str]:
+    for path, each in module.named_modules():
+        for leaf in each._non_persistent_buffers_set:
+            yield f"{path}.{leaf}"
+
+
+def _tail(name: str) -> str:
+    """``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about."""
+    return ".".join(name.split(".")[-2:])
 
 
 def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pass_through: bool) -> Proof:
@@ -119,7 +161,7 @@ def _resized(spec: TensorSpec, known: TensorSpec, promise: Promise) -> bool:
 
 def _accounted(name: str, written: Mapping[str, TensorSpec], promise: Promise, config: Mapping[str, object]) -> bool:
     """Whether a tensor of the base is in the export under another name, or needs not be."""
-    if name in promise.aliases:
+    if name in promise.aliases or _tail(name) in promise.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
         return True

@@ -32,6 +32,7 @@ from shardwise.config import CheckpointingConfig
 from shardwise.engine.background import Background
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.load import LoadOptions
+from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.lifecycle import (
     LOCAL,
@@ -175,6 +176,7 @@ class Checkpointer:
         *,
         restore_from: str | Path = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
+        verify: VerifyLevel = "sizes",
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -185,6 +187,9 @@ class Checkpointer:
             restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, or a path.
             extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
                 values are replaced in this mapping.
+            verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
+                every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
+                warning.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -192,6 +197,7 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: What ``restore_from`` names does not exist.
             IncompleteCheckpointError: It is an interrupted save.
+            IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged.
         """
         context = self._context
@@ -207,6 +213,9 @@ class Checkpointer:
             return None
         path_text, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
         path = Path(path_text)
+        wanted = {"model": True, "optim": optimizer is not None, "extra": extra_state, "rng": self.config.save_rng}
+        components = [name for name, is_wanted in wanted.items() if is_wanted]
+        check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         self.load_model(model, path / "model")
         if optimizer is not None:
             self.load_optimizer(optimizer, model, path, scheduler)

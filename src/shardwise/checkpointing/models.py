@@ -17,7 +17,7 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
 from shardwise.checkpointing.torch_format import save_distcp
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import ComputedPlan, declared, load_computed
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
@@ -38,6 +38,8 @@ from shardwise.types import TensorSpec
 
 METADATA_DIR = ".hf_metadata"
 CONSOLIDATED_DIR = "consolidated"
+#: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
+EXACT = "model.exact"
 NATIVE_DTYPES = "native_dtypes.json"
 PASSED_THROUGH = "passed_through.json"
 
@@ -121,7 +123,7 @@ class ModelSave:
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(plan, group))
         if exact:
-            steps.append(self._shards(exact, context.exact_roster))
+            steps.append(self._shards(exact, context.exact_roster, EXACT))
         return [*steps, self._after]
 
     def _captured(self) -> HubState:
@@ -193,7 +195,7 @@ class ModelSave:
             return lambda group: write_merged(plan, roster, group, context.storage, options).below(CONSOLIDATED_DIR)
         return lambda group: write_export(plan, group, context.storage).below(CONSOLIDATED_DIR)
 
-    def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper) -> Step:
+    def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper, component: str = "model") -> Step:
         context = self._context
         roster = keeper.roster(held)
         index = None
@@ -202,7 +204,7 @@ class ModelSave:
             last = max(numbers.values())
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         files = plan_shards(held, roster, context.group.rank, index)
-        plan = ShardPlan(self._directory, "model", roster, files)
+        plan = ShardPlan(self._directory, component, roster, files)
         return lambda group: write_shards(plan, group, context.storage)
 
 
@@ -242,6 +244,7 @@ def load_model(
     group = context.group
     source = open_source(path, group)
     exact: dict[str, str] = {}
+    ties: dict[str, JsonValue] = {}
     state = ModelState(model, skip_prefixes=skip_prefixes)
     hub: HubState | None = None
     with group.together("describing the model"):
@@ -253,9 +256,11 @@ def load_model(
                 hint="Call initialize_model_weights or load_base_model first.",
             )
         hub = context.names.capture(state)
+        ties = {alias: named.name for named in state.tensors() for alias in named.aliases}
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
     assert hub is not None
+    source = _untied(source, group.gather_json(ties, "comparing tied tensors"))
     if _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
@@ -264,6 +269,16 @@ def load_model(
     report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
     load_computed(computed, source, group, context.storage, options)
     return report
+
+
+def _untied(source: Source, ties: Sequence[JsonValue]) -> Source:
+    """The source with each tensor that the model ties under one name: other tools write both, or the other one."""
+    tensors = dict(source.tensors)
+    for alias, name in (pair for theirs in ties if isinstance(theirs, dict) for pair in theirs.items()):
+        tensor = tensors.pop(alias, None)
+        if tensor is not None:
+            tensors.setdefault(str(name), replace(tensor, spec=replace(tensor.spec, name=str(name))))
+    return replace(source, tensors=tensors)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

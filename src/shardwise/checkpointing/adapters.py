@@ -17,6 +17,7 @@ from shardwise.addons.peft_load import check_shared_factors, differing_settings
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.hooks import run_hooks
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -67,8 +68,7 @@ class AdapterSave:
         with group.together("preparing the adapter's directory"):
             if group.is_main:
                 context.storage.make_directory(self._directory)
-        for addon in self._addons:
-            addon.pre_save(**(self._args | {"group": group}))
+        run_hooks(self._addons, "pre_save", self._args, group)
         settings = adapter_settings(
             self.state.model,
             self._config,
@@ -95,8 +95,7 @@ class AdapterSave:
         return [*steps, self._after]
 
     def _after(self, group: Group) -> ComponentRecord:
-        for addon in self._addons:
-            addon.post_save(**(self._args | {"group": group}))
+        run_hooks(self._addons, "post_save", self._args, group)
         return ComponentRecord()
 
 

@@ -78,7 +78,8 @@ def initialise(module: nn.Module, device: torch.device, seed: int, loaded: Colle
     marked = {slot.name: _mark(slot.tensor) for slot in open_slots}
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
     with _seeded(seed), torch.no_grad():
-        with _flags(inner, tensors, loaded), SeededInit(tensors, seed, loaded).with_padding(inner):
+        seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
+        with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
             _run_own_code(inner, device)
         _tie(inner)
         left = [slot for slot in open_slots if not marked[slot.name] or _untouched(slot.tensor)]
@@ -207,6 +208,21 @@ def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Colle
     finally:
         for tensor in tensors.values():
             vars(tensor).pop("_is_hf_initialized", None)
+
+
+@contextlib.contextmanager
+def _first_owners(slots: list[_Slot]) -> Iterator[None]:
+    """Let a tied parameter be initialised by its first owner alone: a head must not draw over an embedding."""
+    tied = [(slot.tensor, place) for slot in slots if slot.kind == "parameter" for place in slot.places[1:]]
+    for tensor, (owner, leaf) in tied:
+        owner._parameters[leaf] = nn.Parameter(
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=tensor.requires_grad
+        )
+    try:
+        yield
+    finally:
+        for tensor, (owner, leaf) in tied:
+            owner._parameters[leaf] = tensor  # type: ignore[assignment]
 
 
 def _run_own_code(module: nn.Module, device: torch.device) -> None:

@@ -44,6 +44,7 @@ from shardwise.lifecycle import (
     resolve,
     temporary_name,
 )
+from shardwise.stateful_wrappers import ModelState, OptimizerState
 
 _LOG = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ class Checkpointer:
                     told = [str(found.path), found.epoch, found.step, dict(found.metrics)]
         told = context.group.broadcast_json(told, 0, f"looking for {restore_from}")
         if told is None:
+            self.allocate_staging(model, optimizer)
             return None
         path_text, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
         path = Path(path_text)
@@ -226,6 +228,7 @@ class Checkpointer:
             skipped += restore_values(context.group, {"rng": RandomState()}, path / "rng")
         if skipped and context.group.is_main:
             _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+        self.allocate_staging(model, optimizer)
         return RestoreRecord(epoch, step, path, metrics, skipped)
 
     # --- components -------------------------------------------------------------------------------------------------
@@ -366,6 +369,19 @@ class Checkpointer:
         basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
 
     # --- background -------------------------------------------------------------------------------------------------
+
+    def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """Make the staging memory of asynchronous saves ahead of the first one. Local; each rank may call.
+
+        `restore` calls it. An optimizer that has not taken a step has no state to make room for yet: call this after
+        the first step to keep the first save as short as the later ones.
+        """
+        stager = self._context.stager
+        if stager is None or self.config.is_peft:
+            return
+        stager.allocate("model", self._context.names.capture(ModelState(model)).held)
+        if optimizer is not None:
+            stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""

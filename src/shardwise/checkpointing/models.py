@@ -14,8 +14,10 @@ from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
+from shardwise.checkpointing.ties import under_saved_names
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
@@ -176,13 +178,11 @@ class ModelSave:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
             args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
             args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
-        for addon in self._addons:
-            addon.pre_save(**args)
+        run_hooks(self._addons, "pre_save", args, group)
         return []
 
     def _after(self, group: Group) -> ComponentRecord:
-        for addon in self._addons:
-            addon.post_save(**(self._args | {"group": group}))
+        run_hooks(self._addons, "post_save", self._args, group)
         return ComponentRecord()
 
     def _export(self, plan: ExportPlan, roster: Roster) -> Step:
@@ -264,7 +264,10 @@ def load_model(
     if _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
-    direct = [*hub.held, *natives_of([held for held in hub.groups if held not in computed])]
+    own = list(hub.held)
+    with group.together("looking for tied tensors"):
+        own = under_saved_names(state.model, hub.held, source.tensors.keys())
+    direct = [*own, *natives_of([held for held in hub.groups if held not in computed])]
     names = [spec.name for held in computed for spec in held.computed.hub]
     report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
     load_computed(computed, source, group, context.storage, options)

@@ -20,6 +20,7 @@ from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, pack_state, read_state, unpack_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.io.sources import Source, open_source
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
@@ -155,11 +156,13 @@ def load_optimizer(
         if schedulers:
             _load_schedulers(schedulers, directory)
     assert state is not None
-    held = state.held()
-    if not group.any(bool(held), "comparing optimizer states"):
+    if not group.any(bool(state.state_dict()), "comparing optimizer states"):
         return
     source = open_source(directory, group)
     source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
+    held: list[HeldTensor] = []
+    with group.together("describing the optimizer"):
+        held = state.held_as_saved(source.tensors.keys())
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads)
     load_tensors(held, source, group, context.storage, options)

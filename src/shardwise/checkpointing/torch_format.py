@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.io.regions import is_packed
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 
 
@@ -22,11 +23,11 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
         ShardwiseError: What DCP's writer failed with, on every rank.
     """
     with group.together("describing what DCP is to write"):
-        for tensor in state.held():
-            if len([fragment for fragment in tensor.fragments if fragment.box.numel]) > 1:
+        for name, tensor in state.state_dict().items():
+            if is_packed(tensor):
                 raise MisuseError(
-                    "this rank holds several disjoint regions, which a .distcp file records as one",
-                    tensor=tensor.spec.name,
+                    "what this rank holds of it is not the one region that a .distcp file would record",
+                    tensor=name,
                     hint='Set model_save_format to "safetensors".',
                 )
     failure: BaseException | None = None

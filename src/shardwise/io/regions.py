@@ -1,7 +1,8 @@
 """Telling DCP what a packed strided shard really is.
 
 DCP asks a DTensor for one chunk. A tensor packed under tensor parallelism (``_StridedShard`` over a fused weight) has
-several disjoint regions on a rank. `as_regions` wraps such tensors so that they answer DCP's hooks with all of them.
+several disjoint regions on a rank; where FSDP2 has cut it once more, they lie elsewhere than DCP computes. `as_regions`
+wraps such tensors so that they answer DCP's hooks with all of them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shardwise.plan.fragments import Fragment
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.types import Box
 
 
 def is_packed(value: object) -> bool:
@@ -25,8 +28,9 @@ def is_packed(value: object) -> bool:
 
     if not any(isinstance(placement, _StridedShard) for placement in value.placements):
         return False
-    held = held_tensor("", value, MeshRegister())
-    return len(list(held.fragments)) > 1
+    boxes = [fragment.box for fragment in held_tensor("", value, MeshRegister()).fragments]
+    sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    return bool(boxes) and boxes != [Box(tuple(offsets), tuple(sizes))]
 
 
 class RegionTensor(torch.Tensor):

@@ -5,6 +5,11 @@ The rules are those of ``torch.distributed.tensor``: mesh dimensions apply from 
 dimension into ``split_factor`` groups, each of which is cut again. Where FSDP2 wraps a tensor-parallel parameter the
 result is one region; as a packed placement (fused weights under tensor parallelism) it is several disjoint ones, which
 DCP's own hooks describe as a single chunk.
+
+The exception to the order is FSDP2 over tensor parallelism along one dimension. FSDP2 cuts what tensor parallelism left
+on the rank, writes its strided shard *before* the others and gives it their number as ``split_factor``; read from left
+to right that says the same for even pieces only, and something else where the weight is packed as well (measured with
+torch 2.13: ``full_tensor()`` of such a parameter comes out permuted).
 """
 
 from __future__ import annotations
@@ -111,6 +116,21 @@ def _cut(intervals: list[Interval], placement: Sharded | Strided, parts: int, in
     return _merge(taken)
 
 
+def _cut_last(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> tuple[int, ...]:
+    """Mesh dimensions over which FSDP2 cuts what later ones left: strided by exactly the number of those pieces."""
+    found = []
+    for at, placement in enumerate(placements):
+        if isinstance(placement, Strided):
+            later = [
+                n
+                for n, other in zip(mesh_shape[at + 1 :], placements[at + 1 :], strict=True)
+                if not isinstance(other, Replicated) and other.dim == placement.dim
+            ]
+            if later and math.prod(later) == placement.split_factor:
+                found.append(at)
+    return tuple(found)
+
+
 @lru_cache(maxsize=65536)
 def regions(
     shape: tuple[int, ...],
@@ -130,9 +150,12 @@ def regions(
         No region at all where the rank's local tensor is empty.
     """
     per_dim: list[list[Interval]] = [[(0, n)] if n else [] for n in shape]
-    for parts, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
+    late = _cut_last(mesh_shape, placements)
+    for at in (*(i for i in range(len(placements)) if i not in late), *reversed(late)):
+        placement = placements[at]
         if not isinstance(placement, Replicated):
-            per_dim[placement.dim] = _cut(per_dim[placement.dim], placement, parts, index)
+            how = Sharded(placement.dim) if at in late else placement
+            per_dim[placement.dim] = _cut(per_dim[placement.dim], how, mesh_shape[at], coordinate[at])
     with_local: list[list[tuple[int, int, int]]] = []
     for intervals in per_dim:
         starts = itertools.accumulate((size for _, size in intervals), initial=0)

@@ -114,6 +114,12 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[AnyRead]:
 
 def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[AnyRead]:
     if grid == spec.shape:
+        if not chunk.packed and _whole_rows(fragment.box, chunk.box):
+            first = fragment.box.offsets[0] - chunk.box.offsets[0]
+            offset = chunk.offset + first * math.prod(chunk.box.sizes[1:]) * spec.itemsize
+            nbytes = fragment.box.numel * spec.itemsize
+            yield Read(chunk.file, offset, 1, nbytes, nbytes, fragment.data.unsqueeze(0), spec)
+            return
         factors: tuple[tuple[int, ...], ...] = tuple((n,) for n in grid)
         boxes: Sequence[Box] = (chunk.box,)
     else:
@@ -129,6 +135,18 @@ def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: 
         else:
             start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
             yield from _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
+
+
+def _whole_rows(inner: Box, outer: Box) -> bool:
+    """Whether ``inner`` is consecutive whole rows of ``outer``: most fragments are, and need no further thought."""
+    return (
+        len(inner.sizes) > 0
+        and inner.sizes[0] > 0
+        and inner.sizes[1:] == outer.sizes[1:]
+        and inner.offsets[1:] == outer.offsets[1:]
+        and inner.offsets[0] >= outer.offsets[0]
+        and inner.offsets[0] + inner.sizes[0] <= outer.offsets[0] + outer.sizes[0]
+    )
 
 
 def _memory(box: Box, factors: tuple[tuple[int, ...], ...]) -> tuple[int, tuple[int, ...]]:

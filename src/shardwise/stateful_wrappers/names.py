@@ -115,3 +115,17 @@ def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
         elif declared:
             ties.update({str(target): "" for target in declared})
     return ties
+
+
+def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
+    """As `declared_ties`, but only what the parts' configuration ties: a head of its own is not in it.
+
+    A pipeline stage has a copy of its own of a tensor that another stage has under the name that it is tied to.
+    """
+    ties: dict[str, str] = {}
+    for part in parts:
+        module = unwrap(part)
+        declared = getattr(module, "all_tied_weights_keys", getattr(module, "_tied_weights_keys", None))
+        if isinstance(declared, dict):
+            ties.update({str(target): str(source) for target, source in declared.items()})
+    return ties

@@ -8,8 +8,8 @@ and comes back without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import state_tensors
+from shardwise.stateful_wrappers.names import promised_ties, state_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 StateValue = object
@@ -149,6 +149,7 @@ class OptimizerState:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         parts = [model] if isinstance(model, nn.Module) else list(model)
         self._names = {id(named.tensor): named.name for named in state_tensors(parts)}
+        self._ties = promised_ties(parts)
 
     def _name(self, param: torch.Tensor) -> str:
         name = self._names.get(id(param))
@@ -187,6 +188,26 @@ class OptimizerState:
         register = meshes or MeshRegister()
         return [held_tensor(name, tensor, register) for name, tensor in self.state_dict().items()]
 
+    def held_as_saved(self, names: Collection[str]) -> list[HeldTensor]:
+        """As `held`, under the names of a checkpoint.
+
+        A pipeline stage's own copy of a tied tensor takes the state that the single tensor had, where nothing was
+        saved under its own name.
+
+        Args:
+            names: What the checkpoint has.
+        """
+        keys = {key for optimizer in self.optimizers for state in optimizer.state.values() for key in state}
+        other = {
+            f"state.{name}.{key}": f"state.{tied}.{key}" for name, tied in self._ties.items() for key in sorted(keys)
+        }
+        return [
+            replace(tensor, spec=replace(tensor.spec, name=other[tensor.spec.name]))
+            if tensor.spec.name not in names and other.get(tensor.spec.name) in names
+            else tensor
+            for tensor in self.held()
+        ]
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State tensors by name, sharing the optimizers' memory."""
         found: dict[str, torch.Tensor] = {}
@@ -219,18 +240,19 @@ class OptimizerState:
             MisuseError: One group's parameters were saved in groups with different options.
         """
         group_of = {name: index for index, group in enumerate(record.groups) for name in group.params}
+        saved_as = {name: name if name in group_of else self._ties.get(name, name) for name in self._names.values()}
         for position, (optimizer, group) in enumerate(self._groups()):
             params = cast(list[torch.Tensor], group["params"])
-            saved = self._saved_group(record, group_of, params, position)
+            saved = self._saved_group(record, group_of, [saved_as[self._name(p)] for p in params], position)
             if saved is not None:
                 _set_options(group, saved.options)
             for param in params:
-                self._allocate(optimizer, group, param, record)
+                self._allocate(optimizer, group, param, record, saved_as[self._name(param)])
 
+    @staticmethod
     def _saved_group(
-        self, record: OptimizerRecord, group_of: Mapping[str, int], params: Sequence[torch.Tensor], position: int
+        record: OptimizerRecord, group_of: Mapping[str, int], names: Sequence[str], position: int
     ) -> SavedGroup | None:
-        names = [self._name(param) for param in params]
         absent = [name for name in names if name not in group_of]
         if absent:
             raise MissingTensorError(
@@ -251,8 +273,10 @@ class OptimizerState:
                 )
         return first
 
-    def _allocate(self, optimizer: Optimizer, group: Options, param: torch.Tensor, record: OptimizerRecord) -> None:
-        name = self._name(param)
+    @staticmethod
+    def _allocate(
+        optimizer: Optimizer, group: Options, param: torch.Tensor, record: OptimizerRecord, name: str
+    ) -> None:
         if name not in record.tensors:
             optimizer.state.pop(param, None)
             return

@@ -77,4 +77,12 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         )
     placements = tuple(_placement(p, name) for p in tensor.placements)
     part = Part(tuple(tensor.shape), meshes.key(tensor.device_mesh), placements)
-    return hold(spec, part, tuple(coordinate), tensor.to_local().detach())
+    local = tensor.to_local().detach()
+    if sum(region.box.numel for region in part.regions(tuple(coordinate))) != local.numel():
+        raise TensorError(
+            f"this rank's memory of it, {list(local.shape)}, is not what {tensor.placements} of {list(tensor.shape)} "
+            f"over {list(tensor.device_mesh.shape)} ranks gives",
+            tensor=name,
+            hint="Redistribute it to plain shards before saving.",
+        )
+    return hold(spec, part, tuple(coordinate), local)

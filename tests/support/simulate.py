@@ -60,9 +60,21 @@ def local_tensor(
 ) -> torch.Tensor:
     """What the rank at ``coordinate`` has in memory."""
     local = whole
-    for placement, parts, index in zip(placements, mesh, coordinate, strict=True):
-        local = split(local, placement, parts, index)
+    last = []
+    for at, (placement, parts, index) in enumerate(zip(placements, mesh, coordinate, strict=True)):
+        if isinstance(placement, Strided) and _is_fsdp_over(placement, mesh[at + 1 :], placements[at + 1 :]):
+            last.append((Sharded(placement.dim), parts, index))
+        else:
+            local = split(local, placement, parts, index)
+    for how, parts, index in reversed(last):
+        local = split(local, how, parts, index)
     return local.clone()
+
+
+def _is_fsdp_over(placement: Strided, mesh: tuple[int, ...], later: Sequence[Placement]) -> bool:
+    """Whether FSDP2 made this placement, cutting what later mesh dimensions had left of the same tensor dimension."""
+    pieces = [n for n, p in zip(mesh, later, strict=True) if not isinstance(p, Replicated) and p.dim == placement.dim]
+    return bool(pieces) and math.prod(pieces) == placement.split_factor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""Small models, bases in hub-cache layouts, and a storage that remembers what was read."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from shardwise.checkpointing import Checkpointer
+from shardwise.config import CheckpointingConfig
+from shardwise.io.storage import LocalStorage, Storage
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def llama_config(**settings: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**(sizes | settings))
+
+
+def llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**settings))
+
+
+def on_meta(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> Any:
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    return model if dtype is None else model.to(dtype)
+
+
+def checkpointer(tmp_path: Path, storage: Storage | None = None, **settings: Any) -> Checkpointer:
+    config = CheckpointingConfig(enabled=True, checkpoint_dir=str(tmp_path / "checkpoints"), **settings)
+    return Checkpointer(config, 0, 0, 0, storage=storage)
+
+
+def hub_cache(root: Path, repo_id: str, source: Path, commit: str = COMMIT, ref: str | None = "main") -> Path:
+    """Put a saved model where `huggingface_hub` would: blobs, a snapshot of links to them, a reference."""
+    home = root / ("models--" + repo_id.replace("/", "--"))
+    snapshot, blobs = home / "snapshots" / commit, home / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir(exist_ok=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        blob = blobs / f"{commit[:8]}{number:04d}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    if ref is not None:
+        (home / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def edit_config(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | values))
+
+
+def assert_same(model: nn.Module, expected: nn.Module, *, but: tuple[str, ...] = ()) -> None:
+    """Parameters, persistent and other buffers are equal, bit for bit."""
+    have, want = model.state_dict(), expected.state_dict()
+    assert have.keys() == want.keys()
+    for name, value in want.items():
+        if not name.startswith(but or ("\0",)):
+            assert have[name].device.type != "meta"
+            assert torch.equal(have[name], value.to(have[name].dtype)), name
+    buffers = dict(model.named_buffers())
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+class CountingStorage(LocalStorage):
+    """Remembers every range that was read from every file."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, Path] = {}
+        self.ranges: list[tuple[Path, int, int]] = []
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        handle = super().open(path, writable=writable)
+        self.paths[handle] = path
+        return handle
+
+    def read(self, handle: int, into: memoryview, offset: int) -> int:
+        self.ranges.append((self.paths[handle], offset, offset + len(into)))
+        return super().read(handle, into, offset)
+
+    def overlaps(self) -> list[tuple[Path, int, int]]:
+        """Ranges that begin before an earlier one of the same file ends."""
+        found, last = [], {}
+        for path, begin, end in sorted(self.ranges):
+            if begin < last.get(path, 0):
+                found.append((path, begin, end))
+            last[path] = max(end, last.get(path, 0))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return sum(end - begin for _, begin, end in self.ranges)
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; every rank of its mesh calls."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor  # type: ignore[no-any-return]

@@ -201,7 +201,9 @@ def _concerned(
     """One damage for each component of which a chunk ends beyond ``size``; at least one."""
     lost: dict[str, list[str]] = {}
     for tensor in tensors:
-        if any(chunk.file == record.path and chunk.offset + chunk.nbytes > size for chunk in tensor.chunks):
+        if any(
+            chunk.nbytes and chunk.file == record.path and chunk.offset + chunk.nbytes > size for chunk in tensor.chunks
+        ):
             lost.setdefault(tensor.component, []).append(tensor.spec.name)
     if not lost:
         return [Damage(record.path, kind, message)]

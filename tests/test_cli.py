@@ -1,0 +1,109 @@
+"""The command line: exit codes, what is printed, and that asking for help is cheap."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.ops.checkpoints import saved
+
+from shardwise.cli import main
+
+EXPORT = "model/consolidated/model.safetensors"
+
+
+def test_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path)
+    assert main(["verify", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert str(directory) in printed.out
+    assert "is whole" in printed.out
+    assert printed.err == ""
+    assert main(["verify", "--quick", str(directory / "model")]) == 0
+    assert "digests not" in capsys.readouterr().out
+
+
+def test_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path)
+    os.truncate(directory / EXPORT, 1000)
+    assert main(["verify", str(directory)]) == 1
+    out = capsys.readouterr().out
+    assert EXPORT in out
+    assert "big" in out
+    assert main(["verify", "--json", str(directory)]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["status"] == "damaged"
+    assert record["damages"][0]["file"] == EXPORT
+    assert "big" in record["damages"][0]["tensors"]
+
+
+def test_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    for arguments in ([], ["verify"], ["frobnicate"], ["verify", "--threads", "many", str(tmp_path)]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+    assert main(["verify", "--threads", "0", str(tmp_path)]) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_is_misuse(tmp_path: Path) -> None:
+    directory = tmp_path / "closed"
+    directory.mkdir(mode=0)
+    assert main(["verify", str(directory)]) == 2
+
+
+def test_unverifiable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path)
+    (directory / "manifest.json").unlink()
+    assert main(["verify", str(directory)]) == 3
+    assert "cannot be verified" in capsys.readouterr().out
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path)
+    assert main(["inspect", "--tensors", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "model  big  F32 [300, 200]" in out
+    assert main(["inspect", "--json", str(tmp_path)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["step"] == 1
+    assert {"big", "small", "empty"} <= {tensor["spec"]["name"] for tensor in record["tensors"]}
+    (tmp_path / "LATEST").resolve().joinpath("manifest.json").write_text("{}")
+    assert main(["inspect", str(tmp_path)]) == 1
+
+
+def test_consolidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path, save_consolidated="false")
+    assert main(["consolidate", str(directory)]) == 0
+    assert (directory / EXPORT).is_file()
+    assert main(["consolidate", str(directory)]) == 2
+    assert "already there" in capsys.readouterr().err
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "shardwise", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    saved(tmp_path)
+    done = run("verify", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "is whole" in done.stdout
+
+
+def test_neither_help_nor_verify_load_torch(tmp_path: Path) -> None:
+    saved(tmp_path)
+    code = (
+        "import sys; from shardwise.cli import main\n"
+        f"status = main(['verify', {str(tmp_path)!r}])\n"
+        "heavy = [name for name in ('torch', 'numpy', 'transformers', 'huggingface_hub') if name in sys.modules]\n"
+        "print(heavy, file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")

@@ -141,7 +141,7 @@ def _whole_rows(inner: Box, outer: Box) -> bool:
     """Whether ``inner`` is consecutive whole rows of ``outer``: most fragments are, and need no further thought."""
     return (
         len(inner.sizes) > 0
-        and inner.sizes[0] > 0
+        and inner.numel > 0
         and inner.sizes[1:] == outer.sizes[1:]
         and inner.offsets[1:] == outer.offsets[1:]
         and inner.offsets[0] >= outer.offsets[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import statistics
 import time
 from pathlib import Path
@@ -128,6 +129,8 @@ def _steps(rank: Rank) -> list[Row]:
                 during += busy
                 ratios.append(statistics.mean(w for w, _ in busy) / statistics.mean(w for w, _ in quiet))
                 cpu_ratios.append(statistics.mean(c for _, c in busy) / statistics.mean(c for _, c in quiet))
+    if not ratios:
+        return [Row("training step during a save", math.nan, note="saves ended within a step; use a larger --size")]
     return [
         Row(
             "training step during a save",

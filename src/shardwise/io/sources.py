@@ -208,8 +208,12 @@ def _check_index(root: Path, indices: Sequence[str], source: Source, files: Sequ
         prefix = name.rpartition("/")[0]
         for tensor, file in index.weight_map.items():
             known = source.tensors.get(tensor)
-            held = {source.files[chunk.file].name for chunk in known.chunks} if known else set()
-            if known is None or (file not in held and f"{prefix}/{file}".lstrip("/") in files and not _sharded(known)):
+            held = {source.files[chunk.file] for chunk in known.chunks} if known else set()
+            # A tensor that is read from shards beside the export has no say about the export's files.
+            here = all(path.parent == root / prefix for path in held)
+            whole = known is not None and not _sharded(known)
+            listed = f"{prefix}/{file}".lstrip("/") in files
+            if known is None or (here and whole and listed and root / prefix / file not in held):
                 raise WeightIndexError(
                     f"the index says that {file} holds this tensor, which it does not",
                     path=root / name,

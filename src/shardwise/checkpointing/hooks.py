@@ -26,7 +26,7 @@ def run_hooks(
         try:
             run = addon.pre_save if hook == "pre_save" else addon.post_save
             run(**(args | {"group": group}))
-        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+        except Exception as error:
             if _is_agreed(error):
                 raise
             failure = error

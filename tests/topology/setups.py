@@ -20,8 +20,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.io.storage import Storage
 from shardwise.stateful_wrappers import ModelState
 
 FAMILIES = ("dense", "tied", "moe")
@@ -54,6 +56,11 @@ def _model(family: str) -> nn.Module:
         return Qwen3ForCausalLM(Qwen3Config(**common))
     from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    if family == "fused":
+        from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
+
+        del common["head_dim"]
+        return Phi3ForCausalLM(Phi3Config(**{**common, "intermediate_size": 13, "pad_token_id": 0}))
     experts = {"moe_intermediate_size": 11, "num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **experts))
 
@@ -129,6 +136,25 @@ def _tp(model: nn.Module, mesh: DeviceMesh, by_name: dict[str, int] = _BY_NAME) 
     return model
 
 
+def _packed(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Tensor parallelism as transformers does it: each rank has a part of the gate and of the up half of a weight."""
+    for name, param in list(model.named_parameters()):
+        if name.endswith(("gate_up_proj", "gate_up_proj.weight")):
+            placement: Shard | _StridedShard = _StridedShard(param.dim() - 2, split_factor=2)
+        elif name.endswith(("down_proj", "down_proj.weight", "o_proj.weight")):
+            placement = Shard(param.dim() - 1)
+        else:
+            continue
+        pieces, _ = placement._split_tensor(param.data, mesh.size(), with_padding=False, contiguous=True)
+        mine = DTensor.from_local(
+            pieces[mesh.get_local_rank()].clone(), mesh, [placement], run_check=False, shape=param.shape,
+            stride=param.stride(),
+        )  # fmt: skip
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(last, nn.Parameter(mine))
+    return model
+
+
 def experts(model: nn.Module) -> list[nn.Module]:
     """The modules that hold fused experts."""
     return [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
@@ -189,6 +215,23 @@ def tp(make: Callable[[], nn.Module]) -> Spread:
     return Spread([_tp(make(), _mesh(4, names=("tp",)))])
 
 
+def tp_packed(make: Callable[[], nn.Module]) -> Spread:
+    """Tensor parallelism over four, fused weights packed."""
+    return Spread([_packed(make(), _mesh(4, names=("tp",)))])
+
+
+def fsdp_over_packed_tp(make: Callable[[], nn.Module]) -> Spread:
+    """FSDP2 over two, over packed tensor parallelism over two."""
+    mesh = _mesh(2, 2, names=("dp", "tp"))
+    return Spread([_fsdp(_packed(make(), mesh["tp"]), mesh["dp"])])
+
+
+def hsdp_over_packed_tp(make: Callable[[], nn.Module]) -> Spread:
+    """Two replicas of packed tensor parallelism over two."""
+    mesh = _mesh(2, 1, 2, names=("replicate", "shard", "tp"))
+    return Spread([_fsdp(_packed(make(), mesh["tp"]), mesh["replicate", "shard"])])
+
+
 def _pipeline(make: Callable[[], nn.Module], stages: list[list[Stage]]) -> Spread:
     mesh = _mesh(2, 2, names=("pp", "dp"))
     pp_rank = mesh.get_local_rank("pp")
@@ -245,6 +288,9 @@ def _ep_shard(make: Callable[[], nn.Module], dim: int) -> Spread:
 Topology = Callable[[Callable[[], nn.Module]], Spread]
 DENSE: tuple[Topology, ...] = (single, fsdp, fsdp_over_tp, hsdp, ddp, tp, pp, pp_virtual)
 SPARSE: tuple[Topology, ...] = (*DENSE, ep, ep_replicated, ep_shard, ep_shard_rows)
+
+
+PACKED: tuple[Topology, ...] = (single, fsdp, tp_packed, fsdp_over_packed_tp, hsdp_over_packed_tp)
 
 
 def topologies(family: str) -> tuple[Topology, ...]:
@@ -314,16 +360,16 @@ class Run:
             for kind in STATES:
                 _same(f"{name} {kind}", local(state[kind]), self.truth[kind][name])
 
-    def checkpointer(self, directory: Path, **settings: object) -> Checkpointer:
+    def checkpointer(self, directory: Path, storage: Storage | None = None, **settings: object) -> Checkpointer:
         """The engine for a directory, told of this rank's place."""
         config = CheckpointingConfig(checkpoint_dir=directory, **settings)  # type: ignore[arg-type]
         place = self.spread
-        return config.build(dp_rank=dist.get_rank(), tp_rank=0, pp_rank=place.pp_rank, process_group=place.group)
+        return Checkpointer(config, dist.get_rank(), 0, place.pp_rank, process_group=place.group, storage=storage)
 
-    def save(self, directory: Path, **settings: object) -> None:
+    def save(self, directory: Path, storage: Storage | None = None, **settings: object) -> None:
         """Save as step 7."""
         if self.takes_part:
-            with self.checkpointer(directory, **settings) as engine:
+            with self.checkpointer(directory, storage, **settings) as engine:
                 engine.save(0, 7, self.spread.parts, self.optimizer)
 
     def restore(self, directory: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from safetensors import safe_open
 from tests.support.ranks import run
+from tests.topology.exports import consolidated, export, tensors
 from tests.topology.setups import EMBEDDING, FAMILIES, HEAD, Run, topologies
 
 #: In a routine run each topology loads this share of the others' checkpoints, another share for each.
@@ -74,28 +73,7 @@ def test_the_export_does_not_depend_on_the_topology(family: str, saved: Path) ->
     if family == "tied":
         # Two stages have a tensor each where one process has one; both are written.
         doubled = [name for name in names if name.startswith("pp")]
-        single = tensors(saved / family / "single")
+        single = tensors(consolidated(saved / family / "single"))
         assert len({tuple(sorted(found.pop(name).items())) for name in doubled}) == 1
-        assert tensors(saved / family / doubled[0]) == {**single, HEAD: single[EMBEDDING]}
+        assert tensors(consolidated(saved / family / doubled[0])) == {**single, HEAD: single[EMBEDDING]}
     assert {name for name, files in found.items() if files != found["single"]} == set()
-
-
-def _directory(root: Path) -> Path:
-    [step] = root.glob("epoch_*")
-    return step / "model" / "consolidated"
-
-
-def export(root: Path) -> dict[str, str]:
-    """Digests of the export's files."""
-    files = [path for path in _directory(root).iterdir() if "safetensors" in path.name]
-    assert files
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def tensors(root: Path) -> dict[str, bytes]:
-    """The export's tensors, as anybody reads them."""
-    out: dict[str, bytes] = {}
-    for path in _directory(root).glob("*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            out |= {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
-    return out

@@ -1,0 +1,45 @@
+"""Whole checkpoints that somebody made to do harm: one typed error each, soon, and nothing outside is touched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tests.hostile.cases import all_cases
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@cache
+def results() -> tuple[dict[str, dict[str, object]], dict[str, bool]]:
+    """What every case came to, from one process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.runner"], capture_output=True, text=True, timeout=290, cwd=ROOT
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"{len(lines)} cases, then {done.returncode}\n{done.stderr[-3000:]}"
+    return {line["case"]: line for line in lines[:-1]}, lines[-1]
+
+
+def test_there_are_enough_cases() -> None:
+    names = [case.name for case in all_cases()]
+    assert len(names) == len(set(names)) >= 200
+
+
+@pytest.mark.parametrize("name", [case.name for case in all_cases()])
+def test_hostile(name: str) -> None:
+    found = results()[0][name]
+    for way, result in found["ways"].items():  # type: ignore[attr-defined]
+        assert not result["ended"].startswith(("UNTYPED", "HUNG")), f"{way}: {result['ended']}"
+        assert not result["forbidden"], f"{way}: {result['forbidden']}"
+    if found["detected"]:
+        ended = found["ways"]["verify"]["ended"]  # type: ignore[index]
+        assert ended == "damaged" or ended.startswith("typed"), ended
+
+
+def test_nothing_was_run_and_nothing_outside_was_changed() -> None:
+    assert results()[1] == {"owned": False, "secret": True}

@@ -51,7 +51,7 @@ class HubNames:
     """Derives a model's conversion once and applies it at every save and load."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[TensorSpec, ...], Conversion] = {}
+        self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: Memo[HubState] = Memo()
 
     def capture(self, state: ModelState) -> HubState:
@@ -83,16 +83,18 @@ class HubNames:
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
-        known = self._known.get(specs)
+        module = unwrap(part)
+        # Models of two classes may have the same tensors and other rules.
+        key = (type(module), specs)
+        known = self._known.get(key)
         if known is None:
-            module = unwrap(part)
             adapter = getattr(module, "state_dict_adapter", None)
             if isinstance(adapter, StateDictAdapter):
                 known = derive_from_adapter(adapter, specs)
             else:
                 known = derive(module, specs)
             check_round_trip(known, specs)
-            self._known[specs] = known
+            self._known[key] = known
         return known
 
 

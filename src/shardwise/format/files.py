@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,6 +110,7 @@ def read_whole(path: str | os.PathLike[str], limit: int, error: type[FormatError
     return data
 
 
+@lru_cache(maxsize=4096)
 def why_not_relative(relative: str) -> str | None:
     """Say why ``relative`` is not a plain POSIX path below a directory, or return ``None`` where it is one."""
     if not relative:

@@ -23,6 +23,7 @@ from shardwise.format.manifest import TensorRecord
 from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
+from shardwise.io.writer import locating
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
@@ -71,7 +72,8 @@ def write_merged(
     with group.together(f"merging shards into {plan.directory}"):
         for number, file in enumerate(plan.layout.files):
             if (0 if options.single_rank else number % group.world_size) == group.rank:
-                copied |= _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
+                with locating(plan.directory / file.name):
+                    copied |= _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
     digests |= dict(zip(copied, group.fold(list(copied.values()), [], "sharing digests")[0], strict=True))
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:

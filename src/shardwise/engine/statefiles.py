@@ -12,6 +12,7 @@ from shardwise.format.crc import crc32c
 from shardwise.format.manifest import FileRecord
 from shardwise.format.state_json import decode_state, encode_state
 from shardwise.io.storage import Storage
+from shardwise.io.writer import locating
 
 #: No state file of ours comes near this; a larger one is damaged or hostile.
 MAX_STATE_FILE_BYTES = 4 * 2**30
@@ -58,10 +59,11 @@ def write_plain(storage: Storage, path: Path, content: bytes) -> None:
     """Write a small file and make it durable."""
     storage.create(path, len(content), content)
     handle = storage.open(path, writable=True)
-    try:
-        storage.sync(handle)
-    finally:
-        storage.close(handle)
+    with locating(path):
+        try:
+            storage.sync(handle)
+        finally:
+            storage.close(handle)
 
 
 def read_state(stem: Path) -> object:

@@ -7,7 +7,8 @@ exchange one number for each tensor, not one for each run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,15 @@ def located(error: ShardwiseError, path: Path, tensor: str | None = None) -> Sha
     error.path = error.path or str(path)
     error.tensor = error.tensor or tensor
     return error
+
+
+@contextlib.contextmanager
+def locating(path: Path) -> Iterator[None]:
+    """Add the path to what handle-level operations inside raise."""
+    try:
+        yield
+    except ShardwiseError as error:
+        raise located(error, path) from None
 
 
 def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:

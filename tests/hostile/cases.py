@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.format.builders import sign
+from tests.format.builders import sign, tensor_file
 
 NAME = "epoch_0_step_2"
 FILES = (
@@ -81,6 +81,8 @@ def _sparse(path: Path, _: Path) -> None:
         file.truncate(2**41)
 
 
+_OVERFLOW = {"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}
+
 REPLACEMENTS: dict[str, tuple[Spoil, bool]] = {
     "a pipe": (_fifo, False),
     "a socket": (_socket, False),
@@ -97,16 +99,11 @@ REPLACEMENTS: dict[str, tuple[Spoil, bool]] = {
     "NaN": (_bytes(b'{"a":NaN,"b":Infinity,"c":-Infinity}'), False),
     "half an object": (_bytes(b'{"format":"x","a":[1,2,'), False),
     "a header of petabytes": (_bytes(struct.pack("<Q", 2**60) + b"{}"), False),
-    "a shape that overflows": (
-        _bytes((lambda t: struct.pack("<Q", len(t)) + t)(
-            json.dumps({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
-        ) + bytes(4)),
-        False,
-    ),
+    "a shape that overflows": (_bytes(tensor_file(_OVERFLOW, 4)), False),
     "a pickle that runs code": (_bytes(pickle.dumps(Evil())), False),
     "two terabytes of nothing": (_sparse, False),
     "a state that names a class": (_bytes(b'{"__class__":"os.system","args":["touch owned"],"version":1}'), False),
-}  # fmt: skip
+}
 
 
 def _replace(relative: str, how: Spoil, manifest: bool) -> Spoil:

@@ -79,11 +79,14 @@ class Watch:
             return self._judge_open(os.fsdecode(args[0]), args)
         if event in ("exec", "compile"):
             name = getattr(args[0], "co_filename", args[1] if len(args) > 1 else None)
-            if isinstance(name, str) and os.path.realpath(name).startswith(str(self.root.parent)):
+            if isinstance(name, str) and os.path.exists(name) and self._is_data(name):
                 return f"{event} {name}"
         if event in FORBIDDEN:
             return f"{event} {args}"
         return None
+
+    def _is_data(self, path: str) -> bool:
+        return os.path.realpath(path).startswith(str(self.root.parent) + os.sep)
 
     def _judge_open(self, path: str, args: tuple[object, ...]) -> str | None:
         real = os.path.realpath(path)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tests.hostile.cases import all_cases
 
+#: One process tries every case; on a loaded machine that takes its time.
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def results() -> tuple[dict[str, dict[str, object]], dict[str, bool]]:
     """What every case came to, from one process."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.runner"], capture_output=True, text=True, timeout=290, cwd=ROOT
+        [sys.executable, "-m", "tests.hostile.runner"], capture_output=True, text=True, timeout=880, cwd=ROOT
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"{len(lines)} cases, then {done.returncode}\n{done.stderr[-3000:]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -129,3 +130,55 @@ def save_encoder(root: str, base: str) -> None:
     keep_whole(model, directory / "whole.pt")
     with checkpointer(directory, base) as saver:
         saver.save_model(model, directory)
+
+
+def build_unet() -> nn.Module:
+    """A small real model of diffusers."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    model: nn.Module = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return model.eval()
+
+
+def denoised(model: nn.Module) -> torch.Tensor:
+    """What a diffusion model makes of one image."""
+    return model(torch.linspace(-1, 1, 64).view(1, 1, 8, 8), 3).sample
+
+
+def save_unet(root: str, splits: list[int]) -> None:
+    """Train, and save one place several times, each time under another split."""
+    directory = Path(root)
+    model = build_unet()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for number, largest in enumerate(splits):
+        denoised(model).square().mean().backward()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer.step()
+        optimizer.zero_grad()
+        keep_whole(model, directory / f"whole_{number}.pt")
+        with checkpointer(directory, diffusers_compatible=True, max_file_bytes=largest) as saver:
+            saver.save_model(model, directory / "saved")
+        if dist.get_rank() == 0:
+            shutil.copytree(directory / "saved" / EXPORT, directory / f"export_{number}")
+        dist.barrier()
+
+
+def save_for_v4(root: str, base: str | None, name: str) -> None:
+    """Train and save for readers of the previous generation too."""
+    directory = Path(root)
+    model = shard(build(name) if base is None else open_base(name, base))
+    trained(model, FAMILIES[name].inputs())
+    keep_whole(model, directory / "whole.pt")
+    with checkpointer(directory, base, v4_compatible=True) as saver:
+        saver.save_model(model, directory, tokenizer=tokenizer())

@@ -89,8 +89,10 @@ class Watch:
         return os.path.realpath(path).startswith(str(self.root.parent) + os.sep)
 
     def _judge_open(self, path: str, args: tuple[object, ...]) -> str | None:
-        real = os.path.realpath(path)
         flags = args[2] if isinstance(args[2], int) else 0
+        real = os.path.realpath(path)
+        if flags & os.O_NOFOLLOW:  # the kernel refuses a link here
+            real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
             return f"write {path}"
         inside = real == str(self.root) or real.startswith(str(self.root) + os.sep)

@@ -50,7 +50,7 @@ def _model(family: str) -> nn.Module:
         from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig(**common))
-    if family == "tied":
+    if family in ("tied", "untied"):
         from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
         return Qwen3ForCausalLM(Qwen3Config(**common))

@@ -187,7 +187,7 @@ POINTERS: dict[str, Spoil] = {
     "a link to the root itself": _pointer(None, "."),
     "text that leads outside": _pointer("../outside", None),
     "absolute text": _pointer("/etc", None),
-    "binary text": _pointer("\udcff\udcfe\udc00", None),
+    "binary text": _pointer("\udcff\udcfe\0", None),
     "endless text": _pointer("x" * 10_000_000, None),
     "an announcement that leads outside": lambda root, _: _write(root / ".publishing", "../outside"),
     "an announcement that is a pipe": lambda root, _: os.mkfifo(root / ".publishing"),

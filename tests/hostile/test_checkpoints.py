@@ -17,14 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @cache
-def results() -> tuple[dict[str, dict[str, object]], dict[str, bool]]:
-    """What every case came to, from one process."""
+def lines() -> tuple[list[dict[str, object]], str]:
+    """What the one process that tries every case printed, and what became of it."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile.runner"], capture_output=True, text=True, timeout=880, cwd=ROOT
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, f"{len(lines)} cases, then {done.returncode}\n{done.stderr[-3000:]}"
-    return {line["case"]: line for line in lines[:-1]}, lines[-1]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return found, "" if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-2000:]}"
+
+
+def results() -> tuple[dict[str, dict[str, object]], dict[str, object]]:
+    """Results by case, and what is true at the end."""
+    found, problem = lines()
+    assert not problem, f"after {len(found)} cases: {problem}"
+    return {str(line["case"]): line for line in found[:-1]}, found[-1]
 
 
 def test_there_are_enough_cases() -> None:

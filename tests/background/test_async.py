@@ -92,7 +92,8 @@ def _overwritten(root: str) -> bool:
     published = os.path.exists(os.path.join(root, "LATEST"))
     fresh = _model(1)
     record = checkpointer.restore(fresh)
-    assert record is not None and record.step == 1
+    assert record is not None
+    assert record.step == 1
     for p, wanted in zip(fresh.parameters(), before, strict=True):
         assert torch.equal(p.to_local(), wanted)
     checkpointer.close()
@@ -129,7 +130,8 @@ def test_a_background_failure_is_raised_at_the_next_call_on_every_rank(tmp_path:
     assert first == second
     assert first[0] == "StorageError"
     assert first[1] == 1
-    assert first[2] is not None and first[2].endswith(".safetensors")
+    assert first[2] is not None
+    assert first[2].endswith(".safetensors")
 
 
 def _busy(root: str) -> list[str | None]:

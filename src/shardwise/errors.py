@@ -36,8 +36,14 @@ type with the same text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
+
+
+def _names(message: str, value: str) -> bool:
+    """Whether a message has ``value`` in it as a word of its own."""
+    return re.search(rf"(?<![\w./]){re.escape(value)}(?![\w/])(?!\.\w)", message) is not None
 
 
 class ShardwiseError(Exception):
@@ -77,7 +83,7 @@ class ShardwiseError(Exception):
         where = [
             f"{label} {value!r}" if label != "rank" else f"rank {value}"
             for label, value in (("tensor", self.tensor), ("path", self.path), ("rank", self.rank))
-            if value is not None and (label == "rank" or str(value) not in self.message)
+            if value is not None and (label == "rank" or not _names(self.message, str(value)))
         ]
         text = self.message + (f" [{', '.join(where)}]" if where else "")
         return f"{text} {self.hint}" if self.hint else text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import nn
@@ -21,12 +22,13 @@ from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
 from shardwise.checkpointing.commits import Publication, check_metrics
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.extras import RandomState, Stateful, capture_steps, restore_values
+from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.standalone import Replacement
+from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.background import Background
@@ -41,7 +43,6 @@ from shardwise.lifecycle import (
     checkpoint_name,
     remove_leftovers,
     reserve,
-    resolve,
     temporary_name,
 )
 from shardwise.stateful_wrappers import ModelState, OptimizerState
@@ -159,10 +160,8 @@ class Checkpointer:
         try:
             steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
             if optimizer is not None:
-                steps += _below("optim", OptimizerSave(context, optimizer, model, scheduler, temp / "optim").steps())
-            values = {"rng": RandomState()} if self.config.save_rng else {}
-            steps += _below("rng", capture_steps(context, values, temp / "rng"))
-            steps += _below("extra", capture_steps(context, extra_state or {}, temp / "extra"))
+                steps += below("optim", OptimizerSave(context, optimizer, model, scheduler, temp / "optim").steps())
+            steps += capture_extras(context, temp, extra_state or {})
         except BaseException:
             publication.abandon(context.group)
             raise
@@ -203,33 +202,20 @@ class Checkpointer:
         """
         context = self._context
         self.async_wait()
-        told: JsonValue = None
-        with context.group.together(f"looking for {restore_from}"):
-            if context.group.is_main:
-                found = resolve(context.root, restore_from)
-                if found is not None:
-                    told = [str(found.path), found.epoch, found.step, dict(found.metrics)]
-        told = context.group.broadcast_json(told, 0, f"looking for {restore_from}")
-        if told is None:
+        record = locate(context, restore_from)
+        if record is None:
             self.allocate_staging(model, optimizer)
             return None
-        path_text, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
-        path = Path(path_text)
+        path = record.path
         wanted = {"model": True, "optim": optimizer is not None, "extra": extra_state, "rng": self.config.save_rng}
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         self.load_model(model, path / "model")
         if optimizer is not None:
             self.load_optimizer(optimizer, model, path, scheduler)
-        skipped: tuple[str, ...] = ()
-        if extra_state:
-            skipped += restore_values(context.group, extra_state, path / "extra")
-        if self.config.save_rng and context.group.any((path / "rng").is_dir(), "looking for generators"):
-            skipped += restore_values(context.group, {"rng": RandomState()}, path / "rng")
-        if skipped and context.group.is_main:
-            _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+        skipped = restore_extras(context, path, extra_state)
         self.allocate_staging(model, optimizer)
-        return RestoreRecord(epoch, step, path, metrics, skipped)
+        return replace(record, unrestored=skipped)
 
     # --- components -------------------------------------------------------------------------------------------------
 
@@ -248,7 +234,7 @@ class Checkpointer:
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         target.reserve()
         try:
-            steps = self._model_steps(model, target.temp, tokenizer, peft_config, is_final_checkpoint, below="")
+            steps = self._model_steps(model, target.temp, tokenizer, peft_config, is_final_checkpoint, prefix="")
         except BaseException:
             target.abandon(context.group)
             raise
@@ -451,7 +437,7 @@ class Checkpointer:
         tokenizer: SavesPretrained | None,
         peft_config: object | None,
         is_final: bool,
-        below: str = "model",
+        prefix: str = "model",
     ) -> list[Step]:
         context = self._context
         kind = AdapterSave if self.config.is_peft else ModelSave
@@ -464,7 +450,7 @@ class Checkpointer:
             peft_config=peft_config,
             is_final=is_final,
         )
-        return _below(below, save.steps())
+        return below(prefix, save.steps())
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""
@@ -483,12 +469,3 @@ class Checkpointer:
         self._background.submit(job)
         if self.config.wait_for_staging:
             self._background.wait_for_staging()
-
-
-def _below(prefix: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps with the paths of their records put below ``prefix``."""
-
-    def moved(step: Step) -> Step:
-        return lambda group: step(group).below(prefix)
-
-    return [moved(step) for step in steps]

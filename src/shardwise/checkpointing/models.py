@@ -17,7 +17,7 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
-from shardwise.checkpointing.ties import under_saved_names
+from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
@@ -260,7 +260,7 @@ def load_model(
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
     assert hub is not None
-    source = _untied(source, group.gather_json(ties, "comparing tied tensors"))
+    source = untied(source, group.gather_json(ties, "comparing tied tensors"), group, context.storage)
     if _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
@@ -272,16 +272,6 @@ def load_model(
     report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
     load_computed(computed, source, group, context.storage, options)
     return report
-
-
-def _untied(source: Source, ties: Sequence[JsonValue]) -> Source:
-    """The source with each tensor that the model ties under one name: other tools write both, or the other one."""
-    tensors = dict(source.tensors)
-    for alias, name in (pair for theirs in ties if isinstance(theirs, dict) for pair in theirs.items()):
-        tensor = tensors.pop(alias, None)
-        if tensor is not None:
-            tensors.setdefault(str(name), replace(tensor, spec=replace(tensor.spec, name=str(name))))
-    return replace(source, tensors=tensors)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

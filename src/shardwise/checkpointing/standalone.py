@@ -37,6 +37,10 @@ class Replacement:
             if context.group.is_main:
                 context.storage.make_directory(self._target.parent)
                 context.fs.remove_tree(self.temp)
+                if os.path.lexists(self._doomed) and not os.path.lexists(self._target):
+                    # A crash between the two renames of commit(): what stood here is the only copy there is.
+                    context.fs.rename_new(self._doomed, self._target)
+                    context.fs.fsync_path(self._target.parent)
                 context.fs.remove_tree(self._doomed)
                 context.storage.make_directory(self.temp)
 
@@ -51,6 +55,8 @@ class Replacement:
             if group.is_main:
                 fs = self._context.fs
                 write_manifest(self._context.storage, self.temp, whole, self._info)
+                for where, _, _ in os.walk(self.temp, topdown=False):
+                    fs.fsync_path(Path(where))
                 if os.path.lexists(self._target):
                     fs.rename(self._target, self._doomed)
                 fs.rename(self.temp, self._target)

@@ -11,8 +11,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from shardwise.comm import Group, JsonValue
 from shardwise.convert import StateDictAdapter, derive, derive_from_adapter
+from shardwise.errors import TensorError
+from shardwise.io.reader import Reader
+from shardwise.io.sources import Source
+from shardwise.io.storage import Storage
+from shardwise.io.stream import tensor_blocks
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceTensor
 from shardwise.stateful_wrappers.names import promised_ties, unwrap
 from shardwise.types import TensorSpec
 
@@ -49,3 +56,46 @@ def _file_name(part: nn.Module, name: str) -> str:
     spec = (TensorSpec(name, (1,), "F32"),)
     made = derive_from_adapter(adapter, spec) if isinstance(adapter, StateDictAdapter) else derive(module, spec)
     return made.hub[0].name if len(made.hub) == 1 else name
+
+
+def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Storage) -> Source:
+    """The source with each tensor that the model ties under one name: other tools write both, or the other one.
+
+    All ranks of the group call. Where the source has both, they are compared, by one rank each.
+
+    Args:
+        source: What is to be loaded.
+        ties: Every rank's ties: the name that is not kept -> the name that is.
+        group: The ranks that load together.
+        storage: Through what to read.
+
+    Raises:
+        TensorError: The two differ; one of them would be lost.
+    """
+    tensors = dict(source.tensors)
+    pairs = {alias: str(name) for theirs in ties if isinstance(theirs, dict) for alias, name in theirs.items()}
+    twice = sorted((alias, name) for alias, name in pairs.items() if alias in tensors and name in tensors)
+    with group.together("comparing tied tensors"):
+        reader = Reader(storage, source.files)
+        try:
+            for number, (alias, name) in enumerate(twice):
+                if number % group.world_size == group.rank and not _equal(tensors[alias], tensors[name], reader):
+                    raise TensorError(
+                        f"the checkpoint holds other values for it than for {name!r}, with which the model ties it",
+                        path=source.path,
+                        tensor=alias,
+                        hint="Build the model untied (tie_word_embeddings=False), so that both are kept.",
+                    )
+        finally:
+            reader.close()
+    for alias, name in pairs.items():
+        tensor = tensors.pop(alias, None)
+        if tensor is not None:
+            tensors.setdefault(name, replace(tensor, spec=replace(tensor.spec, name=name)))
+    return replace(source, tensors=tensors)
+
+
+def _equal(a: SourceTensor, b: SourceTensor, reader: Reader) -> bool:
+    if a.spec.shape != b.spec.shape or a.spec.dtype != b.spec.dtype:
+        return False
+    return all(x == y for x, y in zip(tensor_blocks(a, reader), tensor_blocks(b, reader), strict=True))

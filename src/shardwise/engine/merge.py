@@ -16,7 +16,7 @@ from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import write_plain
-from shardwise.errors import IntegrityError, StorageError
+from shardwise.errors import IntegrityError, MisuseError, StorageError
 from shardwise.format.crc import crc32c
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import TensorRecord
@@ -53,6 +53,15 @@ def write_merged(
     Returns:
         Files and tensors with their digests, on every rank; the same bytes as `write_export` writes.
     """
+    with group.together("choosing how to write"):
+        if plan.computed.groups:
+            first = plan.computed.groups[0].computed
+            raise MisuseError(
+                f"this model's conversion has to be computed ({first.reason}), which the merging path cannot do",
+                path=plan.directory,
+                tensor=first.hub[0].name if first.hub else None,
+                hint="Leave single_rank_consolidation, staging_dir and random_writes at their defaults.",
+            )
     aside = plan.directory.with_name(".merging")
     record = write_shards(
         ShardPlan(aside, plan.options.component, roster, plan_shards(plan.held, roster, group.rank)), group, storage

@@ -50,6 +50,7 @@ def test_every_public_name_is_there() -> None:
     assert sorted(shardwise.__all__) == [
         "Checkpointer",
         "CheckpointingConfig",
+        "PreemptionGuard",
         "RestoreRecord",
         "SafetensorsReader",
         "SafetensorsWriter",

@@ -90,7 +90,13 @@ def compare(before: Saved, after: Saved, same_world: bool) -> None:
         assert after.losses == pytest.approx(before.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.__name__)
+#: These are loaded across topologies in tests/topology too.
+_SLOW = ("ddp", "hsdp", "tensor_parallel")
+
+
+@pytest.mark.parametrize(
+    "setup", [pytest.param(s, id=s.__name__, marks=pytest.mark.slow if s.__name__ in _SLOW else ()) for s in SETUPS]
+)
 def test_saved_on_n_ranks_and_loaded_on_m(setup: Spreader, checkpoints: Checkpoints) -> None:
     for world in WORLDS:
         # The same number of ranks reads both kinds of checkpoint, another one reads them in turn.

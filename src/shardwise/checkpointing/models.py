@@ -44,6 +44,8 @@ CONSOLIDATED_DIR = "consolidated"
 EXACT = "model.exact"
 NATIVE_DTYPES = "native_dtypes.json"
 PASSED_THROUGH = "passed_through.json"
+CONSOLIDATE_NAME = "consolidate.sh"
+CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
 
 
 class ModelSave:
@@ -101,6 +103,7 @@ class ModelSave:
             return [
                 *self._before({}),
                 self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster),
+                self._leave_script,
                 self._after,
             ]
         held = [*hub.held, *declared(hub.groups)]
@@ -180,6 +183,13 @@ class ModelSave:
             args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
         run_hooks(self._addons, "pre_save", args, group)
         return []
+
+    def _leave_script(self, group: Group) -> ComponentRecord:
+        """Put the script that makes the export later beside shards that have none."""
+        with group.together("writing the consolidation script"):
+            if group.is_main:
+                write_plain(self._context.storage, self._directory / CONSOLIDATE_NAME, CONSOLIDATE_SCRIPT)
+        return ComponentRecord()
 
     def _after(self, group: Group) -> ComponentRecord:
         run_hooks(self._addons, "post_save", self._args, group)

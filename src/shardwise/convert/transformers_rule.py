@@ -8,6 +8,7 @@ converter for a name, names in natural order, then every renaming on what the co
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -108,6 +109,9 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
     Raises:
         ConversionError: A rule has no reverse.
     """
+    if "transformers.modeling_utils" not in sys.modules:
+        # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
+        return None
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming

@@ -37,10 +37,7 @@ from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
 from shardwise.types import Box, TensorSpec
 
-__all__ = ["CONSOLIDATE_SCRIPT", "ConsolidateReport", "consolidate"]
-
-#: The script that stands in ``model/`` where a save wrote shards and no export.
-CONSOLIDATE_SCRIPT = '#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
+__all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
 _METADATA = ".hf_metadata"

@@ -8,7 +8,12 @@ from tests.convert.tiny_models import SLOW, UNBUILT, build, quiet, registered
 
 from shardwise.convert import check_round_trip, derive
 
-TYPES = [pytest.param(key, marks=[pytest.mark.slow] if key in SLOW else []) for key in registered()]
+#: A routine run takes one type in this many; the rest are slow only by their number.
+SHARE = 3
+TYPES = [
+    pytest.param(key, marks=[pytest.mark.slow] if key in SLOW or number % SHARE else [])
+    for number, key in enumerate(registered())
+]
 
 
 @pytest.mark.parametrize("key", [param for param in TYPES if param.values[0] not in UNBUILT])

@@ -19,6 +19,7 @@ def test_the_short_bench_finds_no_exception() -> None:
     assert "crash points" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_bench_notices_a_library_that_forgets_to_sync() -> None:
     code = """
 from tests.faults.crash_points import Scenario, judge, record, without_syncs

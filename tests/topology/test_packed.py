@@ -34,7 +34,8 @@ def there_and_back(family: str, root: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("family", ["fused", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["fused", "moe"])
 def test_packed_weights(family: str, tmp_path: Path) -> None:
     pairs = len(PACKED) ** 2 - 2
     assert run(4, there_and_back, family, tmp_path, seconds=250) == [pairs] * 4

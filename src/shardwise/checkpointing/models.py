@@ -12,7 +12,6 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
@@ -142,7 +141,7 @@ class ModelSave:
     def _options(self) -> ExportOptions:
         config = self._context.config
         return ExportOptions(
-            base_files=_safetensors_names(self.base) if self.base is not None else {},
+            base_files=dict(self.base.files) if self.base is not None else {},
             max_file_bytes=config.max_file_bytes,
             stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
             threads=self._context.threads,
@@ -216,10 +215,6 @@ class ModelSave:
         files = plan_shards(held, roster, context.group.rank, index)
         plan = ShardPlan(self._directory, component, roster, files)
         return lambda group: write_shards(plan, group, context.storage)
-
-
-def _safetensors_names(base: BaseModel) -> dict[str, str]:
-    return dict(base.files)
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:

@@ -12,9 +12,8 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.engine.statefiles import write_plain
-from shardwise.errors import IncompleteTensorError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.index import encode_index
@@ -29,7 +28,7 @@ from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run, Schedule, schedule
-from shardwise.types import Box, TensorSpec
+from shardwise.types import Box
 
 _LOG = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
     specs = {entry.spec.name: (entry.spec, file.name) for file in plan.layout.files for entry in file.entries}
     for name, count in zip(names, counts, strict=True):
         spec, file_name = specs[name]
-        _check_written(spec, count, plan.directory / file_name)
+        check_written(spec, count, plan.directory / file_name)
     return export_record(plan, dict(zip(names, crcs, strict=True)))
 
 
@@ -236,16 +235,6 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
         index = _index(plan.layout)
         files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
     return ComponentRecord(tuple(files), tuple(tensors))
-
-
-def _check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
-    if nbytes != spec.nbytes:
-        raise IncompleteTensorError(
-            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
-            path=path,
-            tensor=spec.name,
-            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
-        )
 
 
 def _index(layout: Layout) -> bytes:

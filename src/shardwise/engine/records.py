@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from shardwise.errors import IncompleteTensorError
 from shardwise.format.manifest import FileRecord, TensorRecord
+from shardwise.types import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,23 @@ class ComponentRecord:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+
+def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
+    """Check that all ranks together wrote a tensor whole.
+
+    Args:
+        spec: The tensor.
+        nbytes: Bytes that were written of it, over all ranks.
+        path: Where it was written, for the error.
+
+    Raises:
+        IncompleteTensorError: They did not.
+    """
+    if nbytes != spec.nbytes:
+        raise IncompleteTensorError(
+            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
+            path=path,
+            tensor=spec.name,
+            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
+        )

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.records import ComponentRecord
-from shardwise.errors import IncompleteTensorError
+from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -19,7 +18,7 @@ from shardwise.io.writer import Digests, FileSet, totals, write_run
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile
-from shardwise.types import Box, TensorSpec
+from shardwise.types import Box
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,10 @@ def _gather(plan: ShardPlan, group: Group, digests: Digests, chunks: dict[str, l
             everywhere.setdefault(name, []).extend(_decode(chunk) for chunk in encoded)
     tensors = []
     for spec, crc, count in zip(specs, crcs, counts, strict=True):
-        _check(spec, count, plan.directory)
+        check_written(spec, count, plan.directory)
         ordered = tuple(sorted(everywhere.get(spec.name, []), key=lambda chunk: chunk.box.offsets))
         tensors.append(TensorRecord(plan.component, spec, crc if spec.nbytes else crc32c(b""), ordered))
     return ComponentRecord(tuple(files), tuple(tensors))
-
-
-def _check(spec: TensorSpec, nbytes: int, directory: Path) -> None:
-    if nbytes != spec.nbytes:
-        raise IncompleteTensorError(
-            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
-            path=directory,
-            tensor=spec.name,
-            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
-        )
 
 
 def _encode(chunk: ChunkRecord) -> JsonValue:

@@ -8,7 +8,7 @@ exchange one number for each tensor, not one for each run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +158,3 @@ def _pieces(run: Run) -> Iterable[Run]:
 def totals(names: Sequence[str], digests: Digests) -> tuple[list[int], list[int]]:
     """The contributions as two lists in the order of ``names``, for folding over ranks."""
     return [digests.crcs.get(n, 0) for n in names], [digests.counts.get(n, 0) for n in names]
-
-
-Crcs = Mapping[str, int]

@@ -17,9 +17,6 @@ from shardwise.plan.fragments import HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
 from shardwise.types import TensorSpec
 
-PlacementCode = list[int]
-SpecRow = tuple[str, tuple[int, ...], str, int]
-
 
 def _placement_code(placement: Placement) -> str:
     match placement:

@@ -94,7 +94,11 @@ def has_quantized_parameters(model: nn.Module) -> bool:
     one of bitsandbytes' or torchao's own tensor classes (which report the dtype that they compute in), or a packed
     integer weight that its layer keeps as a buffer.
     """
-    if any(_is_quantized(parameter) for parameter in model.parameters()):
+    # Asking a DTensor for its data is slow, and most parameters of a model are of one kind.
+    kinds: dict[tuple[type, type, torch.dtype], torch.Tensor] = {}
+    for parameter in model.parameters():
+        kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
+    if any(_is_quantized(parameter) for parameter in kinds.values()):
         return True
     return any(
         name.rpartition(".")[2] in _PACKED_BUFFERS and not buffer.is_floating_point()
@@ -102,10 +106,15 @@ def has_quantized_parameters(model: nn.Module) -> bool:
     )
 
 
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = getattr(parameter, "_local_tensor", parameter)
+    return local
+
+
 def _is_quantized(parameter: torch.Tensor) -> bool:
     import torch
 
-    local = getattr(parameter, "_local_tensor", parameter)
+    local = _local(parameter)
     for tensor in (parameter, local, getattr(local, "data", local)):
         cls = type(tensor)
         if cls.__name__ in _BITSANDBYTES_PARAMETERS or cls.__module__.partition(".")[0] == "torchao":

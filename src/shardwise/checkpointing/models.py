@@ -161,8 +161,7 @@ class ModelSave:
         return proof
 
     def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
-        specs = [entry.spec for file in plan.layout.files for entry in file.entries]
-        read_back(plan.directory, specs, group)
+        read_back(plan, group)
         return ComponentRecord()
 
     def _before(self, native: Mapping[str, str], passed: Sequence[str] = ()) -> list[Step]:

@@ -7,6 +7,7 @@ read back and compared with the plan.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from torch import nn
 from shardwise.addons.model_parts import own_class
 from shardwise.checkpointing.base import BaseModel
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError
-from shardwise.io.sources import open_source
+from shardwise.format.header import Header, read_header
+from shardwise.format.index import read_index
+from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.names import unwrap
 from shardwise.types import TensorSpec
 
@@ -208,19 +212,37 @@ def require(proof: Proof, path: Path) -> None:
     )
 
 
-def read_back(directory: Path, specs: Sequence[TensorSpec], group: Group) -> None:
-    """Compare the written files' headers and index with the plan. All ranks of the group call.
+def read_back(plan: ExportPlan, group: Group) -> None:
+    """Compare the written files' headers and index with the plan. All ranks of the group call; each reads some files.
 
     Raises:
-        ExportMismatchError: A tensor is absent, surplus, or of another shape or dtype.
+        ExportMismatchError: A file or tensor is absent, surplus, or of another shape, dtype or place.
+        FormatError: A header or the index is damaged.
     """
-    source = open_source(directory, group)
-    planned = {spec.name: spec for spec in specs}
-    differences = [f"{name}: not in the files" for name in planned if name not in source.tensors]
-    for name, tensor in source.tensors.items():
-        if name not in planned:
-            differences.append(f"{name}: in the files, but not planned")
-        elif tensor.spec != planned[name]:
-            differences.append(f"{name}: {tensor.spec} in the files, {planned[name]} planned")
+    directory, layout = plan.directory, plan.layout
     with group.together(f"comparing {directory} with its plan"):
+        differences: list[str] = []
+        for number, file in enumerate(layout.files):
+            if number % group.world_size == group.rank:
+                differences += _unlike(file, read_header(directory / file.name))
+        if group.is_main:
+            planned = {file.name for file in layout.files}
+            found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
+            differences += [f"{name}: not written" for name in sorted(planned - found)]
+            differences += [f"{name}: not planned" for name in sorted(found - planned)]
+            index = directory / index_name(plan.options.stem)
+            if plan.options.index and read_index(index).weight_map != layout.weight_map:
+                differences.append(f"{index.name}: lists other tensors or files")
         require(Proof((), tuple(differences)), directory)
+
+
+def _unlike(file: FileLayout, header: Header) -> list[str]:
+    found = {entry.spec.name: entry for entry in header.entries}
+    differences = []
+    for entry in file.entries:
+        have = found.pop(entry.spec.name, None)
+        if have is None:
+            differences.append(f"{entry.spec.name}: not in {file.name}")
+        elif have != entry:
+            differences.append(f"{entry.spec.name}: {have} in {file.name}, {entry} planned")
+    return [*differences, *(f"{name}: in {file.name}, but not planned" for name in found)]

@@ -135,6 +135,9 @@ class Group:
                 raise own from (failure if failure is not own else None)
             return
         text = b"" if own is None else json.dumps(own.to_record()).encode()
+        # Nearly always nobody has anything to say, which one number tells.
+        if not self.any(own is not None, what):
+            return
         texts = self._gather_bytes(text, what)
         for index, theirs in enumerate(texts):
             if not theirs:

@@ -16,7 +16,6 @@ from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.engine.statefiles import write_plain
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
-from shardwise.format.index import encode_index
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.io.exchange import exchange_rows
 from shardwise.io.reader import Reader
@@ -138,7 +137,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     with group.together("writing the weight index"):
         if group.is_main:
             if plan.options.index:
-                write_plain(storage, plan.directory / index_name(plan.options.stem), _index(plan.layout))
+                write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
             storage.sync_directory(plan.directory)
     if group.is_main:
         seconds = time.monotonic() - started
@@ -232,10 +231,6 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
             chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
             tensors.append(TensorRecord(plan.options.component, entry.spec, crc, (chunk,)))
     if plan.options.index:
-        index = _index(plan.layout)
+        index = plan.layout.index
         files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
     return ComponentRecord(tuple(files), tuple(tensors))
-
-
-def _index(layout: Layout) -> bytes:
-    return encode_index(layout.weight_map, layout.tensor_bytes)

@@ -18,7 +18,6 @@ from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IntegrityError, MisuseError, StorageError
 from shardwise.format.crc import crc32c
-from shardwise.format.index import encode_index
 from shardwise.format.manifest import TensorRecord
 from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
@@ -86,7 +85,7 @@ def write_merged(
     digests |= dict(zip(copied, group.fold(list(copied.values()), [], "sharing digests")[0], strict=True))
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
-            index = encode_index(plan.layout.weight_map, plan.layout.tensor_bytes)
+            index = plan.layout.index
             write_plain(storage, plan.directory / index_name(plan.options.stem), index)
             storage.sync_directory(plan.directory)
             shutil.rmtree(aside)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.errors import IncompleteTensorError
-from shardwise.format.manifest import FileRecord, TensorRecord
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.types import TensorSpec
 
 
@@ -21,16 +21,9 @@ class ComponentRecord:
         """The same, with every path put below ``prefix``."""
         if not prefix:
             return self
-        return ComponentRecord(
-            tuple(replace(file, path=f"{prefix}/{file.path}") for file in self.files),
-            tuple(
-                replace(
-                    tensor,
-                    chunks=tuple(replace(chunk, file=f"{prefix}/{chunk.file}") for chunk in tensor.chunks),
-                )
-                for tensor in self.tensors
-            ),
-        )
+        # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
+        files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
+        return ComponentRecord(tuple(files), tuple(_below(tensor, prefix) for tensor in self.tensors))
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
         return ComponentRecord(self.files + other.files, self.tensors + other.tensors)
@@ -39,6 +32,11 @@ class ComponentRecord:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+
+def _below(tensor: TensorRecord, prefix: str) -> TensorRecord:
+    chunks = [ChunkRecord(f"{prefix}/{c.file}", c.offset, c.nbytes, c.box, c.crc32c) for c in tensor.chunks]
+    return TensorRecord(tensor.component, tensor.spec, tensor.crc32c, tuple(chunks))
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:

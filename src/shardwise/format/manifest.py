@@ -262,8 +262,11 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     return manifest
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def _dumps(value: JsonValue) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def _hex(crc: int | None) -> str | None:

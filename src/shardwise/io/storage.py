@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -87,7 +88,7 @@ class LocalStorage:
         with _typed(path):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
-                if size and file_system_type(path) in _CHEAP_RESERVATION:
+                if size and _reserves_cheaply(os.fstat(handle).st_dev, path.parent):
                     os.posix_fallocate(handle, 0, size)
                 else:
                     os.ftruncate(handle, size)
@@ -107,18 +108,22 @@ class LocalStorage:
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write until all is written."""
-        with _typed(None):
+        try:
             _write_all(handle, data, offset)
+        except OSError as error:
+            raise StorageError.from_os(error) from error
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         """Read until the buffer is full or the file ends."""
         done = 0
-        with _typed(None):
+        try:
             while done < len(into):
-                got = os.preadv(handle, [into[done:]], offset + done)
+                got = os.preadv(handle, [into[done:] if done else into], offset + done)
                 if got == 0:
                     break
                 done += got
+        except OSError as error:
+            raise StorageError.from_os(error) from error
         return done
 
     def sync(self, handle: int) -> None:
@@ -142,10 +147,12 @@ class LocalStorage:
 
 
 def _write_all(handle: int, data: Buffer, offset: int) -> None:
-    view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
+    # Nearly always one call takes all: the views are for the rest.
+    done = os.pwrite(handle, data, offset)
+    if done < memoryview(data).nbytes:
+        view = memoryview(data).cast("B")
+        while done < len(view):
+            done += os.pwrite(handle, view[done:], offset + done)
 
 
 @contextlib.contextmanager
@@ -160,6 +167,12 @@ def _typed(path: Path | None) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise StorageError.from_os(error, path=path) from error
+
+
+@lru_cache(maxsize=64)
+def _reserves_cheaply(device: int, directory: Path) -> bool:
+    """Whether the file system ``device`` does, which is mounted above ``directory``."""
+    return file_system_type(directory) in _CHEAP_RESERVATION
 
 
 def file_system_type(path: Path) -> str:

@@ -16,7 +16,6 @@ from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
-from shardwise.format.index import encode_index
 from shardwise.format.manifest import (
     MANIFEST_NAME,
     ChunkRecord,
@@ -167,7 +166,7 @@ def _write(
             files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
     finally:
         reader.close()
-    plain = {index_name(): encode_index(layout.weight_map, layout.tensor_bytes)}
+    plain = {index_name(): layout.index}
     for place in sorted(p for p in metadata.rglob("*") if p.is_file()):
         relative = place.relative_to(metadata).as_posix()
         if relative not in _OWN:

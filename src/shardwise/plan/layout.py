@@ -13,6 +13,7 @@ from functools import cached_property
 
 from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import TensorEntry, arrange, encode_header
+from shardwise.format.index import encode_index
 from shardwise.types import TensorSpec
 
 #: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split
@@ -74,6 +75,11 @@ class Layout:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors (the index's ``total_size``)."""
         return sum(entry.spec.nbytes for file in self.files for entry in file.entries)
+
+    @cached_property
+    def index(self) -> bytes:
+        """The weight index of these files."""
+        return encode_index(self.weight_map, self.tensor_bytes)
 
     @property
     def total_bytes(self) -> int:

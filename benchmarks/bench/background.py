@@ -6,6 +6,7 @@ import filecmp
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def _config(rank: Rank, *, is_async: bool) -> CheckpointingConfig:
     return CheckpointingConfig(checkpoint_dir=rank.directory, save_consolidated="every", is_async=is_async)
 
 
-def _stall(rank: Rank) -> list[Row]:
+def _stall(rank: Rank, ahead: bool) -> list[Row]:
     mesh = init_device_mesh("cpu", (rank.world_size,), mesh_dim_names=("dp",))
     model = sharded(rank.settings.size, mesh, seed=rank.rank)
     sources, nbytes = local_tensors(model), total_bytes(model)
@@ -39,7 +40,10 @@ def _stall(rank: Rank) -> list[Row]:
             checkpointer.maybe_wait_for_staging()
 
         copy(sources, targets)
-        for turn in range(rank.settings.repeats + 1):
+        if ahead:
+            # As at the start of a run: there is nothing to resume yet.
+            checkpointer.restore(model)
+        for turn in range(rank.settings.repeats + 1 if ahead else 1):
             reference = measure(lambda: copy(sources, targets))
             sample = measure(stall)
             checkpointer.async_wait()
@@ -47,7 +51,7 @@ def _stall(rank: Rank) -> list[Row]:
                 samples.measured.append(sample)
                 samples.reference.append(reference)
             else:
-                samples.first = sample
+                samples.first, copied = sample, reference
                 with Checkpointer(_config(rank, is_async=False), rank.rank, 0, 0) as direct:
                     direct.save_model(model, plain)
                 if rank.rank == 0 and (different := _different(target / "model", plain / "model")):
@@ -55,20 +59,19 @@ def _stall(rank: Rank) -> list[Row]:
                 removed(rank, plain)
             removed(rank, target)
     assert samples.first is not None
-    row = samples.row("async stall", "copy in memory", 1.1, nbytes, note=same)
-    copied = statistics.median(s.seconds for s in samples.reference)
+    rows = [samples.row("async stall", "copy in memory", 1.1, nbytes, note=same)] if ahead else []
     first = Row(
-        "async stall, first save",
+        "async stall, first save" + ("" if ahead else " of all"),
         samples.first.seconds,
         "copy in memory",
-        copied,
-        samples.first.seconds / copied,
-        target=1.5,
+        copied.seconds,
+        samples.first.seconds / copied.seconds,
+        target=1.5 if ahead else None,
         peak_mib=samples.first.peak,
         nbytes=nbytes,
-        note="one sample; peak is the staging buffers",
+        note="one sample" if ahead else "one sample; no restore before it, so it makes the staging memory too",
     )
-    return [row, first]
+    return [*rows, first]
 
 
 def _different(left: Path, right: Path) -> str:
@@ -85,7 +88,7 @@ def _different(left: Path, right: Path) -> str:
 
 def async_stall(settings: Settings) -> list[Row]:
     """Time until training may go on, against a copy of the same bytes into warm memory."""
-    return run_ranks(_stall, settings)
+    return run_ranks(partial(_stall, ahead=True), settings) + run_ranks(partial(_stall, ahead=False), settings)
 
 
 class _Training:
@@ -109,12 +112,14 @@ class _Training:
 def _steps(rank: Rank) -> list[Row]:
     model = sharded(rank.settings.size / 2, None)
     training, target = _Training(), rank.directory / "target"
-    alone, during = [training.step() for _ in range(20)], []
+    for _ in range(40):
+        training.step()
+    alone: list[float] = []
+    during: list[float] = []
     ratios, cpu_ratios = [], []
-    alone.clear()
     with Checkpointer(_config(rank, is_async=True), 0, 0, 0) as checkpointer:
-        for turn in range(rank.settings.repeats + 1):
-            quiet = [training.step() for _ in range(40)]
+        for turn in range(2 * rank.settings.repeats + 1):
+            quiet = [training.step() for _ in range(10)]
             checkpointer.save_model(model, target)
             checkpointer.maybe_wait_for_staging()
             busy = []
@@ -122,11 +127,13 @@ def _steps(rank: Rank) -> list[Row]:
                 busy.append(training.step())
             checkpointer.async_wait()
             removed(rank, target)
+            # Before and after, since the machine's speed drifts by more than what is looked for.
+            quiet += [training.step() for _ in range(10)]
             if turn and len(busy) > 1:
                 # The step in which the save ended is only partly concurrent with it.
                 busy.pop()
-                alone += quiet
-                during += busy
+                alone += [w for w, _ in quiet]
+                during += [w for w, _ in busy]
                 ratios.append(statistics.mean(w for w, _ in busy) / statistics.mean(w for w, _ in quiet))
                 cpu_ratios.append(statistics.mean(c for _, c in busy) / statistics.mean(c for _, c in quiet))
     if not ratios:
@@ -134,9 +141,9 @@ def _steps(rank: Rank) -> list[Row]:
     return [
         Row(
             "training step during a save",
-            statistics.mean(w for w, _ in during),
+            statistics.mean(during),
             "without",
-            statistics.mean(w for w, _ in alone),
+            statistics.mean(alone),
             statistics.median(ratios),
             (min(ratios), max(ratios)),
             statistics.median(cpu_ratios),

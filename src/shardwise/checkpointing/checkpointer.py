@@ -353,14 +353,15 @@ class Checkpointer:
             QuantizationError: The base is quantized in a way that cannot be undone.
         """
         basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
+        self.allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """Make the staging memory of asynchronous saves ahead of the first one. Local; each rank may call.
 
-        `restore` calls it. An optimizer that has not taken a step has no state to make room for yet: call this after
-        the first step to keep the first save as short as the later ones.
+        `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
+        make room for yet: call this after the first step to keep the first save as short as the later ones.
         """
         stager = self._context.stager
         if stager is None or self.config.is_peft:

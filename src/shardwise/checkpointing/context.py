@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from shardwise.checkpointing.base import BaseModel, base_path, open_base
 from shardwise.checkpointing.hub import HubNames
 from shardwise.comm import Group
@@ -83,7 +85,15 @@ class Context:
     @property
     def threads(self) -> int:
         """Threads for reading and writing on this rank."""
+        return self._threads(0)
+
+    @property
+    def writing_threads(self) -> int:
+        """Threads for writing on this rank: in asynchronous mode, as many as training leaves cores for."""
+        return self._threads(torch.get_num_threads() if self.stager is not None else 0)
+
+    def _threads(self, taken: int) -> int:
         if self.config.io_threads is not None:
             return self.config.io_threads
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or self.group.world_size
-        return max(1, min(4, (os.cpu_count() or 1) // local))
+        return max(1, min(4, (os.cpu_count() or 1) // local - taken))

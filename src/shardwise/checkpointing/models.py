@@ -144,7 +144,7 @@ class ModelSave:
             base_files=dict(self.base.files) if self.base is not None else {},
             max_file_bytes=config.max_file_bytes,
             stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
-            threads=self._context.threads,
+            threads=self._context.writing_threads,
         )
 
     def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> Proof:

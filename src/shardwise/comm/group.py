@@ -27,6 +27,9 @@ from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 
+#: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
+_FAILED = 2
+
 
 class Group:
     """The ranks that save or load together.
@@ -123,8 +126,16 @@ class Group:
             failure = error
         self.agree(failure, what)
 
-    def agree(self, failure: BaseException | None, what: str) -> None:
+    def agree(self, failure: BaseException | None, what: str, flag: bool = False) -> bool:
         """Exchange status; raise on every rank if any rank passes a failure. All ranks call.
+
+        Args:
+            failure: What went wrong on this rank, or ``None``.
+            what: What was being done, for messages.
+            flag: Something else to ask in the same exchange.
+
+        Returns:
+            Whether any rank passed a true ``flag``.
 
         Raises:
             ShardwiseError: The failure of the lowest rank that has one.
@@ -133,11 +144,12 @@ class Group:
         if self.world_size == 1:
             if own is not None:
                 raise own from (failure if failure is not own else None)
-            return
-        text = b"" if own is None else json.dumps(own.to_record()).encode()
+            return flag
         # Nearly always nobody has anything to say, which one number tells.
-        if not self.any(own is not None, what):
-            return
+        most = self._largest(_FAILED if own is not None else int(flag), what)
+        if most != _FAILED:
+            return bool(most)
+        text = b"" if own is None else json.dumps(own.to_record()).encode()
         texts = self._gather_bytes(text, what)
         for index, theirs in enumerate(texts):
             if not theirs:
@@ -147,6 +159,7 @@ class Group:
             if own is not None:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
             raise ShardwiseError.from_record(json.loads(theirs))
+        raise AssertionError("a rank reported a failure and sent none")
 
     @property
     def global_rank(self) -> int:
@@ -177,10 +190,13 @@ class Group:
         """Whether any rank passes true. All ranks call."""
         if self.world_size == 1:
             return flag
+        return bool(self._largest(int(flag), what))
+
+    def _largest(self, value: int, what: str) -> int:
         with self._guard(what):
-            value = torch.tensor([int(flag)], dtype=torch.int64, device=self._device)
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._pg)
-            return bool(value.item())
+            own = torch.tensor([value], dtype=torch.int64, device=self._device)
+            dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._pg)
+            return int(own.item())
 
     def barrier(self, what: str = "waiting for every rank") -> None:
         """Return when every rank has called."""

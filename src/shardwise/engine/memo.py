@@ -21,16 +21,19 @@ class Memo(Generic[T]):
 
     def get(self, inputs: Sequence[object], also: object, make: Callable[[], T]) -> T:
         """The remembered result if ``inputs`` are the same objects and ``also`` is equal; else what ``make`` gives."""
-        same = (
+        if not self.holds(inputs, also):
+            result = make()
+            self._inputs, self._also, self._result = list(inputs), also, [result]
+        return self._result[0]
+
+    def holds(self, inputs: Sequence[object], also: object) -> bool:
+        """Whether `get` would give the remembered result."""
+        return (
             bool(self._result)
             and len(inputs) == len(self._inputs)
             and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
             and also == self._also
         )
-        if not same:
-            result = make()
-            self._inputs, self._also, self._result = list(inputs), also, [result]
-        return self._result[0]
 
     def clear(self) -> None:
         """Forget, and let go of the objects."""

@@ -27,6 +27,7 @@ class RosterKeeper:
         self._stage = stage
         self._declarations: dict[str, Declaration] = {}
         self._rosters: dict[str, Roster] = {}
+        self._last: Roster | None = None
         self._described: Memo[tuple[Declaration, JsonValue]] = Memo()
 
     def _describe(self, held: Sequence[HeldTensor]) -> tuple[Declaration, JsonValue]:
@@ -40,11 +41,20 @@ class RosterKeeper:
             NameCollisionError: Two kinds of rank declare one name differently.
             IncompleteTensorError: The ranks together lack a piece of a tensor.
         """
-        own: Declaration | None = None
-        row: JsonValue = None
-        with self._group.together("describing the tensors to save"):
-            own, row = self._described.get(held, None, lambda: self._describe(held))
-        assert own is not None
+        described: tuple[Declaration, JsonValue] | None = None
+        failure: Exception | None = None
+        changed = not self._described.holds(held, None)
+        try:
+            described = self._described.get(held, None, lambda: self._describe(held))
+        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+            failure = error
+        # Where no rank's tensors are others than last time, this exchange is the only one.
+        changed = self._group.agree(failure, "describing the tensors to save", changed or self._last is None)
+        if not changed and self._last is not None:
+            return self._last
+        self._last = None
+        assert described is not None
+        own, row = described
         rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))
         key = repr(rows)
         known = self._rosters.get(key)
@@ -57,6 +67,7 @@ class RosterKeeper:
                 _ = known.specs
                 known.check_complete(held)
             self._rosters = {key: known}
+        self._last = known
         return known
 
     def _learn(self, own: Declaration, digests: tuple[str, ...]) -> None:

@@ -20,6 +20,18 @@ class MeshRegister:
     def __init__(self) -> None:
         self._known: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]], MeshKey] = {}
         self._used: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
+        # Listing a mesh's ranks takes longer than all else that a tensor needs, and most tensors share a mesh object,
+        # which is kept alive here so that its identity stays its own.
+        self._seen: dict[int, tuple[DeviceMesh, MeshKey, tuple[int, ...] | None]] = {}
+
+    def place(self, mesh: DeviceMesh) -> tuple[MeshKey, tuple[int, ...] | None]:
+        """The key of ``mesh``, and this rank's coordinate in it; ``None`` where it is not part of it."""
+        known = self._seen.get(id(mesh))
+        if known is None:
+            coordinate = mesh.get_coordinate()
+            known = (mesh, self.key(mesh), tuple(coordinate) if coordinate is not None else None)
+            self._seen[id(mesh)] = known
+        return known[1], known[2]
 
     def key(self, mesh: DeviceMesh) -> MeshKey:
         """The key of ``mesh``; equal for meshes of the same ranks in the same order."""
@@ -68,7 +80,7 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
     spec = TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype, name))
     if not isinstance(tensor, DTensor):
         return hold(spec, Part(tuple(tensor.shape)), (), tensor.detach())
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh, coordinate = meshes.place(tensor.device_mesh)
     if coordinate is None:
         raise MisuseError(
             "this rank is not part of the tensor's mesh",
@@ -76,13 +88,13 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
             hint="Leave the tensor out of this rank's model.",
         )
     placements = tuple(_placement(p, name) for p in tensor.placements)
-    part = Part(tuple(tensor.shape), meshes.key(tensor.device_mesh), placements)
+    part = Part(tuple(tensor.shape), mesh, placements)
     local = tensor.to_local().detach()
-    if sum(region.box.numel for region in part.regions(tuple(coordinate))) != local.numel():
+    if sum(region.box.numel for region in part.regions(coordinate)) != local.numel():
         raise TensorError(
             f"this rank's memory of it, {list(local.shape)}, is not what {tensor.placements} of {list(tensor.shape)} "
             f"over {list(tensor.device_mesh.shape)} ranks gives",
             tensor=name,
             hint="Redistribute it to plain shards before saving.",
         )
-    return hold(spec, part, tuple(coordinate), local)
+    return hold(spec, part, coordinate, local)

@@ -100,6 +100,12 @@ class CountingStorage(LocalStorage):
         self.ranges.append((self.paths[handle], offset, offset + len(into)))
         return super().read(handle, into, offset)
 
+    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
+        data = super().mapped(handle, offset, nbytes)
+        if data is not None:
+            self.ranges.append((self.paths[handle], offset, offset + nbytes))
+        return data
+
     def overlaps(self) -> list[tuple[Path, int, int]]:
         """Ranges that begin before an earlier one of the same file ends."""
         found, last = [], {}

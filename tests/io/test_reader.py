@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.memory import MemoryStorage
+from tests.support.memory import MappingStorage, MemoryStorage
 from tests.support.simulate import DTYPES, raw, values
 
 from shardwise.errors import CheckpointNotFoundError, IntegrityError, StorageError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.reader import MOST_OVERREAD, SMALL_GAP_BYTES, Reader
+from shardwise.io.storage import LocalStorage
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
 from shardwise.types import Box, TensorSpec
@@ -58,7 +60,9 @@ def test_any_chunks_fill_any_fragments(data: st.DataObject, dtype: str, threads:
     grid = tuple(n for f in factors for n in f) if refined else shape
     spec = TensorSpec("w", shape, dtype)
     whole = values(spec, data.draw(st.integers(0, 9)))
-    storage = MemoryStorage()
+    storage: MemoryStorage = MemoryStorage()
+    if data.draw(st.booleans()):
+        storage = MappingStorage(refuse_every=data.draw(st.integers(0, 3)))
     chunks = []
     for number, box in enumerate(cut_up(data, Box.whole(shape))):
         pad = data.draw(st.integers(0, 5))
@@ -90,11 +94,12 @@ def test_values_are_cast_as_torch_casts(saved: str, dtype: str) -> None:
         assert torch.equal(fragment.data, part_of(whole, box).to(torch_dtype(dtype)))
 
 
+@pytest.mark.parametrize("storage_class", [MemoryStorage, MappingStorage])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_large_tensors_pass_in_pieces(threads: int) -> None:
+def test_large_tensors_pass_in_pieces(threads: int, storage_class: type[MemoryStorage]) -> None:
     spec = TensorSpec("w", (3000, 6000), "F32")  # 72 MB: more than a buffer, more than one thread's share
     whole = torch.arange(3000 * 6000, dtype=torch.int32).view(torch.float32).reshape(3000, 6000)
-    storage = MemoryStorage({Path("/f"): bytearray(raw(whole))})
+    storage = storage_class({Path("/f"): bytearray(raw(whole))})
     source = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), 0, 0),))
     for box, memory in (
         (Box.whole(spec.shape), torch.zeros(3000, 6000)),
@@ -147,3 +152,47 @@ def test_a_file_that_has_gone_is_an_error() -> None:
     with pytest.raises(CheckpointNotFoundError) as found:
         Reader(MemoryStorage(), [Path("/some/f")]).execute([read_of(100, 1, 100)])
     assert found.value.path == "/some/f"
+
+
+def columns(path: Path, rows: int, width: int, dtype: torch.dtype, offset: int) -> Read:
+    """The second half of every row of a matrix in a real file, in which it stands at ``offset``."""
+    whole = torch.arange(rows * width).remainder(251).to(dtype).reshape(rows, width)
+    path.write_bytes(bytes(offset) + raw(whole))
+    item, spec = dtype.itemsize, TensorSpec("w", (rows, width), {4: "F32", 2: "BF16", 1: "U8"}[dtype.itemsize])
+    half = width // 2
+    dest = torch.zeros(rows, width - half, dtype=dtype)
+    return Read(0, offset + half * item, rows, width * item, (width - half) * item, dest, spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("offset", [0, 8, 4096, 4104, 13])
+def test_columns_of_a_real_file(tmp_path: Path, dtype: torch.dtype, offset: int) -> None:
+    # 24 MB in float32: more than one window. An odd offset cannot be a tensor of wider elements in place.
+    read = columns(tmp_path / "f", 6000, 1001, dtype, offset)
+    reader = Reader(LocalStorage(), [tmp_path / "f"])
+    reader.execute([read])
+    reader.close()
+    expected = torch.arange(6000 * 1001).remainder(251).to(dtype).reshape(6000, 1001)[:, 500:]
+    assert torch.equal(read.dest, expected)
+
+
+def test_columns_of_a_truncated_file_are_an_error_and_not_a_signal(tmp_path: Path) -> None:
+    read = columns(tmp_path / "f", 6000, 1000, torch.float32, 0)
+    os.truncate(tmp_path / "f", 20_000_001)
+    reader = Reader(LocalStorage(), [tmp_path / "f"])
+    with pytest.raises(IntegrityError, match="ends .* before") as found:
+        reader.execute([read])
+    reader.close()
+    assert (found.value.path, found.value.tensor) == (str(tmp_path / "f"), "w")
+
+
+def test_what_cannot_be_mapped_is_not_mapped(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(range(256)) * 64)
+    storage = LocalStorage()
+    handle = storage.open(tmp_path / "f", writable=False)
+    whole = storage.mapped(handle, 5000, 11384)
+    assert whole is not None
+    assert bytes(whole) == (bytes(range(256)) * 64)[5000:]
+    assert storage.mapped(handle, 5000, 11385) is None
+    storage.close(handle)
+    assert storage.mapped(handle, 0, 10) is None

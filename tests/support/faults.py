@@ -56,6 +56,9 @@ class FaultyStorage(LocalStorage):
         self._maybe("read")
         return super().read(handle, into, offset)
 
+    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
+        return None
+
     def sync(self, handle: int) -> None:
         self._maybe("sync")
         super().sync(handle)

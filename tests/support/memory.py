@@ -84,3 +84,21 @@ class MemoryStorage:
 
     def sync_directory(self, path: Path) -> None:
         self._did("sync_directory", path)
+
+
+@dataclass
+class MappingStorage(MemoryStorage):
+    """The same, which also maps files; every ``refuse_every``-th mapping is refused."""
+
+    refuse_every: int = 0
+    _asked: int = 0
+
+    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
+        path = self._handles[handle]
+        self._did("mapped", path)
+        with self._lock:
+            self._asked += 1
+            refused = self.refuse_every > 0 and self._asked % self.refuse_every == 0
+        if refused or offset + nbytes > len(self.files[path]):
+            return None
+        return memoryview(self.files[path][offset : offset + nbytes])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from shardwise.checkpointing.base_random import SeededInit
 from shardwise.convert.skeleton import original_class
 from shardwise.errors import MisuseError
+from shardwise.io.memory import prefer_huge_pages
 from shardwise.stateful_wrappers.names import plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
@@ -33,7 +34,7 @@ _CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupEr
 
 
 @dataclass(eq=False)
-class _Slot:
+class Slot:
     """A tensor of the model: a parameter, a buffer, or a plain attribute of a module.
 
     Attributes:
@@ -55,7 +56,13 @@ class _Slot:
         return found
 
 
-def initialise(module: nn.Module, device: torch.device, seed: int, loaded: Collection[str] = ()) -> None:
+def initialise(
+    module: nn.Module,
+    device: torch.device,
+    seed: int,
+    loaded: Collection[str] = (),
+    slots: list[Slot] | None = None,
+) -> None:
     """Give what is on the meta device memory and values; other tensors are moved and initialised anew as well.
 
     Random values are those of `SeededInit`: the same on every topology for one ``seed``, as far as the model's code
@@ -66,12 +73,13 @@ def initialise(module: nn.Module, device: torch.device, seed: int, loaded: Colle
         device: Where it is to be.
         seed: Equal on all ranks that hold parts of the same tensors.
         loaded: Plain names of tensors that are about to be loaded: they get memory and no values.
+        slots: What `slots_of` gave for the model a moment ago, where the caller has it.
 
     Raises:
         MisuseError: A tensor has no values, and no code that would give it any.
     """
     inner = unwrap(module)
-    slots = _slots(inner)
+    slots = slots_of(module) if slots is None else slots
     fresh = [slot for slot in slots if slot.tensor.device.type == "meta"]
     _materialise(module, slots, device)
     open_slots = [slot for slot in fresh if slot.name not in loaded]
@@ -107,20 +115,21 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def meta_names(module: nn.Module) -> frozenset[str]:
-    """Plain names of the tensors of a model that are on the meta device."""
-    return frozenset(slot.name for slot in _slots(unwrap(module)) if slot.tensor.device.type == "meta")
+def has_meta(slots: Iterable[Slot]) -> bool:
+    """Whether one of a model's tensors is on the meta device."""
+    return any(slot.tensor.device.type == "meta" for slot in slots)
 
 
-def names_of(module: nn.Module, tensors: Collection[torch.Tensor]) -> frozenset[str]:
+def names_of(slots: Iterable[Slot], tensors: Collection[torch.Tensor]) -> frozenset[str]:
     """The names under which `initialise` knows some of a model's tensors."""
     ids = {id(tensor) for tensor in tensors}
-    return frozenset(slot.name for slot in _slots(unwrap(module)) if id(slot.tensor) in ids)
+    return frozenset(slot.name for slot in slots if id(slot.tensor) in ids)
 
 
-def _slots(module: nn.Module) -> list[_Slot]:
-    found: dict[int, _Slot] = {}
-    for prefix, inner in module.named_modules():
+def slots_of(module: nn.Module) -> list[Slot]:
+    """Every tensor of a model, each once."""
+    found: dict[int, Slot] = {}
+    for prefix, inner in unwrap(module).named_modules():
         entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in inner._parameters.items()]
         entries += [(k, v, "buffer") for k, v in inner._buffers.items()]
         entries += [(k, v, "attribute") for k, v in vars(inner).items()]
@@ -128,19 +137,22 @@ def _slots(module: nn.Module) -> list[_Slot]:
             if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):
                 continue
             name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
-            slot = found.setdefault(id(value), _Slot(name, kind=kind))
+            slot = found.get(id(value))
+            if slot is None:
+                slot = found[id(value)] = Slot(name, kind=kind)
             slot.places.append((inner, leaf))
     return list(found.values())
 
 
-def _materialise(module: nn.Module, slots: list[_Slot], device: torch.device) -> None:
+def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> None:
     made: dict[int, torch.Tensor] = {}
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta":
             return tensor.to(device)
         if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_like(tensor, device=device)
+            made[id(tensor)] = fresh = torch.empty_like(tensor, device=device)
+            prefer_huge_pages(_local(fresh))
         return made[id(tensor)]
 
     attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
@@ -211,7 +223,7 @@ def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Colle
 
 
 @contextlib.contextmanager
-def _first_owners(slots: list[_Slot]) -> Iterator[None]:
+def _first_owners(slots: list[Slot]) -> Iterator[None]:
     """Let a tied parameter be initialised by its first owner alone: a head must not draw over an embedding."""
     tied = [(slot.tensor, place) for slot in slots if slot.kind == "parameter" for place in slot.places[1:]]
     for tensor, (owner, leaf) in tied:
@@ -274,7 +286,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _rebuild(model: nn.Module, left: list[_Slot]) -> list[_Slot]:
+def _rebuild(model: nn.Module, left: list[Slot]) -> list[Slot]:
     """Fill tensors from modules built anew; returns those that this did not fill."""
     if not left:
         return left
@@ -334,7 +346,7 @@ def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: 
     return found
 
 
-def _fill(slot: _Slot, built: nn.Module | None, path: str) -> bool:
+def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
     value: object = built
     for piece in path.split("."):
         value = getattr(value, piece, None)

@@ -26,7 +26,7 @@ from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
-from shardwise.checkpointing.base_init import initialise, meta_names, names_of
+from shardwise.checkpointing.base_init import has_meta, initialise, names_of, slots_of
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
@@ -124,11 +124,12 @@ def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device,
     seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
     with group.together("materialising the model"):
         for part in parts:
-            if not meta_names(part):
+            slots = slots_of(part)
+            if not has_meta(slots):
                 part.to(device)
                 continue
-            loaded = names_of(part, wanted.tensors) if wanted is not None else frozenset()
-            initialise(part, device, seed, loaded)
+            loaded = names_of(slots, wanted.tensors) if wanted is not None else frozenset()
+            initialise(part, device, seed, loaded, slots)
             _fresh_adapters([part], None, seed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,7 @@ from shardwise.engine.memo import Memo
 from shardwise.errors import ConversionError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import plain_name, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.types import TensorSpec
 
@@ -54,12 +54,16 @@ class HubNames:
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: Memo[HubState] = Memo()
 
-    def capture(self, state: ModelState) -> HubState:
+    def capture(self, state: ModelState, tensors: Sequence[NamedTensor] | None = None) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
         As long as the model's tensors are the same objects at the same addresses, the same result is given.
+
+        Args:
+            state: The model.
+            tensors: What ``state.tensors()`` gave a moment ago, where the caller has it.
         """
-        tensors = state.tensors()
+        tensors = state.tensors() if tensors is None else tensors
         names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
         return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state))
 
@@ -143,6 +147,6 @@ def with_base_dtypes(
     return export, exact
 
 
-def materialised(state: ModelState) -> bool:
-    """Whether no tensor of the model is on the meta device."""
-    return all(named.tensor.device.type != torch.device("meta").type for named in state.tensors())
+def materialised(tensors: Iterable[NamedTensor]) -> bool:
+    """Whether none of a model's tensors is on the meta device."""
+    return all(named.tensor.device.type != "meta" for named in tensors)

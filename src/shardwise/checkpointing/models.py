@@ -254,13 +254,14 @@ def load_model(
     with group.together("describing the model"):
         if key_mapping:
             source = renamed(source, key_mapping)
-        if not materialised(state):
+        named = state.tensors()
+        if not materialised(named):
             raise MisuseError(
                 "the model is on the meta device and has no memory to load into",
                 hint="Call initialize_model_weights or load_base_model first.",
             )
-        hub = context.names.capture(state)
-        ties = {alias: named.name for named in state.tensors() for alias in named.aliases}
+        hub = context.names.capture(state, named)
+        ties = {alias: tensor.name for tensor in named for alias in tensor.aliases}
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
     assert hub is not None

@@ -1,8 +1,9 @@
 """Reading byte ranges into place.
 
 Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into
-the parameter's memory. Everything else passes through a small buffer: strided memory, other devices, other dtypes, and
-rows of a column shard, which are read together with the gaps between them as long as the gaps are small.
+the parameter's memory. The rows of a column shard are copied out of the page cache, where the storage can map files.
+Everything else passes through a small buffer: strided memory, other devices, other dtypes, and rows that cannot be
+mapped, which are read together with the gaps between them as long as the gaps are small.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import as_bytes, blocks
-from shardwise.io.storage import Storage
+from shardwise.io.storage import MapsFiles, Storage
 from shardwise.io.writer import located
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 
 #: Bytes of the buffer of each reading thread.
 BUFFER_BYTES = 4 * 2**20
+#: Bytes of a file that a thread has mapped at a time; mapped pages count as a process's own in most statistics.
+WINDOW_BYTES = 8 * 2**20
 #: Gaps up to this are read along; so are larger ones as long as at most this many times the wanted bytes are read.
 SMALL_GAP_BYTES = 16 * 1024
 MOST_OVERREAD = 2
@@ -68,6 +71,7 @@ class Reader:
         observe: Callable[[int, int, int], None] | None = None,
     ) -> None:
         self._storage = storage
+        self._maps = storage if isinstance(storage, MapsFiles) else None
         self._files = files
         self._threads = threads
         self._observe = observe
@@ -149,7 +153,8 @@ class Reader:
         along = along and read.period <= BUFFER_BYTES
         pitch = read.period if along else read.width
         step = max(1, BUFFER_BYTES // pitch)
-        for first in range(0, read.rows, step):
+        done = self._mapped(read, dest, dtype) if along else 0
+        for first in range(done, read.rows, step):
             rows = min(step, read.rows - first)
             buffer = self._buffers.get(rows * pitch)
             if along:
@@ -164,12 +169,33 @@ class Reader:
             lengths = _row_strides(tuple(target.shape[1:]))
             target.copy_(elements.as_strided(target.shape, (pitch // dtype.itemsize, *lengths)))
 
+    def _mapped(self, read: Read, dest: torch.Tensor, dtype: torch.dtype) -> int:
+        """Copy rows out of the mapped file, as far as it can be mapped; returns how many."""
+        maps = self._maps
+        if maps is None:
+            return 0
+        step = max(1, WINDOW_BYTES // read.period)
+        for first in range(0, read.rows, step):
+            rows = min(step, read.rows - first)
+            offset, span = read.offset + first * read.period, (rows - 1) * read.period + read.width
+            data = maps.mapped(self._handles[read.file], offset, span)
+            if data is None or offset % dtype.itemsize:
+                return first
+            self._count(read, offset, span)
+            target = dest[first : first + rows]
+            strides = (read.period // dtype.itemsize, *_row_strides(tuple(target.shape[1:])))
+            target.copy_(torch.frombuffer(data, dtype=dtype).as_strided(target.shape, strides))
+        return read.rows
+
+    def _count(self, read: Read, offset: int, nbytes: int) -> None:
+        if self._observe is not None:
+            self._observe(read.file, offset, nbytes)
+        with self._lock:
+            self.counts.read += nbytes
+
     def _fill(self, read: Read, into: memoryview, offset: int) -> None:
         got = self._storage.read(self._handles[read.file], into, offset)
-        if self._observe is not None:
-            self._observe(read.file, offset, len(into))
-        with self._lock:
-            self.counts.read += len(into)
+        self._count(read, offset, len(into))
         if got != len(into):
             raise IntegrityError(
                 f"the file ends {len(into) - got} bytes before the end of this tensor",

@@ -79,7 +79,8 @@ def open_source(path: str | os.PathLike[str], group: Group) -> Source:
     entries = _read_headers(files, group)
     source = _assemble(root, files, entries)
     with group.together(f"checking the index of {root}"):
-        _check_index(root, listed["index"], source, listed["files"])
+        if group.is_main:
+            _check_index(root, listed["index"], source)
     return source
 
 
@@ -202,24 +203,24 @@ def _tensor(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path
     return SourceTensor(TensorSpec(name, tuple(shape), first.dtype), tuple(chunks.values()))
 
 
-def _check_index(root: Path, indices: Sequence[str], source: Source, files: Sequence[str]) -> None:
+def _check_index(root: Path, indices: Sequence[str], source: Source) -> None:
     for name in indices:
-        index = read_index(root / name)
-        prefix = name.rpartition("/")[0]
-        for tensor, file in index.weight_map.items():
+        folder = (root / name).parent
+        numbers = {path.name: number for number, path in enumerate(source.files) if path.parent == folder}
+        here = set(numbers.values())
+        for tensor, file in read_index(root / name).weight_map.items():
             known = source.tensors.get(tensor)
-            held = {source.files[chunk.file] for chunk in known.chunks} if known else set()
-            # A tensor that is read from shards beside the export has no say about the export's files.
-            here = all(path.parent == root / prefix for path in held)
-            whole = known is not None and not _sharded(known)
-            listed = f"{prefix}/{file}".lstrip("/") in files
-            if known is None or (here and whole and listed and root / prefix / file not in held):
-                raise WeightIndexError(
-                    f"the index says that {file} holds this tensor, which it does not",
-                    path=root / name,
-                    tensor=tensor,
-                    hint="Index and files belong to different exports; fetch or save them again.",
-                )
+            if known is not None:
+                held = {chunk.file for chunk in known.chunks}
+                # A tensor that is read from shards beside the export has no say about the export's files.
+                if not held <= here or _sharded(known) or numbers.get(file, -1) in {-1, *held}:
+                    continue
+            raise WeightIndexError(
+                f"the index says that {file} holds this tensor, which it does not",
+                path=root / name,
+                tensor=tensor,
+                hint="Index and files belong to different exports; fetch or save them again.",
+            )
 
 
 def _sharded(tensor: SourceTensor) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, StorageError
 
@@ -61,6 +62,22 @@ class Storage(Protocol):
         """Make the names in a directory durable."""
         ...
 
+
+@runtime_checkable
+class MapsFiles(Protocol):
+    """What a `Storage` may offer besides: a file's bytes where they lie, without a copy."""
+
+    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
+        """The bytes from ``offset`` on, present in memory, until the last reference is dropped; writes go nowhere.
+
+        Returns:
+            ``None`` where the system does not map this file, or not all of the range: `Storage.read` says why.
+        """
+        ...
+
+
+#: Makes mapped pages present, or fails where touching them would kill the process (Linux 5.14, madvise(2)).
+_POPULATE_READ = 22
 
 #: File systems on which reserving space costs nothing: an allocation of extents, no write of zeros.
 _CHEAP_RESERVATION = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
@@ -125,6 +142,16 @@ class LocalStorage:
         except OSError as error:
             raise StorageError.from_os(error) from error
         return done
+
+    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
+        """Map privately, and have every page read before anybody touches it."""
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            pages = mmap.mmap(handle, before + nbytes, access=mmap.ACCESS_COPY, offset=offset - before)
+            pages.madvise(_POPULATE_READ)
+        except (OSError, ValueError):
+            return None
+        return memoryview(pages)[before:]
 
     def sync(self, handle: int) -> None:
         """``fsync``."""

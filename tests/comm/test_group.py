@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 from tests.support.ranks import WORLDS, failure, outcomes, run
 
 from shardwise.comm import Group
-from shardwise.errors import RemoteError, ShapeMismatchError, ShardwiseError, StorageError
+from shardwise.errors import PeerError, RemoteError, ShapeMismatchError, ShardwiseError, StorageError
 
 
 def gather(length: int) -> list[object]:
@@ -175,6 +178,23 @@ def dedicated() -> tuple[bool, bool]:
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_dedicated_group_has_the_same_ranks_and_closes_twice(world: int) -> None:
     assert run(world, dedicated) == [(True, True)] * world
+
+
+def absent(directory: str) -> str:
+    if dist.get_rank() == 0:
+        try:
+            Group.dedicated(None, 1.0)
+        except PeerError as error:
+            Path(directory, "over").touch()
+            return error.message
+    # This rank stays, and does not come.
+    while not Path(directory, "over").exists():
+        time.sleep(0.05)
+    return ""
+
+
+def test_a_rank_that_does_not_come_to_the_meeting_is_a_typed_error(tmp_path: Path) -> None:
+    assert "while meeting" in str(run(2, absent, str(tmp_path))[0])
 
 
 def no_group() -> list[object]:

@@ -19,12 +19,10 @@ from tests.faults.processes import Ended, alone, ranks, scratch
 from tests.faults.training import Run, checkpointer, restore, save, settings, short
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwise.comm.lost import REPORT_SECONDS
 from shardwise.errors import ShardwiseError
 from shardwise.ops.verify import verify
 
-#: A survivor has to report its peer's death within the time-out, plus what finding out whose fault it was takes, plus
-#: what a loaded machine adds.
+#: A survivor has to report its peer's death within the time-out, plus what a loaded machine adds.
 TIMEOUT_SECONDS = 10.0
 _GRACE_SECONDS = 20.0
 
@@ -76,7 +74,7 @@ def attempt(root: Path, step: int, faults: dict[int, Fault], changes: dict[str, 
             outcome = type(error).__name__
         return [outcome, time.monotonic() - started, len(tape.done)]
 
-    return ranks(body, limit=2 * (TIMEOUT_SECONDS + REPORT_SECONDS + _GRACE_SECONDS))
+    return ranks(body, limit=2 * (TIMEOUT_SECONDS + _GRACE_SECONDS))
 
 
 def aftermath(root: Path, old: int, new: int, changes: dict[str, object], tally: Tally, where: str) -> None:
@@ -147,7 +145,7 @@ def _judge(ended: Ended, victim: bool, where: str, tally: Tally) -> None:
     elif isinstance(ended.returned, list):
         outcome, seconds, *_ = ended.returned
         tally.saw(str(outcome))
-        if seconds > TIMEOUT_SECONDS + REPORT_SECONDS + _GRACE_SECONDS:
+        if seconds > TIMEOUT_SECONDS + _GRACE_SECONDS:
             tally.failures.append(f"{where}: the survivor's error took {seconds:.0f} s")
 
 
@@ -164,13 +162,13 @@ def hung_rank(kinds: Iterable[str]) -> Tally:
             root = Path(tempfile.mkdtemp(dir=scratch()))
             write_tree(tree, root)
             where = f"rank {rank} hung at {kind}"
-            fault = Fault("sleep", 0, kind, seconds=timeout + REPORT_SECONDS + 6)
+            fault = Fault("sleep", 0, kind, seconds=timeout + 6)
             ended = attempt(root, 3, {rank: fault}, changes)
             tally.cases += 1
             for number, each in enumerate(ended):
                 _judge(each, False, where, tally)
                 reported = isinstance(each.returned, list) and number != rank and each.returned[0] != "saved"
-                if reported and each.returned[1] > timeout + REPORT_SECONDS + 4:  # type: ignore[index]
+                if reported and each.returned[1] > timeout + 4:  # type: ignore[index]
                     tally.failures.append(f"{where}: its peer waited {each.returned[1]:.1f} s")  # type: ignore[index]
             aftermath(root, 2, 3, {}, tally, where)
             shutil.rmtree(root)
@@ -215,7 +213,7 @@ def random_kills(count: int, seed: int = 0, *, directory: str | None = None) -> 
         floor = acknowledged
         ended = ranks(
             _killed_run(root, notes, floor, is_async),
-            limit=2 * (TIMEOUT_SECONDS + REPORT_SECONDS + _GRACE_SECONDS),
+            limit=2 * (TIMEOUT_SECONDS + _GRACE_SECONDS),
             killed_after=lambda pids, v=victims, d=delay: _strike(notes, pids, v, d),  # type: ignore[misc]
         )
         tally.cases += 1

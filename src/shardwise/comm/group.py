@@ -21,7 +21,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from shardwise.comm.lost import Seat, find_lost
+from shardwise.comm.lost import Patience, Seat, find_lost
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -48,6 +48,7 @@ class Group:
         self._broken: PeerError | None = None
         self._name = ""
         self._seats: tuple[Seat, ...] = ()
+        self._report_seconds = 0.0
         if process_group is None:
             self.rank, self.world_size = 0, 1
             self._device = torch.device("cpu")
@@ -70,20 +71,36 @@ class Group:
 
         A group of its own keeps checkpoint traffic from mixing with the training's, lets a background thread
         communicate while training does, and has a time-out of its own.
+
+        Args:
+            of: Whose ranks; ``None`` for the default group's.
+            timeout_seconds: Within how long every rank raises `PeerError` once one is gone or hangs. Collectives wait
+                somewhat less, so that there is time left to find out which rank it is.
+
+        Raises:
+            PeerError: Some rank did not come.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None)
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
         # torch wants every rank of the default group to take part in making a group, unless told that only members do.
         few = len(ranks) < dist.get_world_size()
-        made = dist.new_group(
-            ranks=ranks,
-            backend="gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            use_local_synchronization=few,
-        )
+        patience = Patience.within(timeout_seconds)
+        try:
+            made = dist.new_group(
+                ranks=ranks,
+                backend="gloo",
+                timeout=timedelta(seconds=patience.collective),
+                use_local_synchronization=few,
+            )
+        except RuntimeError as error:
+            raise PeerError(
+                f"the ranks lost touch while meeting: {str(error).splitlines()[0]}",
+                hint="Look at the other ranks' logs and restart the job; what was published before is untouched.",
+            ) from error
         group = cls(made)
         group._owned = True
+        group._report_seconds = patience.report
         own = Seat.own()
         seats = cast(list[tuple[str, int]], group.gather_json([own.host, own.pid], "meeting the other ranks"))
         group._seats = tuple(Seat(host, pid) for host, pid in seats)
@@ -298,8 +315,9 @@ class Group:
 
     def _break(self, what: str, error: Exception) -> PeerError:
         """Find out who is missing, and refuse every later collective: the ranks are out of step."""
-        lost, how = find_lost(self._name, self.rank, self._seats)
         ranks = self.global_ranks()
+        host = ranks.index(0) if 0 in ranks else None
+        lost, how = find_lost(self._name, self.rank, self._seats, host, self._report_seconds)
         named = [ranks[number] for number in lost]
         if named:
             who = f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(map(str, named))}"

@@ -3,21 +3,45 @@
 A broken collective tells a rank only that some connection ended or that time is up. Two sources say whose fault it was:
 on the same machine the process table, at once; elsewhere the job's key-value store, where every rank that noticed the
 failure reports, so that whoever has not reported is missing.
+
+Finding out takes time too, and a rank has promised to raise within the time-out that its user configured; `Patience`
+divides that time.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch.distributed as dist
 
-#: How long a rank waits for the reports of others after its own collective broke.
-REPORT_SECONDS = 10.0
+#: Seconds between two looks at the process table and the store.
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """A configured time-out, divided so that both parts and what lies between them fit into it.
+
+    Attributes:
+        collective: Seconds that a collective may wait for its peers.
+        report: Seconds that a rank whose collective broke may take to find out who is missing.
+    """
+
+    collective: float
+    report: float
+
+    @staticmethod
+    def within(seconds: float) -> Patience:
+        """Divide ``seconds``: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
+        report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
+        return Patience(seconds - report - spare, report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,49 +77,90 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def find_lost(name: str, rank: int, seats: Sequence[Seat]) -> tuple[tuple[int, ...], str]:
+def find_lost(name: str, rank: int, seats: Sequence[Seat], host: int | None, seconds: float) -> tuple[list[int], str]:
     """Who is missing after a collective of group ``name`` broke on ``rank``.
+
+    Returns when every rank has either reported or died, or when time is up: whoever comes late to the broken collective
+    should find the reports of the others, and name the same rank as they do.
 
     Args:
         name: The group's name, the same on every rank.
         rank: This rank in the group.
         seats: Where each rank of the group runs; may be empty if that is not known.
+        host: The rank in the group that is held responsible for the store, if it is a member.
+        seconds: How long to wait for the reports of others at most.
 
     Returns:
-        Ranks of the group, and what is known of them: "has died" or "did not answer".
+        Ranks of the group, and what is known of them: "died" or "did not answer".
     """
-    _report(name, rank)
-    gone = _gone(seats)
-    deadline = time.monotonic() + REPORT_SECONDS
-    silent: tuple[int, ...] = ()
-    while not gone and time.monotonic() < deadline:
-        silent = _silent(name, len(seats))
-        if not silent:
-            break
-        time.sleep(0.1)
-        gone = _gone(seats)
-    return (gone, "has died") if gone else (silent, "did not answer")
+    deadline = time.monotonic() + seconds
+    # With the processes in the key, since a restarted job may meet in the store that the last one reported to.
+    keys = [f"shardwise/broken/{name}/{number}/{seat.host}/{seat.pid}" for number, seat in enumerate(seats)]
+    with _Board(keys) as board:
+        board.report(rank)
+        while True:
+            left = deadline - time.monotonic()
+            refused, silent = board.refused, board.silent
+            # Whoever has reported may leave, and is not the one whose absence broke the collective.
+            gone = [number for number, seat in enumerate(seats) if _among(number, silent) and seat.is_gone()]
+            told = silent is not None and len(gone) == len(silent)
+            if left <= 0 or told or (refused and gone):
+                break
+            time.sleep(min(_POLL_SECONDS, left))
+        # Others read the reports too, perhaps from a store that ends with this process: they are given time to.
+        time.sleep(max(0.0, min(2 * _POLL_SECONDS, left)) if len(seats) > 2 else 0.0)
+    # The store lives beside the first process of the job. With it gone, others that left had nowhere to say so.
+    if refused and host is not None and host in gone:
+        gone = [host]
+    if silent is None:
+        silent = () if host is None or host == rank else (host,)
+    return (gone, "died") if gone else (list(silent), "did not answer")
 
 
-def _gone(seats: Sequence[Seat]) -> tuple[int, ...]:
-    return tuple(number for number, seat in enumerate(seats) if seat.is_gone())
+def _among(rank: int, silent: tuple[int, ...] | None) -> bool:
+    return silent is None or rank in silent
 
 
-def _key(name: str, rank: int) -> str:
-    return f"shardwise/broken/{name}/{rank}"
+class _Board:
+    """Reports in the job's key-value store, followed by a thread: a store whose process has stopped never answers.
 
+    Args:
+        keys: Where each rank reports.
 
-def _report(name: str, rank: int) -> None:
-    try:
-        dist.distributed_c10d._get_default_store().set(_key(name, rank), "1")
-    except (RuntimeError, ValueError):
-        # The store lives in another process and may be what is gone; _silent() then says so.
-        return
+    Attributes:
+        silent: Ranks that have not reported; ``None`` as long as the store has not answered.
+        refused: Whether it has failed, and nothing more will come.
+    """
 
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.silent: tuple[int, ...] | None = None if keys else ()
+        self.refused = False
+        self._keys = keys
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
-def _silent(name: str, world_size: int) -> tuple[int, ...]:
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return tuple(number for number in range(world_size) if not store.check([_key(name, number)]))
-    except (RuntimeError, ValueError):
-        return (0,)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            # A thread in the middle of a call would be torn down with the interpreter; one that never returns may be.
+            self._thread.join(_POLL_SECONDS)
+
+    def report(self, rank: int) -> None:
+        """Report for ``rank``, and follow the others' reports from now on."""
+        if self._keys:
+            self._thread = threading.Thread(target=self._follow, args=(rank,), name="shardwise-lost", daemon=True)
+            self._thread.start()
+
+    def _follow(self, rank: int) -> None:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(self._keys[rank], "1")
+            silent = tuple(range(len(self._keys)))
+            while silent and not self._over.is_set():
+                self.silent = silent = tuple(number for number in silent if not store.check([self._keys[number]]))
+                self._over.wait(_POLL_SECONDS)
+        except (RuntimeError, ValueError):
+            self.refused = True

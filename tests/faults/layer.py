@@ -222,6 +222,9 @@ class TapedFileSystem:
     def _rename(self, source: Path, target: Path, action: Callable[[Path, Path], None]) -> None:
         self.tape.run("rename", target, lambda: action(source, target), source=self.tape._relative(source))
 
+    def exchange(self, one: Path, other: Path) -> bool:
+        return False
+
     def fsync_path(self, path: Path) -> None:
         kind = "sync_dir" if path.is_dir() else "sync"
         self.tape.run(kind, path, lambda: self.real.fsync_path(path))

@@ -50,6 +50,9 @@ class FaultyFileSystem:
         self._step("rename_new", target)
         self.real.rename_new(source, target)
 
+    def exchange(self, one: Path, other: Path) -> bool:
+        return False
+
     def fsync_path(self, path: Path) -> None:
         self._step("fsync_path", path)
         self.real.fsync_path(path)

@@ -1,6 +1,6 @@
 """Saving one component by itself, for loops that publish on their own: ``weights_path/model``, ``weights_path/optim``.
 
-The component is written beside its place and renamed onto it, so that a re-save leaves nothing of an earlier split
+The component is written beside its place and takes it in one step, so that a re-save leaves nothing of an earlier split
 behind and an interrupted one leaves the earlier component whole.
 """
 
@@ -57,10 +57,14 @@ class Replacement:
                 write_manifest(self._context.storage, self.temp, whole, self._info)
                 for where, _, _ in os.walk(self.temp, topdown=False):
                     fs.fsync_path(Path(where))
-                if os.path.lexists(self._target):
+                if not os.path.lexists(self._target):
+                    fs.rename(self.temp, self._target)
+                elif not fs.exchange(self.temp, self._target):
+                    # In two steps where there is no better way; reserve() sees to a crash between them.
                     fs.rename(self._target, self._doomed)
-                fs.rename(self.temp, self._target)
+                    fs.rename(self.temp, self._target)
                 fs.fsync_path(self._target.parent)
+                fs.remove_tree(self.temp)
                 fs.remove_tree(self._doomed)
 
     def abandon(self, group: Group) -> None:

@@ -17,6 +17,7 @@ from shardwise.errors import ShardwiseError, StorageError
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
 # renameat2 exists but this kernel, C library or file system (NFS among them) does not take the flag.
 _NO_FLAG = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -49,6 +50,13 @@ class FileSystem(Protocol):
 
     def rename_new(self, source: Path, target: Path) -> None:
         """Rename atomically; ``FileExistsError`` where ``target`` exists."""
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """Swap two existing names in one atomic step; ``False``, with nothing done, where the system has no such step.
+
+        Only what replaces a component that stands alone calls it; a published checkpoint is never replaced.
+        """
+        ...
 
     def fsync_path(self, path: Path) -> None:
         """Make a file's content, or a directory's entries, durable."""
@@ -85,7 +93,7 @@ class LocalFileSystem:
         Without ``renameat2`` this is a look followed by a rename. A root has one coordinating rank, so nobody creates
         ``target`` in between; and a non-empty directory would not be replaced even then.
         """
-        code = _rename_noreplace(source, target)
+        code = _rename_with(_RENAME_NOREPLACE, source, target)
         if code in _NO_FLAG:
             if os.path.lexists(target):
                 code = errno.EEXIST
@@ -94,6 +102,13 @@ class LocalFileSystem:
                 return
         if code:
             raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """See `FileSystem`."""
+        code = _rename_with(_RENAME_EXCHANGE, one, other)
+        if code and code not in _NO_FLAG:
+            raise OSError(code, os.strerror(code), str(one), None, str(other))
+        return not code
 
     def fsync_path(self, path: Path) -> None:
         """See `FileSystem`. Some network file systems cannot sync a directory and say so; their renames are durable."""
@@ -127,8 +142,8 @@ def _renameat2() -> Callable[..., int] | None:
         return None
 
 
-def _rename_noreplace(source: Path, target: Path) -> int:
-    """Rename through the kernel's own check; return the error number, 0 for success."""
+def _rename_with(flag: int, source: Path, target: Path) -> int:
+    """Rename in a way that only the kernel can; return the error number, 0 for success."""
     call = _renameat2()
     if call is None:
         return errno.ENOSYS
@@ -137,7 +152,7 @@ def _rename_noreplace(source: Path, target: Path) -> int:
         ctypes.c_char_p(os.fsencode(source)),
         ctypes.c_int(_AT_FDCWD),
         ctypes.c_char_p(os.fsencode(target)),
-        ctypes.c_uint(_RENAME_NOREPLACE),
+        ctypes.c_uint(flag),
     )
     return ctypes.get_errno() if failed else 0
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -59,19 +59,18 @@ class Elastic:
         os.kill(pid, number)
 
     def end(self) -> None:
-        """End what still runs of torchrun and its workers."""
-        family = [self.process.pid, *map(int, re.findall(r"is process (\d+)", self.log))]
-        for process in self._running(family):
-            process.kill()
-        self.process.wait(30)
-
-    def _running(self, family: list[int]) -> Iterator[psutil.Process]:
-        if self.process.poll() is None:
-            yield from psutil.Process(self.process.pid).children(recursive=True)
+        """End what still runs: torchrun first, which would start the workers again."""
+        family = [self.process.pid]
+        with suppress(psutil.NoSuchProcess):
+            family += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        family += map(int, re.findall(r"is process (\d+)", self.log))
         for pid in family:
-            # A number may have been given to somebody else since.
-            if psutil.pid_exists(pid) and str(self.root) in psutil.Process(pid).cmdline():
-                yield psutil.Process(pid)
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                # The number of one that ended may have been given to somebody else since.
+                if str(self.root) in process.cmdline():
+                    process.kill()
+        self.process.wait(30)
 
 
 @contextmanager

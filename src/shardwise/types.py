@@ -67,7 +67,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.numel * self.itemsize
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)

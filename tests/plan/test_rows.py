@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.simulate import DTYPES, Simulation, Spread, ThreadGroup, in_threads, placements, raw, simulations
+from tests.support.simulate import (
+    DTYPES,
+    Simulation,
+    Spread,
+    ThreadGroup,
+    in_threads,
+    local_tensor,
+    placements,
+    raw,
+    simulations,
+)
 
 from shardwise.errors import StorageError
 from shardwise.io.exchange import exchange_rows
+from shardwise.plan.fragments import Part, hold
 from shardwise.plan.layout import Layout, lay_out
 from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
-from shardwise.plan.placement import Replicated, Sharded, Strided
-from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner
+from shardwise.plan.placement import MeshKey, Replicated, Sharded, Strided
+from shardwise.plan.roster import Declaration, Roster
+from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner, Sources
+from shardwise.plan.runs import stride_of
 from shardwise.plan.schedule import Run, schedule
+from shardwise.plan.views import Axis, AxisView
 from shardwise.types import Box, TensorSpec
 
 
@@ -78,8 +94,9 @@ def test_all_holders_plan_the_same_exchange(data: st.DataObject) -> None:
         return
     exchange = found[0]
     for target in exchange.members:
-        # The sources of a target hold every element of a row once.
-        for row in (0, exchange.rows - 1):
+        # The sources of a target hold every element of its rows once.
+        low, high = exchange.sources.share(target)
+        for row in range(low, high):
             pieces = [p for _, boxes in exchange.sources[target] for p in exchange.pieces(boxes, row, 1)]
             assert sum(box.numel for _, box in pieces) == math.prod(exchange.row_shape)
     rows = [exchange.target(t, turn) for turn in range(exchange.rounds) for t in exchange.members]
@@ -88,7 +105,10 @@ def test_all_holders_plan_the_same_exchange(data: st.DataObject) -> None:
     for target in exchange.members:
         if any(isinstance(kind, Replicated) for kind in kinds):
             continue
-        assert target in [source for source, _ in exchange.sources[target]] or not exchange.sources[target]
+        low, high = exchange.sources.share(target)
+        own = tuple(fragment.box for fragment in case.everyone[target][0].fragments)
+        touches = any(True for _ in exchange.pieces(own, low, high - low))
+        assert touches <= (target in [source for source, _ in exchange.sources[target]])
 
 
 def planned(mesh: tuple[int, ...], shape: tuple[int, ...], *kinds: Replicated | Sharded | Strided) -> Exchange | None:
@@ -143,7 +163,41 @@ def test_a_rank_that_cannot_write_still_serves_its_peers(mesh: tuple[int, ...]) 
 
 
 def test_row_boxes_follow_the_order_of_the_file() -> None:
-    exchange = Exchange(0, (3, 4, 5), 2, 12, (0,), {0: ()}, 100)
+    exchange = Exchange(0, (3, 4, 5), 2, 12, Sources((), (3, 4, 5), 2), 100)
     assert exchange.row_shape == (5,)
     boxes = exchange.row_boxes(2, 7)
     assert boxes == (Box((0, 2, 0), (1, 2, 5)), Box((1, 0, 0), (1, 4, 5)), Box((2, 0, 0), (1, 1, 5)))
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_experts_are_exchanged_where_their_own_boxes_ask_for_it(data: st.DataObject) -> None:
+    experts, rows, columns = data.draw(st.integers(1, 7)), data.draw(st.integers(60, 70)), data.draw(st.integers(1, 5))
+    native, mesh = (experts, rows, columns), MeshKey(("",) * 2, data.draw(st.sampled_from([(2, 2), (3, 2), (2, 4)])))
+    kinds = data.draw(placements(3, mesh.shape))
+    everyone = list(itertools.product(*(range(n) for n in mesh.shape)))
+    grid = tuple((n,) for n in native)
+    spread = [
+        Part(native, mesh, kinds, AxisView(grid, native[1:], (Axis(1, 0, 0, rows), Axis(2, 0, 0, columns)), ((0, e),)))
+        for e in data.draw(st.permutations(range(experts)))
+    ]
+    specs = [TensorSpec(f"experts.{i}", native[1:], "F32") for i in range(experts)]
+    held = [
+        [
+            hold(spec, part, where, local_tensor(torch.zeros(native), mesh.shape, kinds, where))
+            for spec, part in zip(specs, spread, strict=True)
+        ]
+        for where in everyone
+    ]
+    own = Declaration.of(held[0])
+    roster = Roster({own.digest: own}, (own.digest,) * len(everyone), tuple({mesh: where} for where in everyone))
+    planner = ExchangePlanner(roster)
+    for number, (tensor, part) in enumerate(zip(held[0], spread, strict=True)):
+        boxes = [box for where in everyone for box in part.boxes(where)]
+        ways = [stride_of(box, native[1:]) for box in boxes]
+        found = planner.plan(number, tensor)
+        assert (found is not None) == any(way.count > FEW_RUNS for way in ways)
+        if found is not None:
+            assert (found.tensor, found.outer) == (number, max(way.outer for way in ways))
+            holders = {rank for rank, where in enumerate(everyone) if part.boxes(where)}
+            assert set(found.members) == holders

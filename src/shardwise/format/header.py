@@ -14,8 +14,9 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from shardwise.errors import HeaderError, MissingTensorError, MisuseError
 from shardwise.format.files import open_regular, read_exactly
@@ -48,8 +49,10 @@ _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class TensorEntry(NamedTuple):  # a tuple, since models have tens of thousands: a frozen dataclass costs four times it
     """A tensor and the bytes ``begin`` to ``end`` of the data section that hold it."""
 
     spec: TensorSpec
@@ -109,15 +112,19 @@ def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     Raises:
         MisuseError: Two tensors have the same name.
     """
-    ordered = sorted(specs, key=lambda spec: (-_RANK[spec.dtype], spec.name))
+    by_dtype: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        by_dtype.setdefault(spec.dtype, []).append(spec)
     names: set[str] = set()
     entries, begin = [], 0
-    for spec in ordered:
-        if spec.name in names:
-            raise MisuseError("two tensors of a file have the same name", tensor=spec.name, hint="Rename one of them.")
-        names.add(spec.name)
-        entries.append(TensorEntry(spec, begin, begin + spec.nbytes))
-        begin += spec.nbytes
+    for dtype in sorted(by_dtype, key=_RANK.__getitem__, reverse=True):
+        for spec in sorted(by_dtype[dtype], key=attrgetter("name")):
+            name, end = spec.name, begin + spec.nbytes
+            if name in names:
+                raise MisuseError("two tensors of a file have the same name", tensor=name, hint="Rename one of them.")
+            names.add(name)
+            entries.append(TensorEntry(spec, begin, end))
+            begin = end
     return tuple(entries)
 
 
@@ -130,25 +137,25 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
     Raises:
         MisuseError: A name is reserved, too long or not valid Unicode, or the header would exceed `MAX_HEADER_BYTES`.
     """
-    table: dict[str, object] = {}
+    table: dict[str, str] = {}
     if metadata is not None:
-        table[_METADATA_KEY] = {key: metadata[key] for key in sorted(metadata)}
+        table[_METADATA_KEY] = _dumps({key: metadata[key] for key in sorted(metadata)})
+    kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # many tensors share what stands between name and offsets
     for entry in entries:
-        spec = entry.spec
-        if spec.name == _METADATA_KEY:
-            raise MisuseError(f"no tensor can be called {_METADATA_KEY!r}", tensor=spec.name, hint="Rename the tensor.")
-        if len(spec.name) > MAX_NAME:
+        name, kind = entry.spec.name, (entry.spec.dtype, entry.spec.shape)
+        if name == _METADATA_KEY:
+            raise MisuseError(f"no tensor can be called {_METADATA_KEY!r}", tensor=name, hint="Rename the tensor.")
+        if len(name) > MAX_NAME:
             raise MisuseError(
-                f"a tensor name has {len(spec.name)} characters; at most {MAX_NAME} are written",
+                f"a tensor name has {len(name)} characters; at most {MAX_NAME} are written",
                 hint="Shorten the name.",
             )
-        table[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [entry.begin, entry.end],
-        }
+        code = kinds.get(kind)
+        if code is None:
+            code = kinds[kind] = f'{{"dtype":{_dumps(kind[0])},"shape":{_dumps(list(kind[1]))},"data_offsets":'
+        table[name] = f"{code}[{entry.begin},{entry.end}]}}"
     try:
-        text = json.dumps(table, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+        text = f"{{{','.join([f'{_dumps(name)}:{value}' for name, value in table.items()])}}}".encode()
     except UnicodeEncodeError as error:
         raise MisuseError(
             f"a tensor name or metadata text is not valid Unicode: {error.object[error.start : error.end]!r}",

@@ -6,8 +6,9 @@ its shape with the same row-major order (see `shardwise.plan.views`); for an unc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -44,6 +45,15 @@ class Part:
     mesh: MeshKey | None = None
     placements: tuple[Placement, ...] = ()
     view: AxisView | None = None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A part is the key under which planning remembers what tensors have in common: it is hashed far more often
+        # than it is made.
+        object.__setattr__(self, "_hash", hash((self.native_shape, self.mesh, self.placements, self.view)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def regions(self, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
         """What the rank at ``coordinate`` holds of the native tensor."""
@@ -57,6 +67,11 @@ class Part:
         if self.view is None:
             return tuple(held)
         return tuple(hub for box in held for hub in hub_boxes(self.view, box))
+
+
+@lru_cache(maxsize=4096)  # of this rank alone: a model has few kinds of tensors, and the rank few coordinates
+def _own_regions(part: Part, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
+    return part.regions(coordinate)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,14 +119,21 @@ def hold(
         local: This rank's local native tensor.
         grid: The file tensor's grid; its shape if not given.
     """
-    fragments: list[Fragment] = []
-    for region in part.regions(coordinate):
+    held = _own_regions(part, coordinate)
+    if part.view is None and len(held) == 1 and held[0].box.sizes == local.shape:
+        fragments: tuple[Fragment, ...] = (Fragment(held[0].box, local),)
+    else:
+        fragments = tuple(_fragments(part.view, held, local))
+    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, fragments),))
+
+
+def _fragments(view: AxisView | None, held: Iterable[Region], local: torch.Tensor) -> Iterator[Fragment]:
+    for region in held:
         data = local
         if region.box.sizes != local.shape:
             for dim, (start, size) in enumerate(zip(region.local, region.box.sizes, strict=True)):
                 data = data.narrow(dim, start, size)
-        if part.view is None:
-            fragments.append(Fragment(region.box, data))
+        if view is None:
+            yield Fragment(region.box, data)
         else:
-            fragments += [Fragment(box, view) for box, view in hub_views(part.view, region.box, data)]
-    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, tuple(fragments)),))
+            yield from (Fragment(box, part) for box, part in hub_views(view, region.box, data))

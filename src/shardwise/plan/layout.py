@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import TensorEntry, arrange, encode_header
 from shardwise.format.index import encode_index
+from shardwise.plan.collector import collector_paused
 from shardwise.types import TensorSpec
 
 #: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split
@@ -43,8 +45,7 @@ class FileLayout:
         return len(self.header) + (self.entries[-1].end if self.entries else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):  # a tuple, like whatever is made once for every tensor: a frozen dataclass costs four times it
     """Where a tensor's bytes lie: ``file`` is an index into `Layout.files`, ``offset`` counts from the file's start."""
 
     file: int
@@ -60,11 +61,12 @@ class Layout:
     @cached_property
     def places(self) -> dict[str, Place]:
         """Place of each tensor, by name."""
-        return {
-            entry.spec.name: Place(number, len(file.header) + entry.begin)
-            for number, file in enumerate(self.files)
-            for entry in file.entries
-        }
+        found: dict[str, Place] = {}
+        for number, file in enumerate(self.files):
+            head = len(file.header)
+            for entry in file.entries:
+                found[entry.spec.name] = Place(number, head + entry.begin)
+        return found
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -87,6 +89,7 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
+@collector_paused()
 def lay_out(
     specs: Iterable[TensorSpec],
     *,
@@ -147,15 +150,16 @@ def file_limit(total_bytes: int, max_file_bytes: int) -> int:
 
 
 def _split_by_size(specs: Sequence[TensorSpec], max_file_bytes: int, stem: str) -> dict[str, list[TensorSpec]]:
-    limit = file_limit(sum(spec.nbytes for spec in specs), max_file_bytes)
+    sizes = [spec.nbytes for spec in specs]
+    limit = file_limit(sum(sizes), max_file_bytes)
     bins: list[list[TensorSpec]] = []
     used = 0
-    for spec in specs:
-        if not bins or (used and used + spec.nbytes > limit):
+    for spec, nbytes in zip(specs, sizes, strict=True):
+        if not bins or (used and used + nbytes > limit):
             bins.append([])
             used = 0
         bins[-1].append(spec)
-        used += spec.nbytes
+        used += nbytes
     if len(bins) <= 1:
         return {f"{stem}.safetensors": bins[0] if bins else []}
     return {f"{stem}-{i:05d}-of-{len(bins):05d}.safetensors": members for i, members in enumerate(bins, start=1)}

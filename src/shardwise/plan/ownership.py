@@ -8,7 +8,7 @@ tensors in the same order, so each computes the whole assignment by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.roster import Roster
@@ -19,8 +19,7 @@ from shardwise.types import Box
 SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Owned:
+class Owned(NamedTuple):
     """A region that this rank, and no other, writes. ``tensor`` is an index into the list of held tensors."""
 
     tensor: int
@@ -50,8 +49,9 @@ def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[i
     for number, tensor in enumerate(held):
         if number in skip:
             continue
+        name = tensor.spec.name
         for part in tensor.parts:
-            replicas = roster.shard_set(tensor.spec.name, part.part).replicas_of(rank)
+            replicas = roster.shard_set(name, part.part).replicas_of(rank)
             if len(replicas) == 1:
                 mine += [Owned(number, fragment) for fragment in part.fragments]
                 continue

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardwise.errors import IncompleteTensorError, NameCollisionError
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
 from shardwise.types import TensorSpec
@@ -48,19 +49,22 @@ class Declaration:
     digest: str
 
     @staticmethod
+    @collector_paused()
     def of(held: Sequence[HeldTensor], stage: int = 0) -> Declaration:
         """Describe a rank's tensors."""
-        codes: dict[Part, str] = {}
-        hasher = hashlib.blake2b(str(stage).encode(), digest_size=16)
+        # What follows a tensor's name is the same for all tensors of one kind.
+        kinds: dict[tuple[object, ...], str] = {}
+        text = [str(stage)]
         for tensor in held:
-            parts = []
-            for part in tensor.parts:
-                code = codes.get(part.part)
-                if code is None:
-                    code = codes[part.part] = _part_code(part.part)
-                parts.append(code)
-            hasher.update(f"{tensor.spec.name}\0{tensor.spec.shape}{tensor.spec.dtype}{tensor.grid}{parts}\n".encode())
-        return Declaration(tuple(t.spec for t in held), stage, hasher.hexdigest())
+            spec = tensor.spec
+            kind = (spec.shape, spec.dtype, tensor.grid, *[part.part for part in tensor.parts])
+            code = kinds.get(kind)
+            if code is None:
+                parts = [_part_code(part.part) for part in tensor.parts]
+                code = kinds[kind] = f"\0{spec.shape}{spec.dtype}{tensor.grid}{parts}\n"
+            text += (spec.name, code)
+        digest = hashlib.blake2b("".join(text).encode(), digest_size=16).hexdigest()
+        return Declaration(tuple([t.spec for t in held]), stage, digest)
 
 
 Coordinates = Mapping[MeshKey, tuple[int, ...]]
@@ -82,6 +86,7 @@ class Roster:
     _peers: dict[tuple[str, MeshKey | None, tuple[Placement, ...]], ShardSet] = field(
         default_factory=dict, compare=False
     )
+    _peers_of_part: dict[tuple[str, Part], ShardSet] = field(default_factory=dict, compare=False)
 
     @property
     def world_size(self) -> int:
@@ -96,33 +101,40 @@ class Roster:
             NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
                 stages declare the same name.
         """
-        found: dict[str, tuple[TensorSpec, int]] = {}
+        found: dict[str, TensorSpec] = {}
+        stages: dict[str, int] = {}
         for declaration in sorted(self.declarations.values(), key=lambda d: d.stage):
+            stage = declaration.stage
             for spec in declaration.specs:
-                known = found.get(spec.name)
-                if known is None:
-                    found[spec.name] = (spec, declaration.stage)
-                elif known != (spec, declaration.stage):
-                    raise _collision(spec, declaration.stage, *known)
-        return tuple(spec for spec, _ in found.values())
+                known = found.setdefault(spec.name, spec)
+                known_stage = stages.setdefault(spec.name, stage)
+                if known_stage != stage or (known is not spec and known != spec):
+                    raise _collision(spec, stage, known, known_stage)
+        return tuple(found.values())
 
     @cached_property
     def _declarers(self) -> dict[str, str]:
         """For each tensor name, a key of the set of digests that declare it."""
-        names: dict[str, list[str]] = {}
+        names: dict[str, str] = {}
+        joined: dict[tuple[str, str], str] = {}  # the same text object for all names of one set
         for digest, declaration in self.declarations.items():
             for spec in declaration.specs:
-                names.setdefault(spec.name, []).append(digest)
-        return {name: ",".join(digests) for name, digests in names.items()}
+                known = names.setdefault(spec.name, digest)
+                if known is not digest:
+                    names[spec.name] = joined.setdefault((known, digest), f"{known},{digest}")
+        return names
 
     def shard_set(self, name: str, part: Part) -> ShardSet:
         """The ranks that hold a part of tensor ``name``, by what they hold."""
         declarers = self._declarers[name]
-        # The native shape and the view do not matter for who holds what: keep the cache small.
-        key = (declarers, part.mesh, part.placements)
-        found = self._peers.get(key)
+        found = self._peers_of_part.get((declarers, part))
         if found is None:
-            found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
+            # The native shape and the view do not matter for who holds what: enumerate the ranks once for all of them.
+            key = (declarers, part.mesh, part.placements)
+            found = self._peers.get(key)
+            if found is None:
+                found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
+            self._peers_of_part[(declarers, part)] = found
         return found
 
     def _shard_set(self, digests: set[str], part: Part) -> ShardSet:

@@ -7,14 +7,17 @@ at a time, and each writes long runs. Everybody computes everybody's sends and r
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from shardwise.plan.fragments import HeldTensor, Part
-from shardwise.plan.roster import Roster
-from shardwise.plan.runs import stride_of
-from shardwise.plan.views import refine_range
+from shardwise.plan.placement import MeshKey
+from shardwise.plan.roster import Roster, ShardSet
+from shardwise.plan.runs import flat_offset, stride_of
+from shardwise.plan.views import AxisView, refine_range
 from shardwise.types import Box
 
 #: Runs shorter than this, if there are more than `FEW_RUNS` of them, are exchanged rather than written one by one.
@@ -24,17 +27,78 @@ FEW_RUNS = 64
 ROUND_BYTES = 8 * 2**20
 
 
+Piece = tuple[tuple[int, ...], tuple[Box, ...]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """For each target, the ranks whose pieces make up its rows, and their boxes.
+
+    Found when asked for: a rank sends to few and receives from few of the many that hold a tensor.
+
+    Attributes:
+        pieces: The replicas that hold each piece, and its boxes, of which there is one at least.
+        grid: Of the tensor.
+        outer: Leading grid dimensions that enumerate the rows.
+    """
+
+    pieces: tuple[Piece, ...]
+    grid: tuple[int, ...]
+    outer: int
+    _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _turn(self) -> dict[int, int]:
+        return {rank: turn for ranks, _ in reversed(self.pieces) for turn, rank in enumerate(ranks)}
+
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """All ranks concerned, ascending; each is the target of an equal share of the rows."""
+        return tuple(sorted(self._turn))
+
+    @cached_property
+    def _position(self) -> dict[int, int]:
+        return {rank: position for position, rank in enumerate(self.members)}
+
+    @cached_property
+    def _row_ranges(self) -> tuple[tuple[int, int], ...]:
+        return tuple([_row_range(boxes, self.grid[: self.outer]) for _, boxes in self.pieces])
+
+    def share(self, target: int) -> tuple[int, int]:
+        """The first row of a target, and the one after its last."""
+        rows, position, count = math.prod(self.grid[: self.outer]), self._position[target], len(self.members)
+        return rows * position // count, rows * (position + 1) // count
+
+    def __getitem__(self, target: int) -> tuple[tuple[int, tuple[Box, ...]], ...]:
+        known = self._known.get(target)
+        if known is None:
+            low, high = self.share(target)
+            merged: dict[int, tuple[Box, ...]] = {}
+            for (ranks, boxes), (first, end) in zip(self.pieces, self._row_ranges, strict=True):
+                if first < high and low < end:
+                    source = target if target in ranks else ranks[self._turn[target] % len(ranks)]
+                    merged[source] = merged.get(source, ()) + boxes
+            known = self._known[target] = tuple(sorted(merged.items()))
+        return known
+
+
+def _row_range(boxes: tuple[Box, ...], lead: tuple[int, ...]) -> tuple[int, int]:
+    """The first row that boxes touch, and the one after the last, where ``lead`` enumerates the rows."""
+    first = min([flat_offset(box.offsets[: len(lead)], lead) for box in boxes])
+    last = max([flat_offset(tuple([end - 1 for end in box.ends[: len(lead)]]), lead) for box in boxes])
+    return first, last + 1
+
+
 @dataclass(frozen=True)
 class Exchange:
     """How one tensor becomes rows.
 
     Attributes:
         tensor: Index into the list of held tensors.
+        grid: Of the tensor.
         outer: Leading grid dimensions that enumerate the rows.
         rows: Number of rows.
-        row_shape: Grid shape of one row.
-        members: The ranks concerned, ascending; each is the target of an equal share of the rows.
-        sources: For each target, the ranks whose pieces make up a row, and their boxes.
+        sources: For each target, the ranks whose pieces make up its rows, and their boxes.
         rows_per_round: How many rows a target receives at a time.
     """
 
@@ -42,9 +106,13 @@ class Exchange:
     grid: tuple[int, ...]
     outer: int
     rows: int
-    members: tuple[int, ...]
-    sources: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]]
+    sources: Sources
     rows_per_round: int
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks concerned, ascending; each is the target of an equal share of the rows."""
+        return self.sources.members
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -59,9 +127,7 @@ class Exchange:
 
     def target(self, rank: int, turn: int) -> tuple[int, int]:
         """First row and number of rows that ``rank`` receives in round ``turn`` (none where it has no more)."""
-        position = self.members.index(rank)
-        low = self.rows * position // len(self.members)
-        high = self.rows * (position + 1) // len(self.members)
+        low, high = self.sources.share(rank)
         start = min(low + turn * self.rows_per_round, high)
         return start, min(start + self.rows_per_round, high) - start
 
@@ -83,6 +149,8 @@ class Exchange:
 
 
 ShapeKey = tuple[tuple[int, ...], int, tuple[Part, ...]]
+#: The replicas of a piece, and the coordinate of the first of them.
+Holders = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class ExchangePlanner:
@@ -91,58 +159,107 @@ class ExchangePlanner:
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
         self._known: dict[ShapeKey, int] = {}
+        self._alike: dict[ShapeKey, int] = {}
+        self._planned: dict[tuple[ShapeKey, tuple[ShardSet, ...]], Exchange] = {}
+        self._at_index: dict[tuple[ShardSet, Part, tuple[int, ...]], dict[tuple[int, ...], list[Holders]]] = {}
 
     def plan(self, number: int, tensor: HeldTensor) -> Exchange | None:
         """The exchange that ``tensor`` needs, or ``None`` where its holders can write it as it lies.
 
         The answer depends on the tensor's description only, so all its holders give the same.
         """
-        key = (tensor.grid, tensor.spec.itemsize, tuple(part.part for part in tensor.parts))
+        key = (tensor.grid, tensor.spec.itemsize, tuple([part.part for part in tensor.parts]))
         outer = self._known.get(key)
         if outer is None:
-            outer = self._known[key] = self._outer(tensor)
-        return self._exchange(number, tensor, outer) if outer else None
+            outer = self._known[key] = self._outer(tensor, key)
+        if not outer:
+            return None
+        sets = tuple([self._roster.shard_set(tensor.spec.name, held.part) for held in tensor.parts])
+        planned = self._planned.get((key, sets))
+        if planned is None:
+            planned = self._planned[(key, sets)] = self._exchange(tensor, outer)
+        return replace(planned, tensor=number)
 
-    def _coordinates(self, tensor: HeldTensor, part: Part) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Pairs of the replicas of a piece and their (first's) coordinate."""
-        for ranks in self._roster.shard_set(tensor.spec.name, part).replicas.values():
-            yield ranks, () if part.mesh is None else self._roster.coordinates[ranks[0]][part.mesh]
-
-    def _outer(self, tensor: HeldTensor) -> int:
+    def _outer(self, tensor: HeldTensor, key: ShapeKey) -> int:
         """Leading dimensions that make rows, or 0 where no exchange is needed."""
+        # Spread over the ranks, one expert of a fused tensor makes the same boxes as the next: those of the first
+        # expert tell for all, where asking for each would take the number of experts times that of ranks.
+        alike = (*key[:2], tuple([_first_alike(part) for part in key[2]]))
+        known = self._alike.get(alike)
+        if known is not None:
+            return known
         outer, needed = 0, False
         for held in tensor.parts:
-            for _, coordinate in self._coordinates(tensor, held.part):
+            for _, coordinate in self._holders(tensor, held.part):
                 for box in held.part.boxes(coordinate):
                     how = stride_of(box, tensor.grid)
                     outer = max(outer, how.outer)
                     needed |= how.count > FEW_RUNS and how.run * tensor.spec.itemsize < SHORT_RUN_BYTES
-        return outer if needed else 0
+        self._alike[alike] = outer if needed else 0
+        return self._alike[alike]
 
-    def _exchange(self, number: int, tensor: HeldTensor, outer: int) -> Exchange:
+    def _holders(self, tensor: HeldTensor, part: Part) -> Sequence[Holders]:
+        """Who holds a piece of the tensor; some may turn out to hold none, where the view leaves out what they have."""
+        found = self._roster.shard_set(tensor.spec.name, part)
+        if part.mesh is None:
+            return [(ranks, ()) for ranks in found.replicas.values()]
+        fixed = _fixed(part.view)
+        native = replace(part, view=None)
+        dims = tuple([dim for dim, _, _ in fixed])
+        index = self._at_index.get((found, native, dims))
+        if index is None:
+            index = self._at_index[(found, native, dims)] = self._by_index(found, native, part.mesh, dims)
+        return index.get(tuple([at for _, _, at in fixed]), ())
+
+    def _by_index(
+        self, found: ShardSet, native: Part, mesh: MeshKey, dims: tuple[int, ...]
+    ) -> dict[tuple[int, ...], list[Holders]]:
+        """The holders of every index along some dimensions; all holders under ``()`` where there are none."""
+        index: dict[tuple[int, ...], list[Holders]] = {}
+        for ranks in found.replicas.values():
+            coordinate = self._roster.coordinates[ranks[0]][mesh]
+            boxes = [region.box for region in native.regions(coordinate)]
+            ranges = [[range(box.offsets[d], box.offsets[d] + box.sizes[d]) for d in dims] for box in boxes]
+            for at in dict.fromkeys(at for its_ranges in ranges for at in itertools.product(*its_ranges)):
+                index.setdefault(at, []).append((ranks, coordinate))
+        return index
+
+    def _exchange(self, tensor: HeldTensor, outer: int) -> Exchange:
         # A rank whose shard is empty takes no part: it has no memory that would tell the elements' dtype.
-        pieces = [
+        pieces = tuple(
             (ranks, boxes)
             for held in tensor.parts
-            for ranks, coordinate in self._coordinates(tensor, held.part)
+            for ranks, coordinate in self._holders(tensor, held.part)
             if (boxes := held.part.boxes(coordinate))
-        ]
-        members = tuple(sorted({rank for ranks, _ in pieces for rank in ranks}))
-        turn_of = {rank: ranks.index(rank) for ranks, _ in reversed(pieces) for rank in ranks}
-        sources: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = {}
-        for target in members:
-            merged: dict[int, tuple[Box, ...]] = {}
-            for ranks, boxes in pieces:
-                source = target if target in ranks else ranks[turn_of[target] % len(ranks)]
-                merged[source] = merged.get(source, ()) + boxes
-            sources[target] = tuple(sorted(merged.items()))
+        )
         row_bytes = math.prod(tensor.grid[outer:]) * tensor.spec.itemsize
         return Exchange(
-            number,
+            -1,
             tensor.grid,
             outer,
             math.prod(tensor.grid[:outer]),
-            members,
-            sources,
+            Sources(pieces, tensor.grid, outer),
             max(1, ROUND_BYTES // max(row_bytes, 1)),
         )
+
+
+def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:
+    """What a view fixes of whole native dimensions: ``(native dimension, native grid dimension, index)``."""
+    if view is None:
+        return []
+    whole: dict[int, int] = {}
+    position = 0
+    for dim, factors in enumerate(view.native_grid):
+        if len(factors) == 1:
+            whole[position] = dim
+        position += len(factors)
+    return [(whole[at], at, index) for at, index in view.fixed if at in whole]
+
+
+def _first_alike(part: Part) -> Part:
+    """The same part at the first index of every whole dimension that its view fixes."""
+    if part.view is None:
+        return part
+    whole = {at for _, at, _ in _fixed(part.view)}
+    fixed = tuple([(at, 0 if at in whole else index) for at, index in part.view.fixed])
+    return replace(part, view=replace(part.view, fixed=fixed))

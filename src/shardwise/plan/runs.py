@@ -51,6 +51,14 @@ def flat_offset(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
     return position
 
 
+@lru_cache(maxsize=65536)  # tensors of one kind have equal boxes
+def only_run(box: Box, shape: tuple[int, ...]) -> int | None:
+    """First element of a box that is one run of a row-major tensor of ``shape``; ``None`` for several runs or none."""
+    if box.numel == 0 or stride_of(box, shape).count != 1:
+        return None
+    return flat_offset(box.offsets, shape)
+
+
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Enumerate the runs of a box in file order.
 

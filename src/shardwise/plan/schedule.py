@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.layout import Layout
+from shardwise.plan.layout import Layout, Place
 from shardwise.plan.ownership import Owned, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
-from shardwise.plan.runs import flat_offset, runs, stride_of
+from shardwise.plan.runs import only_run, runs
 from shardwise.types import TensorSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Consecutive bytes of one file.
 
     Attributes:
@@ -64,6 +66,7 @@ class Schedule:
         return sum(run.nbytes for run in self.runs)
 
 
+@collector_paused()
 def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: int) -> Schedule:
     """Plan the writes of ``rank``, without asking anybody.
 
@@ -75,29 +78,32 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
     """
     planner = ExchangePlanner(roster)
     exchanges = []
-    for number, tensor in enumerate(held):
-        if len(tensor.grid) > 1 and roster.world_size > 1:
+    for number, tensor in enumerate(held) if roster.world_size > 1 else ():
+        if len(tensor.grid) > 1:
             exchange = planner.plan(number, tensor)
             if exchange is not None:
                 exchanges.append(exchange)
     skip = frozenset(exchange.tensor for exchange in exchanges)
-    found: list[Run] = []
+    by_file: list[list[Run]] = [[] for _ in layout.files]
+    places = layout.places
     for owned in own(held, roster, rank, skip):
-        found += _runs_of(owned, held[owned.tensor], layout)
+        tensor = held[owned.tensor]
+        place = places[tensor.spec.name]
+        by_file[place.file] += _runs_of(owned, tensor, place)
     turn = rank * len(layout.files) // max(roster.world_size, 1)
-    count = max(len(layout.files), 1)
-    found.sort(key=lambda run: ((run.file - turn) % count, run.offset))
+    found: list[Run] = []
+    for its_runs in by_file[turn:] + by_file[:turn]:
+        its_runs.sort(key=attrgetter("offset"))
+        found += its_runs
     return Schedule(tuple(found), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))
 
 
-def _runs_of(owned: Owned, tensor: HeldTensor, layout: Layout) -> list[Run]:
-    place = layout.places[tensor.spec.name]
+def _runs_of(owned: Owned, tensor: HeldTensor, place: Place) -> Sequence[Run]:
     box, itemsize = owned.fragment.box, tensor.spec.itemsize
-    if box.numel == 0:
-        return []
-    if stride_of(box, tensor.grid).count == 1:
-        start = flat_offset(box.offsets, tensor.grid) * itemsize
-        return [Run(place.file, place.offset + start, owned.tensor, tensor.spec, start, owned.fragment.data)]
+    first = only_run(box, tensor.grid)
+    if first is not None:
+        start = first * itemsize
+        return (Run(place.file, place.offset + start, owned.tensor, tensor.spec, start, owned.fragment.data),)
     return [
         Run(
             place.file,

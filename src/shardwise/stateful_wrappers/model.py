@@ -9,7 +9,7 @@ from torch import nn
 
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, state_tensors
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 
 class ModelState:
@@ -50,7 +50,7 @@ class ModelState:
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory."""
         register = meshes or MeshRegister()
-        return [held_tensor(named.name, named.tensor, register) for named in self.tensors()]
+        return held_tensors(((named.name, named.tensor) for named in self.tensors()), register)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors that share the model's memory."""

@@ -21,7 +21,7 @@ from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import promised_ties, state_tensors
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 StateValue = object
 Options = dict[str, object]
@@ -186,7 +186,7 @@ class OptimizerState:
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds of the state tensors, as views of the optimizers' memory."""
         register = meshes or MeshRegister()
-        return [held_tensor(name, tensor, register) for name, tensor in self.state_dict().items()]
+        return held_tensors(self.state_dict().items(), register)
 
     def held_as_saved(self, names: Collection[str]) -> list[HeldTensor]:
         """As `held`, under the names of a checkpoint.

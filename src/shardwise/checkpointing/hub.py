@@ -19,6 +19,7 @@ from shardwise.convert import (
 )
 from shardwise.engine.memo import Memo
 from shardwise.errors import ConversionError
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
@@ -67,6 +68,7 @@ class HubNames:
         names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
         return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state))
 
+    @collector_paused()
     def _capture(self, state: ModelState) -> HubState:
         meshes = MeshRegister()
         native = state.held(meshes)

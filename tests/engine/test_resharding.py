@@ -91,7 +91,7 @@ def compare(before: Saved, after: Saved, same_world: bool) -> None:
 
 
 #: These are loaded across topologies in tests/topology too.
-_SLOW = ("ddp", "hsdp", "tensor_parallel")
+_SLOW = ("ddp", "hsdp", "tensor_parallel", "fsdp_columns", "fsdp_over_tp")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ Row = tuple[str, str, list[str]]
 def rows(short: bool) -> list[tuple[str, str, Callable[[], tuple[str, list[str]]]]]:
     """What is run: group, name, and a function that gives counts and exceptions."""
     scenarios = [crash_points.SCENARIOS[3]] if short else list(crash_points.SCENARIOS)
-    every = 24 if short else 1
+    every = 36 if short else 1
     parts: list[tuple[str, str, Callable[[], tuple[str, list[str]]]]] = [
         ("crash", f"crash points: {each.name}", lambda each=each: _crash(each, not short))  # type: ignore[misc]
         for each in scenarios
@@ -44,7 +44,7 @@ def rows(short: bool) -> list[tuple[str, str, Callable[[], tuple[str, list[str]]
             ("kill", "kill rank 0, asynchronous", lambda: _tally(kills.kill_points(asynchronous, (0,)))),
             ("kill", "kill both, asynchronous", lambda: _tally(kills.kill_points(asynchronous, (0, 1)))),
         ]
-    runs = 4 if short else 300
+    runs = 3 if short else 300
     parts.append(
         ("random", f"{runs} random SIGKILLs of real runs", lambda: _tally(kills.random_kills(runs), acks=True))
     )
@@ -64,7 +64,7 @@ def rows(short: bool) -> list[tuple[str, str, Callable[[], tuple[str, list[str]]
         ("slow", "slow disk", lambda: _tally(kills.slow_disk())),
         ("slow", "a hung rank", lambda: _tally(kills.hung_rank(kinds))),
         ("slow", "clock jumps", lambda: _tally(refusals.clock_jumps())),
-        ("corrupt", "single-bit flips", lambda: _tally(corruption.bit_flips(60 if short else 2000))),
+        ("corrupt", "single-bit flips", lambda: _tally(corruption.bit_flips(40 if short else 2000))),
         ("corrupt", "truncations", lambda: _tally(corruption.truncations(2 if short else 16))),
         ("corrupt", "files replaced", lambda: _tally(corruption.replacements())),
     ]

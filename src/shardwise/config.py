@@ -118,8 +118,9 @@ class CheckpointingConfig:
             tools dislike larger ones.
         io_threads: Threads per rank that read and write; ``None`` derives it from the cores. Shared nodes and network
             file systems may want fewer or more.
-        collective_timeout_seconds: How long a rank waits for its peers before it reports them lost: a hung peer must
-            end as an error that names it, and only the user knows how slow an honest one may be.
+        collective_timeout_seconds: Within how long a rank raises that a peer is lost: a hung peer must end as an error
+            that names it, and only the user knows how slow an honest one may be. A quarter, at most 12 s, of it is kept
+            for finding out which one it is.
         verify_export: Compare names, shapes, dtypes and ties of an export with the base model (or the model itself)
             before publishing: a wrong export is otherwise found weeks later, by someone else's tool.
         pass_through_unloaded: Carry over tensors that the base model ships and the model class does not load, such as

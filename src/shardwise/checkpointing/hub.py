@@ -23,7 +23,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
-from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
 
 #: Dtypes between which an export may convert: those of ordinary weights.
@@ -66,14 +66,13 @@ class HubNames:
         """
         tensors = state.tensors() if tensors is None else tensors
         names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
-        return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state))
+        return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state, tensors))
 
     @collector_paused()
-    def _capture(self, state: ModelState) -> HubState:
-        meshes = MeshRegister()
-        native = state.held(meshes)
+    def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
+        native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
         by_name = {tensor.spec.name: tensor for tensor in native}
-        aliases = {named.name: named.aliases for named in state.tensors()}
+        aliases = {named.name: named.aliases for named in tensors}
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []

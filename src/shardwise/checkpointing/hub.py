@@ -23,6 +23,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
+from shardwise.stateful_wrappers.snapshot import Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
 
@@ -54,6 +55,7 @@ class HubNames:
     def __init__(self) -> None:
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: Memo[HubState] = Memo()
+        self._last: tuple[Snapshot, HubState] | None = None
 
     def capture(self, state: ModelState, tensors: Sequence[NamedTensor] | None = None) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
@@ -64,9 +66,16 @@ class HubNames:
             state: The model.
             tensors: What ``state.tensors()`` gave a moment ago, where the caller has it.
         """
+        if tensors is None and state.is_whole and self._last is not None and self._last[0].holds(state.model):
+            return self._last[1]
         tensors = state.tensors() if tensors is None else tensors
         names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
-        return self._captured.get([t.tensor for t in tensors], names_and_places, lambda: self._capture(state, tensors))
+        held = [named.tensor for named in tensors]
+        found = self._captured.get(held, names_and_places, lambda: self._capture(state, tensors))
+        if state.is_whole and (self._last is None or found is not self._last[1] or self._last[0].is_plain):
+            # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
+            self._last = (Snapshot(state.model, held), found)
+        return found
 
     @collector_paused()
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:

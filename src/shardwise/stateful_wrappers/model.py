@@ -38,6 +38,11 @@ class ModelState:
         self.is_peft = is_peft
         self._skip = tuple(skip_prefixes)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the model is left out."""
+        return not self.is_peft and not self._skip
+
     def tensors(self) -> tuple[NamedTensor, ...]:
         """Parameters and persistent buffers, each tied tensor once."""
         return tuple(

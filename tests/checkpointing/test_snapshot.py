@@ -1,0 +1,144 @@
+"""A model is not listed anew at every save; whatever changes in it has to be noticed all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tests.support.ranks import run
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from shardwise.checkpointing import Checkpointer
+from shardwise.config import CheckpointingConfig
+from shardwise.stateful_wrappers.snapshot import Snapshot
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 3, bias=False)))
+
+
+def snapshot(net: nn.Module) -> Snapshot:
+    return Snapshot([net], list(net.state_dict(keep_vars=True).values()))
+
+
+def replace_parameter(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.ones(6, 4))
+
+
+def replace_memory(net: nn.Sequential) -> None:
+    net[0].weight.data = torch.ones(6, 4)
+
+
+def replace_module(net: nn.Sequential) -> None:
+    net[2][0] = nn.Linear(6, 3, bias=False)
+
+
+def add_module(net: nn.Sequential) -> None:
+    net[2].append(nn.Linear(3, 3))
+
+
+def add_buffer(net: nn.Sequential) -> None:
+    net[0].register_buffer("seen", torch.zeros(2))
+
+
+def rename_module(net: nn.Sequential) -> None:
+    net[2]._modules["last"] = net[2]._modules.pop("0")
+
+
+def tie(net: nn.Sequential) -> None:
+    net[2].append(nn.Linear(6, 3, bias=False))
+    net[2][1].weight = net[2][0].weight
+
+
+def take_away(net: nn.Sequential) -> None:
+    net[0].bias = None
+
+
+CHANGES = [replace_parameter, replace_memory, replace_module, add_module, add_buffer, rename_module, tie, take_away]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed_and_saved(tmp_path: Path, change: Callable[[nn.Sequential], None]) -> None:
+    net = model()
+    before = snapshot(net)
+    assert before.holds([net])
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
+    with Checkpointer(config, 0, 0, 0) as engine:
+        engine.save_model(net, tmp_path)
+        change(net)
+        assert not before.holds([net])
+        engine.save_model(net, tmp_path)
+    saved = load_file(tmp_path / "model" / "consolidated" / "model.safetensors")
+    have = net.state_dict()
+    assert all(torch.equal(have[name], tensor) for name, tensor in saved.items())
+    # Tied tensors are written once.
+    assert len(saved) == len({tensor.data_ptr() for tensor in have.values()})
+
+
+def test_values_are_not_a_change(tmp_path: Path) -> None:
+    net = model()
+    before = snapshot(net)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    net.eval()
+    assert before.holds([net])
+    assert not before.holds([net, net])
+    assert not before.holds([model()])
+    assert snapshot(torch.compile(net)).holds([net])  # type: ignore[arg-type]
+
+
+class OwnState(nn.Linear):
+    """Says itself what its state is."""
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "twice"] = self.weight.detach() * 2
+
+
+def test_modules_with_ways_of_their_own_are_always_listed() -> None:
+    assert not snapshot(nn.Sequential(OwnState(2, 2))).holds([])
+    net = nn.Sequential(OwnState(2, 2))
+    assert not Snapshot([net], list(net.parameters())).holds([net])
+    hooked = model()
+    before = snapshot(hooked)
+    handle = hooked[0].register_state_dict_pre_hook(lambda *_: None)
+    assert not before.holds([hooked])
+    assert not snapshot(hooked).holds([hooked])
+    handle.remove()
+    assert before.holds([hooked])
+    half = nn.Module()
+    half.register_buffer("kept", torch.zeros(2))
+    half.register_buffer("lost", torch.zeros(2), persistent=False)
+    assert not snapshot(half).holds([half])
+
+
+def _sharded(root: str) -> tuple[list[bool], bool]:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in net:
+        fully_shard(layer)
+    fully_shard(net, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(net.parameters())
+    config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
+    held = []
+    with Checkpointer(config, dist.get_rank(), 0, 0) as engine:
+        for _ in range(3):
+            before = snapshot(net)
+            net(torch.randn(2, 8)).sum().backward()
+            optimizer.step()
+            held.append(before.holds([net]))
+            engine.save_model(net, root)
+        net.unshard()
+        engine.save_model(net, root)
+    saved = load_file(Path(root) / "model" / "consolidated" / "model.safetensors")
+    whole = {name: tensor.full_tensor() for name, tensor in net.state_dict().items()}
+    return held, all(torch.equal(whole[name], saved[name]) for name in whole)
+
+
+def test_fsdp_adds_hooks_at_its_first_step_and_none_later(tmp_path: Path) -> None:
+    assert run(2, _sharded, str(tmp_path)) == [([False, True, True], True)] * 2

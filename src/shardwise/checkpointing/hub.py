@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from shardwise.convert import (
@@ -23,7 +22,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
-from shardwise.stateful_wrappers.snapshot import Snapshot
+from shardwise.stateful_wrappers.snapshot import Snapshot, place_of
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
 
@@ -69,7 +68,7 @@ class HubNames:
         if tensors is None and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
         tensors = state.tensors() if tensors is None else tensors
-        names_and_places = [(named.name, _address(named.tensor)) for named in tensors]
+        names_and_places = [(named.name, place_of(named.tensor)) for named in tensors]
         held = [named.tensor for named in tensors]
         found = self._captured.get(held, names_and_places, lambda: self._capture(state, tensors))
         if state.is_whole and (self._last is None or found is not self._last[1] or self._last[0].is_plain):
@@ -124,11 +123,6 @@ def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
         # A rule that needs more than these tensors gives them no names of their own.
         return own
     return [*own, *(tensor.name for tensor in conversion.hub)]
-
-
-def _address(tensor: torch.Tensor) -> tuple[int, torch.Size]:
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.data_ptr() if local.device.type != "meta" else 0, local.shape
 
 
 def _names(part: nn.Module) -> list[str]:

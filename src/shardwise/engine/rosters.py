@@ -26,8 +26,7 @@ class RosterKeeper:
         self._group = group
         self._stage = stage
         self._declarations: dict[str, Declaration] = {}
-        self._rosters: dict[str, Roster] = {}
-        self._last: Roster | None = None
+        self._known: tuple[str, Roster] | None = None
         self._described: Memo[tuple[Declaration, JsonValue]] = Memo()
 
     def _describe(self, held: Sequence[HeldTensor]) -> tuple[Declaration, JsonValue]:
@@ -49,16 +48,18 @@ class RosterKeeper:
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
         # Where no rank's tensors are others than last time, this exchange is the only one.
-        changed = self._group.agree(failure, "describing the tensors to save", changed or self._last is None)
-        if not changed and self._last is not None:
-            return self._last
-        self._last = None
+        changed = self._group.agree(failure, "describing the tensors to save", changed or self._known is None)
+        if not changed and self._known is not None:
+            return self._known[1]
+        # Nothing is known until the new tensors have been checked.
+        before, self._known = self._known, None
         assert described is not None
         own, row = described
         rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))
         key = repr(rows)
-        known = self._rosters.get(key)
-        if known is None:
+        if before is not None and before[0] == key:
+            known = before[1]
+        else:
             digests = tuple(str(theirs[0]) for theirs in rows)
             self._learn(own, digests)
             coordinates = tuple(dict(map(_decode_key, cast(list[JsonValue], theirs[1]))) for theirs in rows)
@@ -66,8 +67,7 @@ class RosterKeeper:
             with self._group.together("checking that the ranks hold every tensor whole"):
                 _ = known.specs
                 known.check_complete(held)
-            self._rosters = {key: known}
-        self._last = known
+        self._known = key, known
         return known
 
     def _learn(self, own: Declaration, digests: tuple[str, ...]) -> None:

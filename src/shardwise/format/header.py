@@ -28,6 +28,7 @@ from shardwise.format.strict_json import (
     as_object,
     as_text,
     check_magnitude,
+    dumps,
     exact_keys,
     loads,
 )
@@ -47,9 +48,6 @@ _RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
-
-
-_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 class TensorEntry(NamedTuple):  # a tuple, since models have tens of thousands: a frozen dataclass costs four times it
@@ -139,7 +137,7 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
     """
     table: dict[str, str] = {}
     if metadata is not None:
-        table[_METADATA_KEY] = _dumps({key: metadata[key] for key in sorted(metadata)})
+        table[_METADATA_KEY] = dumps({key: metadata[key] for key in sorted(metadata)})
     kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # many tensors share what stands between name and offsets
     for entry in entries:
         name, kind = entry.spec.name, (entry.spec.dtype, entry.spec.shape)
@@ -152,10 +150,10 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
             )
         code = kinds.get(kind)
         if code is None:
-            code = kinds[kind] = f'{{"dtype":{_dumps(kind[0])},"shape":{_dumps(list(kind[1]))},"data_offsets":'
+            code = kinds[kind] = f'{{"dtype":{dumps(kind[0])},"shape":{dumps(list(kind[1]))},"data_offsets":'
         table[name] = f"{code}[{entry.begin},{entry.end}]}}"
     try:
-        text = f"{{{','.join([f'{_dumps(name)}:{value}' for name, value in table.items()])}}}".encode()
+        text = f"{{{','.join([f'{dumps(name)}:{value}' for name, value in table.items()])}}}".encode()
     except UnicodeEncodeError as error:
         raise MisuseError(
             f"a tensor name or metadata text is not valid Unicode: {error.object[error.start : error.end]!r}",

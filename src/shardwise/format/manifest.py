@@ -21,7 +21,6 @@ file by the digest of its whole content.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -44,6 +43,7 @@ from shardwise.format.strict_json import (
     as_text,
     check_depth,
     check_magnitude,
+    dumps,
     exact_keys,
     loads,
 )
@@ -190,7 +190,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     _check(manifest, fail)
     check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
     try:
-        info = _dumps(dict(manifest.info))
+        info = dumps(dict(manifest.info))
         lines = [
             f'{{"format":"{_FORMAT}","version":{MANIFEST_VERSION},',
             f'"info":{info},',
@@ -262,19 +262,12 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     return manifest
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def _dumps(value: JsonValue) -> str:
-    return _ENCODER.encode(value)
-
-
 def _hex(crc: int | None) -> str | None:
     return None if crc is None else f"{crc:08x}"
 
 
 def _file_line(record: FileRecord) -> str:
-    return _dumps(
+    return dumps(
         {
             "path": record.path,
             "size": record.size,
@@ -285,7 +278,7 @@ def _file_line(record: FileRecord) -> str:
 
 
 def _tensor_line(record: TensorRecord) -> str:
-    return _dumps(
+    return dumps(
         {
             "component": record.component,
             "name": record.spec.name,

@@ -178,8 +178,8 @@ class Reader:
         for first in range(0, read.rows, step):
             rows = min(step, read.rows - first)
             offset, span = read.offset + first * read.period, (rows - 1) * read.period + read.width
-            data = maps.mapped(self._handles[read.file], offset, span)
-            if data is None or offset % dtype.itemsize:
+            data = None if offset % dtype.itemsize else maps.mapped(self._handles[read.file], offset, span)
+            if data is None:
                 return first
             self._count(read, offset, span)
             target = dest[first : first + rows]

@@ -125,6 +125,7 @@ class LocalStorage:
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write until all is written."""
+        # As in _typed(), without the cost of a context manager for every block.
         try:
             _write_all(handle, data, offset)
         except OSError as error:

@@ -16,7 +16,8 @@ from torch import nn
 from shardwise.stateful_wrappers.names import unwrap
 
 _Kept: TypeAlias = "dict[str, object] | dict[int, object]"
-_Place: TypeAlias = tuple[int, int]
+#: Address and shape.
+Place: TypeAlias = tuple[int, torch.Size]
 
 
 class _Sized(Protocol):
@@ -37,7 +38,7 @@ class Snapshot:
     def __init__(self, parts: Sequence[nn.Module], tensors: Sequence[torch.Tensor]) -> None:
         self._parts = [unwrap(part) for part in parts]
         self._tensors = list(tensors)
-        self._places = [_place(tensor) for tensor in self._tensors]
+        self._places = [place_of(tensor) for tensor in self._tensors]
         self._modules = [module for part in self._parts for module in part.modules()]
         self._empty: list[_Sized] = []
         self._full: list[tuple[_Kept, tuple[object, ...], list[int]]] = []
@@ -61,7 +62,7 @@ class Snapshot:
             all(unwrap(part) is known for part, known in zip(parts, self._parts, strict=True))
             and not any(self._empty)
             and all(tuple(kept) == keys and list(map(id, kept.values())) == ids for kept, keys, ids in self._full)
-            and [_place(tensor) for tensor in self._tensors] == self._places
+            and [place_of(tensor) for tensor in self._tensors] == self._places
         )
 
 
@@ -88,6 +89,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _place(tensor: torch.Tensor) -> _Place:
+def place_of(tensor: torch.Tensor) -> Place:
+    """Where this rank's memory of a tensor lies (0 on the meta device), and its shape."""
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return (0 if local.is_meta else local.data_ptr(), local.numel())
+    return (0 if local.is_meta else local.data_ptr(), local.shape)

@@ -41,13 +41,14 @@ def against_raw(rank: Rank, model: nn.Module, save: Callable[[Path], object], ch
     samples = Samples()
     raw, target = rank.directory / "raw", rank.directory / "target"
     tensors = local_tensors(model)
+    own_bytes = sum(tensor.nbytes for tensor in tensors)
     for turn in range(rank.settings.repeats + 1):
         if rank.rank == 0:
             raw.mkdir()
         barrier()
-        reference = measure(lambda: raw_write(tensors, raw / f"rank{rank.rank}"))
+        reference = measure(lambda: raw_write(tensors, raw / f"rank{rank.rank}"), own_bytes)
         removed(rank, raw)
-        sample = measure(lambda: save(target))
+        sample = measure(lambda: save(target), own_bytes)
         if turn:
             samples.measured.append(sample)
             samples.reference.append(reference)
@@ -148,10 +149,11 @@ def _digests(rank: Rank) -> list[Row]:
     roster = RosterKeeper(group).roster(held)
     samples, target = Samples(), rank.directory / "target"
     plan = plan_export(held, roster, group, target, ExportOptions())
+    own_bytes = plan.schedule.nbytes
     for turn in range(rank.settings.repeats + 1):
-        without = measure(lambda: write_export(plan, group, storage, _no_digest))
+        without = measure(lambda: write_export(plan, group, storage, _no_digest), own_bytes)
         removed(rank, target)
-        sample = measure(lambda: write_export(plan, group, storage))
+        sample = measure(lambda: write_export(plan, group, storage), own_bytes)
         removed(rank, target)
         if turn:
             samples.measured.append(sample)

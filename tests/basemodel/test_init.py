@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tests.basemodel.support import llama_config, on_meta
+from safetensors.torch import save_file
+from tests.basemodel.support import assert_same, checkpointer, llama_config, on_meta
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -224,3 +226,38 @@ def test_what_has_memory_is_moved_and_kept() -> None:
     Checkpointer.initialize_model_weights(model, "cpu")
     assert torch.equal(model.rotary.inv_freq, kept)
     assert torch.isfinite(model.head.weight).all()
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """On the CPU with whatever was in the memory: here, what no table has."""
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    return model
+
+
+@pytest.mark.parametrize("kind", _ROPES)
+def test_tables_are_recomputed_after_to_empty(kind: str, tmp_path: Path) -> None:
+    config = llama_config(rope_parameters=_ROPES[kind])
+    expected = LlamaForCausalLM(config)
+    expected.save_pretrained(tmp_path / "base")
+    fresh, loaded = emptied(on_meta(LlamaForCausalLM, config)), emptied(on_meta(LlamaForCausalLM, config))
+    Checkpointer.initialize_model_weights(fresh, "cpu")
+    _same_buffers(fresh, expected)
+    with checkpointer(tmp_path) as engine:
+        engine.load_base_model(loaded, "cpu", None, str(tmp_path / "base"))
+    assert_same(loaded, expected)
+
+
+def test_what_nothing_recomputes_keeps_its_values(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Forgetful(4), OldRotary(8, 500.0))
+    model[1].table.add_(1)
+    model[2].inv_freq.zero_()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for load in (True, False):
+        with checkpointer(tmp_path) as engine:
+            engine.load_base_model(model, "cpu", None, str(tmp_path / "model.safetensors"), load_base_model=load)
+        assert torch.equal(model[1].table, torch.arange(4).float() * 2 + 1)
+        assert torch.equal(model[2].inv_freq, OldRotary(8, 500.0).inv_freq)
+    Checkpointer.initialize_model_weights(model, "cpu")
+    assert torch.equal(model[1].table, torch.arange(4).float() * 2 + 1)

@@ -4,6 +4,9 @@ First the model's own initialisation runs (``initialize_weights``, ``init_weight
 marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
 that are in no file, in most models) come from building their module once more, from the arguments that it keeps, or
 the whole model from its config. Nothing here knows a model.
+
+A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
+memory held.
 """
 
 from __future__ import annotations
@@ -48,6 +51,11 @@ class Slot:
     kind: str = "parameter"
 
     @property
+    def persistent(self) -> bool:
+        """Whether it is in the module's state."""
+        return any(leaf not in module._non_persistent_buffers_set for module, leaf in self.places)
+
+    @property
     def tensor(self) -> torch.Tensor:
         """The tensor as it is now."""
         module, leaf = self.places[0]
@@ -81,9 +89,11 @@ def initialise(
     inner = unwrap(module)
     slots = slots_of(module) if slots is None else slots
     fresh = [slot for slot in slots if slot.tensor.device.type == "meta"]
+    doubtful = _doubtful(slots)
     _materialise(module, slots, device)
     open_slots = [slot for slot in fresh if slot.name not in loaded]
-    marked = {slot.name: _mark(slot.tensor) for slot in open_slots}
+    before = {slot.name: slot.tensor.clone() for slot in doubtful}
+    marked = {slot.name: _mark(slot.tensor) for slot in (*open_slots, *doubtful)}
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
     with _seeded(seed), torch.no_grad():
         seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
@@ -92,6 +102,9 @@ def initialise(
         _tie(inner)
         left = [slot for slot in open_slots if not marked[slot.name] or _untouched(slot.tensor)]
         left = _rebuild(inner, left)
+        untold = [slot for slot in doubtful if not marked[slot.name] or _untouched(slot.tensor)]
+        for slot in _rebuild(inner, untold, with_weights=False):
+            slot.tensor.copy_(before[slot.name])
     unknown = [slot for slot in left if marked[slot.name]]
     if unknown:
         raise MisuseError(
@@ -102,6 +115,27 @@ def initialise(
         )
     if left:
         _LOG.warning("could not recompute %s", ", ".join(slot.name for slot in left[:5]))
+
+
+def recompute_buffers(module: nn.Module) -> None:
+    """Compute buffers that are in no file once more, in a model that has memory; its other tensors are left alone.
+
+    What no code recomputes keeps its values.
+    """
+    doubtful = _doubtful(slots_of(module))
+    before = {slot.name: slot.tensor.clone() for slot in doubtful}
+    with torch.no_grad():
+        kept = {slot.name for slot in _rebuild(unwrap(module), doubtful, with_weights=False)}
+    changed = [n for slot in doubtful if (n := slot.name) not in kept and not torch.equal(before[n], slot.tensor)]
+    if changed:
+        _LOG.info("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
+
+
+def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
+    """Buffers that are in no file and have memory: after ``to_empty`` nobody knows what is in it."""
+    return [
+        slot for slot in slots if slot.kind == "buffer" and not slot.persistent and slot.tensor.device.type != "meta"
+    ]
 
 
 @contextlib.contextmanager
@@ -286,13 +320,19 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _rebuild(model: nn.Module, left: list[Slot]) -> list[Slot]:
-    """Fill tensors from modules built anew; returns those that this did not fill."""
+def _rebuild(model: nn.Module, left: list[Slot], *, with_weights: bool = True) -> list[Slot]:
+    """Fill tensors from modules built anew; returns those that this did not fill.
+
+    Args:
+        model: Whose modules.
+        left: The tensors.
+        with_weights: Whether a module may be given memory for its weights if it cannot be built without.
+    """
     if not left:
         return left
     config = getattr(model, "config", None)
     built: dict[int, nn.Module | None] = {}
-    for real in (False, True):
+    for real in (False, True) if with_weights else (False,):
         rest = []
         for slot in left:
             owner, leaf = slot.places[0]

@@ -26,7 +26,7 @@ from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
-from shardwise.checkpointing.base_init import has_meta, initialise, names_of, slots_of
+from shardwise.checkpointing.base_init import has_meta, initialise, names_of, recompute_buffers, slots_of
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
@@ -90,8 +90,9 @@ def load_base_model(
     """Materialise a model and fill it from its base. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
-    memory are moved to ``device`` and keep what the base does not fill. Names, shapes and dtypes are compared before
-    any memory is allocated.
+    memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
+    recomputed by the module's own code, since ``to_empty`` leaves them undefined. Names, shapes and dtypes are compared
+    before any memory is allocated.
 
     Returns:
         What was loaded; ``None`` where ``load`` is false.
@@ -127,6 +128,7 @@ def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device,
             slots = slots_of(part)
             if not has_meta(slots):
                 part.to(device)
+                recompute_buffers(part)
                 continue
             loaded = names_of(slots, wanted.tensors) if wanted is not None else frozenset()
             initialise(part, device, seed, loaded, slots)

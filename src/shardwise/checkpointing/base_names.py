@@ -15,10 +15,8 @@ from shardwise.addons.peft_own import natives as site_natives
 from shardwise.convert import (
     Conversion,
     HeldGroup,
-    StateDictAdapter,
     check_round_trip,
-    derive,
-    derive_from_adapter,
+    conversion_of,
     for_files,
     identity,
     to_hub,
@@ -118,8 +116,7 @@ def match_base(
 
 def _conversion(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
     specs = tuple(native.spec for native in natives)
-    adapter = getattr(module, "state_dict_adapter", None)
-    found = derive_from_adapter(adapter, specs) if isinstance(adapter, StateDictAdapter) else derive(module, specs)
+    found = conversion_of(module, specs)
     check_round_trip(found, specs)
     return found
 

@@ -10,10 +10,11 @@ from torch import nn
 from shardwise.convert import (
     Conversion,
     HeldGroup,
-    StateDictAdapter,
+    adapter_of,
+    check_adapter,
     check_round_trip,
+    conversion_of,
     derive,
-    derive_from_adapter,
     to_hub,
 )
 from shardwise.engine.memo import Memo
@@ -101,12 +102,9 @@ class HubNames:
         key = (type(module), specs)
         known = self._known.get(key)
         if known is None:
-            adapter = getattr(module, "state_dict_adapter", None)
-            if isinstance(adapter, StateDictAdapter):
-                known = derive_from_adapter(adapter, specs)
-            else:
-                known = derive(module, specs)
+            known = conversion_of(module, specs)
             check_round_trip(known, specs)
+            check_adapter(module, known, specs)
             self._known[key] = known
         return known
 
@@ -115,7 +113,7 @@ def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
     """The names of tensors that are written under other names, as the model has them and as its files would."""
     own = [spec.name for spec in specs]
     module = unwrap(part)
-    if not specs or isinstance(getattr(module, "state_dict_adapter", None), StateDictAdapter):
+    if not specs or adapter_of(module) is not None:
         return own
     try:
         conversion = derive(module, specs)

@@ -5,7 +5,13 @@ loses nothing; `for_files` puts it into the names of files that are to be loaded
 holds.
 """
 
-from shardwise.convert.adapter import StateDictAdapter, derive_from_adapter
+from shardwise.convert.adapter import (
+    StateDictAdapter,
+    adapter_of,
+    check_adapter,
+    conversion_of,
+    derive_from_adapter,
+)
 from shardwise.convert.apply import Converted, HeldGroup, to_hub
 from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import derive, identity
@@ -23,7 +29,10 @@ __all__ = [
     "NativeSpec",
     "Rule",
     "StateDictAdapter",
+    "adapter_of",
+    "check_adapter",
     "check_round_trip",
+    "conversion_of",
     "derive",
     "derive_from_adapter",
     "for_files",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from shardwise.convert.derive import RULE_ERRORS, derived, hub_tensor
+from shardwise.convert.derive import RULE_ERRORS, derive, derived, hub_tensor
 from shardwise.convert.rules import Computed, Conversion, HubTensor, NativeSpec
+from shardwise.convert.skeleton import skeleton
 from shardwise.convert.trace import traced
 from shardwise.errors import ConversionError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.types import TensorSpec
+
+_LOG = logging.getLogger(__name__)
+
+_METHODS = ("to_hf", "from_hf", "convert_single_tensor_to_hf")
 
 
 class StateDictAdapter(ABC):
@@ -21,8 +28,17 @@ class StateDictAdapter(ABC):
 
     1. `convert_single_tensor_to_hf` is called once for each tensor, on any rank, with a tensor that has no memory; if
        it only rearranges elements, that is all; saving and loading then go through views.
-    2. `to_hf` and `from_hf` are called with the whole tensors of one name at a time, for those that it computes.
+    2. `from_hf` is called with the whole tensors of one name at a time, for those that it computes. What
+       `convert_single_tensor_to_hf` made of a tensor has to become that tensor again, bit for bit.
+    3. A class that has the three methods is one, whatever it is derived from: models bring their own.
     """
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Any class with the three methods."""
+        if cls is not StateDictAdapter:
+            return super().__subclasshook__(other)
+        return all(callable(getattr(other, name, None)) for name in _METHODS)
 
     @abstractmethod
     def to_hf(self, state_dict: Mapping[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
@@ -44,6 +60,21 @@ class StateDictAdapter(ABC):
     def supports_write_through_checkpoint_load(self) -> bool:
         """Whether loading into what `to_hf` returns fills the native tensors, because it returns views of them."""
         return False
+
+
+def adapter_of(module: nn.Module) -> StateDictAdapter | None:
+    """The adapter that a model brings, or ``None``; one that lacks a method is not used, which the log says."""
+    found: object = getattr(module, "state_dict_adapter", None)
+    if found is None or isinstance(found, StateDictAdapter):
+        return found
+    lacking = [name for name in _METHODS if not callable(getattr(found, name, None))]
+    _LOG.warning(
+        "%s.state_dict_adapter, a %s, is not used: it has no %s",
+        type(module).__name__,
+        type(found).__name__,
+        " and no ".join(lacking),
+    )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +142,62 @@ def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec]
         else:
             views += (hub_tensor(name, result, (spec,)) for name, result in results)
     return Conversion(tuple(views), tuple(computed), tuple(ignored))
+
+
+def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
+    """Derive a model's conversion, from the adapter that it brings or else from transformers' rules.
+
+    Raises:
+        ConversionError: As `derive` and `derive_from_adapter`.
+    """
+    adapter = adapter_of(module)
+    return derive(module, natives) if adapter is None else derive_from_adapter(adapter, natives)
+
+
+def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[NativeSpec]) -> None:
+    """Check that a model's adapter, where it has one, keeps every parameter and names them all on the way back.
+
+    What it computes is undone and compared with real values while saving. An adapter that is written through needs no
+    way back, and one whose ``from_hf`` does not accept tensors without memory cannot be asked.
+
+    Raises:
+        ConversionError: A parameter would be lost.
+    """
+    adapter = adapter_of(module)
+    if adapter is None:
+        return
+    if conversion.ignored:
+        parameters = {name for name, _ in skeleton(module).named_parameters(remove_duplicate=False)}
+        dropped = [name for name in conversion.ignored if name in parameters]
+        if dropped:
+            raise ConversionError(
+                f"the model's state_dict_adapter gives {len(dropped)} of its parameters no name in the files: "
+                + ", ".join(dropped[:5]),
+                tensor=dropped[0],
+                hint="A checkpoint without them would not give the model back; let the adapter convert them.",
+            )
+    views = [tensor for tensor in conversion.hub if not _writes_through(adapter)]
+    dtypes = {spec.name: spec.dtype for spec in natives}
+    hub: dict[str, torch.Tensor] = {
+        tensor.name: torch.empty(tensor.shape, dtype=torch_dtype(dtypes[tensor.parts[0].native]), device="meta")
+        for tensor in views
+    }
+    try:
+        back = adapter.from_hf(dict(hub)) if hub else {}
+    except Exception as error:  # noqa: BLE001  whatever it cannot do without values
+        _LOG.debug("from_hf of the model's adapter does not accept tensors on the meta device: %s", error)
+        return
+    sources = {part.native for tensor in views for part in tensor.parts}
+    lost = [s for s in natives if s.name in sources and (s.name not in back or tuple(back[s.name].shape) != s.shape)]
+    if lost:
+        made = f"as {list(back[lost[0].name].shape)}" if lost[0].name in back else "not at all"
+        raise ConversionError(
+            f"from_hf of the model's state_dict_adapter gives back {made} what has the shape {list(lost[0].shape)} in "
+            f"the model ({len(lost)} tensors)",
+            tensor=lost[0].name,
+            hint="from_hf has to undo convert_single_tensor_to_hf, in names and shapes.",
+        )
+
+
+def _writes_through(adapter: StateDictAdapter) -> bool:
+    return bool(getattr(adapter, "supports_write_through_checkpoint_load", False))

@@ -48,7 +48,8 @@ def check_round_trip(conversion: Conversion, natives: Sequence[NativeSpec]) -> N
         raise ConversionError(
             f"the model's files would not give the model back ({'; '.join(what)})",
             tensor=(lost or twice)[0],
-            hint="The conversion rules of the model type are not invertible; give the model a state_dict_adapter.",
+            hint="The conversion rules of the model type are not invertible; give the model a state_dict_adapter, or "
+            "correct the one it has.",
         )
 
 

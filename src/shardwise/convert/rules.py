@@ -107,7 +107,8 @@ class Conversion:
             raise ConversionError(
                 f"several native tensors would be written as one: {shown}",
                 tensor=min(clashes),
-                hint="The conversion rules of the model type are ambiguous; give the model a state_dict_adapter.",
+                hint="The conversion rules of the model type are ambiguous; give the model a state_dict_adapter, or "
+                "correct the one it has.",
             )
 
     def by_hub(self, name: str) -> HubTensor:

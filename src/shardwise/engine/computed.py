@@ -5,7 +5,7 @@ Converted whole, one group at a time, on one of the ranks that hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,11 +86,34 @@ def _write_group(
                 tensor=spec.name,
                 hint="Report the model type; its conversion depends on values.",
             )
+    _require_round_trip(held, natives, made)
+    for spec in held.computed.hub:
+        tensor = made[spec.name]
         if spec.nbytes:
             place = layout.places[spec.name]
             # The rule may compute in another dtype; the run casts to the file's.
             written = next(e.spec for e in layout.files[place.file].entries if e.spec.name == spec.name)
             write(Run(place.file, place.offset, -1, written, 0, tensor))
+
+
+def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made: Mapping[str, torch.Tensor]) -> None:
+    """Undo the conversion, and compare every byte: what cannot be loaded again must not be published."""
+    hub = {spec.name: made[spec.name].detach().to(torch_dtype(spec.dtype), copy=True) for spec in held.computed.hub}
+    back = held.computed.rule.backward(hub)
+    for name, native in natives.items():
+        found = back.get(name)
+        if found is None or found.numel() != native.numel() or not _same_bytes(found.reshape(native.shape), native):
+            raise ConversionError(
+                "the conversion of this tensor cannot be undone: loading it again would "
+                + ("lack it" if found is None else "give other values"),
+                tensor=name,
+                hint="Correct the model's state_dict_adapter, or save without the export (save_consolidated='false'): "
+                "shards hold tensors as they are in memory.",
+            )
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(flat_bytes(a.detach().to(b.dtype).contiguous()), flat_bytes(b.detach().contiguous()))
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:

@@ -453,3 +453,16 @@ def test_a_write_that_the_operating_system_refuses_half_way(good: Path, tmp_path
     assert (error.errno, error.rank) == (errno.EFBIG, 1)
     assert str(root) in str(error)
     settled(root)
+
+
+@pytest.mark.parametrize("variant", ["ema", "fp16"])
+def test_another_version_of_a_file_is_not_mixed_in(variant: str, tmp_path: Path) -> None:
+    values = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
+    save_file(values, tmp_path / "model.safetensors")
+    dtype = torch.float16 if variant == "fp16" else torch.float32
+    save_file({name: (-v).to(dtype) for name, v in values.items()}, tmp_path / f"model.{variant}.safetensors")
+    model = torch.nn.Linear(3, 2)
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "x").build(dp_rank=0, tp_rank=0, pp_rank=0) as engine:
+        engine.load_model(model, tmp_path)
+    assert torch.equal(model.weight, values["weight"])
+    assert torch.equal(model.bias, values["bias"])

@@ -116,8 +116,8 @@ def _look(root: Path) -> JsonValue:
 def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
     names = sorted(os.listdir(directory))
-    indices = [n for n in names if n.endswith(_INDEX_SUFFIX)]
-    plain = [n for n in names if n.endswith(".safetensors")]
+    indices = _without_variants([n for n in names if n.endswith(_INDEX_SUFFIX)], _INDEX_SUFFIX)
+    plain = _without_variants([n for n in names if n.endswith(".safetensors")], ".safetensors")
     if not indices:
         return plain, []
     chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
@@ -130,6 +130,15 @@ def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
                 hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
             )
     return listed, [chosen]
+
+
+def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
+    """The names without other versions of a file: with ``model.safetensors`` there, ``model.fp16.safetensors`` is none.
+
+    They hold tensors of the same names, so that reading both would take either one's values.
+    """
+    stems = {name.removesuffix(suffix) for name in names}
+    return [n for n in names if not any(n.startswith(f"{stem}.") for stem in stems - {n.removesuffix(suffix)})]
 
 
 def _read_headers(files: Sequence[Path], group: Group) -> list[list[_Entry]]:

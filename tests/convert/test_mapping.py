@@ -50,3 +50,18 @@ def test_a_mapping_that_does_not_come_back_is_an_error_that_lists_the_names() ->
 def test_what_is_no_regular_expression_is_an_error(pattern: str, replacement: str) -> None:
     with pytest.raises(ConversionError):
         rename(["a"], {pattern: replacement})
+
+
+def test_groups_are_carried_back() -> None:
+    mapping = {r"^backbone\.(attn|mlp)\.": r"model.\1.", r"^(\w+)_head\.(\d+)": r"heads.\2.\g<1>"}
+    native = ["model.attn.w", "model.norm.w", "heads.3.lm.w"]
+    files = revert(native, mapping)
+    assert files == ("backbone.attn.w", "model.norm.w", "lm_head.3.w")
+    assert rename(files, mapping) == tuple(native)
+
+
+@pytest.mark.parametrize("pattern", [r"^x.*y", r"^(foo|bar)", r"h[0-9]", r"a{2}"])
+def test_a_pattern_is_never_written_as_a_name(pattern: str) -> None:
+    with pytest.raises(ConversionError, match="cannot be reverted") as caught:
+        revert(["model.w"], {pattern: "model"})
+    assert caught.value.tensor == "model.w"

@@ -13,6 +13,14 @@ from collections.abc import Mapping, Sequence
 
 from shardwise.errors import ConversionError
 
+#: Lookaheads and lookbehinds, up to two levels of parentheses deep.
+_ASSERTION = re.compile(r"\(\?[=!<](?:[^()]|\([^()]*\))*\)")
+#: A group that catches something and has no group within, and a reference to one in a replacement.
+_GROUP = re.compile(r"(?<!\\)\((?!\?)[^()]*\)")
+_REFERENCE = re.compile(r"\\(?:(\d)|g<(\d+)>)")
+#: What stands for more than one text in a pattern, and in no name.
+_MANY = re.compile(r"[*+?()\[\]{}|\\]")
+
 
 def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Rename names of the files to those of the model.
@@ -46,8 +54,9 @@ def revert(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, .
     Raises:
         ConversionError: Two names become one, or `rename` would not give back the same names.
     """
-    reversed_mapping = {_as_pattern(new): _as_replacement(old) for old, new in key_mapping.items()}
+    reversed_mapping = dict(_reverted(old, new) for old, new in key_mapping.items())
     in_files = rename(names, reversed_mapping)
+    _refuse_patterns(names, in_files)
     back = rename(in_files, key_mapping)
     trips = zip(names, in_files, back, strict=True)
     wrong = [f"{name} -> {file} -> {again}" for name, file, again in trips if name != again]
@@ -95,13 +104,46 @@ def _refuse_collisions(names: Sequence[str], renamed: Sequence[str]) -> None:
         )
 
 
-def _as_pattern(replacement: str) -> str:
-    """The pattern of names that a replacement produces."""
-    anchored = replacement.startswith("^")
-    return ("^" if anchored else "") + re.escape(replacement.removeprefix("^"))
+def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
+    """The rule for the other direction: the pattern of names that a rule produces, and what they were before.
+
+    What a group caught is carried over, if the replacement refers to the group by its number. Anchors and assertions
+    match no text, and are dropped.
+    """
+    text = _ASSERTION.sub("", pattern).removeprefix("^").removesuffix("$")
+    groups = _GROUP.findall(text)
+    order: list[int] = []
+
+    def caught(reference: re.Match[str]) -> str:
+        number = int(reference[1] or reference[2])
+        if not 0 < number <= len(groups) or number in order:
+            return re.escape(reference[0])
+        order.append(number)
+        return groups[number - 1]
+
+    start = "^" if replacement.startswith("^") else ""
+    pieces = _REFERENCE.split(replacement.removeprefix("^"))
+    literals = pieces[::3]
+    references = list(_REFERENCE.finditer(replacement.removeprefix("^")))
+    made = re.escape(literals[0]) + "".join(
+        caught(reference) + re.escape(literal) for reference, literal in zip(references, literals[1:], strict=True)
+    )
+    numbers = iter(range(1, len(groups) + 1))
+
+    def referred(group: re.Match[str]) -> str:
+        number = next(numbers)
+        return f"\\g<{order.index(number) + 1}>" if number in order else group[0]
+
+    return start + made, _GROUP.sub(referred, text).replace("\\.", ".")
 
 
-def _as_replacement(pattern: str) -> str:
-    """The text that a pattern stands for, without anchors and assertions (which match no text)."""
-    text = re.sub(r"\(\?[=!<](?:[^()]|\([^()]*\))*\)", "", pattern)
-    return text.removeprefix("^").removesuffix("$").replace("\\.", ".")
+def _refuse_patterns(names: Sequence[str], in_files: Sequence[str]) -> None:
+    """A pattern that stands for many texts has become part of a name: nobody knows which text it was."""
+    for name, file in zip(names, in_files, strict=True):
+        if name != file and _MANY.search(file):
+            raise ConversionError(
+                f"the key mapping cannot be reverted: of {name!r} it would make {file!r}",
+                tensor=name,
+                hint="Write patterns of plain text and of groups that the replacement refers to, or give the model a "
+                "state_dict_adapter.",
+            )

@@ -206,5 +206,6 @@ def _collision(spec: TensorSpec, stage: int, known: TensorSpec, known_stage: int
     return NameCollisionError(
         what,
         tensor=spec.name,
-        hint="Give each stage's modules the names that they have in the whole model.",
+        hint="Give each stage's modules the names that they have in the whole model; a last stage has its copy of a "
+        "tied embedding as the head alone.",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.basemodel.support import (
     COMMIT,
     CountingStorage,
@@ -40,6 +41,7 @@ from shardwise.checkpointing.base_files import base_dtype, find_base
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,
+    FormatError,
     MissingTensorError,
     ShapeMismatchError,
     UnsafePickleError,
@@ -372,3 +374,33 @@ def test_without_loading_the_model_is_initialised(tmp_path: Path) -> None:
     checkpointer(tmp_path).load_base_model(fresh, "cpu", None, None, load_base_model=False)
     assert all(torch.isfinite(p).all() for p in fresh.parameters())
     assert 0.01 < fresh.lm_head.weight.std() < 0.03
+
+
+def test_a_directory_that_is_there_without_weights_is_what_the_error_names(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match="has no safetensors and no .bin weights") as caught:
+        find_base(None, str(tmp_path / "empty"))
+    assert caught.value.path == str(tmp_path / "empty")
+    (tmp_path / "empty" / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointNotFoundError, match=r"only model-q4\.gguf"):
+        find_base(tmp_path, "empty")
+    with pytest.raises(FormatError, match="GGUF"):
+        find_base(None, str(tmp_path / "empty" / "model-q4.gguf"))
+
+
+def test_a_bin_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    torch.save(llama().state_dict(), tmp_path / "pytorch_model.bin")
+    os.truncate(tmp_path / "pytorch_model.bin", 5000)
+    with checkpointer(tmp_path) as engine, pytest.raises(FormatError, match="not a torch checkpoint") as caught:
+        engine.load_base_model(on_meta(LlamaForCausalLM, llama_config()), "cpu", None, str(tmp_path))
+    assert caught.value.path == str(tmp_path / "pytorch_model.bin")
+
+
+def test_the_hint_never_proposes_to_skip_the_model_itself(tmp_path: Path) -> None:
+    state = llama().state_dict()
+    del state["model.layers.0.mlp.up_proj.weight"], state["lm_head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with checkpointer(tmp_path) as engine, pytest.raises(MissingTensorError) as caught:
+        engine.load_base_model(on_meta(LlamaForCausalLM, llama_config()), "cpu", None, str(tmp_path))
+    assert caught.value.hint is not None
+    assert "skip_task_head_prefixes" not in caught.value.hint

@@ -263,6 +263,32 @@ def test_unsupported_methods_are_named(tmp_path: Path, method: str) -> None:
         checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
 
 
+_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+_FLOAT8 = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "a method that its config.json does not name"),
+        (_FLOAT8 | {"config_groups": {"a": {"weights": _WEIGHTS | {"symmetric": False}}}}, "compressed-tensors"),
+        (_FLOAT8 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"compressed-tensors \(sparse-24-bitmask\)"),
+    ],
+)
+def test_settings_that_would_give_wrong_values_are_refused(
+    settings: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    model = llama()
+    _fp8_base(model, tmp_path / "base", (128, 128))
+    edit_config(tmp_path / "base", quantization_config=settings)
+    for dequantize in (None, True):
+        fresh = on_meta(LlamaForCausalLM, model.config)
+        engine = checkpointer(tmp_path, dequantize_base_checkpoint=dequantize)
+        with pytest.raises(QuantizationError, match=f"quantized by {named}"):
+            engine.load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
+
+
 def test_forcing_and_forbidding(tmp_path: Path) -> None:
     model = llama()
     plain = _fp8_base(model, tmp_path / "base", (128, 128))  # its config says nothing of quantization

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -32,10 +32,16 @@ def find_base(root_dir: str | Path | None, model_name: str) -> Path:
 
     Raises:
         CheckpointNotFoundError: It is not there.
+        FormatError: It is a GGUF file.
     """
     place = Path(model_name)
     root = None if root_dir is None else Path(root_dir)
-    for candidate in [place] if root is None else [place, root / model_name]:
+    places = [place] if root is None else [place, root / model_name]
+    for candidate in places:
+        if candidate.is_file() and candidate.suffix == ".gguf":
+            raise FormatError(
+                "GGUF files cannot be loaded", path=candidate, hint="Use the model's safetensors or .bin files."
+            )
         if candidate.is_file() or (candidate.is_dir() and _holds_weights(candidate)):
             return candidate.absolute()
     found = _HUB_ID.match(model_name)
@@ -45,13 +51,25 @@ def find_base(root_dir: str | Path | None, model_name: str) -> Path:
         root = Path(HF_HUB_CACHE)
     snapshot = snapshot_directory(root, found["id"], found["revision"] or "main") if found else None
     if snapshot is None or not _holds_weights(snapshot):
-        raise CheckpointNotFoundError(
-            f"the base model {model_name} is not there"
-            + ("" if snapshot is None else ": its snapshot holds no safetensors and no .bin weights"),
-            path=snapshot or root,
+        raise _not_there(model_name, [p for p in places if p.exists()], snapshot, root)
+    return snapshot.absolute()
+
+
+def _not_there(model_name: str, present: Sequence[Path], snapshot: Path | None, root: Path) -> CheckpointNotFoundError:
+    """The error that says which directory was looked into, and what else is in it."""
+    empty = snapshot if snapshot is not None else next(iter(present), None)
+    if empty is None:
+        return CheckpointNotFoundError(
+            f"the base model {model_name} is not there",
+            path=root,
             hint="Download it first (hf download), or pass a directory or a file.",
         )
-    return snapshot.absolute()
+    other = next((path.name for path in sorted(empty.glob("*.gguf"))), None)
+    return CheckpointNotFoundError(
+        f"the base model {model_name} has no safetensors and no .bin weights" + (f", only {other}" if other else ""),
+        path=empty,
+        hint="Download its weights (hf download), or pass another directory or a file.",
+    )
 
 
 def _holds_weights(directory: Path) -> bool:

@@ -114,7 +114,7 @@ def load_base_model(
 def _found(group: Group, root_dir: str | Path | None, model_name: str | None) -> Path:
     told = ""
     with group.together(f"looking for the base model {model_name}"):
-        if model_name is None:
+        if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         if group.is_main:
             told = str(find_base(root_dir, model_name))

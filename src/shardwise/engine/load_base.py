@@ -337,10 +337,16 @@ def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource
     if len(names) > len(listed):
         listed.append(f"and {len(names) - len(listed)} more")
     prefix = names[0].split(".")[0] + "."
+    hint = "Map names with key_mapping, or build the model from the base's own config.json"
+    if not any(name.startswith(prefix) for name in source.names()):
+        # Whoever skips the prefix of a whole model trains one of random values.
+        hint += (
+            ", or, for a task head that is to keep its fresh values, set "
+            f"skip_task_head_prefixes_for_base_model=[{prefix!r}]"
+        )
     return MissingTensorError(
         f"the base model lacks {len(names)} of the model's tensors: {', '.join(listed)}",
         path=source.path,
         tensor=names[0],
-        hint="Map names with key_mapping, build the model from the base's own config.json, or, for a task head that is "
-        f"to keep its fresh values, set skip_task_head_prefixes_for_base_model=[{prefix!r}].",
+        hint=f"{hint}.",
     )

@@ -8,6 +8,7 @@ opened by ``torch.load``, memory-mapped where the format allows it, and copied s
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -159,7 +160,10 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
             path=file,
             hint="If you trust whoever wrote it, set allow_legacy_pickle_restore, which runs the code in it.",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        # A file that is cut short makes torch seek to before its beginning.
         raise FormatError(f"the file is not a torch checkpoint: {error}", path=file, hint="Fetch it again.") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]

@@ -57,7 +57,7 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
     found = _quantization_config(config)
     if found is None:
         return None
-    method = str(found.get("quant_method", "unnamed"))
+    method = str(found.get("quant_method") or _unnamed(found))
     if method == "fp8":
         return QuantSettings(method, True, _pair(found.get("weight_block_size")))
     if method == "mxfp4":
@@ -67,10 +67,26 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
         groups = found.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
         floats = all(isinstance(w, dict) and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
+        # Zero points and sparsity masks are further tensors, without which the values would be wrong.
+        floats = floats and all(isinstance(w, dict) and w.get("symmetric") is not False for w in weights)
+        kind = _sparsity(found) or kind
         blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
         block = _pair(blocks[0]) if blocks else None
         return QuantSettings(f"{method} ({kind})", kind in ("float-quantized", "naive-quantized") and floats, block)
     return QuantSettings(method, False)
+
+
+def _sparsity(found: Mapping[str, object]) -> str:
+    """The format of sparse weights, where they are stored compressed; empty otherwise."""
+    settings = found.get("sparsity_config")
+    kind = settings.get("format") if isinstance(settings, dict) else None
+    return "" if kind in (None, "dense") else str(kind)
+
+
+def _unnamed(found: Mapping[str, object]) -> str:
+    """The method of settings that do not name it: those of old bitsandbytes models, as transformers takes them."""
+    old = any(found.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    return "bitsandbytes" if old else "a method that its config.json does not name"
 
 
 def _quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | None:

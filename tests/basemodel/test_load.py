@@ -60,7 +60,9 @@ _QUICK = ("gpt_oss", "mixtral", "qwen2_vl", "gemma3", "deepseek_v3", "llava", "q
 TYPES = [
     pytest.param(key, marks=[] if key in _QUICK else [pytest.mark.slow])
     for key in registered()
-    if key not in UNBUILT and key not in SLOW and key != "jev"  # jev's from_pretrained takes no output_loading_info
+    # jev's from_pretrained takes no output_loading_info, MtpModel's a model that is there already, and nemo_speechlm's
+    # does not take back what save_pretrained wrote of the tiny one.
+    if key not in UNBUILT and key not in SLOW and key not in ("jev", "MtpModel", "nemo_speechlm")
 ]
 
 

@@ -148,7 +148,10 @@ _OVERRIDES: dict[str, dict[str, object]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "MimiModel": {"upsample_groups": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "nemo_speechlm": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}, "blank_token_id": 5},
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 32}}},
+        "word_timestamp_config": {"blank_token_id": 5},
+    },
     "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen3_omni_moe": {
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 24}},
@@ -171,7 +174,13 @@ _OVERRIDES |= {
 }
 
 #: Reasons that the error does not give.
-_REASONS: dict[str, str] = {"timm_wrapper": "needs the package timm"}
+_REASONS: dict[str, str] = {
+    "mlcd_vision": "no model has this type; MLCD's is mlcd_vision_model, for which there are no rules",
+    "PPChart2TableModel": "transformers has a configuration and no model of it",
+    "timm_wrapper": "needs the package timm",
+    "xCLIPTextModel": "no class has this name; X-CLIP's is XCLIPTextModel, for which there are no rules",
+    "xCLIPVisionModel": "no class has this name; X-CLIP's is XCLIPVisionModel, for which there are no rules",
+}
 
 
 class CannotBuildError(Exception):
@@ -191,7 +200,12 @@ def build(key: str) -> torch.nn.Module:
     Raises:
         CannotBuildError: With the reason.
     """
-    cls = model_class(key)
+    if key == "MtpModel":
+        return _mtp_model()
+    try:
+        cls = model_class(key)
+    except CannotBuildError as error:
+        raise CannotBuildError(_REASONS.get(key) or str(error)) from None
     reasons: list[str] = []
     with quiet():
         for recipe in _RECIPES:
@@ -209,6 +223,17 @@ def build(key: str) -> torch.nn.Module:
             _fill(model)
             return model.eval()
     raise CannotBuildError(_REASONS.get(key) or reasons[0])
+
+
+def _mtp_model() -> torch.nn.Module:
+    """The layers that predict further tokens: transformers makes their class out of another model."""
+    from transformers.modeling_layers import MtpModel
+
+    main = build("deepseek_v3")
+    with quiet():
+        model = MtpModel(main, num_mtp_layers=2)
+    _fill(model)
+    return model.eval()
 
 
 def model_class(key: str) -> type:
@@ -352,10 +377,8 @@ def quiet() -> Iterator[None]:
 #: Types that the recipe does not reach; docs/conversions.md says why. A type that drops out otherwise fails its test.
 UNBUILT = frozenset(
     {
-        "MtpModel",
         "PPChart2TableModel",
         "mlcd_vision",
-        "nemo_speechlm",
         "timm_wrapper",
         "xCLIPTextModel",
         "xCLIPVisionModel",

@@ -269,6 +269,7 @@ def test_unexpected_tensors_are_reported(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "shardwise"):
         checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
     assert "the model lacks: model.layers.2.input_layernorm.weight" in caplog.text
+    assert "input_layernorm.weight (the model has model.layers." in caplog.text
     assert "and 4 more" in caplog.text
     assert "GB/s" in caplog.text
 

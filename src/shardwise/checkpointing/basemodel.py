@@ -30,14 +30,18 @@ from shardwise.checkpointing.base_init import has_meta, initialise, names_of, re
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
-from shardwise.engine.load_base import BaseLoadReport, BaseOptions, BaseSource, check_base, load_base_tensors
+from shardwise.engine.load_base import (
+    BaseLoadReport,
+    BaseOptions,
+    BaseSource,
+    check_base,
+    load_base_tensors,
+    with_nearest,
+)
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.names import declared_ties
 
 _LOG = logging.getLogger(__name__)
-
-#: Names that are listed in the log.
-_SHOWN = 5
 
 
 def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_method: str | None) -> None:
@@ -188,7 +192,8 @@ def fill_from_base(
         if before is not None and own:
             initialise_magnitudes(own)
     if group.is_main:
-        _tell(report, parts)
+        own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
+        _tell(report, parts, own_names)
     return report
 
 
@@ -212,7 +217,7 @@ def _matched(
     return found
 
 
-def _tell(report: BaseLoadReport, parts: Sequence[nn.Module]) -> None:
+def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:
     seconds = max(report.seconds, 1e-9)
     _LOG.info(
         "loaded %s: rank 0 read %.3f GB in %.2f s (%.2f GB/s); %d tensors dequantized, %d cast",
@@ -224,16 +229,12 @@ def _tell(report: BaseLoadReport, parts: Sequence[nn.Module]) -> None:
         report.cast,
     )
     if report.missing:
-        _LOG.warning("the base model lacks %s, which keep their values", _listing(report.missing))
+        near = with_nearest(report.missing, report.unexpected, "it has")
+        _LOG.warning("the base model lacks %s, which keep their values", near)
     known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
     strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
     if strange:
-        _LOG.warning("the base model has tensors that the model lacks: %s", _listing(strange))
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
-    return ", ".join(names[:_SHOWN]) + more
+        _LOG.warning("the base model has tensors that the model lacks: %s", with_nearest(strange, own, "the model has"))
 
 
 def _expected_leftovers(part: nn.Module) -> list[str]:

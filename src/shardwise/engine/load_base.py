@@ -32,6 +32,8 @@ from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
 
+#: Names that a message lists, and how many others each is compared with at most.
+_SHOWN, _MOST_CANDIDATES = 5, 20_000
 #: Dtypes between which values are cast without asking.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -329,13 +331,7 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
 
 def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
     """The error that lists what is missing, the first ones with the nearest name that nobody wants."""
-    candidates = list(unexpected)[:20_000] or list(source.names())[:20_000]
-    listed: list[str] = []
-    for name in names[:5]:
-        close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-        listed.append(f"{name} (the base has {close[0]})" if close else name)
-    if len(names) > len(listed):
-        listed.append(f"and {len(names) - len(listed)} more")
+    listed = with_nearest(names, list(unexpected) or list(source.names()), "the base has")
     prefix = names[0].split(".")[0] + "."
     hint = "Map names with key_mapping, or build the model from the base's own config.json"
     if not any(name.startswith(prefix) for name in source.names()):
@@ -345,8 +341,22 @@ def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource
             f"skip_task_head_prefixes_for_base_model=[{prefix!r}]"
         )
     return MissingTensorError(
-        f"the base model lacks {len(names)} of the model's tensors: {', '.join(listed)}",
+        f"the base model lacks {len(names)} of the model's tensors: {listed}",
         path=source.path,
         tensor=names[0],
         hint=f"{hint}.",
     )
+
+
+def with_nearest(names: Sequence[str], candidates: Sequence[str], whose: str) -> str:
+    """A list of the first few of some names, each with the nearest of ``candidates`` if one is near."""
+    listed: list[str] = []
+    for name in names[:_SHOWN]:
+        # Whatever is near ends alike, in most models; looking at those first keeps a long list from taking seconds.
+        leaf = name.rpartition(".")[2]
+        alike = [other for other in candidates if other.rpartition(".")[2] == leaf] or candidates
+        close = difflib.get_close_matches(name, alike[:_MOST_CANDIDATES], n=1, cutoff=0.6)
+        listed.append(f"{name} ({whose} {close[0]})" if close else name)
+    if len(names) > len(listed):
+        listed.append(f"and {len(names) - len(listed)} more")
+    return ", ".join(listed)

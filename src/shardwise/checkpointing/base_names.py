@@ -15,6 +15,7 @@ from shardwise.addons.peft_own import natives as site_natives
 from shardwise.convert import (
     Conversion,
     HeldGroup,
+    NativeSpec,
     StateDictAdapter,
     check_round_trip,
     derive,
@@ -23,6 +24,7 @@ from shardwise.convert import (
     identity,
     to_hub,
 )
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, plain_name, state_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
@@ -37,12 +39,14 @@ class BaseWanted:
         groups: Native tensors that have to be computed from the base's.
         copies: ``(from, to)``: memory that gets what another one was filled with.
         tensors: The model's tensors behind all of these.
+        conversions: For each part, its tensors and how they become those of the files.
     """
 
     held: tuple[HeldTensor, ...]
     groups: tuple[HeldGroup, ...]
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     tensors: tuple[torch.Tensor, ...]
+    conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ class _Part:
     copies: tuple[tuple[str, torch.Tensor], ...]
 
 
+@collector_paused()
 def match_base(
     parts: Sequence[nn.Module],
     names: Sequence[str],
@@ -67,6 +72,7 @@ def match_base(
     base_ties: bool,
     skip_prefixes: Sequence[str] = (),
     key_mapping: Mapping[str, str] | None = None,
+    before: BaseWanted | None = None,
 ) -> BaseWanted:
     """Describe what a base's files fill of a model, which may still be on the meta device. Local.
 
@@ -80,6 +86,7 @@ def match_base(
         base_ties: Whether the base's head may be tied, so that files without it are whole.
         skip_prefixes: Tensors whose names start with one of these are left out.
         key_mapping: Regular expressions and replacements, from the files' names to the model's.
+        before: What the same call found when the tensors were others of the same names and shapes (on the meta device).
 
     Raises:
         ConversionError: Names or tensors do not map.
@@ -90,13 +97,18 @@ def match_base(
     groups: list[HeldGroup] = []
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     tensors: list[torch.Tensor] = []
-    for module in parts:
+    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
+    for number, module in enumerate(parts):
         part = _part(module)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
         kept = list(_present(part.module, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
         specs = tuple(native.spec for native in natives)
-        conversion = for_files(part.module, _conversion(part.module, natives), specs, names, key_mapping)
+        if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
+            conversion = before.conversions[number][1]
+        else:
+            conversion = for_files(part.module, _conversion(part.module, specs), specs, names, key_mapping)
+        conversions.append((specs, conversion))
         converted = to_hub(conversion, natives)
         ignorable = _ignorable(part.module)
         embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
@@ -113,11 +125,10 @@ def match_base(
         copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
         tensors += by_name.values()
     own, doubled = _once(held)
-    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors))
+    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions))
 
 
-def _conversion(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
-    specs = tuple(native.spec for native in natives)
+def _conversion(module: nn.Module, specs: Sequence[NativeSpec]) -> Conversion:
     adapter = getattr(module, "state_dict_adapter", None)
     found = derive_from_adapter(adapter, specs) if isinstance(adapter, StateDictAdapter) else derive(module, specs)
     check_round_trip(found, specs)

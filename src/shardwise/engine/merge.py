@@ -62,9 +62,8 @@ def write_merged(
                 hint="Leave single_rank_consolidation, staging_dir and random_writes at their defaults.",
             )
     aside = plan.directory.with_name(".merging")
-    record = write_shards(
-        ShardPlan(aside, plan.options.component, roster, plan_shards(plan.held, roster, group.rank)), group, storage
-    )
+    shards = ShardPlan(aside, plan.options.component, roster, plan_shards(plan.held, roster, group.rank))
+    record = write_shards(shards, group, storage, everywhere=True)
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
     paths = [*(aside / file.path for file in record.files), *plan.copies.files]

@@ -36,6 +36,7 @@ class LoadOptions:
         exact: Name -> dtype that a tensor had in memory when it was saved in a wider one; reading it back into that
             dtype loses nothing and is always allowed.
         sharing: Whether replicas read the same bytes once.
+        ignored: Names in the checkpoint that nobody has to have; the same on every rank.
     """
 
     allow_missing: bool = False
@@ -44,6 +45,7 @@ class LoadOptions:
     threads: int = 1
     exact: Mapping[str, str] = field(default_factory=dict)
     sharing: Sharing = NO_SHARING
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def load_tensors(
         IntegrityError: A file is shorter than its header promises.
     """
     started = time.monotonic()
-    unexpected = _unexpected(held, source, group)
+    unexpected = [name for name in _unexpected(held, source, group) if name not in options.ignored]
     replicas = find_replicas(held, source, group, storage, options.sharing)
     reads = PlannedReads()
     missing: list[str] = []

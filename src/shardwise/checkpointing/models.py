@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -134,9 +135,9 @@ class ModelSave:
     def _captured(self) -> HubState:
         context = self._context
         hub = context.names.capture(self.state)
-        groups = tuple(
-            replace(held, natives=tuple(context.staged("model.native", held.natives))) for held in hub.groups
-        )
+        # All at once: each component has one piece of memory, which a second call would fill anew.
+        natives = iter(context.staged("model.native", natives_of(hub.groups)))
+        groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
 
     def _options(self) -> ExportOptions:

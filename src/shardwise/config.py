@@ -137,8 +137,8 @@ class CheckpointingConfig:
         share_replica_reads: Whether ranks that load the same bytes (replicas under DDP or HSDP, norms that tensor
             parallelism leaves whole) read them once and pass them on: ``always``, ``never``, or ``auto``, which does
             so where the files are on a network or FUSE file system. There, many replicas that read the same are what a
-            restart waits for; on a local disk the page cache is faster than passing on. Quantized base weights,
-            computed conversions and DCP's ``.distcp`` items are always read by each rank.
+            restart waits for; on a local disk the page cache is faster than passing on. Conversions that have to be
+            computed are always read by each rank.
     """
 
     enabled: bool = True

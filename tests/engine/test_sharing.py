@@ -108,6 +108,34 @@ def test_it_depends_on_where_the_files_are(tmp_path: Path) -> None:
     assert set(map(tuple, reads_of(far).values())) == {(1, 1)}
 
 
+def save_dcp(root: Path) -> Digests:
+    training = build(hsdp, seed=0)
+    training.step()
+    with engine(root, "never", model_save_format="torch_save") as made:
+        made.save(0, 1, training.model, training.optimizer, training.scheduler)
+    return training.digests()
+
+
+def restore_dcp(root: Path, mode: str) -> tuple[Digests, dict[tuple[str, int, int], int]]:
+    found = restore(plain, root, mode)
+    items: dict[tuple[str, int, int], int] = {}
+    for item in found.ranges:
+        items[item] = items.get(item, 0) + 1
+    return found.digests, items
+
+
+def test_items_of_dcp_are_loaded_by_one_replica(tmp_path: Path) -> None:
+    saved = run(2, save_dcp, tmp_path)[0]
+    often = run(2, restore_dcp, tmp_path, "never")
+    once = run(2, restore_dcp, tmp_path, "always")
+    assert all(digests == saved for digests, _ in [*once, *often])  # type: ignore[misc]
+    assert often[0][1] == often[1][1]  # type: ignore[index]
+    (_, first), (_, second) = once  # type: ignore[misc]
+    assert not first.keys() & second.keys()
+    assert first | second == often[0][1]  # type: ignore[index]
+    assert len(first | second) > 50
+
+
 # --- base models ----------------------------------------------------------------------------------------------------
 
 

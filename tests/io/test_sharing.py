@@ -17,7 +17,7 @@ from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import StorageError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.reader import Reader
-from shardwise.io.sharing import cut_read, is_remote
+from shardwise.io.sharing import Wanted, cut_read, is_remote
 from shardwise.io.storage import LocalStorage, file_system_type
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor
@@ -166,7 +166,7 @@ def test_other_devices_and_dtypes_are_converted_by_each_rank() -> None:
     def one(group: ThreadGroup) -> tuple[torch.Tensor, int]:
         wide = torch.zeros(12, 9)
         dest = wide[:, :8].t() if group.rank else torch.zeros(8, 12)
-        planned = PlannedReads(shared={(0, 1, 2): [Read(0, 0, 1, 192, 192, dest.unsqueeze(0), spec)]})
+        planned = PlannedReads(shared={(0, 1, 2): Wanted([Read(0, 0, 1, 192, 192, dest.unsqueeze(0), spec)])})
         reader = Reader(storage, [FILE])
         planned.execute(reader, group, SMALL)
         with contextlib.closing(reader):

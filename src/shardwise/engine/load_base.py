@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_rep
 from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.bin_source import BinSource, fill_loose
-from shardwise.io.quantized import QuantSettings, fitted, read_dequantized, unsupported
+from shardwise.io.quantized import QuantSettings, dequantized_pieces, fitted, read_dequantized, unsupported
 from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
@@ -129,6 +130,7 @@ class _Plan:
     quantized: list[tuple[Quantized, HeldTensor]] = field(default_factory=list)
     loose: list[HeldTensor] = field(default_factory=list)
     cast: int = 0
+    dequantized: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +182,7 @@ def load_base_tensors(
     """Fill every fragment of ``held`` and the natives of ``groups``. All ranks of the group call.
 
     Each rank reads the byte ranges, blocks and scales that it needs and nothing more, but for small gaps between rows.
-    With ``options.sharing`` replicas read each range once and pass it on, quantized tensors and computed ones excepted.
+    With ``options.sharing`` replicas read each range once and pass it on, computed tensors excepted.
     Values are cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each
     thread) and about 20 MiB while quantized tensors are read; for `groups`, the tensors of one group at a time.
 
@@ -199,7 +201,7 @@ def load_base_tensors(
                 _plan_one(tensor, source, plan, replicas)
     progress = Progress(f"loading {source.path.name}", plan.nbytes, group.is_main)
     reader = Reader(storage, source.plain.files, options.threads, _both(progress.add, options.observe))
-    dequantized = len(plan.quantized)
+    dequantized = plan.dequantized
     with group.together(f"reading {source.path}"):
         try:
             _execute(plan, source, reader, group)
@@ -245,7 +247,10 @@ def _plan_one(tensor: HeldTensor, source: BaseSource, plan: _Plan, replicas: Rep
     if name in source.quantized and tensor.spec.dtype in _FLOATS:
         quantized = fitted(source.quantized[name], tensor.spec.shape, source.path)
         if any(fragment.box.numel for fragment in tensor.fragments):
-            plan.quantized.append((quantized, tensor))
+            plan.dequantized += 1
+            alone = plan.reads.add_made(tensor, replicas, partial(dequantized_pieces, quantized))
+            if alone.parts:
+                plan.quantized.append((quantized, alone))
         return
     stored = source.stored(name)
     if stored is not None and stored.dtype != tensor.spec.dtype:
@@ -274,7 +279,7 @@ def _fill_group(each: HeldGroup, source: BaseSource, reader: Reader, available: 
             for fragment in tensor.fragments:
                 box = fragment.box
                 fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
-    return len(plan.quantized)
+    return plan.dequantized
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from shardwise.comm import Group
 from shardwise.engine.rosters import roster_of_kind
 from shardwise.io.reader import Reader
-from shardwise.io.sharing import is_remote, read_shared
+from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
-from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.fragments import HeldPart, HeldTensor
 from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
 from shardwise.plan.sharing import LIMITS, Limits, Replicas
 
@@ -39,18 +40,19 @@ class PlannedReads:
     Attributes:
         own: What it reads by itself.
         shared: The ranks of a set of replicas -> what they want alike.
+        made_bytes: Stored bytes behind what is made for replicas, this rank's part.
     """
 
     own: list[AnyRead] = field(default_factory=list)
-    shared: dict[tuple[int, ...], list[Read]] = field(default_factory=dict)
+    shared: dict[tuple[int, ...], Wanted] = field(default_factory=dict)
+    made_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank is about to read, its part of what is shared included."""
         own = sum(r.rows * r.width if isinstance(r, Read) else r.chunk.packed for r in self.own)
-        return own + sum(
-            sum(read.rows * read.width for read in reads) // len(members) for members, reads in self.shared.items()
-        )
+        shared = (sum(r.rows * r.width for r in w.reads) // len(members) for members, w in self.shared.items())
+        return own + sum(shared) + self.made_bytes
 
     def add(self, saved: SourceTensor, tensor: HeldTensor, replicas: Replicas | None) -> None:
         """Plan what ``tensor`` needs.
@@ -68,10 +70,35 @@ class PlannedReads:
                 self.own += plan_reads(saved, one)
                 continue
             for read in plan_reads(saved, one):
+                wanted = self.shared.setdefault(members, Wanted())
                 if isinstance(read, Read):
-                    self.shared.setdefault(members, []).append(read)
-                else:  # a serialised tensor has to be loaded whole, whatever is wanted of it
-                    self.own.append(read)
+                    wanted.reads.append(read)
+                elif read.dest.numel():
+                    wanted.made.append(partial(made_of, read))
+                    self.made_bytes += read.chunk.packed // len(members)
+
+    def add_made(
+        self, tensor: HeldTensor, replicas: Replicas | None, make: Callable[[HeldTensor, int], Iterator[Made]]
+    ) -> HeldTensor:
+        """Plan what has to be made of ``tensor`` for this rank and its replicas.
+
+        Args:
+            tensor: What this rank holds.
+            replicas: Who holds the same.
+            make: Given a part of ``tensor`` and the most bytes of a piece, the pieces that fill it.
+
+        Returns:
+            What nobody else holds, which is left to the caller.
+        """
+        alone: list[HeldPart] = []
+        for part in tensor.parts:
+            members = (0,) if replicas is None else replicas.of(tensor.spec.name, part.part)
+            if len(members) == 1:
+                alone.append(part)
+                continue
+            self.shared.setdefault(members, Wanted()).made.append(partial(make, replace(tensor, parts=(part,))))
+            self.made_bytes += sum(f.box.numel for f in part.fragments) // len(members)
+        return replace(tensor, parts=tuple(alone))
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.

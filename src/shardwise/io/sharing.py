@@ -1,15 +1,16 @@
 """Passing on what one replica has read: rounds of reads and messages between ranks that want the same bytes.
 
-The bytes travel as they are in the file, and every rank converts them as if it had read them itself. While a round is
-passed on, the next one is read. A rank whose reading fails keeps taking part until the rounds are over, so that its
+Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
+what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
+on, the next one is read. A rank whose reading fails keeps taking part until the rounds are over, so that its
 peers are not left waiting; its failure is then raised where all ranks learn of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -20,7 +21,7 @@ from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import blocks, flat_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage, file_system_type
-from shardwise.plan.reads import Read
+from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
 
 #: Every dtype's elements lie at a multiple of this in a message.
@@ -53,15 +54,44 @@ def is_remote(storage: Storage, path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
-    """A piece, and where its bytes are in memory as they are in the file: its own destination if that will do."""
+class Made:
+    """Memory that one replica fills in a way of its own, for all of them.
 
-    read: Read
+    Attributes:
+        dest: What it fills; of one shape and dtype on all replicas.
+        fill: Fills memory of that shape and dtype through a reader, as often as it is called.
+    """
+
+    dest: torch.Tensor
+    fill: Callable[[torch.Tensor, Reader], None]
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """What a set of replicas wants alike: in one order on all of them, but for each rank's own destinations.
+
+    Attributes:
+        reads: Byte ranges.
+        made: Given the most bytes of a piece, the pieces of what has to be made; generated as they are needed.
+    """
+
+    reads: list[Read] = field(default_factory=list)
+    made: list[Callable[[int], Iterator[Made]]] = field(default_factory=list)
+
+
+_Piece = Read | Made
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A piece, and where its bytes are in memory as they travel: its own destination if that will do."""
+
+    piece: _Piece
     memory: torch.Tensor
 
     @property
     def is_staged(self) -> bool:
-        return self.memory is not self.read.dest
+        return self.memory is not self.piece.dest
 
 
 @dataclass(slots=True, eq=False)
@@ -75,13 +105,14 @@ class _Parcel:
         """Convert what does not lie at its destination yet."""
         for place in self.places:
             if place.is_staged:
-                place.read.dest.detach().copy_(place.memory.view(place.read.dest.shape))
+                dest = place.piece.dest.detach()
+                dest.copy_(place.memory.view(dest.shape))
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
     members: tuple[int, ...]
-    shares: tuple[Share[Read], ...]
+    shares: tuple[Share[_Piece], ...]
     limits: Limits
 
 
@@ -93,14 +124,18 @@ class _Outcome:
     failure: Exception | None = None
 
 
+def made_of(read: PackedRead, _: int) -> Iterator[Made]:
+    """A serialised tensor has to be loaded whole, whatever its size and whatever is wanted of it."""
+    yield Made(read.dest, lambda memory, reader: reader.execute([replace(read, dest=memory)]))
+
+
 def read_shared(
-    shared: Mapping[tuple[int, ...], Sequence[Read]], reader: Reader, group: Group, limits: Limits = LIMITS
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, limits: Limits = LIMITS
 ) -> Exception | None:
-    """Read what replicas want alike, each byte by one of them. The replicas call, each with sets of the same reads.
+    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
     Args:
-        shared: The ranks of each set of replicas that this rank is part of -> reads that they have in common, in one
-            order but for each rank's own destinations.
+        shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
         reader: Reads this rank's shares, and counts.
         group: Whose ranks pass on.
         limits: How much at a time; the same on every rank.
@@ -113,9 +148,7 @@ def read_shared(
     """
     failure: Exception | None = None
     # One order of the sets for all ranks, so that no two of them wait for each other in different sets.
-    upcoming = (
-        _Round(m, shares, limits) for m, reads in sorted(shared.items()) for shares in _rounds(m, reads, limits)
-    )
+    upcoming = (_Round(m, shares, limits) for m in sorted(shared) for shares in _rounds(m, shared[m], limits))
     current = next(upcoming, None)
     if current is None:
         return None
@@ -133,10 +166,29 @@ def read_shared(
     return failure
 
 
-def _rounds(members: tuple[int, ...], reads: Sequence[Read], limits: Limits) -> Iterator[tuple[Share[Read], ...]]:
-    ordered = sorted(reads, key=lambda read: (read.file, read.offset))
-    pieces = (piece for read in ordered for piece in cut_read(read, limits.share(len(members))))
-    yield from rounds(((piece.rows * piece.width, piece) for piece in pieces), members, limits)
+def _rounds(members: tuple[int, ...], wanted: Wanted, limits: Limits) -> Iterator[tuple[Share[_Piece], ...]]:
+    most = limits.share(len(members))
+    yield from rounds(((_nbytes(piece), piece) for piece in _pieces(wanted, most)), members, limits)
+
+
+def _pieces(wanted: Wanted, most: int) -> Iterator[_Piece]:
+    for read in sorted(wanted.reads, key=lambda read: (read.file, read.offset)):
+        yield from cut_read(read, most)
+    for made in wanted.made:
+        yield from made(most)
+
+
+def _nbytes(piece: _Piece) -> int:
+    """Bytes that travel."""
+    return piece.rows * piece.width if isinstance(piece, Read) else piece.dest.nbytes
+
+
+def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape in which a piece travels."""
+    if isinstance(piece, Made):
+        return piece.dest.dtype, tuple(piece.dest.shape)
+    dtype = torch_dtype(piece.spec.dtype)
+    return dtype, (piece.rows, piece.width // dtype.itemsize)
 
 
 def cut_read(read: Read, most: int) -> Iterator[Read]:
@@ -160,27 +212,30 @@ def cut_read(read: Read, most: int) -> Iterator[Read]:
             yield from cut_read(part, most) if read.width > most else (part,)
 
 
-def _parcel(share: Share[Read], alone: int) -> _Parcel:
+def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:
     """Memory for a share; its messages depend on nothing that differs between ranks."""
     parcel = _Parcel()
-    small: list[tuple[Read, int]] = []
+    small: list[tuple[_Piece, int]] = []
     end = 0
-    for read in share.pieces:
-        nbytes = read.rows * read.width
-        if nbytes < alone:
-            small.append((read, end))
+    for piece in share.pieces:
+        nbytes = _nbytes(piece)
+        if nbytes < limits.alone:
+            small.append((piece, end))
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             continue
-        dest, dtype = read.dest.detach(), torch_dtype(read.spec.dtype)
+        dest, (dtype, shape) = piece.dest.detach(), _memory_of(piece)
         fits = dest.device.type == "cpu" and dest.dtype == dtype and dest.is_contiguous()
-        memory = read.dest if fits else torch.empty((read.rows, nbytes // read.rows // dtype.itemsize), dtype=dtype)
-        parcel.places.append(_Place(read, memory))
-        parcel.messages.append(flat_bytes(memory))
+        memory = piece.dest if fits else torch.empty(shape, dtype=dtype)
+        parcel.places.append(_Place(piece, memory))
+        # A serialised tensor is one piece, however large it is.
+        flat = flat_bytes(memory)
+        parcel.messages += [flat[start : start + limits.largest] for start in range(0, nbytes, limits.largest)]
     if small:
         packed = torch.empty(end, dtype=torch.uint8)
-        for read, start in small:
-            memory = packed[start : start + read.rows * read.width].view(torch_dtype(read.spec.dtype))
-            parcel.places.append(_Place(read, memory.view(read.rows, -1)))
+        for piece, start in small:
+            dtype, shape = _memory_of(piece)
+            memory = packed[start : start + _nbytes(piece)].view(dtype)
+            parcel.places.append(_Place(piece, memory.view(shape)))
         parcel.messages.append(packed)
     return parcel
 
@@ -191,18 +246,24 @@ def _read(this: _Round, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     try:
         for number, share in enumerate(this.shares):
             if share.reader == rank:
-                parcel = outcome.parcels[number] = _parcel(share, this.limits.alone)
+                parcel = outcome.parcels[number] = _parcel(share, this.limits)
                 if not idle:
-                    reader.execute([_into(place) for place in parcel.places])
-                    parcel.install()
+                    _fill(parcel, reader)
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         outcome.failure = error
     return outcome
 
 
-def _into(place: _Place) -> Read:
-    read = place.read
-    return Read(read.file, read.offset, read.rows, read.period, read.width, place.memory, read.spec)
+def _fill(parcel: _Parcel, reader: Reader) -> None:
+    reads: list[AnyRead] = []
+    for place in parcel.places:
+        piece, memory = place.piece, place.memory.detach()
+        if isinstance(piece, Made):
+            piece.fill(memory, reader)
+        else:
+            reads.append(Read(piece.file, piece.offset, piece.rows, piece.period, piece.width, memory, piece.spec))
+    reader.execute(reads)
+    parcel.install()
 
 
 def _pass_on(
@@ -214,11 +275,11 @@ def _pass_on(
     for number, share in enumerate(this.shares):
         if share.reader == group.rank:
             # A failed reader has no parcel for shares that it did not come to.
-            parcel = parcels.get(number) or _parcel(share, this.limits.alone)
+            parcel = parcels.get(number) or _parcel(share, this.limits)
             others = [member for member in this.members if member != group.rank]
             sends += [(other, message) for other in others for message in parcel.messages]
         else:
-            parcel = _parcel(share, this.limits.alone)
+            parcel = _parcel(share, this.limits)
             arriving.append(parcel)
             receives += [(share.reader, message) for message in parcel.messages]
     group.swap(sends, receives, "passing on what replicas have read")

@@ -77,12 +77,14 @@ def rounds(
     """Deal pieces to replicas: neighbours to one, and each new share to whoever has read the least so far.
 
     Args:
-        pieces: Bytes of each piece, at most ``limits.share``, and the piece; in an order common to the replicas.
+        pieces: Bytes of each piece and the piece, in an order common to the replicas. One above ``limits.share`` is a
+            share of its own, and one above ``limits.round`` a round.
         members: The replicas' ranks.
         limits: How much at a time.
 
     Yields:
-        The shares of one round, together at most ``limits.round``. Every replica gets the same for the same sizes.
+        The shares of one round, together at most ``limits.round`` but for a larger piece. Every replica gets the same
+        for the same sizes.
     """
     read = dict.fromkeys(members, 0)
     gathered: list[Share[T]] = []

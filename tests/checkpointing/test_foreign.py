@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests.basemodel.support import checkpointer, whole_tensor
 from tests.convert.tiny_models import build
@@ -130,6 +131,37 @@ def test_other_names_of_the_same_model(
     assert AutoConfig.from_pretrained(tmp_path / "old").model_type == model.config.model_type
     for world, spread in ((1, False), (2, True)):
         run(world, load, make, str(tmp_path / "old"), str(tmp_path / "new"), spread)
+
+
+def stage(directory: str, expected: str) -> None:
+    """The embedding on one rank, its tied head on the other, which the files do not have."""
+    model: Any = fresh(gpt2, False)
+    layers, inner = model.transformer.h, model.transformer
+    if dist.get_rank() == 0:
+        inner.h = nn.ModuleDict({"0": layers[0]})
+        inner.ln_f = model.lm_head = None
+    else:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        inner.h = nn.ModuleDict({"1": layers[1]})
+        inner.wte = inner.wpe = None
+    checkpointer(Path(directory).parent).load_model([model], directory)
+    want = GPT2LMHeadModel.from_pretrained(expected).state_dict()
+    state = model.state_dict()
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, want[name])] == []
+    assert ("lm_head.weight" in state) == (dist.get_rank() == 1)
+
+
+def without_head(saved: Tensors, model: nn.Module) -> Tensors:
+    return {name: tensor for name, tensor in old_gpt2(saved, model).items() if name != "lm_head.weight"}
+
+
+def test_a_stage_takes_its_tied_head_from_the_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = gpt2()
+    model.save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    rename_directory(tmp_path / "old", without_head, model)
+    run(2, stage, str(tmp_path / "old"), str(tmp_path / "new"))
 
 
 def restore(root: str, expected: str) -> None:

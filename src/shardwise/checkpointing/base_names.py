@@ -107,7 +107,7 @@ def match_base(
         if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
             conversion = before.conversions[number][1]
         else:
-            conversion = for_files(part.module, _conversion(part.module, specs), specs, names, key_mapping)
+            conversion = for_files(part.module, conversion_of(part.module, natives), specs, names, key_mapping)
         conversions.append((specs, conversion))
         converted = to_hub(conversion, natives)
         ignorable = _ignorable(part.module)
@@ -128,7 +128,13 @@ def match_base(
     return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions))
 
 
-def _conversion(module: nn.Module, specs: Sequence[NativeSpec]) -> Conversion:
+def conversion_of(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
+    """The conversion of a part without wrappers, checked; of the tensors that this rank holds.
+
+    Raises:
+        ConversionError: Names or tensors do not map, or would not come back the same.
+    """
+    specs = tuple(native.spec for native in natives)
     adapter = getattr(module, "state_dict_adapter", None)
     found = derive_from_adapter(adapter, specs) if isinstance(adapter, StateDictAdapter) else derive(module, specs)
     check_round_trip(found, specs)
@@ -147,7 +153,7 @@ def _present(
     if not tied:
         yield from tensors
         return
-    found = _in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
+    found = names_in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
         yield replace(named, name=choices[0]) if named.aliases and choices else named
@@ -160,11 +166,11 @@ def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[st
     if isinstance(class_ties, dict):
         ties = {str(t): str(s) for t, s in class_ties.items()} | ties
     scalar = torch.empty((), device="meta")
-    found = _in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
+    found = names_in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
     return {target: found[source] for target, source in ties.items() if source in found}
 
 
-def _in_files(
+def names_in_files(
     module: nn.Module,
     tensors: Sequence[tuple[str, torch.Tensor]],
     names: Sequence[str],

@@ -167,7 +167,7 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = BaseOptions(allow_missing, context.threads)
+    options = BaseOptions(allow_missing, context.threads, sharing=context.sharing)
     wanted = _matched(context, parts, source, told, key_mapping)
     if before is not None:
         check_base(wanted.held, wanted.groups, source, group, options)

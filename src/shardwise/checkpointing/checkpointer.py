@@ -275,7 +275,7 @@ class Checkpointer:
                 context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
             )
             return
-        options = LoadOptions(allow_missing=allow_checkpoint_key_subset, threads=context.threads)
+        options = LoadOptions(allow_checkpoint_key_subset, threads=context.threads, sharing=context.sharing)
         load_model(context, model, path, key_mapping=key_mapping, options=options)
 
     def save_optimizer(

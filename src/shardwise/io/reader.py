@@ -31,10 +31,11 @@ SMALL_GAP_BYTES = 16 * 1024
 
 @dataclass
 class ReadCounts:
-    """What a load has read: bytes asked for, and bytes read with the gaps between rows."""
+    """What a load has read: bytes asked for, bytes read with the gaps between rows, and bytes got from replicas."""
 
     wanted: int = 0
     read: int = 0
+    passed: int = 0
 
 
 class _Buffers(threading.local):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import background, loading, others, planning, saving
+from bench import background, loading, others, planning, saving, sharing
 from bench.measure import Row, conditions
 from bench.ranks import Settings
 
@@ -30,10 +30,12 @@ CASES: dict[str, Callable[[Settings], list[Row]]] = {
     "steps": background.async_steps,
     "plan": planning.planning,
 }
-#: Only when asked for by name: other libraries' ways, which are slow or need the whole model in one rank's memory.
+#: Only when asked for by name: other libraries' ways, which are slow or need the whole model in one rank's memory, and
+#: what is not done by default here.
 OPTIONAL: dict[str, Callable[[Settings], list[Row]]] = {
     "torch-writer": others.torch_writer,
     "gather": others.gather,
+    "share-reads": sharing.share_reads,
 }
 
 

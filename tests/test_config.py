@@ -122,6 +122,15 @@ def test_the_save_format_in_any_case() -> None:
     assert CheckpointingConfig(model_save_format="Torch_Save").model_save_format == "torch_save"
 
 
+@pytest.mark.parametrize("wrong", ["sometimes", "", None, True])
+def test_an_unknown_way_of_sharing_reads(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="Unsupported share_replica_reads") as caught:
+        CheckpointingConfig(share_replica_reads=wrong)  # type: ignore[arg-type]
+    assert "'auto' or 'always' or 'never'" in str(caught.value)
+    assert CheckpointingConfig(share_replica_reads=" Always ").share_replica_reads == "always"
+    assert CheckpointingConfig.from_dict({}).share_replica_reads == "auto"
+
+
 def test_adapters_are_safetensors_and_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     settings = {"save_consolidated": "every", "single_rank_consolidation": True, "max_recent_checkpoints": 4}
     with caplog.at_level(logging.WARNING):

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SAVE_FORMATS = ("safetensors", "torch_save")
 _METRIC_MODES = ("min", "max")
+_SHARING_MODES = ("auto", "always", "never")
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
@@ -133,6 +134,11 @@ class CheckpointingConfig:
         skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of
             waiting for it: some loops rather lose a checkpoint than time.
         save_rng: Save the random number generators' states, without which a resumed run repeats or changes its draws.
+        share_replica_reads: Whether ranks that load the same bytes (replicas under DDP or HSDP, norms that tensor
+            parallelism leaves whole) read them once and pass them on: ``always``, ``never``, or ``auto``, which does
+            so where the files are on a network or FUSE file system. There, many replicas that read the same are what a
+            restart waits for; on a local disk the page cache is faster than passing on. Conversions that have to be
+            computed are always read by each rank.
     """
 
     enabled: bool = True
@@ -169,6 +175,7 @@ class CheckpointingConfig:
     best_metric_mode: str = "min"
     skip_save_while_busy: bool = False
     save_rng: bool = True
+    share_replica_reads: str = "auto"
 
     def __post_init__(self) -> None:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.
@@ -182,6 +189,7 @@ class CheckpointingConfig:
             self.model_cache_dir = HF_HUB_CACHE
         self.model_save_format = _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
         self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
+        self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
         self._apply_peft_constraints()
         self._check_values()

@@ -100,11 +100,11 @@ class CountingStorage(LocalStorage):
         self.ranges.append((self.paths[handle], offset, offset + len(into)))
         return super().read(handle, into, offset)
 
-    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
-        data = super().mapped(handle, offset, nbytes)
-        if data is not None:
-            self.ranges.append((self.paths[handle], offset, offset + nbytes))
-        return data
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        self.ranges.append((self.paths[handle], offset, offset + (rows - 1) * period + width))
+        return super().read_rows(handle, into, rows, width, pitch, period, offset)
 
     def overlaps(self) -> list[tuple[Path, int, int]]:
         """Ranges that begin before an earlier one of the same file ends."""

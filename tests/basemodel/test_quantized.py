@@ -20,6 +20,7 @@ from tests.basemodel.support import (
     whole_tensor,
 )
 from tests.support.ranks import run
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     DeepseekV3Config,
@@ -34,6 +35,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardwise.checkpointing.base_files import base_dtype
 from shardwise.errors import DtypeMismatchError, QuantizationError
+from shardwise.format.header import read_header
 
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -239,6 +241,52 @@ def test_fp8_on_two_ranks_cut_across_blocks(tmp_path: Path, dim: int) -> None:
     results: Any = run(2, _load_sharded, str(tmp_path / "base"), str(tmp_path), "fp8", dim)
     for differ, _, _ in results:
         assert differ == []
+
+
+def _load_replicas(base: str, directory: str, kind: str, how: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Load with and without passing on; returns names that differ, and the ranges that this rank read when it did."""
+    cls: type[PreTrainedModel] = GptOssForCausalLM if kind == "mxfp4" else DeepseekV3ForCausalLM
+    config = (_gpt_oss() if kind == "mxfp4" else _deepseek()).config
+    states: list[dict[str, torch.Tensor]] = []
+    storage = CountingStorage()
+    for mode in ("never", "always"):
+        model = on_meta(cls, config, torch.bfloat16)
+        if how == "hsdp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        storage = CountingStorage()
+        checkpointer(Path(directory), storage, share_replica_reads=mode).load_base_model(model, "cpu", None, base)
+        states.append({name: whole_tensor(value) for name, value in model.state_dict().items()})
+    differ = [name for name, value in states[0].items() if not torch.equal(value, states[1][name])]
+    return differ, [(begin, end) for _, begin, end in storage.ranges]
+
+
+@pytest.mark.parametrize(("how", "world"), [("plain", 2), ("plain", 3), ("hsdp", 4)])
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_replicas_dequantize_each_value_once(tmp_path: Path, kind: str, how: str, world: int) -> None:
+    if kind == "mxfp4":
+        _mxfp4_base(tmp_path / "base")
+    else:
+        _fp8_base(_deepseek(), tmp_path / "base", (128, 128))
+        edit_config(tmp_path / "base", quantization_config=FP8_CONFIG)
+    results: Any = run(world, _load_replicas, str(tmp_path / "base"), str(tmp_path), kind, how)
+    assert all(differ == [] for differ, _ in results)
+    file = tmp_path / "base" / "model.safetensors"
+    header = read_header(file)
+    counts = torch.zeros(file.stat().st_size, dtype=torch.int32)
+    for _, ranges in results:
+        for begin, end in ranges:
+            counts[begin:end] += 1
+    quantized = 0
+    for entry in header.entries:
+        own = counts[header.data_start + entry.begin : header.data_start + entry.begin + entry.spec.nbytes]
+        # Scales at the border of two ranks' pieces are read by both, and next to nothing.
+        if not entry.spec.name.endswith(("_scale_inv", "_scales")):
+            assert (own == 1).all(), entry.spec.name
+            quantized += entry.spec.dtype in ("F8_E4M3", "U8")
+    assert quantized > 3
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

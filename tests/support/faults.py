@@ -56,8 +56,11 @@ class FaultyStorage(LocalStorage):
         self._maybe("read")
         return super().read(handle, into, offset)
 
-    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
-        return None
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        self._maybe("read")
+        return super().read_rows(handle, into, rows, width, pitch, period, offset)
 
     def sync(self, handle: int) -> None:
         self._maybe("sync")

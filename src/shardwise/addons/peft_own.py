@@ -134,6 +134,9 @@ def find_sites(model: nn.Module, dim: int | None = None, v4_compatible: bool = F
         AdapterError: A pair is incomplete or its shapes do not fit.
     """
     root = unwrap(model)
+    # Nearly every model has none, and is asked several times while it is loaded.
+    if not any(name.startswith("lora_") for m in root.modules() for name in (*m._parameters, *m._modules)):
+        return []
     expand = not has_hub_names(root)
     fuse = is_qwen3_moe(root) and not v4_compatible
     sites: list[Site] = []

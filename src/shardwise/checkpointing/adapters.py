@@ -153,7 +153,8 @@ def load_adapter(
         held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         source = open_source(path / file.path, group).without(aliases)
-        load_tensors(held, source, group, context.storage, LoadOptions(threads=context.threads))
+        options = LoadOptions(threads=context.threads, sharing=context.sharing)
+        load_tensors(held, source, group, context.storage, options)
 
 
 def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:

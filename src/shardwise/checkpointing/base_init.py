@@ -185,7 +185,7 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
         if tensor.device.type != "meta":
             return tensor.to(device)
         if id(tensor) not in made:
-            made[id(tensor)] = fresh = torch.empty_like(tensor, device=device)
+            made[id(tensor)] = fresh = _empty(tensor, device)
             prefer_huge_pages(_local(fresh))
         return made[id(tensor)]
 
@@ -206,6 +206,16 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
                     and (store is owner._buffers or isinstance(first, nn.Parameter))
                 ):
                     store[leaf] = first  # type: ignore[assignment]
+
+
+def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As ``torch.empty_like``, which goes through a decomposition in Python for a tensor on the meta device."""
+    if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
+        local = _empty(tensor._local_tensor, device)
+        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return torch.empty_like(tensor, device=device)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

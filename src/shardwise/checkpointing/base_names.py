@@ -15,12 +15,14 @@ from shardwise.addons.peft_own import natives as site_natives
 from shardwise.convert import (
     Conversion,
     HeldGroup,
+    NativeSpec,
     check_round_trip,
-    conversion_of,
+    derive_for,
     for_files,
     identity,
     to_hub,
 )
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, plain_name, state_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
@@ -35,12 +37,14 @@ class BaseWanted:
         groups: Native tensors that have to be computed from the base's.
         copies: ``(from, to)``: memory that gets what another one was filled with.
         tensors: The model's tensors behind all of these.
+        conversions: For each part, its tensors and how they become those of the files.
     """
 
     held: tuple[HeldTensor, ...]
     groups: tuple[HeldGroup, ...]
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     tensors: tuple[torch.Tensor, ...]
+    conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,7 @@ class _Part:
     copies: tuple[tuple[str, torch.Tensor], ...]
 
 
+@collector_paused()
 def match_base(
     parts: Sequence[nn.Module],
     names: Sequence[str],
@@ -65,6 +70,7 @@ def match_base(
     base_ties: bool,
     skip_prefixes: Sequence[str] = (),
     key_mapping: Mapping[str, str] | None = None,
+    before: BaseWanted | None = None,
 ) -> BaseWanted:
     """Describe what a base's files fill of a model, which may still be on the meta device. Local.
 
@@ -78,6 +84,7 @@ def match_base(
         base_ties: Whether the base's head may be tied, so that files without it are whole.
         skip_prefixes: Tensors whose names start with one of these are left out.
         key_mapping: Regular expressions and replacements, from the files' names to the model's.
+        before: What the same call found when the tensors were others of the same names and shapes (on the meta device).
 
     Raises:
         ConversionError: Names or tensors do not map.
@@ -88,13 +95,18 @@ def match_base(
     groups: list[HeldGroup] = []
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     tensors: list[torch.Tensor] = []
-    for module in parts:
+    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
+    for number, module in enumerate(parts):
         part = _part(module)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
         kept = list(_present(part.module, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
         specs = tuple(native.spec for native in natives)
-        conversion = for_files(part.module, _conversion(part.module, natives), specs, names, key_mapping)
+        if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
+            conversion = before.conversions[number][1]
+        else:
+            conversion = for_files(part.module, conversion_of(part.module, natives), specs, names, key_mapping)
+        conversions.append((specs, conversion))
         converted = to_hub(conversion, natives)
         ignorable = _ignorable(part.module)
         embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
@@ -111,12 +123,17 @@ def match_base(
         copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
         tensors += by_name.values()
     own, doubled = _once(held)
-    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors))
+    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions))
 
 
-def _conversion(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
+def conversion_of(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
+    """The conversion of a part without wrappers, checked; of the tensors that this rank holds.
+
+    Raises:
+        ConversionError: Names or tensors do not map, or would not come back the same.
+    """
     specs = tuple(native.spec for native in natives)
-    found = conversion_of(module, specs)
+    found = derive_for(module, specs)
     check_round_trip(found, specs)
     return found
 
@@ -133,7 +150,7 @@ def _present(
     if not tied:
         yield from tensors
         return
-    found = _in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
+    found = names_in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
         yield replace(named, name=choices[0]) if named.aliases and choices else named
@@ -146,11 +163,11 @@ def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[st
     if isinstance(class_ties, dict):
         ties = {str(t): str(s) for t, s in class_ties.items()} | ties
     scalar = torch.empty((), device="meta")
-    found = _in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
+    found = names_in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
     return {target: found[source] for target, source in ties.items() if source in found}
 
 
-def _in_files(
+def names_in_files(
     module: nn.Module,
     tensors: Sequence[tuple[str, torch.Tensor]],
     names: Sequence[str],

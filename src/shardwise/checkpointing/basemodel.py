@@ -39,6 +39,7 @@ from shardwise.engine.load_base import (
     with_nearest,
 )
 from shardwise.errors import MisuseError
+from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import declared_ties
 
 _LOG = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def _found(group: Group, root_dir: str | Path | None, model_name: str | None) ->
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
     seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
-    with group.together("materialising the model"):
+    with group.together("materialising the model"), collector_paused():
         for part in parts:
             slots = slots_of(part)
             if not has_meta(slots):
@@ -172,12 +173,12 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = BaseOptions(allow_missing, context.threads)
+    options = BaseOptions(allow_missing, context.threads, sharing=context.sharing)
     wanted = _matched(context, parts, source, told, key_mapping)
     if before is not None:
         check_base(wanted.held, wanted.groups, source, group, options)
         before(wanted)
-        wanted = _matched(context, parts, source, told, key_mapping)
+        wanted = _matched(context, parts, source, told, key_mapping, wanted)
     with group.together("checking the model's memory"):
         if any(tensor.device.type == "meta" for tensor in wanted.tensors):
             raise MisuseError(
@@ -203,6 +204,7 @@ def _matched(
     source: BaseSource,
     config: Mapping[str, object],
     key_mapping: Mapping[str, str] | None,
+    before: BaseWanted | None = None,
 ) -> BaseWanted:
     found: BaseWanted | None = None
     with context.group.together("matching the model with its base"):
@@ -212,6 +214,7 @@ def _matched(
             base_ties=ties_head(config),
             skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
             key_mapping=key_mapping,
+            before=before,
         )
     assert found is not None
     return found

@@ -45,6 +45,7 @@ from shardwise.lifecycle import (
     reserve,
     temporary_name,
 )
+from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 
 _LOG = logging.getLogger(__name__)
@@ -274,7 +275,7 @@ class Checkpointer:
                 context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
             )
             return
-        options = LoadOptions(allow_missing=allow_checkpoint_key_subset, threads=context.threads)
+        options = LoadOptions(allow_checkpoint_key_subset, threads=context.threads, sharing=context.sharing)
         load_model(context, model, path, key_mapping=key_mapping, options=options)
 
     def save_optimizer(
@@ -465,7 +466,10 @@ class Checkpointer:
 
     def _run(self, job: SaveJob) -> None:
         if self._background is None:
-            job.run(self._context.group)
+            # Training waits, so nobody else leaves garbage meanwhile. One pass of the collector over a process that has
+            # torch and transformers loaded takes as long as saving half a gigabyte does.
+            with collector_paused():
+                job.run(self._context.group)
             return
         self._background.submit(job)
         if self.config.wait_for_staging:

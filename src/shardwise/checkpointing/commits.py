@@ -42,10 +42,10 @@ _READ_BYTES = 2**20
 
 
 def gather_records(group: Group, record: ComponentRecord) -> ComponentRecord:
-    """Add files that only their writer knows of. All ranks call; every rank gets the union."""
+    """Add files that only their writer knows of. All ranks call; rank 0 gets the union."""
     own: JsonValue = [[f.path, f.size, f.crc32c, f.header_bytes] for f in record.files]
     files = {file.path: file for file in record.files}
-    for theirs in group.gather_json(own, "gathering file records"):
+    for theirs in group.collect_json(own, "gathering file records"):
         assert isinstance(theirs, list)
         for row in theirs:
             assert isinstance(row, list)

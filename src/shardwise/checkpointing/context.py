@@ -16,6 +16,7 @@ from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
@@ -81,6 +82,11 @@ class Context:
         """Whether a save writes the consolidated export."""
         mode = self.config.save_consolidated
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether replicas read the same bytes once."""
+        return Sharing(self.config.share_replica_reads, self.stage)
 
     @property
     def threads(self) -> int:

@@ -13,8 +13,8 @@ from shardwise.convert import (
     adapter_of,
     check_adapter,
     check_round_trip,
-    conversion_of,
     derive,
+    derive_for,
     to_hub,
 )
 from shardwise.engine.memo import Memo
@@ -102,7 +102,7 @@ class HubNames:
         key = (type(module), specs)
         known = self._known.get(key)
         if known is None:
-            known = conversion_of(module, specs)
+            known = derive_for(module, specs)
             check_round_trip(known, specs)
             check_adapter(module, known, specs)
             self._known[key] = known

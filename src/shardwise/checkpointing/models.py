@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
@@ -133,9 +135,9 @@ class ModelSave:
     def _captured(self) -> HubState:
         context = self._context
         hub = context.names.capture(self.state)
-        groups = tuple(
-            replace(held, natives=tuple(context.staged("model.native", held.natives))) for held in hub.groups
-        )
+        # All at once: each component has one piece of memory, which a second call would fill anew.
+        natives = iter(context.staged("model.native", natives_of(hub.groups)))
+        groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
 
     def _options(self) -> ExportOptions:
@@ -248,7 +250,8 @@ def load_model(
     group = context.group
     source = open_source(path, group)
     exact: dict[str, str] = {}
-    ties: dict[str, JsonValue] = {}
+    ties: dict[str, str] = {}
+    vain: list[str] = []
     state = ModelState(model, skip_prefixes=skip_prefixes)
     hub: HubState | None = None
     with group.together("describing the model"):
@@ -264,15 +267,22 @@ def load_model(
         ties = {alias: tensor.name for tensor in named for alias in tensor.aliases}
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
+        hub, ties = in_names_of_files(state.model, hub, ties, list(source.tensors))
+        own = {tensor.spec.name for tensor in hub.held}
+        vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None
-    source = untied(source, group.gather_json(ties, "comparing tied tensors"), group, context.storage)
+    told: list[JsonValue] = [dict(ties), list(vain)]
+    everyone = cast(list[list[JsonValue]], group.gather_json(told, "comparing tied tensors"))
+    source = untied(source, [theirs[0] for theirs in everyone], group, context.storage)
+    ignored = frozenset(name for theirs in everyone for name in cast(list[str], theirs[1]))
+    options = replace(options, ignored=ignored)
     if _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
-    own = list(hub.held)
+    held_here = list(hub.held)
     with group.together("looking for tied tensors"):
-        own = under_saved_names(state.model, hub.held, source.tensors.keys())
-    direct = [*own, *natives_of([held for held in hub.groups if held not in computed])]
+        held_here = under_saved_names(state.model, hub.held, source.tensors.keys())
+    direct = [*held_here, *natives_of([held for held in hub.groups if held not in computed])]
     names = [spec.name for held in computed for spec in held.computed.hub]
     report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
     load_computed(computed, source, group, context.storage, options)

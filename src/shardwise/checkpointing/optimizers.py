@@ -164,7 +164,7 @@ def load_optimizer(
     with group.together("describing the optimizer"):
         held = state.held_as_saved(source.tensors.keys())
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
-    options = LoadOptions(allow_unexpected=True, threads=context.threads)
+    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
     load_tensors(held, source, group, context.storage, options)
 
 

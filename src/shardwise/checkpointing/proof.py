@@ -223,17 +223,28 @@ def read_back(plan: ExportPlan, group: Group) -> None:
     with group.together(f"comparing {directory} with its plan"):
         differences: list[str] = []
         for number, file in enumerate(layout.files):
-            if number % group.world_size == group.rank:
-                differences += _unlike(file, read_header(directory / file.name))
+            path = directory / file.name
+            if number % group.world_size == group.rank and not _as_planned(path, file.header, file.size):
+                differences += _unlike(file, read_header(path))
         if group.is_main:
             planned = {file.name for file in layout.files}
             found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
             differences += [f"{name}: not written" for name in sorted(planned - found)]
             differences += [f"{name}: not planned" for name in sorted(found - planned)]
             index = directory / index_name(plan.options.stem)
-            if plan.options.index and read_index(index).weight_map != layout.weight_map:
-                differences.append(f"{index.name}: lists other tensors or files")
+            if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
+                same = read_index(index).weight_map == layout.weight_map
+                differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
         require(Proof((), tuple(differences)), directory)
+
+
+def _as_planned(path: Path, head: bytes, size: int) -> bool:
+    """Whether a file has a size and begins with some bytes. Where not, reading it properly says what is wrong."""
+    try:
+        with path.open("rb") as written:
+            return os.fstat(written.fileno()).st_size == size and written.read(len(head)) == head
+    except OSError:
+        return False
 
 
 def _unlike(file: FileLayout, header: Header) -> list[str]:
@@ -245,4 +256,5 @@ def _unlike(file: FileLayout, header: Header) -> list[str]:
             differences.append(f"{entry.spec.name}: not in {file.name}")
         elif have != entry:
             differences.append(f"{entry.spec.name}: {have} in {file.name}, {entry} planned")
-    return [*differences, *(f"{name}: in {file.name}, but not planned" for name in found)]
+    differences += [f"{name}: in {file.name}, but not planned" for name in found]
+    return differences or [f"{file.name}: its header has other bytes than planned"]

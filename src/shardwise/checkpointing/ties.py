@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import conversion_of
+from shardwise.convert import derive_for
 from shardwise.errors import TensorError
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
@@ -51,7 +51,7 @@ def under_saved_names(
 
 def _file_name(part: nn.Module, name: str) -> str:
     """What a tensor that is only renamed is called in the model's files."""
-    made = conversion_of(unwrap(part), (TensorSpec(name, (1,), "F32"),))
+    made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
     return made.hub[0].name if len(made.hub) == 1 else name
 
 

@@ -9,7 +9,7 @@ from shardwise.convert.adapter import (
     StateDictAdapter,
     adapter_of,
     check_adapter,
-    conversion_of,
+    derive_for,
     derive_from_adapter,
 )
 from shardwise.convert.apply import Converted, HeldGroup, to_hub
@@ -32,8 +32,8 @@ __all__ = [
     "adapter_of",
     "check_adapter",
     "check_round_trip",
-    "conversion_of",
     "derive",
+    "derive_for",
     "derive_from_adapter",
     "for_files",
     "identity",

@@ -144,7 +144,7 @@ def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec]
     return Conversion(tuple(views), tuple(computed), tuple(ignored))
 
 
-def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
+def derive_for(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     """Derive a model's conversion, from the adapter that it brings or else from transformers' rules.
 
     Raises:

@@ -8,6 +8,8 @@ original classes and without those modules; it shares every parameter, and the m
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 #: Where a wrapper keeps the module that it wraps, by the wrapper's class name (DDP's attribute is too common a name).
@@ -17,12 +19,17 @@ _INNER |= {"DistributedDataParallel": "module", "FullyShardedDataParallel": "_fs
 
 def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The module's class before FSDP2 replaced it."""
+    return _original(type(module))  # type: ignore[arg-type]
+
+
+@cache  # a model has few classes, and asking abstract ones what they are is slow
+def _original(own: type[torch.nn.Module]) -> type[torch.nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
-    for cls in type(module).__mro__:
+    for cls in own.__mro__:
         if not issubclass(cls, FSDPModule) and issubclass(cls, torch.nn.Module):
             return cls
-    return type(module)
+    return own
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
+from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
 from shardwise.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -19,7 +20,6 @@ from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.reads import AnyRead, plan_reads
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class LoadOptions:
         threads: Reads at once on each rank.
         exact: Name -> dtype that a tensor had in memory when it was saved in a wider one; reading it back into that
             dtype loses nothing and is always allowed.
+        sharing: Whether replicas read the same bytes once.
+        ignored: Names in the checkpoint that nobody has to have; the same on every rank.
     """
 
     allow_missing: bool = False
@@ -42,6 +44,8 @@ class LoadOptions:
     allow_cast: bool = False
     threads: int = 1
     exact: Mapping[str, str] = field(default_factory=dict)
+    sharing: Sharing = NO_SHARING
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ def load_tensors(
 ) -> LoadReport:
     """Fill every fragment of ``held`` from ``source``. All ranks of the group call.
 
-    Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows). Nothing is
-    written to the model before names, shapes and dtypes of all tensors agree on every rank.
+    Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows); with
+    ``options.sharing`` replicas read each range once and pass it on. Nothing is written to the model before names,
+    shapes and dtypes of all tensors agree on every rank.
 
     Raises:
         MissingTensorError: The model has a tensor that the source lacks; names the nearest.
@@ -69,8 +74,9 @@ def load_tensors(
         IntegrityError: A file is shorter than its header promises.
     """
     started = time.monotonic()
-    unexpected = _unexpected(held, source, group)
-    reads: list[AnyRead] = []
+    unexpected = [name for name in _unexpected(held, source, group) if name not in options.ignored]
+    replicas = find_replicas(held, source, group, storage, options.sharing)
+    reads = PlannedReads()
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"):
         missing = [tensor.spec.name for tensor in held if tensor.spec.name not in source.tensors]
@@ -81,11 +87,11 @@ def load_tensors(
         for tensor in held:
             if tensor.spec.name in source.tensors:
                 _compare(tensor, source, options)
-                reads += plan_reads(source.tensors[tensor.spec.name], tensor)
+                reads.add(source.tensors[tensor.spec.name], tensor, replicas)
     reader = Reader(storage, source.files, options.threads)
     with group.together(f"reading {source.path}"):
         try:
-            reader.execute(reads)
+            reads.execute(reader, group)
         finally:
             reader.close()
     if group.is_main:

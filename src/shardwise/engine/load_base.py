@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +19,17 @@ import torch
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.engine.progress import Progress
+from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
 from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.bin_source import BinSource, fill_loose
-from shardwise.io.quantized import QuantSettings, fitted, read_dequantized, unsupported
+from shardwise.io.quantized import QuantSettings, dequantized_pieces, fitted, read_dequantized, unsupported
 from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.quantized import Quantized
-from shardwise.plan.reads import AnyRead, Read, plan_reads
+from shardwise.plan.sharing import Replicas
 from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
@@ -90,11 +92,13 @@ class BaseOptions:
         allow_missing: Tensors that the base lacks keep their values.
         threads: Reads at once on each rank.
         observe: Told of every byte range read, ``(file, offset, length)``.
+        sharing: Whether replicas read the same bytes once.
     """
 
     allow_missing: bool = False
     threads: int = 1
     observe: Callable[[int, int, int], None] | None = None
+    sharing: Sharing = NO_SHARING
 
 
 @dataclass(frozen=True)
@@ -124,15 +128,16 @@ class BaseLoadReport:
 class _Plan:
     """What a rank has to do."""
 
-    reads: list[AnyRead] = field(default_factory=list)
+    reads: PlannedReads = field(default_factory=PlannedReads)
     quantized: list[tuple[Quantized, HeldTensor]] = field(default_factory=list)
     loose: list[HeldTensor] = field(default_factory=list)
     cast: int = 0
+    dequantized: int = 0
 
     @property
     def nbytes(self) -> int:
         """Stored bytes that are about to be read, scales aside."""
-        whole = sum(r.rows * r.width if isinstance(r, Read) else r.chunk.packed for r in self.reads)
+        whole = self.reads.nbytes
         for tensor, held in self.quantized:
             elements = sum(f.box.numel for f in held.fragments)
             whole += elements // 2 if tensor.packed else elements
@@ -179,6 +184,7 @@ def load_base_tensors(
     """Fill every fragment of ``held`` and the natives of ``groups``. All ranks of the group call.
 
     Each rank reads the byte ranges, blocks and scales that it needs and nothing more, but for small gaps between rows.
+    With ``options.sharing`` replicas read each range once and pass it on, computed tensors excepted.
     Values are cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each
     thread) and about 20 MiB while quantized tensors are read; for `groups`, the tensors of one group at a time.
 
@@ -189,19 +195,20 @@ def load_base_tensors(
     checked = check_base(held, groups, source, group, options)
     plan = _Plan()
     started = time.monotonic()
+    replicas = find_replicas(held, source.plain, group, storage, options.sharing)
     with group.together(f"planning what to read of {source.path}"):
         available = set(source.names())
         for tensor in held:
             if tensor.spec.name in available:
-                _plan_one(tensor, source, plan)
+                _plan_one(tensor, source, plan, replicas)
     progress = Progress(f"loading {source.path.name}", plan.nbytes, group.is_main)
     reader = Reader(storage, source.plain.files, options.threads, _both(progress.add, options.observe))
-    dequantized = len(plan.quantized)
+    dequantized = plan.dequantized
     with group.together(f"reading {source.path}"):
         try:
-            _execute(plan, source, reader)
+            _execute(plan, source, reader, group)
             for each in groups:
-                dequantized += _fill_group(each, source, reader, available)
+                dequantized += _fill_group(each, source, reader, available, group)
         finally:
             reader.close()
             progress.close()
@@ -227,8 +234,8 @@ def _both(
     return told
 
 
-def _execute(plan: _Plan, source: BaseSource, reader: Reader) -> None:
-    reader.execute(plan.reads)
+def _execute(plan: _Plan, source: BaseSource, reader: Reader, group: Group) -> None:
+    plan.reads.execute(reader, group)
     for tensor, held in plan.quantized:
         read_dequantized(tensor, held, reader)
     if plan.loose and source.bins is not None:
@@ -237,23 +244,26 @@ def _execute(plan: _Plan, source: BaseSource, reader: Reader) -> None:
         reader.counts.read += copied
 
 
-def _plan_one(tensor: HeldTensor, source: BaseSource, plan: _Plan) -> None:
+def _plan_one(tensor: HeldTensor, source: BaseSource, plan: _Plan, replicas: Replicas | None) -> None:
     name = tensor.spec.name
     if name in source.quantized and tensor.spec.dtype in _FLOATS:
         quantized = fitted(source.quantized[name], tensor.spec.shape, source.path)
         if any(fragment.box.numel for fragment in tensor.fragments):
-            plan.quantized.append((quantized, tensor))
+            plan.dequantized += 1
+            alone = plan.reads.add_made(tensor, replicas, partial(dequantized_pieces, quantized))
+            if alone.parts:
+                plan.quantized.append((quantized, alone))
         return
     stored = source.stored(name)
     if stored is not None and stored.dtype != tensor.spec.dtype:
         plan.cast += 1
     if name in source.plain.tensors:
-        plan.reads += plan_reads(source.plain.tensors[name], tensor)
+        plan.reads.add(source.plain.tensors[name], tensor, replicas)
     else:
         plan.loose.append(tensor)
 
 
-def _fill_group(each: HeldGroup, source: BaseSource, reader: Reader, available: set[str]) -> int:
+def _fill_group(each: HeldGroup, source: BaseSource, reader: Reader, available: set[str], group: Group) -> int:
     """Read a group's hub tensors whole, convert them, copy what this rank holds; returns how many were quantized."""
     if not each.natives or any(spec.name not in available for spec in each.computed.hub):
         return 0
@@ -262,8 +272,8 @@ def _fill_group(each: HeldGroup, source: BaseSource, reader: Reader, available: 
     for spec in each.computed.hub:
         memory = hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         part = HeldPart(Part(spec.shape), (), (Fragment(Box.whole(spec.shape), memory),))
-        _plan_one(HeldTensor(spec, spec.shape, (part,)), source, plan)
-    _execute(plan, source, reader)
+        _plan_one(HeldTensor(spec, spec.shape, (part,)), source, plan, None)
+    _execute(plan, source, reader, group)
     natives = each.computed.rule.backward(hub)
     with torch.no_grad():
         for tensor in each.natives:
@@ -271,7 +281,7 @@ def _fill_group(each: HeldGroup, source: BaseSource, reader: Reader, available: 
             for fragment in tensor.fragments:
                 box = fragment.box
                 fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
-    return len(plan.quantized)
+    return plan.dequantized
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from shardwise.comm import Group
 from shardwise.engine.export import ExportPlan, export_record
+from shardwise.engine.merge_computed import write_aside
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import write_plain
-from shardwise.errors import IntegrityError, MisuseError, StorageError
+from shardwise.errors import IntegrityError, StorageError
 from shardwise.format.crc import crc32c
 from shardwise.format.manifest import TensorRecord
 from shardwise.io.reader import Reader
@@ -52,26 +53,19 @@ def write_merged(
     Returns:
         Files and tensors with their digests, on every rank; the same bytes as `write_export` writes.
     """
-    with group.together("choosing how to write"):
-        if plan.computed.groups:
-            first = plan.computed.groups[0].computed
-            raise MisuseError(
-                f"this model's conversion has to be computed ({first.reason}), which the merging path cannot do",
-                path=plan.directory,
-                tensor=first.hub[0].name if first.hub else None,
-                hint="Leave single_rank_consolidation, staging_dir and random_writes at their defaults.",
-            )
     aside = plan.directory.with_name(".merging")
-    record = write_shards(
-        ShardPlan(aside, plan.options.component, roster, plan_shards(plan.held, roster, group.rank)), group, storage
-    )
+    computed = write_aside(plan, aside, group, storage)
+    files = plan_shards(plan.held, roster, group.rank)
+    shards = ShardPlan(aside, plan.options.component, computed.others(roster), files)
+    record = write_shards(shards, group, storage, everywhere=True)
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
-    paths = [*(aside / file.path for file in record.files), *plan.copies.files]
+    paths = [*(aside / file.path for file in record.files), *computed.paths, *plan.copies.files]
     digests: dict[str, int | None] = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
-    for tensor in plan.copies.tensors:
-        moved = tuple(replace(chunk, file=chunk.file + len(names)) for chunk in tensor.chunks)
-        sources[tensor.spec.name] = SourceTensor(tensor.spec, moved)
+    digests |= computed.digests
+    sources |= {name: _moved(tensor, len(names)) for name, tensor in computed.sources.items()}
+    behind = len(names) + len(computed.paths)
+    sources |= {tensor.spec.name: _moved(tensor, behind) for tensor in plan.copies.tensors}
     copied = {tensor.spec.name: 0 for tensor in plan.copies.tensors}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
@@ -96,6 +90,11 @@ def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
     return SourceTensor(
         tensor.spec, tuple(SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks)
     )
+
+
+def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
+    """The tensor in a longer list of files."""
+    return SourceTensor(tensor.spec, tuple(replace(chunk, file=chunk.file + by) for chunk in tensor.chunks))
 
 
 def _merge_file(

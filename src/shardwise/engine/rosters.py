@@ -84,6 +84,33 @@ class RosterKeeper:
             self._declarations[digest] = mine if mine is not None else _decode(told, digest)
 
 
+def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Roster | None:
+    """Who holds the same kinds of tensor as this rank, and at which coordinates. All ranks call.
+
+    Nobody's description travels, only its digest: a rank of another kind has nothing in common that could be relied on.
+
+    Returns:
+        A roster that knows of these ranks alone; ``None`` where this rank's meshes cannot be told apart.
+    """
+    own: Declaration | None = None
+    row: JsonValue = None
+    with group.together("describing the tensors to load"):
+        own = Declaration.of(held, stage)
+        try:
+            row = [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
+        except MisuseError:
+            # What cannot be told apart can still be read by each rank for itself.
+            own = None
+    rows = cast(list[list[JsonValue] | None], group.gather_json(row, "exchanging digests of the tensors to load"))
+    if own is None:
+        return None
+    digests = tuple("" if theirs is None else str(theirs[0]) for theirs in rows)
+    coordinates = tuple(
+        {} if theirs is None else dict(map(_decode_key, cast(list[JsonValue], theirs[1]))) for theirs in rows
+    )
+    return Roster({own.digest: own}, digests, coordinates)
+
+
 def coordinates_of(held: Sequence[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]:
     """This rank's coordinate in each mesh that its tensors are spread over.
 

@@ -31,11 +31,18 @@ class ShardPlan:
     files: tuple[ShardFile, ...]
 
 
-def write_shards(plan: ShardPlan, group: Group, storage: Storage) -> ComponentRecord:
+def write_shards(plan: ShardPlan, group: Group, storage: Storage, *, everywhere: bool = False) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
+    Args:
+        plan: What to write where.
+        group: The ranks that save together.
+        storage: Through what.
+        everywhere: Whether every rank is to know what all have written. Its cost grows with tensors times ranks, and
+            the manifest, which is what it is for, is written by one.
+
     Returns:
-        Files and tensors of all ranks, on every rank.
+        Files and tensors of all ranks, on rank 0 or ``everywhere``; nothing on the other ranks.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -58,7 +65,7 @@ def write_shards(plan: ShardPlan, group: Group, storage: Storage) -> ComponentRe
             storage.sync_directory(plan.directory)
         finally:
             files.close()
-    return _gather(plan, group, digests, chunks)
+    return _gather(plan, group, digests, chunks, everywhere)
 
 
 def _write_file(
@@ -86,23 +93,29 @@ def _contribution(piece: Piece, crc: int) -> int:
     return contribution(piece.box, piece.spec.shape, piece.data.detach().to("cpu", torch_dtype(piece.spec.dtype)), crc)
 
 
-def _gather(plan: ShardPlan, group: Group, digests: Digests, chunks: dict[str, list[ChunkRecord]]) -> ComponentRecord:
+def _gather(
+    plan: ShardPlan, group: Group, digests: Digests, chunks: dict[str, list[ChunkRecord]], everywhere: bool
+) -> ComponentRecord:
     specs = plan.roster.specs
     crcs, counts = group.fold(*totals([spec.name for spec in specs], digests), "combining digests")
+    for spec, count in zip(specs, counts, strict=True):
+        check_written(spec, count, plan.directory)
     own: JsonValue = [
         [[f.layout.name, f.layout.size, crc32c(f.layout.header), len(f.layout.header)] for f in plan.files],
         {name: [_encode(chunk) for chunk in found] for name, found in chunks.items()},
     ]
-    rows = cast(list[tuple[list[list[int]], dict[str, list[list[int]]]]], group.gather_json(own, "gathering records"))
-    everywhere: dict[str, list[ChunkRecord]] = {}
+    gather = group.gather_json if everywhere else group.collect_json
+    rows = cast(list[tuple[list[list[int]], dict[str, list[list[int]]]]], gather(own, "gathering records"))
+    if not rows:
+        return ComponentRecord()
+    together: dict[str, list[ChunkRecord]] = {}
     files = [FileRecord(str(name), size, crc, head) for named, _ in rows for name, size, crc, head in named]
     for _, theirs in rows:
         for name, encoded in theirs.items():
-            everywhere.setdefault(name, []).extend(_decode(chunk) for chunk in encoded)
+            together.setdefault(name, []).extend(_decode(chunk) for chunk in encoded)
     tensors = []
-    for spec, crc, count in zip(specs, crcs, counts, strict=True):
-        check_written(spec, count, plan.directory)
-        ordered = tuple(sorted(everywhere.get(spec.name, []), key=lambda chunk: chunk.box.offsets))
+    for spec, crc in zip(specs, crcs, strict=True):
+        ordered = tuple(sorted(together.get(spec.name, []), key=lambda chunk: chunk.box.offsets))
         tensors.append(TensorRecord(plan.component, spec, crc if spec.nbytes else crc32c(b""), ordered))
     return ComponentRecord(tuple(files), tuple(tensors))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,8 +21,18 @@ import torch
 from shardwise.errors import QuantizationError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.reader import Reader
+from shardwise.io.sharing import Made
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.plan.quantized import Piece, Quantized, Slab, byte_box, dequantize, plan_slabs, scales_to_float
+from shardwise.plan.quantized import (
+    Piece,
+    Quantized,
+    Slab,
+    byte_box,
+    dequantize,
+    plan_slabs,
+    plan_small_slabs,
+    scales_to_float,
+)
 from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.types import Box, TensorSpec
 
@@ -242,6 +253,21 @@ def read_dequantized(tensor: Quantized, wanted: HeldTensor, reader: Reader) -> N
             for piece in slab.pieces:
                 raw = _read_values(tensor, piece, reader)
                 piece.dest.copy_(dequantize(raw, scales, tensor, piece.box, slab.around))
+
+
+def dequantized_pieces(tensor: Quantized, wanted: HeldTensor, most: int) -> Iterator[Made]:
+    """What `read_dequantized` does in pieces of at most ``most`` bytes in memory, for replicas to share."""
+    itemsize = next((fragment.data.element_size() for fragment in wanted.fragments), 1)
+    for slab in plan_small_slabs(tensor, wanted, max(1, most // itemsize)):
+        [piece] = slab.pieces
+        if piece.dest.numel():
+            yield Made(piece.dest, partial(_fill, tensor, slab))
+
+
+def _fill(tensor: Quantized, slab: Slab, memory: torch.Tensor, reader: Reader) -> None:
+    [piece] = slab.pieces
+    scales = _read_scales(tensor, slab, reader)
+    memory.copy_(dequantize(_read_values(tensor, piece, reader), scales, tensor, piece.box, slab.around))
 
 
 def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Reading byte ranges into place.
 
 Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into
-the parameter's memory. The rows of a column shard are copied out of the page cache, where the storage can map files.
-Everything else passes through a small buffer: strided memory, other devices, other dtypes, and rows that cannot be
-mapped, which are read together with the gaps between them as long as the gaps are small.
+the parameter's memory. So do the rows of a column shard, many at a time: small gaps between them are read along and
+dropped. Other memory (strided within a row, another device, another dtype) is filled through a small buffer.
 """
 
 from __future__ import annotations
@@ -20,25 +19,23 @@ import torch
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import as_bytes, blocks
-from shardwise.io.storage import MapsFiles, Storage
+from shardwise.io.storage import ReadsRows, Storage
 from shardwise.io.writer import located
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 
 #: Bytes of the buffer of each reading thread.
 BUFFER_BYTES = 4 * 2**20
-#: Bytes of a file that a thread has mapped at a time; mapped pages count as a process's own in most statistics.
-WINDOW_BYTES = 8 * 2**20
-#: Gaps up to this are read along; so are larger ones as long as at most this many times the wanted bytes are read.
+#: Gaps up to this are read along: copying so much out of the page cache takes as long as asking once more.
 SMALL_GAP_BYTES = 16 * 1024
-MOST_OVERREAD = 2
 
 
 @dataclass
 class ReadCounts:
-    """What a load has read: bytes asked for, and bytes read with the gaps between rows."""
+    """What a load has read: bytes asked for, bytes read with the gaps between rows, and bytes got from replicas."""
 
     wanted: int = 0
     read: int = 0
+    passed: int = 0
 
 
 class _Buffers(threading.local):
@@ -71,7 +68,7 @@ class Reader:
         observe: Callable[[int, int, int], None] | None = None,
     ) -> None:
         self._storage = storage
-        self._maps = storage if isinstance(storage, MapsFiles) else None
+        self._reads_rows = storage if isinstance(storage, ReadsRows) else None
         self._files = files
         self._threads = threads
         self._observe = observe
@@ -140,52 +137,33 @@ class Reader:
                 self._fill(read, as_bytes(buffer), offset)
                 block.copy_(buffer.view(dtype).view(block.shape))
                 offset += buffer.numel()
+        elif _has_whole_rows(dest) and dest.dtype == dtype:
+            self._fill_rows(read, _spanning(dest), dest.stride(0) * dtype.itemsize, 0, read.rows)
         elif read.width > BUFFER_BYTES:
             for row in range(read.rows):
                 self._rows(Read(read.file, read.offset + row * read.period, 1, read.width, read.width,
                                 dest[row : row + 1], read.spec))  # fmt: skip
         else:
-            self._gapped(read, dest, dtype)
+            step = BUFFER_BYTES // read.width
+            for first in range(0, read.rows, step):
+                target = dest[first : first + step]
+                buffer = self._buffers.get(len(target) * read.width)
+                self._fill_rows(read, as_bytes(buffer), read.width, first, len(target))
+                target.copy_(buffer.view(dtype).view(target.shape))
 
-    def _gapped(self, read: Read, dest: torch.Tensor, dtype: torch.dtype) -> None:
-        """Rows with gaps between them: one read for many rows, or one for each."""
-        along = read.period - read.width <= SMALL_GAP_BYTES or read.period <= MOST_OVERREAD * read.width
-        along = along and read.period <= BUFFER_BYTES
-        pitch = read.period if along else read.width
-        step = max(1, BUFFER_BYTES // pitch)
-        done = self._mapped(read, dest, dtype) if along else 0
-        for first in range(done, read.rows, step):
-            rows = min(step, read.rows - first)
-            buffer = self._buffers.get(rows * pitch)
-            if along:
-                span = (rows - 1) * read.period + read.width
-                self._fill(read, as_bytes(buffer[:span]), read.offset + first * read.period)
-            else:
-                for row in range(rows):
-                    part = buffer[row * pitch : row * pitch + read.width]
-                    self._fill(read, as_bytes(part), read.offset + (first + row) * read.period)
-            target = dest[first : first + rows]
-            elements = buffer.view(dtype)
-            lengths = _row_strides(tuple(target.shape[1:]))
-            target.copy_(elements.as_strided(target.shape, (pitch // dtype.itemsize, *lengths)))
-
-    def _mapped(self, read: Read, dest: torch.Tensor, dtype: torch.dtype) -> int:
-        """Copy rows out of the mapped file, as far as it can be mapped; returns how many."""
-        maps = self._maps
-        if maps is None:
-            return 0
-        step = max(1, WINDOW_BYTES // read.period)
-        for first in range(0, read.rows, step):
-            rows = min(step, read.rows - first)
-            offset, span = read.offset + first * read.period, (rows - 1) * read.period + read.width
-            data = None if offset % dtype.itemsize else maps.mapped(self._handles[read.file], offset, span)
-            if data is None:
-                return first
-            self._count(read, offset, span)
-            target = dest[first : first + rows]
-            strides = (read.period // dtype.itemsize, *_row_strides(tuple(target.shape[1:])))
-            target.copy_(torch.frombuffer(data, dtype=dtype).as_strided(target.shape, strides))
-        return read.rows
+    def _fill_rows(self, read: Read, into: memoryview, pitch: int, first: int, rows: int) -> None:
+        """Fill memory with ``rows`` rows from row ``first`` on, ``pitch`` bytes apart."""
+        offset = read.offset + first * read.period
+        if self._reads_rows is None or read.period - read.width > SMALL_GAP_BYTES:
+            for row in range(rows):
+                self._fill(read, into[row * pitch : row * pitch + read.width], offset + row * read.period)
+            return
+        span = (rows - 1) * read.period + read.width
+        self._count(read, offset, span)
+        handle = self._handles[read.file]
+        got = self._reads_rows.read_rows(handle, into, rows, read.width, pitch, read.period, offset)
+        if got != rows:
+            raise _ends_early(f"within row {first + got} of the {read.rows} rows to be read")
 
     def _count(self, read: Read, offset: int, nbytes: int) -> None:
         if self._observe is not None:
@@ -197,10 +175,7 @@ class Reader:
         got = self._storage.read(self._handles[read.file], into, offset)
         self._count(read, offset, len(into))
         if got != len(into):
-            raise IntegrityError(
-                f"the file ends {len(into) - got} bytes before the end of this tensor",
-                hint="The file was truncated after it was opened; restore it or choose another checkpoint.",
-            )
+            raise _ends_early(f"{len(into) - got} bytes before the end of this tensor")
 
     def _packed(self, read: PackedRead) -> None:
         raw = bytearray(read.chunk.packed)
@@ -226,13 +201,22 @@ def _position(read: AnyRead) -> tuple[int, int]:
     return (read.chunk.file, read.chunk.offset) if isinstance(read, PackedRead) else (read.file, read.offset)
 
 
-def _row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    inner = 1
-    for n in reversed(shape):
-        strides.append(inner)
-        inner *= n
-    return tuple(reversed(strides))
+def _ends_early(where: str) -> IntegrityError:
+    return IntegrityError(
+        f"the file ends {where}",
+        hint="The file was truncated after it was opened; restore it or choose another checkpoint.",
+    )
+
+
+def _has_whole_rows(dest: torch.Tensor) -> bool:
+    """Whether each row is consecutive in CPU memory, and the rows stand one behind the other."""
+    return dest.device.type == "cpu" and dest[0].is_contiguous() and dest.stride(0) >= dest[0].numel()
+
+
+def _spanning(rows: torch.Tensor) -> memoryview:
+    """The memory from the first to the last byte of rows that are each contiguous, with what lies between them."""
+    elements = (len(rows) - 1) * rows.stride(0) + rows[0].numel()
+    return as_bytes(rows.as_strided((elements,), (1,)))
 
 
 def _split(read: AnyRead) -> Iterator[AnyRead]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, StorageError
+from shardwise.io import scatter
 
 Buffer = bytes | bytearray | memoryview
 
@@ -64,20 +64,18 @@ class Storage(Protocol):
 
 
 @runtime_checkable
-class MapsFiles(Protocol):
-    """What a `Storage` may offer besides: a file's bytes where they lie, without a copy."""
+class ReadsRows(Protocol):
+    """What a `Storage` may offer besides: rows with gaps between them, many in one operation."""
 
-    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
-        """The bytes from ``offset`` on, present in memory, until the last reference is dropped; writes go nowhere.
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        """Read rows of ``width`` bytes, ``period`` apart from ``offset`` on, to places ``pitch`` apart in ``into``.
 
-        Returns:
-            ``None`` where the system does not map this file, or not all of the range: `Storage.read` says why.
+        The gaps are read along. Returns how many rows there were, fewer only at the end of the file.
         """
         ...
 
-
-#: Makes mapped pages present, or fails where touching them would kill the process (Linux 5.14, madvise(2)).
-_POPULATE_READ = 22
 
 #: File systems on which reserving space costs nothing: an allocation of extents, no write of zeros.
 _CHEAP_RESERVATION = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
@@ -144,15 +142,12 @@ class LocalStorage:
             raise StorageError.from_os(error) from error
         return done
 
-    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
-        """Map privately, and have every page read before anybody touches it."""
-        before = offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            pages = mmap.mmap(handle, before + nbytes, access=mmap.ACCESS_COPY, offset=offset - before)
-            pages.madvise(_POPULATE_READ)
-        except (OSError, ValueError):
-            return None
-        return memoryview(pages)[before:]
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        """``preadv`` of hundreds of rows at once."""
+        with _typed(None):
+            return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
 
     def sync(self, handle: int) -> None:
         """``fsync``."""

@@ -116,6 +116,17 @@ def plan_slabs(
             yield Slab(box, (box,), tuple(_pieces(part, piece_elements)))
 
 
+def plan_small_slabs(tensor: Quantized, wanted: HeldTensor, piece_elements: int) -> Iterator[Slab]:
+    """As `plan_slabs`, with one piece in each slab, so that others than this rank can take some of them.
+
+    Scales at the border of two pieces are in both slabs.
+    """
+    for slab in plan_slabs(tensor, wanted, piece_elements):
+        for piece in slab.pieces:
+            box = scale_box(piece.box, tensor.block)
+            yield Slab(box, (box,), (piece,))
+
+
 def scale_box(box: Box, block: tuple[int, ...]) -> Box:
     """The scales that a box of values needs."""
     first = tuple(o // b for o, b in zip(box.offsets, block, strict=True))

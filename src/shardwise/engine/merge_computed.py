@@ -1,0 +1,117 @@
+"""Tensors that have to be computed, on the merging path: each rank appends what it makes to a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.computed import write_computed
+from shardwise.engine.export import ExportPlan
+from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.memory import byte_blocks
+from shardwise.io.storage import Storage
+from shardwise.io.writer import locating
+from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import Run
+from shardwise.types import Box, TensorSpec
+
+
+@dataclass(frozen=True)
+class ComputedFiles:
+    """Where the computed tensors of all ranks lie. The same on every rank.
+
+    Attributes:
+        paths: Files that hold their bytes, one behind the other.
+        sources: By name; chunks refer to ``paths``.
+        digests: By name.
+    """
+
+    paths: tuple[Path, ...]
+    sources: Mapping[str, SourceTensor]
+    digests: Mapping[str, int]
+
+    def others(self, roster: Roster) -> Roster:
+        """Who holds what, without the computed tensors, of which nobody holds a part."""
+        if not self.sources:
+            return roster
+        declarations = {
+            digest: replace(told, specs=tuple(spec for spec in told.specs if spec.name not in self.sources))
+            for digest, told in roster.declarations.items()
+        }
+        return Roster(declarations, roster.digests, roster.coordinates)
+
+
+class _Appended:
+    """One rank's file: written from front to back, created when there is something to write."""
+
+    def __init__(self, storage: Storage, path: Path) -> None:
+        self._storage, self._path = storage, path
+        self._handle: int | None = None
+        self._end = 0
+        #: ``[name, shape, dtype, offset, digest]`` of what has been written.
+        self.rows: list[JsonValue] = []
+
+    def write(self, run: Run) -> None:
+        """Append one whole tensor."""
+        with locating(self._path):
+            if self._handle is None:
+                self._storage.make_directory(self._path.parent)
+                self._storage.create(self._path, 0, b"")
+                self._handle = self._storage.open(self._path, writable=True)
+            start, crc = self._end, 0
+            for block in byte_blocks(run.data, torch_dtype(run.spec.dtype)):
+                self._storage.write(self._handle, block, self._end)
+                crc = crc32c(block, crc)
+                self._end += len(block)
+        self.rows.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
+
+    def sync(self) -> None:
+        """Make it durable, so that a full disk is noticed here."""
+        if self._handle is not None:
+            with locating(self._path):
+                self._storage.sync(self._handle)
+
+    def close(self) -> None:
+        """Close it; safe to call twice."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with locating(self._path):
+                self._storage.close(handle)
+
+
+def write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> ComputedFiles:
+    """Compute what has to be computed and put it into ``directory``, front to back. All ranks of the group call.
+
+    One group of tensors is in memory at a time, on the rank that computes it.
+
+    Raises:
+        ConversionError: The conversion did not give what it announced.
+        StorageError: The file system refused, on any rank; the same error on every rank.
+    """
+    if not group.any(bool(plan.computed.groups), "looking for tensors that have to be computed"):
+        return ComputedFiles((), {}, {})
+    paths = tuple(directory / f"computed-{rank:05d}" for rank in range(1, group.world_size + 1))
+    own = _Appended(storage, paths[group.rank])
+    with group.together(f"computing tensors of {plan.directory}"):
+        try:
+            failure = write_computed(plan.computed, plan.layout, group, own.write)
+            if failure is not None:
+                raise failure
+            own.sync()
+        finally:
+            own.close()
+    rows = cast(list[list[list[JsonValue]]], group.gather_json(own.rows, "gathering records"))
+    sources: dict[str, SourceTensor] = {}
+    digests: dict[str, int] = {}
+    for number, theirs in enumerate(rows):
+        for row in theirs:
+            name, shape, dtype, offset, crc = cast(tuple[str, list[int], str, int, int], tuple(row))
+            spec = TensorSpec(name, tuple(shape), dtype)
+            sources[name] = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, offset),))
+            digests[name] = crc
+    return ComputedFiles(paths, sources, digests)

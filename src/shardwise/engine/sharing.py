@@ -1,0 +1,134 @@
+"""Reads of a load, told apart by who else wants the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from shardwise.comm import Group
+from shardwise.engine.rosters import roster_of_kind
+from shardwise.io.reader import Reader
+from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared
+from shardwise.io.sources import Source
+from shardwise.io.storage import Storage
+from shardwise.plan.fragments import HeldPart, HeldTensor
+from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
+from shardwise.plan.sharing import LIMITS, Limits, Replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Whether replicas read the same bytes once.
+
+    Attributes:
+        mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
+        stage: Pipeline stage, whose tensors are not another's.
+    """
+
+    mode: str = "never"
+    stage: int = 0
+
+
+NO_SHARING = Sharing()
+
+
+@dataclass(slots=True)
+class PlannedReads:
+    """The reads of one rank.
+
+    Attributes:
+        own: What it reads by itself.
+        shared: The ranks of a set of replicas -> what they want alike.
+        made_bytes: Stored bytes behind what is made for replicas, this rank's part.
+    """
+
+    own: list[AnyRead] = field(default_factory=list)
+    shared: dict[tuple[int, ...], Wanted] = field(default_factory=dict)
+    made_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank is about to read, its part of what is shared included."""
+        own = sum(r.rows * r.width if isinstance(r, Read) else r.chunk.packed for r in self.own)
+        shared = (sum(r.rows * r.width for r in w.reads) // len(members) for members, w in self.shared.items())
+        return own + sum(shared) + self.made_bytes
+
+    def add(self, saved: SourceTensor, tensor: HeldTensor, replicas: Replicas | None) -> None:
+        """Plan what ``tensor`` needs.
+
+        Raises:
+            MissingTensorError: ``saved`` does not cover a fragment.
+        """
+        if replicas is None:
+            self.own += plan_reads(saved, tensor)
+            return
+        for part in tensor.parts:
+            members = replicas.of(tensor.spec.name, part.part)
+            one = tensor if len(tensor.parts) == 1 else replace(tensor, parts=(part,))
+            if len(members) == 1:
+                self.own += plan_reads(saved, one)
+                continue
+            for read in plan_reads(saved, one):
+                wanted = self.shared.setdefault(members, Wanted())
+                if isinstance(read, Read):
+                    wanted.reads.append(read)
+                elif read.dest.numel():
+                    wanted.made.append(partial(made_of, read))
+                    self.made_bytes += read.chunk.packed // len(members)
+
+    def add_made(
+        self, tensor: HeldTensor, replicas: Replicas | None, make: Callable[[HeldTensor, int], Iterator[Made]]
+    ) -> HeldTensor:
+        """Plan what has to be made of ``tensor`` for this rank and its replicas.
+
+        Args:
+            tensor: What this rank holds.
+            replicas: Who holds the same.
+            make: Given a part of ``tensor`` and the most bytes of a piece, the pieces that fill it.
+
+        Returns:
+            What nobody else holds, which is left to the caller.
+        """
+        alone: list[HeldPart] = []
+        for part in tensor.parts:
+            members = (0,) if replicas is None else replicas.of(tensor.spec.name, part.part)
+            if len(members) == 1:
+                alone.append(part)
+                continue
+            self.shared.setdefault(members, Wanted()).made.append(partial(make, replace(tensor, parts=(part,))))
+            self.made_bytes += sum(f.box.numel for f in part.fragments) // len(members)
+        return replace(tensor, parts=tuple(alone))
+
+    def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
+        """Carry out the reads, inside ``group.together``, since replicas pass on what they read.
+
+        Raises:
+            ShardwiseError: Reading failed on this rank, and no peer waits for it any more.
+        """
+        # First, while the ranks are in step: nobody waits for a peer that still reads what is its own.
+        failure = read_shared(self.shared, reader, group, limits)
+        if failure is not None:
+            raise failure
+        reader.execute(self.own)
+
+
+def find_replicas(
+    held: Sequence[HeldTensor], source: Source, group: Group, storage: Storage, sharing: Sharing
+) -> Replicas | None:
+    """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
+
+    Returns:
+        ``None`` where every rank reads for itself.
+    """
+    if sharing.mode == "never" or group.world_size == 1:
+        return None
+    if sharing.mode == "auto" and not group.any(_is_remote(source, storage), "looking where the files are"):
+        return None
+    roster = roster_of_kind(held, group, sharing.stage)
+    return None if roster is None else Replicas(roster, group.rank)
+
+
+def _is_remote(source: Source, storage: Storage) -> bool:
+    # A cache's files are links into another directory, which may be elsewhere.
+    return is_remote(storage, source.files[0] if source.files else source.path)

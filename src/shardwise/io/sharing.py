@@ -1,0 +1,294 @@
+"""Passing on what one replica has read: rounds of reads and messages between ranks that want the same bytes.
+
+Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
+what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
+on, the next one is read. A rank whose reading fails keeps taking part until the rounds are over, so that its
+peers are not left waiting; its failure is then raised where all ranks learn of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from shardwise.comm import Group
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.memory import blocks, flat_bytes
+from shardwise.io.reader import Reader
+from shardwise.io.storage import Storage, file_system_type
+from shardwise.plan.reads import AnyRead, PackedRead, Read
+from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
+
+#: Every dtype's elements lie at a multiple of this in a message.
+_ALIGNMENT = 16
+
+#: As the system calls them in its list of mounts.
+_REMOTE_NAMES = (
+    "nfs nfs4 lustre gpfs ceph beegfs wekafs panfs pvfs2 orangefs glusterfs afs cifs smb3 smbfs ocfs2 gfs2 fuse"
+)
+_REMOTE = frozenset(_REMOTE_NAMES.split())
+#: Local file systems that happen to be served by a process; all other ``fuse.*`` are taken for remote ones.
+_LOCAL_FUSE = frozenset(("fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.mergerfs", "fuse.ntfs-3g", "fuse.bindfs"))
+
+
+@runtime_checkable
+class KnowsDistance(Protocol):
+    """What a `Storage` may offer besides: whether reading a file goes over a network."""
+
+    def is_remote(self, path: Path) -> bool:
+        """Whether the files at ``path``, which exists, are on another machine."""
+        ...
+
+
+def is_remote(storage: Storage, path: Path) -> bool:
+    """Whether replicas that read at ``path`` ask a network file system for the same bytes."""
+    if isinstance(storage, KnowsDistance):
+        return storage.is_remote(path)
+    kind = file_system_type(path)
+    return kind in _REMOTE or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """Memory that one replica fills in a way of its own, for all of them.
+
+    Attributes:
+        dest: What it fills; of one shape and dtype on all replicas.
+        fill: Fills memory of that shape and dtype through a reader, as often as it is called.
+    """
+
+    dest: torch.Tensor
+    fill: Callable[[torch.Tensor, Reader], None]
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """What a set of replicas wants alike: in one order on all of them, but for each rank's own destinations.
+
+    Attributes:
+        reads: Byte ranges.
+        made: Given the most bytes of a piece, the pieces of what has to be made; generated as they are needed.
+    """
+
+    reads: list[Read] = field(default_factory=list)
+    made: list[Callable[[int], Iterator[Made]]] = field(default_factory=list)
+
+
+_Piece = Read | Made
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A piece, and where its bytes are in memory as they travel: its own destination if that will do."""
+
+    piece: _Piece
+    memory: torch.Tensor
+
+    @property
+    def is_staged(self) -> bool:
+        return self.memory is not self.piece.dest
+
+
+@dataclass(slots=True, eq=False)
+class _Parcel:
+    """The memory of one share on one rank: the messages that carry it."""
+
+    places: list[_Place] = field(default_factory=list)
+    messages: list[torch.Tensor] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Convert what does not lie at its destination yet."""
+        for place in self.places:
+            if place.is_staged:
+                dest = place.piece.dest.detach()
+                dest.copy_(place.memory.view(dest.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    members: tuple[int, ...]
+    shares: tuple[Share[_Piece], ...]
+    limits: Limits
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What this rank has read of a round, by the share's number, and what went wrong first."""
+
+    parcels: dict[int, _Parcel] = field(default_factory=dict)
+    failure: Exception | None = None
+
+
+def made_of(read: PackedRead, _: int) -> Iterator[Made]:
+    """A serialised tensor has to be loaded whole, whatever its size and whatever is wanted of it."""
+    yield Made(read.dest, lambda memory, reader: reader.execute([replace(read, dest=memory)]))
+
+
+def read_shared(
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, limits: Limits = LIMITS
+) -> Exception | None:
+    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
+
+    Args:
+        shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
+        reader: Reads this rank's shares, and counts.
+        group: Whose ranks pass on.
+        limits: How much at a time; the same on every rank.
+
+    Returns:
+        What failed locally first; later rounds are then passed on as they are, and are not to be used.
+
+    Raises:
+        PeerError: A peer left.
+    """
+    failure: Exception | None = None
+    # One order of the sets for all ranks, so that no two of them wait for each other in different sets.
+    upcoming = (_Round(m, shares, limits) for m in sorted(shared) for shares in _rounds(m, shared[m], limits))
+    current = next(upcoming, None)
+    if current is None:
+        return None
+    with ThreadPoolExecutor(1, thread_name_prefix="shardwise-ahead") as ahead:
+        reading = ahead.submit(_read, current, reader, group.rank, idle=False)
+        while current is not None:
+            outcome = reading.result()
+            failure = failure or outcome.failure
+            following = next(upcoming, None)
+            if following is not None:
+                reading = ahead.submit(_read, following, reader, group.rank, idle=failure is not None)
+            refused = _pass_on(current, outcome.parcels, reader, group, idle=failure is not None)
+            failure = failure or refused
+            current = following
+    return failure
+
+
+def _rounds(members: tuple[int, ...], wanted: Wanted, limits: Limits) -> Iterator[tuple[Share[_Piece], ...]]:
+    most = limits.share(len(members))
+    yield from rounds(((_nbytes(piece), piece) for piece in _pieces(wanted, most)), members, limits)
+
+
+def _pieces(wanted: Wanted, most: int) -> Iterator[_Piece]:
+    for read in sorted(wanted.reads, key=lambda read: (read.file, read.offset)):
+        yield from cut_read(read, most)
+    for made in wanted.made:
+        yield from made(most)
+
+
+def _nbytes(piece: _Piece) -> int:
+    """Bytes that travel."""
+    return piece.rows * piece.width if isinstance(piece, Read) else piece.dest.nbytes
+
+
+def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape in which a piece travels."""
+    if isinstance(piece, Made):
+        return piece.dest.dtype, tuple(piece.dest.shape)
+    dtype = torch_dtype(piece.spec.dtype)
+    return dtype, (piece.rows, piece.width // dtype.itemsize)
+
+
+def cut_read(read: Read, most: int) -> Iterator[Read]:
+    """Reads of at most ``most`` bytes each that together do what ``read`` does; cut alike on every rank."""
+    if read.dest.numel() == 0:
+        return
+    if read.rows * read.width <= most:
+        yield read
+    elif read.rows == 1:
+        offset = read.offset
+        for block in blocks(read.dest[0], max(1, most // read.spec.itemsize)):
+            nbytes = block.numel() * read.spec.itemsize
+            yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
+            offset += nbytes
+    else:
+        step = max(1, most // read.width)
+        for first in range(0, read.rows, step):
+            dest = read.dest[first : first + step]
+            offset = read.offset + first * read.period
+            part = Read(read.file, offset, dest.shape[0], read.period, read.width, dest, read.spec)
+            yield from cut_read(part, most) if read.width > most else (part,)
+
+
+def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:
+    """Memory for a share; its messages depend on nothing that differs between ranks."""
+    parcel = _Parcel()
+    small: list[tuple[_Piece, int]] = []
+    end = 0
+    for piece in share.pieces:
+        nbytes = _nbytes(piece)
+        if nbytes < limits.alone:
+            small.append((piece, end))
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            continue
+        dest, (dtype, shape) = piece.dest.detach(), _memory_of(piece)
+        fits = dest.device.type == "cpu" and dest.dtype == dtype and dest.is_contiguous()
+        memory = piece.dest if fits else torch.empty(shape, dtype=dtype)
+        parcel.places.append(_Place(piece, memory))
+        # A serialised tensor is one piece, however large it is.
+        flat = flat_bytes(memory)
+        parcel.messages += [flat[start : start + limits.largest] for start in range(0, nbytes, limits.largest)]
+    if small:
+        packed = torch.empty(end, dtype=torch.uint8)
+        for piece, start in small:
+            dtype, shape = _memory_of(piece)
+            memory = packed[start : start + _nbytes(piece)].view(dtype)
+            parcel.places.append(_Place(piece, memory.view(shape)))
+        parcel.messages.append(packed)
+    return parcel
+
+
+def _read(this: _Round, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
+    """Read this rank's shares of a round, unless there is no point any more; what fails is kept for later."""
+    outcome = _Outcome()
+    try:
+        for number, share in enumerate(this.shares):
+            if share.reader == rank:
+                parcel = outcome.parcels[number] = _parcel(share, this.limits)
+                if not idle:
+                    _fill(parcel, reader)
+    except Exception as error:  # noqa: BLE001 - raised once no peer waits
+        outcome.failure = error
+    return outcome
+
+
+def _fill(parcel: _Parcel, reader: Reader) -> None:
+    reads: list[AnyRead] = []
+    for place in parcel.places:
+        piece, memory = place.piece, place.memory.detach()
+        if isinstance(piece, Made):
+            piece.fill(memory, reader)
+        else:
+            reads.append(Read(piece.file, piece.offset, piece.rows, piece.period, piece.width, memory, piece.spec))
+    reader.execute(reads)
+    parcel.install()
+
+
+def _pass_on(
+    this: _Round, parcels: Mapping[int, _Parcel], reader: Reader, group: Group, *, idle: bool
+) -> Exception | None:
+    sends: list[tuple[int, torch.Tensor]] = []
+    receives: list[tuple[int, torch.Tensor]] = []
+    arriving: list[_Parcel] = []
+    for number, share in enumerate(this.shares):
+        if share.reader == group.rank:
+            # A failed reader has no parcel for shares that it did not come to.
+            parcel = parcels.get(number) or _parcel(share, this.limits)
+            others = [member for member in this.members if member != group.rank]
+            sends += [(other, message) for other in others for message in parcel.messages]
+        else:
+            parcel = _parcel(share, this.limits)
+            arriving.append(parcel)
+            receives += [(share.reader, message) for message in parcel.messages]
+    group.swap(sends, receives, "passing on what replicas have read")
+    reader.counts.passed += sum(message.numel() for _, message in receives)
+    if idle:
+        return None
+    try:
+        for parcel in arriving:
+            parcel.install()
+    except Exception as error:  # noqa: BLE001 - raised once no peer waits
+        return error
+    return None

@@ -1,0 +1,115 @@
+"""Reading once what several ranks want alike: who reads which piece, in rounds of bounded size. Pure.
+
+Ranks that want the same bytes (replicas under DDP or HSDP, norms that tensor parallelism leaves whole) know so from the
+roster, and each computes the same rounds by itself: in every round each of some replicas reads a share, consecutive
+pieces in file order, and has the others' shares passed on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from shardwise.plan.fragments import Part
+from shardwise.plan.roster import Roster
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is read and passed on at a time, in bytes.
+
+    Attributes:
+        round: What a round passes on: what a rank receives or sends at a time, whatever the number of replicas.
+        largest: Largest share that one replica reads in a round; more in one request is no faster.
+        smallest: Smallest one, however many replicas there are: else a request's latency is all that counts.
+        alone: Smaller pieces of a share travel together, larger ones straight from memory to memory.
+    """
+
+    round: int = 16 * 2**20
+    largest: int = 4 * 2**20
+    smallest: int = 256 * 2**10
+    alone: int = 256 * 2**10
+
+    def share(self, replicas: int) -> int:
+        """How much one of so many replicas reads in a round; also the largest piece."""
+        return min(self.largest, max(self.smallest, self.round // replicas))
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Share(Generic[T]):
+    """What one replica reads in one round.
+
+    Attributes:
+        reader: Its rank in the group.
+        pieces: In file order.
+    """
+
+    reader: int
+    pieces: tuple[T, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Which ranks want the same as this one.
+
+    Attributes:
+        roster: Ranks that hold tensors of the same kinds as this one; others are unknown to it.
+        rank: This rank in the group.
+    """
+
+    roster: Roster
+    rank: int
+
+    def of(self, name: str, part: Part) -> tuple[int, ...]:
+        """The ranks that hold the same of ``part`` of a tensor, ascending, this one included."""
+        return self.roster.shard_set(name, part).replicas_of(self.rank)
+
+
+def rounds(
+    pieces: Iterable[tuple[int, T]], members: Sequence[int], limits: Limits = LIMITS
+) -> Iterator[tuple[Share[T], ...]]:
+    """Deal pieces to replicas: neighbours to one, and each new share to whoever has read the least so far.
+
+    Args:
+        pieces: Bytes of each piece and the piece, in an order common to the replicas. One above ``limits.share`` is a
+            share of its own, and one above ``limits.round`` a round.
+        members: The replicas' ranks.
+        limits: How much at a time.
+
+    Yields:
+        The shares of one round, together at most ``limits.round`` but for a larger piece. Every replica gets the same
+        for the same sizes.
+    """
+    read = dict.fromkeys(members, 0)
+    gathered: list[Share[T]] = []
+    total = 0
+    for nbytes, share in _shares(pieces, limits.share(len(members))):
+        if gathered and total + nbytes > limits.round:
+            yield tuple(gathered)
+            gathered, total = [], 0
+        reader = min(members, key=read.__getitem__)
+        # A share of no bytes would be dealt to the same replica for ever.
+        read[reader] += max(nbytes, 1)
+        gathered.append(Share(reader, share))
+        total += nbytes
+    if gathered:
+        yield tuple(gathered)
+
+
+def _shares(pieces: Iterable[tuple[int, T]], most: int) -> Iterator[tuple[int, tuple[T, ...]]]:
+    gathered: list[T] = []
+    total = 0
+    for nbytes, piece in pieces:
+        if gathered and total + nbytes > most:
+            yield total, tuple(gathered)
+            gathered, total = [], 0
+        gathered.append(piece)
+        total += nbytes
+    if gathered:
+        yield total, tuple(gathered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -227,3 +228,27 @@ def test_rows_that_do_not_fit_the_memory_are_refused(tmp_path: Path) -> None:
     storage.close(handle)
     with pytest.raises(StorageError):
         storage.read_rows(handle, memoryview(bytearray(30)), 3, 10, 10, 20, 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_column_ranges_of_the_same_rows_are_read_once(threads: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A packed placement along columns: each row of the file has a part of several fragments."""
+    rows, columns = 9000, 300  # more rows than fit into a buffer
+    whole = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
+    path = tmp_path / "data"
+    path.write_bytes(bytes(64) + whole.numpy().tobytes())
+    spec = TensorSpec("w", (rows, columns), "F32")
+    source = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), 0, 64),))
+    boxes = [Box((0, 10), (rows, 40)), Box((0, 110), (rows, 45)), Box((0, 299), (rows, 1))]
+    fragments = tuple(Fragment(box, torch.zeros(box.sizes, dtype=dtype)) for box in boxes)
+    ranges: list[tuple[int, int]] = []
+    reader = Reader(LocalStorage(), [path], threads, lambda _, offset, length: ranges.append((offset, offset + length)))
+    reader.execute(list(plan_reads(source, HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), fragments),)))))
+    reader.close()
+    for box, fragment in zip(boxes, fragments, strict=True):
+        assert torch.equal(fragment.data, part_of(whole, box).to(dtype))
+    assert reader.counts.wanted == sum(box.numel for box in boxes) * 4
+    ranges.sort()
+    assert len(ranges) > 1
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))

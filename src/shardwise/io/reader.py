@@ -50,6 +50,13 @@ class _Buffers(threading.local):
         return self.memory[:nbytes]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Woven:
+    """Rows of several destinations, each row of one between two of the others: a packed placement along columns."""
+
+    reads: tuple[Read, ...]
+
+
 class Reader:
     """Executes reads from a list of files. One object for one load; `close` releases the files.
 
@@ -90,9 +97,9 @@ class Reader:
             IntegrityError: A file ends before a range that its header promises.
             StorageError: The file system failed.
         """
-        ordered = sorted(reads, key=_position)
+        ordered = list(_woven(sorted(reads, key=_position)))
         for read in ordered:
-            self._handle(read.chunk.file if isinstance(read, PackedRead) else read.file)
+            self._handle(_file(read))
         if self._threads <= 1 or len(ordered) <= 1:
             for read in ordered:
                 self._one(read)
@@ -112,15 +119,35 @@ class Reader:
             self._handles[file] = self._storage.open(self._files[file], writable=False)
         return self._handles[file]
 
-    def _one(self, read: AnyRead) -> None:
+    def _one(self, read: AnyRead | _Woven) -> None:
         try:
             if isinstance(read, PackedRead):
                 self._packed(read)
+            elif isinstance(read, _Woven):
+                self._together(read)
             elif read.dest.numel():
                 self._rows(read)
         except ShardwiseError as error:
-            file = read.chunk.file if isinstance(read, PackedRead) else read.file
-            raise located(error, self._files[file], read.spec.name) from None
+            name = read.reads[0].spec.name if isinstance(read, _Woven) else read.spec.name
+            raise located(error, self._files[_file(read)], name) from None
+
+    def _together(self, woven: _Woven) -> None:
+        """Read rows of several destinations once, with what lies between, and give each its own."""
+        first, last = woven.reads[0], woven.reads[-1]
+        dtype = torch_dtype(first.spec.dtype)
+        with self._lock:
+            self.counts.wanted += sum(read.rows * read.width for read in woven.reads)
+        step = BUFFER_BYTES // first.period
+        for start in range(0, first.rows, step):
+            rows = min(step, first.rows - start)
+            buffer = self._buffers.get(rows * first.period)
+            span = (rows - 1) * first.period + last.offset + last.width - first.offset
+            self._fill(first, as_bytes(buffer[:span]), first.offset + start * first.period)
+            lines = buffer.view(dtype).view(rows, -1)
+            for read in woven.reads:
+                at = (read.offset - first.offset) // dtype.itemsize
+                target = read.dest.detach()[start : start + rows]
+                target.copy_(lines[:, at : at + read.width // dtype.itemsize].reshape(target.shape))
 
     def _rows(self, read: Read) -> None:
         with self._lock:
@@ -201,6 +228,38 @@ def _position(read: AnyRead) -> tuple[int, int]:
     return (read.chunk.file, read.chunk.offset) if isinstance(read, PackedRead) else (read.file, read.offset)
 
 
+def _file(read: AnyRead | _Woven) -> int:
+    if isinstance(read, _Woven):
+        return read.reads[0].file
+    return read.chunk.file if isinstance(read, PackedRead) else read.file
+
+
+def _woven(ordered: Sequence[AnyRead]) -> Iterator[AnyRead | _Woven]:
+    """Put reads together whose rows would be read along with each other's: no byte is read twice."""
+    group: list[Read] = []
+    for read in (*ordered, None):
+        if isinstance(read, Read) and group and _between(group, read):
+            group.append(read)
+            continue
+        if group:
+            yield _Woven(tuple(group)) if len(group) > 1 else group[0]
+            group = []
+        if isinstance(read, Read) and read.rows > 1 and 0 < read.period - read.width <= SMALL_GAP_BYTES:
+            group = [read]
+        elif read is not None:
+            yield read
+
+
+def _between(group: Sequence[Read], read: Read) -> bool:
+    first, last = group[0], group[-1]
+    same = (read.file, read.rows, read.period) == (first.file, first.rows, first.period) and read.spec == first.spec
+    return (
+        same
+        and last.offset + last.width <= read.offset
+        and read.offset + read.width <= first.offset + first.period <= first.offset + BUFFER_BYTES
+    )
+
+
 def _ends_early(where: str) -> IntegrityError:
     return IntegrityError(
         f"the file ends {where}",
@@ -219,10 +278,10 @@ def _spanning(rows: torch.Tensor) -> memoryview:
     return as_bytes(rows.as_strided((elements,), (1,)))
 
 
-def _split(read: AnyRead) -> Iterator[AnyRead]:
+def _split(read: AnyRead | _Woven) -> Iterator[AnyRead | _Woven]:
     """Cut a large contiguous read, so that several threads can share it."""
     limit = 16 * BUFFER_BYTES
-    if isinstance(read, PackedRead) or read.rows != 1 or read.width <= limit:
+    if not isinstance(read, Read) or read.rows != 1 or read.width <= limit:
         yield read
         return
     offset = read.offset

@@ -2,6 +2,7 @@
 
     ShardwiseError
     |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
+    |  `- UnknownSettingError  (TypeError)          there is no such setting; names the nearest
     |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
     |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
@@ -135,6 +136,10 @@ class ShardwiseError(Exception):
 
 class ConfigError(ShardwiseError, ValueError):
     """A setting is wrong, unknown, or contradicts another."""
+
+
+class UnknownSettingError(ConfigError, TypeError):
+    """There is no such setting. Also what Python raises for an unknown keyword, which it may have been given as."""
 
 
 class MisuseError(ShardwiseError, ValueError):

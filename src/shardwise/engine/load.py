@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
+from shardwise.engine.absent import absent_files_named
 from shardwise.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -72,7 +73,7 @@ def load_tensors(
     unexpected = _unexpected(held, source, group)
     reads: list[AnyRead] = []
     missing: list[str] = []
-    with group.together(f"comparing the model with {source.path}"):
+    with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
         missing = [tensor.spec.name for tensor in held if tensor.spec.name not in source.tensors]
         if missing and not options.allow_missing:
             raise _missing(missing, unexpected or list(source.tensors), source)
@@ -109,11 +110,13 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
     saved = source.tensors[tensor.spec.name]
     where = source.files[saved.chunks[0].file] if saved.chunks else source.path
     if saved.spec.shape != tensor.spec.shape:
+        pieces = any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks) or where.name.startswith("shard-")
         raise ShapeMismatchError(
             f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
             path=where,
             tensor=tensor.spec.name,
-            hint="Build the model from the checkpoint's own config.json.",
+            hint=("A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build")
+            + " the model from the checkpoint's own config.json.",
         )
     exact = options.exact.get(tensor.spec.name) == tensor.spec.dtype
     if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast and not exact:

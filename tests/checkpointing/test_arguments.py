@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,45 @@ def test_a_mistake_of_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     assert isinstance(error, MisuseError)
     assert error.rank == 1
     assert "-3" in str(error)
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_otherwise(root: Path, what: str) -> None:
+    """Ask for something else on rank 1 than on the others."""
+    odd = dist.get_rank() == 1
+    model, optimizer, scheduler = training()
+    settings: dict[str, object] = {"save_consolidated": "every" if odd else "false"} if what == "mode" else {}
+    with engine(root, **settings) as checkpointer:
+        checkpointer.save(
+            0,
+            2 if odd and what == "step" else 1,
+            model,
+            None if odd and what == "optimizer" else optimizer,
+            None if odd and what in ("optimizer", "scheduler") else scheduler,
+            is_final_checkpoint=odd and what == "final",
+            extra_state={"odd": 1} if odd and what == "extra" else {},
+        )
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "text"),
+    [
+        ("step", MisuseError, "rank 0 saves epoch_0_step_1 and rank 1 saves epoch_0_step_2"),
+        ("optimizer", MisuseError, "an optimizer or scheduler was passed on rank 0 and not on rank 1"),
+        ("final", MisuseError, "is_final_checkpoint=True was passed on rank 1 and not on rank 0"),
+        ("mode", ConfigError, "save_consolidated is false on rank 0 and every on rank 1"),
+    ],
+)
+def test_ranks_that_ask_for_different_things(tmp_path: Path, what: str, error: type[Exception], text: str) -> None:
+    found = failure(3, save_otherwise, tmp_path, what)
+    assert isinstance(found, error)
+    assert re.search(text, str(found))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["scheduler", "extra"])
+def test_what_may_differ(tmp_path: Path, what: str) -> None:
+    assert run(2, save_otherwise, tmp_path, what) == [None, None]
 
 
 @pytest.mark.parametrize("make", [np.int64, np.uint8, torch.tensor])

@@ -20,7 +20,14 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
-from shardwise.checkpointing.arguments import check_arguments, check_mapping, check_together, whole_number
+from shardwise.checkpointing.arguments import (
+    check_arguments,
+    check_mapping,
+    check_same_call,
+    check_same_settings,
+    check_together,
+    whole_number,
+)
 from shardwise.checkpointing.commits import Publication, check_metrics
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
@@ -150,20 +157,18 @@ class Checkpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return None
-        name = ""
+        steers = optimizer is not None or bool(as_list(scheduler))
         numbers: dict[str, float] = {}
-        with context.group.together(f"reserving a checkpoint of epoch {epoch}, step {step}"):
+        name = ""
+        with context.group.together(f"looking at what is to be saved of epoch {epoch}, step {step}"):
             check_arguments(model, optimizer, scheduler)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             epoch, step = whole_number(epoch), whole_number(step)
-            name = checkpoint_name(epoch, step)
-            numbers = check_metrics(metrics)
-            if context.group.is_main:
-                if not self._tidied:
-                    remove_leftovers(context.root, fs=self._fs)
-                reserve(context.root, name, fs=self._fs)
-        self._tidied = True
+            name, numbers = checkpoint_name(epoch, step), check_metrics(metrics)
+        given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
+        check_same_call(name, given, context.group)
+        self._reserve(name)
         temp, final = context.root / temporary_name(name), context.root / name
         info: dict[str, JsonValue] = {
             "shardwise": __version__,
@@ -175,7 +180,7 @@ class Checkpointer:
         publication = Publication(context, temp, final, info, numbers)
         try:
             steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
-            if optimizer is not None or as_list(scheduler):
+            if steers:
                 saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
                 steps += below("optim", saving.steps())
             steps += capture_extras(context, temp, extra_state or {})
@@ -447,6 +452,7 @@ class Checkpointer:
     def _context(self) -> Context:
         if self._made is None:
             group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
+            check_same_settings(self.config, group)
             self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
             if self.config.is_async:
                 seconds = self.config.collective_timeout_seconds
@@ -475,6 +481,16 @@ class Checkpointer:
             is_final=is_final,
         )
         return below(prefix, save.steps())
+
+    def _reserve(self, name: str) -> None:
+        """Make the directory of a checkpoint to be; once also remove what interrupted saves left. All ranks call."""
+        context = self._context
+        with context.group.together(f"reserving {context.root / name}"):
+            if context.group.is_main:
+                if not self._tidied:
+                    remove_leftovers(context.root, fs=self._fs)
+                reserve(context.root, name, fs=self._fs)
+        self._tidied = True
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""

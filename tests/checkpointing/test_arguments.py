@@ -165,6 +165,19 @@ def test_nothing_said_is_not_a_mistake(tmp_path: Path) -> None:
     assert run(2, save_nothing, tmp_path) == [None, None]
 
 
+@pytest.mark.parametrize("name", ["", ".", 3])
+def test_extra_state_without_a_name(tmp_path: Path, name: object) -> None:
+    model, _, _ = training()
+    with pytest.raises(MisuseError, match="extra_state has the name"):
+        engine(tmp_path).save(0, 1, model, extra_state={name: 1})  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == []
+    odd: dict[str, object] = {"..": 2, "a/b": 3, " ": 4}
+    engine(tmp_path).save(0, 1, model, extra_state=odd)
+    restored: dict[str, object] = dict.fromkeys(odd)
+    engine(tmp_path).restore(model, extra_state=restored)
+    assert restored == odd
+
+
 def save_nothing(root: Path) -> None:
     model, optimizer, scheduler = training()
     with engine(root) as checkpointer:

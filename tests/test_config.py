@@ -257,6 +257,15 @@ def test_paths_and_lists_of_every_kind_are_taken(tmp_path: Path) -> None:
     assert CheckpointingConfig.from_dict({"staging_dir": tmp_path}).staging_dir == str(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["checkpoint_dir", "model_cache_dir", "model_repo_id", "staging_dir"])
+def test_the_home_directory(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = CheckpointingConfig.from_yaml(f"checkpoint:\n  {key}: ~/runs/one\n")
+    assert getattr(config, key) == str(tmp_path / "runs" / "one")
+    assert str(getattr(CheckpointingConfig(**{key: Path("~/a")}), key)) == str(tmp_path / "a")  # type: ignore[arg-type]
+    assert getattr(CheckpointingConfig(**{key: "a/~/b~"}), key) == "a/~/b~"  # type: ignore[arg-type]
+
+
 # ---- from YAML -----------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,13 @@ import difflib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from shardwise.errors import ConfigError, UnknownSettingError
+
+#: Settings in which "~/" is the home directory: no shell has seen a YAML file, and a directory called "~" is no place.
+_PLACES = frozenset({"checkpoint_dir", "model_cache_dir", "model_repo_id", "original_model_root_dir", "staging_dir"})
 
 
 class _Field(Protocol):
@@ -53,7 +57,7 @@ def names_unknown_keys(cls: _Class) -> _Class:
 def checked(field: _Field, value: object) -> object:
     """The value, if it is of its field's kind; a path that is to be text becomes text, any list of texts a list.
 
-    Numbers and modes are checked with their ranges, elsewhere.
+    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere.
 
     Raises:
         ConfigError: It is of another kind.
@@ -79,6 +83,8 @@ def checked(field: _Field, value: object) -> object:
         path = value if "Path" in kind else os.fspath(value)
         if "\0" in str(path):
             raise _wrong(field.name, value, "text without a zero byte")
+        if field.name in _PLACES and str(path).startswith("~/"):
+            return path.expanduser() if isinstance(path, Path) else os.path.expanduser(path)
         return path
     return value
 

@@ -514,11 +514,16 @@ def test_module_folders_outside_the_base_are_refused(base: Path, tmp_path: Path)
 
 
 def test_mappings_stay_in_the_metadata_directory(tmp_path: Path) -> None:
+    notes = {"native_dtypes.json", "passed_through.json"}
+    for name in notes:
+        (tmp_path / "model" / ".hf_metadata").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / ".hf_metadata" / name).write_text("{}")
     directory = save(llama(), tmp_path, fqn_to_file_index_mapping={"a": 1}, fqn_to_dtype_mapping={"a": "BF16"})
     metadata = tmp_path / "model" / ".hf_metadata"
     assert entries(metadata, "fqn_to_file_index_mapping.json") == {"a": 1}
     assert entries(metadata, "fqn_to_dtype_mapping.json") == {"a": "BF16"}
     assert not list(directory.glob("fqn_to_*"))
+    assert not notes & {path.name for path in directory.iterdir()}
     assert (metadata / "config.json").read_bytes() == (directory / "config.json").read_bytes()
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _FILE_INDEX = "fqn_to_file_index_mapping.json"
 _DTYPES = "fqn_to_dtype_mapping.json"
+#: What a save notes for resuming, in names of `shardwise.checkpointing`; readers of the export have no use for it.
+_NOTES = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json", "passed_through.json"})
 _CONFIG_V5 = "config.v5.json"
 _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
@@ -175,12 +177,12 @@ def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """Copy everything but the mappings, over what is there."""
+    """Copy everything but what is for resuming, over what is there."""
     try:
         shutil.copytree(
             source,
             target,
-            ignore=lambda folder, names: {_FILE_INDEX, _DTYPES} & set(names) if Path(folder) == source else set(),
+            ignore=lambda folder, names: _NOTES & set(names) if Path(folder) == source else set(),
             copy_function=shutil.copyfile,
             dirs_exist_ok=True,
         )

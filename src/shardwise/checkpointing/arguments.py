@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import cast
@@ -37,6 +39,8 @@ def check_together(group: Group, model: object, optimizer: object = None, schedu
     with group.together("looking at what is to be saved or loaded"):
         check_arguments(model, optimizer, scheduler)
 
+
+_LOG = logging.getLogger(__name__)
 
 #: Settings that decide which collectives a save and a load consist of.
 _STEERING = (
@@ -73,6 +77,17 @@ def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
+
+
+def warn_if_alone(group: Group) -> None:
+    """Say so where a launcher has started several processes and each of them takes itself for the only one."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if group.process_group is None and started.isdecimal() and int(started) > 1:
+        _LOG.warning(
+            "WORLD_SIZE is %s and torch.distributed is not initialised: this process saves and loads by itself. Call "
+            "torch.distributed.init_process_group first if the processes train one model.",
+            started,
+        )
 
 
 def check_same_call(name: str, given: Mapping[str, bool], group: Group) -> None:

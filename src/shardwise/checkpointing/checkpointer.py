@@ -26,6 +26,7 @@ from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
     check_together,
+    warn_if_alone,
     whole_number,
 )
 from shardwise.checkpointing.commits import Publication, check_metrics
@@ -454,6 +455,7 @@ class Checkpointer:
         if self._made is None:
             group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
             check_same_settings(self.config, group)
+            warn_if_alone(group)
             self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
             if self.config.is_async:
                 seconds = self.config.collective_timeout_seconds

@@ -33,6 +33,7 @@ from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.io.sources import Source, open_source
+from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
@@ -193,7 +194,12 @@ class ModelSave:
         """Put the script that makes the export later beside shards that have none."""
         with group.together("writing the consolidation script"):
             if group.is_main:
-                write_plain(self._context.storage, self._directory / CONSOLIDATE_NAME, CONSOLIDATE_SCRIPT)
+                script = self._directory / CONSOLIDATE_NAME
+                write_plain(self._context.storage, script, CONSOLIDATE_SCRIPT)
+                if script.exists():  # a storage may keep its files elsewhere
+                    with storage_errors(script):
+                        mode = script.stat().st_mode
+                        script.chmod(mode | (mode & 0o444) >> 2)
         return ComponentRecord()
 
     def _after(self, group: Group) -> ComponentRecord:

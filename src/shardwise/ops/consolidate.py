@@ -43,7 +43,7 @@ _METADATA = ".hf_metadata"
 _FILE_INDEX = "fqn_to_file_index_mapping.json"
 _DTYPES = "fqn_to_dtype_mapping.json"
 #: For this export, or for resuming; not for its readers.
-_OWN = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json"})
+_OWN = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json", "passed_through.json"})
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 

@@ -86,6 +86,22 @@ def test_consolidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "already there" in capsys.readouterr().err
 
 
+def test_consolidate_takes_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path, save_consolidated="false")
+    assert main(["consolidate", str(tmp_path)]) == 0
+    assert (directory / EXPORT).is_file()
+    assert str(directory / "model" / "consolidated") in capsys.readouterr().out
+    assert main(["verify", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "consolidate"])
+def test_an_empty_path_is_not_the_working_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, ""])
+    assert left.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "shardwise", *arguments], capture_output=True, text=True, timeout=120)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
 
@@ -201,6 +203,58 @@ def test_asynchronous_saving_needs_a_recent_torch(monkeypatch: pytest.MonkeyPatc
     assert not config_module._is_geq_torch_2_9()
     monkeypatch.setattr(torch, "__version__", "2.10.0")
     assert config_module._is_geq_torch_2_9()
+
+
+def test_a_block_may_be_passed_as_keywords() -> None:
+    block = {"enabled": True, "save_consolidated": "every", "max_recent_checkpoints": 3}
+    assert CheckpointingConfig(**block) == CheckpointingConfig.from_dict(block)
+    misspelt = {"save_consolidate": "every"}
+    with pytest.raises(ConfigError, match="'save_consolidate'.*Did you mean 'save_consolidated'") as caught:
+        CheckpointingConfig(**misspelt)
+    assert isinstance(caught.value, TypeError)
+    with pytest.raises(TypeError, match="positional"):
+        CheckpointingConfig(*range(100))
+    assert list(inspect.signature(CheckpointingConfig).parameters) == NAMES
+    assert dataclasses.replace(CheckpointingConfig(), enabled=False) == CheckpointingConfig(enabled=False)
+    assert copy.deepcopy(CheckpointingConfig()) == CheckpointingConfig()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("enabled", "no"),
+        ("is_async", "false"),
+        ("is_peft", 1),
+        ("verify_export", None),
+        ("dequantize_base_checkpoint", "auto"),
+        ("checkpoint_dir", None),
+        ("checkpoint_dir", 7),
+        ("checkpoint_dir", "a\0b"),
+        ("model_repo_id", 7),
+        ("staging_dir", False),
+        ("best_metric_key", None),
+        ("model_state_dict_keys", [1, 2]),
+        ("skip_task_head_prefixes_for_base_model", "lm_head."),
+    ],
+)
+def test_a_wrong_kind_does_not_get_by_because_it_is_true_or_iterable(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key) as caught:
+        CheckpointingConfig(**{key: value})  # type: ignore[arg-type]
+    assert caught.value.hint
+
+
+def test_paths_and_lists_of_every_kind_are_taken(tmp_path: Path) -> None:
+    names = {"a.weight": 1, "b.weight": 2}
+    config = CheckpointingConfig(
+        staging_dir=tmp_path,  # type: ignore[arg-type]
+        model_repo_id=tmp_path,  # type: ignore[arg-type]
+        model_state_dict_keys=names.keys(),  # type: ignore[arg-type]
+        skip_task_head_prefixes_for_base_model=("score.",),  # type: ignore[arg-type]
+    )
+    assert config.staging_dir == config.model_repo_id == str(tmp_path)
+    assert config.model_state_dict_keys == ["a.weight", "b.weight"]
+    assert config.skip_task_head_prefixes_for_base_model == ["score."]
+    assert CheckpointingConfig.from_dict({"staging_dir": tmp_path}).staging_dir == str(tmp_path)
 
 
 # ---- from YAML -----------------------------------------------------------------------------------------------------

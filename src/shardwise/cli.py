@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISUSE
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")  # an unset variable must not mean the working directory
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shardwise", description="Offline work on checkpoints.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
@@ -62,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify", help="compare a checkpoint with its manifest, byte by byte", description=_VERIFY, epilog=_EXITS
     )
     verify.add_argument(
-        "path", type=Path, help="a checkpoint, its model/ or optim/, or a root (its LATEST is verified)"
+        "path", type=_path, help="a checkpoint, its model/ or optim/, or a root (its LATEST is verified)"
     )
     verify.add_argument("--quick", action="store_true", help="compare manifest, kinds and sizes; read no tensor")
     verify.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -70,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(command=_verify)
 
     inspect = commands.add_parser("inspect", help="show what is in a checkpoint", epilog=_INSPECT_EXITS)
-    inspect.add_argument("path", type=Path, help="a checkpoint, a part of one, or a root (its LATEST is shown)")
+    inspect.add_argument("path", type=_path, help="a checkpoint, a part of one, or a root (its LATEST is shown)")
     inspect.add_argument("--json", action="store_true", help="print the description as one JSON object")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.set_defaults(command=_inspect)
@@ -78,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     consolidate = commands.add_parser(
         "consolidate", help="make the Hugging Face export of a checkpoint saved as shards", description=_CONSOLIDATE
     )
-    consolidate.add_argument("path", type=Path, help="a checkpoint's model/ directory, or the checkpoint")
-    consolidate.add_argument("--output", type=Path, help="where the export goes (default: PATH/consolidated)")
+    consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
+    consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
     consolidate.set_defaults(command=_consolidate)
     return parser
 

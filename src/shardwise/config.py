@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import logging
 import math
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.errors import ConfigError
+from shardwise.setting_kinds import checked, names_unknown_keys, unknown_key
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,6 +80,7 @@ def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> Sa
     )
 
 
+@names_unknown_keys
 @dataclass
 class CheckpointingConfig:
     """Everything that can be set about checkpointing; every field has a default.
@@ -181,7 +182,7 @@ class CheckpointingConfig:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.
 
         Raises:
-            ConfigError: A value is out of range, or two settings contradict each other.
+            ConfigError: A value is out of range or of the wrong kind, or two settings contradict each other.
         """
         if self.model_cache_dir is None:
             from huggingface_hub.constants import HF_HUB_CACHE
@@ -191,6 +192,8 @@ class CheckpointingConfig:
         self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
         self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
+        for field in fields(self):
+            setattr(self, field.name, checked(field, getattr(self, field.name)))
         self._apply_peft_constraints()
         self._check_values()
         self._check_remote()
@@ -288,7 +291,7 @@ class CheckpointingConfig:
         values: dict[str, object] = {}
         for key, value in block.items():
             if key not in kinds:
-                raise _unknown_key(key, tuple(kinds))
+                raise unknown_key(key, kinds)
             values[key] = _CONVERTERS[kinds[key]](key, value)
         return cls(**values)  # type: ignore[arg-type]
 
@@ -360,16 +363,6 @@ def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
     raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")
 
 
-def _unknown_key(key: object, known: tuple[str, ...]) -> ConfigError:
-    if key == "restore_from":
-        return ConfigError(
-            "'restore_from' is not a setting of the engine",
-            hint="Take it out of the block and pass it to Checkpointer.restore(restore_from=...).",
-        )
-    near = difflib.get_close_matches(str(key).lower(), known, n=1, cutoff=0.0)[0]
-    return ConfigError(f"Unknown key {key!r} in the checkpoint block", hint=f"Did you mean {near!r}?")
-
-
 def _wrong(key: str, value: object, wanted: str) -> ConfigError:
     return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")
 
@@ -406,14 +399,10 @@ def _int(key: str, value: object) -> int:
     return int(number)
 
 
-def _str(key: str, value: object) -> str:
-    if isinstance(value, str):
+def _str(key: str, value: object) -> str | Path:
+    if isinstance(value, str | Path):
         return value
     raise _wrong(key, value, "text")
-
-
-def _path(key: str, value: object) -> str | Path:
-    return value if isinstance(value, Path) else _str(key, value)
 
 
 def _strings(key: str, value: object) -> list[str]:
@@ -443,6 +432,6 @@ _CONVERTERS: dict[str, Callable[[str, object], object]] = {
     "list[str] | None": _or_none(_strings),
     "str": _str,
     "str | None": _or_none(_str),
-    "str | Path": _path,
-    "str | Path | None": _or_none(_path),
+    "str | Path": _str,
+    "str | Path | None": _or_none(_str),
 }

@@ -2,6 +2,7 @@
 
     ShardwiseError
     |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
+    |  `- UnknownSettingError  (TypeError)          there is no such setting; names the nearest
     |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
     |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
@@ -86,7 +87,9 @@ class ShardwiseError(Exception):
             if value is not None and (label == "rank" or not _names(self.message, str(value)))
         ]
         text = self.message + (f" [{', '.join(where)}]" if where else "")
-        return f"{text} {self.hint}" if self.hint else text
+        if not self.hint:
+            return text
+        return f"{text} {self.hint}" if text.endswith(("]", ".", "?", "!", ":")) else f"{text}. {self.hint}"
 
     def to_record(self) -> dict[str, str | int | None]:
         """Return a JSON-able record from which `from_record` rebuilds an equal error on another rank."""
@@ -137,6 +140,10 @@ class ConfigError(ShardwiseError, ValueError):
     """A setting is wrong, unknown, or contradicts another."""
 
 
+class UnknownSettingError(ConfigError, TypeError):
+    """There is no such setting. Also what Python raises for an unknown keyword, which it may have been given as."""
+
+
 class MisuseError(ShardwiseError, ValueError):
     """A call that cannot be right, whatever the data."""
 
@@ -149,11 +156,12 @@ class StorageError(ShardwiseError, OSError):
         """Describe ``error``, keeping its ``errno`` and adding what to do for the common ones."""
         where = path if path is not None else error.filename
         reason = error.strerror or str(error) or type(error).__name__
-        wrapped = cls(reason, path=where, rank=rank, hint=_OS_HINTS.get(error.errno or 0))
+        wrapped = cls(reason, path=where, rank=rank, hint=_OS_HINTS.get(error.errno or 0, _ANY_HINT))
         wrapped.errno = error.errno
         return wrapped
 
 
+_ANY_HINT = "Check the path and the file system that it is on, then try again."
 _OS_HINTS = {
     1: "The operation is not permitted; check the owner of the directory.",
     2: "Check that the path exists on every node and that the file system is mounted.",
@@ -162,8 +170,15 @@ _OS_HINTS = {
     17: "Choose another path or remove what is there.",
     20: "A file stands where a directory is needed; choose another path.",
     21: "A directory stands where a file is needed; choose another path.",
+    23: "The machine has too many files open; raise its limit or run fewer processes.",
+    24: "The process has too many files open; raise `ulimit -n`, or lower io_threads.",
+    27: "The file would exceed what the system allows; raise `ulimit -f`, or lower max_file_bytes.",
     28: "The disk is full: free space or keep fewer checkpoints (max_recent_checkpoints), then save again.",
     30: "The file system is read-only; choose another checkpoint_dir.",
+    36: "A name is too long for the file system; choose a shorter path.",
+    40: "Links of the path lead in a circle; correct them.",
+    107: "The mount has gone; mount the file system again.",
+    116: "The network file system has lost the file; check the mount and try again.",
     122: "The quota is used up: free space or keep fewer checkpoints (max_recent_checkpoints), then save again.",
 }
 

@@ -119,22 +119,32 @@ def change(file: Path, name: str, how: Callable[[torch.Tensor], torch.Tensor | N
 def test_a_missing_file_that_the_index_names(copy: Callable[[str], Path]) -> None:
     root = copy("every")
     gone = file_of(consolidated(root), "up.weight")
+    held = load_file(gone).keys()
     gone.unlink()
     error = failure(3, load, root)
     assert isinstance(error, WeightIndexError)
     assert gone.name in str(error)
+    assert error.tensor in held
     assert "restore" in str(error)
 
 
-def test_a_missing_shard(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_missing_shard(copy: Callable[[str], Path], number: int, manifest: bool) -> None:
     root = copy("false")
-    gone = sorted((root / "epoch_0_step_1" / "model").glob("shard-00002-*"))
-    for file in gone:
-        file.unlink()
+    gone = next((root / "epoch_0_step_1" / "model").glob(f"shard-0000{number}-*"))
+    gone.unlink()
+    if not manifest:
+        (root / "epoch_0_step_1" / "manifest.json").unlink()
     error = failure(3, load, root)
-    assert isinstance(error, MissingTensorError | ShapeMismatchError)
     assert error.tensor is not None
     assert str(root) in str(error)
+    if manifest:
+        assert isinstance(error, CheckpointNotFoundError)
+        assert error.path == str(gone)
+    else:
+        assert isinstance(error, MissingTensorError | ShapeMismatchError)
+        assert "missing" in str(error)
 
 
 @pytest.mark.parametrize("left", [0, 5, 300, -1])
@@ -201,6 +211,7 @@ def test_a_shape_that_differs(copy: Callable[[str], Path]) -> None:
     assert (error.tensor, error.path) == ("odd.weight", str(file))
     assert "[13, 24]" in str(error)
     assert "[12, 24]" in str(error)
+    assert "missing" not in str(error)
 
 
 def test_a_dtype_that_differs(copy: Callable[[str], Path]) -> None:
@@ -232,7 +243,7 @@ def test_a_name_that_the_model_lacks(copy: Callable[[str], Path]) -> None:
     error = failure(2, load, root)
     assert isinstance(error, UnexpectedTensorError)
     assert error.tensor == "odd.wait"
-    assert "'odd.weight'" in str(error)
+    assert "'odd.weight', which the checkpoint has too" in str(error)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"version": 9}', b"[1]"])
@@ -249,7 +260,8 @@ def test_a_missing_optimizer(copy: Callable[[str], Path]) -> None:
     shutil.rmtree(root / "epoch_0_step_1" / "optim")
     error = failure(2, load_optimizer, root)
     assert isinstance(error, CheckpointNotFoundError)
-    assert "optim" in str(error)
+    assert error.path == str(root / "epoch_0_step_1" / "optim")
+    assert "without an optimizer" in str(error)
 
 
 def load_from(root: Path, where: str) -> None:

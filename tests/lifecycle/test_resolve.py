@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.lifecycle.support import made, save
 
-from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, StorageError
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, StorageError
 from shardwise.lifecycle import BEST, LATEST, LocalFileSystem, list_checkpoints, resolve, set_pointer
 
 
@@ -28,6 +28,12 @@ def root(tmp_path: Path) -> Path:
     set_pointer(directory, LATEST, "epoch_0_step_9")
     set_pointer(directory, BEST, "epoch_0_step_8")
     return directory
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["LATEST"], True])
+def test_what_is_neither_text_nor_a_path(root: Path, wrong: object) -> None:
+    with pytest.raises(MisuseError, match="restore_from is .*LATEST"):
+        resolve(root, wrong)  # type: ignore[arg-type]
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:

@@ -20,11 +20,19 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
+from shardwise.checkpointing.arguments import (
+    check_arguments,
+    check_mapping,
+    check_same_call,
+    check_same_settings,
+    check_together,
+    whole_number,
+)
 from shardwise.checkpointing.commits import Publication, check_metrics
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.standalone import Replacement
@@ -35,6 +43,7 @@ from shardwise.engine.background import Background
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
+from shardwise.errors import ConfigError
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.lifecycle import (
     LOCAL,
@@ -72,6 +81,9 @@ class Checkpointer:
             with ``is_peft``).
         storage: Where tensor data is written to and read from; the mounted file systems by default.
         file_system: Where names are made and renamed; likewise.
+
+    Raises:
+        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it.
     """
 
     def __init__(
@@ -93,6 +105,12 @@ class Checkpointer:
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
         self._process_group = process_group
+        if config.is_remote and (storage is None or file_system is None):
+            raise ConfigError(
+                "checkpoint_dir is a URL, which the mounted file systems cannot reach",
+                path=config.checkpoint_dir,
+                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage and a file_system.",
+            )
         self._storage = storage or LocalStorage()
         self._fs = file_system or LOCAL
         self._made: Context | None = None
@@ -140,16 +158,19 @@ class Checkpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return None
-        name = checkpoint_name(epoch, step)
-        temp, final = context.root / temporary_name(name), context.root / name
+        steers = optimizer is not None or bool(as_list(scheduler))
         numbers: dict[str, float] = {}
-        with context.group.together(f"reserving {final}"):
-            numbers = check_metrics(metrics)
-            if context.group.is_main:
-                if not self._tidied:
-                    remove_leftovers(context.root, fs=self._fs)
-                reserve(context.root, name, fs=self._fs)
-        self._tidied = True
+        name = ""
+        with context.group.together(f"looking at what is to be saved of epoch {epoch}, step {step}"):
+            check_arguments(model, optimizer, scheduler)
+            check_mapping("metrics", metrics)
+            check_mapping("extra_state", extra_state)
+            epoch, step = whole_number(epoch), whole_number(step)
+            name, numbers = checkpoint_name(epoch, step), check_metrics(metrics)
+        given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
+        check_same_call(name, given, context.group)
+        self._reserve(name)
+        temp, final = context.root / temporary_name(name), context.root / name
         info: dict[str, JsonValue] = {
             "shardwise": __version__,
             "epoch": epoch,
@@ -160,8 +181,9 @@ class Checkpointer:
         publication = Publication(context, temp, final, info, numbers)
         try:
             steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
-            if optimizer is not None:
-                steps += below("optim", OptimizerSave(context, optimizer, model, scheduler, temp / "optim").steps())
+            if steers:
+                saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
+                steps += below("optim", saving.steps())
             steps += capture_extras(context, temp, extra_state or {})
         except BaseException:
             publication.abandon(context.group)
@@ -203,17 +225,19 @@ class Checkpointer:
         """
         context = self._context
         self.async_wait()
+        check_together(context.group, model, optimizer, scheduler)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)
             return None
         path = record.path
-        wanted = {"model": True, "optim": optimizer is not None, "extra": extra_state, "rng": self.config.save_rng}
+        steers = optimizer is not None or bool(as_list(scheduler))
+        wanted = {"model": True, "optim": steers, "extra": extra_state, "rng": self.config.save_rng}
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         self.load_model(model, path / "model")
-        if optimizer is not None:
-            self.load_optimizer(optimizer, model, path, scheduler)
+        if steers:
+            self.load_optimizer(optimizer or [], model, path, scheduler)
         skipped = restore_extras(context, path, extra_state)
         self.allocate_staging(model, optimizer)
         return replace(record, unrestored=skipped)
@@ -232,6 +256,7 @@ class Checkpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return
+        check_together(context.group, model)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         target.reserve()
         try:
@@ -265,6 +290,7 @@ class Checkpointer:
         """
         self.async_wait()
         context = self._context
+        check_together(context.group, model)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
             return
@@ -285,6 +311,7 @@ class Checkpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return
+        check_together(context.group, model, optimizer, scheduler)
         target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
         target.reserve()
         try:
@@ -299,6 +326,7 @@ class Checkpointer:
     ) -> None:
         """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
         self.async_wait()
+        check_together(self._context.group, model, optimizer, scheduler)
         load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
 
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -425,6 +453,7 @@ class Checkpointer:
     def _context(self) -> Context:
         if self._made is None:
             group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
+            check_same_settings(self.config, group)
             self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
             if self.config.is_async:
                 seconds = self.config.collective_timeout_seconds
@@ -453,6 +482,16 @@ class Checkpointer:
             is_final=is_final,
         )
         return below(prefix, save.steps())
+
+    def _reserve(self, name: str) -> None:
+        """Make the directory of a checkpoint to be; once also remove what interrupted saves left. All ranks call."""
+        context = self._context
+        with context.group.together(f"reserving {context.root / name}"):
+            if context.group.is_main:
+                if not self._tidied:
+                    remove_leftovers(context.root, fs=self._fs)
+                reserve(context.root, name, fs=self._fs)
+        self._tidied = True
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shardwise.checkpointing.base import BaseModel, base_path, open_base
-from shardwise.checkpointing.hub import HubNames
+from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.export import ExportPlan
@@ -37,6 +37,7 @@ class Context:
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
         optimizer_roster: Who holds what of the optimizer.
+        sound: What was captured last, after it was looked through.
     """
 
     config: CheckpointingConfig
@@ -46,6 +47,7 @@ class Context:
     stage: int
     names: HubNames = field(default_factory=HubNames)
     stager: Stager | None = None
+    sound: HubState | None = None
     _base: BaseModel | None = None
     _base_read: bool = False
 

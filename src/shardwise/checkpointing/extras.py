@@ -21,7 +21,7 @@ from shardwise.comm import Group
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
-from shardwise.errors import CheckpointNotFoundError, StateFormatError
+from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 
 
 @runtime_checkable
@@ -49,6 +49,8 @@ def capture_steps(context: Context, values: Mapping[str, object], directory: Pat
     packed: dict[str, dict[str, bytes]] = {}
     with group.together("capturing extra state"):
         for name, value in values.items():
+            if not isinstance(name, str) or name in ("", "."):
+                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
             try:
                 packed[name] = pack_state(value.state_dict() if isinstance(value, Stateful) else value)
             except StateFormatError as error:

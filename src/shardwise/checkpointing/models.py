@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -95,6 +95,8 @@ class ModelSave:
         """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
         context = self._context
         if context.config.model_save_format == "torch_save":
+            with context.group.together("describing the model"):
+                require_memory(self.state.held())
             return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
         hub: HubState | None = None
         with context.group.together("describing the model"):
@@ -135,6 +137,9 @@ class ModelSave:
     def _captured(self) -> HubState:
         context = self._context
         hub = context.names.capture(self.state)
+        if hub is not context.sound:
+            require_memory(hub.native)
+            context.sound = hub
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
@@ -225,6 +230,21 @@ def default_addons(is_peft: bool) -> list[CheckpointAddon]:
 
         return [PeftAddon()]
     return [ConsolidatedHFAddon()]
+
+
+def require_memory(tensors: Iterable[HeldTensor]) -> None:
+    """Check that a model that is to be saved has values.
+
+    Raises:
+        MisuseError: One of its tensors is on the meta device.
+    """
+    for tensor in tensors:
+        if any(fragment.data.is_meta for part in tensor.parts for fragment in part.fragments):
+            raise MisuseError(
+                "the model is on the meta device and has no values to save",
+                tensor=tensor.spec.name,
+                hint="Call initialize_model_weights or load_base_model first.",
+            )
 
 
 def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -151,6 +152,12 @@ def load_optimizer(
     state: OptimizerState | None = None
     with group.together(f"restoring the optimizer's groups from {directory}"):
         state = OptimizerState(optimizer, model)
+        if not os.path.lexists(directory):
+            raise CheckpointNotFoundError(
+                "the checkpoint was saved without an optimizer",
+                path=directory,
+                hint="Restore without an optimizer, or choose a checkpoint that has one.",
+            )
         record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
         state.prepare(record)
         if schedulers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from shardwise.checkpointing.arguments import check_stateful
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
@@ -20,6 +21,7 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
 def save_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
     """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
     with context.group.together(f"writing {state_name} of every rank"):
+        check_stateful(state)
         stem = _stem(path, state_name, rank)
         if writes:
             context.storage.make_directory(stem.parent)
@@ -30,6 +32,7 @@ def save_rank_state(context: Context, state: Stateful, state_name: str, path: Pa
 def load_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str) -> None:
     """Read what `save_rank_state` wrote for ``rank``. All ranks call."""
     with context.group.together(f"reading {state_name} of every rank"):
+        check_stateful(state)
         stem = _stem(path, state_name, rank)
         if not has_state(stem):
             raise CheckpointNotFoundError(

@@ -119,7 +119,7 @@ def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
         if not 0 < number <= len(groups) or number in order:
             return re.escape(reference[0])
         order.append(number)
-        return groups[number - 1]
+        return str(groups[number - 1])
 
     start = "^" if replacement.startswith("^") else ""
     pieces = _REFERENCE.split(replacement.removeprefix("^"))

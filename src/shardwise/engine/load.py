@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
+from shardwise.engine.absent import absent_files_named
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
 from shardwise.errors import (
     DtypeMismatchError,
@@ -78,10 +79,10 @@ def load_tensors(
     replicas = find_replicas(held, source, group, storage, options.sharing)
     reads = PlannedReads()
     missing: list[str] = []
-    with group.together(f"comparing the model with {source.path}"):
+    with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
         missing = [tensor.spec.name for tensor in held if tensor.spec.name not in source.tensors]
         if missing and not options.allow_missing:
-            raise _missing(missing, unexpected or list(source.tensors), source)
+            raise _missing(missing, unexpected, source)
         if unexpected and not options.allow_unexpected:
             raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
         for tensor in held:
@@ -115,11 +116,13 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
     saved = source.tensors[tensor.spec.name]
     where = source.files[saved.chunks[0].file] if saved.chunks else source.path
     if saved.spec.shape != tensor.spec.shape:
+        pieces = any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks) or where.name.startswith("shard-")
         raise ShapeMismatchError(
             f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
             path=where,
             tensor=tensor.spec.name,
-            hint="Build the model from the checkpoint's own config.json.",
+            hint=("A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build")
+            + " the model from the checkpoint's own config.json.",
         )
     exact = options.exact.get(tensor.spec.name) == tensor.spec.dtype
     if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast and not exact:
@@ -143,11 +146,13 @@ def _listing(names: Collection[str]) -> str:
     return ", ".join(shown) + more
 
 
-def _missing(names: Sequence[str], others: Sequence[str], source: Source) -> MissingTensorError:
-    close = nearest(names[0], others)
-    hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?" if close else (
-        "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
-    )  # fmt: skip
+def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> MissingTensorError:
+    close = nearest(names[0], unclaimed or source.tensors)
+    hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
+    if close is not None and unclaimed:
+        hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?"
+    elif close is not None:
+        hint = f"The nearest name there is {close!r}, which the model has too. {hint}"
     return MissingTensorError(
         f"the checkpoint lacks {len(names)} of the model's tensors: {_listing(names)}",
         path=source.path,
@@ -157,10 +162,12 @@ def _missing(names: Sequence[str], others: Sequence[str], source: Source) -> Mis
 
 
 def _unexpected_error(names: Sequence[str], own: Sequence[str], source: Source) -> UnexpectedTensorError:
-    close = nearest(names[0], own)
-    hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?" if close else (
-        "Build the model from the checkpoint's own config.json."
-    )  # fmt: skip
+    close = nearest(names[0], [name for name in own if name not in source.tensors])
+    hint = "Build the model from the checkpoint's own config.json."
+    if close is not None:
+        hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?"
+    elif (close := nearest(names[0], own)) is not None:
+        hint = f"The nearest name in the model is {close!r}, which the checkpoint has too. {hint}"
     return UnexpectedTensorError(
         f"the checkpoint holds {len(names)} tensors that the model lacks: {_listing(names)}",
         path=source.path,

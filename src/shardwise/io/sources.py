@@ -121,12 +121,14 @@ def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
     if not indices:
         return plain, []
     chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
-    listed = sorted(set(read_index(directory / chosen).weight_map.values()))
+    weight_map = read_index(directory / chosen).weight_map
+    listed = sorted(set(weight_map.values()))
     for name in listed:
         if not (directory / name).exists():
             raise WeightIndexError(
                 f"the index names {name}, which is absent",
                 path=directory / chosen,
+                tensor=next(tensor for tensor, file in weight_map.items() if file == name),
                 hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
             )
     return listed, [chosen]

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError
 from shardwise.lifecycle.filesystem import read_small_file, storage_errors
 from shardwise.lifecycle.names import (
     LATEST,
@@ -174,7 +174,13 @@ def resolve(root: Path, restore_from: str | Path = LATEST) -> ResolvedCheckpoint
         CheckpointNotFoundError: There is no such thing; the text lists what there is.
         IncompleteCheckpointError: It is an interrupted save.
         StorageError: The root or the target cannot be read.
+        MisuseError: ``restore_from`` is neither text nor a path.
     """
+    if not isinstance(restore_from, str | Path):
+        raise MisuseError(
+            f"restore_from is {restore_from!r}",
+            hint=f"Pass {LATEST!r}, another pointer's or a checkpoint's name, or a path.",
+        )
     with storage_errors(root):
         if isinstance(restore_from, Path):
             return _at_path(root, restore_from)

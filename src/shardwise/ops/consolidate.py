@@ -30,7 +30,7 @@ from shardwise.io.reader import Reader
 from shardwise.io.sources import Source, open_source
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.io.stream import tensor_blocks
-from shardwise.lifecycle import LOCAL, temporary_name
+from shardwise.lifecycle import LATEST, LOCAL, list_checkpoints, resolve, temporary_name
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
@@ -78,7 +78,7 @@ def consolidate(
     rewritten.
 
     Args:
-        path: A checkpoint's ``model`` directory, or the checkpoint.
+        path: A checkpoint's ``model`` directory, the checkpoint, or a root, whose ``LATEST`` is meant.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
         max_file_bytes: Largest file where no base model's split was recorded.
         progress: Told of bytes written and bytes to write.
@@ -90,6 +90,9 @@ def consolidate(
         FormatError: A shard is damaged.
     """
     top = Path(path).absolute()
+    if top.is_dir() and not (top / "model").is_dir() and (list_checkpoints(top) or os.path.lexists(top / LATEST)):
+        found = resolve(top)
+        top = top if found is None else found.path
     directory = top / "model" if (top / "model").is_dir() else top
     target = Path(output).absolute() if output is not None else directory / _CONSOLIDATED
     if os.path.lexists(target):

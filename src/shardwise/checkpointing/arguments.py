@@ -1,0 +1,135 @@
+"""What callers hand in, looked at before anything is done with it: a mistake is named, and on every rank alike."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import cast
+
+from torch import nn
+from torch.optim import Optimizer
+
+from shardwise.comm import Group, JsonValue
+from shardwise.config import CheckpointingConfig
+from shardwise.errors import ConfigError, MisuseError
+
+
+def check_arguments(model: object, optimizer: object = None, scheduler: object = None) -> None:
+    """Check that each is what it is called, or a sequence of such.
+
+    Raises:
+        MisuseError: One is something else.
+    """
+    for part in _several(model):
+        if not isinstance(part, nn.Module):
+            raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
+    for each in () if optimizer is None else _several(optimizer):
+        if not isinstance(each, Optimizer):
+            raise _not("optimizer", each, "a torch.optim.Optimizer, or a list of them")
+    for each in () if scheduler is None else _several(scheduler):
+        if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+            raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
+
+
+def check_together(group: Group, model: object, optimizer: object = None, scheduler: object = None) -> None:
+    """As `check_arguments`, so that a mistake of one rank is an error on all. All ranks call."""
+    with group.together("looking at what is to be saved or loaded"):
+        check_arguments(model, optimizer, scheduler)
+
+
+#: Settings that decide which collectives a save and a load consist of.
+_STEERING = (
+    "enabled",
+    "model_save_format",
+    "save_consolidated",
+    "is_peft",
+    "is_async",
+    "single_rank_consolidation",
+    "random_writes",
+    "diffusers_compatible",
+    "max_file_bytes",
+    "verify_export",
+    "skip_save_while_busy",
+    "save_rng",
+)
+
+
+def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
+    """Check that the ranks were given the same settings, where others would leave them waiting for each other.
+
+    Paths and threads may differ. All ranks call.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    values = {key: getattr(config, key) for key in _STEERING}
+    own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
+    everyone = group.gather_json(cast(JsonValue, own), "comparing settings")
+    for rank, theirs in enumerate(cast(list[dict[str, str]], everyone)):
+        for key, value in cast(list[dict[str, str]], everyone)[0].items():
+            if theirs[key] != value:
+                raise ConfigError(
+                    f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
+                    hint="Give every rank the same settings.",
+                )
+
+
+def check_same_call(name: str, given: Mapping[str, bool], group: Group) -> None:
+    """Check that the ranks save the same thing: the checkpoint's name, and which arguments were passed. All call.
+
+    Raises:
+        MisuseError: They differ.
+    """
+    own: JsonValue = [name, sorted(key for key, is_given in given.items() if is_given)]
+    everyone = cast(list[tuple[str, list[str]]], group.gather_json(own, "comparing what is to be saved"))
+    first, passed = everyone[0]
+    for rank, (theirs, they_passed) in enumerate(everyone):
+        if theirs != first:
+            raise MisuseError(
+                f"rank 0 saves {first} and rank {rank} saves {theirs}",
+                hint="Count epochs and steps alike on every rank.",
+            )
+        if they_passed != passed:
+            odd = sorted({*passed} ^ {*they_passed})[0]
+            has, lacks = (0, rank) if odd in passed else (rank, 0)
+            raise MisuseError(
+                f"{odd} was passed on rank {has} and not on rank {lacks}",
+                hint="Pass the same arguments on every rank; a rank without stages passes empty lists.",
+            )
+
+
+def whole_number(value: int) -> int:
+    """An integer of any library as Python's own; anything else as it is, for the caller to refuse."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_mapping(key: str, value: object) -> None:
+    """Check that an argument that is given by name and value is that.
+
+    Raises:
+        MisuseError: It is something else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise _not(key, value, "a dictionary")
+
+
+def check_stateful(value: object) -> None:
+    """Check that an object has the two methods of a state.
+
+    Raises:
+        MisuseError: It lacks one.
+    """
+    if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+        raise _not("state", value, "an object with state_dict() and load_state_dict()")
+
+
+def _several(value: object) -> Sequence[object]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _not(label: str, value: object, wanted: str) -> MisuseError:
+    return MisuseError(f"what was passed as {label} is a {type(value).__name__}", hint=f"Pass {wanted}.")

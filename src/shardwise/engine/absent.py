@@ -1,0 +1,51 @@
+"""Why a checkpoint's tensors do not fit: a file of it may be gone, which its headers alone cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardwise.engine.verify import load_manifest
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeMismatchError, ShardwiseError
+from shardwise.io.sources import Source
+
+_CLIMB = 3
+
+
+@contextmanager
+def absent_files_named(source: Source) -> Iterator[None]:
+    """Give errors about tensors their path, and name the absent file where a manifest lists one.
+
+    Raises:
+        CheckpointNotFoundError: A tensor file that belongs to what is loaded is absent, in place of the error about the
+            tensor that it leaves incomplete.
+    """
+    try:
+        yield
+    except (MissingTensorError, ShapeMismatchError) as error:
+        if error.path is None:
+            error.path = str(source.path)
+        absent = _absent(source.path)
+        if absent is None:
+            raise
+        raise CheckpointNotFoundError(
+            "this file of the checkpoint, which its manifest lists, is absent",
+            path=absent,
+            tensor=error.tensor,
+            hint="Restore it from a copy, or choose another checkpoint; `shardwise verify` lists all that is missing.",
+        ) from error
+
+
+def _absent(path: Path) -> Path | None:
+    """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
+    try:
+        for directory in [path, *path.parents][:_CLIMB]:
+            manifest = load_manifest(directory) if directory.is_dir() else None
+            for file in () if manifest is None else manifest.files:
+                found = directory / file.path
+                if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
+                    return found
+    except (OSError, ShardwiseError):  # the error at hand says more than one about the manifest
+        pass
+    return None

@@ -1,0 +1,87 @@
+"""What kind of value a setting takes, where it is given to the constructor and not read from YAML.
+
+A value of the wrong kind must not get by because it happens to be true, or iterable: ``is_async="false"`` would save in
+the background, and a prefix given as text would be taken as a list of letters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, TypeVar
+
+from shardwise.errors import ConfigError, UnknownSettingError
+
+
+class _Field(Protocol):
+    name: str
+    type: object
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def unknown_key(key: object, known: Iterable[str]) -> UnknownSettingError:
+    """The error for a key that no setting has; it names the nearest that one has."""
+    if key == "restore_from":
+        return UnknownSettingError(
+            "'restore_from' is not a setting of the engine",
+            hint="Take it out of the block and pass it to Checkpointer.restore(restore_from=...).",
+        )
+    near = difflib.get_close_matches(str(key).lower(), list(known), n=1, cutoff=0.0)[0]
+    return UnknownSettingError(f"Unknown key {key!r} in the checkpoint block", hint=f"Did you mean {near!r}?")
+
+
+def names_unknown_keys(cls: _Class) -> _Class:
+    """Let a dataclass answer a keyword that it does not have with `unknown_key`: blocks are passed as ``**block``."""
+    plain: Callable[..., None] = vars(cls)["__init__"]
+    known: Mapping[str, object] = vars(cls)["__dataclass_fields__"]
+
+    @functools.wraps(plain)
+    def init(self: object, *args: object, **kwargs: object) -> None:
+        for key in kwargs:
+            if key not in known:
+                raise unknown_key(key, known)
+        plain(self, *args, **kwargs)
+
+    type.__setattr__(cls, "__init__", init)
+    return cls
+
+
+def checked(field: _Field, value: object) -> object:
+    """The value, if it is of its field's kind; a path that is to be text becomes text, any list of texts a list.
+
+    Numbers and modes are checked with their ranges, elsewhere.
+
+    Raises:
+        ConfigError: It is of another kind.
+    """
+    kind = str(field.type)
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("list[str]"):
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+            texts = list(value)
+            if all(isinstance(text, str) for text in texts):
+                return texts
+        raise _wrong(field.name, value, "a list of texts")
+    if kind.startswith("bool |") and "str" in kind:
+        return value
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            raise _wrong(field.name, value, "true or false")
+        return value
+    if kind.startswith("str"):
+        if not isinstance(value, str | os.PathLike):
+            raise _wrong(field.name, value, "text")
+        path = value if "Path" in kind else os.fspath(value)
+        if "\0" in str(path):
+            raise _wrong(field.name, value, "text without a zero byte")
+        return path
+    return value
+
+
+def _wrong(key: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")

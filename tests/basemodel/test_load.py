@@ -407,3 +407,10 @@ def test_the_hint_never_proposes_to_skip_the_model_itself(tmp_path: Path) -> Non
         engine.load_base_model(on_meta(LlamaForCausalLM, llama_config()), "cpu", None, str(tmp_path))
     assert caught.value.hint is not None
     assert "skip_task_head_prefixes" not in caught.value.hint
+
+
+def test_a_models_own_directory_in_a_cache(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path / "first")
+    snapshot = hub_cache(tmp_path / "cache", "org/model", tmp_path / "first")
+    assert find_base(None, str(tmp_path / "cache" / "models--org--model")) == snapshot
+    assert find_base(tmp_path / "cache", "models--org--model") == snapshot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,15 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardwise.checkpointing.base_files import base_dtype
+from shardwise.comm import Group
 from shardwise.errors import DtypeMismatchError, QuantizationError
 from shardwise.format.header import read_header
+from shardwise.io.quantized import find_quantized, read_dequantized
+from shardwise.io.reader import Reader
+from shardwise.io.sources import open_source
+from shardwise.io.storage import LocalStorage
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.types import Box
 
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -380,3 +388,28 @@ def test_the_dtype_of_a_quantized_base(tmp_path: Path) -> None:
     edit_config(tmp_path / "base", quantization_config=FP8_CONFIG, dtype=None, torch_dtype=None)
     assert json.loads((tmp_path / "base" / "config.json").read_text())["dtype"] is None
     assert base_dtype(None, str(tmp_path / "base")) == "bfloat16"
+
+
+def test_column_ranges_of_the_same_rows_are_read_once(tmp_path: Path) -> None:
+    """What a packed placement along columns leaves on a rank: values and scales are read in one pass."""
+    shape, block = (900, 640), (16, 16)
+    stored = {
+        "w": torch.randn(shape).mul(50).to(torch.float8_e4m3fn),
+        "w_scale_inv": torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1])) + 0.1,
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    source = open_source(tmp_path, Group(None))
+    found, _ = find_quantized(source.tensors, block)
+    boxes = [Box((0, 100), (900, 70)), Box((0, 420), (900, 70))]
+    fragments = tuple(Fragment(box, torch.zeros(box.sizes)) for box in boxes)
+    ranges: list[tuple[int, int]] = []
+    reader = Reader(LocalStorage(), source.files, 1, lambda _, offset, length: ranges.append((offset, offset + length)))
+    held = HeldTensor(found["w"].spec, shape, (HeldPart(Part(shape), (), fragments),))
+    read_dequantized(found["w"], held, reader)
+    reader.close()
+    scales = stored["w_scale_inv"].repeat_interleave(16, 0)[:900].repeat_interleave(16, 1)
+    expected = stored["w"].float() * scales
+    for fragment in fragments:
+        assert torch.equal(fragment.data, expected[:, fragment.box.offsets[1] : fragment.box.ends[1]])
+    ranges.sort()
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))

@@ -27,8 +27,8 @@ def find_base(root_dir: str | Path | None, model_name: str) -> Path:
 
     Args:
         root_dir: The hub cache, or a directory that models lie in; the hub's own cache if not given.
-        model_name: A directory, a file, a name below ``root_dir``, or a hub id (``org/name``, or ``org/name@revision``
-            with a branch, a tag or a commit).
+        model_name: A directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
+            (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit).
 
     Raises:
         CheckpointNotFoundError: It is not there.
@@ -44,6 +44,10 @@ def find_base(root_dir: str | Path | None, model_name: str) -> Path:
             )
         if candidate.is_file() or (candidate.is_dir() and _holds_weights(candidate)):
             return candidate.absolute()
+        if candidate.name.startswith("models--") and (candidate / "snapshots").is_dir():
+            # The model's own directory in a hub cache.
+            root, model_name = candidate.absolute().parent, candidate.name.removeprefix("models--").replace("--", "/")
+            break
     found = _HUB_ID.match(model_name)
     if root is None:
         from huggingface_hub.constants import HF_HUB_CACHE

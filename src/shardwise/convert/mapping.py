@@ -111,7 +111,7 @@ def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
     match no text, and are dropped.
     """
     text = _ASSERTION.sub("", pattern).removeprefix("^").removesuffix("$")
-    groups = _GROUP.findall(text)
+    groups: list[str] = _GROUP.findall(text)
     order: list[int] = []
 
     def caught(reference: re.Match[str]) -> str:

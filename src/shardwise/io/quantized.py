@@ -11,7 +11,8 @@ Formats, and where they are from:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -37,6 +38,8 @@ from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.types import Box, TensorSpec
 
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
+#: Pieces of a MiB each whose values are held at a time.
+_MOST_ABREAST = 4
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit float weights"
 
@@ -250,9 +253,20 @@ def read_dequantized(tensor: Quantized, wanted: HeldTensor, reader: Reader) -> N
     for slab in plan_slabs(tensor, wanted):
         scales = _read_scales(tensor, slab, reader)
         with torch.no_grad():
-            for piece in slab.pieces:
-                raw = _read_values(tensor, piece, reader)
-                piece.dest.copy_(dequantize(raw, scales, tensor, piece.box, slab.around))
+            for abreast in _abreast(slab.pieces):
+                for piece, raw in zip(abreast, _read_values(tensor, abreast, reader), strict=True):
+                    piece.dest.copy_(dequantize(raw, scales, tensor, piece.box, slab.around))
+
+
+def _abreast(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces of the same rows together, to be read in one pass; a rank has two in most packed placements."""
+
+    def rows(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return piece.box.offsets[:-1], piece.box.sizes[:-1]
+
+    for _, same in itertools.groupby(sorted(pieces, key=lambda piece: (rows(piece), piece.box.offsets)), key=rows):
+        together = list(same)
+        yield from (together[at : at + _MOST_ABREAST] for at in range(0, len(together), _MOST_ABREAST))
 
 
 def dequantized_pieces(tensor: Quantized, wanted: HeldTensor, most: int) -> Iterator[Made]:
@@ -267,7 +281,8 @@ def dequantized_pieces(tensor: Quantized, wanted: HeldTensor, most: int) -> Iter
 def _fill(tensor: Quantized, slab: Slab, memory: torch.Tensor, reader: Reader) -> None:
     [piece] = slab.pieces
     scales = _read_scales(tensor, slab, reader)
-    memory.copy_(dequantize(_read_values(tensor, piece, reader), scales, tensor, piece.box, slab.around))
+    [raw] = _read_values(tensor, [piece], reader)
+    memory.copy_(dequantize(raw, scales, tensor, piece.box, slab.around))
 
 
 def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:
@@ -284,12 +299,13 @@ def _regions(stored: torch.Tensor, slab: Slab) -> Iterator[Fragment]:
         yield Fragment(box, stored[tuple(slice(o, e) for o, e in zip(inside.offsets, inside.ends, strict=True))])
 
 
-def _read_values(tensor: Quantized, piece: Piece, reader: Reader) -> torch.Tensor:
+def _read_values(tensor: Quantized, pieces: Sequence[Piece], reader: Reader) -> list[torch.Tensor]:
     spec = tensor.values.spec
-    box = byte_box(piece.box) if tensor.packed else piece.box
-    raw = torch.empty(box.sizes, dtype=torch_dtype(spec.dtype))
-    reader.execute(list(plan_reads(tensor.values, _held(spec, (Fragment(box, raw),)))))
-    return raw
+    boxes = [byte_box(piece.box) if tensor.packed else piece.box for piece in pieces]
+    raws = [torch.empty(box.sizes, dtype=torch_dtype(spec.dtype)) for box in boxes]
+    fragments = tuple(Fragment(box, raw) for box, raw in zip(boxes, raws, strict=True))
+    reader.execute(list(plan_reads(tensor.values, _held(spec, fragments))))
+    return raws
 
 
 def _held(spec: TensorSpec, fragments: tuple[Fragment, ...]) -> HeldTensor:

@@ -105,7 +105,7 @@ def match_base(
             if tensor.spec.name in available:
                 held.append(tensor)
             elif native and native in embedded:
-                held.append(replace(tensor, spec=replace(tensor.spec, name=embedded[native])))
+                held.append(tensor._replace(spec=tensor.spec._replace(name=embedded[native])))
             elif not _matches(ignorable, tensor.spec.name):
                 held.append(tensor)
         groups += converted.groups
@@ -192,8 +192,8 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
                     fresh.append(fragment)
                 else:
                     doubled.append((first, fragment.data))
-            parts.append(replace(part, fragments=tuple(fresh)))
-        out.append(replace(tensor, parts=tuple(parts)))
+            parts.append(part._replace(fragments=tuple(fresh)))
+        out.append(tensor._replace(parts=tuple(parts)))
     return tuple(out), doubled
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -90,7 +90,7 @@ class HubNames:
             converted = to_hub(conversion, own)
             held += converted.held
             groups += converted.groups
-            tied = [replace(tensor.spec, name=alias) for tensor in own for alias in aliases[tensor.spec.name]]
+            tied = [tensor.spec._replace(name=alias) for tensor in own for alias in aliases[tensor.spec.name]]
             absent += [*conversion.ignored, *_file_names(part, tied)]
         return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent))
 
@@ -145,7 +145,7 @@ def with_base_dtypes(
         if known is None or known.dtype == have or not {known.dtype, have} <= _FLOATS.keys():
             export.append(tensor)
             continue
-        export.append(replace(tensor, spec=replace(tensor.spec, dtype=known.dtype)))
+        export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
         if _FLOATS[known.dtype] <= _FLOATS[have]:
             exact.append(tensor)
     return export, exact

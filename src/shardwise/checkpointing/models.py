@@ -284,7 +284,7 @@ def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
     names = tuple(source.tensors)
     mapping = dict(zip(names, rename(names, key_mapping), strict=True))
     tensors = {
-        mapping[name]: replace(tensor, spec=replace(tensor.spec, name=mapping[name]))
+        mapping[name]: tensor._replace(spec=tensor.spec._replace(name=mapping[name]))
         for name, tensor in source.tensors.items()
     }
     return Source(source.path, source.files, tensors)

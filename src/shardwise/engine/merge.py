@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
@@ -70,7 +70,7 @@ def write_merged(
     paths = [*(aside / file.path for file in record.files), *plan.copies.files]
     digests: dict[str, int | None] = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
     for tensor in plan.copies.tensors:
-        moved = tuple(replace(chunk, file=chunk.file + len(names)) for chunk in tensor.chunks)
+        moved = tuple(chunk._replace(file=chunk.file + len(names)) for chunk in tensor.chunks)
         sources[tensor.spec.name] = SourceTensor(tensor.spec, moved)
     copied = {tensor.spec.name: 0 for tensor in plan.copies.tensors}
     with group.together(f"preparing {plan.directory}"):

@@ -91,8 +91,12 @@ def coordinates_of(held: Sequence[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
         MisuseError: Two tensors give different coordinates for one mesh.
     """
     found: dict[MeshKey, tuple[int, ...]] = {}
+    seen: dict[int, tuple[int, ...]] = {}  # most tensors share their part and coordinate with others, object and all
     for tensor in held:
         for part in tensor.parts:
+            if seen.get(id(part.part)) is part.coordinate:
+                continue
+            seen[id(part.part)] = part.coordinate
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
                 raise MisuseError(

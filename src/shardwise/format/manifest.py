@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.errors import ManifestError
 from shardwise.format.crc import crc32c
@@ -87,8 +87,7 @@ class _FailTensor(Protocol):
     def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRecord:
+class ChunkRecord(NamedTuple):
     """A region of a tensor that lies in one run of bytes.
 
     Attributes:
@@ -106,8 +105,7 @@ class ChunkRecord:
     crc32c: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """A tensor of the checkpoint and the chunks that hold it.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +20,7 @@ from shardwise.plan.views import factor_shape, refine_box
 from shardwise.types import Box, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class SourceChunk:
+class SourceChunk(NamedTuple):
     """A saved piece of a tensor.
 
     Attributes:
@@ -38,16 +37,14 @@ class SourceChunk:
     packed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
+class SourceTensor(NamedTuple):
     """A saved tensor: what it is, and where its pieces are."""
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Read:
+class Read(NamedTuple):
     """Rows of bytes, and the memory that they fill.
 
     Attributes:
@@ -70,8 +67,7 @@ class Read:
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedRead:
+class PackedRead(NamedTuple):
     """A serialised tensor to load, and the region of it to copy.
 
     Attributes:

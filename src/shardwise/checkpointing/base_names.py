@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -139,7 +139,7 @@ def _present(
     found = _in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
-        yield replace(named, name=choices[0]) if named.aliases and choices else named
+        yield named._replace(name=choices[0]) if named.aliases and choices else named
 
 
 def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:

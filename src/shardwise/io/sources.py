@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, HeaderError, WeightIndexError
 from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.index import read_index
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
 
@@ -43,8 +44,7 @@ class Source:
         return Source(self.path, self.files, {n: t for n, t in self.tensors.items() if n not in dropped})
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One tensor or piece in one file: global offsets are ``None`` where the file holds it whole."""
 
     name: str
@@ -141,7 +141,8 @@ def _read_headers(files: Sequence[Path], group: Group) -> list[list[_Entry]]:
                 own[str(number)] = [_encode(entry) for entry in _entries(file)]
     everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
     merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
-    return [[_decode(row) for row in merged[number]] for number in range(len(files))]
+    with collector_paused():
+        return [[_decode(row) for row in merged[number]] for number in range(len(files))]
 
 
 def _entries(file: Path) -> list[_Entry]:
@@ -169,6 +170,7 @@ def _decode(row: JsonValue) -> _Entry:
     return _Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
 
 
+@collector_paused()
 def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Entry]]) -> Source:
     pieces: dict[str, list[tuple[_Entry, int]]] = {}
     sharded_names: set[str] = set()
@@ -185,6 +187,9 @@ def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Ent
 
 def _tensor(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
     first, number = found[0]
+    if len(found) == 1 and first.saved is None:
+        spec = TensorSpec(name, first.shape, first.dtype)
+        return SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, first.offset),))
     shape = list(first.shape)
     chunks: dict[Box, SourceChunk] = {}
     for entry, file in found:

@@ -45,9 +45,12 @@ class ModelState:
 
     def tensors(self) -> tuple[NamedTensor, ...]:
         """Parameters and persistent buffers, each tied tensor once."""
+        listed = state_tensors(self.model)
+        if self.is_whole:
+            return listed
         return tuple(
             named
-            for named in state_tensors(self.model)
+            for named in listed
             if not (self._skip and named.name.startswith(self._skip))
             and (not self.is_peft or named.tensor.requires_grad)
         )

@@ -29,11 +29,11 @@ from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import HubNames
-from shardwise.checkpointing.models import ModelSave
+from shardwise.checkpointing.models import ModelSave, load_model
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.export import ExportOptions, export_record, plan_export
-from shardwise.engine.load import LoadOptions, plan_load
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.manifest import Manifest, encode_manifest
 from shardwise.io.sources import open_source
@@ -90,6 +90,8 @@ class _Alike(Group):
         """This rank's row, with each rank's coordinate; or what the others tell."""
         if what in self._told:
             return [json.loads(self._told[what]), *(json.loads("{}") for _ in range(1, self.world_size))]
+        if isinstance(value, dict):
+            return [value] * self.world_size
         digest, keys = cast(tuple[str, list[list[JsonValue]]], value)
         rows = (json.dumps([digest, [[*key[:3], [rank]] for key in keys]]) for rank in range(self.world_size))
         return [cast(JsonValue, json.loads(row)) for row in rows]
@@ -142,6 +144,8 @@ def _model(tensors: int, mesh: DeviceMesh, rank: int, ranks: int) -> nn.Module:
 def _seconds(step: Callable[[], T]) -> tuple[float, T]:
     started = time.process_time()
     result = step()
+    # What a step leaves behind makes the collector run, at the expense of whatever happens to make objects next.
+    _ = [[] for _ in range(2_000)]
     return time.process_time() - started, result
 
 
@@ -154,6 +158,7 @@ class _Planned:
     coordinator: float
     look: float
     later: float
+    first_load: float
     load: float
 
 
@@ -161,13 +166,7 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     gc.collect()
     state = ModelState(model)
     group = _Alike(rank, ranks)
-    context = Context(
-        CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every"),
-        group,
-        LocalStorage(),
-        LocalFileSystem(),
-        0,
-    )
+    context = _context(group, directory)
 
     def save() -> None:
         ModelSave(context, model, directory, [], tokenizer=None, peft_config=None, is_final=False).steps()
@@ -189,8 +188,15 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     coordinator, _ = _seconds(describe)
     with tempfile.TemporaryDirectory(dir=directory) as made:
         told = _files(Path(made), plan.layout)
-        load, _ = _seconds(lambda: _load(Path(made), context.names, state, _Alike(rank, ranks, told)))
-    return _Planned(capture, first, first + coordinator, look, later, load)
+        fresh = _context(_Alike(rank, ranks, told), directory)
+        first_load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
+        load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
+    return _Planned(capture, first, first + coordinator, look, later, first_load, load)
+
+
+def _context(group: Group, directory: Path) -> Context:
+    config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
+    return Context(config, group, _Unread(), LocalFileSystem(), 0)
 
 
 def _files(directory: Path, layout: Layout) -> dict[str, str]:
@@ -204,13 +210,22 @@ def _files(directory: Path, layout: Layout) -> dict[str, str]:
     return group.told
 
 
-def _load(path: Path, names: HubNames, state: ModelState, group: Group) -> None:
-    """What a load does before it reads, on a rank that other ranks tell what is in the files."""
-    source = open_source(path, group)
-    held = names.capture(state, state.tensors()).held
-    wanted = {tensor.spec.name for tensor in held}
-    group.fold([], [int(name in wanted) for name in sorted(source.tensors)], "comparing names")
-    plan_load(held, source, LoadOptions())
+class _ReadingStarts(Exception):  # noqa: N818 - it is no error
+    """A load has planned all that it reads."""
+
+
+class _Unread(LocalStorage):
+    """Ends a load where it would open the first file to read from it."""
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        """Not today."""
+        raise _ReadingStarts
+
+
+def _load(context: Context, model: nn.Module, path: Path) -> None:
+    """All that a load does before it reads, on a rank that other ranks tell what is in the files."""
+    with contextlib.suppress(_ReadingStarts):
+        load_model(context, model, path, key_mapping=None, options=LoadOptions())
 
 
 def _planned(tensors: int, ranks: int, repeats: int, directory: Path) -> _Planned:
@@ -232,7 +247,7 @@ def planning(settings: Settings) -> list[Row]:
     def row(name: str, step: str, limit: str = "") -> Row:
         seconds, of_half, of_fewer = (getattr(each, step) for each in (whole, half, fewer))
         wanted = f"wanted: {limit}; " if limit else ""
-        note = f"processor time; {wanted}{of_half:.3f} s for half the tensors, {of_fewer:.3f} s on half the ranks"
+        note = f"{wanted}{of_half:.3f} s for half the tensors, {of_fewer:.3f} s on half the ranks"
         return Row(name, seconds, note=note)
 
     return [
@@ -241,5 +256,6 @@ def planning(settings: Settings) -> list[Row]:
         row("plan, first save with it, coordinator", "coordinator", "5 s"),
         row("plan, look at the modules, a rank", "look"),
         row("plan, later save with it, a rank", "later", "0.05 s"),
-        row("plan, load, a rank", "load", "1 s"),
+        row("plan, first load with it, a rank", "first_load", "1 s"),
+        row("plan, load of a known model, a rank", "load", "1 s"),
     ]

@@ -83,8 +83,10 @@ class HubNames:
         if known is None or known.names != names or not known.memory.is_of(own):
             known = self._captured = _Captured(names, Memory(own), self._capture(state, tensors))
         found = known.state
-        if state.is_whole and (self._last is None or found is not self._last[1] or self._last[0].is_plain):
-            # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
+        # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
+        last = self._last
+        stale = last is None or found is not last[1] or (last[0].is_plain and not last[0].holds(state.model))
+        if state.is_whole and stale:
             self._last = (Snapshot(state.model, known.memory), found)
         return found
 

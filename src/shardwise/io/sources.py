@@ -54,6 +54,7 @@ class _Entry(NamedTuple):
     saved: tuple[int, ...] | None
 
 
+@collector_paused()
 def open_source(path: str | os.PathLike[str], group: Group) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
@@ -141,8 +142,7 @@ def _read_headers(files: Sequence[Path], group: Group) -> list[list[_Entry]]:
                 own[str(number)] = [_encode(entry) for entry in _entries(file)]
     everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
     merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
-    with collector_paused():
-        return [[_decode(row) for row in merged[number]] for number in range(len(files))]
+    return [[_decode(row) for row in merged[number]] for number in range(len(files))]
 
 
 def _entries(file: Path) -> list[_Entry]:
@@ -170,7 +170,6 @@ def _decode(row: JsonValue) -> _Entry:
     return _Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
 
 
-@collector_paused()
 def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Entry]]) -> Source:
     pieces: dict[str, list[tuple[_Entry, int]]] = {}
     sharded_names: set[str] = set()

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from shardwise.plan.collector import collector_paused
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
 
 _Kept: TypeAlias = dict[str, object]
 
 _LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
-_OWN_WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_WATCHED = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 class Memory:
@@ -41,17 +41,10 @@ class Memory:
             (self._sharded if hasattr(tensor, "_local_tensor") else self._plain).append(tensor)
         self._places = self._now()
 
-    def _now(self) -> tuple[list[int], list[torch.Size], list[int]]:
-        """Addresses of all, shapes of the plain ones, and what this rank has of the others' elements.
-
-        The shape of a sharded tensor is its own, whatever happens to the memory behind it.
-        """
-        local: list[torch.Tensor] = list(map(_LOCAL, self._sharded))
-        return (
-            list(map(torch.Tensor.data_ptr, chain(self._plain, local))),
-            list(map(_SHAPE, self._plain)),
-            list(map(torch.Tensor.numel, local)),
-        )
+    def _now(self) -> tuple[list[int], list[torch.Size]]:
+        """Addresses of all, and shapes of the plain ones: what a rank has of a sharded one follows from the latter."""
+        addresses = list(map(torch.Tensor.data_ptr, chain(self._plain, map(_LOCAL, self._sharded))))
+        return addresses, list(map(_SHAPE, self._plain))
 
     @property
     def unmoved(self) -> bool:
@@ -81,20 +74,22 @@ class Snapshot:
         self._empty: list[Sized] = []
         self._full: list[_Kept] = []
         modules = list(_modules(self._parts))
-        self.is_plain = all(map(_has_torchs_ways, set(map(type, modules)))) and all(map(_is_plain, modules))
-        for module in modules if self.is_plain else ():
-            for kept in _dictionaries(module):
-                (self._full if kept else self._empty).append(kept)
-            if not module._non_persistent_buffers_set:
-                self._empty.append(module._non_persistent_buffers_set)
-            else:
-                self.is_plain = self.is_plain and not module._buffers.keys() - module._non_persistent_buffers_set
+        self.is_plain = all(map(has_torchs_ways, set(map(type, modules)))) and all(map(keeps_torchs_ways, modules))
+        if self.is_plain:
+            kept = [own[name] for own in map(vars, modules) for name in _WATCHED]
+            self._full, self._empty = [each for each in kept if each], [each for each in kept if not each]
+            for module in modules:
+                # Without buffers it does not matter which of them would be kept.
+                if module._buffers:
+                    if not module._non_persistent_buffers_set:
+                        self._empty.append(module._non_persistent_buffers_set)
+                    elif module._buffers.keys() - module._non_persistent_buffers_set:
+                        self.is_plain = False
         self._counts = list(map(len, self._full))
+        self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
+        self._owners = [kept for kept in self._full for _ in kept]
         self._keys = list(chain.from_iterable(self._full))
-        self._values = self._now()
-
-    def _now(self) -> list[object]:
-        return list(chain.from_iterable(map(dict.values, self._full)))
+        self._values = list(chain.from_iterable(map(dict.values, self._full)))
 
     def holds(self, parts: Sequence[nn.Module]) -> bool:
         """Whether ``parts`` are the same, with the same modules and tensors at the same addresses."""
@@ -104,10 +99,17 @@ class Snapshot:
             all(unwrap(part) is known for part, known in zip(parts, self._parts, strict=True))
             and not any(self._empty)
             and list(map(len, self._full)) == self._counts
-            and list(chain.from_iterable(self._full)) == self._keys
-            and all(map(is_, self._now(), self._values))
+            and self._has_the_same()
+            and all(list(kept) == keys for kept, keys in self._ordered)
             and self._memory.unmoved
         )
+
+    def _has_the_same(self) -> bool:
+        """Whether the dictionaries have the same under every key that they had."""
+        try:
+            return all(map(is_, map(dict.__getitem__, self._owners, self._keys), self._values))
+        except KeyError:
+            return False
 
 
 def _modules(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -121,28 +123,3 @@ def _modules(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield module
             if module._modules:
                 pending.extend([child for child in module._modules.values() if child is not None])
-
-
-def _dictionaries(module: nn.Module) -> tuple[_Kept, ...]:
-    return (
-        module._modules,
-        module._parameters,
-        module._buffers,
-        module._state_dict_hooks,
-        module._state_dict_pre_hooks,
-    )  # type: ignore[return-value]
-
-
-def _has_torchs_ways(cls: type[nn.Module]) -> bool:
-    return all(getattr(cls, name) is getattr(nn.Module, name) for name in _OWN_WAYS)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing was put into a module that makes its state in another way than its class does."""
-    if not vars(module).keys().isdisjoint(_OWN_WAYS):
-        return False
-    if not module._state_dict_hooks and not module._state_dict_pre_hooks:
-        return True
-    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
-    # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
-    return all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)

@@ -1,13 +1,14 @@
 """Values that travel between the stages: what a tensor is, and which part of it somebody holds.
 
 Pure data, no torch, no I/O. Shapes and offsets are in elements unless a name says bytes; the element order is row-major
-(C order), the order of the safetensors format.
+(C order), the order of the safetensors format. Models have tens of thousands of each, so they are tuples, which the
+interpreter itself makes, hashes and compares where a frozen dataclass does all of it in Python.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardwise.errors import MisuseError
 
@@ -36,23 +37,30 @@ DTYPE_BYTES: dict[str, int] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class _Spec(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSpec(_Spec):
     """What a whole tensor is, whoever holds it.
 
     Attributes:
         name: Name in the file (the hub's name for an exported model).
         shape: Global shape in elements; ``()`` for a scalar.
         dtype: safetensors dtype code, a key of `DTYPE_BYTES`.
+
+    Raises:
+        MisuseError: The dtype code is unknown.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise MisuseError(f"dtype {self.dtype!r} has no code in the safetensors format", tensor=self.name)
+    def __new__(cls, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:  # noqa: D102 - see the class
+        if dtype not in DTYPE_BYTES:
+            raise MisuseError(f"dtype {dtype!r} has no code in the safetensors format", tensor=name)
+        return tuple.__new__(cls, (name, shape, dtype))
 
     @property
     def numel(self) -> int:
@@ -70,8 +78,7 @@ class TensorSpec:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A rectangular region of a tensor.
 
     ``offsets[d] <= index[d] < offsets[d] + sizes[d]`` for every dimension ``d``.

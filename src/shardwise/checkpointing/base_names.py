@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -115,7 +115,7 @@ def match_base(
             if tensor.spec.name in available:
                 held.append(tensor)
             elif native and native in embedded:
-                held.append(replace(tensor, spec=replace(tensor.spec, name=embedded[native])))
+                held.append(tensor._replace(spec=tensor.spec._replace(name=embedded[native])))
             elif not _matches(ignorable, tensor.spec.name):
                 held.append(tensor)
         groups += converted.groups
@@ -153,7 +153,7 @@ def _present(
     found = names_in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
-        yield replace(named, name=choices[0]) if named.aliases and choices else named
+        yield named._replace(name=choices[0]) if named.aliases and choices else named
 
 
 def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
@@ -206,8 +206,8 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
                     fresh.append(fragment)
                 else:
                     doubled.append((first, fragment.data))
-            parts.append(replace(part, fragments=tuple(fresh)))
-        out.append(replace(tensor, parts=tuple(parts)))
+            parts.append(part._replace(fragments=tuple(fresh)))
+        out.append(tensor._replace(parts=tuple(parts)))
     return tuple(out), doubled
 
 

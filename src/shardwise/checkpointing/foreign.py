@@ -114,7 +114,7 @@ def _copies_of_ties(module: nn.Module, held: Sequence[HeldTensor], names: Sequen
     lacking = {t.spec.name for t in held if t.spec.name not in available and t.spec.name in promised}
     found = _find(module, [promised[name] for name in lacking], names) if lacking else {}
     moved = {name: found[promised[name]] for name in lacking if promised[name] in found}
-    return [replace(t, spec=replace(t.spec, name=moved.get(t.spec.name, t.spec.name))) for t in held]
+    return [t._replace(spec=t.spec._replace(name=moved.get(t.spec.name, t.spec.name))) for t in held]
 
 
 def _find(module: nn.Module, natives: Iterable[str], names: Sequence[str]) -> dict[str, str]:

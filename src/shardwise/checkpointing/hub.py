@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,15 +15,15 @@ from shardwise.convert import (
     check_round_trip,
     derive,
     derive_for,
+    kept_out,
     to_hub,
 )
-from shardwise.engine.memo import Memo
 from shardwise.errors import ConversionError
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
-from shardwise.stateful_wrappers.snapshot import Snapshot, place_of
+from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
 
@@ -49,14 +49,24 @@ class HubState:
     absent: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """A state, and the tensors and names that it was captured from."""
+
+    names: list[str]
+    memory: Memory
+    state: HubState
+
+
 class HubNames:
     """Derives a model's conversion once and applies it at every save and load."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
-        self._captured: Memo[HubState] = Memo()
+        self._captured: _Captured | None = None
         self._last: tuple[Snapshot, HubState] | None = None
 
+    @collector_paused()
     def capture(self, state: ModelState, tensors: Sequence[NamedTensor] | None = None) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
@@ -69,30 +79,44 @@ class HubNames:
         if tensors is None and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
         tensors = state.tensors() if tensors is None else tensors
-        names_and_places = [(named.name, place_of(named.tensor)) for named in tensors]
-        held = [named.tensor for named in tensors]
-        found = self._captured.get(held, names_and_places, lambda: self._capture(state, tensors))
-        if state.is_whole and (self._last is None or found is not self._last[1] or self._last[0].is_plain):
-            # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
-            self._last = (Snapshot(state.model, held), found)
+        names, own = [named.name for named in tensors], [named.tensor for named in tensors]
+        known = self._captured
+        if known is None or known.names != names or not known.memory.is_of(own):
+            known = self._captured = _Captured(names, Memory(own), self._capture(state, tensors))
+        found = known.state
+        # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
+        last = self._last
+        stale = last is None or found is not last[1] or (last[0].is_plain and not last[0].holds(state.model))
+        if state.is_whole and stale:
+            self._last = (Snapshot(state.model, known.memory), found)
         return found
 
-    @collector_paused()
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
-        by_name = {tensor.spec.name: tensor for tensor in native}
-        aliases = {named.name: named.aliases for named in tensors}
+        # In the order of the model's names, of which a tied tensor keeps not always the first.
+        ordered = sorted(zip(tensors, native, strict=True), key=_position)
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
-        for part in state.model:
-            own = [by_name.pop(name) for name in _names(part) if name in by_name]
-            conversion = self._conversion(part, own)
-            converted = to_hub(conversion, own)
-            held += converted.held
-            groups += converted.groups
-            tied = [replace(tensor.spec, name=alias) for tensor in own for alias in aliases[tensor.spec.name]]
-            absent += [*conversion.ignored, *_file_names(part, tied)]
+        for number, part in enumerate(state.model):
+            own = [tensor for named, tensor in ordered if named.part == number]
+            ignored = _kept_out(part)
+            if ignored is not None:
+                held += [tensor for tensor in own if tensor.spec.name not in ignored]
+                absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
+            else:
+                conversion = self._conversion(part, own)
+                converted = to_hub(conversion, own)
+                held += converted.held
+                groups += converted.groups
+                absent += conversion.ignored
+            tied = [
+                tensor.spec._replace(name=alias)
+                for named, tensor in ordered
+                if named.aliases and named.part == number
+                for alias in named.aliases
+            ]
+            absent += _file_names(part, tied)
         return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent))
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
@@ -109,6 +133,11 @@ class HubNames:
         return known
 
 
+def _kept_out(part: nn.Module) -> frozenset[str] | None:
+    module = unwrap(part)
+    return None if adapter_of(module) is not None else kept_out(module)
+
+
 def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
     """The names of tensors that are written under other names, as the model has them and as its files would."""
     own = [spec.name for spec in specs]
@@ -123,8 +152,8 @@ def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
     return [*own, *(tensor.name for tensor in conversion.hub)]
 
 
-def _names(part: nn.Module) -> list[str]:
-    return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
+def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
+    return pair[0].position
 
 
 def with_base_dtypes(
@@ -136,6 +165,8 @@ def with_base_dtypes(
         The tensors to export, and those among the originals whose values the base's dtype cannot hold exactly: a run
         that trains in float32 from a bfloat16 base exports bfloat16 and resumes from float32.
     """
+    if not base:
+        return list(held), []
     export, exact = [], []
     for tensor in held:
         known = base.get(tensor.spec.name)
@@ -143,7 +174,7 @@ def with_base_dtypes(
         if known is None or known.dtype == have or not {known.dtype, have} <= _FLOATS.keys():
             export.append(tensor)
             continue
-        export.append(replace(tensor, spec=replace(tensor.spec, dtype=known.dtype)))
+        export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
         if _FLOATS[known.dtype] <= _FLOATS[have]:
             exact.append(tensor)
     return export, exact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar, cast
@@ -34,6 +34,7 @@ from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.io.sources import Source, open_source
 from shardwise.lifecycle.filesystem import storage_errors
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
@@ -48,6 +49,25 @@ NATIVE_DTYPES = "native_dtypes.json"
 PASSED_THROUGH = "passed_through.json"
 CONSOLIDATE_NAME = "consolidate.sh"
 CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An export that is ready to be written.
+
+    Attributes:
+        plan: The export.
+        roster: Who holds what of it.
+        native: Dtype in memory of each tensor that the export has in another.
+        passed: Names of the base model's tensors that are carried over.
+        exact: Tensors that the export rounds, and that are saved once more as they are.
+    """
+
+    plan: ExportPlan
+    roster: Roster
+    native: Mapping[str, str]
+    passed: Sequence[str]
+    exact: Sequence[HeldTensor]
 
 
 class ModelSave:
@@ -99,21 +119,30 @@ class ModelSave:
             with context.group.together("describing the model"):
                 require_memory(self.state.held())
             return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
-        hub: HubState | None = None
-        with context.group.together("describing the model"):
-            hub = self._captured()
-        assert hub is not None
         if not self._exports:
-            return [
-                *self._before({}),
-                self._shards([*hub.held, *natives_of(hub.groups)], context.model_roster),
-                self._leave_script,
-                self._after,
-            ]
+            hub = self._described()
+            held = [*hub.held, *natives_of(hub.groups)]
+            return [*self._before({}), self._shards(held, context.model_roster), self._leave_script, self._after]
+        planned = self._planned()
+        steps = [*self._before(planned.native, planned.passed), self._export(planned.plan, planned.roster)]
+        if context.config.verify_export:
+            steps.append(lambda group: self._read_back(planned.plan, group))
+        if planned.exact:
+            steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
+        return [*steps, self._after]
+
+    @collector_paused()
+    def _planned(self) -> _Planned:
+        """Capture the model and plan its export; all ranks call."""
+        context, hub = self._context, self._described()
         held = [*hub.held, *declared(hub.groups)]
         base = self.base.specs if self.base is not None else {}
         export, exact = context.base_dtypes.get(held, None, lambda: with_base_dtypes(held, base))
-        native = {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
+        native = (
+            {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
+            if base
+            else {}
+        )
         roster = context.model_roster.roster(export)
         proof = self._prove(roster.specs, hub.absent)
         assert self.base is not None or not proof.passed
@@ -127,13 +156,14 @@ class ModelSave:
             (options, copies),
             lambda: plan_export(export, roster, context.group, directory, options, computed, copies),
         )
-        plan = replace(known, directory=directory)
-        steps: list[Step] = [*self._before(native, proof.passed), self._export(plan, roster)]
-        if context.config.verify_export:
-            steps.append(lambda group: self._read_back(plan, group))
-        if exact:
-            steps.append(self._shards(exact, context.exact_roster, EXACT))
-        return [*steps, self._after]
+        return _Planned(replace(known, directory=directory), roster, native, tuple(proof.passed), exact)
+
+    def _described(self) -> HubState:
+        hub: HubState | None = None
+        with self._context.group.together("describing the model"):
+            hub = self._captured()
+        assert hub is not None
+        return hub
 
     def _captured(self) -> HubState:
         context = self._context
@@ -274,11 +304,31 @@ def load_model(
         FormatError: The checkpoint is damaged.
     """
     group = context.group
+    state = ModelState(model, skip_prefixes=skip_prefixes)
+    source, hub, options = _opened(context, state, path, key_mapping, options)
+    if _speaks_native(hub, source, group):
+        return load_tensors(hub.native, source, group, context.storage, options)
+    computed = [held for held in hub.groups if not _has_natives(held, source)]
+    own = list(hub.held)
+    with group.together("looking for tied tensors"):
+        own = under_saved_names(state.model, hub.held, source.tensors.keys())
+    direct = [*own, *natives_of([held for held in hub.groups if held not in computed])]
+    names = [spec.name for held in computed for spec in held.computed.hub]
+    report = load_tensors(direct, source.without(names), group, context.storage, options)
+    load_computed(computed, source, group, context.storage, options)
+    return report
+
+
+@collector_paused()
+def _opened(
+    context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
+) -> tuple[Source, HubState, LoadOptions]:
+    """What there is to load, what this rank holds of the model, and what may differ between the two."""
+    group = context.group
     source = open_source(path, group)
     exact: dict[str, str] = {}
     ties: dict[str, str] = {}
     vain: list[str] = []
-    state = ModelState(model, skip_prefixes=skip_prefixes)
     hub: HubState | None = None
     with group.together("describing the model"):
         if key_mapping:
@@ -299,20 +349,9 @@ def load_model(
     assert hub is not None
     told: list[JsonValue] = [dict(ties), list(vain)]
     everyone = cast(list[list[JsonValue]], group.gather_json(told, "comparing tied tensors"))
-    source = untied(source, [theirs[0] for theirs in everyone], group, context.storage)
     ignored = frozenset(name for theirs in everyone for name in cast(list[str], theirs[1]))
-    options = replace(options, ignored=ignored)
-    if _speaks_native(hub, source, group):
-        return load_tensors(hub.native, source, group, context.storage, options)
-    computed = [held for held in hub.groups if not _has_natives(held, source)]
-    held_here = list(hub.held)
-    with group.together("looking for tied tensors"):
-        held_here = under_saved_names(state.model, hub.held, source.tensors.keys())
-    direct = [*held_here, *natives_of([held for held in hub.groups if held not in computed])]
-    names = [spec.name for held in computed for spec in held.computed.hub]
-    report = load_tensors(direct, source.without(names), group, context.storage, replace(options, exact=exact))
-    load_computed(computed, source, group, context.storage, options)
-    return report
+    source = untied(source, [theirs[0] for theirs in everyone], group, context.storage)
+    return source, hub, replace(options, exact=exact, ignored=ignored)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
@@ -320,7 +359,7 @@ def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
     names = tuple(source.tensors)
     mapping = dict(zip(names, rename(names, key_mapping), strict=True))
     tensors = {
-        mapping[name]: replace(tensor, spec=replace(tensor.spec, name=mapping[name]))
+        mapping[name]: tensor._replace(spec=tensor.spec._replace(name=mapping[name]))
         for name, tensor in source.tensors.items()
     }
     return Source(source.path, source.files, tensors)

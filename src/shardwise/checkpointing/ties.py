@@ -42,7 +42,7 @@ def under_saved_names(
             if own in lacking:
                 found[own] = _file_name(part, other)
     return [
-        replace(tensor, spec=replace(tensor.spec, name=found[tensor.spec.name]))
+        tensor._replace(spec=tensor.spec._replace(name=found[tensor.spec.name]))
         if found.get(tensor.spec.name) in available
         else tensor
         for tensor in held
@@ -88,7 +88,7 @@ def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Sto
     for alias, name in pairs.items():
         tensor = tensors.pop(alias, None)
         if tensor is not None:
-            tensors.setdefault(name, replace(tensor, spec=replace(tensor.spec, name=name)))
+            tensors.setdefault(name, tensor._replace(spec=tensor.spec._replace(name=name)))
     return replace(source, tensors=tensors)
 
 

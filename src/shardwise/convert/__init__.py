@@ -2,7 +2,7 @@
 
 `derive` (from transformers' rules) or `derive_from_adapter` gives a `Conversion`; `check_round_trip` makes sure that it
 loses nothing; `for_files` puts it into the names of files that are to be loaded; `to_hub` applies it to what a rank
-holds.
+holds. A model of which `kept_out` knows that nothing is converted needs none of these.
 """
 
 from shardwise.convert.adapter import (
@@ -14,7 +14,7 @@ from shardwise.convert.adapter import (
 )
 from shardwise.convert.apply import Converted, HeldGroup, to_hub
 from shardwise.convert.check import check_round_trip
-from shardwise.convert.derive import derive, identity
+from shardwise.convert.derive import derive, identity, kept_out
 from shardwise.convert.files import for_files
 from shardwise.convert.mapping import rename, revert
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
@@ -37,6 +37,7 @@ __all__ = [
     "derive_from_adapter",
     "for_files",
     "identity",
+    "kept_out",
     "rename",
     "revert",
     "to_hub",

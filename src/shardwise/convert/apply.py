@@ -77,6 +77,8 @@ def _convert(hub: HubTensor, held: dict[str, HeldTensor]) -> HeldTensor:
     if len(hub.parts) == 1:
         [only] = hub.parts
         tensor = held[only.native]
+        if only.view is None and hub.name == only.native:
+            return tensor
         spec = TensorSpec(hub.name, hub.shape, tensor.spec.dtype)
         grid = hub.shape if only.view is None else only.view.hub_grid
         return HeldTensor(spec, grid, (_part(tensor.parts[0], only.view),))

@@ -18,9 +18,9 @@ from shardwise.convert.assemble import axis_views
 from shardwise.convert.mapping import revert
 from shardwise.convert.provenance import Untraceable
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
-from shardwise.convert.skeleton import skeleton
+from shardwise.convert.skeleton import skeleton, unwrapped
 from shardwise.convert.trace import TracedTensor, traced
-from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, replay, rule_set, run
+from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, may_have_rules, replay, rule_set, run
 from shardwise.errors import ConversionError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.views import AxisView
@@ -75,18 +75,44 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     Raises:
         ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
     """
-    bare = skeleton(model)
-    ignored = frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ())
+    bare = unwrapped(model)
+    ignored = _ignored(bare)
     kept = [spec for spec in natives if spec.name not in ignored]
     left_out = tuple(spec.name for spec in natives if spec.name in ignored)
-    rules = rule_set(bare)
+    rules = _rules(bare)
     if rules is not None:
         views, computed = _by_rules(rules, kept)
         return Conversion(views, computed, left_out)
-    mapping: dict[str, str] = getattr(bare, "_checkpoint_conversion_mapping", None) or {}
+    mapping = _mapping(bare)
     names = revert([spec.name for spec in kept], mapping) if mapping else [spec.name for spec in kept]
     renamed = tuple(HubTensor(name, spec.shape, (HubPart(spec.name),)) for name, spec in zip(names, kept, strict=True))
     return Conversion(renamed, (), left_out)
+
+
+def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
+    """What a model keeps out of its files if everything else goes there under its own name and as it is.
+
+    Args:
+        model: As for `derive`; one with an adapter of its own is not asked about.
+
+    Returns:
+        FQNs of tensors; ``None`` where anything is renamed or converted, so that it takes a conversion to tell.
+    """
+    bare = unwrapped(model)
+    return None if _mapping(bare) or _rules(bare) is not None else _ignored(bare)
+
+
+def _ignored(bare: torch.nn.Module) -> frozenset[str]:
+    return frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ())
+
+
+def _mapping(bare: torch.nn.Module) -> dict[str, str]:
+    return getattr(bare, "_checkpoint_conversion_mapping", None) or {}
+
+
+def _rules(bare: torch.nn.Module) -> RuleSet | None:
+    # Copying the modules of a large model takes longer than all else here.
+    return rule_set(skeleton(bare)) if may_have_rules(bare) else None
 
 
 def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubTensor, ...], tuple[Computed, ...]]:

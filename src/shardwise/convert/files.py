@@ -77,7 +77,7 @@ def for_files(
             views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in fresh)
             taken.update(fresh)
         else:
-            views.append(replace(tensor, name=hub.get(tensor.name, tensor.name)))
+            views.append(tensor._replace(name=hub.get(tensor.name, tensor.name)))
     computed: list[Computed] = []
     for group in conversion.computed:
         members = [spec.name for spec in group.natives]
@@ -90,7 +90,7 @@ def for_files(
 
 def _renamed(group: Computed, hub: Mapping[str, str]) -> Computed:
     in_files = {spec.name: hub.get(spec.name, spec.name) for spec in group.hub}
-    specs = tuple(replace(spec, name=in_files[spec.name]) for spec in group.hub)
+    specs = tuple(spec._replace(name=in_files[spec.name]) for spec in group.hub)
     return replace(group, hub=specs, rule=RenamedRule(group.rule, in_files))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,8 +16,7 @@ from shardwise.types import TensorSpec
 NativeSpec = TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class HubPart:
+class HubPart(NamedTuple):
     """What one native tensor contributes to a hub tensor.
 
     Attributes:
@@ -29,8 +28,7 @@ class HubPart:
     view: AxisView | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HubTensor:
+class HubTensor(NamedTuple):
     """A tensor of the Hugging Face files that is made of views of native tensors.
 
     Attributes:

@@ -42,18 +42,29 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def skeleton(module: torch.nn.Module) -> torch.nn.Module:
-    """A shallow copy of the module tree, without wrappers and with the original classes."""
-    return _copy(module, {})
+    """A shallow copy of the module tree, without wrappers and with the original classes.
+
+    Modules that have no others in them are most of a model's; those of an original class are shared, not copied.
+    """
+    return _copy(module, {}, {})
 
 
-def _copy(module: torch.nn.Module, done: dict[int, torch.nn.Module]) -> torch.nn.Module:
+def _copy(
+    module: torch.nn.Module, done: dict[int, torch.nn.Module], originals: dict[type, type[torch.nn.Module]]
+) -> torch.nn.Module:
     module = unwrapped(module)
     if id(module) in done:
         return done[id(module)]
-    cls = original_class(module)
+    cls = originals.get(type(module))
+    if cls is None:
+        cls = originals[type(module)] = original_class(module)
+    if cls is type(module) and not module._modules:
+        return module
     copy = cls.__new__(cls)
     done[id(module)] = copy
     copy.__dict__.update(module.__dict__)
-    children = {name: child if child is None else _copy(child, done) for name, child in module._modules.items()}
+    children = {
+        name: child if child is None else _copy(child, done, originals) for name, child in module._modules.items()
+    }
     copy.__dict__["_modules"] = children
     return copy

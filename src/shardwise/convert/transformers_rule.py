@@ -100,6 +100,16 @@ class RuleSet:
         return max(i for i, c in enumerate(self.converters) if pattern in c.source_patterns)
 
 
+def may_have_rules(model: torch.nn.Module) -> bool:
+    """Whether transformers could have rules for ``model``, which may be wrapped: it is one of its classes."""
+    if "transformers.modeling_utils" not in sys.modules:
+        # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
 def rule_set(model: torch.nn.Module) -> RuleSet | None:
     """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
 
@@ -109,15 +119,11 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
     Raises:
         ConversionError: A rule has no reverse.
     """
-    if "transformers.modeling_utils" not in sys.modules:
-        # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
+    if not may_have_rules(model):
         return None
-    from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-    if not isinstance(model, PreTrainedModel):
-        return None
     rules = getattr(model, "_weight_conversions", None)
     if rules is None:
         rules = get_model_conversion_mapping(model, add_legacy=False)

@@ -22,6 +22,7 @@ from shardwise.io.reader import Reader
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
 from shardwise.io.writer import Digest, Digests, FileSet, totals, write_run, write_runs
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
@@ -220,16 +221,22 @@ def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
     return export_record(plan, dict(zip(names, crcs, strict=True)))
 
 
+@collector_paused()
 def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
     """Files and tensors of an export whose tensors have these digests."""
     files, tensors = [], []
+    component, empty = plan.options.component, crc32c(b"")
+    boxes: dict[tuple[int, ...], Box] = {}
     for file in plan.layout.files:
-        head = len(file.header)
-        files.append(FileRecord(file.name, file.size, crc32c(file.header), head))
-        for entry in file.entries:
-            crc = crcs[entry.spec.name] if entry.spec.nbytes else crc32c(b"")
-            chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
-            tensors.append(TensorRecord(plan.options.component, entry.spec, crc, (chunk,)))
+        name, head = file.name, len(file.header)
+        files.append(FileRecord(name, file.size, crc32c(file.header), head))
+        for spec, begin, end in file.entries:
+            box = boxes.get(spec.shape)
+            if box is None:
+                box = boxes[spec.shape] = Box.whole(spec.shape)
+            crc = crcs[spec.name] if end > begin else empty
+            chunk = ChunkRecord(name, head + begin, end - begin, box, crc)
+            tensors.append(TensorRecord(component, spec, crc, (chunk,)))
     if plan.options.index:
         index = plan.layout.index
         files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))

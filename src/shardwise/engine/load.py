@@ -20,7 +20,9 @@ from shardwise.errors import (
 from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.sharing import Replicas
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,15 +82,7 @@ def load_tensors(
     reads = PlannedReads()
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
-        missing = [tensor.spec.name for tensor in held if tensor.spec.name not in source.tensors]
-        if missing and not options.allow_missing:
-            raise _missing(missing, unexpected, source)
-        if unexpected and not options.allow_unexpected:
-            raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
-        for tensor in held:
-            if tensor.spec.name in source.tensors:
-                _compare(tensor, source, options)
-                reads.add(source.tensors[tensor.spec.name], tensor, replicas)
+        reads, missing = plan_load(held, source, options, unexpected, replicas)
     reader = Reader(storage, source.files, options.threads)
     with group.together(f"reading {source.path}"):
         try:
@@ -102,6 +96,49 @@ def load_tensors(
             "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
         )
     return LoadReport(tuple(missing), tuple(unexpected), reader.counts)
+
+
+@collector_paused()
+def plan_load(
+    held: Sequence[HeldTensor],
+    source: Source,
+    options: LoadOptions,
+    unexpected: Sequence[str] = (),
+    replicas: Replicas | None = None,
+) -> tuple[PlannedReads, list[str]]:
+    """Compare a model with a source and find this rank's reads. Local: no communication, and nothing is read.
+
+    Args:
+        held: What this rank holds.
+        source: Where it is to come from.
+        options: What may differ.
+        unexpected: Names of the source that no rank wants.
+        replicas: Ranks that want the same, where they share the reading.
+
+    Returns:
+        The reads, and the names that the source lacks.
+
+    Raises:
+        MissingTensorError: As for `load_tensors`, and so are the others.
+        UnexpectedTensorError: The same.
+        ShapeMismatchError: The same.
+        DtypeMismatchError: The same.
+    """
+    tensors = source.tensors
+    missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
+    if missing and not options.allow_missing:
+        raise _missing(missing, unexpected, source)
+    if unexpected and not options.allow_unexpected:
+        raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
+    reads = PlannedReads()
+    for tensor in held:
+        saved = tensors.get(tensor.spec.name)
+        if saved is None:
+            continue
+        if saved.spec != tensor.spec:
+            _compare(tensor, source, options)
+        reads.add(saved, tensor, replicas)
+    return reads, missing
 
 
 def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Memo(Generic[T]):
         return (
             bool(self._result)
             and len(inputs) == len(self._inputs)
-            and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
+            and all(map(is_, inputs, self._inputs))
             and also == self._also
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
@@ -94,7 +94,7 @@ def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
 
 def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
     """The tensor in a longer list of files."""
-    return SourceTensor(tensor.spec, tuple(replace(chunk, file=chunk.file + by) for chunk in tensor.chunks))
+    return SourceTensor(tensor.spec, tuple(chunk._replace(file=chunk.file + by) for chunk in tensor.chunks))
 
 
 def _merge_file(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shardwise.errors import IncompleteTensorError
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.plan.collector import collector_paused
 from shardwise.types import TensorSpec
 
 
@@ -17,13 +18,14 @@ class ComponentRecord:
     files: tuple[FileRecord, ...] = ()
     tensors: tuple[TensorRecord, ...] = ()
 
+    @collector_paused()
     def below(self, prefix: str) -> ComponentRecord:
         """The same, with every path put below ``prefix``."""
         if not prefix:
             return self
         # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
-        return ComponentRecord(tuple(files), tuple(_below(tensor, prefix) for tensor in self.tensors))
+        return ComponentRecord(tuple(files), tuple([_below(tensor, prefix) for tensor in self.tensors]))
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
         return ComponentRecord(self.files + other.files, self.tensors + other.tensors)
@@ -35,8 +37,9 @@ class ComponentRecord:
 
 
 def _below(tensor: TensorRecord, prefix: str) -> TensorRecord:
-    chunks = [ChunkRecord(f"{prefix}/{c.file}", c.offset, c.nbytes, c.box, c.crc32c) for c in tensor.chunks]
-    return TensorRecord(tensor.component, tensor.spec, tensor.crc32c, tuple(chunks))
+    component, spec, crc, chunks = tensor
+    moved = [ChunkRecord(f"{prefix}/{file}", offset, nbytes, box, c) for file, offset, nbytes, box, c in chunks]
+    return TensorRecord(component, spec, crc, tuple(moved))
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.memo import Memo
 from shardwise.errors import MisuseError
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.placement import MeshKey
 from shardwise.plan.roster import Declaration, Roster
@@ -33,6 +34,7 @@ class RosterKeeper:
         own = Declaration.of(held, self._stage)
         return own, [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
 
+    @collector_paused()
     def roster(self, held: Sequence[HeldTensor]) -> Roster:
         """Everybody's declarations and coordinates. All ranks call.
 
@@ -118,8 +120,12 @@ def coordinates_of(held: Sequence[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
         MisuseError: Two tensors give different coordinates for one mesh.
     """
     found: dict[MeshKey, tuple[int, ...]] = {}
+    seen: dict[int, tuple[int, ...]] = {}  # most tensors share their part and coordinate with others, object and all
     for tensor in held:
         for part in tensor.parts:
+            if seen.get(id(part.part)) is part.coordinate:
+                continue
+            seen[id(part.part)] = part.coordinate
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
                 raise MisuseError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from shardwise.comm import Group
@@ -65,7 +65,7 @@ class PlannedReads:
             return
         for part in tensor.parts:
             members = replicas.of(tensor.spec.name, part.part)
-            one = tensor if len(tensor.parts) == 1 else replace(tensor, parts=(part,))
+            one = tensor if len(tensor.parts) == 1 else tensor._replace(parts=(part,))
             if len(members) == 1:
                 self.own += plan_reads(saved, one)
                 continue
@@ -96,9 +96,9 @@ class PlannedReads:
             if len(members) == 1:
                 alone.append(part)
                 continue
-            self.shared.setdefault(members, Wanted()).made.append(partial(make, replace(tensor, parts=(part,))))
+            self.shared.setdefault(members, Wanted()).made.append(partial(make, tensor._replace(parts=(part,))))
             self.made_bytes += sum(f.box.numel for f in part.fragments) // len(members)
-        return replace(tensor, parts=tuple(alone))
+        return tensor._replace(parts=tuple(alone))
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -141,4 +141,4 @@ def _rebuilt(tensor: HeldTensor, buffers: Iterator[torch.Tensor]) -> HeldTensor:
         )
         for part in tensor.parts
     )
-    return replace(tensor, parts=parts)
+    return tensor._replace(parts=parts)

@@ -31,6 +31,7 @@ from shardwise.format.strict_json import (
     dumps,
     exact_keys,
     loads,
+    quoted,
 )
 from shardwise.types import DTYPE_BYTES, TensorSpec
 
@@ -112,17 +113,24 @@ def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     """
     by_dtype: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        by_dtype.setdefault(spec.dtype, []).append(spec)
+        members = by_dtype.get(spec.dtype)
+        if members is None:
+            members = by_dtype[spec.dtype] = []
+        members.append(spec)
     names: set[str] = set()
     entries, begin = [], 0
     for dtype in sorted(by_dtype, key=_RANK.__getitem__, reverse=True):
+        sizes: dict[tuple[int, ...], int] = {}  # bytes by shape, of which there are few
         for spec in sorted(by_dtype[dtype], key=attrgetter("name")):
-            name, end = spec.name, begin + spec.nbytes
+            name, shape, _ = spec
             if name in names:
                 raise MisuseError("two tensors of a file have the same name", tensor=name, hint="Rename one of them.")
             names.add(name)
-            entries.append(TensorEntry(spec, begin, end))
-            begin = end
+            nbytes = sizes.get(shape)
+            if nbytes is None:
+                nbytes = sizes[shape] = spec.nbytes
+            entries.append(TensorEntry(spec, begin, begin + nbytes))
+            begin += nbytes
     return tuple(entries)
 
 
@@ -135,12 +143,11 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
     Raises:
         MisuseError: A name is reserved, too long or not valid Unicode, or the header would exceed `MAX_HEADER_BYTES`.
     """
-    table: dict[str, str] = {}
+    table: list[str] = []
     if metadata is not None:
-        table[_METADATA_KEY] = dumps({key: metadata[key] for key in sorted(metadata)})
+        table.append(f"{quoted(_METADATA_KEY)}:{dumps({key: metadata[key] for key in sorted(metadata)})}")
     kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # many tensors share what stands between name and offsets
-    for entry in entries:
-        name, kind = entry.spec.name, (entry.spec.dtype, entry.spec.shape)
+    for (name, shape, dtype), begin, end in entries:
         if name == _METADATA_KEY:
             raise MisuseError(f"no tensor can be called {_METADATA_KEY!r}", tensor=name, hint="Rename the tensor.")
         if len(name) > MAX_NAME:
@@ -148,12 +155,12 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
                 f"a tensor name has {len(name)} characters; at most {MAX_NAME} are written",
                 hint="Shorten the name.",
             )
-        code = kinds.get(kind)
+        code = kinds.get((dtype, shape))
         if code is None:
-            code = kinds[kind] = f'{{"dtype":{dumps(kind[0])},"shape":{dumps(list(kind[1]))},"data_offsets":'
-        table[name] = f"{code}[{entry.begin},{entry.end}]}}"
+            code = kinds[dtype, shape] = f':{{"dtype":{dumps(dtype)},"shape":{dumps(shape)},"data_offsets":['
+        table.append(f"{quoted(name)}{code}{begin},{end}]}}")
     try:
-        text = f"{{{','.join([f'{dumps(name)}:{value}' for name, value in table.items()])}}}".encode()
+        text = f"{{{','.join(table)}}}".encode()
     except UnicodeEncodeError as error:
         raise MisuseError(
             f"a tensor name or metadata text is not valid Unicode: {error.object[error.start : error.end]!r}",

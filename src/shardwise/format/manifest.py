@@ -26,7 +26,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.errors import ManifestError
 from shardwise.format.crc import crc32c
@@ -46,6 +46,7 @@ from shardwise.format.strict_json import (
     dumps,
     exact_keys,
     loads,
+    quoted,
 )
 from shardwise.format.tiling import tiles
 from shardwise.types import DTYPE_BYTES, Box, TensorSpec
@@ -87,8 +88,7 @@ class _FailTensor(Protocol):
     def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRecord:
+class ChunkRecord(NamedTuple):
     """A region of a tensor that lies in one run of bytes.
 
     Attributes:
@@ -106,8 +106,7 @@ class ChunkRecord:
     crc32c: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
+class TensorRecord(NamedTuple):
     """A tensor of the checkpoint and the chunks that hold it.
 
     Attributes:
@@ -197,7 +196,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             '"files":[',
             ",\n".join(_file_line(record) for record in manifest.files) + "],",
             '"tensors":[',
-            ",\n".join(_tensor_line(record) for record in manifest.tensors) + "],\n",
+            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],\n",
         ]
         body = "\n".join(lines).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
@@ -277,20 +276,35 @@ def _file_line(record: FileRecord) -> str:
     )
 
 
-def _tensor_line(record: TensorRecord) -> str:
-    return dumps(
-        {
-            "component": record.component,
-            "name": record.spec.name,
-            "dtype": record.spec.dtype,
-            "shape": record.spec.shape,
-            "crc32c": _hex(record.crc32c),
-            "chunks": [
-                [chunk.file, chunk.offset, chunk.nbytes, chunk.box.offsets, chunk.box.sizes, _hex(chunk.crc32c)]
-                for chunk in record.chunks
-            ],
-        }
-    )
+class _TensorLines:
+    """Writes the lines of tensors; shapes and offsets, which many have in common, are put into words once."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, ...], str] = {}
+
+    def line(self, record: TensorRecord) -> str:
+        """The line of one tensor."""
+        component, (name, shape, dtype), crc, chunks = record
+        return (
+            f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
+            f'"shape":{self._array(shape)},"crc32c":{_digits(crc)},'
+            f'"chunks":[{",".join([self._chunk(chunk) for chunk in chunks])}]}}'
+        )
+
+    def _chunk(self, chunk: ChunkRecord) -> str:
+        file, offset, nbytes, (offsets, sizes), crc = chunk
+        region = f"{self._array(offsets)},{self._array(sizes)}"
+        return f"[{quoted(file)},{offset},{nbytes},{region},{_digits(crc)}]"
+
+    def _array(self, counts: tuple[int, ...]) -> str:
+        text = self._counts.get(counts)
+        if text is None:
+            text = self._counts[counts] = dumps(counts)
+        return text
+
+
+def _digits(crc: int | None) -> str:
+    return "null" if crc is None else f'"{crc:08x}"'
 
 
 def _parse_crc(value: JsonValue, fail: Fail) -> int:
@@ -344,11 +358,15 @@ def _check(manifest: Manifest, fail: _FailTensor) -> None:
             fail(f"names the file {record.path!r} twice")
         runs[record.path] = []
     seen: set[tuple[str, str]] = set()
+    shapes: set[tuple[int, ...]] = set()  # those that are known to be sound: models have few
     for tensor in manifest.tensors:
         key = (tensor.component, tensor.spec.name)
         if key in seen:
             fail(f"names the tensor twice in the component {tensor.component!r}", tensor.spec.name)
         seen.add(key)
+        if tensor.spec.shape not in shapes:
+            _check_shape(tensor.spec, fail)
+            shapes.add(tensor.spec.shape)
         _check_tensor(tensor, manifest, fail)
         for chunk in tensor.chunks:
             if chunk.nbytes:
@@ -371,20 +389,29 @@ def _check_file(record: FileRecord, fail: Fail) -> None:
             fail(f"gives {record.path!r} a header longer than the file")
 
 
-def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: _FailTensor) -> None:
-    spec = tensor.spec
-    if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
-        fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
+def _check_shape(spec: TensorSpec, fail: _FailTensor) -> None:
     if len(spec.shape) > MAX_DIMS:
         fail(f"gives the tensor {len(spec.shape)} dimensions", spec.name)
     as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
     check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
+
+
+def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:
+    return box.sizes == shape and not any(box.offsets)
+
+
+def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: _FailTensor) -> None:
+    spec = tensor.spec
+    if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
+        fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
     if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
         fail("gives the tensor a crc32c that is not a 32-bit number", spec.name)
     for chunk in tensor.chunks:
         reason = _why_bad_chunk(chunk, spec, manifest)
         if reason is not None:
             fail(f"has a chunk of the tensor in {chunk.file[:200]!r} that {reason}", spec.name)
+    if len(tensor.chunks) == 1 and _is_whole(tensor.chunks[0].box, spec.shape):
+        return
     if not tiles(spec.shape, [chunk.box for chunk in tensor.chunks]):
         fail("has chunks that do not cover the tensor exactly once", spec.name)
 
@@ -393,7 +420,9 @@ def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> 
     box, shape = chunk.box, spec.shape
     if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
         return f"has another number of dimensions than the tensor's {len(shape)}"
-    if any(o < 0 or s < 0 or o + s > n for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)):
+    if not _is_whole(box, shape) and any(
+        o < 0 or s < 0 or o + s > n for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
+    ):
         return f"reaches outside the shape {list(shape)}"
     if box.numel * spec.itemsize != chunk.nbytes:
         return f"takes {chunk.nbytes} bytes for {box.numel} elements of {spec.dtype}"

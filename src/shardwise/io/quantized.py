@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -217,8 +217,8 @@ def _reshaped(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
             tensor=tensor.spec.name,
             hint="Merge the checkpoint into ordinary files first.",
         )
-    chunk = replace(tensor.chunks[0], box=Box.whole(shape))
-    return SourceTensor(replace(tensor.spec, shape=shape), (chunk,))
+    chunk = tensor.chunks[0]._replace(box=Box.whole(shape))
+    return SourceTensor(tensor.spec._replace(shape=shape), (chunk,))
 
 
 def fitted(tensor: Quantized, shape: tuple[int, ...], path: object) -> Quantized:

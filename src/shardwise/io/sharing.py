@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -126,7 +126,7 @@ class _Outcome:
 
 def made_of(read: PackedRead, _: int) -> Iterator[Made]:
     """A serialised tensor has to be loaded whole, whatever its size and whatever is wanted of it."""
-    yield Made(read.dest, lambda memory, reader: reader.execute([replace(read, dest=memory)]))
+    yield Made(read.dest, lambda memory, reader: reader.execute([read._replace(dest=memory)]))
 
 
 def read_shared(

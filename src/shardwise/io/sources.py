@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, HeaderError, WeightIndexError
 from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.index import read_index
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
 
@@ -43,8 +44,7 @@ class Source:
         return Source(self.path, self.files, {n: t for n, t in self.tensors.items() if n not in dropped})
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One tensor or piece in one file: global offsets are ``None`` where the file holds it whole."""
 
     name: str
@@ -54,6 +54,7 @@ class _Entry:
     saved: tuple[int, ...] | None
 
 
+@collector_paused()
 def open_source(path: str | os.PathLike[str], group: Group) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
@@ -196,6 +197,9 @@ def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Ent
 
 def _tensor(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
     first, number = found[0]
+    if len(found) == 1 and first.saved is None:
+        spec = TensorSpec(name, first.shape, first.dtype)
+        return SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, first.offset),))
     shape = list(first.shape)
     chunks: dict[Box, SourceChunk] = {}
     for entry, file in found:

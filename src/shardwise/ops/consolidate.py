@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -134,7 +134,7 @@ def _layout(directory: Path, source: Source, max_file_bytes: int) -> Layout:
 
 def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     if isinstance(dtype, str) and {dtype, spec.dtype} <= _FLOATS:
-        return replace(spec, dtype=dtype)
+        return spec._replace(dtype=dtype)
     return spec
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +17,8 @@ from shardwise.plan.views import AxisView, hub_boxes, hub_views
 from shardwise.types import Box, TensorSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fragment:
-    """A region of a tensor with its memory.
+class Fragment(NamedTuple):
+    """A region of a tensor with its memory. Two are never compared but by identity.
 
     Attributes:
         box: Where it lies, in the tensor's grid.
@@ -69,13 +68,7 @@ class Part:
         return tuple(hub for box in held for hub in hub_boxes(self.view, box))
 
 
-@lru_cache(maxsize=4096)  # of this rank alone: a model has few kinds of tensors, and the rank few coordinates
-def _own_regions(part: Part, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
-    return part.regions(coordinate)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldPart:
+class HeldPart(NamedTuple):
     """This rank's share of a `Part`: its coordinate and the memory behind each box."""
 
     part: Part
@@ -83,9 +76,8 @@ class HeldPart:
     fragments: tuple[Fragment, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldTensor:
-    """What this rank holds of one tensor of the file.
+class HeldTensor(NamedTuple):
+    """What this rank holds of one tensor of the file. Two are never compared but by identity.
 
     Attributes:
         spec: Name, global shape and dtype in the file.
@@ -98,9 +90,11 @@ class HeldTensor:
     parts: tuple[HeldPart, ...]
 
     @property
-    def fragments(self) -> Iterable[Fragment]:
+    def fragments(self) -> tuple[Fragment, ...]:
         """All fragments of all parts."""
-        return (fragment for part in self.parts for fragment in part.fragments)
+        if len(self.parts) == 1:
+            return self.parts[0].fragments
+        return tuple([fragment for part in self.parts for fragment in part.fragments])
 
 
 def hold(
@@ -119,11 +113,7 @@ def hold(
         local: This rank's local native tensor.
         grid: The file tensor's grid; its shape if not given.
     """
-    held = _own_regions(part, coordinate)
-    if part.view is None and len(held) == 1 and held[0].box.sizes == local.shape:
-        fragments: tuple[Fragment, ...] = (Fragment(held[0].box, local),)
-    else:
-        fragments = tuple(_fragments(part.view, held, local))
+    fragments = tuple(_fragments(part.view, part.regions(coordinate), local))
     return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, fragments),))
 
 

@@ -7,6 +7,7 @@ by one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +65,8 @@ class Layout:
         found: dict[str, Place] = {}
         for number, file in enumerate(self.files):
             head = len(file.header)
-            for entry in file.entries:
-                found[entry.spec.name] = Place(number, head + entry.begin)
+            for spec, begin, _ in file.entries:
+                found[spec.name] = Place(number, head + begin)
         return found
 
     @property
@@ -115,11 +116,10 @@ def lay_out(
     ordered = list(specs)
     if max_file_bytes <= 0:
         raise MisuseError(f"max_file_bytes is {max_file_bytes}; it must be positive")
-    seen: set[str] = set()
-    for spec in ordered:
-        if spec.name in seen:
-            raise NameCollisionError("two tensors have this name", tensor=spec.name, hint="Rename one of them.")
-        seen.add(spec.name)
+    seen = {spec.name for spec in ordered}
+    if len(seen) != len(ordered):
+        [(twice, _)] = Counter([spec.name for spec in ordered]).most_common(1)
+        raise NameCollisionError("two tensors have this name", tensor=twice, hint="Rename one of them.")
     known = {name: file for name, file in (base_files or {}).items() if name in seen}
     groups = (
         _split_as_base(ordered, known, base_files or {}) if known else _split_by_size(ordered, max_file_bytes, stem)
@@ -150,7 +150,9 @@ def file_limit(total_bytes: int, max_file_bytes: int) -> int:
 
 
 def _split_by_size(specs: Sequence[TensorSpec], max_file_bytes: int, stem: str) -> dict[str, list[TensorSpec]]:
-    sizes = [spec.nbytes for spec in specs]
+    kinds = {(spec.shape, spec.dtype): spec for spec in specs}
+    nbytes_of = {kind: spec.nbytes for kind, spec in kinds.items()}
+    sizes = [nbytes_of[shape, dtype] for _, shape, dtype in specs]
     limit = file_limit(sum(sizes), max_file_bytes)
     bins: list[list[TensorSpec]] = []
     used = 0

@@ -46,21 +46,19 @@ def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[i
     """
     loads: dict[tuple[int, ...], list[int]] = {}
     mine: list[Owned] = []
-    for number, tensor in enumerate(held):
+    for number, part, shard_set in roster.holders(held):
         if number in skip:
             continue
-        name = tensor.spec.name
-        for part in tensor.parts:
-            replicas = roster.shard_set(name, part.part).replicas_of(rank)
-            if len(replicas) == 1:
-                mine += [Owned(number, fragment) for fragment in part.fragments]
-                continue
-            load = loads.setdefault(replicas, [0] * len(replicas))
-            position = replicas.index(rank)
-            for fragment in part.fragments:
-                taken = _share(fragment, tensor.spec.itemsize, load, position)
-                if taken is not None:
-                    mine.append(Owned(number, taken))
+        replicas = shard_set.replicas_of(rank)
+        if len(replicas) == 1:
+            mine.extend([Owned(number, fragment) for fragment in part.fragments])
+            continue
+        load = loads.setdefault(replicas, [0] * len(replicas))
+        position = replicas.index(rank)
+        for fragment in part.fragments:
+            taken = _share(fragment, held[number].spec.itemsize, load, position)
+            if taken is not None:
+                mine.append(Owned(number, taken))
     return mine
 
 

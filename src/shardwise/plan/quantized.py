@@ -59,7 +59,7 @@ class Quantized:
 
     def turned(self) -> Quantized:
         """The same stored tensor, read with its last two dimensions swapped."""
-        return replace(self, spec=replace(self.spec, shape=_swap(self.spec.shape)), transposed=not self.transposed)
+        return replace(self, spec=self.spec._replace(shape=_swap(self.spec.shape)), transposed=not self.transposed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,10 @@ from shardwise.errors import MissingTensorError
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
-from shardwise.types import Box, TensorSpec
+from shardwise.types import DTYPE_BYTES, Box, TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class SourceChunk:
+class SourceChunk(NamedTuple):
     """A saved piece of a tensor.
 
     Attributes:
@@ -38,16 +38,14 @@ class SourceChunk:
     packed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
+class SourceTensor(NamedTuple):
     """A saved tensor: what it is, and where its pieces are."""
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Read:
+class Read(NamedTuple):
     """Rows of bytes, and the memory that they fill.
 
     Attributes:
@@ -70,8 +68,7 @@ class Read:
     spec: TensorSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedRead:
+class PackedRead(NamedTuple):
     """A serialised tensor to load, and the region of it to copy.
 
     Attributes:
@@ -92,33 +89,48 @@ class PackedRead:
 AnyRead = Read | PackedRead
 
 
-def plan_reads(source: SourceTensor, wanted: HeldTensor) -> Iterator[AnyRead]:
+def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
     """The reads that fill every fragment of ``wanted``.
 
     Raises:
         MissingTensorError: The chunks do not cover a fragment.
     """
+    spec, chunks = source
+    found: list[AnyRead] = []
+    plain = len(chunks) == 1 and not chunks[0].packed and wanted.grid == spec.shape
     for fragment in wanted.fragments:
-        covered = 0
-        for chunk in source.chunks:
-            for read in _from_chunk(chunk, source.spec, fragment, wanted.grid):
-                covered += read.dest.numel()
-                yield read
-        if covered != fragment.box.numel:
-            raise MissingTensorError(
-                f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",
-                tensor=source.spec.name,
-                hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
-            )
+        rows = _rows(fragment.box, chunks[0].box) if plain else None
+        if rows is None:
+            found += _pieces(source, fragment, wanted.grid)
+        else:
+            found.append(_read_rows(rows, chunks[0], spec, fragment))
+    return found
+
+
+def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> list[AnyRead]:
+    found = [read for chunk in source.chunks for read in _from_chunk(chunk, source.spec, fragment, grid)]
+    covered = sum(read.dest.numel() for read in found)
+    if covered != fragment.box.numel:
+        raise MissingTensorError(
+            f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",
+            tensor=source.spec.name,
+            hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
+        )
+    return found
+
+
+def _read_rows(rows: tuple[int, int], chunk: SourceChunk, spec: TensorSpec, fragment: Fragment) -> Read:
+    itemsize = DTYPE_BYTES[spec.dtype]
+    nbytes = rows[1] * itemsize
+    data = fragment.data.unsqueeze(0)
+    return Read(chunk.file, chunk.offset + rows[0] * itemsize, 1, nbytes, nbytes, data, spec)
 
 
 def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[AnyRead]:
     if grid == spec.shape:
-        if not chunk.packed and _whole_rows(fragment.box, chunk.box):
-            first = fragment.box.offsets[0] - chunk.box.offsets[0]
-            offset = chunk.offset + first * math.prod(chunk.box.sizes[1:]) * spec.itemsize
-            nbytes = fragment.box.numel * spec.itemsize
-            yield Read(chunk.file, offset, 1, nbytes, nbytes, fragment.data.unsqueeze(0), spec)
+        rows = _rows(fragment.box, chunk.box)
+        if rows is not None and not chunk.packed:
+            yield _read_rows(rows, chunk, spec, fragment)
             return
         factors: tuple[tuple[int, ...], ...] = tuple((n,) for n in grid)
         boxes: Sequence[Box] = (chunk.box,)
@@ -137,9 +149,13 @@ def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: 
             yield from _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
 
 
-def _whole_rows(inner: Box, outer: Box) -> bool:
-    """Whether ``inner`` is consecutive whole rows of ``outer``: most fragments are, and need no further thought."""
-    return (
+@lru_cache(maxsize=65536)  # tensors of one kind have equal boxes
+def _rows(inner: Box, outer: Box) -> tuple[int, int] | None:
+    """First element and number of elements of ``inner`` in ``outer`` if it is consecutive whole rows of it.
+
+    Most fragments are, and need no further thought.
+    """
+    whole = (
         len(inner.sizes) > 0
         and inner.numel > 0
         and inner.sizes[1:] == outer.sizes[1:]
@@ -147,6 +163,9 @@ def _whole_rows(inner: Box, outer: Box) -> bool:
         and inner.offsets[0] >= outer.offsets[0]
         and inner.offsets[0] + inner.sizes[0] <= outer.offsets[0] + outer.sizes[0]
     )
+    if not whole:
+        return None
+    return (inner.offsets[0] - outer.offsets[0]) * math.prod(outer.sizes[1:]), inner.numel
 
 
 def _memory(box: Box, factors: tuple[tuple[int, ...], ...]) -> tuple[int, tuple[int, ...]]:

@@ -8,13 +8,13 @@ integers, every rank can compute every other rank's boxes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardwise.errors import IncompleteTensorError, NameCollisionError
 from shardwise.plan.collector import collector_paused
-from shardwise.plan.fragments import HeldTensor, Part
+from shardwise.plan.fragments import HeldPart, HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
 from shardwise.types import TensorSpec
 
@@ -55,16 +55,22 @@ class Declaration:
         # What follows a tensor's name is the same for all tensors of one kind.
         kinds: dict[tuple[object, ...], str] = {}
         text = [str(stage)]
-        for tensor in held:
-            spec = tensor.spec
-            kind = (spec.shape, spec.dtype, tensor.grid, *[part.part for part in tensor.parts])
+        specs = []
+        for spec, grid, parts in held:
+            kind: tuple[object, ...]
+            if len(parts) == 1:
+                kind = (spec.shape, spec.dtype, grid, parts[0].part)
+            else:
+                kind = (spec.shape, spec.dtype, grid, *[part.part for part in parts])
             code = kinds.get(kind)
             if code is None:
-                parts = [_part_code(part.part) for part in tensor.parts]
-                code = kinds[kind] = f"\0{spec.shape}{spec.dtype}{tensor.grid}{parts}\n"
-            text += (spec.name, code)
+                spreads = [_part_code(part.part) for part in parts]
+                code = kinds[kind] = f"\0{spec.shape}{spec.dtype}{grid}{spreads}\n"
+            text.append(spec.name)
+            text.append(code)
+            specs.append(spec)
         digest = hashlib.blake2b("".join(text).encode(), digest_size=16).hexdigest()
-        return Declaration(tuple([t.spec for t in held]), stage, digest)
+        return Declaration(tuple(specs), stage, digest)
 
 
 Coordinates = Mapping[MeshKey, tuple[int, ...]]
@@ -101,9 +107,16 @@ class Roster:
             NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
                 stages declare the same name.
         """
+        declarations = sorted(self.declarations.values(), key=lambda d: d.stage)
         found: dict[str, TensorSpec] = {}
         stages: dict[str, int] = {}
-        for declaration in sorted(self.declarations.values(), key=lambda d: d.stage):
+        if len(declarations) == 1:
+            # With everybody saying the same there is nothing to compare, unless it names a tensor twice.
+            found = {spec.name: spec for spec in declarations[0].specs}
+            if len(found) == len(declarations[0].specs):
+                return declarations[0].specs
+            found.clear()
+        for declaration in declarations:
             stage = declaration.stage
             for spec in declaration.specs:
                 known = found.setdefault(spec.name, spec)
@@ -115,6 +128,9 @@ class Roster:
     @cached_property
     def _declarers(self) -> dict[str, str]:
         """For each tensor name, a key of the set of digests that declare it."""
+        if len(self.declarations) == 1:
+            [(digest, declaration)] = self.declarations.items()
+            return dict.fromkeys([spec.name for spec in declaration.specs], digest)
         names: dict[str, str] = {}
         joined: dict[tuple[str, str], str] = {}  # the same text object for all names of one set
         for digest, declaration in self.declarations.items():
@@ -137,6 +153,19 @@ class Roster:
             self._peers_of_part[(declarers, part)] = found
         return found
 
+    def holders(self, held: Iterable[HeldTensor]) -> Iterator[tuple[int, HeldPart, ShardSet]]:
+        """For each part of each of a rank's tensors: the tensor's number, the part, and the ranks that hold one."""
+        declarers = self._declarers
+        known: dict[tuple[str, int], ShardSet] = {}  # most tensors share their part with others, object and all
+        for number, tensor in enumerate(held):
+            declared_by = declarers[tensor.spec.name]
+            for part in tensor.parts:
+                key = (declared_by, id(part.part))
+                found = known.get(key)
+                if found is None:
+                    found = known[key] = self.shard_set(tensor.spec.name, part.part)
+                yield number, part, found
+
     def _shard_set(self, digests: set[str], part: Part) -> ShardSet:
         replicas: dict[tuple[int, ...], list[int]] = {}
         for rank, digest in enumerate(self.digests):
@@ -149,30 +178,29 @@ class Roster:
                 replicas.setdefault(own, []).append(rank)
         return ShardSet({where: tuple(ranks) for where, ranks in sorted(replicas.items())})
 
-    def check_complete(self, held: Iterable[HeldTensor]) -> None:
+    @collector_paused()
+    def check_complete(self, held: Sequence[HeldTensor]) -> None:
         """Check that the ranks together hold all of every tensor of ``held``.
 
         Raises:
             IncompleteTensorError: A mesh coordinate that holds a piece is missing from the group.
         """
         checked: set[ShardSet] = set()
-        for tensor in held:
-            for part in tensor.parts:
-                found = self.shard_set(tensor.spec.name, part.part)
-                if found in checked:
-                    continue
-                checked.add(found)
-                wanted = 1
-                if part.part.mesh is not None:
-                    for size, placement in zip(part.part.mesh.shape, part.part.placements, strict=True):
-                        wanted *= 1 if isinstance(placement, Replicated) else size
-                present = len(found.replicas)
-                if present != wanted:
-                    raise IncompleteTensorError(
-                        f"{present} of {wanted} pieces are held by the ranks that save together",
-                        tensor=tensor.spec.name,
-                        hint="Save with a process group that contains every rank of the tensor's mesh.",
-                    )
+        for number, part, found in self.holders(held):
+            if found in checked:
+                continue
+            checked.add(found)
+            wanted = 1
+            if part.part.mesh is not None:
+                for size, placement in zip(part.part.mesh.shape, part.part.placements, strict=True):
+                    wanted *= 1 if isinstance(placement, Replicated) else size
+            present = len(found.replicas)
+            if present != wanted:
+                raise IncompleteTensorError(
+                    f"{present} of {wanted} pieces are held by the ranks that save together",
+                    tensor=held[number].spec.name,
+                    hint="Save with a process group that contains every rank of the tensor's mesh.",
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from shardwise.plan.fragments import HeldTensor, Part
-from shardwise.plan.placement import MeshKey
+from shardwise.plan.placement import MeshKey, Replicated
 from shardwise.plan.roster import Roster, ShardSet
 from shardwise.plan.runs import flat_offset, stride_of
 from shardwise.plan.views import AxisView, refine_range
@@ -163,6 +163,25 @@ class ExchangePlanner:
         self._planned: dict[tuple[ShapeKey, tuple[ShardSet, ...]], Exchange] = {}
         self._at_index: dict[tuple[ShardSet, Part, tuple[int, ...]], dict[tuple[int, ...], list[Holders]]] = {}
 
+    def plan_all(self, held: Sequence[HeldTensor]) -> list[Exchange]:
+        """The exchanges that a rank's tensors need."""
+        found = []
+        # Most tensors share their part with others, object and all, and need no more than this look.
+        needless: set[tuple[int, tuple[int, ...], str]] = set()
+        for number, tensor in enumerate(held):
+            spec, grid, parts = tensor
+            if len(grid) < 2:
+                continue
+            key = (id(parts[0].part), grid, spec.dtype) if len(parts) == 1 else None
+            if key in needless:
+                continue
+            exchange = self.plan(number, tensor)
+            if exchange is not None:
+                found.append(exchange)
+            elif key is not None:
+                needless.add(key)
+        return found
+
     def plan(self, number: int, tensor: HeldTensor) -> Exchange | None:
         """The exchange that ``tensor`` needs, or ``None`` where its holders can write it as it lies.
 
@@ -182,6 +201,8 @@ class ExchangePlanner:
 
     def _outer(self, tensor: HeldTensor, key: ShapeKey) -> int:
         """Leading dimensions that make rows, or 0 where no exchange is needed."""
+        if all(_in_rows(part) for part in key[2]):
+            return 0
         # Spread over the ranks, one expert of a fused tensor makes the same boxes as the next: those of the first
         # expert tell for all, where asking for each would take the number of experts times that of ranks.
         alike = (*key[:2], tuple([_first_alike(part) for part in key[2]]))
@@ -254,6 +275,11 @@ def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:
             whole[position] = dim
         position += len(factors)
     return [(whole[at], at, index) for at, index in view.fixed if at in whole]
+
+
+def _in_rows(part: Part) -> bool:
+    """Whether a part is cut along the first dimension only, so that whatever a rank holds of it is runs of rows."""
+    return part.view is None and all(isinstance(p, Replicated) or p.dim == 0 for p in part.placements)
 
 
 def _first_alike(part: Part) -> Part:

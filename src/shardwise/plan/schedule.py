@@ -20,7 +20,7 @@ from shardwise.plan.ownership import Owned, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
 from shardwise.plan.runs import only_run, runs
-from shardwise.types import TensorSpec
+from shardwise.types import DTYPE_BYTES, TensorSpec
 
 
 class Run(NamedTuple):
@@ -76,20 +76,20 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
         roster: Who holds what.
         rank: The rank in the group.
     """
-    planner = ExchangePlanner(roster)
-    exchanges = []
-    for number, tensor in enumerate(held) if roster.world_size > 1 else ():
-        if len(tensor.grid) > 1:
-            exchange = planner.plan(number, tensor)
-            if exchange is not None:
-                exchanges.append(exchange)
+    exchanges = ExchangePlanner(roster).plan_all(held) if roster.world_size > 1 else []
     skip = frozenset(exchange.tensor for exchange in exchanges)
     by_file: list[list[Run]] = [[] for _ in layout.files]
     places = layout.places
     for owned in own(held, roster, rank, skip):
-        tensor = held[owned.tensor]
-        place = places[tensor.spec.name]
-        by_file[place.file] += _runs_of(owned, tensor, place)
+        number, (box, data) = owned
+        spec, grid, _ = held[number]
+        place = places[spec.name]
+        first = only_run(box, grid)
+        if first is None:
+            by_file[place.file] += _runs_of(owned, held[number], place)
+        else:
+            start = first * DTYPE_BYTES[spec.dtype]
+            by_file[place.file].append(Run(place.file, place.offset + start, number, spec, start, data))
     turn = rank * len(layout.files) // max(roster.world_size, 1)
     found: list[Run] = []
     for its_runs in by_file[turn:] + by_file[:turn]:
@@ -100,10 +100,6 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
 
 def _runs_of(owned: Owned, tensor: HeldTensor, place: Place) -> Sequence[Run]:
     box, itemsize = owned.fragment.box, tensor.spec.itemsize
-    first = only_run(box, tensor.grid)
-    if first is not None:
-        start = first * itemsize
-        return (Run(place.file, place.offset + start, owned.tensor, tensor.spec, start, owned.fragment.data),)
     return [
         Run(
             place.file,

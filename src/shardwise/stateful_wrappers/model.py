@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, state_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -43,11 +44,15 @@ class ModelState:
         """Whether nothing of the model is left out."""
         return not self.is_peft and not self._skip
 
+    @collector_paused()
     def tensors(self) -> tuple[NamedTensor, ...]:
         """Parameters and persistent buffers, each tied tensor once."""
+        listed = state_tensors(self.model)
+        if self.is_whole:
+            return listed
         return tuple(
             named
-            for named in state_tensors(self.model)
+            for named in listed
             if not (self._skip and named.name.startswith(self._skip))
             and (not self.is_peft or named.tensor.requires_grad)
         )

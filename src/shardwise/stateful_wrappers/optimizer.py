@@ -9,7 +9,7 @@ and comes back without.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -202,7 +202,7 @@ class OptimizerState:
             f"state.{name}.{key}": f"state.{tied}.{key}" for name, tied in self._ties.items() for key in sorted(keys)
         }
         return [
-            replace(tensor, spec=replace(tensor.spec, name=other[tensor.spec.name]))
+            tensor._replace(spec=tensor.spec._replace(name=other[tensor.spec.name]))
             if tensor.spec.name not in names and other.get(tensor.spec.name) in names
             else tensor
             for tensor in self.held()

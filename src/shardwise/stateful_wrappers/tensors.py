@@ -13,9 +13,9 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, 
 from shardwise.errors import MisuseError, TensorError
 from shardwise.format.dtypes import dtype_code
 from shardwise.plan.collector import collector_paused
-from shardwise.plan.fragments import HeldTensor, Part, hold
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
-from shardwise.types import TensorSpec
+from shardwise.types import Box, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,19 @@ class Spread:
         part: Their spread over the mesh.
         coordinate: This rank's mesh coordinate; ``()`` for plain tensors.
         numel: Elements that this rank holds of each.
+        box: The one region that this rank holds of each, which its local tensor is; ``None`` where it is not so simple.
     """
 
     part: Part
     coordinate: tuple[int, ...]
     numel: int
+    box: Box | None
+
+    @staticmethod
+    def of(part: Part, coordinate: tuple[int, ...]) -> Spread:
+        """The spread of tensors that are ``part`` on the rank at ``coordinate``."""
+        boxes = [region.box for region in part.regions(coordinate)]
+        return Spread(part, coordinate, sum(box.numel for box in boxes), boxes[0] if len(boxes) == 1 else None)
 
 
 class MeshRegister:
@@ -64,12 +72,11 @@ class MeshRegister:
         if not isinstance(tensor, DTensor):
             plain = self._spreads.get(shape)
             if plain is None:
-                part = Part(tuple(shape))
-                plain = self._spreads[shape] = Spread(part, (), sum(region.box.numel for region in part.regions(())))
+                plain = self._spreads[shape] = Spread.of(Part(tuple(shape)), ())
             return plain
         mesh, placements = tensor.device_mesh, tensor.placements
         # The types belong to the key: to torch a strided shard may equal a plain one of the same dimension.
-        key = (id(mesh), shape, placements, tuple(map(type, placements)))
+        key = (id(mesh), shape, placements, *map(type, placements))
         known = self._spreads.get(key)
         if known is None:
             mesh_key, coordinate = self.place(mesh)
@@ -80,8 +87,7 @@ class MeshRegister:
                     hint="Leave the tensor out of this rank's model.",
                 )
             part = Part(tuple(shape), mesh_key, tuple(_placement(p, name) for p in placements))
-            numel = sum(region.box.numel for region in part.regions(coordinate))
-            known = self._spreads[key] = Spread(part, coordinate, numel)
+            known = self._spreads[key] = Spread.of(part, coordinate)
         return known
 
     def key(self, mesh: DeviceMesh) -> MeshKey:
@@ -126,16 +132,20 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         TensorError: A partial or unknown placement.
         MisuseError: A sparse or nested tensor, or one of FSDP1's sharded tensors.
     """
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise MisuseError(f"layout {tensor.layout} cannot be saved", tensor=name, hint="Make it a dense tensor.")
-    code = dtype_code(tensor.dtype, name)
+    # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
+    # knows as well takes several times as long: this is done for every tensor of a model.
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    if local.layout != torch.strided or local.is_nested:
+        raise MisuseError(f"layout {local.layout} cannot be saved", tensor=name, hint="Make it a dense tensor.")
     spread = meshes.spread(name, tensor)
-    spec = TensorSpec(name, spread.part.native_shape, code)
-    if not isinstance(tensor, DTensor):
-        return hold(spec, spread.part, (), tensor.detach())
-    # to_local() would record a step for a gradient that nobody wants, which takes longer than all else here.
-    local = tensor._local_tensor.detach()
+    spec = TensorSpec(name, spread.part.native_shape, dtype_code(local.dtype, name))
+    if local.requires_grad:
+        local = local.detach()
+    if spread.box is not None and spread.box.sizes == local.shape:
+        held = HeldPart(spread.part, spread.coordinate, (Fragment(spread.box, local),))
+        return HeldTensor(spec, spec.shape, (held,))
     if spread.numel != local.numel():
+        assert isinstance(tensor, DTensor)
         raise TensorError(
             f"this rank's memory of it, {list(local.shape)}, is not what {tensor.placements} of {list(tensor.shape)} "
             f"over {list(tensor.device_mesh.shape)} ranks gives",

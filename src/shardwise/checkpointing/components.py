@@ -1,0 +1,335 @@
+"""Saving and loading one component at a time: a model, an optimizer, state for each rank, base models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise._version import __version__
+from shardwise.addons import CheckpointAddon
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing import basemodel
+from shardwise.checkpointing.adapters import AdapterSave, load_adapter
+from shardwise.checkpointing.arguments import (
+    check_same_settings,
+    check_together,
+    warn_if_alone,
+)
+from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.extras import Stateful
+from shardwise.checkpointing.models import ModelSave, default_addons, load_model
+from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.standalone import Replacement
+from shardwise.checkpointing.wholes import below
+from shardwise.comm import Group
+from shardwise.config import CheckpointingConfig
+from shardwise.engine.background import Background
+from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.load import LoadOptions
+from shardwise.errors import ConfigError
+from shardwise.io.storage import LocalStorage, Storage
+from shardwise.lifecycle import (
+    LOCAL,
+    FileSystem,
+)
+from shardwise.plan.collector import collector_paused
+from shardwise.stateful_wrappers import ModelState, OptimizerState
+
+_LOG = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+
+
+class ComponentCheckpointer:
+    """What `Checkpointer` does with the components of a checkpoint, for loops that publish on their own.
+
+    Every method is called by all ranks of the group together, in the same order. A failure on one rank is raised on
+    all of them as the same error. The arguments are documented there.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointingConfig,
+        dp_rank: int,
+        tp_rank: int,
+        pp_rank: int,
+        moe_mesh: DeviceMesh | None = None,
+        process_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+        *,
+        addons: Sequence[CheckpointAddon] | None = None,
+        storage: Storage | None = None,
+        file_system: FileSystem | None = None,
+    ) -> None:
+        self.config = config
+        self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
+        self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
+        self._process_group = process_group
+        if config.is_remote and (storage is None or file_system is None):
+            raise ConfigError(
+                "checkpoint_dir is a URL, which the mounted file systems cannot reach",
+                path=config.checkpoint_dir,
+                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage and a file_system.",
+            )
+        self._storage = storage or LocalStorage()
+        self._fs = file_system or LOCAL
+        self._made: Context | None = None
+        self._background: Background | None = None
+
+    # --- components -------------------------------------------------------------------------------------------------
+
+    def save_model(
+        self,
+        model: Model,
+        weights_path: str | Path,
+        peft_config: object | None = None,
+        tokenizer: SavesPretrained | None = None,
+        is_final_checkpoint: bool = False,
+    ) -> None:
+        """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
+        context = self._context
+        if not self.config.enabled or self._skip():
+            return
+        check_together(context.group, model)
+        target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
+        target.reserve()
+        try:
+            steps = self._model_steps(model, target.temp, tokenizer, peft_config, is_final_checkpoint, prefix="")
+        except BaseException:
+            target.abandon(context.group)
+            raise
+        self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), target.commit, target.abandon))
+
+    def load_model(
+        self,
+        model: Model,
+        model_path: str | Path,
+        is_init_step: bool = False,
+        use_checkpoint_id: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_checkpoint_key_subset: bool = False,
+    ) -> None:
+        """Fill ``model`` in place. All ranks call.
+
+        Args:
+            model: The model, or this rank's pipeline stages, with memory (not on the meta device).
+            model_path: A checkpoint's ``model`` directory, ``model/consolidated``, a DCP directory, any Hugging Face
+                model directory, or a single safetensors file.
+            is_init_step: Initialise from a base model: values are cast to the model's dtypes, quantized ones are
+                dequantized (``dequantize_base_checkpoint``), tensors that the model lacks are left alone, adapters
+                are too, and ``skip_task_head_prefixes_for_base_model`` applies. ``.bin`` files are read as well.
+            use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
+            allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
+        """
+        self.async_wait()
+        context = self._context
+        check_together(context.group, model)
+        if self.config.is_peft and not is_init_step:
+            load_adapter(context, model, Path(model_path).absolute())
+            return
+        path = Path(model_path).absolute()
+        if is_init_step:
+            parts = [model] if isinstance(model, nn.Module) else list(model)
+            basemodel.fill_from_base(
+                context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
+            )
+            return
+        options = LoadOptions(allow_checkpoint_key_subset, threads=context.threads, sharing=context.sharing)
+        load_model(context, model, path, key_mapping=key_mapping, options=options)
+
+    def save_optimizer(
+        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+    ) -> None:
+        """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
+        context = self._context
+        if not self.config.enabled or self._skip():
+            return
+        check_together(context.group, model, optimizer, scheduler)
+        target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
+        target.reserve()
+        try:
+            steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
+        except BaseException:
+            target.abandon(context.group)
+            raise
+        self._run(SaveJob(f"saving {weights_path}/optim", tuple(steps), target.commit, target.abandon))
+
+    def load_optimizer(
+        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+    ) -> None:
+        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
+        self.async_wait()
+        check_together(self._context.group, model, optimizer, scheduler)
+        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
+
+    def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""
+        writes = self.tp_rank == 0 and self.pp_rank == 0
+        save_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
+
+    def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call."""
+        load_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
+
+    def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each process, ``path/state_name/``. All ranks call."""
+        rank = f"rank_{self._context.group.global_rank}"
+        save_rank_state(self._context, state, state_name, Path(path).absolute(), rank, True)
+
+    def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
+        rank = f"rank_{self._context.group.global_rank}"
+        load_rank_state(self._context, state, state_name, Path(path).absolute(), rank)
+
+    # --- base models ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def initialize_model_weights(
+        model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
+    ) -> None:
+        """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
+        basemodel.initialize_model_weights(model, torch.device(device), peft_init_method)
+
+    def load_base_model(
+        self,
+        model: Model,
+        device: torch.device | str,
+        root_dir: str | Path | None,
+        model_name: str | None,
+        load_base_model: bool = True,
+    ) -> None:
+        """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
+
+        The model keeps its dtypes; `shardwise.checkpointing.base_files.base_dtype` tells the base's.
+
+        Args:
+            model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
+            device: Where it is to be.
+            root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
+            model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
+            load_base_model: Whether to load; otherwise the model is only initialised.
+
+        Raises:
+            CheckpointNotFoundError: The base is not there.
+            TensorError: Model and base do not fit.
+            QuantizationError: The base is quantized in a way that cannot be undone.
+        """
+        basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
+        self.allocate_staging(model)
+
+    # --- background -------------------------------------------------------------------------------------------------
+
+    def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """Make the staging memory of asynchronous saves ahead of the first one. Local; each rank may call.
+
+        `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
+        make room for yet: call this after the first step to keep the first save as short as the later ones.
+        """
+        stager = self._context.stager
+        if stager is None or self.config.is_peft:
+            return
+        stager.allocate("model", self._context.names.capture(ModelState(model)).held)
+        if optimizer is not None:
+            stager.allocate("optim", OptimizerState(optimizer, model).held())
+
+    def maybe_wait_for_staging(self) -> None:
+        """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""
+        if self._background is not None:
+            self._background.wait_for_staging()
+
+    def async_wait(self) -> None:
+        """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
+        if self._background is not None:
+            self._background.wait()
+
+    def finalize(self) -> None:
+        """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
+        try:
+            self.async_wait()
+        finally:
+            if self._background is not None:
+                self._background.close()
+                self._background = None
+            if self._made is not None:
+                self._made.group.close()
+                self._made = None
+
+    close = finalize
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finalize()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _context(self) -> Context:
+        if self._made is None:
+            group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
+            check_same_settings(self.config, group)
+            warn_if_alone(group)
+            self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
+            if self.config.is_async:
+                seconds = self.config.collective_timeout_seconds
+                self._background = Background(Group.dedicated(self._process_group, seconds))
+                self._made.stager = self._background.stager
+        return self._made
+
+    def _model_steps(
+        self,
+        model: Model,
+        directory: Path,
+        tokenizer: SavesPretrained | None,
+        peft_config: object | None,
+        is_final: bool,
+        prefix: str = "model",
+    ) -> list[Step]:
+        context = self._context
+        kind = AdapterSave if self.config.is_peft else ModelSave
+        save = kind(
+            context,
+            model,
+            directory,
+            self.addons,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            is_final=is_final,
+        )
+        return below(prefix, save.steps())
+
+    def _skip(self) -> bool:
+        """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""
+        if self._background is None:
+            return False
+        if self.config.skip_save_while_busy and self._context.group.any(self._background.busy, "asking for a save"):
+            _LOG.info("skipped a save: the last one is still being written")
+            return True
+        self._background.wait()
+        return False
+
+    def _run(self, job: SaveJob) -> None:
+        if self._background is None:
+            # Training waits, so nobody else leaves garbage meanwhile. One pass of the collector over a process that has
+            # torch and transformers loaded takes as long as saving half a gigabyte does.
+            with collector_paused():
+                job.run(self._context.group)
+            return
+        self._background.submit(job)
+        if self.config.wait_for_staging:
+            self._background.wait_for_staging()

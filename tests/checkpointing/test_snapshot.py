@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
+from shardwise.convert import kept_out
+from shardwise.stateful_wrappers.names import state_tensors
 from shardwise.stateful_wrappers.snapshot import Snapshot
 
 
@@ -142,3 +145,40 @@ def _sharded(root: str) -> tuple[list[bool], bool]:
 
 def test_fsdp_adds_hooks_at_its_first_step_and_none_later(tmp_path: Path) -> None:
     assert run(2, _sharded, str(tmp_path)) == [([False, True, True], True)] * 2
+
+
+def test_another_order_of_the_same_tensors_is_a_change() -> None:
+    net = model()
+    before = snapshot(net)
+    net[0]._parameters["weight"] = net[0]._parameters.pop("weight")
+    assert not before.holds([net])
+
+
+def test_a_model_is_listed_as_torch_lists_it() -> None:
+    net = model()
+    net.append(net[2])  # one module under two names
+    net[1].register_buffer("forgotten", torch.zeros(2), persistent=False)
+    net[0].register_parameter("absent", None)
+    net.append(nn.Sequential(OwnState(2, 2), nn.Linear(2, 2)))
+    for listed in (net, net[:4]):
+        wanted = listed.state_dict(keep_vars=True)
+        found = state_tensors([listed])
+        names = {name: named for named in found for name in (named.name, *named.aliases)}
+        assert names.keys() == wanted.keys()
+        assert [named.name for named in found] == [name for name in wanted if name in {n.name for n in found}]
+        assert all(names[name].tensor.data_ptr() == wanted[name].data_ptr() for name in wanted if "twice" not in name)
+        assert [list(wanted)[named.position] for named in found] == [named.name for named in found]
+
+
+class KeepsOut(nn.Linear):
+    _keys_to_ignore_on_save = ("bias",)
+
+
+class Renames(nn.Linear):
+    _checkpoint_conversion_mapping: ClassVar = {"^kernel": "weight"}
+
+
+def test_a_model_that_converts_nothing_says_what_it_keeps_out() -> None:
+    assert kept_out(model()) == frozenset()
+    assert kept_out(torch.compile(KeepsOut(2, 2))) == {"bias"}  # type: ignore[arg-type]
+    assert kept_out(Renames(2, 2)) is None

@@ -38,6 +38,14 @@ def replace_memory(net: nn.Sequential) -> None:
     net[0].weight.data = torch.ones(6, 4)
 
 
+def transpose_memory(net: nn.Sequential) -> None:
+    net[0].weight.data = net[0].weight.data.as_strided((6, 4), (1, 6))
+
+
+def reinterpret_memory(net: nn.Sequential) -> None:
+    net[1].num_batches_tracked.data = net[1].num_batches_tracked.data.view(torch.float64)
+
+
 def replace_module(net: nn.Sequential) -> None:
     net[2][0] = nn.Linear(6, 3, bias=False)
 
@@ -63,7 +71,18 @@ def take_away(net: nn.Sequential) -> None:
     net[0].bias = None
 
 
-CHANGES = [replace_parameter, replace_memory, replace_module, add_module, add_buffer, rename_module, tie, take_away]
+CHANGES = [
+    replace_parameter,
+    replace_memory,
+    transpose_memory,
+    reinterpret_memory,
+    replace_module,
+    add_module,
+    add_buffer,
+    rename_module,
+    tie,
+    take_away,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

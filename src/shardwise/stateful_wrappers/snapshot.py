@@ -23,11 +23,12 @@ _Kept: TypeAlias = dict[str, object]
 
 _LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
+_DTYPE = attrgetter("dtype")
 _WATCHED = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
 
 
 class Memory:
-    """Remembers tensors and where they lie on this rank.
+    """Remembers tensors, where they lie on this rank, and how their memory is read.
 
     Args:
         tensors: The tensors; they are kept alive.
@@ -39,16 +40,24 @@ class Memory:
         self._sharded: list[torch.Tensor] = []
         for tensor in tensors:
             (self._sharded if hasattr(tensor, "_local_tensor") else self._plain).append(tensor)
+        # Asking for strides takes as long as all else; those of a contiguous tensor follow from its shape.
+        self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
         self._places = self._now()
 
-    def _now(self) -> tuple[list[int], list[torch.Size]]:
-        """Addresses of all, and shapes of the plain ones: what a rank has of a sharded one follows from the latter."""
-        addresses = list(map(torch.Tensor.data_ptr, chain(self._plain, map(_LOCAL, self._sharded))))
-        return addresses, list(map(_SHAPE, self._plain))
+    def _now(self) -> tuple[object, ...]:
+        """Addresses, dtypes and layouts of all, and shapes of the plain ones, which no DTensor changes in place."""
+        own = [*self._plain, *map(_LOCAL, self._sharded)]
+        return (
+            list(map(torch.Tensor.data_ptr, own)),
+            list(map(_DTYPE, own)),
+            list(map(torch.Tensor.is_contiguous, own)),
+            list(map(_SHAPE, self._plain)),
+            list(map(torch.Tensor.stride, self._strided)),
+        )
 
     @property
     def unmoved(self) -> bool:
-        """Whether the tensors still have the memory and the shapes that they had."""
+        """Whether the tensors still have the memory, the dtypes, the shapes and the strides that they had."""
         return self._now() == self._places
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:

@@ -85,7 +85,15 @@ def save_otherwise(root: Path, what: str) -> None:
     """Ask for something else on rank 1 than on the others."""
     odd = dist.get_rank() == 1
     model, optimizer, scheduler = training()
-    settings: dict[str, object] = {"save_consolidated": "every" if odd else "false"} if what == "mode" else {}
+    choices = {
+        "mode": {"save_consolidated": "every" if odd else "false"},
+        "sharing": {"share_replica_reads": "always" if odd else "never"},
+        "staging": {"staging_dir": str(root) if odd else None},
+        "carrying": {"pass_through_unloaded": odd},
+        "dequantizing": {"dequantize_base_checkpoint": True if odd else None},
+        "machine": {"io_threads": 1 + odd, "collective_timeout_seconds": 60 + odd, "staging_dir": str(root / f"{odd}")},
+    }
+    settings: dict[str, object] = {**choices.get(what, {})}
     with engine(root, **settings) as checkpointer:
         checkpointer.save(
             0,
@@ -105,6 +113,10 @@ def save_otherwise(root: Path, what: str) -> None:
         ("optimizer", MisuseError, "an optimizer or scheduler was passed on rank 0 and not on rank 1"),
         ("final", MisuseError, "is_final_checkpoint=True was passed on rank 1 and not on rank 0"),
         ("mode", ConfigError, "save_consolidated is false on rank 0 and every on rank 1"),
+        ("sharing", ConfigError, "share_replica_reads is never on rank 0 and always on rank 1"),
+        ("staging", ConfigError, "staging_dir is not given on rank 0 and given on rank 1"),
+        ("carrying", ConfigError, "pass_through_unloaded is False on rank 0 and True on rank 1"),
+        ("dequantizing", ConfigError, "dequantize_base_checkpoint is None on rank 0 and True on rank 1"),
     ],
 )
 def test_ranks_that_ask_for_different_things(tmp_path: Path, what: str, error: type[Exception], text: str) -> None:
@@ -114,7 +126,7 @@ def test_ranks_that_ask_for_different_things(tmp_path: Path, what: str, error: t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["scheduler", "extra"])
+@pytest.mark.parametrize("what", ["scheduler", "extra", "machine"])
 def test_what_may_differ(tmp_path: Path, what: str) -> None:
     assert run(2, save_otherwise, tmp_path, what) == [None, None]
 

@@ -25,6 +25,15 @@ from shardwise.io.storage import Storage
 Ranges = list[tuple[str, int, int]]
 
 
+class LostStorage(CountingStorage):
+    """One that cannot say where its files are on rank 1."""
+
+    def is_remote(self, path: Path) -> bool:
+        if dist.get_rank() == 1:
+            raise StorageError("the mount is gone", path=path, hint="Mount it again.")
+        return True
+
+
 class FarStorage(CountingStorage):
     """A file system that says it is on another machine."""
 
@@ -106,6 +115,19 @@ def test_it_depends_on_where_the_files_are(tmp_path: Path) -> None:
     far: list[Restored] = run(2, restore, plain, tmp_path, "auto", True)  # type: ignore[assignment]
     assert set(map(tuple, reads_of(near).values())) == {(2, 2)}
     assert set(map(tuple, reads_of(far).values())) == {(1, 1)}
+
+
+def restore_lost(root: Path) -> None:
+    training = build(plain, seed=1)
+    with engine(root, "auto", LostStorage()) as made:
+        made.restore(training.model, training.optimizer, training.scheduler)
+
+
+def test_a_rank_that_cannot_tell_where_the_files_are_fails_on_all(tmp_path: Path) -> None:
+    run(2, save, plain, tmp_path)
+    error = failure(2, restore_lost, tmp_path)
+    assert isinstance(error, StorageError)
+    assert (error.rank, "the mount is gone" in str(error)) == (1, True)
 
 
 def save_dcp(root: Path) -> Digests:

@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from enum import Enum
 from typing import cast
 
@@ -15,6 +16,25 @@ from torch.optim import Optimizer
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
+
+_LOG = logging.getLogger(__name__)
+
+#: Settings in which ranks may differ: places, what a machine can do, and what another pipeline stage has not. Any other
+#: one may decide which collectives a save and a load consist of, or which bytes belong where.
+_OWN = frozenset(
+    {
+        "checkpoint_dir",
+        "model_cache_dir",
+        "model_repo_id",
+        "original_model_root_dir",
+        "staging_dir",
+        "io_threads",
+        "collective_timeout_seconds",
+        "consolidation_timeout_minutes",
+        "model_state_dict_keys",
+        "skip_task_head_prefixes_for_base_model",
+    }
+)
 
 
 def check_arguments(model: object, optimizer: object = None, scheduler: object = None) -> None:
@@ -40,34 +60,16 @@ def check_together(group: Group, model: object, optimizer: object = None, schedu
         check_arguments(model, optimizer, scheduler)
 
 
-_LOG = logging.getLogger(__name__)
-
-#: Settings that decide which collectives a save and a load consist of.
-_STEERING = (
-    "enabled",
-    "model_save_format",
-    "save_consolidated",
-    "is_peft",
-    "is_async",
-    "single_rank_consolidation",
-    "random_writes",
-    "diffusers_compatible",
-    "max_file_bytes",
-    "verify_export",
-    "skip_save_while_busy",
-    "save_rng",
-)
-
-
 def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
-    Paths and threads may differ. All ranks call.
+    Paths, threads and time-outs may differ. All ranks call.
 
     Raises:
         ConfigError: They differ.
     """
-    values = {key: getattr(config, key) for key in _STEERING}
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
+    values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     everyone = group.gather_json(cast(JsonValue, own), "comparing settings")
     for rank, theirs in enumerate(cast(list[dict[str, str]], everyone)):

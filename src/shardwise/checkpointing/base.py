@@ -85,18 +85,23 @@ def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Pat
 def open_base(path: str | None, group: Group) -> BaseModel | None:
     """Read the base model's headers. All ranks of the group call.
 
+    Args:
+        path: The base model, which may lie elsewhere on each rank; rank 0's where this rank knows of none.
+        group: The ranks that save together.
+
     Returns:
-        ``None`` where no base model is configured, or it has no safetensors files on this machine.
+        ``None`` where rank 0 has no base model configured, or it has no safetensors files there.
     """
-    if path is None:
-        return None
-    found: JsonValue = None
+    told: JsonValue = None
     with group.together("looking for the base model"):
-        if group.is_main:
+        if group.is_main and path is not None:
             place = Path(path)
             found = (place.is_file() and place.suffix == ".safetensors") or _has_weights(place)
-    if not cast(bool, group.broadcast_json(found, 0, "looking for the base model")):
+            told = path if found else None
+    told = group.broadcast_json(told, 0, "looking for the base model")
+    if told is None:
         return None
+    path = path or cast(str, told)
     try:
         source = open_source(path, group)
     except CheckpointNotFoundError:

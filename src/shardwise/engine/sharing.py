@@ -123,12 +123,15 @@ def find_replicas(
     """
     if sharing.mode == "never" or group.world_size == 1:
         return None
-    if sharing.mode == "auto" and not group.any(_is_remote(source, storage), "looking where the files are"):
+    if sharing.mode == "auto" and not _any_remote(source, group, storage):
         return None
     roster = roster_of_kind(held, group, sharing.stage)
     return None if roster is None else Replicas(roster, group.rank)
 
 
-def _is_remote(source: Source, storage: Storage) -> bool:
-    # A cache's files are links into another directory, which may be elsewhere.
-    return is_remote(storage, source.files[0] if source.files else source.path)
+def _any_remote(source: Source, group: Group, storage: Storage) -> bool:
+    remote = False
+    with group.together("looking where the files are"):
+        # A cache's files are links into another directory, which may be elsewhere.
+        remote = is_remote(storage, source.files[0] if source.files else source.path)
+    return group.any(remote, "looking where the files are")

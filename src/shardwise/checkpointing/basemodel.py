@@ -29,6 +29,7 @@ from shardwise.checkpointing.base_files import base_config, find_base, open_base
 from shardwise.checkpointing.base_init import has_meta, initialise, names_of, recompute_buffers, slots_of
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.hub import require_memory
 from shardwise.comm import Group
 from shardwise.engine.load_base import (
     BaseLoadReport,
@@ -180,11 +181,7 @@ def fill_from_base(
         before(wanted)
         wanted = _matched(context, parts, source, told, key_mapping, wanted)
     with group.together("checking the model's memory"):
-        if any(tensor.device.type == "meta" for tensor in wanted.tensors):
-            raise MisuseError(
-                "the model is on the meta device and has no memory to load into",
-                hint="Call load_base_model, or initialize_model_weights first.",
-            )
+        require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
     report = load_base_tensors(wanted.held, wanted.groups, source, group, context.storage, options)
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:

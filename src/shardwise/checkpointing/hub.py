@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from shardwise.convert import (
@@ -18,7 +19,7 @@ from shardwise.convert import (
     kept_out,
     to_hub,
 )
-from shardwise.errors import ConversionError
+from shardwise.errors import ConversionError, MisuseError
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
@@ -180,6 +181,28 @@ def with_base_dtypes(
     return export, exact
 
 
-def materialised(tensors: Iterable[NamedTensor]) -> bool:
-    """Whether none of a model's tensors is on the meta device."""
-    return all(named.tensor.device.type != "meta" for named in tensors)
+def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
+    """Check that none of a model's tensors is on the meta device.
+
+    Args:
+        tensors: Names, as far as they are known, and tensors.
+        lacking: What such a model has none of: "values to save".
+
+    Raises:
+        MisuseError: One is.
+    """
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise MisuseError(
+                f"the model is on the meta device and has no {lacking}",
+                tensor=name,
+                hint="Call initialize_model_weights or load_base_model first.",
+            )
+
+
+def memory_of(held: Iterable[HeldTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and memory of held tensors."""
+    for tensor in held:
+        for part in tensor.parts:
+            for fragment in part.fragments:
+                yield tensor.spec.name, fragment.data

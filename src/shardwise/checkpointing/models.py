@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
-from shardwise.checkpointing.hub import HubState, materialised, with_base_dtypes
+from shardwise.checkpointing.hub import HubState, memory_of, require_memory, with_base_dtypes
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
@@ -31,7 +31,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import read_file, write_plain
-from shardwise.errors import MisuseError, StateFormatError
+from shardwise.errors import StateFormatError
 from shardwise.io.sources import Source, open_source
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -117,7 +117,7 @@ class ModelSave:
         context = self._context
         if context.config.model_save_format == "torch_save":
             with context.group.together("describing the model"):
-                require_memory(self.state.held())
+                require_memory(memory_of(self.state.held()), "values to save")
             return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
         if not self._exports:
             hub = self._described()
@@ -169,7 +169,7 @@ class ModelSave:
         context = self._context
         hub = context.names.capture(self.state)
         if hub is not context.sound:
-            require_memory(hub.native)
+            require_memory(memory_of(hub.native), "values to save")
             context.sound = hub
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
@@ -268,21 +268,6 @@ def default_addons(is_peft: bool) -> list[CheckpointAddon]:
     return [ConsolidatedHFAddon()]
 
 
-def require_memory(tensors: Iterable[HeldTensor]) -> None:
-    """Check that a model that is to be saved has values.
-
-    Raises:
-        MisuseError: One of its tensors is on the meta device.
-    """
-    for tensor in tensors:
-        if any(fragment.data.is_meta for part in tensor.parts for fragment in part.fragments):
-            raise MisuseError(
-                "the model is on the meta device and has no values to save",
-                tensor=tensor.spec.name,
-                hint="Call initialize_model_weights or load_base_model first.",
-            )
-
-
 def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     """The native tensors of groups that have to be computed."""
     return [tensor for group in groups for tensor in group.natives]
@@ -334,11 +319,7 @@ def _opened(
         if key_mapping:
             source = renamed(source, key_mapping)
         named = state.tensors()
-        if not materialised(named):
-            raise MisuseError(
-                "the model is on the meta device and has no memory to load into",
-                hint="Call initialize_model_weights or load_base_model first.",
-            )
+        require_memory(((each.name, each.tensor) for each in named), "memory to load into")
         hub = context.names.capture(state, named)
         ties = {alias: tensor.name for tensor in named for alias in tensor.aliases}
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}

@@ -280,12 +280,31 @@ def _spanning(rows: torch.Tensor) -> memoryview:
 
 def _split(read: AnyRead | _Woven) -> Iterator[AnyRead | _Woven]:
     """Cut a large contiguous read, so that several threads can share it."""
-    limit = 16 * BUFFER_BYTES
-    if not isinstance(read, Read) or read.rows != 1 or read.width <= limit:
+    if isinstance(read, Read) and read.rows == 1:
+        yield from cut_read(read, 16 * BUFFER_BYTES)
+    else:
         yield read
+
+
+def cut_read(read: Read, most: int) -> Iterator[Read]:
+    """Reads of at most ``most`` bytes each that together do what ``read`` does.
+
+    Ranks whose reads have the same sizes get the same pieces, wherever these go in their memory.
+    """
+    if read.dest.numel() == 0:
         return
-    offset = read.offset
-    for block in blocks(read.dest[0], limit // read.spec.itemsize):
-        nbytes = block.numel() * read.spec.itemsize
-        yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
-        offset += nbytes
+    if read.rows * read.width <= most:
+        yield read
+    elif read.rows == 1:
+        offset = read.offset
+        for block in blocks(read.dest[0], max(1, most // read.spec.itemsize)):
+            nbytes = block.numel() * read.spec.itemsize
+            yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
+            offset += nbytes
+    else:
+        step = max(1, most // read.width)
+        for first in range(0, read.rows, step):
+            dest = read.dest[first : first + step]
+            offset = read.offset + first * read.period
+            part = Read(read.file, offset, dest.shape[0], read.period, read.width, dest, read.spec)
+            yield from cut_read(part, most) if read.width > most else (part,)

@@ -18,8 +18,8 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import blocks, flat_bytes
-from shardwise.io.reader import Reader
+from shardwise.io.memory import flat_bytes
+from shardwise.io.reader import Reader, cut_read
 from shardwise.io.storage import Storage, file_system_type
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
@@ -189,27 +189,6 @@ def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
         return piece.dest.dtype, tuple(piece.dest.shape)
     dtype = torch_dtype(piece.spec.dtype)
     return dtype, (piece.rows, piece.width // dtype.itemsize)
-
-
-def cut_read(read: Read, most: int) -> Iterator[Read]:
-    """Reads of at most ``most`` bytes each that together do what ``read`` does; cut alike on every rank."""
-    if read.dest.numel() == 0:
-        return
-    if read.rows * read.width <= most:
-        yield read
-    elif read.rows == 1:
-        offset = read.offset
-        for block in blocks(read.dest[0], max(1, most // read.spec.itemsize)):
-            nbytes = block.numel() * read.spec.itemsize
-            yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
-            offset += nbytes
-    else:
-        step = max(1, most // read.width)
-        for first in range(0, read.rows, step):
-            dest = read.dest[first : first + step]
-            offset = read.offset + first * read.period
-            part = Read(read.file, offset, dest.shape[0], read.period, read.width, dest, read.spec)
-            yield from cut_read(part, most) if read.width > most else (part,)
 
 
 def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:

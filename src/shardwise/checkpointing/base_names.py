@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,7 @@ from shardwise.convert import (
     Conversion,
     HeldGroup,
     NativeSpec,
-    check_round_trip,
-    derive_for,
+    conversion_of,
     for_files,
     identity,
     to_hub,
@@ -105,19 +104,11 @@ def match_base(
         if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
             conversion = before.conversions[number][1]
         else:
-            conversion = for_files(part.module, conversion_of(part.module, natives), specs, names, key_mapping)
+            conversion = for_files(part.module, conversion_of(part.module, specs), specs, names, key_mapping)
         conversions.append((specs, conversion))
         converted = to_hub(conversion, natives)
-        ignorable = _ignorable(part.module)
         embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
-        for tensor in converted.held:
-            native = tensor.parts[0].part.view is None and _native_of(conversion, tensor.spec.name)
-            if tensor.spec.name in available:
-                held.append(tensor)
-            elif native and native in embedded:
-                held.append(tensor._replace(spec=tensor.spec._replace(name=embedded[native])))
-            elif not _matches(ignorable, tensor.spec.name):
-                held.append(tensor)
+        held += _expected(part.module, conversion, converted.held, available, embedded)
         groups += converted.groups
         by_name = {named.name: named.tensor for named in kept}
         copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
@@ -126,16 +117,23 @@ def match_base(
     return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions))
 
 
-def conversion_of(module: nn.Module, natives: Sequence[HeldTensor]) -> Conversion:
-    """The conversion of a part without wrappers, checked; of the tensors that this rank holds.
-
-    Raises:
-        ConversionError: Names or tensors do not map, or would not come back the same.
-    """
-    specs = tuple(native.spec for native in natives)
-    found = derive_for(module, specs)
-    check_round_trip(found, specs)
-    return found
+def _expected(
+    module: nn.Module,
+    conversion: Conversion,
+    held: Iterable[HeldTensor],
+    available: Collection[str],
+    embedded: Mapping[str, str],
+) -> Iterator[HeldTensor]:
+    """The destinations that the files fill, or should; a head of which they have only the embedding gets that."""
+    ignorable = _ignorable(module)
+    for tensor in held:
+        native = tensor.parts[0].part.view is None and _native_of(conversion, tensor.spec.name)
+        if tensor.spec.name in available:
+            yield tensor
+        elif native and native in embedded:
+            yield tensor._replace(spec=tensor.spec._replace(name=embedded[native]))
+        elif not _matches(ignorable, tensor.spec.name):
+            yield tensor
 
 
 def _native_of(conversion: Conversion, name: str) -> str:

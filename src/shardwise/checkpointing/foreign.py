@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from shardwise.checkpointing.base_names import conversion_of, names_in_files
+from shardwise.checkpointing.base_names import names_in_files
 from shardwise.checkpointing.hub import HubState
-from shardwise.convert import HeldGroup, for_files, to_hub
+from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import plain_name, promised_ties, unwrap
 
@@ -55,9 +55,9 @@ def in_names_of_files(
         own = [by_name.pop(name) for name in state if name in by_name]
         specs = tuple(tensor.spec for tensor in own)
         if not _is_pretrained(part):
-            converted = to_hub(conversion_of(module, own), own)
+            converted = to_hub(conversion_of(module, specs), own)
         else:
-            converted = to_hub(for_files(module, conversion_of(module, own), specs, names), own)
+            converted = to_hub(for_files(module, conversion_of(module, specs), specs, names), own)
             own_ties = {alias: name for alias, name in ties.items() if name in {spec.name for spec in specs}}
             found_ties |= _ties_in_files(module, own_ties, names)
         held += _copies_of_ties(module, converted.held, names)

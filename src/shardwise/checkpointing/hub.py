@@ -13,9 +13,8 @@ from shardwise.convert import (
     HeldGroup,
     adapter_of,
     check_adapter,
-    check_round_trip,
+    conversion_of,
     derive,
-    derive_for,
     kept_out,
     to_hub,
 )
@@ -127,8 +126,7 @@ class HubNames:
         key = (type(module), specs)
         known = self._known.get(key)
         if known is None:
-            known = derive_for(module, specs)
-            check_round_trip(known, specs)
+            known = conversion_of(module, specs)
             check_adapter(module, known, specs)
             self._known[key] = known
         return known

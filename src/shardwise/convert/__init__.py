@@ -9,6 +9,7 @@ from shardwise.convert.adapter import (
     StateDictAdapter,
     adapter_of,
     check_adapter,
+    conversion_of,
     derive_for,
     derive_from_adapter,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_of",
     "check_adapter",
     "check_round_trip",
+    "conversion_of",
     "derive",
     "derive_for",
     "derive_from_adapter",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import RULE_ERRORS, derive, derived, hub_tensor
 from shardwise.convert.rules import Computed, Conversion, HubTensor, NativeSpec
 from shardwise.convert.skeleton import skeleton
@@ -152,6 +153,17 @@ def derive_for(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     """
     adapter = adapter_of(module)
     return derive(module, natives) if adapter is None else derive_from_adapter(adapter, natives)
+
+
+def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
+    """As `derive_for`, and checked: what is written would come back the same.
+
+    Raises:
+        ConversionError: As `derive_for` and `check_round_trip`.
+    """
+    found = derive_for(module, natives)
+    check_round_trip(found, natives)
+    return found
 
 
 def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[NativeSpec]) -> None:

@@ -23,17 +23,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NoReturn
 
 from shardwise.errors import ManifestError
 from shardwise.format.crc import crc32c
-from shardwise.format.files import read_whole, resolve_inside, why_not_relative
+from shardwise.format.files import read_whole, resolve_inside
+from shardwise.format.manifest_records import ChunkRecord, FileRecord, Manifest, TensorRecord, check_manifest
 from shardwise.format.strict_json import (
-    MAX_DIMS,
-    MAX_NAME,
     Fail,
     JsonValue,
     as_array,
@@ -42,13 +38,11 @@ from shardwise.format.strict_json import (
     as_object,
     as_text,
     check_depth,
-    check_magnitude,
     dumps,
     exact_keys,
     loads,
     quoted,
 )
-from shardwise.format.tiling import tiles
 from shardwise.types import DTYPE_BYTES, Box, TensorSpec
 
 __all__ = [
@@ -84,96 +78,6 @@ _TENSOR_KEYS = frozenset({"component", "name", "dtype", "shape", "crc32c", "chun
 _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume from another checkpoint."
 
 
-class _FailTensor(Protocol):
-    def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn: ...
-
-
-class ChunkRecord(NamedTuple):
-    """A region of a tensor that lies in one run of bytes.
-
-    Attributes:
-        file: Path of a tensor file of the same manifest.
-        offset: Where the run starts in that file, in bytes.
-        nbytes: Length of the run.
-        box: The region, whose elements the run holds in row-major order.
-        crc32c: CRC-32C of the run.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    box: Box
-    crc32c: int
-
-
-class TensorRecord(NamedTuple):
-    """A tensor of the checkpoint and the chunks that hold it.
-
-    Attributes:
-        component: What it belongs to: ``model``, ``optim``, ...
-        spec: Name in the file, global shape, dtype.
-        crc32c: CRC-32C of the whole tensor in row-major order, however it is spread over chunks; where it was computed.
-        chunks: Regions that cover the tensor exactly once; those of a tensor without elements may be left out.
-    """
-
-    component: str
-    spec: TensorSpec
-    crc32c: int | None
-    chunks: tuple[ChunkRecord, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file of the checkpoint.
-
-    Attributes:
-        path: POSIX path relative to the checkpoint's directory.
-        size: Bytes of the file.
-        crc32c: CRC-32C of the first ``header_bytes`` bytes of a tensor file, of the whole content of any other.
-        header_bytes: Bytes of a tensor file that no chunk covers, at its start; ``None`` for any other file.
-    """
-
-    path: str
-    size: int
-    crc32c: int | None
-    header_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a checkpoint consists of.
-
-    Attributes:
-        files: Every file but the manifest.
-        tensors: Every tensor in the tensor files.
-        info: What else there is to know (epoch, step, metrics, versions), as JSON; read-only.
-    """
-
-    files: tuple[FileRecord, ...]
-    tensors: tuple[TensorRecord, ...]
-    info: Mapping[str, JsonValue] = field(default_factory=dict)
-    _by_path: Mapping[str, FileRecord] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
-        object.__setattr__(self, "_by_path", {record.path: record for record in self.files})
-
-    def file(self, path: str) -> FileRecord:
-        """Return the record of the file at ``path`` (relative, POSIX).
-
-        Raises:
-            ManifestError: The manifest has no such file.
-        """
-        found = self._by_path.get(path)
-        if found is None:
-            raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
-        return found
-
-    def tensors_of(self, component: str) -> tuple[TensorRecord, ...]:
-        """Return the tensors of one component, in the manifest's order; none where it has no such component."""
-        return tuple(record for record in self.tensors if record.component == component)
-
-
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest.
 
@@ -186,7 +90,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             f"a manifest cannot be written: it {reason}", tensor=tensor, hint="This is a bug: report it."
         )
 
-    _check(manifest, fail)
+    check_manifest(manifest, fail)
     check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
     try:
         info = dumps(dict(manifest.info))
@@ -257,7 +161,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         tuple([_parse_tensor(value, fail) for value in as_array(table["tensors"], "tensors", fail)]),
         as_object(table["info"], "info", fail),
     )
-    _check(manifest, fail)
+    check_manifest(manifest, fail)
     return manifest
 
 
@@ -348,104 +252,3 @@ def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:
         Box(as_counts(row[3], "the offsets of a chunk", fail), as_counts(row[4], "the sizes of a chunk", fail)),
         _parse_crc(row[5], fail),
     )
-
-
-def _check(manifest: Manifest, fail: _FailTensor) -> None:
-    runs: dict[str, list[tuple[int, int]]] = {}
-    for record in manifest.files:
-        _check_file(record, fail)
-        if record.path in runs:
-            fail(f"names the file {record.path!r} twice")
-        runs[record.path] = []
-    seen: set[tuple[str, str]] = set()
-    shapes: set[tuple[int, ...]] = set()  # those that are known to be sound: models have few
-    for tensor in manifest.tensors:
-        key = (tensor.component, tensor.spec.name)
-        if key in seen:
-            fail(f"names the tensor twice in the component {tensor.component!r}", tensor.spec.name)
-        seen.add(key)
-        if tensor.spec.shape not in shapes:
-            _check_shape(tensor.spec, fail)
-            shapes.add(tensor.spec.shape)
-        _check_tensor(tensor, manifest, fail)
-        for chunk in tensor.chunks:
-            if chunk.nbytes:
-                runs[chunk.file].append((chunk.offset, chunk.offset + chunk.nbytes))
-    for record in manifest.files:
-        if record.header_bytes is not None:
-            _check_covered(record, record.header_bytes, runs[record.path], fail)
-
-
-def _check_file(record: FileRecord, fail: Fail) -> None:
-    reason = why_not_relative(record.path)
-    if reason is not None:
-        fail(f"names the file {record.path[:200]!r}, which {reason}")
-    if not _is_crc(record.crc32c) and record.crc32c is not None:
-        fail(f"gives the file {record.path!r} a crc32c that is not a 32-bit number")
-    as_count(record.size, f"the size of {record.path!r}", fail)
-    if record.header_bytes is not None:
-        as_count(record.header_bytes, f"header_bytes of {record.path!r}", fail)
-        if record.header_bytes > record.size:
-            fail(f"gives {record.path!r} a header longer than the file")
-
-
-def _check_shape(spec: TensorSpec, fail: _FailTensor) -> None:
-    if len(spec.shape) > MAX_DIMS:
-        fail(f"gives the tensor {len(spec.shape)} dimensions", spec.name)
-    as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
-    check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
-
-
-def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:
-    return box.sizes == shape and not any(box.offsets)
-
-
-def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: _FailTensor) -> None:
-    spec = tensor.spec
-    if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
-        fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
-    if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
-        fail("gives the tensor a crc32c that is not a 32-bit number", spec.name)
-    for chunk in tensor.chunks:
-        reason = _why_bad_chunk(chunk, spec, manifest)
-        if reason is not None:
-            fail(f"has a chunk of the tensor in {chunk.file[:200]!r} that {reason}", spec.name)
-    if len(tensor.chunks) == 1 and _is_whole(tensor.chunks[0].box, spec.shape):
-        return
-    if not tiles(spec.shape, [chunk.box for chunk in tensor.chunks]):
-        fail("has chunks that do not cover the tensor exactly once", spec.name)
-
-
-def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> str | None:
-    box, shape = chunk.box, spec.shape
-    if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
-        return f"has another number of dimensions than the tensor's {len(shape)}"
-    if not _is_whole(box, shape) and any(
-        o < 0 or s < 0 or o + s > n for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
-    ):
-        return f"reaches outside the shape {list(shape)}"
-    if box.numel * spec.itemsize != chunk.nbytes:
-        return f"takes {chunk.nbytes} bytes for {box.numel} elements of {spec.dtype}"
-    if not _is_crc(chunk.crc32c):
-        return "has a crc32c that is not a 32-bit number"
-    record = manifest._by_path.get(chunk.file)
-    if record is None or record.header_bytes is None:
-        return "is not a tensor file of this manifest"
-    if chunk.offset < record.header_bytes or chunk.offset + chunk.nbytes > record.size:
-        return f"lies at bytes {chunk.offset} to {chunk.offset + chunk.nbytes}, outside the file's data"
-    return None
-
-
-def _is_crc(value: int | None) -> bool:
-    return type(value) is int and 0 <= value <= 0xFFFFFFFF
-
-
-def _check_covered(record: FileRecord, position: int, runs: list[tuple[int, int]], fail: Fail) -> None:
-    runs.sort()
-    for begin, end in runs:
-        if begin != position:
-            what = "overlapping chunks" if begin < position else "bytes that no chunk covers"
-            fail(f"describes {record.path!r} with {what} at byte {min(begin, position)}")
-        position = end
-    if position != record.size:
-        fail(f"leaves the last {record.size - position} bytes of {record.path!r} uncovered")

@@ -2,8 +2,8 @@
 
 First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
 marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
-that are in no file, in most models) come from building their module once more, from the arguments that it keeps, or
-the whole model from its config. Nothing here knows a model.
+that are in no file, in most models) come from building their module once more (`base_rebuild`). Nothing here knows a
+model.
 
 A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
 memory held.
@@ -15,53 +15,19 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 
 from shardwise.checkpointing.base_random import SeededInit
-from shardwise.convert.skeleton import original_class
+from shardwise.checkpointing.base_rebuild import rebuilt
+from shardwise.checkpointing.base_slots import Slot, slots_of
 from shardwise.errors import MisuseError
 from shardwise.io.memory import prefer_huge_pages
-from shardwise.stateful_wrappers.names import plain_name, unwrap
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.names import unwrap
 
 _LOG = logging.getLogger(__name__)
-
-#: What a constructor may raise when it is called with arguments that turn out not to be its own.
-_CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError,
-                       TypeError, ValueError)  # fmt: skip
-
-
-@dataclass(eq=False)
-class Slot:
-    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module.
-
-    Attributes:
-        name: Plain name of its first occurrence.
-        places: Modules and attributes that are this very tensor.
-        kind: Where modules keep it.
-    """
-
-    name: str
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    kind: str = "parameter"
-
-    @property
-    def persistent(self) -> bool:
-        """Whether it is in the module's state."""
-        return any(leaf not in module._non_persistent_buffers_set for module, leaf in self.places)
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The tensor as it is now."""
-        module, leaf = self.places[0]
-        found = getattr(module, leaf)
-        assert isinstance(found, torch.Tensor)
-        return found
 
 
 def initialise(
@@ -101,9 +67,9 @@ def initialise(
             _run_own_code(inner, device)
         _tie(inner)
         left = [slot for slot in open_slots if not marked[slot.name] or _untouched(slot.tensor)]
-        left = _rebuild(inner, left)
+        left = rebuilt(inner, left)
         untold = [slot for slot in doubtful if not marked[slot.name] or _untouched(slot.tensor)]
-        for slot in _rebuild(inner, untold, with_weights=False):
+        for slot in rebuilt(inner, untold, with_weights=False):
             slot.tensor.copy_(before[slot.name])
     unknown = [slot for slot in left if marked[slot.name]]
     if unknown:
@@ -125,7 +91,7 @@ def recompute_buffers(module: nn.Module) -> None:
     doubtful = _doubtful(slots_of(module))
     before = {slot.name: slot.tensor.clone() for slot in doubtful}
     with torch.no_grad():
-        kept = {slot.name for slot in _rebuild(unwrap(module), doubtful, with_weights=False)}
+        kept = {slot.name for slot in rebuilt(unwrap(module), doubtful, with_weights=False)}
     changed = [n for slot in doubtful if (n := slot.name) not in kept and not torch.equal(before[n], slot.tensor)]
     if changed:
         _LOG.info("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
@@ -147,35 +113,6 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-def has_meta(slots: Iterable[Slot]) -> bool:
-    """Whether one of a model's tensors is on the meta device."""
-    return any(slot.tensor.device.type == "meta" for slot in slots)
-
-
-def names_of(slots: Iterable[Slot], tensors: Collection[torch.Tensor]) -> frozenset[str]:
-    """The names under which `initialise` knows some of a model's tensors."""
-    ids = {id(tensor) for tensor in tensors}
-    return frozenset(slot.name for slot in slots if id(slot.tensor) in ids)
-
-
-def slots_of(module: nn.Module) -> list[Slot]:
-    """Every tensor of a model, each once."""
-    found: dict[int, Slot] = {}
-    for prefix, inner in unwrap(module).named_modules():
-        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in inner._parameters.items()]
-        entries += [(k, v, "buffer") for k, v in inner._buffers.items()]
-        entries += [(k, v, "attribute") for k, v in vars(inner).items()]
-        for leaf, value, kind in entries:
-            if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):
-                continue
-            name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
-            slot = found.get(id(value))
-            if slot is None:
-                slot = found[id(value)] = Slot(name, kind=kind)
-            slot.places.append((inner, leaf))
-    return list(found.values())
 
 
 def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> None:
@@ -309,101 +246,3 @@ def _tie(module: nn.Module) -> None:
     tie = getattr(module, "tie_weights", None)
     if callable(tie) and not any(isinstance(p, DTensor) for p in module.parameters()):
         tie()
-
-
-# --- building modules once more -------------------------------------------------------------------------------------
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Puts uninitialised memory, of which layers make their weights, on the meta device."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Collection[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _rebuild(model: nn.Module, left: list[Slot], *, with_weights: bool = True) -> list[Slot]:
-    """Fill tensors from modules built anew; returns those that this did not fill.
-
-    Args:
-        model: Whose modules.
-        left: The tensors.
-        with_weights: Whether a module may be given memory for its weights if it cannot be built without.
-    """
-    if not left:
-        return left
-    config = getattr(model, "config", None)
-    built: dict[int, nn.Module | None] = {}
-    for real in (False, True) if with_weights else (False,):
-        rest = []
-        for slot in left:
-            owner, leaf = slot.places[0]
-            if real or id(owner) not in built:
-                built[id(owner)] = _again(owner, config, real)
-            if not _fill(slot, built[id(owner)], leaf):
-                rest.append(slot)
-        left = rest
-        if not left:
-            return left
-    whole = _again(model, config, False, strict=False)
-    return [slot for slot in left if not _fill(slot, whole, slot.name)]
-
-
-def _again(module: nn.Module, config: object, real: bool, *, strict: bool = True) -> nn.Module | None:
-    """The module built once more on the CPU, or ``None`` where its arguments are not known.
-
-    Args:
-        module: Any module.
-        config: The model's configuration, for a module that takes one and does not keep it.
-        real: Whether weights get memory.
-        strict: Whether arguments that have defaults must be known too: a default that was not the argument would give
-            values that are wrong without a sign.
-    """
-    cls = original_class(module)
-    arguments = _arguments(module, cls, config, strict)
-    if arguments is None:
-        return None
-    mode = contextlib.nullcontext() if real else _EmptyOnMeta()
-    try:
-        with torch.device("cpu"), mode:
-            return cls(**arguments)
-    except _CONSTRUCTOR_ERRORS as error:
-        _LOG.debug("building %s once more failed: %s", cls.__name__, error)
-        return None
-
-
-def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: bool) -> dict[str, object] | None:
-    found: dict[str, object] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in ("device", "dtype"):
-            continue
-        value = next((vars(module)[key] for key in (name, f"_{name}") if key in vars(module)), parameter.empty)
-        if value is parameter.empty and name == "config" and config is not None:
-            value = config
-        known = value is not parameter.empty and not isinstance(value, torch.Tensor)
-        if known and parameter.kind is not parameter.POSITIONAL_ONLY:
-            found[name] = value
-        elif strict or parameter.default is parameter.empty:
-            return None
-    return found
-
-
-def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
-    value: object = built
-    for piece in path.split("."):
-        value = getattr(value, piece, None)
-    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.shape != slot.tensor.shape:
-        return False
-    whole = value.detach()
-    for fragment in held_tensor(slot.name, slot.tensor, MeshRegister()).fragments:
-        box = fragment.box
-        fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
-    return True

@@ -26,8 +26,9 @@ from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
-from shardwise.checkpointing.base_init import has_meta, initialise, names_of, recompute_buffers, slots_of
+from shardwise.checkpointing.base_init import initialise, recompute_buffers
 from shardwise.checkpointing.base_names import BaseWanted, match_base
+from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
 from shardwise.comm import Group

@@ -112,14 +112,7 @@ class Checkpointer(ComponentCheckpointer):
         check_same_call(name, given, context.group)
         self._reserve(name)
         temp, final = context.root / temporary_name(name), context.root / name
-        info: dict[str, JsonValue] = {
-            "shardwise": __version__,
-            "epoch": epoch,
-            "step": step,
-            "world_size": context.group.world_size,
-            "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
-        }
-        publication = Publication(context, temp, final, info, numbers)
+        publication = self._publication(temp, final, epoch, step, numbers)
         try:
             steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
             if steers:
@@ -199,6 +192,17 @@ class Checkpointer(ComponentCheckpointer):
         return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _publication(self, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]) -> Publication:
+        context = self._context
+        info: dict[str, JsonValue] = {
+            "shardwise": __version__,
+            "epoch": epoch,
+            "step": step,
+            "world_size": context.group.world_size,
+            "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
+        }
+        return Publication(context, temp, final, info, metrics)
 
     def _reserve(self, name: str) -> None:
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. All ranks call."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.errors import ConfigError
-from shardwise.setting_kinds import checked, names_unknown_keys, unknown_key
+from shardwise.setting_kinds import checked, names_unknown_keys, unknown_key, wrong_kind
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -292,7 +292,8 @@ class CheckpointingConfig:
         for key, value in block.items():
             if key not in kinds:
                 raise unknown_key(key, kinds)
-            values[key] = _CONVERTERS[kinds[key]](key, value)
+            convert = _CONVERTERS.get(kinds[key])
+            values[key] = value if convert is None else convert(key, value)
         return cls(**values)  # type: ignore[arg-type]
 
     @classmethod
@@ -363,25 +364,15 @@ def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
     raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")
 
 
-def _wrong(key: str, value: object, wanted: str) -> ConfigError:
-    return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")
-
-
-def _bool(key: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise _wrong(key, value, "true or false")
-
-
 def _float(key: str, value: object) -> float:
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
-            raise _wrong(key, value, "a number") from None
+            raise wrong_kind(key, value, "a number") from None
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
-    raise _wrong(key, value, "a number")
+    raise wrong_kind(key, value, "a number")
 
 
 def _int(key: str, value: object) -> int:
@@ -395,43 +386,17 @@ def _int(key: str, value: object) -> int:
     if isinstance(number, int):
         return number
     if not number.is_integer():
-        raise _wrong(key, value, "a whole number")
+        raise wrong_kind(key, value, "a whole number")
     return int(number)
-
-
-def _str(key: str, value: object) -> str | Path:
-    if isinstance(value, str | Path):
-        return value
-    raise _wrong(key, value, "text")
-
-
-def _strings(key: str, value: object) -> list[str]:
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return list(value)
-    raise _wrong(key, value, "a list of texts")
-
-
-def _mode(key: str, value: object) -> SaveConsolidatedMode:
-    if isinstance(value, bool | str | SaveConsolidatedMode):
-        return _normalize_save_consolidated(value)
-    raise _wrong(key, value, "'false', 'final' or 'every'")
 
 
 def _or_none(convert: Callable[[str, object], object]) -> Callable[[str, object], object]:
     return lambda key, value: None if value is None else convert(key, value)
 
 
-# By the annotation of the field, so that a new field of a known kind needs no entry.
+# What YAML may have read as text, by the annotation of the field; other kinds are checked where they are set.
 _CONVERTERS: dict[str, Callable[[str, object], object]] = {
-    "bool": _bool,
-    "bool | None": _or_none(_bool),
-    "bool | str | SaveConsolidatedMode": _mode,
     "float": _float,
     "int": _int,
     "int | None": _or_none(_int),
-    "list[str] | None": _or_none(_strings),
-    "str": _str,
-    "str | None": _or_none(_str),
-    "str | Path": _str,
-    "str | Path | None": _or_none(_str),
 }

@@ -1,4 +1,4 @@
-"""What kind of value a setting takes, where it is given to the constructor and not read from YAML.
+"""What kind of value a setting takes, whether it is given to the constructor or read from YAML.
 
 A value of the wrong kind must not get by because it happens to be true, or iterable: ``is_async="false"`` would save in
 the background, and a prefix given as text would be taken as a list of letters.
@@ -66,28 +66,29 @@ def checked(field: _Field, value: object) -> object:
     if value is None and kind.endswith("| None"):
         return None
     if kind.startswith("list[str]"):
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
             texts = list(value)
             if all(isinstance(text, str) for text in texts):
                 return texts
-        raise _wrong(field.name, value, "a list of texts")
+        raise wrong_kind(field.name, value, "a list of texts")
     if kind.startswith("bool |") and "str" in kind:
         return value
     if kind.startswith("bool"):
         if not isinstance(value, bool):
-            raise _wrong(field.name, value, "true or false")
+            raise wrong_kind(field.name, value, "true or false")
         return value
     if kind.startswith("str"):
         if not isinstance(value, str | os.PathLike):
-            raise _wrong(field.name, value, "text")
+            raise wrong_kind(field.name, value, "text")
         path = value if "Path" in kind else os.fspath(value)
         if "\0" in str(path):
-            raise _wrong(field.name, value, "text without a zero byte")
+            raise wrong_kind(field.name, value, "text without a zero byte")
         if field.name in _PLACES and str(path).startswith("~/"):
             return path.expanduser() if isinstance(path, Path) else os.path.expanduser(path)
         return path
     return value
 
 
-def _wrong(key: str, value: object, wanted: str) -> ConfigError:
+def wrong_kind(key: str, value: object, wanted: str) -> ConfigError:
+    """The error for a value of another kind than its setting takes."""
     return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")

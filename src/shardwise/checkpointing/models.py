@@ -328,11 +328,17 @@ def _opened(
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None
-    told: list[JsonValue] = [dict(ties), list(vain)]
-    everyone = cast(list[list[JsonValue]], group.gather_json(told, "comparing tied tensors"))
-    ignored = frozenset(name for theirs in everyone for name in cast(list[str], theirs[1]))
-    source = untied(source, [theirs[0] for theirs in everyone], group, context.storage)
+    everyone = group.gather_json(cast(JsonValue, dict(ties)), "comparing tied tensors")
+    ignored = _any_rank(vain, source, group)
+    source = untied(source, everyone, group, context.storage)
     return source, hub, replace(options, exact=exact, ignored=ignored)
+
+
+def _any_rank(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
+    """The names of the source that one rank at least lists. All ranks call; what travels is a number for each name."""
+    mine, names = frozenset(own), sorted(source.tensors)
+    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is of no use")
+    return frozenset(name for name, count in zip(names, counts, strict=True) if count)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

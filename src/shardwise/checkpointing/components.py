@@ -18,11 +18,7 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
-from shardwise.checkpointing.arguments import (
-    check_same_settings,
-    check_together,
-    warn_if_alone,
-)
+from shardwise.checkpointing.arguments import check_same_settings, check_together, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
@@ -37,10 +33,7 @@ from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.lifecycle import (
-    LOCAL,
-    FileSystem,
-)
+from shardwise.lifecycle import LOCAL, FileSystem
 from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 
@@ -281,14 +274,19 @@ class ComponentCheckpointer:
     @property
     def _context(self) -> Context:
         if self._made is None:
-            group = Group.dedicated(self._process_group, self.config.collective_timeout_seconds)
-            check_same_settings(self.config, group)
-            warn_if_alone(group)
-            self._made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
-            if self.config.is_async:
-                seconds = self.config.collective_timeout_seconds
-                self._background = Background(Group.dedicated(self._process_group, seconds))
-                self._made.stager = self._background.stager
+            seconds = self.config.collective_timeout_seconds
+            group = Group.dedicated(self._process_group, seconds)
+            try:
+                check_same_settings(self.config, group)
+                warn_if_alone(group)
+                made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
+                if self.config.is_async:
+                    self._background = Background(Group.dedicated(self._process_group, seconds))
+                    made.stager = self._background.stager
+            except BaseException:
+                group.close()
+                raise
+            self._made = made
         return self._made
 
     def _model_steps(

@@ -17,10 +17,14 @@ from shardwise.plan.placement import (
     Strided,
     chunk,
     regions,
-    replica_count,
     shard_coordinate,
 )
 from shardwise.types import Box
+
+
+def replica_count(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> int:
+    """How many coordinates of the mesh hold the same bytes."""
+    return math.prod(n for n, p in zip(mesh_shape, placements, strict=True) if isinstance(p, Replicated))
 
 
 @st.composite

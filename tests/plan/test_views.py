@@ -18,11 +18,15 @@ from shardwise.plan.views import (
     factor_shape,
     hub_boxes,
     hub_views,
-    identity_view,
     refine_box,
     refine_range,
 )
 from shardwise.types import Box
+
+
+def identity_view(shape: tuple[int, ...]) -> AxisView:
+    """The view under which hub and native tensor are the same."""
+    return AxisView(tuple((n,) for n in shape), shape, tuple(Axis(d, 0, 0, n) for d, n in enumerate(shape)))
 
 
 @dataclass(frozen=True)

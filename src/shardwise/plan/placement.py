@@ -171,8 +171,3 @@ def shard_coordinate(placements: tuple[Placement, ...], coordinate: tuple[int, .
     return tuple(
         index for placement, index in zip(placements, coordinate, strict=True) if not isinstance(placement, Replicated)
     )
-
-
-def replica_count(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> int:
-    """How many coordinates of the mesh hold the same bytes."""
-    return math.prod(n for n, p in zip(mesh_shape, placements, strict=True) if isinstance(p, Replicated))

@@ -6,7 +6,7 @@ inode's lock (measured: two writers on one file took 0.7 s where rotating took 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -111,11 +111,3 @@ def _runs_of(owned: Owned, tensor: HeldTensor, place: Place) -> Sequence[Run]:
         )
         for first, _, index in runs(box, tensor.grid)
     ]
-
-
-def written_by_tensor(schedule_: Schedule) -> Mapping[str, int]:
-    """Bytes that a rank writes of each tensor from its own memory."""
-    total: dict[str, int] = {}
-    for run in schedule_.runs:
-        total[run.spec.name] = total.get(run.spec.name, 0) + run.nbytes
-    return total

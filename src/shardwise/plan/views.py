@@ -57,11 +57,6 @@ class AxisView:
     fixed: tuple[tuple[int, int], ...] = ()
 
 
-def identity_view(shape: tuple[int, ...]) -> AxisView:
-    """The view under which hub and native tensor are the same."""
-    return AxisView(tuple((n,) for n in shape), shape, tuple(Axis(d, 0, 0, n) for d, n in enumerate(shape)))
-
-
 def refine_range(start: int, length: int, factors: tuple[int, ...]) -> tuple[Box, ...]:
     """Cut a range of one dimension into boxes of its factors, each a consecutive run of the range, in order."""
     if length == 0:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import json
-import os
-import pickle
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.engine.setups import Digests, digest
+from tests.io.dcp_errors import refused, told
 from tests.support.ranks import failure, run
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from shardwise import CheckpointingConfig, SafetensorsReader, SafetensorsWriter
-from shardwise.errors import (
-    CheckpointNotFoundError,
-    MissingTensorError,
-    MisuseError,
-    NameCollisionError,
-    ShardwiseError,
-    StateFormatError,
-    StorageError,
-)
-from shardwise.format.state_json import encode_state
+from shardwise.errors import MissingTensorError, MisuseError, NameCollisionError, StateFormatError
 from shardwise.io.dcp_values import VALUES_NAME, VALUES_TENSORS_NAME
+from shardwise.io.storage import Buffer, LocalStorage
 from shardwise.ops.verify import verify
 
 VALUES: dict[str, object] = {
@@ -59,132 +46,6 @@ VALUES: dict[str, object] = {
     "dtype": torch.bfloat16,
     "complex": 1 - 2j,
 }
-
-
-@dataclass
-class Counters:
-    """A Stateful object."""
-
-    seen: int = 0
-    epochs: list[float] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, object]:
-        return {"seen": self.seen, "nested": {"epochs": self.epochs}}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.seen = state["seen"]  # type: ignore[assignment]
-        self.epochs = state["nested"]["epochs"]  # type: ignore[index]
-
-
-def told(error: CheckpointException) -> ShardwiseError:
-    """The error of ours that DCP wrapped."""
-    causes = [cause for cause, _ in error.failures.values()]
-    assert isinstance(causes[0], ShardwiseError), str(error)
-    assert len({str(cause) for cause in causes}) == 1
-    return causes[0]
-
-
-def refused(state: dict[str, object], path: Path, planner: SavePlanner | None = None) -> ShardwiseError:
-    with pytest.raises(CheckpointException) as caught:
-        dcp.save(state, storage_writer=SafetensorsWriter(path), planner=planner)
-    return told(caught.value)
-
-
-def unreadable(path: Path, state: dict[str, object] | None = None) -> ShardwiseError:
-    with pytest.raises(CheckpointException) as caught:
-        dcp.load({"w": torch.zeros(3), "step": 0} if state is None else state, storage_reader=SafetensorsReader(path))
-    return told(caught.value)
-
-
-# --- the usual loop ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Training:
-    """A small FSDP2 model and its optimizer with two groups."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    @staticmethod
-    def build(seed: int) -> Training:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Embedding(53, 24), nn.Linear(24, 13), nn.LayerNorm(13), nn.Linear(13, 2))
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        fully_shard(model[1], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() == 1]
-        return Training(
-            model,
-            torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-2),
-        )
-
-    def step(self) -> None:
-        self.model(torch.arange(20).view(2, 10) * 3 % 53).square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def state(self) -> dict[str, object]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optim": optimizer, "step": 0, "counters": Counters(), "name": ""}
-
-    def facts(self) -> tuple[Digests, object]:
-        """Every tensor, whole, and the groups' options."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        tensors = {**model, **{f"{n} {k}": t for n, s in optimizer["state"].items() for k, t in s.items()}}  # type: ignore[union-attr]
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {name: digest(tensor) for name, tensor in tensors.items()}, options
-
-
-def save_loop(path: Path, consolidated: bool, background: bool) -> tuple[Digests, object]:
-    training = Training.build(seed=0)
-    for _ in range(3):
-        training.step()
-    training.optimizer.param_groups[1]["lr"] = 0.125
-    state = training.state() | {"step": 3, "counters": Counters(9, [0.5, 0.25]), "name": "run"}
-    writer = SafetensorsWriter(path, consolidated=consolidated)
-    if background:
-        future = dcp.async_save(state, storage_writer=writer, process_group=dist.new_group(backend="gloo"))
-        training_goes_on = Training.build(seed=0)
-        training_goes_on.step()
-        future.result()  # type: ignore[union-attr]
-    else:
-        dcp.save(state, storage_writer=writer)
-    return training.facts()
-
-
-def load_loop(path: Path) -> tuple[Digests, object]:
-    training = Training.build(seed=1)
-    state = training.state()
-    counters = state["counters"]
-    dcp.load(state, storage_reader=SafetensorsReader(path))
-    set_state_dict(
-        training.model,
-        training.optimizer,
-        model_state_dict=state["model"],  # type: ignore[arg-type]
-        optim_state_dict=state["optim"],  # type: ignore[arg-type]
-    )
-    assert (state["step"], state["name"]) == (3, "run")
-    assert state["counters"] is counters
-    assert counters == Counters(9, [0.5, 0.25])
-    return training.facts()
-
-
-@pytest.mark.parametrize("consolidated", [True, False], ids=["consolidated", "shards"])
-@pytest.mark.parametrize(("writers", "readers"), [(1, (2, 4)), (2, (1, 4)), (4, (1, 2))])
-def test_the_usual_loop_goes_round(tmp_path: Path, writers: int, readers: tuple[int, ...], consolidated: bool) -> None:
-    saved = run(writers, save_loop, tmp_path, consolidated, False)[0]
-    for world in readers:
-        assert run(world, load_loop, tmp_path) == [saved] * world
-    assert verify(tmp_path).status == "whole"
-    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
-
-
-@pytest.mark.parametrize("consolidated", [True, False], ids=["consolidated", "shards"])
-def test_the_usual_loop_in_the_background(tmp_path: Path, consolidated: bool) -> None:
-    saved = run(2, save_loop, tmp_path, consolidated, True)[0]
-    assert run(4, load_loop, tmp_path) == [saved] * 4
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -396,6 +257,52 @@ def test_a_later_save_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
     assert verify(tmp_path).status == "whole"
 
 
+class Recording(LocalStorage):
+    """Remembers what was created, made durable and closed, in order."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, str]] = []
+        self._names: dict[int, str] = {}
+
+    def create(self, path: Path, size: int, head: Buffer) -> None:
+        super().create(path, size, head)
+        self.done.append(("create", path.name))
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        handle = super().open(path, writable=writable)
+        self._names[handle] = path.name
+        return handle
+
+    def sync(self, handle: int) -> None:
+        super().sync(handle)
+        self.done.append(("sync", self._names[handle]))
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.done.append(("sync", path.name))
+
+
+def save_recorded(path: Path, consolidated: bool) -> list[tuple[str, str]]:
+    storage = Recording()
+    state = {"w": torch.zeros(2), "a": 1, "b": (torch.ones(1),), "c": 3}
+    dcp.save(state, storage_writer=SafetensorsWriter(path, consolidated=consolidated, storage=storage))
+    return storage.done
+
+
+@pytest.mark.parametrize("consolidated", [True, False], ids=["consolidated", "shards"])
+def test_the_coordinator_writes_the_values_once_and_durably_before_the_manifest(
+    tmp_path: Path, consolidated: bool
+) -> None:
+    first, second = run(2, save_recorded, tmp_path / "there", consolidated)
+    names = [VALUES_NAME, VALUES_TENSORS_NAME]
+    assert isinstance(first, list)
+    assert [step for step in first if step[1] in names] == [(do, name) for name in names for do in ("create", "sync")]
+    assert first[-3:] == [("create", "manifest.json"), ("sync", "manifest.json"), ("sync", "there")]
+    assert isinstance(second, list)
+    assert not {name for _, name in second} & {*names, "manifest.json"}
+    assert SafetensorsReader(tmp_path / "there").read_metadata().state_dict_metadata.keys() == {"w", "a", "b", "c"}
+
+
 def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(3), "inner": VALUES, "t": (torch.ones(1),)}, storage_writer=SafetensorsWriter(tmp_path))
     names = {"manifest.json", "model.safetensors", "model.safetensors.index.json", VALUES_NAME, VALUES_TENSORS_NAME}
@@ -426,84 +333,3 @@ def test_a_changed_digit_is_found(tmp_path: Path) -> None:
     report = verify(tmp_path)
     assert report.status == "damaged"
     assert [(damage.file, damage.kind) for damage in report.damages] == [(VALUES_NAME, "digest")]
-
-
-def _record(value: object) -> bytes:
-    return encode_state(value)[0]
-
-
-#: Contents of the file of values that are no table of values.
-HOSTILE: dict[str, bytes] = {
-    "empty": b"",
-    "zeros": bytes(4096),
-    "cut": _record({"step": 1})[:-8],
-    "not text": bytes(range(256)),
-    "deep": b"[" * 300_000,
-    "another record": b'{"format":"shardwise-manifest","version":1,"value":{}}',
-    "another version": _record({"step": 1}).replace(b'"version":1', b'"version":2'),
-    "a key twice": _record({"step": 1}).replace(b'"step":1', b'"step":1,"step":2'),
-    "a number": _record(7),
-    "a list": _record([1, 2]),
-    "names that are numbers": _record({1: 2}),
-    "an unknown tag": _record({"step": 1}).replace(b":1}}", b':{"$os.system":"true"}}}'),
-    "a tensor that is not there": _record({"step": torch.ones(1)}),
-    "a million digits": _record({"step": 1}).replace(b":1}}", b":" + b"9" * 1_000_000 + b"}}"),
-    "NaN": _record({"step": 1}).replace(b":1}}", b":NaN}}"),
-    "a name of a tensor": _record({"w": 1}),
-    "a pickle": pickle.dumps({"step": 1}),
-}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    dcp.save({"w": torch.ones(3), "step": 1}, storage_writer=SafetensorsWriter(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_values(saved: Path, name: str) -> None:
-    (saved / VALUES_NAME).write_bytes(HOSTILE[name])
-    error = unreadable(saved)
-    assert isinstance(error, StateFormatError)
-    assert error.path == str(saved / VALUES_NAME)
-    assert error.hint
-    with pytest.raises(StateFormatError):
-        SafetensorsReader(saved).read_metadata()
-
-
-def test_hostile_kinds_of_files(saved: Path) -> None:
-    path = saved / VALUES_NAME
-    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
-        path.unlink()
-        make()
-        assert isinstance(unreadable(saved), (StateFormatError, StorageError))
-        if path.is_dir():
-            assert isinstance(refused({"step": 1}, saved), StorageError)
-            path.rmdir()
-            path.touch()
-    path.unlink()
-    path.symlink_to("absent")
-    assert isinstance(unreadable(saved), CheckpointNotFoundError)
-
-
-def test_damaged_tensors_inside_values(saved: Path) -> None:
-    dcp.save({"w": torch.ones(3), "t": (torch.ones(100),)}, storage_writer=SafetensorsWriter(saved))
-    path = saved / VALUES_TENSORS_NAME
-    content = path.read_bytes()
-    for damaged in (b"", content[:-8], content[:20], bytes(100)):
-        path.write_bytes(damaged)
-        assert isinstance(unreadable(saved, {"t": None}), StateFormatError)
-    path.unlink()
-    assert isinstance(unreadable(saved, {"t": None}), StateFormatError)
-
-
-def load_damaged(path: Path) -> None:
-    try:
-        dcp.load({"w": torch.zeros(3), "step": 0}, storage_reader=SafetensorsReader(path))
-    except CheckpointException as error:
-        raise told(error) from None
-
-
-def test_every_rank_is_told(saved: Path) -> None:
-    (saved / VALUES_NAME).write_bytes(b"{")
-    assert isinstance(failure(2, load_damaged, saved), StateFormatError)

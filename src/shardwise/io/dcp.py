@@ -95,7 +95,8 @@ class SafetensorsWriter(StorageWriter):
     that names it.
 
     Args:
-        path: Directory to write into; made if absent. What an earlier save of this writer left there is replaced.
+        path: Directory to write into; made if absent. What an earlier save of this writer left there is replaced, and
+            is gone if this one fails: give each save a directory of its own.
         consolidated: Whole tensors in finished files; otherwise shard files, one for each rank.
         base_files: Tensor name -> file name of a base model whose split is to be kept.
         max_file_bytes: Largest file without a base split.
@@ -281,6 +282,7 @@ class SafetensorsReader(StorageReader):
             # DCP comes back for metadata of this rank alone, and would raise an AssertionError in place of our error.
             # With these it goes on to `set_up_storage_reader`, which raises it.
             return Metadata({})
+        self._failure = None
         try:
             self._values = read_values(self._path)
             self._source = self._open()

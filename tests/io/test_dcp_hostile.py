@@ -23,6 +23,13 @@ def _record(value: object) -> bytes:
     return encode_state(value)[0]
 
 
+class Evil:
+    """Unpickling this fails the test."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return pytest.fail, ("a pickle from disk was run",)
+
+
 #: Contents of the file of values that are no table of values.
 HOSTILE: dict[str, bytes] = {
     "empty": b"",
@@ -41,7 +48,7 @@ HOSTILE: dict[str, bytes] = {
     "a million digits": _record({"step": 1}).replace(b":1}}", b":" + b"9" * 1_000_000 + b"}}"),
     "NaN": _record({"step": 1}).replace(b":1}}", b":NaN}}"),
     "a name of a tensor": _record({"w": 1}),
-    "a pickle": pickle.dumps({"step": 1}),
+    "a pickle": pickle.dumps(Evil()),
 }
 
 
@@ -81,7 +88,7 @@ def test_damaged_tensors_inside_values(saved: Path) -> None:
     dcp.save({"w": torch.ones(3), "t": (torch.ones(100),)}, storage_writer=SafetensorsWriter(saved))
     path = saved / VALUES_TENSORS_NAME
     content = path.read_bytes()
-    for damaged in (b"", content[:-8], content[:20], bytes(100)):
+    for damaged in (b"", content[:-8], content[:20], bytes(100), pickle.dumps(Evil())):
         path.write_bytes(damaged)
         assert isinstance(unreadable(saved, {"t": None}), StateFormatError)
     path.unlink()

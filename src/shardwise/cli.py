@@ -10,8 +10,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ from shardwise._version import __version__
 from shardwise.errors import FormatError, ShardwiseError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from shardwise.ops.inspect import CheckpointDescription
     from shardwise.ops.verify import Progress, VerifyReport
 
@@ -138,10 +140,25 @@ def _print_report(report: VerifyReport) -> None:
 def _verify_record(report: VerifyReport) -> dict[str, object]:
     return {
         "status": report.status,
-        **asdict(report),
+        **_record(report),
         "requested": str(report.requested),
         "path": str(report.path),
     }
+
+
+def _record(value: DataclassInstance) -> dict[str, object]:
+    """As ``dataclasses.asdict``, which would leave named tuples to become lists."""
+    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _record(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(each) for name, each in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -149,7 +166,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = inspect(options.path)
     if options.json:
-        record = asdict(found) | {"path": str(found.path), "nbytes": found.nbytes, "metrics": dict(found.metrics)}
+        record = _record(found) | {"path": str(found.path), "nbytes": found.nbytes, "metrics": dict(found.metrics)}
         print(json.dumps(record, indent=1))
     else:
         _print_description(found, options.tensors)

@@ -26,6 +26,9 @@ def test_diffusers_opens_every_split_and_none_leaves_anything_behind(tmp_path: P
         state = model.state_dict()
         assert set(state) == set(whole)
         assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+        for parameter in model.parameters():
+            # They lie as in the file, and some processors sum in another order where memory is less aligned.
+            parameter.data = parameter.data.clone()
         reference = build_unet()
         reference.load_state_dict(whole)
         with torch.no_grad():

@@ -330,3 +330,11 @@ def test_fuzzed_states_raise_only_typed_errors(value: object) -> None:
         decode_state(text_of(value), {"t": ONE})
     except StateFormatError as error:
         assert error.hint  # noqa: PT017
+
+
+def test_text_that_would_be_too_long_to_read_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = encode_state("x" * 1000)[0]
+    monkeypatch.setattr("shardwise.format.state_json.MAX_STATE_BYTES", len(fits))
+    assert decode_state(encode_state("x" * 1000)[0], {}) == "x" * 1000
+    with pytest.raises(StateFormatError, match="at most"):
+        encode_state("x" * 1001)

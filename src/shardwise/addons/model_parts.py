@@ -94,16 +94,17 @@ def has_quantized_parameters(model: nn.Module) -> bool:
     one of bitsandbytes' or torchao's own tensor classes (which report the dtype that they compute in), or a packed
     integer weight that its layer keeps as a buffer.
     """
-    # Asking a DTensor for its data is slow, and most parameters of a model are of one kind.
+    # Looked at in every save. Asking a DTensor for its data is slow, and most parameters of a model are of one kind.
     kinds: dict[tuple[type, type, torch.dtype], torch.Tensor] = {}
-    for parameter in model.parameters():
-        kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
-    if any(_is_quantized(parameter) for parameter in kinds.values()):
-        return True
-    return any(
-        name.rpartition(".")[2] in _PACKED_BUFFERS and not buffer.is_floating_point()
-        for name, buffer in model.named_buffers()
-    )
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
+        for name in _PACKED_BUFFERS & module._buffers.keys():
+            buffer = module._buffers[name]
+            if buffer is not None and not buffer.is_floating_point():
+                return True
+    return any(_is_quantized(parameter) for parameter in kinds.values())
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

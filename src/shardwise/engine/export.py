@@ -214,10 +214,11 @@ def _drop(_: Run) -> None:
 def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     crcs, counts = group.fold(*totals(names, digests), "combining digests")
-    specs = {entry.spec.name: (entry.spec, file.name) for file in plan.layout.files for entry in file.entries}
-    for name, count in zip(names, counts, strict=True):
-        spec, file_name = specs[name]
-        check_written(spec, count, plan.directory / file_name)
+    written = dict(zip(names, counts, strict=True))
+    for file in plan.layout.files:
+        path = plan.directory / file.name
+        for entry in file.entries:
+            check_written(entry.spec, written[entry.spec.name], path)
     return export_record(plan, dict(zip(names, crcs, strict=True)))
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: Version of the record that this module writes, and the only one that it reads.
 STATE_VERSION = 1
 
-#: Largest state text that is read, in bytes.
+#: Largest state text that is written or read, in bytes.
 MAX_STATE_BYTES = 2**30
 
 _FORMAT = "shardwise-state"
@@ -48,13 +48,18 @@ def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
     Dicts keep their order. A tensor that occurs several times is stored, and comes back, as one.
 
     Raises:
-        StateFormatError: A value of another kind; the error names the path of keys that leads to it.
+        StateFormatError: A value of another kind; the error names the path of keys that leads to it. Or too much text.
     """
     encoder = _Encoder()
     tree = encoder.encode(value, "", 0)
     text = json.dumps(
         {"format": _FORMAT, "version": STATE_VERSION, "value": tree}, ensure_ascii=True, separators=(",", ":")
     )
+    if len(text) >= MAX_STATE_BYTES:
+        raise StateFormatError(
+            f"the state cannot be stored: its text has {len(text) + 1} bytes; at most {MAX_STATE_BYTES} are read",
+            hint="Keep what is large in tensors or numpy arrays, which are stored beside the text.",
+        )
     return text.encode("ascii") + b"\n", encoder.tensors
 
 

@@ -4,7 +4,8 @@
     dcp.load(state_dict, storage_reader=SafetensorsReader(path))
 
 The writer gives finished Hugging Face files (``consolidated=True``, every rank at the final offsets) or one shard file
-for each rank, with an index and a manifest; the reader takes whatever `shardwise.io.sources.open_source` opens.
+for each rank, with an index and a manifest; the reader takes whatever `shardwise.io.sources.open_source` opens. What is
+not a tensor (param_groups, a step, a Stateful's counters) is one JSON file beside them; see `shardwise.io.dcp_values`.
 Planning is DCP's own here: its coordinator gathers every rank's plan. `Checkpointer` plans locally and does not go
 through these classes.
 """
@@ -12,12 +13,13 @@ through these classes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -29,18 +31,24 @@ from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.comm import Group
-from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError
-from shardwise.format.crc import crc32c, shift
-from shardwise.format.dtypes import dtype_code, torch_dtype
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    IncompleteTensorError,
+    MissingTensorError,
+    MisuseError,
+    ShardwiseError,
+    StateFormatError,
+)
+from shardwise.format.crc import crc32c
+from shardwise.format.dtypes import torch_dtype
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import (
     MANIFEST_NAME,
@@ -50,54 +58,45 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.io.digest import contribution
+from shardwise.io.dcp_items import (
+    Task,
+    Totals,
+    refuse_packed,
+    tensors_and_values,
+    union,
+)
+from shardwise.io.dcp_values import (
+    VALUES_NAME,
+    as_stream,
+    merge_values,
+    pack_value,
+    read_values,
+    remove,
+    remove_values,
+    write_values,
+)
+from shardwise.io.dcp_write import write_final, write_shards
 from shardwise.io.reader import Reader
-from shardwise.io.regions import is_packed
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.io.writer import FileSet, write_run
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
-from shardwise.plan.runs import runs
-from shardwise.plan.schedule import Run
-from shardwise.plan.shards import Piece, ShardFile, shard_files
 from shardwise.types import Box, TensorSpec
 
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What the coordinator tells a rank: its number, and the layout (``None`` for shard files)."""
-
-    rank: int
-    world_size: int
-    layout: Layout | None
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a rank tells the coordinator of one item.
-
-    Attributes:
-        nbytes: Bytes written.
-        contribution: To the CRC-32C of the whole tensor.
-        chunk: Where the piece is, for a shard file.
-        file: The shard file.
-    """
-
-    nbytes: int
-    contribution: int
-    chunk: ChunkRecord | None = None
-    file: FileRecord | None = None
-
-
 class SafetensorsWriter(StorageWriter):
-    """Writes a DCP save as Hugging Face safetensors, each byte once.
+    """Writes a DCP save as Hugging Face safetensors, each byte once, and what is not a tensor as JSON.
+
+    Numbers, text, bytes, lists, tuples, dicts, sets and ``None`` can be stored; another object is a `StateFormatError`
+    that names it.
 
     Args:
-        path: Directory to write into; made if absent. What an earlier save of this writer left there is replaced.
+        path: Directory to write into; made if absent. What an earlier save of this writer left there is replaced, and
+            is gone if this one fails: give each save a directory of its own.
         consolidated: Whole tensors in finished files; otherwise shard files, one for each rank.
         base_files: Tensor name -> file name of a base model whose split is to be kept.
         max_file_bytes: Largest file without a base split.
@@ -134,26 +133,27 @@ class SafetensorsWriter(StorageWriter):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Check that every item is a tensor.
+        """The plan as it is.
 
         Raises:
-            MisuseError: An item is not; DCP would pickle it.
+            MisuseError: The planner stands for a plan by an empty one where nothing has changed.
         """
-        for item in plan.items:
-            if item.type == WriteItemType.BYTE_IO:
-                raise MisuseError(
-                    "this value is not a tensor, and DCP would pickle it",
-                    tensor=item.index.fqn,
-                    hint="Keep such values out of the state dict, or save them with Checkpointer(extra_state=...).",
-                )
+        if not plan.usable:
+            # Files are laid out anew for each save, from all ranks' plans; without them all files would be removed.
+            raise MisuseError(
+                "the planner left its plan out, since it is the same as for an earlier save",
+                path=self._path,
+                hint="Use a save planner without enable_plan_caching.",
+            )
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files and create them. The coordinator calls."""
-        self._specs = _union(plans)
+        self._specs = union(plans)
         self._storage.make_directory(self._path)
         for name in (MANIFEST_NAME, index_name(self._stem)):
-            (self._path / name).unlink(missing_ok=True)
+            remove(self._path / name)
+        remove_values(self._path)
         if self._consolidated:
             self._layout = lay_out(
                 self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
@@ -161,127 +161,62 @@ class SafetensorsWriter(StorageWriter):
             self._storage.check_space(self._path, self._layout.total_bytes)
             for file in self._layout.files:
                 self._storage.create(self._path / file.name, file.size, file.header)
-        return [replace(plan, storage_data=_Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)]
+        return [replace(plan, storage_data=Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items and make them durable."""
+        """Write this rank's tensors and make them durable; its other values go to the coordinator with the results.
+
+        Raises:
+            StateFormatError: A value is of a kind that cannot be stored.
+        """
         task = plan.storage_data
-        assert isinstance(task, _Task)
-        _refuse_packed(planner)
+        assert isinstance(task, Task)
+        refuse_packed(planner)
+        tensors, values = tensors_and_values(plan.items)
+        # The values first: what can be refused is refused before tensors are written for nothing.
+        packed = [(item.index, pack_value(item, planner)) for item in values]
         if task.layout is not None:
-            results = self._write_final(plan.items, planner, task.layout)
+            results = write_final(self._storage, self._path, tensors, planner, task.layout)
         else:
-            results = self._write_shards(plan.items, planner, task)
+            results = write_shards(self._storage, self._path, tensors, planner, task, self._stem)
+        results += [WriteResult(index, value.nbytes, value) for index, value in packed]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
-    def _write_final(self, items: Sequence[WriteItem], planner: SavePlanner, layout: Layout) -> list[WriteResult]:
-        files = FileSet(self._storage, [self._path / file.name for file in layout.files])
-        results = []
-        try:
-            for item in items:
-                spec, box = _spec(item), _box(item)
-                data = _resolve(item, planner, box)
-                place = layout.places[spec.name]
-                total = 0
-                for first, count, index in runs(box, spec.shape):
-                    start = first * spec.itemsize
-                    run = Run(place.file, place.offset + start, 0, spec, start, data[index])
-                    total ^= shift(write_run(run, files, self._storage), spec.nbytes - start - count * spec.itemsize)
-                nbytes = box.numel * spec.itemsize
-                results.append(WriteResult(item.index, nbytes, _Written(nbytes, total)))
-            files.sync()
-        finally:
-            files.close()
-        return results
-
-    def _write_shards(self, items: Sequence[WriteItem], planner: SavePlanner, task: _Task) -> list[WriteResult]:
-        by_box = {(item.index.fqn, _box(item)): item for item in items}
-        pieces = [Piece(0, _spec(i), _box(i), _resolve(i, planner, _box(i))) for i in items]
-        planned = shard_files(pieces, task.rank, task.world_size, None, self._stem)
-        results = []
-        files = FileSet(self._storage, [self._path / file.layout.name for file in planned])
-        try:
-            self._storage.check_space(self._path, sum(file.layout.size for file in planned))
-            for number, file in enumerate(planned):
-                self._storage.create(self._path / file.layout.name, file.layout.size, file.layout.header)
-                for name, written in self._write_pieces(number, file, files):
-                    assert written.chunk is not None
-                    index = by_box[(name, written.chunk.box)].index
-                    results.append(WriteResult(index, written.nbytes, written))
-            files.sync()
-        finally:
-            files.close()
-        return results
-
-    def _write_pieces(self, number: int, file: ShardFile, files: FileSet) -> list[tuple[str, _Written]]:
-        head = len(file.layout.header)
-        record = FileRecord(file.layout.name, file.layout.size, crc32c(file.layout.header), head)
-        out = []
-        for entry in file.layout.entries:
-            piece = file.pieces[entry.spec.name]
-            run = Run(number, head + entry.begin, 0, entry.spec, 0, piece.data)
-            crc = write_run(run, files, self._storage)
-            plain = piece.data.detach().to("cpu", torch_dtype(piece.spec.dtype))
-            share = contribution(piece.box, piece.spec.shape, plain, crc)
-            chunk = ChunkRecord(record.path, head + entry.begin, run.nbytes, piece.box, crc)
-            out.append((entry.spec.name, _Written(run.nbytes, share, chunk, record)))
-        return out
-
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Check that every byte was written; write index and manifest, the manifest last. The coordinator calls.
+        """Check that every byte was written; write values, index and, last, the manifest. The coordinator calls.
 
         Raises:
             IncompleteTensorError: The ranks' items do not cover a tensor.
+            NameCollisionError: Ranks saved different values under one name.
         """
-        crcs: dict[str, int] = {}
-        counts: dict[str, int] = {}
-        chunks: dict[str, list[ChunkRecord]] = {}
-        files: dict[str, FileRecord] = {}
-        for result in (result for theirs in results for result in theirs):
-            written, name = result.storage_data, result.index.fqn
-            assert isinstance(written, _Written)
-            crcs[name] = crcs.get(name, 0) ^ written.contribution
-            counts[name] = counts.get(name, 0) + written.nbytes
-            if written.chunk is not None and written.file is not None:
-                chunks.setdefault(name, []).append(written.chunk)
-                files[written.file.path] = written.file
+        totals = Totals.of(results)
+        self._check_counts(totals)
+        plain = write_values(self._storage, self._path, merge_values(totals.values))
+        if self._layout is not None:
+            index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
+            write_plain(self._storage, self._path / index_name(self._stem), index)
+            plain.append(FileRecord(index_name(self._stem), len(index), crc32c(index), None))
+            _add_layout(totals, self._layout)
+        tensors = tuple(
+            TensorRecord("model", spec, totals.crcs.get(spec.name, 0), tuple(totals.chunks.get(spec.name, ())))
+            for spec in self._specs
+        )
+        self._remove_stale(set(totals.files))
+        manifest = encode_manifest(Manifest((*totals.files.values(), *plain), tensors, {}))
+        write_plain(self._storage, self._path / MANIFEST_NAME, manifest)
+        self._storage.sync_directory(self._path)
+
+    def _check_counts(self, totals: Totals) -> None:
         for spec in self._specs:
-            if counts.get(spec.name, 0) != spec.nbytes:
+            if totals.counts.get(spec.name, 0) != spec.nbytes:
                 raise IncompleteTensorError(
-                    f"the ranks together wrote {counts.get(spec.name, 0)} of {spec.nbytes} bytes",
+                    f"the ranks together wrote {totals.counts.get(spec.name, 0)} of {spec.nbytes} bytes",
                     path=self._path,
                     tensor=spec.name,
                     hint="Wrap the state dict with shardwise.io.regions.as_regions, or check the tensor's placements.",
                 )
-        plain: list[FileRecord] = []
-        if self._layout is not None:
-            index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
-            plain.append(self._plain(index_name(self._stem), index))
-            for file in self._layout.files:
-                head = len(file.header)
-                files[file.name] = FileRecord(file.name, file.size, crc32c(file.header), head)
-                for entry in file.entries:
-                    box, crc = Box.whole(entry.spec.shape), crcs.get(entry.spec.name, 0)
-                    chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, box, crc)
-                    chunks[entry.spec.name] = [chunk]
-        tensors = tuple(
-            TensorRecord("model", spec, crcs.get(spec.name, 0), tuple(chunks.get(spec.name, ())))
-            for spec in self._specs
-        )
-        self._remove_stale(set(files))
-        self._plain(MANIFEST_NAME, encode_manifest(Manifest((*files.values(), *plain), tensors, {})))
-        self._storage.sync_directory(self._path)
-
-    def _plain(self, name: str, content: bytes) -> FileRecord:
-        self._storage.create(self._path / name, len(content), content)
-        handle = self._storage.open(self._path / name, writable=True)
-        try:
-            self._storage.sync(handle)
-        finally:
-            self._storage.close(handle)
-        return FileRecord(name, len(content), crc32c(content), None)
 
     def _remove_stale(self, current: set[str]) -> None:
         """Remove tensor files of an earlier save under this stem that the new one does not have."""
@@ -300,58 +235,21 @@ class SafetensorsWriter(StorageWriter):
         return StorageMeta(checkpoint_id=str(self._path))
 
 
-def _spec(item: WriteItem) -> TensorSpec:
-    data = item.tensor_data
-    assert data is not None
-    return TensorSpec(item.index.fqn, tuple(data.size), dtype_code(data.properties.dtype, item.index.fqn))
-
-
-def _box(item: WriteItem) -> Box:
-    data = item.tensor_data
-    assert data is not None
-    return Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-
-
-def _resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
-    data = planner.resolve_data(item)
-    assert isinstance(data, torch.Tensor)
-    local = getattr(data, "_local_tensor", data).detach()
-    if tuple(local.shape) != box.sizes:
-        raise IncompleteTensorError(
-            f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}",
-            tensor=item.index.fqn,
-            hint="Wrap the state dict with shardwise.io.regions.as_regions.",
-        )
-    return local
-
-
-def _union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
-    found: dict[str, TensorSpec] = {}
-    for plan in plans:
-        for item in plan.items:
-            spec = _spec(item)
-            if found.setdefault(spec.name, spec) != spec:
-                raise NameCollisionError(
-                    f"ranks disagree about this tensor: {found[spec.name]} and {spec}",
-                    tensor=spec.name,
-                    hint="Give each stage's modules the names that they have in the whole model.",
-                )
-    return tuple(found.values())
-
-
-def _refuse_packed(planner: SavePlanner) -> None:
-    state = getattr(planner, "state_dict", None)
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if is_packed(value):
-            raise MisuseError(
-                "this rank holds several disjoint regions of the tensor, which DCP describes as one",
-                tensor=str(name),
-                hint="Pass shardwise.io.regions.as_regions(state_dict) to dcp.save and dcp.load.",
-            )
+def _add_layout(totals: Totals, layout: Layout) -> None:
+    """Finished files, each tensor in them whole."""
+    for file in layout.files:
+        head = len(file.header)
+        totals.files[file.name] = FileRecord(file.name, file.size, crc32c(file.header), head)
+        for entry in file.entries:
+            box, crc = Box.whole(entry.spec.shape), totals.crcs.get(entry.spec.name, 0)
+            chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, box, crc)
+            totals.chunks[entry.spec.name] = [chunk]
 
 
 class SafetensorsReader(StorageReader):
     """Reads any checkpoint that shardwise can open into a DCP load, each rank reading only what it needs.
+
+    Values that are not tensors are there where `SafetensorsWriter` wrote some. No pickle is read from disk.
 
     Args:
         path: See `shardwise.io.sources.open_source`.
@@ -364,30 +262,70 @@ class SafetensorsReader(StorageReader):
         self._threads = threads
         self._storage = storage or LocalStorage()
         self._source: Source | None = None
+        self._values: dict[str, object] = {}
+        self._failure: ShardwiseError | None = None
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start anew, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._source = None
+        self._source, self._values, self._failure = None, {}, None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """Read the headers. Every rank calls, by itself."""
-        self._source = open_source(self._path, Group(None))
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(dtype=torch_dtype(tensor.spec.dtype)),
-                    torch.Size(tensor.spec.shape),
-                    [ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes)) for c in tensor.chunks],
-                )
-                for name, tensor in self._source.tensors.items()
-            },
-            storage_meta=StorageMeta(checkpoint_id=str(self._path)),
-        )
+        """Read the headers and the values that are not tensors. Every rank calls, by itself.
+
+        Raises:
+            CheckpointNotFoundError: There is no checkpoint at the path.
+            FormatError: A file of it is damaged.
+        """
+        if self._failure is not None and "rank" in kwargs:
+            # DCP comes back for metadata of this rank alone, and would raise an AssertionError in place of our error.
+            # With these it goes on to `set_up_storage_reader`, which raises it.
+            return Metadata({})
+        self._failure = None
+        try:
+            self._values = read_values(self._path)
+            self._source = self._open()
+        except ShardwiseError as error:
+            self._failure = error
+            raise
+        described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=torch_dtype(tensor.spec.dtype)),
+                torch.Size(tensor.spec.shape),
+                [ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes)) for c in tensor.chunks],
+            )
+            for name, tensor in self._source.tensors.items()
+        }
+        described |= {name: BytesStorageMetadata() for name in self._values}
+        return Metadata(described, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
+
+    def _open(self) -> Source:
+        try:
+            source = open_source(self._path, Group(None))
+        except CheckpointNotFoundError:
+            if not self._values:
+                raise
+            source = Source(self._path, (), {})  # a state dict without a tensor
+        both = self._values.keys() & source.tensors.keys()
+        if both:
+            raise StateFormatError(
+                f"{VALUES_NAME} has a value under the name of a tensor",
+                path=self._path / VALUES_NAME,
+                tensor=min(both),
+                hint="The file belongs to another save: restore the right one, or remove it.",
+            )
+        return source
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:
-        """Nothing to set up."""
+        """Nothing to set up.
+
+        Raises:
+            ShardwiseError: What `read_metadata` could not read.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan as it is."""
@@ -398,7 +336,11 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into place."""
+        """Read this rank's items into place.
+
+        Raises:
+            MissingTensorError: A value is not in the checkpoint.
+        """
         source = self._source
         assert source is not None
         reader = Reader(self._storage, source.files, self._threads)
@@ -406,7 +348,8 @@ class SafetensorsReader(StorageReader):
         reads: list[AnyRead] = []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                raise MisuseError("this value is not a tensor", tensor=item.dest_index.fqn)
+                self._load_value(item, planner)
+                continue
             target = planner.resolve_tensor(item).detach()
             targets.append((item, target))
             saved = source.tensors[item.storage_index.fqn]
@@ -424,6 +367,17 @@ class SafetensorsReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        name = item.storage_index.fqn
+        if name not in self._values:
+            raise MissingTensorError(
+                "the checkpoint has no value of this name",
+                path=self._path,
+                tensor=name,
+                hint="Leave it out of the state dict, or allow partial loads in the planner.",
+            )
+        planner.load_bytes(item, as_stream(self._values[name]))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:

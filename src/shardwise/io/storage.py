@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, StorageError
-from shardwise.io import scatter
 
 Buffer = bytes | bytearray | memoryview
 
@@ -146,6 +145,8 @@ class LocalStorage:
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
     ) -> int:
         """``preadv`` of hundreds of rows at once."""
+        from shardwise.io import scatter  # numpy, which offline work does without
+
         with _typed(None):
             return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
 

@@ -27,6 +27,10 @@ from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 
+#: Bytes that travel in a message's first exchange, its length among them: most messages are shorter and need no second.
+_PACKET_BYTES = 512
+_LENGTH_BYTES = 8
+
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
 
@@ -250,14 +254,15 @@ class Group:
         with self._guard(what):
             bits = torch.tensor(list(xors), dtype=torch.int64, device=self._device)
             counts = torch.tensor(list(sums), dtype=torch.int64, device=self._device)
-            if self._device.type == "cpu":
+            if xors and self._device.type == "cpu":
                 dist.all_reduce(bits, op=dist.ReduceOp.BXOR, group=self._pg)
-            else:  # NCCL has no exclusive or
+            elif xors:  # NCCL has no exclusive or
                 bits = torch.stack(self._all_gather(bits)).cpu()
                 for row in bits[1:]:
                     bits[0] ^= row
                 bits = bits[0]
-            dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._pg)
+            if sums:
+                dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._pg)
             return [int(v) for v in bits.tolist()], [int(v) for v in counts.tolist()]
 
     # --- bytes ------------------------------------------------------------------------------------------------------
@@ -267,17 +272,18 @@ class Group:
         if self.world_size == 1:
             return data
         with self._guard(what):
-            size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-            dist.broadcast(size, group=self._pg, group_src=source)
-            return _to_bytes(self._broadcast_sized(data if source == self.rank else b"", int(size.item()), source))
+            own = data if source == self.rank else b""
+            size, short = _unpacked(self._broadcast_sized(_packet(own), _PACKET_BYTES, source))
+            return short if len(short) == size else _to_bytes(self._broadcast_sized(own, size, source))
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         with self._guard(what):
-            own = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-            counts = [int(n.item()) for n in self._all_gather(own)]
+            own = _to_tensor(_packet(data), _PACKET_BYTES, self._device)
+            packets = [_unpacked(theirs) for theirs in self._all_gather(own)]
+            counts = [size for size, _ in packets]
             widest = max(counts)
-            if widest == 0:
-                return [b""] * self.world_size
+            if all(len(short) == size for size, short in packets):
+                return [short for _, short in packets]
             # Padding every rank's bytes to the longest would cost world x longest; a broadcast by each rank that has
             # something costs the sum, and in the usual case (one rank has a message) much less.
             if sum(counts) * 4 < widest * self.world_size:
@@ -359,6 +365,18 @@ def _collective_device(process_group: dist.ProcessGroup) -> torch.device:
     if "gloo" in backend or "mpi" in backend or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _packet(data: bytes) -> bytes:
+    """The first bytes of a message behind its length: all of it, if it is short."""
+    return len(data).to_bytes(_LENGTH_BYTES, "little") + data[: _PACKET_BYTES - _LENGTH_BYTES]
+
+
+def _unpacked(packet: torch.Tensor) -> tuple[int, bytes]:
+    """The length of a message, and as much of it as its packet holds."""
+    raw = _to_bytes(packet)
+    size = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    return size, raw[_LENGTH_BYTES : _LENGTH_BYTES + size]
 
 
 def _to_tensor(data: bytes, size: int, device: torch.device) -> torch.Tensor:

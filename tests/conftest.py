@@ -10,7 +10,7 @@ settings.register_profile("shardwise", deadline=None, print_blob=True)
 settings.load_profile("shardwise")
 
 #: Folders whose files take longest. They begin first, so that no worker is left with one of them at the end.
-_LONGEST = ("tests/faults/", "tests/topology/", "tests/engine/")
+_LONGEST = ("tests/faults/", "tests/topology/", "tests/engine/", "tests/hostile/", "tests/addons/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

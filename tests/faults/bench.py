@@ -29,7 +29,7 @@ Row = tuple[str, str, list[str]]
 def rows(short: bool) -> list[tuple[str, str, Callable[[], tuple[str, list[str]]]]]:
     """What is run: group, name, and a function that gives counts and exceptions."""
     scenarios = [crash_points.SCENARIOS[3]] if short else list(crash_points.SCENARIOS)
-    every = 36 if short else 1
+    every = 72 if short else 1
     parts: list[tuple[str, str, Callable[[], tuple[str, list[str]]]]] = [
         ("crash", f"crash points: {each.name}", lambda each=each: _crash(each, not short))  # type: ignore[misc]
         for each in scenarios
@@ -44,7 +44,7 @@ def rows(short: bool) -> list[tuple[str, str, Callable[[], tuple[str, list[str]]
             ("kill", "kill rank 0, asynchronous", lambda: _tally(kills.kill_points(asynchronous, (0,)))),
             ("kill", "kill both, asynchronous", lambda: _tally(kills.kill_points(asynchronous, (0, 1)))),
         ]
-    runs = 3 if short else 300
+    runs = 2 if short else 300
     parts.append(
         ("random", f"{runs} random SIGKILLs of real runs", lambda: _tally(kills.random_kills(runs), acks=True))
     )

@@ -12,7 +12,7 @@ from tests.topology.exports import consolidated, export, tensors
 from tests.topology.setups import EMBEDDING, FAMILIES, HEAD, Run, topologies
 
 #: In a routine run each topology loads this share of the others' checkpoints, another share for each.
-SHARE = 4
+SHARE = 6
 
 
 def save_all(family: str, root: Path) -> None:

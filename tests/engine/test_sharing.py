@@ -242,7 +242,7 @@ def test_large_tensors_in_bounded_memory(tmp_path: Path) -> None:
     assert sum(read for read, _ in found) == 2 * nbytes  # loaded twice, by one rank each time  # type: ignore[misc]
     for read, grown in found:  # type: ignore[misc]
         assert abs(read - nbytes) <= 2 * 4 * 2**20
-        assert grown <= 32 * 2**20
+        assert grown <= 64 * 2**20
 
 
 def _load_failing(root: str, nth: int, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,6 +228,8 @@ def _load_big(root: str, times: int) -> tuple[int, int]:
     storage = CountingStorage()
     with engine(Path(root), "always", storage) as made:
         for _ in range(times):
+            # What was freed and is kept for later use would hide what the load takes.
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = _peak()
             made.load_model(model, Path(root) / "model")
@@ -242,7 +245,7 @@ def test_large_tensors_in_bounded_memory(tmp_path: Path) -> None:
     assert sum(read for read, _ in found) == 2 * nbytes  # loaded twice, by one rank each time  # type: ignore[misc]
     for read, grown in found:  # type: ignore[misc]
         assert abs(read - nbytes) <= 2 * 4 * 2**20
-        assert grown <= 64 * 2**20
+        assert grown <= 32 * 2**20
 
 
 def _load_failing(root: str, nth: int, rank: int) -> None:

@@ -2,12 +2,14 @@
 
 Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
 what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
-on, the next one is read. A rank whose reading fails keeps taking part until the rounds are over, so that its
-peers are not left waiting; its failure is then raised where all ranks learn of it.
+on, the next one is read; what cannot arrive at its destination goes through three slabs of memory that are used again
+and again: one for what arrives, and two in turn for what is read. A rank whose reading fails keeps taking part until
+the rounds are over, so that its peers are not left waiting; its failure is then raised where all ranks learn of it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -94,6 +96,32 @@ class _Place:
         return self.memory is not self.piece.dest
 
 
+class _Slab:
+    """Memory that one round after another uses, so that what a load takes does not depend on the allocator's mood."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self, nbytes: int, largest: int) -> None:
+        """Have ``nbytes`` for a new round; what was taken before is not in use any more.
+
+        Args:
+            nbytes: How much the round takes.
+            largest: How much is kept for later rounds; a tensor that had to be taken whole may have needed more.
+        """
+        self._used = 0
+        if not nbytes <= self._memory.numel() <= max(nbytes, largest):
+            # The old one goes first.
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The next ``nbytes`` of it."""
+        start, self._used = self._used, self._used + _aligned(nbytes)
+        return self._memory[start : start + nbytes]
+
+
 @dataclass(slots=True, eq=False)
 class _Parcel:
     """The memory of one share on one rank: the messages that carry it."""
@@ -114,6 +142,14 @@ class _Round:
     members: tuple[int, ...]
     shares: tuple[Share[_Piece], ...]
     limits: Limits
+
+    def read_by(self, rank: int) -> dict[int, Share[_Piece]]:
+        """What ``rank`` reads of it, by the shares' numbers."""
+        return {number: share for number, share in enumerate(self.shares) if share.reader == rank}
+
+    def read_by_others(self, rank: int) -> dict[int, Share[_Piece]]:
+        """What ``rank`` has passed on to it."""
+        return {number: share for number, share in enumerate(self.shares) if share.reader != rank}
 
 
 @dataclass(slots=True)
@@ -152,15 +188,17 @@ def read_shared(
     current = next(upcoming, None)
     if current is None:
         return None
+    arriving, slabs = _Slab(), itertools.cycle((_Slab(), _Slab()))
     with ThreadPoolExecutor(1, thread_name_prefix="shardwise-ahead") as ahead:
-        reading = ahead.submit(_read, current, reader, group.rank, idle=False)
+        reading = ahead.submit(_read, current, next(slabs), reader, group.rank, idle=False)
         while current is not None:
             outcome = reading.result()
             failure = failure or outcome.failure
             following = next(upcoming, None)
             if following is not None:
-                reading = ahead.submit(_read, following, reader, group.rank, idle=failure is not None)
-            refused = _pass_on(current, outcome.parcels, reader, group, idle=failure is not None)
+                # The slab of the round before this one, which has been passed on.
+                reading = ahead.submit(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
+            refused = _pass_on(current, outcome.parcels, arriving, reader, group, idle=failure is not None)
             failure = failure or refused
             current = following
     return failure
@@ -191,7 +229,23 @@ def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
     return dtype, (piece.rows, piece.width // dtype.itemsize)
 
 
-def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fits(piece: _Piece) -> bool:
+    """Whether the bytes that travel are those of the destination's memory."""
+    dest = piece.dest
+    return dest.device.type == "cpu" and dest.dtype == _memory_of(piece)[0] and dest.is_contiguous()
+
+
+def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:
+    """How much of a slab a share takes on this rank."""
+    sizes = ((_nbytes(piece), piece) for piece in share.pieces)
+    return sum(_aligned(nbytes) for nbytes, piece in sizes if nbytes < limits.alone or not _fits(piece))
+
+
+def _parcel(share: Share[_Piece], limits: Limits, slab: _Slab) -> _Parcel:
     """Memory for a share; its messages depend on nothing that differs between ranks."""
     parcel = _Parcel()
     small: list[tuple[_Piece, int]] = []
@@ -200,17 +254,16 @@ def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:
         nbytes = _nbytes(piece)
         if nbytes < limits.alone:
             small.append((piece, end))
-            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            end += _aligned(nbytes)
             continue
-        dest, (dtype, shape) = piece.dest.detach(), _memory_of(piece)
-        fits = dest.device.type == "cpu" and dest.dtype == dtype and dest.is_contiguous()
-        memory = piece.dest if fits else torch.empty(shape, dtype=dtype)
+        dtype, shape = _memory_of(piece)
+        memory = piece.dest if _fits(piece) else slab.take(nbytes).view(dtype).view(shape)
         parcel.places.append(_Place(piece, memory))
         # A serialised tensor is one piece, however large it is.
         flat = flat_bytes(memory)
         parcel.messages += [flat[start : start + limits.largest] for start in range(0, nbytes, limits.largest)]
     if small:
-        packed = torch.empty(end, dtype=torch.uint8)
+        packed = slab.take(end)
         for piece, start in small:
             dtype, shape = _memory_of(piece)
             memory = packed[start : start + _nbytes(piece)].view(dtype)
@@ -219,15 +272,19 @@ def _parcel(share: Share[_Piece], limits: Limits) -> _Parcel:
     return parcel
 
 
-def _read(this: _Round, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
+def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -> dict[int, _Parcel]:
+    """Memory for some shares of one round, by their numbers."""
+    slab.clear(sum(_staged_bytes(share, limits) for share in shares.values()), limits.round)
+    return {number: _parcel(share, limits, slab) for number, share in shares.items()}
+
+
+def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     """Read this rank's shares of a round, unless there is no point any more; what fails is kept for later."""
     outcome = _Outcome()
     try:
-        for number, share in enumerate(this.shares):
-            if share.reader == rank:
-                parcel = outcome.parcels[number] = _parcel(share, this.limits)
-                if not idle:
-                    _fill(parcel, reader)
+        outcome.parcels = _parcels(this.read_by(rank), this.limits, slab)
+        for parcel in () if idle else outcome.parcels.values():
+            _fill(parcel, reader)
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         outcome.failure = error
     return outcome
@@ -246,27 +303,20 @@ def _fill(parcel: _Parcel, reader: Reader) -> None:
 
 
 def _pass_on(
-    this: _Round, parcels: Mapping[int, _Parcel], reader: Reader, group: Group, *, idle: bool
+    this: _Round, parcels: Mapping[int, _Parcel], slab: _Slab, reader: Reader, group: Group, *, idle: bool
 ) -> Exception | None:
-    sends: list[tuple[int, torch.Tensor]] = []
-    receives: list[tuple[int, torch.Tensor]] = []
-    arriving: list[_Parcel] = []
-    for number, share in enumerate(this.shares):
-        if share.reader == group.rank:
-            # A failed reader has no parcel for shares that it did not come to.
-            parcel = parcels.get(number) or _parcel(share, this.limits)
-            others = [member for member in this.members if member != group.rank]
-            sends += [(other, message) for other in others for message in parcel.messages]
-        else:
-            parcel = _parcel(share, this.limits)
-            arriving.append(parcel)
-            receives += [(share.reader, message) for message in parcel.messages]
+    arriving = _parcels(this.read_by_others(group.rank), this.limits, slab)
+    # Only where no memory could be had for them before.
+    parcels = parcels or _parcels(this.read_by(group.rank), this.limits, _Slab())
+    others = [member for member in this.members if member != group.rank]
+    sends = [(other, m) for number in this.read_by(group.rank) for other in others for m in parcels[number].messages]
+    receives = [(this.shares[number].reader, m) for number, parcel in arriving.items() for m in parcel.messages]
     group.swap(sends, receives, "passing on what replicas have read")
     reader.counts.passed += sum(message.numel() for _, message in receives)
     if idle:
         return None
     try:
-        for parcel in arriving:
+        for parcel in arriving.values():
             parcel.install()
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         return error

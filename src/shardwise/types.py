@@ -8,6 +8,7 @@ interpreter itself makes, hashes and compares where a frozen dataclass does all 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from shardwise.errors import MisuseError
@@ -88,6 +89,7 @@ class Box(NamedTuple):
     sizes: tuple[int, ...]
 
     @staticmethod
+    @lru_cache(maxsize=4096)  # tensors of one kind have equal shapes
     def whole(shape: tuple[int, ...]) -> Box:
         """The region that covers all of ``shape``."""
         return Box((0,) * len(shape), shape)

@@ -34,6 +34,14 @@ def replace_parameter(net: nn.Sequential) -> None:
     net[0].weight = nn.Parameter(torch.ones(6, 4))
 
 
+def replace_parameter_by_an_equal_one(net: nn.Sequential) -> None:
+    net[0].bias = nn.Parameter(net[0].bias.detach().clone())
+
+
+def replace_by_nothing_and_add_another(net: nn.Sequential) -> None:
+    net[0].register_parameter("offset", net[0]._parameters.pop("bias"))
+
+
 def replace_memory(net: nn.Sequential) -> None:
     net[0].weight.data = torch.ones(6, 4)
 
@@ -73,6 +81,8 @@ def take_away(net: nn.Sequential) -> None:
 
 CHANGES = [
     replace_parameter,
+    replace_parameter_by_an_equal_one,
+    replace_by_nothing_and_add_another,
     replace_memory,
     transpose_memory,
     reinterpret_memory,
@@ -138,6 +148,36 @@ def test_modules_with_ways_of_their_own_are_always_listed() -> None:
     half.register_buffer("kept", torch.zeros(2))
     half.register_buffer("lost", torch.zeros(2), persistent=False)
     assert not snapshot(half).holds([half])
+
+
+class EqualIfAlike(nn.Linear):
+    """Equal to any other of its size."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, nn.Linear) and other.weight.shape == self.weight.shape
+
+    __hash__ = nn.Linear.__hash__
+
+
+class AlwaysEqual(nn.Parameter):
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        return True
+
+    __hash__ = nn.Parameter.__hash__
+
+
+def test_what_says_itself_what_is_equal_is_always_listed(tmp_path: Path) -> None:
+    for net in (nn.Sequential(EqualIfAlike(2, 2)), nn.Sequential(nn.Linear(2, 2))):
+        if not isinstance(net[0], EqualIfAlike):
+            net[0].weight = AlwaysEqual(torch.zeros(2, 2))
+        assert not snapshot(net).holds([net])
+        config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
+        with Checkpointer(config, 0, 0, 0) as engine:
+            engine.save_model(net, tmp_path)
+            net[0] = type(net[0])(2, 2)
+            engine.save_model(net, tmp_path)
+        saved = load_file(tmp_path / "model" / "consolidated" / "model.safetensors")
+        assert torch.equal(saved["0.weight"], net[0].weight)
 
 
 def _sharded(root: str) -> tuple[list[bool], bool]:

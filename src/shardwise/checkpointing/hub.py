@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -41,12 +41,14 @@ class HubState:
         groups: What has to be computed.
         absent: Names that files of this model may have and these do not: other names of tied tensors, and what the
             class keeps out of its files.
+        ties: Native names of tied tensors that are not kept -> the native name that is.
     """
 
     native: tuple[HeldTensor, ...]
     held: tuple[HeldTensor, ...]
     groups: tuple[HeldGroup, ...]
     absent: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,29 +69,22 @@ class HubNames:
         self._last: tuple[Snapshot, HubState] | None = None
 
     @collector_paused()
-    def capture(self, state: ModelState, tensors: Sequence[NamedTensor] | None = None) -> HubState:
+    def capture(self, state: ModelState) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
         As long as the model's tensors are the same objects at the same addresses, the same result is given.
-
-        Args:
-            state: The model.
-            tensors: What ``state.tensors()`` gave a moment ago, where the caller has it.
         """
-        if tensors is None and state.is_whole and self._last is not None and self._last[0].holds(state.model):
+        if state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
-        tensors = state.tensors() if tensors is None else tensors
+        tensors, modules = state.listing()
         names, own = [named.name for named in tensors], [named.tensor for named in tensors]
         known = self._captured
         if known is None or known.names != names or not known.memory.is_of(own):
             known = self._captured = _Captured(names, Memory(own), self._capture(state, tensors))
-        found = known.state
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
-        last = self._last
-        stale = last is None or found is not last[1] or (last[0].is_plain and not last[0].holds(state.model))
-        if state.is_whole and stale:
-            self._last = (Snapshot(state.model, known.memory), found)
-        return found
+        if state.is_whole:
+            self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
+        return known.state
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
@@ -117,7 +112,8 @@ class HubNames:
                 for alias in named.aliases
             ]
             absent += _file_names(part, tied)
-        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent))
+        ties = {alias: named.name for named in tensors for alias in named.aliases}
+        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent), ties)
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)

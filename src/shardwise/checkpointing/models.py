@@ -318,13 +318,13 @@ def _opened(
     with group.together("describing the model"):
         if key_mapping:
             source = renamed(source, key_mapping)
-        named = state.tensors()
-        require_memory(((each.name, each.tensor) for each in named), "memory to load into")
-        hub = context.names.capture(state, named)
-        ties = {alias: tensor.name for tensor in named for alias in tensor.aliases}
+        hub = context.names.capture(state)
+        if hub is not context.sound:
+            require_memory(memory_of(hub.native), "memory to load into")
+            context.sound = hub
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
-        hub, ties = in_names_of_files(state.model, hub, ties, list(source.tensors))
+        hub, ties = in_names_of_files(state.model, hub, hub.ties, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None

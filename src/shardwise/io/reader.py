@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import as_bytes, blocks
 from shardwise.io.storage import ReadsRows, Storage
 from shardwise.io.writer import located
+from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 
 #: Bytes of the buffer of each reading thread.
@@ -97,7 +99,8 @@ class Reader:
             IntegrityError: A file ends before a range that its header promises.
             StorageError: The file system failed.
         """
-        ordered = list(_woven(sorted(reads, key=_position)))
+        with collector_paused():
+            ordered = _in_order(reads)
         for read in ordered:
             self._handle(_file(read))
         if self._threads <= 1 or len(ordered) <= 1:
@@ -224,6 +227,15 @@ class Reader:
         read.dest.detach().copy_(region)
 
 
+def _in_order(reads: Sequence[AnyRead]) -> list[AnyRead | _Woven]:
+    """The reads in file order, those of one stretch of rows together."""
+    plain = [read for read in reads if isinstance(read, Read)]
+    if len(plain) < len(reads):
+        return list(_woven(sorted(reads, key=_position)))
+    plain.sort(key=itemgetter(0, 1))
+    return [*plain] if all(read.rows == 1 for read in plain) else list(_woven(plain))
+
+
 def _position(read: AnyRead) -> tuple[int, int]:
     return (read.chunk.file, read.chunk.offset) if isinstance(read, PackedRead) else (read.file, read.offset)
 
@@ -297,9 +309,9 @@ def cut_read(read: Read, most: int) -> Iterator[Read]:
         yield read
     elif read.rows == 1:
         offset = read.offset
-        for block in blocks(read.dest[0], max(1, most // read.spec.itemsize)):
+        for block in blocks(read.dest, max(1, most // read.spec.itemsize)):
             nbytes = block.numel() * read.spec.itemsize
-            yield Read(read.file, offset, 1, nbytes, nbytes, block.unsqueeze(0), read.spec)
+            yield Read(read.file, offset, 1, nbytes, nbytes, block, read.spec)
             offset += nbytes
     else:
         step = max(1, most // read.width)

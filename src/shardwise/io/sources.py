@@ -40,7 +40,9 @@ class Source:
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
-        dropped = set(names)
+        dropped = self.tensors.keys() & set(names)
+        if not dropped:
+            return self
         return Source(self.path, self.files, {n: t for n, t in self.tensors.items() if n not in dropped})
 
 
@@ -182,6 +184,7 @@ def _decode(row: JsonValue) -> _Entry:
 
 
 def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Entry]]) -> Source:
+    first: dict[str, tuple[_Entry, int]] = {}
     pieces: dict[str, list[tuple[_Entry, int]]] = {}
     sharded_names: set[str] = set()
     for number, found in enumerate(entries):
@@ -189,17 +192,25 @@ def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Ent
         for entry in found:
             if below and entry.name in sharded_names:
                 continue
-            pieces.setdefault(entry.name, []).append((entry, number))
+            piece = (entry, number)
+            known = first.setdefault(entry.name, piece)
+            if known is not piece:
+                pieces.setdefault(entry.name, [known]).append(piece)
+            elif entry.saved is not None:
+                pieces[entry.name] = [piece]
         if not below:
             sharded_names.update(entry.name for entry in found)
-    return Source(root, tuple(files), {name: _tensor(name, found, files) for name, found in pieces.items()})
+    tensors = {n: _joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()}
+    return Source(root, tuple(files), tensors)
 
 
-def _tensor(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
+def _whole(entry: _Entry, file: int) -> SourceTensor:
+    spec = TensorSpec(entry.name, entry.shape, entry.dtype)
+    return SourceTensor(spec, (SourceChunk(Box.whole(entry.shape), file, entry.offset),))
+
+
+def _joined(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
     first, number = found[0]
-    if len(found) == 1 and first.saved is None:
-        spec = TensorSpec(name, first.shape, first.dtype)
-        return SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, first.offset),))
     shape = list(first.shape)
     chunks: dict[Box, SourceChunk] = {}
     for entry, file in found:

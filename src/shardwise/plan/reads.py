@@ -54,8 +54,8 @@ class Read(NamedTuple):
         rows: Number of rows.
         period: Bytes from one row's start to the next.
         width: Bytes of each row.
-        dest: Where they go: its first dimension is ``rows``, and each row's elements are consecutive in the file. One
-            row's worth of elements times ``rows``; any strides.
+        dest: Where they go, in any strides. One row is as many elements in the file's order, in any shape; of several
+            rows the first dimension is ``rows``.
         spec: The saved tensor, for its dtype and for messages.
     """
 
@@ -96,14 +96,16 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
         MissingTensorError: The chunks do not cover a fragment.
     """
     spec, chunks = source
+    if len(chunks) != 1 or chunks[0].packed or wanted.grid != spec.shape:
+        return [read for fragment in wanted.fragments for read in _pieces(source, fragment, wanted.grid)]
+    (chunk,) = chunks
     found: list[AnyRead] = []
-    plain = len(chunks) == 1 and not chunks[0].packed and wanted.grid == spec.shape
     for fragment in wanted.fragments:
-        rows = _rows(fragment.box, chunks[0].box) if plain else None
+        rows = _rows(fragment.box, chunk.box)
         if rows is None:
             found += _pieces(source, fragment, wanted.grid)
         else:
-            found.append(_read_rows(rows, chunks[0], spec, fragment))
+            found.append(_read_rows(rows, chunk, spec, fragment))
     return found
 
 
@@ -122,8 +124,7 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
 def _read_rows(rows: tuple[int, int], chunk: SourceChunk, spec: TensorSpec, fragment: Fragment) -> Read:
     itemsize = DTYPE_BYTES[spec.dtype]
     nbytes = rows[1] * itemsize
-    data = fragment.data.unsqueeze(0)
-    return Read(chunk.file, chunk.offset + rows[0] * itemsize, 1, nbytes, nbytes, data, spec)
+    return Read(chunk.file, chunk.offset + rows[0] * itemsize, 1, nbytes, nbytes, fragment.data, spec)
 
 
 def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[AnyRead]:
@@ -195,7 +196,7 @@ def _strided(
         outer -= 1
     item = spec.itemsize
     if outer == 0:
-        yield Read(chunk.file, chunk.offset + start * item, 1, run * item, run * item, dest.unsqueeze(0), spec)
+        yield Read(chunk.file, chunk.offset + start * item, 1, run * item, run * item, dest, spec)
         return
     if outer == 1:
         yield Read(chunk.file, chunk.offset + start * item, sizes[0], strides[0] * item, run * item, dest, spec)

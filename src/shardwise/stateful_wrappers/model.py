@@ -9,7 +9,7 @@ from torch import nn
 
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import NamedTensor, plain_name, state_tensors
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, list_state, plain_name
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 
@@ -45,17 +45,22 @@ class ModelState:
         return not self.is_peft and not self._skip
 
     @collector_paused()
-    def tensors(self) -> tuple[NamedTensor, ...]:
-        """Parameters and persistent buffers, each tied tensor once."""
-        listed = state_tensors(self.model)
+    def listing(self) -> Listing:
+        """Parameters and persistent buffers, each tied tensor once, and the modules that have them."""
+        listed = list_state(self.model)
         if self.is_whole:
             return listed
-        return tuple(
+        tensors = (
             named
-            for named in listed
+            for named in listed.tensors
             if not (self._skip and named.name.startswith(self._skip))
             and (not self.is_peft or named.tensor.requires_grad)
         )
+        return listed._replace(tensors=tuple(tensors))
+
+    def tensors(self) -> tuple[NamedTensor, ...]:
+        """The tensors of `listing`."""
+        return self.listing().tensors
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory."""

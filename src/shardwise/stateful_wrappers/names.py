@@ -55,7 +55,24 @@ class NamedTensor(NamedTuple):
     position: int = 0
 
 
+class Listing(NamedTuple):
+    """A model's state.
+
+    Attributes:
+        tensors: Parameters and persistent buffers, each once, in the model's order.
+        modules: The modules that have them, some maybe twice; ``None`` where one makes its state in a way of its own.
+    """
+
+    tensors: tuple[NamedTensor, ...]
+    modules: tuple[nn.Module, ...] | None
+
+
 def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
+    """The tensors of `list_state`."""
+    return list_state(parts).tensors
+
+
+def list_state(parts: Sequence[nn.Module]) -> Listing:
     """Parameters and persistent buffers of a rank's model parts, each once, in the model's order.
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
@@ -67,9 +84,17 @@ def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
         StateFormatError: A part's state holds something that is not a tensor.
     """
     found: dict[str, torch.Tensor] = {}
+    modules: list[nn.Module] = []
+    are_plain = True
     bounds = [0]
     for part in parts:
-        for name, tensor in _entries(part):
+        module = unwrap(part)
+        plain = _plain_entries(module)
+        if plain is None:
+            are_plain = False
+        else:
+            modules += plain.modules
+        for name, tensor in _tensors(module.state_dict(keep_vars=True) if plain is None else plain.entries):
             if found.setdefault(name, tensor) is not tensor:
                 raise NameCollisionError(
                     "two of this rank's model parts have different tensors of this name",
@@ -78,27 +103,29 @@ def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
                 )
         bounds.append(len(found))
     listed = [
-        NamedTensor(*item, (), number, position)
+        NamedTensor(name, tensor, (), number, position)
         for number, (low, high) in enumerate(pairwise(bounds))
-        for position, item in zip(range(low, high), islice(found.items(), low, high), strict=True)
+        for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
     ]
-    if len(set(map(_address, found.values()))) == len(found):
-        return tuple(listed)
+    if len(set(map(_address, found.values()))) < len(found):
+        listed = _merged(listed, declared_ties(parts))
+    return Listing(tuple(listed), tuple(modules) if are_plain else None)
+
+
+def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[NamedTensor]:
+    """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
         groups.setdefault(_identity(named.tensor), []).append(named)
-    declared = declared_ties(parts)
     out = []
     for alike in groups.values():
         kept = next((named for named in alike if named.name not in declared), alike[0])
         out.append(kept._replace(aliases=tuple(named.name for named in alike if named is not kept)))
-    return tuple(out)
+    return out
 
 
-def _entries(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    module = unwrap(part)
-    listed = _plain_entries(module)
-    for key, value in (module.state_dict(keep_vars=True) if listed is None else listed).items():
+def _tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
+    for key, value in entries.items():
         if isinstance(value, torch.Tensor):
             yield plain_name(key), value
         elif value is not None and value != {}:
@@ -109,13 +136,19 @@ def _entries(part: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             )
 
 
-def _plain_entries(root: nn.Module) -> Mapping[str, object] | None:
-    """What torch's ``state_dict`` lists, in its order, in a third of its time.
+class _Plain(NamedTuple):
+    entries: Mapping[str, object]
+    modules: Sequence[nn.Module]
+
+
+def _plain_entries(root: nn.Module) -> _Plain | None:
+    """What torch's ``state_dict`` lists, in its order, in a third of its time; and the modules.
 
     Returns:
         ``None`` where a module makes its state in a way of its own, or has somebody else's hook.
     """
     found: dict[str, object] = {}
+    modules: list[nn.Module] = []
     torchs: dict[type[nn.Module], bool] = {}
     pending = [("", root)]
     while pending:
@@ -125,18 +158,19 @@ def _plain_entries(root: nn.Module) -> Mapping[str, object] | None:
             torchs[cls] = has_torchs_ways(cls)
         if not torchs[cls] or not keeps_torchs_ways(module) or module._state_dict_hooks:
             return None
+        modules.append(module)
         for hook in module._state_dict_pre_hooks.values():
             hook(module, prefix, True)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 found[prefix + name] = parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[prefix + name] = buffer
+        if module._buffers:
+            lost = module._non_persistent_buffers_set
+            found |= {prefix + n: b for n, b in module._buffers.items() if b is not None and n not in lost}
         if module._modules:
             children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
             pending.extend(reversed(children))
-    return found
+    return _Plain(found, modules)
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:

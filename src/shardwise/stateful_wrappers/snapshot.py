@@ -9,12 +9,13 @@ is kept in flat lists that the interpreter walks by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from itertools import chain
-from operator import attrgetter, is_
-from typing import TypeAlias
+from itertools import chain, filterfalse
+from operator import attrgetter, is_, itemgetter
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
@@ -24,7 +25,23 @@ _Kept: TypeAlias = dict[str, object]
 _LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
 _DTYPE = attrgetter("dtype")
-_WATCHED = ("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
+_WATCHED = itemgetter("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
+
+
+class _DifferentTensorsError(Exception):
+    """Dictionaries that are compared have different tensors under one key."""
+
+
+class _ByIdentity(TorchFunctionMode):
+    """Dictionaries are compared by what they hold, but tensors are never compared by their values.
+
+    Python asks for equality only where two values are not the same object.
+    """
+
+    def __torch_function__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> NoReturn:
+        raise _DifferentTensorsError
 
 
 class Memory:
@@ -40,17 +57,19 @@ class Memory:
         self._sharded: list[torch.Tensor] = []
         for tensor in tensors:
             (self._sharded if hasattr(tensor, "_local_tensor") else self._plain).append(tensor)
+        # What a DTensor has on this rank is an object of its own, which nobody turns into another dtype or layout.
+        self._locals = list(map(_LOCAL, self._sharded))
         # Asking for strides takes as long as all else; those of a contiguous tensor follow from its shape.
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
         self._places = self._now()
 
     def _now(self) -> tuple[object, ...]:
-        """Addresses, dtypes and layouts of all, and shapes of the plain ones, which no DTensor changes in place."""
-        own = [*self._plain, *map(_LOCAL, self._sharded)]
+        """Addresses of all; dtypes, layouts and shapes of those that may be given other memory in place."""
         return (
-            list(map(torch.Tensor.data_ptr, own)),
-            list(map(_DTYPE, own)),
-            list(map(torch.Tensor.is_contiguous, own)),
+            list(map(torch.Tensor.data_ptr, self._plain)),
+            list(map(torch.Tensor.data_ptr, self._locals)),
+            list(map(_DTYPE, self._plain)),
+            list(map(torch.Tensor.is_contiguous, self._plain)),
             list(map(_SHAPE, self._plain)),
             list(map(torch.Tensor.stride, self._strided)),
         )
@@ -58,7 +77,7 @@ class Memory:
     @property
     def unmoved(self) -> bool:
         """Whether the tensors still have the memory, the dtypes, the shapes and the strides that they had."""
-        return self._now() == self._places
+        return all(map(is_, map(_LOCAL, self._sharded), self._locals)) and self._now() == self._places
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether ``tensors`` are these, at their addresses."""
@@ -71,34 +90,47 @@ class Snapshot:
     Args:
         parts: The model's parts.
         tensors: Their tensors, or the memory that was made of these.
+        modules: Their modules, if they were listed a moment ago and keep their state in torch's own way.
 
     Attributes:
         is_plain: Whether all modules keep their state in torch's own way; otherwise the snapshot never holds.
     """
 
     @collector_paused()
-    def __init__(self, parts: Sequence[nn.Module], tensors: Sequence[torch.Tensor] | Memory) -> None:
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        tensors: Sequence[torch.Tensor] | Memory,
+        modules: Sequence[nn.Module] | None = None,
+    ) -> None:
         self._parts = [unwrap(part) for part in parts]
         self._memory = tensors if isinstance(tensors, Memory) else Memory(tensors)
-        self._empty: list[Sized] = []
+        self._empty: list[_Kept] = []
+        self._forgotten: list[Sized] = []
         self._full: list[_Kept] = []
-        modules = list(_modules(self._parts))
-        self.is_plain = all(map(has_torchs_ways, set(map(type, modules)))) and all(map(keeps_torchs_ways, modules))
+        known = list(_modules(self._parts)) if modules is None else modules
+        self.is_plain = modules is not None or (
+            all(map(has_torchs_ways, set(map(type, known)))) and all(map(keeps_torchs_ways, known))
+        )
         if self.is_plain:
-            kept = [own[name] for own in map(vars, modules) for name in _WATCHED]
-            self._full, self._empty = [each for each in kept if each], [each for each in kept if not each]
-            for module in modules:
-                # Without buffers it does not matter which of them would be kept.
-                if module._buffers:
-                    if not module._non_persistent_buffers_set:
-                        self._empty.append(module._non_persistent_buffers_set)
-                    elif module._buffers.keys() - module._non_persistent_buffers_set:
-                        self.is_plain = False
-        self._counts = list(map(len, self._full))
+            self._watch(known)
+        # Equal if they have the same keys with the very same values.
+        self._known = list(map(dict, self._full))
         self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
-        self._owners = [kept for kept in self._full for _ in kept]
-        self._keys = list(chain.from_iterable(self._full))
-        self._values = list(chain.from_iterable(map(dict.values, self._full)))
+
+    def _watch(self, modules: Sequence[nn.Module]) -> None:
+        kept: list[_Kept] = list(chain.from_iterable(map(_WATCHED, map(vars, modules))))
+        self._full, self._empty = list(filter(None, kept)), list(filterfalse(None, kept))
+        for module in modules:
+            # Without buffers it does not matter which of them would be kept.
+            if module._buffers:
+                if not module._non_persistent_buffers_set:
+                    self._forgotten.append(module._non_persistent_buffers_set)
+                elif module._buffers.keys() - module._non_persistent_buffers_set:
+                    self.is_plain = False
+        values = chain.from_iterable(map(dict.values, self._full))
+        if any(map(_says_what_is_equal, {*map(type, modules), *map(type, values)})):
+            self.is_plain = False
 
     def holds(self, parts: Sequence[nn.Module]) -> bool:
         """Whether ``parts`` are the same, with the same modules and tensors at the same addresses."""
@@ -107,18 +139,24 @@ class Snapshot:
         return (
             all(unwrap(part) is known for part, known in zip(parts, self._parts, strict=True))
             and not any(self._empty)
-            and list(map(len, self._full)) == self._counts
+            and not any(self._forgotten)
             and self._has_the_same()
             and all(list(kept) == keys for kept, keys in self._ordered)
             and self._memory.unmoved
         )
 
     def _has_the_same(self) -> bool:
-        """Whether the dictionaries have the same under every key that they had."""
+        """Whether the dictionaries have the very same under the same keys."""
         try:
-            return all(map(is_, map(dict.__getitem__, self._owners, self._keys), self._values))
-        except KeyError:
+            with _ByIdentity():
+                return self._full == self._known
+        except _DifferentTensorsError:
             return False
+
+
+def _says_what_is_equal(cls: type) -> bool:
+    """Whether modules or tensors of a class may be equal without being the same."""
+    return issubclass(cls, nn.Module | torch.Tensor) and cls.__eq__ not in (object.__eq__, torch.Tensor.__eq__)
 
 
 def _modules(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:

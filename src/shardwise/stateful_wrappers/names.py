@@ -154,9 +154,10 @@ def _plain_entries(root: nn.Module) -> _Plain | None:
     while pending:
         prefix, module = pending.pop()
         cls = type(module)
-        if cls not in torchs:
-            torchs[cls] = has_torchs_ways(cls)
-        if not torchs[cls] or not keeps_torchs_ways(module) or module._state_dict_hooks:
+        plain = torchs.get(cls)
+        if plain is None:
+            plain = torchs[cls] = has_torchs_ways(cls)
+        if not plain or not keeps_torchs_ways(module) or module._state_dict_hooks:
             return None
         modules.append(module)
         for hook in module._state_dict_pre_hooks.values():

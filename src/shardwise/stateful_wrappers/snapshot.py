@@ -9,7 +9,7 @@ is kept in flat lists that the interpreter walks by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from itertools import chain, filterfalse
+from itertools import chain, compress, filterfalse
 from operator import attrgetter, is_, itemgetter
 from typing import NoReturn, TypeAlias
 
@@ -26,6 +26,7 @@ _LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
 _DTYPE = attrgetter("dtype")
 _WATCHED = itemgetter("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
+_BUFFERS = itemgetter(2)
 
 
 class _DifferentTensorsError(Exception):
@@ -119,15 +120,15 @@ class Snapshot:
         self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
 
     def _watch(self, modules: Sequence[nn.Module]) -> None:
-        kept: list[_Kept] = list(chain.from_iterable(map(_WATCHED, map(vars, modules))))
+        each: list[tuple[_Kept, ...]] = list(map(_WATCHED, map(vars, modules)))
+        kept = list(chain.from_iterable(each))
         self._full, self._empty = list(filter(None, kept)), list(filterfalse(None, kept))
-        for module in modules:
-            # Without buffers it does not matter which of them would be kept.
-            if module._buffers:
-                if not module._non_persistent_buffers_set:
-                    self._forgotten.append(module._non_persistent_buffers_set)
-                elif module._buffers.keys() - module._non_persistent_buffers_set:
-                    self.is_plain = False
+        # Without buffers it does not matter which of them would be kept.
+        for module in compress(modules, map(_BUFFERS, each)):
+            if not module._non_persistent_buffers_set:
+                self._forgotten.append(module._non_persistent_buffers_set)
+            elif module._buffers.keys() - module._non_persistent_buffers_set:
+                self.is_plain = False
         values = chain.from_iterable(map(dict.values, self._full))
         if any(map(_says_what_is_equal, {*map(type, modules), *map(type, values)})):
             self.is_plain = False

@@ -54,6 +54,10 @@ def reinterpret_memory(net: nn.Sequential) -> None:
     net[1].num_batches_tracked.data = net[1].num_batches_tracked.data.view(torch.float64)
 
 
+def replace_dictionary(net: nn.Sequential) -> None:
+    net[0]._parameters = dict(net[0]._parameters, weight=nn.Parameter(torch.ones(6, 4)))
+
+
 def replace_module(net: nn.Sequential) -> None:
     net[2][0] = nn.Linear(6, 3, bias=False)
 
@@ -86,6 +90,7 @@ CHANGES = [
     replace_memory,
     transpose_memory,
     reinterpret_memory,
+    replace_dictionary,
     replace_module,
     add_module,
     add_buffer,

@@ -25,8 +25,9 @@ _Kept: TypeAlias = dict[str, object]
 _LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
 _DTYPE = attrgetter("dtype")
-_WATCHED = itemgetter("_modules", "_parameters", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
-_BUFFERS = itemgetter(2)
+_PARAMETERS = itemgetter("_parameters")
+_OTHERS = itemgetter("_modules", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
+_BUFFERS = itemgetter(1)
 
 
 class _DifferentTensorsError(Exception):
@@ -106,9 +107,11 @@ class Snapshot:
     ) -> None:
         self._parts = [unwrap(part) for part in parts]
         self._memory = tensors if isinstance(tensors, Memory) else Memory(tensors)
+        self._modules: list[_Kept] = []
+        self._parameters: list[_Kept] = []
         self._empty: list[_Kept] = []
-        self._forgotten: list[Sized] = []
         self._full: list[_Kept] = []
+        self._forgotten: list[Sized] = []
         known = list(_modules(self._parts)) if modules is None else modules
         self.is_plain = modules is not None or (
             all(map(has_torchs_ways, set(map(type, known)))) and all(map(keeps_torchs_ways, known))
@@ -118,9 +121,14 @@ class Snapshot:
         # Equal if they have the same keys with the very same values.
         self._known = list(map(dict, self._full))
         self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
+        self._several = [
+            (own, list(of)) for own, of in zip(self._modules, self._parameters, strict=True) if len(of) > 1
+        ]
 
     def _watch(self, modules: Sequence[nn.Module]) -> None:
-        each: list[tuple[_Kept, ...]] = list(map(_WATCHED, map(vars, modules)))
+        self._modules = list(map(vars, modules))
+        self._parameters = list(map(dict, map(_PARAMETERS, self._modules)))
+        each: list[tuple[_Kept, ...]] = list(map(_OTHERS, self._modules))
         kept = list(chain.from_iterable(each))
         self._full, self._empty = list(filter(None, kept)), list(filterfalse(None, kept))
         # Without buffers it does not matter which of them would be kept.
@@ -129,7 +137,7 @@ class Snapshot:
                 self._forgotten.append(module._non_persistent_buffers_set)
             elif module._buffers.keys() - module._non_persistent_buffers_set:
                 self.is_plain = False
-        values = chain.from_iterable(map(dict.values, self._full))
+        values = chain.from_iterable(map(dict.values, chain(self._parameters, self._full)))
         if any(map(_says_what_is_equal, {*map(type, modules), *map(type, values)})):
             self.is_plain = False
 
@@ -143,14 +151,18 @@ class Snapshot:
             and not any(self._forgotten)
             and self._has_the_same()
             and all(list(kept) == keys for kept, keys in self._ordered)
+            and all(list(_PARAMETERS(own)) == keys for own, keys in self._several)
             and self._memory.unmoved
         )
 
     def _has_the_same(self) -> bool:
-        """Whether the dictionaries have the very same under the same keys."""
+        """Whether the dictionaries have the very same under the same keys.
+
+        Those of parameters are looked up anew: libraries that manage parameters put dictionaries of their own there.
+        """
         try:
             with _ByIdentity():
-                return self._full == self._known
+                return list(map(_PARAMETERS, self._modules)) == self._parameters and self._full == self._known
         except _DifferentTensorsError:
             return False
 

@@ -38,7 +38,7 @@ class Stateful(Protocol):
 
 
 def capture_steps(context: Context, values: Mapping[str, object], directory: Path) -> list[Step]:
-    """Capture named values now and return what is left to do. All ranks call, with the same names.
+    """Capture named values now and return what is left to do. All ranks call; one may have names of its own.
 
     Args:
         context: Settings, ranks and storage.
@@ -94,7 +94,7 @@ def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
 
 
 def restore_values(group: Group, values: MutableMapping[str, object], directory: Path) -> tuple[str, ...]:
-    """Put named values back, in place. All ranks call, with the same names.
+    """Put named values back, in place. All ranks call; one may have names of its own.
 
     A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced in ``values``.
 

@@ -364,10 +364,10 @@ def check_checkpoint(
         ManifestError: The manifest is damaged.
         MisuseError: There is no such level.
     """
-    if level not in ("sizes", "digests"):
-        raise MisuseError(f"verify is {level!r}", hint="Use 'sizes' or 'digests'.")
     data = b""
     with group.together(f"reading the manifest of {path}"):
+        if level not in ("sizes", "digests"):
+            raise MisuseError(f"verify is {level!r}", hint="Use 'sizes' or 'digests'.")
         if group.is_main:
             try:
                 data = _manifest_bytes(path)

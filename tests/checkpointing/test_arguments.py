@@ -252,3 +252,21 @@ def save_nothing(root: Path) -> None:
     with engine(root) as checkpointer:
         checkpointer.save(0, 1, [model], [optimizer], [scheduler], metrics=None, extra_state=None)
         checkpointer.restore((model,), (optimizer,), (scheduler,))
+
+
+def save_with_damaged_cache(root: Path, is_peft: bool) -> None:
+    """The cache of rank 1's machine has a reference that is no text."""
+    cache = root / f"cache-{dist.get_rank()}"
+    home = cache / "models--org--name"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_bytes(b"\xff" if dist.get_rank() == 1 else b"0123")
+    settings = {"model_repo_id": "org/name", "model_cache_dir": cache, "collective_timeout_seconds": 20}
+    with engine(root / "run", is_peft=is_peft, **settings) as checkpointer:
+        checkpointer.save(0, 1, training()[0])
+
+
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_a_cache_that_one_rank_cannot_read(tmp_path: Path, is_peft: bool) -> None:
+    error = failure(2, save_with_damaged_cache, tmp_path, is_peft)
+    assert (error.rank, error.path) == (1, str(tmp_path / "cache-1" / "models--org--name" / "refs" / "main"))
+    assert not list(tmp_path.glob("run/epoch_*"))

@@ -71,7 +71,7 @@ class _Planned:
 
 
 class ModelSave:
-    """One save of a model: captured in the foreground, written by `steps`.
+    """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
     Args:
         context: Settings, ranks and storage.
@@ -105,7 +105,7 @@ class ModelSave:
             "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path,
+            "original_model_path": context.base_path(),
             "v4_compatible": context.config.v4_compatible,
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,

@@ -20,8 +20,9 @@ from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
+from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.io.statefiles import pack_state
 
 
 @runtime_checkable

@@ -30,9 +30,9 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import StateFormatError
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import read_file, write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor

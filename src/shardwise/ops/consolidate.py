@@ -12,7 +12,6 @@ from typing import NoReturn
 import torch
 
 from shardwise.comm import Group
-from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
@@ -28,6 +27,7 @@ from shardwise.format.strict_json import JsonValue, loads
 from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import read_file, write_plain
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.io.stream import tensor_blocks
 from shardwise.lifecycle import LATEST, LOCAL, list_checkpoints, resolve, temporary_name

@@ -23,7 +23,8 @@ from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
-from shardwise.engine.verify import VerifyLevel, check_checkpoint
+from shardwise.engine.verify import VerifyLevel
+from shardwise.engine.verify_together import check_checkpoint
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,

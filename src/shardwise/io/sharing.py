@@ -129,8 +129,17 @@ def made_of(read: PackedRead, _: int) -> Iterator[Made]:
     yield Made(read.dest, lambda memory, reader: reader.execute([read._replace(dest=memory)]))
 
 
+def spare_memory() -> torch.Tensor:
+    """Memory for the messages of a rank that has failed, made before there is anybody who could be left waiting."""
+    return torch.empty(LIMITS.largest, dtype=torch.uint8)
+
+
 def read_shared(
-    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, limits: Limits = LIMITS
+    shared: Mapping[tuple[int, ...], Wanted],
+    reader: Reader,
+    group: Group,
+    spare: torch.Tensor,
+    limits: Limits = LIMITS,
 ) -> Exception | None:
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
@@ -138,10 +147,11 @@ def read_shared(
         shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
         reader: Reads this rank's shares, and counts.
         group: Whose ranks pass on.
+        spare: From `spare_memory`.
         limits: How much at a time; the same on every rank.
 
     Returns:
-        What failed locally first; later rounds are then passed on as they are, and are not to be used.
+        What failed locally first; what is passed on in later rounds is then of no use.
 
     Raises:
         PeerError: A peer left.
@@ -160,7 +170,7 @@ def read_shared(
             following = next(upcoming, None)
             if following is not None:
                 reading = ahead.submit(_read, following, reader, group.rank, idle=failure is not None)
-            refused = _pass_on(current, outcome.parcels, reader, group, idle=failure is not None)
+            refused = _pass_on(current, outcome.parcels, reader, group, spare, idle=failure is not None)
             failure = failure or refused
             current = following
     return failure
@@ -224,10 +234,9 @@ def _read(this: _Round, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     outcome = _Outcome()
     try:
         for number, share in enumerate(this.shares):
-            if share.reader == rank:
+            if share.reader == rank and not idle:
                 parcel = outcome.parcels[number] = _parcel(share, this.limits)
-                if not idle:
-                    _fill(parcel, reader)
+                _fill(parcel, reader)
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         outcome.failure = error
     return outcome
@@ -246,28 +255,50 @@ def _fill(parcel: _Parcel, reader: Reader) -> None:
 
 
 def _pass_on(
-    this: _Round, parcels: Mapping[int, _Parcel], reader: Reader, group: Group, *, idle: bool
+    this: _Round, parcels: Mapping[int, _Parcel], reader: Reader, group: Group, spare: torch.Tensor, *, idle: bool
 ) -> Exception | None:
+    """Send and receive the messages of a round, in vain if this rank has failed or finds no memory for them."""
+    arriving: dict[int, _Parcel] = {}
+    failure: Exception | None = None
+    if not idle:
+        try:
+            arriving = {n: _parcel(s, this.limits) for n, s in enumerate(this.shares) if s.reader != group.rank}
+        except Exception as error:  # noqa: BLE001 - raised once no peer waits
+            failure = error
+    in_vain = idle or failure is not None
     sends: list[tuple[int, torch.Tensor]] = []
     receives: list[tuple[int, torch.Tensor]] = []
-    arriving: list[_Parcel] = []
     for number, share in enumerate(this.shares):
-        if share.reader == group.rank:
-            # A failed reader has no parcel for shares that it did not come to.
-            parcel = parcels.get(number) or _parcel(share, this.limits)
+        own = share.reader == group.rank
+        messages = _blanks(share, this.limits, spare) if in_vain else (parcels if own else arriving)[number].messages
+        if own:
             others = [member for member in this.members if member != group.rank]
-            sends += [(other, message) for other in others for message in parcel.messages]
+            sends += [(other, message) for other in others for message in messages]
         else:
-            parcel = _parcel(share, this.limits)
-            arriving.append(parcel)
-            receives += [(share.reader, message) for message in parcel.messages]
+            receives += [(share.reader, message) for message in messages]
     group.swap(sends, receives, "passing on what replicas have read")
+    if in_vain:
+        return failure
     reader.counts.passed += sum(message.numel() for _, message in receives)
-    if idle:
-        return None
     try:
-        for parcel in arriving:
+        for parcel in arriving.values():
             parcel.install()
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         return error
     return None
+
+
+def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
+    """Messages of the sizes that those of `_parcel` have, all of them in the same memory."""
+    sizes: list[int] = []
+    packed = 0
+    for nbytes in map(_nbytes, share.pieces):
+        if nbytes < limits.alone:
+            packed += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        else:
+            sizes += [min(limits.largest, nbytes - start) for start in range(0, nbytes, limits.largest)]
+    if any(nbytes < limits.alone for nbytes in map(_nbytes, share.pieces)):
+        sizes.append(packed)
+    if max(sizes, default=0) > len(spare):  # very many tiny pieces, each at an aligned place
+        spare = torch.empty(max(sizes), dtype=torch.uint8)
+    return [spare[:size] for size in sizes]

@@ -31,6 +31,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import StateFormatError
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import read_file, write_plain
 from shardwise.lifecycle.filesystem import storage_errors
@@ -41,12 +42,9 @@ from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.types import TensorSpec
 
-METADATA_DIR = ".hf_metadata"
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
 EXACT = "model.exact"
-NATIVE_DTYPES = "native_dtypes.json"
-PASSED_THROUGH = "passed_through.json"
 CONSOLIDATE_NAME = "consolidate.sh"
 CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
 

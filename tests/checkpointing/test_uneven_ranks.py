@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.checkpointing.test_state_dict_adapters import Prefixed, Tensors
+from tests.checkpointing.test_state_dict_adapters import Halved, Prefixed
 from tests.support.ranks import run
 from torch import nn
 
@@ -26,16 +26,10 @@ class Stage(nn.Module):
             self.state_dict_adapter = adapter()
 
 
-class HalvedFirst(Prefixed):
+class HalvedFirst(Halved):
     """Computes the matrix of the first layer."""
 
-    def convert_single_tensor_to_hf(
-        self, fqn: str, tensor: torch.Tensor, **_: object
-    ) -> list[tuple[str, torch.Tensor]]:
-        return [(f"hub.{fqn}", tensor / 2 if fqn == "layers.0.weight" else tensor)]
-
-    def from_hf(self, state_dict: Tensors, device_mesh: object = None, **_: object) -> Tensors:
-        return {n.removeprefix("hub."): t * 2 if n == "hub.layers.0.weight" else t for n, t in state_dict.items()}
+    which = "layers.0.weight"
 
 
 def engine(root: Path, **settings: object) -> Checkpointer:

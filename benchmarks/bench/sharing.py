@@ -23,11 +23,18 @@ class SlowStorage(LocalStorage):
     """A file server whose bandwidth the ranks share: a read takes as long as all ranks' reads at once would."""
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        time.sleep(len(into) * dist.get_world_size() / SERVER_BYTES_PER_SECOND)
+        _wait(len(into))
         return super().read(handle, into, offset)
 
-    def mapped(self, handle: int, offset: int, nbytes: int) -> memoryview | None:
-        return None
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        _wait((rows - 1) * period + width)
+        return super().read_rows(handle, into, rows, width, pitch, period, offset)
+
+
+def _wait(nbytes: int) -> None:
+    time.sleep(nbytes * dist.get_world_size() / SERVER_BYTES_PER_SECOND)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import enum
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.errors import ConfigError
-from shardwise.setting_kinds import checked, names_unknown_keys, unknown_key, wrong_kind
+from shardwise.setting_kinds import checked, names_unknown_keys, number_in_text, unknown_key
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -292,8 +292,7 @@ class CheckpointingConfig:
         for key, value in block.items():
             if key not in kinds:
                 raise unknown_key(key, kinds)
-            convert = _CONVERTERS.get(kinds[key])
-            values[key] = value if convert is None else convert(key, value)
+            values[key] = number_in_text(key, kinds[key], value)
         return cls(**values)  # type: ignore[arg-type]
 
     @classmethod
@@ -362,41 +361,3 @@ def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
         return text
     label = "Unsupported model save format" if key == "model_save_format" else f"Unsupported {key}"
     raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")
-
-
-def _float(key: str, value: object) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise wrong_kind(key, value, "a number") from None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    raise wrong_kind(key, value, "a number")
-
-
-def _int(key: str, value: object) -> int:
-    if isinstance(value, str):
-        # Underscores group digits in YAML 1.1 and in Python alike; int() keeps what float() would round.
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    number = _float(key, value)
-    if isinstance(number, int):
-        return number
-    if not number.is_integer():
-        raise wrong_kind(key, value, "a whole number")
-    return int(number)
-
-
-def _or_none(convert: Callable[[str, object], object]) -> Callable[[str, object], object]:
-    return lambda key, value: None if value is None else convert(key, value)
-
-
-# What YAML may have read as text, by the annotation of the field; other kinds are checked where they are set.
-_CONVERTERS: dict[str, Callable[[str, object], object]] = {
-    "float": _float,
-    "int": _int,
-    "int | None": _or_none(_int),
-}

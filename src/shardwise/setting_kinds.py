@@ -92,3 +92,42 @@ def checked(field: _Field, value: object) -> object:
 def wrong_kind(key: str, value: object, wanted: str) -> ConfigError:
     """The error for a value of another kind than its setting takes."""
     return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")
+
+
+def number_in_text(key: str, kind: str, value: object) -> object:
+    """A number that YAML may have read as text (``1e9``), by the annotation of its field; others as they are.
+
+    Raises:
+        ConfigError: It is not a number.
+    """
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("float"):
+        return _float(key, value)
+    return _int(key, value) if kind.startswith("int") else value
+
+
+def _float(key: str, value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise wrong_kind(key, value, "a number") from None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    raise wrong_kind(key, value, "a number")
+
+
+def _int(key: str, value: object) -> int:
+    if isinstance(value, str):
+        # Underscores group digits in YAML 1.1 and in Python alike; int() keeps what float() would round.
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = _float(key, value)
+    if isinstance(number, int):
+        return number
+    if not number.is_integer():
+        raise wrong_kind(key, value, "a whole number")
+    return int(number)

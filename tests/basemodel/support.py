@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shardwise.checkpointing import Checkpointer
@@ -42,6 +44,14 @@ def on_meta(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype | None =
     with torch.device("meta"):
         model = cls(copy.deepcopy(config))
     return model if dtype is None else model.to(dtype)
+
+
+def two_by_two(model: Any) -> None:
+    """Spread a language model over four ranks by HSDP: two replicas of two shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def checkpointer(tmp_path: Path, storage: Storage | None = None, **settings: Any) -> Checkpointer:

@@ -18,10 +18,10 @@ from tests.basemodel.support import (
     llama,
     llama_config,
     on_meta,
+    two_by_two,
     whole_tensor,
 )
 from tests.support.ranks import run
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     DeepseekV3Config,
@@ -260,10 +260,7 @@ def _load_replicas(base: str, directory: str, kind: str, how: str) -> tuple[list
     for mode in ("never", "always"):
         model = on_meta(cls, config, torch.bfloat16)
         if how == "hsdp":
-            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+            two_by_two(model)
         storage = CountingStorage()
         checkpointer(Path(directory), storage, share_replica_reads=mode).load_base_model(model, "cpu", None, base)
         states.append({name: whole_tensor(value) for name, value in model.state_dict().items()})

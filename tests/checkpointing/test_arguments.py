@@ -131,6 +131,52 @@ def test_what_may_differ(tmp_path: Path, what: str) -> None:
     assert run(2, save_otherwise, tmp_path, what) == [None, None]
 
 
+def load_otherwise(root: Path, what: str) -> object:
+    """Ask for something else on rank 1 than on the others, of a checkpoint that all saved alike."""
+    odd = dist.get_rank() == 1
+    model, optimizer, scheduler = training()
+    extra: dict[str, object] = {"odd": 0} if odd and what == "extra" else {}
+    with engine(root, collective_timeout_seconds=20) as checkpointer:
+        path = checkpointer.save(0, 1, model, optimizer, scheduler, extra_state={"odd": 3} if extra else {})
+        assert path is not None
+        if what == "final":
+            checkpointer.save_model(model, root, is_final_checkpoint=odd)
+        if what in ("base", "mapping"):
+            mapping = {"weight": "weight"} if odd and what == "mapping" else None
+            checkpointer.load_model(model, path / "model", is_init_step=odd and what == "base", key_mapping=mapping)
+        level: dict[str, object] = {"digests": "digests", "level": "bytes"} if odd else {}
+        checkpointer.restore(
+            model,
+            None if odd and what == "optimizer" else optimizer,
+            None if odd and what in ("optimizer", "scheduler") else scheduler,
+            extra_state=extra,
+            verify=level.get(what, "sizes"),  # type: ignore[arg-type]
+        )
+    return extra
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("optimizer", "an optimizer or scheduler was passed on rank 0 and not on rank 1"),
+        ("digests", "verify='digests' was passed on rank 1 and not on rank 0"),
+        ("level", "verify is 'bytes'"),
+        ("final", "is_final_checkpoint=True was passed on rank 1 and not on rank 0"),
+        ("base", "is_init_step=True was passed on rank 1 and not on rank 0"),
+        ("mapping", "key_mapping was passed on rank 1 and not on rank 0"),
+    ],
+)
+def test_ranks_that_load_different_things(tmp_path: Path, what: str, text: str) -> None:
+    found = failure(2, load_otherwise, tmp_path, what)
+    assert isinstance(found, MisuseError)
+    assert text in str(found)
+
+
+def test_what_may_differ_in_loading(tmp_path: Path) -> None:
+    assert run(2, load_otherwise, tmp_path / "a", "scheduler") == [{}, {}]
+    assert run(2, load_otherwise, tmp_path / "b", "extra") == [{}, {"odd": 3}]
+
+
 @pytest.mark.parametrize("make", [np.int64, np.uint8, torch.tensor])
 def test_epochs_and_steps_of_other_libraries(tmp_path: Path, make: type) -> None:
     model, _, _ = training()
@@ -206,3 +252,21 @@ def save_nothing(root: Path) -> None:
     with engine(root) as checkpointer:
         checkpointer.save(0, 1, [model], [optimizer], [scheduler], metrics=None, extra_state=None)
         checkpointer.restore((model,), (optimizer,), (scheduler,))
+
+
+def save_with_damaged_cache(root: Path, is_peft: bool) -> None:
+    """The cache of rank 1's machine has a reference that is no text."""
+    cache = root / f"cache-{dist.get_rank()}"
+    home = cache / "models--org--name"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_bytes(b"\xff" if dist.get_rank() == 1 else b"0123")
+    settings = {"model_repo_id": "org/name", "model_cache_dir": cache, "collective_timeout_seconds": 20}
+    with engine(root / "run", is_peft=is_peft, **settings) as checkpointer:
+        checkpointer.save(0, 1, training()[0])
+
+
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_a_cache_that_one_rank_cannot_read(tmp_path: Path, is_peft: bool) -> None:
+    error = failure(2, save_with_damaged_cache, tmp_path, is_peft)
+    assert (error.rank, error.path) == (1, str(tmp_path / "cache-1" / "models--org--name" / "refs" / "main"))
+    assert not list(tmp_path.glob("run/epoch_*"))

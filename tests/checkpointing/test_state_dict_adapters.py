@@ -39,13 +39,16 @@ class Prefixed:
 class Halved(Prefixed):
     """Computes what can be undone exactly."""
 
+    which = "weight"
+
     def convert_single_tensor_to_hf(
         self, fqn: str, tensor: torch.Tensor, **_: object
     ) -> list[tuple[str, torch.Tensor]]:
-        return [(f"hub.{fqn}", tensor / 2 if fqn == "weight" else tensor)]
+        return [(f"hub.{fqn}", tensor / 2 if fqn == self.which else tensor)]
 
     def from_hf(self, state_dict: Tensors, device_mesh: object = None, **_: object) -> Tensors:
-        return {n.removeprefix("hub."): t * 2 if n == "hub.weight" else t for n, t in state_dict.items()}
+        plain = super().from_hf(state_dict)
+        return {name: tensor * 2 if name == self.which else tensor for name, tensor in plain.items()}
 
 
 class Unsigned(Prefixed):

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.basemodel.support import CountingStorage, llama, llama_config, on_meta, whole_tensor
+from tests.basemodel.support import CountingStorage, llama, llama_config, on_meta, two_by_two, whole_tensor
 from tests.engine.setups import Digests, Spreader, build, ddp, fsdp_over_tp, hsdp, plain, tensor_parallel
 from tests.support.faults import FaultyStorage
 from tests.support.ranks import failure, run
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM
 
 from shardwise import Checkpointer, CheckpointingConfig
@@ -165,10 +163,7 @@ def test_items_of_dcp_are_loaded_by_one_replica(tmp_path: Path) -> None:
 def _base(base: str, directory: str, mode: str, how: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], Ranges]:
     model = on_meta(LlamaForCausalLM, llama_config(), dtype)
     if how == "hsdp":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        two_by_two(model)
     storage = CountingStorage()
     with engine(Path(directory), mode, storage) as made:
         made.load_base_model(model, "cpu", None, base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -25,10 +27,14 @@ from shardwise.errors import (
     UnsafePickleError,
     WeightIndexError,
 )
-from shardwise.format.dcp_metadata import load_item, parse_dcp_metadata
+from shardwise.format.dcp_metadata import parse_dcp_metadata
 from shardwise.format.header import MAX_HEADER_BYTES, parse_header, read_header
 from shardwise.format.index import MAX_INDEX_BYTES, parse_index, read_index
 from shardwise.format.manifest import encode_manifest, parse_manifest, read_manifest, resolve_inside
+from shardwise.io.reader import Reader
+from shardwise.io.storage import LocalStorage
+from shardwise.plan.reads import PackedRead, SourceChunk
+from shardwise.types import Box, TensorSpec
 
 BIG = 2**63
 
@@ -501,12 +507,30 @@ def test_unsafe_pickle_names_the_global() -> None:
     assert "system" in error.message
 
 
+def read_item(content: bytes, file: Path) -> torch.Tensor:
+    """Read what is to be a serialised tensor of two elements."""
+    file.write_bytes(content)
+    dest = torch.zeros(2)
+    chunk = SourceChunk(Box.whole((2,)), 0, 0, len(content))
+    with contextlib.closing(Reader(LocalStorage(), [file])) as reader:
+        reader.execute([PackedRead(chunk, chunk.box, (2,), dest, TensorSpec("x", (2,), "F32"))])
+    return dest
+
+
+def saved(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
 def test_items_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"x": Runs()}, tmp_path / "item")
-    fails_cleanly(lambda: load_item((tmp_path / "item").read_bytes(), "p", "x"), UnsafePickleError)
-    for data in (b"", b"PK\x03\x04", b"garbage" * 10):
-        fails_cleanly(lambda data=data: load_item(data, "p", "x"), FormatError)
+    item = tmp_path / "item"
+    assert read_item(saved(torch.tensor([1.0, 2.0])), item).tolist() == [1, 2]
+    hostile = (saved({"x": Runs()}), saved(Runs()), saved(torch.ones(3)), saved(5), b"", b"PK\x03\x04", b"garbage" * 10)
+    for content in hostile:
+        error = fails_cleanly(lambda content=content: read_item(content, item), FormatError)  # type: ignore[misc]
+        assert error.path == str(item)
     assert [path.name for path in tmp_path.iterdir()] == ["item"]
 
 

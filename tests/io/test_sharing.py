@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import StorageError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.reader import Reader
-from shardwise.io.sharing import Wanted, cut_read, is_remote
+from shardwise.io.sharing import Made, Wanted, cut_read, is_remote
 from shardwise.io.storage import LocalStorage, file_system_type
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor
@@ -89,6 +90,45 @@ def test_a_rank_that_cannot_read_keeps_nobody_waiting(case: Simulation, data: st
     storages = storages_of(case)
     storages[data.draw(st.integers(0, case.world - 1))].fail = "read"
     load(case, storages, shares=True)  # which would not end, or leave messages that nobody took
+
+
+class Refusing(torch.Tensor):
+    """Memory that is not to be had when it is wanted, though enough of it was there before."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        if func is torch.Tensor.detach:
+            raise RuntimeError("out of memory")
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("refusing", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [(24,), (24, 2, 2), (2, 40, 100, 8, 0), (8,) * 9])
+def test_a_rank_without_memory_keeps_nobody_waiting(refusing: int, sizes: tuple[int, ...]) -> None:
+    """Pieces above and below what travels alone, on a rank that finds no memory for one of them."""
+
+    def one(group: ThreadGroup) -> Exception | None:
+        own = [torch.zeros(size) for size in sizes]
+        if group.rank == refusing:
+            own = [memory.as_subclass(Refusing) for memory in own]
+
+        def pieces(most: int) -> Iterator[Made]:
+            for memory in own:
+                yield Made(memory, lambda dest, reader: None)
+
+        planned = PlannedReads(shared={(0, 1, 2): Wanted(made=[pieces])})
+        with contextlib.closing(Reader(MemoryStorage({}), [FILE])) as reader:
+            try:
+                planned.execute(reader, group, SMALL)
+            except RuntimeError as error:
+                return error
+        return None
+
+    found = in_threads(3, one)  # which would not end, or leave messages that nobody took
+    assert [str(error) for error in found if error is not None] == ["out of memory"]
+    assert found[refusing] is not None
 
 
 @given(st.data(), st.integers(1, 64))

@@ -25,14 +25,11 @@ from shardwise.addons.model_parts import described_part, has_quantized_parameter
 from shardwise.addons.side_files import write_sentence_transformers, write_tokenizer, write_tokenizer_for_v4
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
+from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
-_FILE_INDEX = "fqn_to_file_index_mapping.json"
-_DTYPES = "fqn_to_dtype_mapping.json"
-#: What a save notes for resuming, in names of `shardwise.checkpointing`; readers of the export have no use for it.
-_NOTES = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json", "passed_through.json"})
 _CONFIG_V5 = "config.v5.json"
 _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
@@ -171,9 +168,9 @@ def _own_exporter(
 def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
     files, dtypes = args.get("fqn_to_file_index_mapping"), args.get("fqn_to_dtype_mapping")
     if files is not None:
-        write_json(directory / _FILE_INDEX, dict(files))
+        write_json(directory / FILE_INDEX, dict(files))
     if dtypes is not None:
-        write_json(directory / _DTYPES, dict(dtypes))
+        write_json(directory / FILE_DTYPES, dict(dtypes))
 
 
 def _copy_tree(source: Path, target: Path) -> None:
@@ -182,7 +179,7 @@ def _copy_tree(source: Path, target: Path) -> None:
         shutil.copytree(
             source,
             target,
-            ignore=lambda folder, names: _NOTES & set(names) if Path(folder) == source else set(),
+            ignore=lambda folder, names: NOTES & set(names) if Path(folder) == source else set(),
             copy_function=shutil.copyfile,
             dirs_exist_ok=True,
         )

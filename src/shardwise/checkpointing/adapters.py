@@ -31,7 +31,7 @@ from shardwise.stateful_wrappers.tensors import MeshRegister
 
 
 class AdapterSave:
-    """One save of a model's adapters; the counterpart of `ModelSave`."""
+    """One save of a model's adapters; the counterpart of `ModelSave`. All ranks make one."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class AdapterSave:
             "consolidated_path": None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path,
+            "original_model_path": context.base_path(),
             "v4_compatible": context.config.v4_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
@@ -74,7 +74,7 @@ class AdapterSave:
             self._config,
             group,
             v4_compatible=context.config.v4_compatible,
-            original_model_path=context.base_path,
+            original_model_path=context.base_path(),
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):

@@ -93,13 +93,18 @@ def warn_if_alone(group: Group) -> None:
 
 
 def check_same_call(name: str, given: Mapping[str, bool], group: Group) -> None:
-    """Check that the ranks save the same thing: the checkpoint's name, and which arguments were passed. All call.
+    """Check that the ranks ask for the same: which arguments were passed, and what is saved. All ranks call.
+
+    Args:
+        name: What is saved; the same text on every rank where it is not for the caller to say.
+        given: Arguments that decide which messages travel, as a message names them -> whether they were passed.
+        group: The ranks that save or load together.
 
     Raises:
         MisuseError: They differ.
     """
     own: JsonValue = [name, sorted(key for key, is_given in given.items() if is_given)]
-    everyone = cast(list[tuple[str, list[str]]], group.gather_json(own, "comparing what is to be saved"))
+    everyone = cast(list[tuple[str, list[str]]], group.gather_json(own, "comparing what the ranks ask for"))
     first, passed = everyone[0]
     for rank, (theirs, they_passed) in enumerate(everyone):
         if theirs != first:

@@ -9,7 +9,7 @@ from typing import cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import CheckpointNotFoundError
+from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.io.sources import Source, open_source
 from shardwise.types import TensorSpec
 
@@ -31,8 +31,8 @@ class BaseModel:
     source: Source
 
 
-def base_path(config: CheckpointingConfig) -> str | None:
-    """The base model as the configuration names it: a local path where there is one, else the hub id."""
+def find_base_path(config: CheckpointingConfig) -> str | None:
+    """The base model as the configuration names it: a local path where there is one, else the hub id. Local."""
     name, root = config.model_repo_id, config.original_model_root_dir
     if root is not None:
         candidates = [Path(root) / name] if name else []
@@ -63,6 +63,9 @@ def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Pat
         repo_id: ``org/name``.
         revision: A branch or tag (a file below ``refs``) or a commit. Where ``main`` was never fetched, the only
             snapshot stands for it, or the newest of several.
+
+    Raises:
+        FormatError: The file of a branch or tag is not text.
     """
     folder = "models--" + repo_id.replace("/", "--")
     home = next((h for h in (cache / folder, cache / "hub" / folder) if h.is_dir()), None)
@@ -70,7 +73,7 @@ def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Pat
         return None
     reference = home / "refs" / revision
     if reference.is_file():
-        commit = home / "snapshots" / reference.read_text().strip()
+        commit = home / "snapshots" / _text(reference).strip()
         if commit.is_dir():
             return commit
     if revision != "main":
@@ -80,6 +83,13 @@ def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Pat
         (path for path in (home / "snapshots").glob("*") if path.is_dir()), key=lambda p: (p.stat().st_mtime, p.name)
     )
     return snapshots[-1] if snapshots else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not text: {error}", path=file, hint="Download the model again.") from error
 
 
 def open_base(path: str | None, group: Group) -> BaseModel | None:
@@ -96,17 +106,17 @@ def open_base(path: str | None, group: Group) -> BaseModel | None:
     with group.together("looking for the base model"):
         if group.is_main and path is not None:
             place = Path(path)
-            found = (place.is_file() and place.suffix == ".safetensors") or _has_weights(place)
-            told = path if found else None
+            is_file = place.is_file() and place.suffix == ".safetensors"
+            told = [path, is_file] if is_file or _has_weights(place) else None
     told = group.broadcast_json(told, 0, "looking for the base model")
     if told is None:
         return None
-    path = path or cast(str, told)
+    theirs, is_file = cast(tuple[str, bool], told)
+    path = path or theirs
     try:
         source = open_source(path, group)
     except CheckpointNotFoundError:
         return None
     files = {name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items() if tensor.chunks}
     specs = {name: tensor.spec for name, tensor in source.tensors.items()}
-    directory = Path(path) if Path(path).is_dir() else Path(path).parent
-    return BaseModel(directory, files, specs, source)
+    return BaseModel(Path(path).parent if is_file else Path(path), files, specs, source)

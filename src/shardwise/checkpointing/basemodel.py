@@ -38,8 +38,8 @@ from shardwise.engine.load_base import (
     BaseSource,
     check_base,
     load_base_tensors,
-    with_nearest,
 )
+from shardwise.engine.near_names import listed
 from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import declared_ties
@@ -230,12 +230,12 @@ def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]
         report.cast,
     )
     if report.missing:
-        near = with_nearest(report.missing, report.unexpected, "it has")
+        near = listed(report.missing, report.unexpected, "it has")
         _LOG.warning("the base model lacks %s, which keep their values", near)
     known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
     strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
     if strange:
-        _LOG.warning("the base model has tensors that the model lacks: %s", with_nearest(strange, own, "the model has"))
+        _LOG.warning("the base model has tensors that the model lacks: %s", listed(strange, own, "the model has"))
 
 
 def _expected_leftovers(part: nn.Module) -> list[str]:

@@ -23,7 +23,8 @@ from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
-from shardwise.engine.verify import VerifyLevel, check_checkpoint
+from shardwise.engine.verify import VerifyLevel
+from shardwise.engine.verify_together import check_checkpoint
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,
@@ -160,19 +161,23 @@ class Checkpointer(ComponentCheckpointer):
         context = self._context
         self.async_wait()
         check_together(context.group, model, optimizer, scheduler)
+        steers = optimizer is not None or bool(as_list(scheduler))
+        given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
+        check_same_call("checkpoint", given, context.group)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)
             return None
         path = record.path
-        steers = optimizer is not None or bool(as_list(scheduler))
-        wanted = {"model": True, "optim": steers, "extra": extra_state, "rng": self.config.save_rng}
+        # As in a save, a rank may have a state that others have not.
+        extras = context.group.any(bool(extra_state), "comparing what is to be restored")
+        wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         self.load_model(model, path / "model")
         if steers:
             self.load_optimizer(optimizer or [], model, path, scheduler)
-        skipped = restore_extras(context, path, extra_state)
+        skipped = restore_extras(context, path, (extra_state or {}) if extras else None)
         self.allocate_staging(model, optimizer)
         return replace(record, unrestored=skipped)
 

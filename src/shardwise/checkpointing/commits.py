@@ -17,10 +17,10 @@ from shardwise.checkpointing.context import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import write_plain
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.crc import crc32c
 from shardwise.format.manifest import FileRecord, Manifest, encode_manifest
+from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import (
     BEST,

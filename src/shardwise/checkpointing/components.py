@@ -18,7 +18,7 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
-from shardwise.checkpointing.arguments import check_same_settings, check_together, warn_if_alone
+from shardwise.checkpointing.arguments import check_same_call, check_same_settings, check_together, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
@@ -94,6 +94,7 @@ class ComponentCheckpointer:
         if not self.config.enabled or self._skip():
             return
         check_together(context.group, model)
+        check_same_call("model", {"is_final_checkpoint=True": is_final_checkpoint}, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         target.reserve()
         try:
@@ -128,6 +129,8 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._context
         check_together(context.group, model)
+        given = {"is_init_step=True": is_init_step, "key_mapping": bool(key_mapping)}
+        check_same_call("model", given, context.group)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpointing.base import BaseModel, base_path, open_base
+from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
@@ -48,6 +48,8 @@ class Context:
     names: HubNames = field(default_factory=HubNames)
     stager: Stager | None = None
     sound: HubState | None = None
+    _base_path: str | None = None
+    _base_found: bool = False
     _base: BaseModel | None = None
     _base_read: bool = False
 
@@ -68,15 +70,18 @@ class Context:
         """The directory of checkpoints and pointers."""
         return Path(self.config.checkpoint_dir).absolute()
 
-    @property
     def base_path(self) -> str | None:
-        """The base model: a local path where there is one, else the hub id."""
-        return base_path(self.config)
+        """The base model: a local path where there is one, else the hub id; looked for once. All ranks call."""
+        if not self._base_found:
+            with self.group.together("looking for the base model"):
+                self._base_path = find_base_path(self.config)
+            self._base_found = True
+        return self._base_path
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
         if not self._base_read:
-            self._base = open_base(self.base_path, self.group)
+            self._base = open_base(self.base_path(), self.group)
             self._base_read = True
         return self._base
 

@@ -20,8 +20,9 @@ from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
+from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.io.statefiles import pack_state
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class Stateful(Protocol):
 
 
 def capture_steps(context: Context, values: Mapping[str, object], directory: Path) -> list[Step]:
-    """Capture named values now and return what is left to do. All ranks call, with the same names.
+    """Capture named values now and return what is left to do. All ranks call; one may have names of its own.
 
     Args:
         context: Settings, ranks and storage.
@@ -94,7 +95,7 @@ def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
 
 
 def restore_values(group: Group, values: MutableMapping[str, object], directory: Path) -> tuple[str, ...]:
-    """Put named values back, in place. All ranks call, with the same names.
+    """Put named values back, in place. All ranks call; one may have names of its own.
 
     A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced in ``values``.
 

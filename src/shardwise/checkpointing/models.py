@@ -30,9 +30,10 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import StateFormatError
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import read_file, write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
@@ -41,12 +42,9 @@ from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.types import TensorSpec
 
-METADATA_DIR = ".hf_metadata"
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
 EXACT = "model.exact"
-NATIVE_DTYPES = "native_dtypes.json"
-PASSED_THROUGH = "passed_through.json"
 CONSOLIDATE_NAME = "consolidate.sh"
 CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
 
@@ -71,7 +69,7 @@ class _Planned:
 
 
 class ModelSave:
-    """One save of a model: captured in the foreground, written by `steps`.
+    """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
     Args:
         context: Settings, ranks and storage.
@@ -105,7 +103,7 @@ class ModelSave:
             "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path,
+            "original_model_path": context.base_path(),
             "v4_compatible": context.config.v4_compatible,
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
@@ -127,7 +125,8 @@ class ModelSave:
         steps = [*self._before(planned.native, planned.passed), self._export(planned.plan, planned.roster)]
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(planned.plan, group))
-        if planned.exact:
+        # One stage may have such tensors and another none.
+        if self.base is not None and context.group.any(bool(planned.exact), "looking for tensors that are rounded"):
             steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
         return [*steps, self._after]
 
@@ -156,6 +155,7 @@ class ModelSave:
             (options, copies),
             lambda: plan_export(export, roster, context.group, directory, options, computed, copies),
         )
+        exact = _uncomputed(exact, hub.groups)
         return _Planned(replace(known, directory=directory), roster, native, tuple(proof.passed), exact)
 
     def _described(self) -> HubState:
@@ -273,6 +273,14 @@ def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     return [tensor for group in groups for tensor in group.natives]
 
 
+def _uncomputed(rounded: Sequence[HeldTensor], groups: Sequence[HeldGroup]) -> list[HeldTensor]:
+    """What holds the exact values: the tensors, but for those that have to be computed what they are computed from."""
+    names = {tensor.spec.name for tensor in rounded}
+    computed = [held for held in groups if not names.isdisjoint(spec.name for spec in held.computed.hub)]
+    apart = {spec.name for held in computed for spec in held.computed.hub}
+    return [*(tensor for tensor in rounded if tensor.spec.name not in apart), *natives_of(computed)]
+
+
 def load_model(
     context: Context,
     model: nn.Module | Sequence[nn.Module],
@@ -298,8 +306,7 @@ def load_model(
     with group.together("looking for tied tensors"):
         own = under_saved_names(state.model, hub.held, source.tensors.keys())
     direct = [*own, *natives_of([held for held in hub.groups if held not in computed])]
-    names = [spec.name for held in computed for spec in held.computed.hub]
-    report = load_tensors(direct, source.without(names), group, context.storage, options)
+    report = load_tensors(direct, source, group, context.storage, options)
     load_computed(computed, source, group, context.storage, options)
     return report
 
@@ -329,15 +336,17 @@ def _opened(
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None
     everyone = group.gather_json(cast(JsonValue, dict(ties)), "comparing tied tensors")
-    ignored = _any_rank(vain, source, group)
     source = untied(source, everyone, group, context.storage)
+    # What is computed is read apart, and by the ranks of its stage alone.
+    apart = [spec.name for held in hub.groups for spec in held.computed.hub]
+    ignored = _any_rank([*vain, *apart], source, group)
     return source, hub, replace(options, exact=exact, ignored=ignored)
 
 
 def _any_rank(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
     """The names of the source that one rank at least lists. All ranks call; what travels is a number for each name."""
     mine, names = frozenset(own), sorted(source.tensors)
-    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is of no use")
+    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is wanted otherwise")
     return frozenset(name for name, count in zip(names, counts, strict=True) if count)
 
 

@@ -18,9 +18,10 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import has_state, pack_state, read_state, unpack_state, write_state
+from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import OptimizerState

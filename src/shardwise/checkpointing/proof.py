@@ -79,7 +79,8 @@ def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) 
     own: JsonValue = None
     with group.together("describing what the model promises"):
         own = _record_of(parts, absent)
-    everyone = [cast(_Row, theirs) for theirs in group.gather_json(own, "comparing what the stages promise")]
+    told = group.gather_json(own, "comparing what the stages promise")
+    everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
     prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
     sizes = [size for *_, size in everyone if size is not None]
     return Promise(
@@ -87,7 +88,7 @@ def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) 
         tuple(dict.fromkeys(pattern for _, patterns, *_ in everyone for pattern in patterns)),
         frozenset(name for _, _, names, *_ in everyone for name in names),
         prefixes[0] if prefixes else "",
-        (everyone[0][4],),
+        tuple(architecture for *_, architecture, _ in everyone[:1]),
         sizes[0] if sizes else None,
     )
 
@@ -96,6 +97,9 @@ _Row = tuple[list[str], list[str], list[str], str, str, int | None]
 
 
 def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
+    """What this rank's parts say, as a `_Row`; nothing where it has none."""
+    if not parts:
+        return None
     module = unwrap(parts[0])
     config = getattr(module, "config", None)
     text = getattr(config, "text_config", None) or config

@@ -8,8 +8,9 @@ from typing import cast
 from shardwise.checkpointing.arguments import check_stateful
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
-from shardwise.engine.statefiles import has_state, pack_state, read_state, write_state
+from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.io.statefiles import pack_state
 
 
 def _stem(path: Path, state_name: str, rank: str) -> Path:

@@ -46,12 +46,17 @@ def restore_extras(
 ) -> tuple[str, ...]:
     """Put generators and extra state back. All ranks call.
 
+    Args:
+        context: Settings, ranks and storage.
+        directory: The checkpoint's.
+        extra_state: What this rank wants of the extra state; ``None`` on every rank where no rank wants any.
+
     Returns:
         Names that were left as they are, because they were saved for each rank of another number of ranks.
     """
     group = context.group
     skipped: tuple[str, ...] = ()
-    if extra_state:
+    if extra_state is not None:
         skipped += restore_values(group, extra_state, directory / "extra")
     if context.config.save_rng and group.any((directory / "rng").is_dir(), "looking for generators"):
         skipped += restore_values(group, {"rng": RandomState()}, directory / "rng")

@@ -13,12 +13,12 @@ import torch
 from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.statefiles import write_plain
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.io.exchange import exchange_rows
 from shardwise.io.reader import Reader
+from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
 from shardwise.io.writer import Digest, Digests, FileSet, totals, write_run, write_runs

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
 from shardwise.engine.absent import absent_files_named
+from shardwise.engine.near_names import listed, nearest
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
 from shardwise.errors import (
     DtypeMismatchError,
@@ -171,18 +171,6 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
         )
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that looks most like ``name``, if any does."""
-    found = difflib.get_close_matches(name, list(candidates)[:20_000], n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
-def _listing(names: Collection[str]) -> str:
-    shown = list(names)[:5]
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return ", ".join(shown) + more
-
-
 def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> MissingTensorError:
     close = nearest(names[0], unclaimed or source.tensors)
     hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
@@ -191,7 +179,7 @@ def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> 
     elif close is not None:
         hint = f"The nearest name there is {close!r}, which the model has too. {hint}"
     return MissingTensorError(
-        f"the checkpoint lacks {len(names)} of the model's tensors: {_listing(names)}",
+        f"the checkpoint lacks {len(names)} of the model's tensors: {listed(names)}",
         path=source.path,
         tensor=names[0],
         hint=hint,
@@ -206,7 +194,7 @@ def _unexpected_error(names: Sequence[str], own: Sequence[str], source: Source) 
     elif (close := nearest(names[0], own)) is not None:
         hint = f"The nearest name in the model is {close!r}, which the checkpoint has too. {hint}"
     return UnexpectedTensorError(
-        f"the checkpoint holds {len(names)} tensors that the model lacks: {_listing(names)}",
+        f"the checkpoint holds {len(names)} tensors that the model lacks: {listed(names)}",
         path=source.path,
         tensor=names[0],
         hint=hint,

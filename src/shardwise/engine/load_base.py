@@ -6,7 +6,6 @@ A base model may be quantized, may be in another dtype, and may come as ``.bin``
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup
+from shardwise.engine.near_names import listed
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
 from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
@@ -34,8 +34,6 @@ from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
 
-#: Names that a message lists, and how many others each is compared with at most.
-_SHOWN, _MOST_CANDIDATES = 5, 20_000
 #: Dtypes between which values are cast without asking.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -341,7 +339,6 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
 
 def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
     """The error that lists what is missing, the first ones with the nearest name that nobody wants."""
-    listed = with_nearest(names, list(unexpected) or list(source.names()), "the base has")
     prefix = names[0].split(".")[0] + "."
     hint = "Map names with key_mapping, or build the model from the base's own config.json"
     if not any(name.startswith(prefix) for name in source.names()):
@@ -351,22 +348,9 @@ def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource
             f"skip_task_head_prefixes_for_base_model=[{prefix!r}]"
         )
     return MissingTensorError(
-        f"the base model lacks {len(names)} of the model's tensors: {listed}",
+        f"the base model lacks {len(names)} of the model's tensors: "
+        + listed(names, unexpected or source.names(), "the base has"),
         path=source.path,
         tensor=names[0],
         hint=f"{hint}.",
     )
-
-
-def with_nearest(names: Sequence[str], candidates: Sequence[str], whose: str) -> str:
-    """A list of the first few of some names, each with the nearest of ``candidates`` if one is near."""
-    listed: list[str] = []
-    for name in names[:_SHOWN]:
-        # Whatever is near ends alike, in most models; looking at those first keeps a long list from taking seconds.
-        leaf = name.rpartition(".")[2]
-        alike = [other for other in candidates if other.rpartition(".")[2] == leaf] or candidates
-        close = difflib.get_close_matches(name, alike[:_MOST_CANDIDATES], n=1, cutoff=0.6)
-        listed.append(f"{name} ({whose} {close[0]})" if close else name)
-    if len(names) > len(listed):
-        listed.append(f"and {len(names) - len(listed)} more")
-    return ", ".join(listed)

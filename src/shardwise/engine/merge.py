@@ -16,11 +16,11 @@ from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.merge_computed import write_aside
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import write_plain
 from shardwise.errors import IntegrityError, StorageError
 from shardwise.format.crc import crc32c
 from shardwise.format.manifest import TensorRecord
 from shardwise.io.reader import Reader
+from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
 from shardwise.io.writer import locating

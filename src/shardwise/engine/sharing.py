@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from shardwise.comm import Group
 from shardwise.engine.rosters import roster_of_kind
 from shardwise.io.reader import Reader
-from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared
+from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared, spare_memory
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.fragments import HeldPart, HeldTensor
@@ -41,11 +43,13 @@ class PlannedReads:
         own: What it reads by itself.
         shared: The ranks of a set of replicas -> what they want alike.
         made_bytes: Stored bytes behind what is made for replicas, this rank's part.
+        spare: See `spare_memory`; made while planning, which all ranks do together.
     """
 
     own: list[AnyRead] = field(default_factory=list)
     shared: dict[tuple[int, ...], Wanted] = field(default_factory=dict)
     made_bytes: int = 0
+    spare: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +57,11 @@ class PlannedReads:
         own = sum(r.rows * r.width if isinstance(r, Read) else r.chunk.packed for r in self.own)
         shared = (sum(r.rows * r.width for r in w.reads) // len(members) for members, w in self.shared.items())
         return own + sum(shared) + self.made_bytes
+
+    def _wanted_by(self, members: tuple[int, ...]) -> Wanted:
+        if self.spare is None:
+            self.spare = spare_memory()
+        return self.shared.setdefault(members, Wanted())
 
     def add(self, saved: SourceTensor, tensor: HeldTensor, replicas: Replicas | None) -> None:
         """Plan what ``tensor`` needs.
@@ -69,8 +78,8 @@ class PlannedReads:
             if len(members) == 1:
                 self.own += plan_reads(saved, one)
                 continue
+            wanted = self._wanted_by(members)
             for read in plan_reads(saved, one):
-                wanted = self.shared.setdefault(members, Wanted())
                 if isinstance(read, Read):
                     wanted.reads.append(read)
                 elif read.dest.numel():
@@ -96,7 +105,7 @@ class PlannedReads:
             if len(members) == 1:
                 alone.append(part)
                 continue
-            self.shared.setdefault(members, Wanted()).made.append(partial(make, tensor._replace(parts=(part,))))
+            self._wanted_by(members).made.append(partial(make, tensor._replace(parts=(part,))))
             self.made_bytes += sum(f.box.numel for f in part.fragments) // len(members)
         return tensor._replace(parts=tuple(alone))
 
@@ -107,9 +116,11 @@ class PlannedReads:
             ShardwiseError: Reading failed on this rank, and no peer waits for it any more.
         """
         # First, while the ranks are in step: nobody waits for a peer that still reads what is its own.
-        failure = read_shared(self.shared, reader, group, limits)
-        if failure is not None:
-            raise failure
+        if self.shared:
+            spare = spare_memory() if self.spare is None else self.spare
+            failure = read_shared(self.shared, reader, group, spare, limits)
+            if failure is not None:
+                raise failure
         reader.execute(self.own)
 
 

@@ -1,4 +1,4 @@
-"""State that is not a sharded tensor: JSON, with the tensors in it in a safetensors file beside. No pickle."""
+"""A state of a checkpoint, which is not a sharded tensor: written with its record for the manifest, and read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ShardwiseError
 from shardwise.format.crc import crc32c
 from shardwise.format.manifest import FileRecord
-from shardwise.io.statefiles import pack_state, read_file, unpack_state, write_plain
+from shardwise.io.statefiles import read_file, unpack_state, write_plain
 from shardwise.io.storage import Storage
-
-__all__ = ["has_state", "pack_state", "read_file", "read_state", "unpack_state", "write_plain", "write_state"]
 
 
 def write_state(storage: Storage, stem: Path, packed: dict[str, bytes]) -> ComponentRecord:

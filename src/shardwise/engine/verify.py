@@ -6,7 +6,6 @@ is never followed out of the directory, a pipe or a device is never read, and me
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 import threading
@@ -14,14 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from shardwise.errors import (
     CheckpointNotFoundError,
     FormatError,
     IntegrityError,
     ManifestError,
-    MisuseError,
     ShardwiseError,
 )
 from shardwise.format.crc import combine, crc32c
@@ -35,11 +33,6 @@ from shardwise.format.manifest import (
     parse_manifest,
 )
 from shardwise.io.storage import Storage
-
-if TYPE_CHECKING:
-    from shardwise.comm import Group
-
-_LOG = logging.getLogger(__name__)
 
 #: What is compared: kinds and sizes of files, or also the digest of every byte.
 VerifyLevel = Literal["sizes", "digests"]
@@ -127,12 +120,19 @@ def load_manifest(directory: Path) -> Manifest | None:
         StorageError: The file system refused.
     """
     try:
-        return parse_manifest(_manifest_bytes(directory), str(directory / MANIFEST_NAME))
+        return parse_manifest(manifest_bytes(directory), str(directory / MANIFEST_NAME))
     except CheckpointNotFoundError:
         return None
 
 
-def _manifest_bytes(directory: Path) -> bytes:
+def manifest_bytes(directory: Path) -> bytes:
+    """The bytes of a directory's manifest.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        ManifestError: Something else stands in its place.
+        StorageError: The file system refused.
+    """
     path = directory / MANIFEST_NAME
     if path.is_symlink():
         raise ManifestError(
@@ -333,80 +333,3 @@ def _judge(
             message = f"{what} changed since the save (CRC-32C {crcs[number]:08x} instead of {extent.crc32c:08x})"
             found.append(extent.damage(extent.kind, message))
     return found
-
-
-def check_checkpoint(
-    path: Path,
-    level: VerifyLevel,
-    group: Group,
-    storage: Storage,
-    *,
-    components: Collection[str] = (),
-    threads: int = 1,
-) -> bool:
-    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
-
-    The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
-
-    Args:
-        path: The checkpoint's directory.
-        level: ``sizes`` compares manifest, kinds and sizes; ``digests`` also reads every byte.
-        group: The ranks that restore.
-        storage: Through what bytes are read.
-        components: Directories of the checkpoint that are to be restored (``model``, ``optim``); all where empty.
-        threads: Reads at once on each rank.
-
-    Returns:
-        Whether the checkpoint could be checked: one without a manifest (another tool's) is let through, with a warning.
-
-    Raises:
-        IntegrityError: Something differs, on any rank; the same error on every rank, naming file and tensor.
-        ManifestError: The manifest is damaged.
-        MisuseError: There is no such level.
-    """
-    if level not in ("sizes", "digests"):
-        raise MisuseError(f"verify is {level!r}", hint="Use 'sizes' or 'digests'.")
-    data = b""
-    with group.together(f"reading the manifest of {path}"):
-        if group.is_main:
-            try:
-                data = _manifest_bytes(path)
-            except CheckpointNotFoundError:
-                _LOG.warning("%s has no %s: it cannot be verified and is restored as it is", path, MANIFEST_NAME)
-    data = group.broadcast_bytes(data, 0, f"sharing the manifest of {path}")
-    if not data:
-        return False
-    with group.together(f"verifying {path}"):
-        manifest = parse_manifest(data, str(path / MANIFEST_NAME))
-        files = files_below(manifest, components)
-        own = [file for number, file in enumerate(files) if number % group.world_size == group.rank]
-        _raise(path, check_files(path, own, tensors_by_file(manifest)))
-    if level == "digests":
-        with group.together(f"verifying the digests of {path}"):
-            extents = _share(extents_of(manifest, files), group.rank, group.world_size)
-            _raise(path, check_extents(path, extents, storage, threads=threads))
-    return True
-
-
-def _share(extents: Sequence[Extent], rank: int, world_size: int) -> list[Extent]:
-    """A rank's part: consecutive extents of about the same number of bytes as everyone else's."""
-    total = sum(extent.nbytes + 1 for extent in extents)
-    own, position = [], 0
-    for extent in extents:
-        if position * world_size // max(total, 1) == rank:
-            own.append(extent)
-        position += extent.nbytes + 1
-    return own
-
-
-def _raise(path: Path, damages: Sequence[Damage]) -> None:
-    if not damages:
-        return
-    first = damages[0]
-    more = f"; {len(damages) - 1} more are damaged" if len(damages) > 1 else ""
-    raise IntegrityError(
-        f"the checkpoint is damaged: {first.describe()}{more}",
-        path=path / first.file,
-        tensor=first.tensors[0] if first.tensors else None,
-        hint="`shardwise verify` lists everything; restore the file from a copy, or resume from another checkpoint.",
-    )

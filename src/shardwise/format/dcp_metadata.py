@@ -7,14 +7,12 @@ checkpoint; torch before 2.3 took the tensor properties from ``torch.distributed
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from shardwise.errors import FormatError, UnsafePickleError
+from shardwise.errors import FormatError
 from shardwise.format.files import read_whole, why_not_relative
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
@@ -101,43 +99,6 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
 def parse_dcp_metadata(data: bytes, path: str) -> Metadata:
     """Do what `read_dcp_metadata` does with a file that is already in memory."""
     return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path))
-
-
-def load_item(data: bytes, path: str, name: str) -> object:
-    """Load one item of a ``.distcp`` file: the bytes that DCP wrote with ``torch.save``, without running code.
-
-    Args:
-        data: The bytes of the item.
-        path: The file that holds it, for errors.
-        name: Name of the item, for errors.
-
-    Returns:
-        A tensor on the CPU, or a plain Python value.
-
-    Raises:
-        UnsafePickleError: The item holds anything but tensors and plain values.
-        FormatError: The item is malformed.
-    """
-    import torch
-
-    try:
-        value: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafePickleError(
-            f"the item in {path!r} holds something other than tensors and plain values: {str(error)[:300]}",
-            path=path,
-            tensor=name,
-            hint="Set allow_legacy_pickle_restore=True if you trust whoever wrote it; unpickling can run code.",
-        ) from error
-    # torch.load meets malformed bytes with whatever its parsers happen to raise.
-    except Exception as error:
-        raise FormatError(
-            f"the item in {path!r} is malformed: {type(error).__name__}: {str(error)[:300]}",
-            path=path,
-            tensor=name,
-            hint="The file is damaged: restore it from a copy.",
-        ) from error
-    return value
 
 
 class _Builder:

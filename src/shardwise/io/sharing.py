@@ -165,8 +165,17 @@ def made_of(read: PackedRead, _: int) -> Iterator[Made]:
     yield Made(read.dest, lambda memory, reader: reader.execute([read._replace(dest=memory)]))
 
 
+def spare_memory() -> torch.Tensor:
+    """Memory for the messages of a rank that has failed, made before there is anybody who could be left waiting."""
+    return torch.empty(LIMITS.largest, dtype=torch.uint8)
+
+
 def read_shared(
-    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, limits: Limits = LIMITS
+    shared: Mapping[tuple[int, ...], Wanted],
+    reader: Reader,
+    group: Group,
+    spare: torch.Tensor,
+    limits: Limits = LIMITS,
 ) -> Exception | None:
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
@@ -174,10 +183,11 @@ def read_shared(
         shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
         reader: Reads this rank's shares, and counts.
         group: Whose ranks pass on.
+        spare: From `spare_memory`.
         limits: How much at a time; the same on every rank.
 
     Returns:
-        What failed locally first; later rounds are then passed on as they are, and are not to be used.
+        What failed locally first; what is passed on in later rounds is then of no use.
 
     Raises:
         PeerError: A peer left.
@@ -198,7 +208,7 @@ def read_shared(
             if following is not None:
                 # The slab of the round before this one, which has been passed on.
                 reading = ahead.submit(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
-            refused = _pass_on(current, outcome.parcels, arriving, reader, group, idle=failure is not None)
+            refused = _pass_on(current, outcome.parcels, arriving, reader, group, spare, idle=failure is not None)
             failure = failure or refused
             current = following
     return failure
@@ -282,8 +292,9 @@ def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -
     """Read this rank's shares of a round, unless there is no point any more; what fails is kept for later."""
     outcome = _Outcome()
     try:
-        outcome.parcels = _parcels(this.read_by(rank), this.limits, slab)
-        for parcel in () if idle else outcome.parcels.values():
+        if not idle:
+            outcome.parcels = _parcels(this.read_by(rank), this.limits, slab)
+        for parcel in outcome.parcels.values():
             _fill(parcel, reader)
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         outcome.failure = error
@@ -303,21 +314,55 @@ def _fill(parcel: _Parcel, reader: Reader) -> None:
 
 
 def _pass_on(
-    this: _Round, parcels: Mapping[int, _Parcel], slab: _Slab, reader: Reader, group: Group, *, idle: bool
+    this: _Round,
+    parcels: Mapping[int, _Parcel],
+    slab: _Slab,
+    reader: Reader,
+    group: Group,
+    spare: torch.Tensor,
+    *,
+    idle: bool,
 ) -> Exception | None:
-    arriving = _parcels(this.read_by_others(group.rank), this.limits, slab)
-    # Only where no memory could be had for them before.
-    parcels = parcels or _parcels(this.read_by(group.rank), this.limits, _Slab())
+    """Send and receive the messages of a round, in vain if this rank has failed or finds no memory for them."""
+    own, theirs = this.read_by(group.rank), this.read_by_others(group.rank)
+    arriving: dict[int, _Parcel] = {}
+    failure: Exception | None = None
+    if not idle:
+        try:
+            arriving = _parcels(theirs, this.limits, slab)
+        except Exception as error:  # noqa: BLE001 - raised once no peer waits
+            failure = error
+    in_vain = idle or failure is not None
+
+    def messages(number: int, made: Mapping[int, _Parcel]) -> list[torch.Tensor]:
+        return _blanks(this.shares[number], this.limits, spare) if in_vain else made[number].messages
+
     others = [member for member in this.members if member != group.rank]
-    sends = [(other, m) for number in this.read_by(group.rank) for other in others for m in parcels[number].messages]
-    receives = [(this.shares[number].reader, m) for number, parcel in arriving.items() for m in parcel.messages]
+    sends = [(other, message) for number in own for message in messages(number, parcels) for other in others]
+    receives = [(share.reader, message) for number, share in theirs.items() for message in messages(number, arriving)]
     group.swap(sends, receives, "passing on what replicas have read")
+    if in_vain:
+        return failure
     reader.counts.passed += sum(message.numel() for _, message in receives)
-    if idle:
-        return None
     try:
         for parcel in arriving.values():
             parcel.install()
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
         return error
     return None
+
+
+def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
+    """Messages of the sizes that those of `_parcel` have, all of them in the same memory."""
+    sizes: list[int] = []
+    packed = 0
+    for nbytes in map(_nbytes, share.pieces):
+        if nbytes < limits.alone:
+            packed += _aligned(nbytes)
+        else:
+            sizes += [min(limits.largest, nbytes - start) for start in range(0, nbytes, limits.largest)]
+    if any(nbytes < limits.alone for nbytes in map(_nbytes, share.pieces)):
+        sizes.append(packed)
+    if max(sizes, default=0) > len(spare):  # very many tiny pieces, each at an aligned place
+        spare = torch.empty(max(sizes), dtype=torch.uint8)
+    return [spare[:size] for size in sizes]

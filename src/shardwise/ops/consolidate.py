@@ -12,7 +12,6 @@ from typing import NoReturn
 import torch
 
 from shardwise.comm import Group
-from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
@@ -24,10 +23,12 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
+from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, METADATA_DIR, NOTES
 from shardwise.format.strict_json import JsonValue, loads
 from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import read_file, write_plain
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.io.stream import tensor_blocks
 from shardwise.lifecycle import LATEST, LOCAL, list_checkpoints, resolve, temporary_name
@@ -39,11 +40,6 @@ from shardwise.types import Box, TensorSpec
 __all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
-_METADATA = ".hf_metadata"
-_FILE_INDEX = "fqn_to_file_index_mapping.json"
-_DTYPES = "fqn_to_dtype_mapping.json"
-#: For this export, or for resuming; not for its readers.
-_OWN = frozenset({_FILE_INDEX, _DTYPES, "native_dtypes.json", "passed_through.json"})
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -109,7 +105,7 @@ def consolidate(
         LOCAL.remove_tree(aside)
     try:
         store.make_directory(aside)
-        _write(source, layout, aside, directory / _METADATA, store, progress)
+        _write(source, layout, aside, directory / METADATA_DIR, store, progress)
         with storage_errors(target):
             LOCAL.rename_new(aside, target)
             LOCAL.fsync_path(target.parent)
@@ -121,8 +117,8 @@ def consolidate(
 
 
 def _layout(directory: Path, source: Source, max_file_bytes: int) -> Layout:
-    numbers = {n: i for n, i in _mapping(directory / _METADATA / _FILE_INDEX).items() if isinstance(i, int)}
-    dtypes = _mapping(directory / _METADATA / _DTYPES)
+    numbers = {n: i for n, i in _mapping(directory / METADATA_DIR / FILE_INDEX).items() if isinstance(i, int)}
+    dtypes = _mapping(directory / METADATA_DIR / FILE_DTYPES)
     count = max(numbers.values(), default=0)
     files = {
         name: "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -172,7 +168,7 @@ def _write(
     plain = {index_name(): layout.index}
     for place in sorted(p for p in metadata.rglob("*") if p.is_file()):
         relative = place.relative_to(metadata).as_posix()
-        if relative not in _OWN:
+        if relative not in NOTES:
             plain[relative] = read_file(place)
     for name, content in plain.items():
         storage.make_directory((aside / name).parent)

@@ -1,0 +1,18 @@
+"""Names of the notes that a save leaves beside a model: for resuming, and for making the export later."""
+
+from __future__ import annotations
+
+#: The directory of notes, in a checkpoint's ``model``.
+METADATA_DIR = ".hf_metadata"
+
+#: Name in the file -> number of the base model's file that has the tensor.
+FILE_INDEX = "fqn_to_file_index_mapping.json"
+#: Name in the file -> dtype in the base model.
+FILE_DTYPES = "fqn_to_dtype_mapping.json"
+#: Name in the file -> dtype in memory, where the export has another.
+NATIVE_DTYPES = "native_dtypes.json"
+#: Names of the base model's tensors that were carried over.
+PASSED_THROUGH = "passed_through.json"
+
+#: What readers of an export have no use for.
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH})

@@ -121,3 +121,15 @@ def test_the_usual_loop_goes_round(tmp_path: Path, writers: int, readers: tuple[
 def test_the_usual_loop_in_the_background(tmp_path: Path, consolidated: bool) -> None:
     saved = run(2, save_loop, tmp_path, consolidated, True)[0]
     assert run(4, load_loop, tmp_path) == [saved] * 4
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_only_what_an_earlier_save_left_is_removed(tmp_path: Path, consolidated: bool) -> None:
+    left = ["model-00001-of-00002.safetensors", "shard-00009-model-00001-of-00001.safetensors"]
+    others = ["model_ema.safetensors", "model.fp16.safetensors", "model-notes.safetensors", "shard-mine.safetensors"]
+    for name in [*left, *others]:
+        (tmp_path / name).write_bytes(b"\0")
+    dcp.save({"w": torch.ones(3)}, storage_writer=SafetensorsWriter(tmp_path, consolidated=consolidated), no_dist=True)
+    here = {path.name for path in tmp_path.iterdir()}
+    assert here >= set(others)
+    assert not here & set(left)

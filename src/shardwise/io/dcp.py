@@ -81,7 +81,7 @@ from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import LocalStorage, Storage
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
 from shardwise.types import Box, TensorSpec
 
@@ -221,8 +221,7 @@ class SafetensorsWriter(StorageWriter):
     def _remove_stale(self, current: set[str]) -> None:
         """Remove tensor files of an earlier save under this stem that the new one does not have."""
         for file in self._path.glob("*.safetensors"):
-            ours = file.name.startswith(self._stem) or file.name.startswith("shard-")
-            if ours and file.name not in current:
+            if is_tensor_file(file.name, self._stem) and file.name not in current:
                 file.unlink()
 
     @classmethod

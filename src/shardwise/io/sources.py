@@ -78,7 +78,7 @@ def open_source(path: str | os.PathLike[str], group: Group) -> Source:
     listed = cast(dict[str, list[str]], group.broadcast_json(plan, 0, f"looking for a checkpoint at {root}"))
     if listed["dcp"]:
         return _open_dcp(root, group)
-    files = [root.parent / f if root.is_file() else root / f for f in listed["files"]]
+    files = [root] if listed["single"] else [root / name for name in listed["files"]]
     entries = _read_headers(files, group)
     source = _assemble(root, files, entries)
     with group.together(f"checking the index of {root}"):
@@ -97,9 +97,9 @@ def _look(root: Path) -> JsonValue:
             "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
         )
     if not root.is_dir():
-        return {"files": [root.name], "index": [], "dcp": []}
+        return {"single": [root.name], "files": [], "index": [], "dcp": []}
     if (root / ".metadata").exists():
-        return {"files": [], "index": [], "dcp": [".metadata"]}
+        return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
     own, index = _tensor_files(root)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
@@ -113,7 +113,7 @@ def _look(root: Path) -> JsonValue:
             path=root,
             hint="Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
         )
-    return {"files": [*own, *merged], "index": list(index), "dcp": []}
+    return {"single": [], "files": [*own, *merged], "index": list(index), "dcp": []}
 
 
 def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:

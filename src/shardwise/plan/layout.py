@@ -7,6 +7,7 @@ by one.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,3 +176,12 @@ def index_name(stem: str = "model") -> str:
 def shard_name(shard: int, file: int, files: int, stem: str = "model") -> str:
     """Name of a shard file, as torch's Hugging Face writer names them; all numbers count from 1."""
     return f"shard-{shard:05d}-{stem}-{file:05d}-of-{files:05d}.safetensors"
+
+
+def is_tensor_file(name: str, stem: str = "model") -> bool:
+    """Whether a save under ``stem`` may have given a file this name: whole, one of several, or a shard."""
+    numbered = r"-\d{5,}-of-\d{5,}"
+    return (
+        re.fullmatch(rf"({re.escape(stem)}({numbered})?|shard-\d{{5,}}-{re.escape(stem)}{numbered})\.safetensors", name)
+        is not None
+    )

@@ -29,7 +29,7 @@ from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
-from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import StateFormatError
 from shardwise.io.sources import Source, open_source
@@ -252,9 +252,11 @@ class ModelSave:
         index = None
         if self.base is not None:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
-            last = max(numbers.values())
+            last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         files = plan_shards(held, roster, context.group.rank, index)
+        if not roster.specs and context.group.is_main:
+            files = (without_tensors(),)
         plan = ShardPlan(self._directory, component, roster, files)
         return lambda group: write_shards(plan, group, context.storage)
 

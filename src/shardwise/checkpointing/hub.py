@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,6 @@ from shardwise.stateful_wrappers.names import NamedTensor, unwrap
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
-
-#: Dtypes between which an export may convert: those of ordinary weights.
-_FLOATS = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
 
 @dataclass(frozen=True)
@@ -153,30 +150,6 @@ def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
 
 def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
     return pair[0].position
-
-
-def with_base_dtypes(
-    held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]
-) -> tuple[list[HeldTensor], list[HeldTensor]]:
-    """Give each tensor the dtype that the base model has it in.
-
-    Returns:
-        The tensors to export, and those among the originals whose values the base's dtype cannot hold exactly: a run
-        that trains in float32 from a bfloat16 base exports bfloat16 and resumes from float32.
-    """
-    if not base:
-        return list(held), []
-    export, exact = [], []
-    for tensor in held:
-        known = base.get(tensor.spec.name)
-        have = tensor.spec.dtype
-        if known is None or known.dtype == have or not {known.dtype, have} <= _FLOATS.keys():
-            export.append(tensor)
-            continue
-        export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
-        if _FLOATS[known.dtype] <= _FLOATS[have]:
-            exact.append(tensor)
-    return export, exact
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:

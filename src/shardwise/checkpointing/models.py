@@ -16,8 +16,9 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
-from shardwise.checkpointing.hub import HubState, memory_of, require_memory, with_base_dtypes
+from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
+from shardwise.checkpointing.recasts import Recasts
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
@@ -58,14 +59,14 @@ class _Planned:
     Attributes:
         plan: The export.
         roster: Who holds what of it.
-        native: Dtype in memory of each tensor that the export has in another.
+        recasts: What the export has in other dtypes than the ranks have in memory.
         passed: Names of the base model's tensors that are carried over.
-        exact: Tensors that the export rounds, and that are saved once more as they are.
+        exact: This rank's tensors that the export rounds, and that are saved once more as they are.
     """
 
     plan: ExportPlan
     roster: Roster
-    native: Mapping[str, str]
+    recasts: Recasts
     passed: Sequence[str]
     exact: Sequence[HeldTensor]
 
@@ -124,10 +125,10 @@ class ModelSave:
             held = [*hub.held, *natives_of(hub.groups)]
             return [*self._before({}), self._shards(held, context.model_roster), self._leave_script, self._after]
         planned = self._planned()
-        steps = [*self._before(planned.native, planned.passed), self._export(planned.plan, planned.roster)]
+        steps = [*self._before(planned.recasts.native, planned.passed), self._export(planned.plan, planned.roster)]
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(planned.plan, group))
-        if planned.exact:
+        if planned.recasts.rounds:  # on any rank: a stage may have no such tensor where another does
             steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
         return [*steps, self._after]
 
@@ -137,13 +138,9 @@ class ModelSave:
         context, hub = self._context, self._described()
         held = [*hub.held, *declared(hub.groups)]
         base = self.base.specs if self.base is not None else {}
-        export, exact = context.base_dtypes.get(held, None, lambda: with_base_dtypes(held, base))
-        native = (
-            {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
-            if base
-            else {}
-        )
-        roster = context.model_roster.roster(export)
+        own = context.recasts.recast(held, base)
+        recasts = context.recasts.together(own) if self.base is not None else Recasts({}, False)
+        roster = context.model_roster.roster(own.export)
         proof = self._prove(roster.specs, hub.absent)
         assert self.base is not None or not proof.passed
         passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
@@ -152,11 +149,11 @@ class ModelSave:
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options = self._options()
         known = context.model_plan.get(
-            [*export, roster, *computed.groups],
+            [*own.export, roster, *computed.groups],
             (options, copies),
-            lambda: plan_export(export, roster, context.group, directory, options, computed, copies),
+            lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
         )
-        return _Planned(replace(known, directory=directory), roster, native, tuple(proof.passed), exact)
+        return _Planned(replace(known, directory=directory), roster, recasts, tuple(proof.passed), own.exact)
 
     def _described(self) -> HubState:
         hub: HubState | None = None

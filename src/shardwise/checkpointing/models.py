@@ -13,6 +13,7 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.aliases import with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
@@ -33,6 +34,7 @@ from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.engine.statefiles import read_file, write_plain
 from shardwise.errors import StateFormatError
+from shardwise.format.manifest import AliasRecord
 from shardwise.io.sources import Source, open_source
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -40,6 +42,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import undeclared_names
 from shardwise.types import TensorSpec
 
 METADATA_DIR = ".hf_metadata"
@@ -62,6 +65,7 @@ class _Planned:
         recasts: What the export has in other dtypes than the ranks have in memory.
         passed: Names of the base model's tensors that are carried over.
         exact: This rank's tensors that the export rounds, and that are saved once more as they are.
+        kept: Further names of this rank's tensors -> the names that these are written under.
     """
 
     plan: ExportPlan
@@ -69,6 +73,7 @@ class _Planned:
     recasts: Recasts
     passed: Sequence[str]
     exact: Sequence[HeldTensor]
+    kept: Mapping[str, str]
 
 
 class ModelSave:
@@ -117,20 +122,24 @@ class ModelSave:
         """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
         context = self._context
         if context.config.model_save_format == "torch_save":
+            kept: dict[str, str] = {}
             with context.group.together("describing the model"):
                 require_memory(memory_of(self.state.held()), "values to save")
-            return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
+                kept = undeclared_names(self.state.tensors(), self.state.model)
+            first = [*self._before({}), _telling(kept)]
+            return [*first, lambda group: save_distcp(self.state, self._directory, group), self._after]
         if not self._exports:
             hub = self._described()
             held = [*hub.held, *natives_of(hub.groups)]
-            return [*self._before({}), self._shards(held, context.model_roster), self._leave_script, self._after]
+            shards = self._shards(held, context.model_roster)
+            return [*self._before({}), shards, _telling(hub.unwritten), self._leave_script, self._after]
         planned = self._planned()
         steps = [*self._before(planned.recasts.native, planned.passed), self._export(planned.plan, planned.roster)]
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(planned.plan, group))
         if planned.recasts.rounds:  # on any rank: a stage may have no such tensor where another does
             steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
-        return [*steps, self._after]
+        return [*steps, _telling(planned.kept), self._after]
 
     @collector_paused()
     def _planned(self) -> _Planned:
@@ -153,7 +162,8 @@ class ModelSave:
             (options, copies),
             lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
         )
-        return _Planned(replace(known, directory=directory), roster, recasts, tuple(proof.passed), own.exact)
+        placed = replace(known, directory=directory)
+        return _Planned(placed, roster, recasts, tuple(proof.passed), own.exact, hub.unwritten)
 
     def _described(self) -> HubState:
         hub: HubState | None = None
@@ -258,6 +268,12 @@ class ModelSave:
         return lambda group: write_shards(plan, group, context.storage)
 
 
+def _telling(kept: Mapping[str, str]) -> Step:
+    """A step that writes nothing, and tells the manifest of further names."""
+    record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
+    return lambda group: record
+
+
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:
     """The addons of an ordinary save: Hugging Face metadata, or an adapter's."""
     if is_peft:
@@ -319,11 +335,16 @@ def _opened(
             source = renamed(source, key_mapping)
         named = state.tensors()
         require_memory(((each.name, each.tensor) for each in named), "memory to load into")
-        hub = context.names.capture(state, named)
+        hub = context.names.capture(state, named).once
+    assert hub is not None
+    aliased = with_aliases(source, hub, key_mapping, group)
+    source = aliased.source
+    with group.together("matching the model's names with the checkpoint's"):
         ties = {alias: tensor.name for tensor in named for alias in tensor.aliases}
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
+        exact |= {alias: exact[name] for alias, name in aliased.kept.items() if name in exact}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
-        hub, ties = in_names_of_files(state.model, hub, ties, list(source.tensors))
+        hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **ties}, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None

@@ -20,7 +20,6 @@ from shardwise.convert import Conversion, HubTensor, adapter_of, derive, to_hub
 from shardwise.errors import ConversionError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import unwrap
-from shardwise.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,15 +50,16 @@ def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expec
     if not tied or adapter_of(module) is not None:
         return FurtherNames(absent=names)
     aliases = [tensor._replace(spec=tensor.spec._replace(name=alias)) for alias, tensor in tied]
-    specs = dict.fromkeys([spec for tensor in (*aliases, *(tensor for _, tensor in tied)) for spec in [tensor.spec]])
+    specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
         # A rule that needs more than these tensors gives them no names of their own.
         return FurtherNames(absent=names)
     undeclared = {alias for alias in names if alias not in expected} if _is_loaded_by_others(module) else set()
-    written = tuple(hub for hub in conversion.hub if undeclared.issuperset(part.native for part in hub.parts))
-    copies = to_hub(Conversion(written), [t for t in aliases if _is_whole(t.spec, conversion, written)]).held
+    written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
+    natives = {each.native for hub in written for each in hub.parts}
+    copies = to_hub(Conversion(tuple(written)), [t for t in aliases if t.spec.name in natives]).held
     kept: dict[str, str] = {}
     for alias, tensor in tied:
         if alias in expected:
@@ -70,12 +70,6 @@ def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expec
     there = {tensor.spec.name for tensor in copies}
     hub_names = [hub.name for alias in names for hub in conversion.by_native(alias)]
     return FurtherNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
-
-
-def _is_whole(spec: TensorSpec, conversion: Conversion, written: Collection[HubTensor]) -> bool:
-    """Whether all that files have of a native tensor is among what is written."""
-    found = conversion.by_native(spec.name)
-    return bool(found) and all(hub in written for hub in found)
 
 
 def _views(tensors: Sequence[HubTensor]) -> list[object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import filterfalse
+from operator import attrgetter
 from typing import cast
 
 from shardwise.checkpointing.hub import HubState
@@ -11,6 +13,8 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import rename
 from shardwise.engine.absent import saved_aliases
 from shardwise.io.sources import Source
+
+_NAME = attrgetter("spec.name")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def with_aliases(source: Source, hub: HubState, key_mapping: Mapping[str, str] |
         key_mapping: What the source's names were passed through.
         group: The ranks that load together.
     """
-    lacking = [tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors]
+    # Walked by the interpreter itself, since every load of a model goes through here.
+    lacking = list(filterfalse(source.tensors.__contains__, map(_NAME, hub.held)))
     lacking += [s.name for held in hub.groups for s in held.computed.hub if s.name not in source.tensors]
     if not group.any(bool(lacking), "looking for shared tensors"):
         return Aliased(source)
@@ -50,7 +55,7 @@ def with_aliases(source: Source, hub: HubState, key_mapping: Mapping[str, str] |
     if not aliases:
         return Aliased(source)
     # A source of native names, such as a DCP directory, has native aliases.
-    lacking += [tensor.spec.name for tensor in hub.native if tensor.spec.name not in source.tensors]
+    lacking += filterfalse(source.tensors.__contains__, map(_NAME, hub.native))
     own = cast(JsonValue, sorted(aliases.keys() & set(lacking)))
     wanted = {
         str(name) for theirs in group.gather_json(own, "comparing shared tensors") for name in cast(list[str], theirs)

@@ -36,6 +36,8 @@ class Recast:
     @staticmethod
     def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]) -> Recast:
         """Give each tensor the dtype that the base model has it in, where both are of ordinary weights."""
+        if not base:
+            return Recast(list(held), [], {}, "")
         export, exact, native = [], [], {}
         for tensor in held:
             known = base.get(tensor.spec.name)

@@ -36,7 +36,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardwise.checkpointing.base_files import base_dtype
 from shardwise.comm import Group
-from shardwise.errors import DtypeMismatchError, QuantizationError
+from shardwise.errors import DtypeMismatchError, FormatError, QuantizationError
 from shardwise.format.header import read_header
 from shardwise.io.quantized import find_quantized, read_dequantized
 from shardwise.io.reader import Reader
@@ -313,6 +313,77 @@ def test_unsupported_methods_are_named(tmp_path: Path, method: str) -> None:
     edit_config(tmp_path / "base", quantization_config={"quant_method": method, "format": "pack-quantized"})
     fresh = on_meta(LlamaForCausalLM, model.config)
     with pytest.raises(QuantizationError, match=f"quantized by {method}.*unquantized base"):
+        checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
+
+
+AUTO_GPTQ: dict[str, object] = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AUTO_AWQ: dict[str, object] = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+
+
+def _packed_base(base: Path) -> LlamaForCausalLM:
+    """A base as AutoGPTQ and AutoAWQ write it, whose config.json does not say so."""
+    model = llama()
+    model.save_pretrained(base)
+    stored = load_file(base / "model.safetensors")
+    for name in [n for n in stored if "proj" in n]:
+        stem = name.removesuffix("weight")
+        out, columns = stored.pop(name).shape
+        stored[f"{stem}qweight"] = torch.zeros(columns // 8, out, dtype=torch.int32)
+        stored[f"{stem}qzeros"] = torch.zeros(1, out // 8, dtype=torch.int32)
+        stored[f"{stem}scales"] = torch.zeros(1, out, dtype=torch.float16)
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "method"),
+    [
+        ("quantize_config.json", AUTO_GPTQ, "gptq"),
+        ("quantize_config.json", AUTO_GPTQ | {"quant_method": "awq"}, "awq"),
+        ("quant_config.json", AUTO_AWQ, "awq"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_methods_that_a_file_beside_the_config_tells_of_are_named(
+    tmp_path: Path, name: str, settings: dict[str, object], method: str, config: bool
+) -> None:
+    model = _packed_base(tmp_path / "base")
+    (tmp_path / "base" / name).write_text(json.dumps(settings))
+    if not config:
+        (tmp_path / "base" / "config.json").unlink()
+    for path in (tmp_path / "base", tmp_path / "base" / "model.safetensors"):
+        for dequantize in (None, True):
+            fresh = on_meta(LlamaForCausalLM, model.config)
+            engine = checkpointer(tmp_path, dequantize_base_checkpoint=dequantize)
+            with pytest.raises(QuantizationError, match=f"quantized by {method}.*unquantized base"):
+                engine.load_base_model(fresh, "cpu", None, str(path))
+
+
+def test_the_config_goes_before_a_file_beside_it(tmp_path: Path) -> None:
+    model = llama()
+    plain = _fp8_base(model, tmp_path / "base", (128, 128))
+    edit_config(tmp_path / "base", quantization_config=FP8_CONFIG)
+    (tmp_path / "base" / "quantize_config.json").write_text(json.dumps(AUTO_GPTQ))
+    fresh = on_meta(LlamaForCausalLM, model.config)
+    checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, plain[name]), name
+
+
+def test_a_file_beside_unquantized_weights_changes_nothing(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "quantize_config.json").write_text(json.dumps(AUTO_GPTQ))
+    fresh = on_meta(LlamaForCausalLM, model.config)
+    checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
+    assert_same(fresh, model)
+
+
+def test_a_damaged_file_beside_the_config_is_named(tmp_path: Path) -> None:
+    model = _packed_base(tmp_path / "base")
+    (tmp_path / "base" / "quantize_config.json").write_text('{"bits": 4')
+    fresh = on_meta(LlamaForCausalLM, model.config)
+    with pytest.raises(FormatError, match=r"quantize_config\.json"):
         checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
 
 

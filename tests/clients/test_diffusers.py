@@ -9,6 +9,8 @@ import torch
 from tests.clients.training import build_unet, denoised, save_unet
 from tests.support.ranks import run
 
+from shardwise import CheckpointingConfig
+
 diffusers = pytest.importorskip("diffusers")
 
 STEM = "diffusion_pytorch_model"
@@ -41,3 +43,15 @@ def test_diffusers_opens_every_split_and_none_leaves_anything_behind(tmp_path: P
         assert {name for name in weights if f"-of-{len(weights):05d}." not in name} <= {f"{STEM}.safetensors"}
     assert counts[1] == 1
     assert counts[0] > counts[2] > 1
+
+
+def test_diffusers_finds_both_names_of_a_shared_parameter(tmp_path: Path) -> None:
+    model = build_unet()
+    first = model.down_blocks[0].resnets[0]
+    first.conv2.weight = first.conv1.weight
+    config = CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True, diffusers_compatible=True)
+    path = config.build(0, 0, 0).save(0, 1, model)
+    assert path is not None
+    opened, info = diffusers.UNet2DModel.from_pretrained(path / "model" / "consolidated", output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(torch.equal(opened.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from shardwise.format.crc import crc32c
-from shardwise.format.manifest import ChunkRecord, FileRecord, Manifest, TensorRecord
+from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, Manifest, TensorRecord
 from shardwise.types import Box, TensorSpec
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -47,6 +48,17 @@ def sample_manifest() -> Manifest:
         ),
         {"epoch": 1, "metrics": {"loss": 0.5}, "tags": ["x", None, True]},
     )
+
+
+def aliased_manifest() -> Manifest:
+    """The same with further names, which takes another version of the record."""
+    aliases = (
+        AliasRecord("model", "caf\u00e9", "w"),
+        AliasRecord("model", "v", "w"),
+        AliasRecord("optim", "v", "w"),
+        AliasRecord("elsewhere", "a", "b"),
+    )
+    return replace(sample_manifest(), aliases=aliases)
 
 
 def sign(body: bytes) -> bytes:

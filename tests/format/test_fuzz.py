@@ -6,7 +6,7 @@ import json
 
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.format.builders import manifest_text, sample_manifest, sign, tensor_file
+from tests.format.builders import aliased_manifest, manifest_text, sample_manifest, sign, tensor_file
 
 from shardwise.errors import HeaderError, ManifestError, WeightIndexError
 from shardwise.format.header import Header, arrange, encode_header, parse_header, saved_offsets
@@ -18,6 +18,7 @@ SPECS = [TensorSpec("a", (2, 3), "F32"), TensorSpec("b", (), "BF16"), TensorSpec
 FILE = encode_header(arrange(SPECS), {"format": "pt", "DCP_SHARDING_INFO": "{}"}) + bytes(26)
 INDEX = encode_index({"a": "x.safetensors", "b": "y.safetensors"}, 26)
 MANIFEST = encode_manifest(sample_manifest())
+ALIASED = encode_manifest(aliased_manifest())
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6))
 values = st.recursive(
@@ -123,12 +124,12 @@ def check_manifest(data: bytes) -> None:
     assert parse_manifest(encode_manifest(manifest), "p") == manifest
 
 
-@given(st.binary(max_size=80) | mutations(MANIFEST))
+@given(st.binary(max_size=80) | mutations(MANIFEST) | mutations(ALIASED))
 def test_mutated_manifest(data: bytes) -> None:
     check_manifest(data)
 
 
-@given(mutations(MANIFEST[: MANIFEST.rindex(b'"crc32c"')]))
+@given(mutations(MANIFEST[: MANIFEST.rindex(b'"crc32c"')]) | mutations(ALIASED[: ALIASED.rindex(b'"crc32c"')]))
 def test_mutated_manifest_with_the_right_digest(body: bytes) -> None:
     check_manifest(sign(body))
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.format.builders import GOLDEN, sample_manifest
+from tests.format.builders import GOLDEN, aliased_manifest, sample_manifest
 
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError
 from shardwise.format.crc import combine, crc32c, shift
 from shardwise.format.index import encode_index, parse_index, read_index
 from shardwise.format.manifest import (
     MANIFEST_NAME,
+    AliasRecord,
     ChunkRecord,
     FileRecord,
     Manifest,
@@ -143,6 +145,14 @@ def test_golden_manifest() -> None:
     json.loads(golden.read_bytes())
 
 
+def test_golden_manifest_with_aliases() -> None:
+    golden = GOLDEN / "manifest-aliases.json"
+    assert read_manifest(golden) == aliased_manifest()
+    assert encode_manifest(aliased_manifest()) == golden.read_bytes()
+    assert b'"version":2,' in golden.read_bytes()
+    json.loads(golden.read_bytes())
+
+
 def test_manifest_lookups() -> None:
     manifest = read_manifest(GOLDEN)
     assert manifest.file("config.json").size == 7
@@ -152,8 +162,9 @@ def test_manifest_lookups() -> None:
         manifest.file("absent.txt")
 
 
-def test_every_flipped_bit_in_a_manifest_is_noticed() -> None:
-    data = encode_manifest(sample_manifest())
+@pytest.mark.parametrize("sample", [sample_manifest, aliased_manifest])
+def test_every_flipped_bit_in_a_manifest_is_noticed(sample: Callable[[], Manifest]) -> None:
+    data = encode_manifest(sample())
     for position in range(8 * len(data)):
         spoilt = bytearray(data)
         spoilt[position // 8] ^= 1 << position % 8
@@ -161,8 +172,9 @@ def test_every_flipped_bit_in_a_manifest_is_noticed() -> None:
             parse_manifest(bytes(spoilt), "m")
 
 
-def test_every_truncation_of_a_manifest_is_noticed() -> None:
-    data = encode_manifest(sample_manifest())
+@pytest.mark.parametrize("sample", [sample_manifest, aliased_manifest])
+def test_every_truncation_of_a_manifest_is_noticed(sample: Callable[[], Manifest]) -> None:
+    data = encode_manifest(sample())
     for cut in range(len(data)):
         with pytest.raises(ManifestError):
             parse_manifest(data[:cut], "m")
@@ -190,6 +202,24 @@ def test_contradictions_are_refused_when_writing() -> None:
     ):
         with pytest.raises(ManifestError, match="cannot be written"):
             encode_manifest(Manifest(files, tensors))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("model", "b\u00e9", "w"),
+        ("model", "w", "w"),
+        ("model", "v", "u"),
+        ("model", "v", "v"),
+        ("model", "caf\u00e9", "w"),
+        ("", "v", "w"),
+        ("model", "v" * 100_000, "w"),
+    ],
+    ids=["a tensor", "itself", "of nothing", "of itself", "twice", "no component", "overlong"],
+)
+def test_aliases_that_contradict_are_refused_when_writing(row: tuple[str, str, str]) -> None:
+    with pytest.raises(ManifestError, match="cannot be written"):
+        encode_manifest(replace(sample_manifest(), aliases=(AliasRecord("model", "caf\u00e9", "w"), AliasRecord(*row))))
 
 
 def test_large_manifest_comes_back(tmp_path: Path) -> None:

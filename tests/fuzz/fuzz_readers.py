@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import atheris
@@ -37,6 +37,7 @@ with atheris.instrument_imports():
     )
     from shardwise.format.index import encode_index, parse_index
     from shardwise.format.manifest import (
+        AliasRecord,
         ChunkRecord,
         FileRecord,
         Manifest,
@@ -110,7 +111,8 @@ def _manifests() -> list[bytes]:
         FileRecord("config.json", 7, 5, None),
     )
     manifest = Manifest(files, (TensorRecord("model", spec, 6, chunks),), {"epoch": 1, "metrics": {"loss": 0.5}})
-    return [encode_manifest(manifest)[: -len(_TAIL % 0)]]
+    aliased = replace(manifest, aliases=(AliasRecord("model", "v", "w"), AliasRecord("optim", "v", "w")))
+    return [encode_manifest(each)[: -len(_TAIL % 0)] for each in (manifest, aliased)]
 
 
 def _states() -> list[bytes]:

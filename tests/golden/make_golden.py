@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tests.format.builders import sample_manifest
+from tests.format.builders import aliased_manifest, sample_manifest
 
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import encode_manifest
@@ -52,6 +52,7 @@ def main() -> None:
         )
     )
     (HERE / "manifest.json").write_bytes(encode_manifest(sample_manifest()))
+    (HERE / "manifest-aliases.json").write_bytes(encode_manifest(aliased_manifest()))
 
 
 if __name__ == "__main__":

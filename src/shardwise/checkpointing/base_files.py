@@ -14,11 +14,14 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.load_base import BaseSource
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.io.bin_source import has_torch_files, open_bin
-from shardwise.io.quantized import find_quantized, quant_settings
+from shardwise.io.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.io.sources import open_source
 
 #: A hub id, with a revision behind an ``@``.
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?$")
+#: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
+#: where the file does not name it.
+_QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -83,10 +86,24 @@ def _holds_weights(directory: Path) -> bool:
 def base_config(path: Path) -> dict[str, object]:
     """The base's ``config.json``, empty where there is none.
 
+    Tools older than ``quantization_config`` say in a file of their own how they quantized; that is put in its place
+    where the config has none.
+
     Raises:
-        FormatError: It is not JSON.
+        FormatError: One of the files is not JSON.
     """
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    directory = path if path.is_dir() else path.parent
+    config = _json_object(directory / "config.json")
+    if is_quantized(config):
+        return config
+    for name, method in _QUANTIZERS_FILES.items():
+        found = _json_object(directory / name)
+        if found:
+            return {**config, "quantization_config": {"quant_method": method, **found}}
+    return config
+
+
+def _json_object(file: Path) -> dict[str, object]:
     if not file.is_file():
         return {}
     try:

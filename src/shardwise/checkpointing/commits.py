@@ -7,9 +7,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import yaml
 
@@ -19,7 +20,7 @@ from shardwise.config import CheckpointingConfig
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.crc import crc32c
-from shardwise.format.manifest import FileRecord, Manifest, encode_manifest
+from shardwise.format.manifest import AliasRecord, FileRecord, Manifest, TensorRecord, encode_manifest
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import (
@@ -39,28 +40,33 @@ from shardwise.lifecycle import (
 _LOG = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 _READ_BYTES = 2**20
+_FileRow: TypeAlias = tuple[str, int, int | None, int | None]
 
 
 def gather_records(group: Group, record: ComponentRecord) -> ComponentRecord:
-    """Add files that only their writer knows of. All ranks call; rank 0 gets the union."""
-    own: JsonValue = [[f.path, f.size, f.crc32c, f.header_bytes] for f in record.files]
+    """Add files and aliases that only their writer knows of. All ranks call; rank 0 gets the union."""
+    own: JsonValue = [
+        [[f.path, f.size, f.crc32c, f.header_bytes] for f in record.files],
+        [list(alias) for alias in record.aliases],
+    ]
     files = {file.path: file for file in record.files}
-    for theirs in group.collect_json(own, "gathering file records"):
-        assert isinstance(theirs, list)
-        for row in theirs:
-            assert isinstance(row, list)
-            path, size, crc, head = row
-            files.setdefault(str(path), FileRecord(str(path), _int(size), _maybe(crc), _maybe(head)))
-    return ComponentRecord(tuple(files.values()), record.tensors)
+    aliases = {(alias.component, alias.name): alias for alias in record.aliases}
+    rows = cast(list[tuple[list[_FileRow], list[tuple[str, str, str]]]], group.collect_json(own, "gathering records"))
+    for their_files, their_aliases in rows:
+        for path, size, crc, head in their_files:
+            files.setdefault(path, FileRecord(path, size, crc, head))
+        for row in their_aliases:
+            alias = AliasRecord(*row)
+            aliases.setdefault((alias.component, alias.name), alias)
+    return ComponentRecord(tuple(files.values()), record.tensors, _sound(aliases, record.tensors))
 
 
-def _int(value: JsonValue) -> int:
-    assert isinstance(value, int)
-    return value
-
-
-def _maybe(value: JsonValue) -> int | None:
-    return None if value is None else _int(value)
+def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
+    """The aliases without those that another stage has a tensor of its own under."""
+    if not aliases:
+        return ()
+    saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
+    return tuple(alias for key, alias in sorted(aliases.items()) if key not in saved)
 
 
 def complete_manifest(
@@ -77,7 +83,7 @@ def complete_manifest(
                 size, crc = _digest(storage, path)
                 files.append(FileRecord(relative, size, crc, None))
     files.sort(key=lambda file: file.path)
-    return Manifest(tuple(files), record.tensors, dict(info))
+    return Manifest(tuple(files), record.tensors, dict(info), record.aliases)
 
 
 def _digest(storage: Storage, path: Path) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.recasts import RecastKeeper
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.export import ExportPlan
@@ -55,7 +56,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.model_roster = RosterKeeper(self.group, self.stage)
-        self.base_dtypes: Memo[tuple[list[HeldTensor], list[HeldTensor]]] = Memo()
+        self.recasts = RecastKeeper(self.group)
         self.model_plan: Memo[ExportPlan] = Memo()
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)

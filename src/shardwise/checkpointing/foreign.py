@@ -8,7 +8,6 @@ unconverted; `shardwise.convert.for_files` knows what transformers would make of
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.base_names import names_in_files
+from shardwise.checkpointing.further_names import is_pretrained
 from shardwise.checkpointing.hub import HubState
 from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
@@ -43,7 +43,7 @@ def in_names_of_files(
     available = set(names)
     hub_names = {t.spec.name for t in hub.held} | {s.name for g in hub.groups for s in g.computed.hub}
     has_natives = all(tensor.spec.name in available for tensor in hub.native)
-    if hub_names <= available or has_natives or not any(map(_is_pretrained, parts)):
+    if hub_names <= available or has_natives or not any(map(is_pretrained, parts)):
         return hub, dict(ties)
     by_name = {tensor.spec.name: tensor for tensor in hub.native}
     held: list[HeldTensor] = []
@@ -54,7 +54,7 @@ def in_names_of_files(
         state = [plain_name(name) for name in module.state_dict(keep_vars=True)]
         own = [by_name.pop(name) for name in state if name in by_name]
         specs = tuple(tensor.spec for tensor in own)
-        if not _is_pretrained(part):
+        if not is_pretrained(part):
             converted = to_hub(conversion_of(module, specs), own)
         else:
             converted = to_hub(for_files(module, conversion_of(module, specs), specs, names), own)
@@ -72,7 +72,7 @@ def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
         module = unwrap(part)
         known: object = getattr(module, "_keys_to_ignore_on_load_unexpected", None)
         patterns += [str(p) for p in known] if isinstance(known, (list, tuple, set)) else []
-        if _is_pretrained(part):
+        if is_pretrained(part):
             # Releases differ in where the module that recomputes them stands, not in what it is called.
             patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
     if not patterns:
@@ -89,14 +89,6 @@ def _recomputed(module: nn.Module) -> set[str]:
             f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in inner._non_persistent_buffers_set
         }
     return found
-
-
-def _is_pretrained(part: nn.Module) -> bool:
-    if "transformers.modeling_utils" not in sys.modules:  # a model of its classes cannot exist without it
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(unwrap(part), PreTrainedModel)
 
 
 def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

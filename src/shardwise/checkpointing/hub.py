@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from shardwise.checkpointing.further_names import further_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
     adapter_of,
     check_adapter,
     conversion_of,
-    derive,
     kept_out,
     to_hub,
 )
-from shardwise.errors import ConversionError, MisuseError
+from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor, loaders_ties, unwrap
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
-
-#: Dtypes between which an export may convert: those of ordinary weights.
-_FLOATS = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,13 @@ class HubState:
 
     Attributes:
         native: Under the model's own names.
-        held: Under the hub's names, as views.
+        held: Under the hub's names, as views. In saving, some tensors stand there under further names too.
         groups: What has to be computed.
         absent: Names that files of this model may have and these do not: other names of tied tensors, and what the
             class keeps out of its files.
         ties: Native names of tied tensors that are not kept -> the native name that is.
+        copies: The further names in ``held`` of tensors that are there under another name already.
+        kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
     """
 
     native: tuple[HeldTensor, ...]
@@ -49,6 +48,20 @@ class HubState:
     groups: tuple[HeldGroup, ...]
     absent: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unwritten(self) -> dict[str, str]:
+        """Further names that nothing is written under -> the names that the tensors are written under."""
+        return {alias: name for alias, name in self.kept.items() if alias not in self.copies}
+
+    @property
+    def once(self) -> HubState:
+        """The same with each tensor once, as it is to be loaded."""
+        if not self.copies:
+            return self
+        return replace(self, held=tuple(t for t in self.held if t.spec.name not in self.copies), copies=frozenset())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +69,7 @@ class _Captured:
     """A state, and the tensors and names that it was captured from."""
 
     names: list[str]
+    aliases: list[tuple[str, tuple[str, ...]]]
     memory: Memory
     state: HubState
 
@@ -78,9 +92,10 @@ class HubNames:
             return self._last[1]
         tensors, modules = state.listing()
         names, own = [named.name for named in tensors], [named.tensor for named in tensors]
+        aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
-        if known is None or known.names != names or not known.memory.is_of(own):
-            known = self._captured = _Captured(names, Memory(own), self._capture(state, tensors))
+        if known is None or known.names != names or known.aliases != aliases or not known.memory.is_of(own):
+            known = self._captured = _Captured(names, aliases, Memory(own), self._capture(state, tensors))
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
@@ -93,6 +108,9 @@ class HubNames:
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
+        copies: list[str] = []
+        kept: dict[str, str] = {}
+        expected = loaders_ties(state.model)
         for number, part in enumerate(state.model):
             own = [tensor for named, tensor in ordered if named.part == number]
             ignored = _kept_out(part)
@@ -106,14 +124,18 @@ class HubNames:
                 groups += converted.groups
                 absent += conversion.ignored
             tied = [
-                tensor.spec._replace(name=alias)
+                (alias, tensor)
                 for named, tensor in ordered
                 if named.aliases and named.part == number
                 for alias in named.aliases
             ]
-            absent += _file_names(part, tied)
+            further = further_names(part, tied, expected)
+            held += further.copies
+            copies += [tensor.spec.name for tensor in further.copies]
+            kept |= further.kept
+            absent += further.absent
         ties = {alias: named.name for named in tensors for alias in named.aliases}
-        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent), ties)
+        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent), ties, frozenset(copies), kept)
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
@@ -133,46 +155,8 @@ def _kept_out(part: nn.Module) -> frozenset[str] | None:
     return None if adapter_of(module) is not None else kept_out(module)
 
 
-def _file_names(part: nn.Module, specs: Sequence[TensorSpec]) -> list[str]:
-    """The names of tensors that are written under other names, as the model has them and as its files would."""
-    own = [spec.name for spec in specs]
-    module = unwrap(part)
-    if not specs or adapter_of(module) is not None:
-        return own
-    try:
-        conversion = derive(module, specs)
-    except ConversionError:
-        # A rule that needs more than these tensors gives them no names of their own.
-        return own
-    return [*own, *(tensor.name for tensor in conversion.hub)]
-
-
 def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
     return pair[0].position
-
-
-def with_base_dtypes(
-    held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]
-) -> tuple[list[HeldTensor], list[HeldTensor]]:
-    """Give each tensor the dtype that the base model has it in.
-
-    Returns:
-        The tensors to export, and those among the originals whose values the base's dtype cannot hold exactly: a run
-        that trains in float32 from a bfloat16 base exports bfloat16 and resumes from float32.
-    """
-    if not base:
-        return list(held), []
-    export, exact = [], []
-    for tensor in held:
-        known = base.get(tensor.spec.name)
-        have = tensor.spec.dtype
-        if known is None or known.dtype == have or not {known.dtype, have} <= _FLOATS.keys():
-            export.append(tensor)
-            continue
-        export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
-        if _FLOATS[known.dtype] <= _FLOATS[have]:
-            exact.append(tensor)
-    return export, exact
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:

@@ -13,11 +13,13 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.aliases import with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
-from shardwise.checkpointing.hub import HubState, memory_of, require_memory, with_base_dtypes
+from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
+from shardwise.checkpointing.recasts import Recasts
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
@@ -29,8 +31,9 @@ from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
-from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import StateFormatError
+from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import read_file, write_plain
@@ -40,6 +43,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import undeclared_names
 from shardwise.types import TensorSpec
 
 CONSOLIDATED_DIR = "consolidated"
@@ -56,16 +60,18 @@ class _Planned:
     Attributes:
         plan: The export.
         roster: Who holds what of it.
-        native: Dtype in memory of each tensor that the export has in another.
+        recasts: What the export has in other dtypes than the ranks have in memory.
         passed: Names of the base model's tensors that are carried over.
-        exact: Tensors that the export rounds, and that are saved once more as they are.
+        exact: This rank's tensors that the export rounds, and that are saved once more as they are.
+        kept: Further names of this rank's tensors -> the names that these are written under.
     """
 
     plan: ExportPlan
     roster: Roster
-    native: Mapping[str, str]
+    recasts: Recasts
     passed: Sequence[str]
     exact: Sequence[HeldTensor]
+    kept: Mapping[str, str]
 
 
 class ModelSave:
@@ -114,21 +120,24 @@ class ModelSave:
         """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
         context = self._context
         if context.config.model_save_format == "torch_save":
+            kept: dict[str, str] = {}
             with context.group.together("describing the model"):
                 require_memory(memory_of(self.state.held()), "values to save")
-            return [*self._before({}), lambda group: save_distcp(self.state, self._directory, group), self._after]
+                kept = undeclared_names(self.state.tensors(), self.state.model)
+            first = [*self._before({}), _telling(kept)]
+            return [*first, lambda group: save_distcp(self.state, self._directory, group), self._after]
         if not self._exports:
             hub = self._described()
             held = [*hub.held, *natives_of(hub.groups)]
-            return [*self._before({}), self._shards(held, context.model_roster), self._leave_script, self._after]
+            shards = self._shards(held, context.model_roster)
+            return [*self._before({}), shards, _telling(hub.unwritten), self._leave_script, self._after]
         planned = self._planned()
-        steps = [*self._before(planned.native, planned.passed), self._export(planned.plan, planned.roster)]
+        steps = [*self._before(planned.recasts.native, planned.passed), self._export(planned.plan, planned.roster)]
         if context.config.verify_export:
             steps.append(lambda group: self._read_back(planned.plan, group))
-        # One stage may have such tensors and another none.
-        if self.base is not None and context.group.any(bool(planned.exact), "looking for tensors that are rounded"):
+        if planned.recasts.rounds:  # on any rank: a stage may have no such tensor where another does
             steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
-        return [*steps, self._after]
+        return [*steps, _telling(planned.kept), self._after]
 
     @collector_paused()
     def _planned(self) -> _Planned:
@@ -136,13 +145,9 @@ class ModelSave:
         context, hub = self._context, self._described()
         held = [*hub.held, *declared(hub.groups)]
         base = self.base.specs if self.base is not None else {}
-        export, exact = context.base_dtypes.get(held, None, lambda: with_base_dtypes(held, base))
-        native = (
-            {t.spec.name: t.spec.dtype for t in held if t.spec.dtype != base.get(t.spec.name, t.spec).dtype}
-            if base
-            else {}
-        )
-        roster = context.model_roster.roster(export)
+        own = context.recasts.recast(held, base)
+        recasts = context.recasts.together(own) if self.base is not None else Recasts({}, False)
+        roster = context.model_roster.roster(own.export)
         proof = self._prove(roster.specs, hub.absent)
         assert self.base is not None or not proof.passed
         passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
@@ -151,12 +156,12 @@ class ModelSave:
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options = self._options()
         known = context.model_plan.get(
-            [*export, roster, *computed.groups],
+            [*own.export, roster, *computed.groups],
             (options, copies),
-            lambda: plan_export(export, roster, context.group, directory, options, computed, copies),
+            lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
         )
-        exact = _uncomputed(exact, hub.groups)
-        return _Planned(replace(known, directory=directory), roster, native, tuple(proof.passed), exact)
+        placed, exact = replace(known, directory=directory), _uncomputed(own.exact, hub.groups)
+        return _Planned(placed, roster, recasts, tuple(proof.passed), exact, hub.unwritten)
 
     def _described(self) -> HubState:
         hub: HubState | None = None
@@ -252,11 +257,19 @@ class ModelSave:
         index = None
         if self.base is not None:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
-            last = max(numbers.values())
+            last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         files = plan_shards(held, roster, context.group.rank, index)
+        if not roster.specs and context.group.is_main:
+            files = (without_tensors(),)
         plan = ShardPlan(self._directory, component, roster, files)
         return lambda group: write_shards(plan, group, context.storage)
+
+
+def _telling(kept: Mapping[str, str]) -> Step:
+    """A step that writes nothing, and tells the manifest of further names."""
+    record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
+    return lambda group: record
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:
@@ -329,9 +342,15 @@ def _opened(
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
+        hub = hub.once
+    assert hub is not None
+    aliased = with_aliases(source, hub, key_mapping, group)
+    source = aliased.source
+    with group.together("matching the model's names with the checkpoint's"):
         exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
+        exact |= {alias: exact[name] for alias, name in aliased.kept.items() if name in exact}
         source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
-        hub, ties = in_names_of_files(state.model, hub, hub.ties, list(source.tensors))
+        hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
     assert hub is not None

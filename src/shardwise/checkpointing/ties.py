@@ -81,7 +81,8 @@ def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Sto
                         f"the checkpoint holds other values for it than for {name!r}, with which the model ties it",
                         path=source.path,
                         tensor=alias,
-                        hint="Build the model untied (tie_word_embeddings=False), so that both are kept.",
+                        hint="Build the model untied (tie_word_embeddings=False, or modules that do not share the "
+                        "parameter), so that both are kept.",
                     )
         finally:
             reader.close()

@@ -1,4 +1,7 @@
-"""Why a checkpoint's tensors do not fit: a file of it may be gone, which its headers alone cannot tell."""
+"""Why a checkpoint's tensors do not fit: what its manifest knows and its headers alone cannot tell.
+
+A file of it may be gone, or a tensor may be saved under another of the names that it had.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from shardwise.engine.verify import load_manifest
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeMismatchError, ShardwiseError
+from shardwise.format.manifest import Manifest
 from shardwise.io.sources import Source
 
 _CLIMB = 3
@@ -37,15 +41,38 @@ def absent_files_named(source: Source) -> Iterator[None]:
         ) from error
 
 
+def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
+    """Further names of a component's tensors -> the names that they are saved under, as the nearest manifest says.
+
+    Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
+    that is then missing says more.
+    """
+    try:
+        for directory, manifest in _manifests(source.path):
+            listed = {directory / file.path for file in manifest.files}
+            if not listed.isdisjoint(source.files):
+                return {name: kept for of, name, kept in manifest.aliases if of == component}
+    except (OSError, ShardwiseError):
+        pass
+    return {}
+
+
 def _absent(path: Path) -> Path | None:
     """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
     try:
-        for directory in [path, *path.parents][:_CLIMB]:
-            manifest = load_manifest(directory) if directory.is_dir() else None
-            for file in () if manifest is None else manifest.files:
+        for directory, manifest in _manifests(path):
+            for file in manifest.files:
                 found = directory / file.path
                 if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
                     return found
     except (OSError, ShardwiseError):  # the error at hand says more than one about the manifest
         pass
     return None
+
+
+def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The manifests of a directory and of those around it, the nearest first."""
+    for directory in [path, *path.parents][:_CLIMB]:
+        manifest = load_manifest(directory) if directory.is_dir() else None
+        if manifest is not None:
+            yield directory, manifest

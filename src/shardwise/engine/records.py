@@ -6,17 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.errors import IncompleteTensorError
-from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, TensorRecord
 from shardwise.plan.collector import collector_paused
 from shardwise.types import TensorSpec
 
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """Files and tensors of one component (``model``, ``optim``), paths relative to the component's directory."""
+    """Files and tensors of one component (``model``, ``optim``), paths relative to the component's directory.
+
+    Attributes:
+        files: The files.
+        tensors: The tensors in them.
+        aliases: Further names of tensors.
+    """
 
     files: tuple[FileRecord, ...] = ()
     tensors: tuple[TensorRecord, ...] = ()
+    aliases: tuple[AliasRecord, ...] = ()
 
     @collector_paused()
     def below(self, prefix: str) -> ComponentRecord:
@@ -25,10 +32,10 @@ class ComponentRecord:
             return self
         # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
-        return ComponentRecord(tuple(files), tuple([_below(tensor, prefix) for tensor in self.tensors]))
+        return ComponentRecord(tuple(files), tuple([_below(tensor, prefix) for tensor in self.tensors]), self.aliases)
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
-        return ComponentRecord(self.files + other.files, self.tensors + other.tensors)
+        return ComponentRecord(self.files + other.files, self.tensors + other.tensors, self.aliases + other.aliases)
 
     @property
     def tensor_bytes(self) -> int:

@@ -11,10 +11,12 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
+from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.io.digest import contribution
 from shardwise.io.storage import Storage
 from shardwise.io.writer import Digests, FileSet, totals, write_run
+from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile
@@ -29,6 +31,16 @@ class ShardPlan:
     component: str
     roster: Roster
     files: tuple[ShardFile, ...]
+
+
+def without_tensors(stem: str = "model") -> ShardFile:
+    """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor.
+
+    Args:
+        stem: What the second half of the file's name starts with.
+    """
+    header = encode_header((), encode_sharding_metadata({}))
+    return ShardFile(FileLayout(shard_name(1, 1, 1, stem), header, ()), {})
 
 
 def write_shards(plan: ShardPlan, group: Group, storage: Storage, *, everywhere: bool = False) -> ComponentRecord:

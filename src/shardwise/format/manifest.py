@@ -17,6 +17,15 @@ A chunk is [file, offset, bytes, offsets in the tensor, sizes, CRC-32C] and stan
 line holds the CRC-32C of everything before it, so that no flipped bit in the manifest goes unnoticed. A tensor file is
 described by the digest of its header and by those of the chunks, which together cover each of its bytes once; any other
 file by the digest of its whole content.
+
+Where parameters were shared, and so saved under one of their names, the record has version 2 and says which other names
+the tensors had, behind the tensors::
+
+    "aliases":[
+    ["model","head.weight","embed.weight"],
+    ...],
+
+An alias is [component, further name, name under which the tensor is saved].
 """
 
 from __future__ import annotations
@@ -28,7 +37,14 @@ from typing import NoReturn
 from shardwise.errors import ManifestError
 from shardwise.format.crc import crc32c
 from shardwise.format.files import read_whole, resolve_inside
-from shardwise.format.manifest_records import ChunkRecord, FileRecord, Manifest, TensorRecord, check_manifest
+from shardwise.format.manifest_records import (
+    AliasRecord,
+    ChunkRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    check_manifest,
+)
 from shardwise.format.strict_json import (
     Fail,
     JsonValue,
@@ -48,6 +64,7 @@ from shardwise.types import DTYPE_BYTES, Box, TensorSpec
 __all__ = [
     "MANIFEST_NAME",
     "MANIFEST_VERSION",
+    "AliasRecord",
     "ChunkRecord",
     "FileRecord",
     "Manifest",
@@ -61,8 +78,8 @@ __all__ = [
 #: Name of the manifest in a checkpoint's directory.
 MANIFEST_NAME = "manifest.json"
 
-#: Version of the record that this module writes, and the only one that it reads.
-MANIFEST_VERSION = 1
+#: Newest version of the record. A record is written in the oldest one that can say what there is to say.
+MANIFEST_VERSION = 2
 
 #: Largest manifest that is read, in bytes.
 MAX_MANIFEST_BYTES = 2**30
@@ -72,7 +89,10 @@ _MAX_DEPTH = 32
 _TAIL = b'"crc32c":"%08x"}\n'
 _TAIL_BYTES = len(_TAIL % 0)
 _HEX = re.compile("[0-9a-f]{8}")
-_TOP_KEYS = frozenset({"format", "version", "info", "files", "tensors", "crc32c"})
+_TOP_KEYS = {
+    1: frozenset({"format", "version", "info", "files", "tensors", "crc32c"}),
+    2: frozenset({"format", "version", "info", "files", "tensors", "aliases", "crc32c"}),
+}
 _FILE_KEYS = frozenset({"path", "size", "crc32c", "header_bytes"})
 _TENSOR_KEYS = frozenset({"component", "name", "dtype", "shape", "crc32c", "chunks"})
 _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume from another checkpoint."
@@ -95,14 +115,16 @@ def encode_manifest(manifest: Manifest) -> bytes:
     try:
         info = dumps(dict(manifest.info))
         lines = [
-            f'{{"format":"{_FORMAT}","version":{MANIFEST_VERSION},',
+            f'{{"format":"{_FORMAT}","version":{2 if manifest.aliases else 1},',
             f'"info":{info},',
             '"files":[',
             ",\n".join(_file_line(record) for record in manifest.files) + "],",
             '"tensors":[',
-            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],\n",
+            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],",
         ]
-        body = "\n".join(lines).encode("utf-8")
+        if manifest.aliases:
+            lines += ['"aliases":[', ",\n".join(map(dumps, manifest.aliases)) + "],"]
+        body = "\n".join([*lines, ""]).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError(
             f"a manifest cannot be written: {error}",
@@ -148,18 +170,19 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     if table.get("format") != _FORMAT:
         fail(f"is not a {_FORMAT} record")
     version = as_count(table.get("version"), "version", fail)
-    if version != MANIFEST_VERSION:
+    if version not in _TOP_KEYS:
         raise ManifestError(
-            f"the manifest {path!r} has version {version}; this shardwise reads version {MANIFEST_VERSION}",
+            f"the manifest {path!r} has version {version}; this shardwise reads versions up to {MANIFEST_VERSION}",
             path=path,
             hint="Use the release of shardwise that wrote the checkpoint, or a newer one.",
         )
-    exact_keys(table, _TOP_KEYS, "it", fail)
+    exact_keys(table, _TOP_KEYS[version], "it", fail)
     check_depth(table["info"], _MAX_DEPTH, "info", fail)
     manifest = Manifest(
         tuple([_parse_file(value, fail) for value in as_array(table["files"], "files", fail)]),
         tuple([_parse_tensor(value, fail) for value in as_array(table["tensors"], "tensors", fail)]),
         as_object(table["info"], "info", fail),
+        tuple([_parse_alias(value, fail) for value in as_array(table.get("aliases", []), "aliases", fail)]),
     )
     check_manifest(manifest, fail)
     return manifest
@@ -239,6 +262,13 @@ def _parse_tensor(value: JsonValue, fail: Fail) -> TensorRecord:
     chunks = [_parse_chunk(chunk, fail) for chunk in as_array(table["chunks"], "chunks", fail)]
     crc = None if table["crc32c"] is None else _parse_crc(table["crc32c"], fail)
     return TensorRecord(as_text(table["component"], "component", fail), spec, crc, tuple(chunks))
+
+
+def _parse_alias(value: JsonValue, fail: Fail) -> AliasRecord:
+    row = as_array(value, "the record of an alias", fail)
+    if len(row) != 3:
+        fail(f"has the record of an alias with {len(row)} fields where three belong")
+    return AliasRecord(*(as_text(field, "an alias", fail) for field in row))
 
 
 def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:

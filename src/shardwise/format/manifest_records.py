@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
@@ -56,6 +56,20 @@ class TensorRecord(NamedTuple):
     chunks: tuple[ChunkRecord, ...]
 
 
+class AliasRecord(NamedTuple):
+    """A further name of a saved tensor: the model had one tensor under both, and its bytes are saved under one.
+
+    Attributes:
+        component: What the tensor belongs to.
+        name: The name under which nothing is saved.
+        kept: The name under which the tensor is.
+    """
+
+    component: str
+    name: str
+    kept: str
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """A file of the checkpoint.
@@ -81,11 +95,13 @@ class Manifest:
         files: Every file but the manifest.
         tensors: Every tensor in the tensor files.
         info: What else there is to know (epoch, step, metrics, versions), as JSON; read-only.
+        aliases: Further names of tensors, where parameters are shared.
     """
 
     files: tuple[FileRecord, ...]
     tensors: tuple[TensorRecord, ...]
     info: Mapping[str, JsonValue] = field(default_factory=dict)
+    aliases: tuple[AliasRecord, ...] = ()
     _by_path: Mapping[str, FileRecord] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +151,7 @@ def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
         for chunk in tensor.chunks:
             if chunk.nbytes:
                 runs[chunk.file].append((chunk.offset, chunk.offset + chunk.nbytes))
+    _check_aliases(manifest.aliases, seen, fail)
     for record in manifest.files:
         if record.header_bytes is not None:
             _check_covered(record, record.header_bytes, runs[record.path], fail)
@@ -158,6 +175,20 @@ def _check_shape(spec: TensorSpec, fail: FailTensor) -> None:
         fail(f"gives the tensor {len(spec.shape)} dimensions", spec.name)
     as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
     check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
+
+
+def _check_aliases(aliases: Sequence[AliasRecord], tensors: Set[tuple[str, str]], fail: FailTensor) -> None:
+    """Check further names against the tensors, each a component and a name; a DCP directory's are not in a manifest."""
+    described = {component for component, _ in tensors} if aliases else set()
+    seen: set[tuple[str, str]] = set()
+    for component, name, kept in aliases:
+        if not 0 < len(component) <= MAX_NAME or max(len(name), len(kept)) > MAX_NAME:
+            fail(f"has an alias with an empty or overlong component or name, starting with {name[:80]!r}")
+        if (component, name) in tensors or (component, name) in seen or name == kept:
+            fail(f"has an alias of the component {component!r} that is the name of something else too", name)
+        if component in described and (component, kept) not in tensors:
+            fail(f"has an alias of a tensor that the component {component!r} lacks", kept)
+        seen.add((component, name))
 
 
 def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:

@@ -90,6 +90,11 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
     return QuantSettings(method, False)
 
 
+def is_quantized(config: Mapping[str, object]) -> bool:
+    """Whether a base's ``config.json`` says anything about quantization."""
+    return _quantization_config(config) is not None
+
+
 def _sparsity(found: Mapping[str, object]) -> str:
     """The format of sparse weights, where they are stored compressed; empty otherwise."""
     settings = found.get("sparsity_config")

@@ -125,7 +125,8 @@ def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
         return plain, []
     chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
     weight_map = read_index(directory / chosen).weight_map
-    listed = sorted(set(weight_map.values()))
+    # A model without a tensor has an index that lists nothing, and a file with nothing but its header.
+    listed = sorted(set(weight_map.values())) or plain
     for name in listed:
         if not (directory / name).exists():
             raise WeightIndexError(

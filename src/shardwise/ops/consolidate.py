@@ -12,11 +12,13 @@ from typing import NoReturn
 import torch
 
 from shardwise.comm import Group
+from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import (
     MANIFEST_NAME,
+    AliasRecord,
     ChunkRecord,
     FileRecord,
     Manifest,
@@ -175,8 +177,19 @@ def _write(
         write_plain(storage, aside / name, content)
         storage.sync_directory((aside / name).parent)
         files.append(FileRecord(name, len(content), crc32c(content), None))
-    write_plain(storage, aside / MANIFEST_NAME, encode_manifest(Manifest(tuple(files), tuple(tensors))))
+    manifest = Manifest(tuple(files), tuple(tensors), aliases=_aliases(source))
+    write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
     storage.sync_directory(aside)
+
+
+def _aliases(source: Source) -> tuple[AliasRecord, ...]:
+    """Further names of the tensors, which the manifest of the shards tells."""
+    found = saved_aliases(source)
+    return tuple(
+        AliasRecord("model", name, kept)
+        for name, kept in found.items()
+        if kept in source.tensors and name not in source.tensors
+    )
 
 
 def _write_file(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -233,3 +233,23 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
         if isinstance(declared, dict):
             ties.update({str(target): str(source) for target, source in declared.items()})
     return ties
+
+
+def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
+    """Names whose tensors whoever loads these parts from files takes from others, by the parts' own word.
+
+    As `declared_ties`, but what transformers ties depends on the configuration: with ``tie_word_embeddings=False`` a
+    declared tie is none.
+    """
+    found: set[str] = set()
+    for part in parts:
+        known: object = getattr(unwrap(part), "all_tied_weights_keys", None)
+        found.update(map(str, known) if isinstance(known, dict) else declared_ties([part]))
+    return frozenset(found)
+
+
+def undeclared_names(tensors: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> dict[str, str]:
+    """Further names of tensors that the parts do not declare to be tied -> the names that are kept."""
+    found = {alias: named.name for named in tensors if named.aliases for alias in named.aliases}
+    declared = loaders_ties(parts) if found else ()
+    return {alias: name for alias, name in found.items() if alias not in declared}

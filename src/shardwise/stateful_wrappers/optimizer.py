@@ -9,7 +9,7 @@ and comes back without.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import promised_ties, state_tensors
+from shardwise.stateful_wrappers.names import promised_ties, state_tensors, undeclared_names
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 StateValue = object
@@ -51,15 +51,17 @@ class OptimizerRecord:
         groups: All groups.
         tensors: Parameter name -> state key -> what the tensor was.
         values: Parameter name -> state key -> a value that is not a tensor.
+        aliases: Further name of a shared parameter, unless it is declared -> the name that it has here.
     """
 
     groups: tuple[SavedGroup, ...]
     tensors: Mapping[str, Mapping[str, SavedTensor]]
     values: Mapping[str, Mapping[str, StateValue]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def to_state(self) -> dict[str, object]:
         """As plain containers, for `shardwise.format.state_json`."""
-        return {
+        state: dict[str, object] = {
             "version": 1,
             "groups": [{"options": dict(g.options), "params": list(g.params)} for g in self.groups],
             "tensors": {
@@ -68,6 +70,7 @@ class OptimizerRecord:
             },
             "values": {name: dict(found) for name, found in self.values.items()},
         }
+        return {**state, "aliases": dict(self.aliases)} if self.aliases else state
 
     @staticmethod
     def from_state(state: object) -> OptimizerRecord:
@@ -89,7 +92,8 @@ class OptimizerRecord:
                 for name, found in cast(dict[str, dict[str, tuple[str, list[int]]]], fields["tensors"]).items()
             }
             values = cast(dict[str, dict[str, object]], fields["values"])
-            return OptimizerRecord(groups, tensors, {name: dict(found) for name, found in values.items()})
+            aliases = {str(k): str(v) for k, v in cast(dict[str, str], fields.get("aliases", {})).items()}
+            return OptimizerRecord(groups, tensors, {name: dict(found) for name, found in values.items()}, aliases)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, StateFormatError):
                 raise
@@ -104,6 +108,7 @@ class OptimizerRecord:
         groups: list[tuple[Options, dict[str, None]]] = []
         tensors: dict[str, Mapping[str, SavedTensor]] = {}
         values: dict[str, Mapping[str, StateValue]] = {}
+        aliases: dict[str, str] = {}
         for record in records:
             matched: set[int] = set()
             for group in record.groups:
@@ -112,7 +117,8 @@ class OptimizerRecord:
                 groups[index][1].update(dict.fromkeys(group.params))
             tensors.update(record.tensors)
             values.update(record.values)
-        return OptimizerRecord(tuple(SavedGroup(o, tuple(p)) for o, p in groups), tensors, values)
+            aliases.update(record.aliases)
+        return OptimizerRecord(tuple(SavedGroup(o, tuple(p)) for o, p in groups), tensors, values, aliases)
 
 
 def _same_options(groups: list[tuple[Options, dict[str, None]]], options: Mapping[str, object], used: set[int]) -> int:
@@ -148,8 +154,11 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer | Sequence[Optimizer], model: nn.Module | Sequence[nn.Module]) -> None:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        self._names = {id(named.tensor): named.name for named in state_tensors(parts)}
-        self._ties = promised_ties(parts)
+        named = state_tensors(parts)
+        self._names = {id(each.tensor): each.name for each in named}
+        self._aliases = undeclared_names(named, parts)
+        # Under which other names a parameter's state may be saved; what a checkpoint says is added by `prepare`.
+        self._saved_under = promised_ties(parts)
 
     def _name(self, param: torch.Tensor) -> str:
         name = self._names.get(id(param))
@@ -181,7 +190,7 @@ class OptimizerState:
                     continue
                 tensors[name] = {k: _describe(v) for k, v in state.items() if isinstance(v, torch.Tensor)}
                 values[name] = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
-        return OptimizerRecord(tuple(groups), tensors, values)
+        return OptimizerRecord(tuple(groups), tensors, values, self._aliases)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds of the state tensors, as views of the optimizers' memory."""
@@ -192,14 +201,16 @@ class OptimizerState:
         """As `held`, under the names of a checkpoint.
 
         A pipeline stage's own copy of a tied tensor takes the state that the single tensor had, where nothing was
-        saved under its own name.
+        saved under its own name; so does each of two parameters that were one when the checkpoint was saved.
 
         Args:
             names: What the checkpoint has.
         """
         keys = {key for optimizer in self.optimizers for state in optimizer.state.values() for key in state}
         other = {
-            f"state.{name}.{key}": f"state.{tied}.{key}" for name, tied in self._ties.items() for key in sorted(keys)
+            f"state.{name}.{key}": f"state.{tied}.{key}"
+            for name, tied in self._saved_under.items()
+            for key in sorted(keys)
         }
         return [
             tensor._replace(spec=tensor.spec._replace(name=other[tensor.spec.name]))
@@ -240,7 +251,8 @@ class OptimizerState:
             MisuseError: One group's parameters were saved in groups with different options.
         """
         group_of = {name: index for index, group in enumerate(record.groups) for name in group.params}
-        saved_as = {name: name if name in group_of else self._ties.get(name, name) for name in self._names.values()}
+        other = self._saved_under = {**record.aliases, **self._saved_under}
+        saved_as = {name: name if name in group_of else other.get(name, name) for name in self._names.values()}
         for position, (optimizer, group) in enumerate(self._groups()):
             params = cast(list[torch.Tensor], group["params"])
             saved = self._saved_group(record, group_of, [saved_as[self._name(p)] for p in params], position)

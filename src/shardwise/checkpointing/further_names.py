@@ -1,0 +1,92 @@
+"""Parameters that modules share: what a save does with their further names.
+
+A shared tensor is saved once, under one of its names. The manifest tells those of the others that the model does not
+declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
+tie is declared, a model without it is another model, and lacks the tensor.
+
+Other libraries read files and no manifest. Of a model that they build by themselves, a share that is not declared is
+therefore written under every name: transformers would give those that are not there new random values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from shardwise.convert import Conversion, HubTensor, adapter_of, derive, to_hub
+from shardwise.errors import ConversionError
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.names import unwrap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FurtherNames:
+    """What becomes of the further names of a part's tensors; all as the files have them, but for ``absent``.
+
+    Attributes:
+        copies: The tensors once more, under the further names that are written too.
+        kept: Further name, unless it is declared to be one -> the name under which the tensor is written in any case.
+        absent: Further names that nothing is written under, as the model has them and as files would.
+    """
+
+    copies: tuple[HeldTensor, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+
+def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> FurtherNames:
+    """Tell what becomes of further names. Local.
+
+    Args:
+        part: The model's part.
+        tied: Each further name, and what this rank holds of the tensor under the native name that is kept.
+        expected: Further names that are declared; see `loaders_ties`.
+    """
+    names = tuple(alias for alias, _ in tied)
+    module = unwrap(part)
+    if not tied or adapter_of(module) is not None:
+        return FurtherNames(absent=names)
+    aliases = [tensor._replace(spec=tensor.spec._replace(name=alias)) for alias, tensor in tied]
+    specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
+    try:
+        conversion = derive(module, list(specs))
+    except ConversionError:
+        # A rule that needs more than these tensors gives them no names of their own.
+        return FurtherNames(absent=names)
+    undeclared = {alias for alias in names if alias not in expected} if _is_loaded_by_others(module) else set()
+    written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
+    natives = {each.native for hub in written for each in hub.parts}
+    copies = to_hub(Conversion(tuple(written)), [t for t in aliases if t.spec.name in natives]).held
+    kept: dict[str, str] = {}
+    for alias, tensor in tied:
+        if alias in expected:
+            continue
+        theirs, ours = conversion.by_native(alias), conversion.by_native(tensor.spec.name)
+        if _views(theirs) == _views(ours):
+            kept |= {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
+    there = {tensor.spec.name for tensor in copies}
+    hub_names = [hub.name for alias in names for hub in conversion.by_native(alias)]
+    return FurtherNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
+
+
+def _views(tensors: Sequence[HubTensor]) -> list[object]:
+    """How each looks into the one native tensor that it is made of; an object of its own where it is not so simple."""
+    return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]
+
+
+def is_pretrained(part: nn.Module) -> bool:
+    """Whether a model is one of transformers' classes."""
+    return _is_of(part, "transformers.modeling_utils", "PreTrainedModel")
+
+
+def _is_loaded_by_others(module: nn.Module) -> bool:
+    return is_pretrained(module) or _is_of(module, "diffusers.models.modeling_utils", "ModelMixin")
+
+
+def _is_of(part: nn.Module, module: str, name: str) -> bool:
+    """Whether a model is of a class of a library, which is not imported for this: it could not exist without."""
+    cls: object = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and isinstance(unwrap(part), cls)

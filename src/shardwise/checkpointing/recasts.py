@@ -1,0 +1,101 @@
+"""Exporting in the base model's dtypes what is in memory in others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.memo import Memo
+from shardwise.plan.fragments import HeldTensor
+from shardwise.types import TensorSpec
+
+#: Dtypes between which an export may convert: those of ordinary weights.
+_FLOATS = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recast:
+    """This rank's tensors in the base model's dtypes.
+
+    Attributes:
+        export: The tensors to export, each in the dtype that the base has it in.
+        exact: Those among the originals whose values the base's dtype cannot hold exactly: a run that trains in
+            float32 from a bfloat16 base exports bfloat16 and resumes from float32.
+        native: Dtype in memory of each tensor that the export has in another.
+        digest: Of ``native``; empty where it is.
+    """
+
+    export: Sequence[HeldTensor]
+    exact: Sequence[HeldTensor]
+    native: Mapping[str, str]
+    digest: str
+
+    @staticmethod
+    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]) -> Recast:
+        """Give each tensor the dtype that the base model has it in, where both are of ordinary weights."""
+        if not base:
+            return Recast(list(held), [], {}, "")
+        export, exact, native = [], [], {}
+        for tensor in held:
+            known = base.get(tensor.spec.name)
+            have = tensor.spec.dtype
+            if known is None or known.dtype == have:
+                export.append(tensor)
+                continue
+            native[tensor.spec.name] = have
+            if not {known.dtype, have} <= _FLOATS.keys():
+                export.append(tensor)
+                continue
+            export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
+            if _FLOATS[known.dtype] <= _FLOATS[have]:
+                exact.append(tensor)
+        digest = hashlib.blake2b(repr(sorted(native.items())).encode(), digest_size=16).hexdigest() if native else ""
+        return Recast(export, exact, native, digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Recasts:
+    """What the ranks recast together: pipeline stages have different tensors.
+
+    Attributes:
+        native: Dtype in memory of each tensor of any rank that the export has in another.
+        rounds: Whether any rank has tensors that the export rounds.
+    """
+
+    native: Mapping[str, str]
+    rounds: bool
+
+
+class RecastKeeper:
+    """Recasts a model's tensors once, and keeps what the other ranks have told of theirs.
+
+    Args:
+        group: The ranks that save together.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._own: Memo[Recast] = Memo()
+        self._told: dict[str, Mapping[str, str]] = {"": {}}
+
+    def recast(self, held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]) -> Recast:
+        """This rank's tensors in the base's dtypes. Local; ``base`` is always the same."""
+        return self._own.get(held, None, lambda: Recast.of(held, base))
+
+    def together(self, own: Recast) -> Recasts:
+        """What all ranks recast. All ranks call; ranks that say the same say it once, and not again at a later save."""
+        row: JsonValue = [own.digest, bool(own.exact)]
+        rows = cast(list[tuple[str, bool]], self._group.gather_json(row, "comparing dtypes with the base model's"))
+        digests = [digest for digest, _ in rows]
+        native: dict[str, str] = {}
+        for digest in dict.fromkeys(digests):
+            if digest not in self._told:
+                teller = digests.index(digest)
+                mine = cast(JsonValue, dict(own.native)) if self._group.rank == teller else None
+                told = self._group.broadcast_json(mine, teller, "exchanging dtypes that are not the base model's")
+                self._told[digest] = cast(dict[str, str], told)
+            native |= self._told[digest]
+        return Recasts(native, any(rounds for _, rounds in rows))

@@ -123,9 +123,9 @@ def test_saved_on_n_ranks_and_loaded_on_m(setup: Spreader, checkpoints: Checkpoi
 )
 def test_another_way_of_spreading_the_model(source: Spreader, target: Spreader, checkpoints: Checkpoints) -> None:
     root, saved = checkpoints[source.__name__, 4]
-    for world in (2, 4):
-        for loaded in run(world, load, target, [root / mode for mode in MODES], [True, False])[0]:  # type: ignore[attr-defined]
-            compare(saved, loaded, same_world=False)
+    for world, mode in zip((2, 4), MODES, strict=True):
+        [loaded] = run(world, load, target, [root / mode], [world == 2])[0]  # type: ignore[misc]
+        compare(saved, loaded, same_world=False)
 
 
 def restore_nothing(root: Path) -> bool:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -183,13 +181,10 @@ def broken_hook(group: Group, root: Path, rank: int) -> str:
     return ""
 
 
-def main(rank: int, world: int, root_name: str) -> None:
-    root = Path(root_name)
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost")
-    store = dist.FileStore(str(root / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    mesh = init_device_mesh("cpu", (world,))
+def main(root: Path) -> None:
+    """Two ranks call."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     group = Group.current()
     said = {}
     for name, (model, config) in scenarios(rank, mesh).items():
@@ -217,5 +212,3 @@ def main(rank: int, world: int, root_name: str) -> None:
     dump(fresh, OwnConfig(), root / f"fresh/rank{rank}.pt", VARIANTS[""])
     said["broken"] = broken_hook(group, root, rank)
     (root / f"said{rank}.json").write_text(json.dumps(said))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tests.addons import peft_ranks
 from tests.addons.peft_own_models import OwnConfig, dense, moe
 from tests.addons.test_peft_hf import adapted, same_json, save
+from tests.support.ranks import run
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.format.dtypes import dtype_code
@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("hf", "own"):
         for how in ("tp", "pipeline"):
             (reference / f"{kind}_{how}").symlink_to(reference / f"{kind}_fsdp")
-    mp.spawn(peft_ranks.main, args=(2, str(path)), nprocs=2, join=True)
+    run(2, peft_ranks.main, path)
     return path
 
 

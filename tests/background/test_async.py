@@ -136,7 +136,7 @@ def test_a_background_failure_is_raised_at_the_next_call_on_every_rank(tmp_path:
 
 def _busy(root: str) -> list[str | None]:
     model = _model()
-    checkpointer = _checkpointer(root, SlowStorage(0.3), skip_save_while_busy=True)
+    checkpointer = _checkpointer(root, SlowStorage(0.1), skip_save_while_busy=True)
     first = checkpointer.save(0, 1, model)
     second = checkpointer.save(0, 2, model)
     checkpointer.async_wait()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 from tests.clients.addons import fail, fail_and_go_on, record
 from tests.clients.training import EXPORT
-from tests.support.ranks import failure, run
+from tests.support.ranks import failure, fresh, run
 from transformers import AutoModelForCausalLM
 
 SURFACE = Path(__file__).parents[3] / "shared" / "conformance" / "surface.py"
@@ -48,9 +47,9 @@ def test_the_next_save_goes_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not SURFACE.is_file(), reason="the list of documented names is not here")
-def test_the_documented_surface_is_whole() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SURFACE)], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the documented surface is whole" in done.stdout
+def test_the_documented_surface_is_whole(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    code = fresh(runpy.run_path, str(SURFACE), None, "__main__", output=output, seconds=100)
+    text = output.read_text()
+    assert code == 0, text + output.with_name("output.err").read_text()
+    assert "the documented surface is whole" in text

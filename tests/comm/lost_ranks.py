@@ -1,9 +1,7 @@
 """Ranks that lose one of them, as processes of their own: they meet through a store that rank 0 hosts, as jobs do.
 
-    python -m tests.comm.lost_ranks HOW:VICTIM ...
-
-Prints a line of JSON for each loss: what every other rank saw. The losses happen at the same time, to groups of their
-own; nobody outlives this process.
+`main` prints a line of JSON for each loss: what every other rank saw. The losses happen at the same time, to groups of
+their own; nobody outlives the process that calls it.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import tempfile
 import time
 import traceback
@@ -120,7 +117,3 @@ def main(losses: list[str]) -> None:
             found = [loss.end() for loss in started]
         for seen in found:
             print(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.comm import lost_ranks
+from tests.support.ranks import fresh
 
 from shardwise.comm.lost import Patience
 
@@ -32,11 +32,11 @@ LOSSES = [
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[tuple[str, int], list[dict[str, object] | None]]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[dict[str, object] | None]]:
     words = [f"{how}:{victim}" for how, victim, _ in LOSSES]
-    command = [sys.executable, "-m", "tests.comm.lost_ranks", *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    output = tmp_path_factory.mktemp("lost") / "output"
+    assert fresh(lost_ranks.main, words, output=output, seconds=200) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
     return {(how, victim): line for (how, victim, _), line in zip(LOSSES, lines, strict=True)}
 
 

@@ -9,7 +9,7 @@ from tests.convert.tiny_models import SLOW, UNBUILT, build, quiet, registered
 from shardwise.convert import check_round_trip, derive
 
 #: A routine run takes one type in this many; the rest are slow only by their number.
-SHARE = 3
+SHARE = 5
 TYPES = [
     pytest.param(key, marks=[pytest.mark.slow] if key in SLOW or number % SHARE else [])
     for number, key in enumerate(registered())

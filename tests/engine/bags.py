@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from tests.support.simulate import Spread, local_tensor, raw, values
@@ -70,6 +72,10 @@ def mesh_of(spreads: tuple[Spread, ...]) -> DeviceMesh:
     return init_device_mesh("cpu", (world,) if line else (2, world // 2))
 
 
+#: Made once: millions of random bits take longer than everything that is done with them.
+_values = functools.cache(values)
+
+
 class Bag(nn.Module):
     """The tensors as parameters (floats) and buffers (the rest)."""
 
@@ -99,9 +105,9 @@ class Bag(nn.Module):
     def local(self, number: int) -> torch.Tensor:
         """What this rank should have of a tensor."""
         spread = self.spreads[number]
-        whole = values(spread.spec, number)
+        whole = _values(spread.spec, number)
         if spread.placements is None:
-            return whole
+            return whole.clone()
         coordinate = self.mesh.get_coordinate()
         assert coordinate is not None
         return local_tensor(whole, tuple(self.mesh.shape), spread.placements, tuple(coordinate))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.engine.setups import Digests, build, fsdp
+from tests.engine.setups import Digests, Run, build, fsdp
 from tests.support.faults import FaultyFileSystem, FaultyStorage
 from tests.support.ranks import failure, run
 
@@ -297,6 +297,17 @@ def save_second(
     """Try to save with each storage and file system; return the errors."""
     training = build(fsdp, seed=0)
     training.step()
+    return save_again(training, root, storages, systems, first, **settings)
+
+
+def save_again(
+    training: Run,
+    root: Path,
+    storages: list[Storage | None],
+    systems: list[FileSystem | None],
+    first: int,
+    **settings: object,
+) -> list[dict[str, str | int | None]]:
     errors = []
     for number, (storage, system) in enumerate(zip(storages, systems, strict=True)):
         made = engine(root, storage, system, **settings)
@@ -316,21 +327,34 @@ def settled(root: Path) -> None:
     assert not [p.name for p in root.iterdir() if p.name.startswith((".saving", "epoch_0_step_2"))]
 
 
-def in_each_mode(root: Path, operation: str, rank: int) -> list[list[dict[str, str | int | None]]]:
-    modes: list[dict[str, object]] = [
-        {"save_consolidated": "every"},
-        {"save_consolidated": "false"},
-        {"save_consolidated": "every", "random_writes": False},
-    ]
-    return [
-        save_second(
-            root, [FaultyStorage(operation, rank, nth=nth) for nth in (1, 4)], [None, None], 2 + 2 * number, **mode
-        )
-        for number, mode in enumerate(modes)
-    ]
-
-
 OPERATIONS = ("make_directory", "check_space", "create", "open", "write", "sync", "close", "sync_directory")
+SAVING: tuple[dict[str, object], ...] = (
+    {"save_consolidated": "every"},
+    {"save_consolidated": "false"},
+    {"save_consolidated": "every", "random_writes": False},
+)
+
+
+def at_each_operation(root: Path, rank: int) -> dict[str, list[dict[str, str | int | None]]]:
+    """Save in each way while each operation fails at its first or fourth call on ``rank``; errors by operation."""
+    training = build(fsdp, seed=0)
+    training.step()
+    found: dict[str, list[dict[str, str | int | None]]] = {}
+    for operation in OPERATIONS:
+        found[operation] = []
+        for number, mode in enumerate(SAVING):
+            storages: list[Storage | None] = [FaultyStorage(operation, rank, nth=nth) for nth in (1, 4)]
+            found[operation] += save_again(training, root, storages, [None, None], 2 + 2 * number, **mode)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            # Whatever the rank does not do cannot fail; a save that succeeded is taken away again.
+            assert not list(root.glob(".saving-*"))
+            for step in range(2, 8):
+                shutil.rmtree(root / f"epoch_0_step_{step}", ignore_errors=True)
+            (root / "LATEST").unlink(missing_ok=True)
+            (root / "LATEST").symlink_to("epoch_0_step_1")
+        dist.barrier()
+    return found
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -338,24 +362,16 @@ def test_a_disk_that_fills_up_at_any_operation(good: Path, tmp_path: Path, rank:
     root = tmp_path / "root"
     shutil.copytree(good / "every", root, symlinks=True)
     before = sorted((p.name, p.stat().st_mtime_ns) for p in root.rglob("*"))
-    failed = set()
-    for operation in OPERATIONS:
-        found = run(2, in_each_mode, root, operation, rank)
-        assert found[0] == found[1], "the ranks disagree"
-        for mode in found[0]:  # type: ignore[attr-defined]
-            for record in mode:
-                error = ShardwiseError.from_record(record)
-                assert isinstance(error, StorageError), error
-                assert (error.errno, error.rank) == (errno.ENOSPC, rank)
-                assert str(root) in str(error)
-                assert "free space" in str(error)
-                failed.add(operation)
-        # Whatever the rank does not do cannot fail; a save that succeeded is taken away again.
-        assert not list(root.glob(".saving-*"))
-        for step in range(2, 8):
-            shutil.rmtree(root / f"epoch_0_step_{step}", ignore_errors=True)
-        (root / "LATEST").unlink(missing_ok=True)
-        (root / "LATEST").symlink_to("epoch_0_step_1")
+    found = run(2, at_each_operation, root, rank)
+    assert found[0] == found[1], "the ranks disagree"
+    for records in found[0].values():  # type: ignore[attr-defined]
+        for record in records:
+            error = ShardwiseError.from_record(record)
+            assert isinstance(error, StorageError), error
+            assert (error.errno, error.rank) == (errno.ENOSPC, rank)
+            assert str(root) in str(error)
+            assert "free space" in str(error)
+    failed = {operation for operation, records in found[0].items() if records}  # type: ignore[attr-defined]
     assert {"create", "open", "write", "sync", "close"} <= failed
     after = {p.name: p.stat().st_mtime_ns for p in (root / "epoch_0_step_1").rglob("*") if p.is_file()}
     assert all(dict(before)[name] == time for name, time in after.items())

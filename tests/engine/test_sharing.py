@@ -75,16 +75,15 @@ def reads_of(ranks: list[Restored]) -> dict[tuple[str, str], list[int]]:
     found: dict[tuple[str, str], list[int]] = {}
     for path in {path for rank in ranks for path, _, _ in rank.ranges}:
         header = read_header(Path(path))
-        counts = [0] * Path(path).stat().st_size
+        counts = torch.zeros(Path(path).stat().st_size, dtype=torch.int32)
         for rank in ranks:
             for file, begin, end in rank.ranges:
                 if file == path:
-                    for position in range(begin, end):
-                        counts[position] += 1
+                    counts[begin:end] += 1
         for entry in header.entries:
             own = counts[header.data_start + entry.begin : header.data_start + entry.begin + entry.spec.nbytes]
-            if own:
-                found[path, entry.spec.name] = [min(own), max(own)]
+            if own.numel():
+                found[path, entry.spec.name] = [int(own.min()), int(own.max())]
     return found
 
 
@@ -207,6 +206,14 @@ def _save_big(root: str) -> None:
         made.save_model(Big(), root)
 
 
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where a `Big` model was saved."""
+    root = str(tmp_path_factory.mktemp("big"))
+    run(2, _save_big, root)
+    return root
+
+
 def _peak() -> int:
     """The most memory that this process has had in use since `_reset_peak`, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -233,10 +240,9 @@ def _load_big(root: str, times: int) -> tuple[int, int]:
     return storage.nbytes, grown
 
 
-def test_large_tensors_in_bounded_memory(tmp_path: Path) -> None:
-    run(2, _save_big, str(tmp_path))
+def test_large_tensors_in_bounded_memory(big: str) -> None:
     nbytes = sum(p.nbytes for p in Big().parameters())
-    found = run(2, _load_big, str(tmp_path), 2)
+    found = run(2, _load_big, big, 2)
     assert sum(read for read, _ in found) == 2 * nbytes  # loaded twice, by one rank each time  # type: ignore[misc]
     for read, grown in found:  # type: ignore[misc]
         assert abs(read - nbytes) <= 2 * 4 * 2**20
@@ -252,9 +258,8 @@ def _load_failing(root: str, nth: int, rank: int) -> None:
 
 @pytest.mark.parametrize("nth", [1, 3])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_read_fails_all_of_them(tmp_path: Path, nth: int, rank: int) -> None:
-    run(2, _save_big, str(tmp_path))
-    error = failure(2, _load_failing, str(tmp_path), nth, rank)
+def test_a_rank_that_cannot_read_fails_all_of_them(big: str, nth: int, rank: int) -> None:
+    error = failure(2, _load_failing, big, nth, rank)
     assert isinstance(error, StorageError)
     assert error.rank == rank
     assert "No space left" in str(error)

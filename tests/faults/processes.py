@@ -114,7 +114,15 @@ def alone(body: Callable[[], object], limit: float = 600.0) -> object:
     Raises:
         AssertionError: It failed, was killed or hung.
     """
-    child, place = fork(body)
+    return result(*fork(body), limit)
+
+
+def result(child: int, place: Path, limit: float = 600.0) -> object:
+    """What a child that `fork` started returns.
+
+    Raises:
+        AssertionError: It failed, was killed or hung.
+    """
     started = time.monotonic()
     while True:
         hung = time.monotonic() - started > limit

@@ -27,7 +27,7 @@ def refusals(rank: int, *, every: int = 1, changes: dict[str, object] | None = N
 
     Args:
         rank: Where.
-        every: Only every so-many-th operation.
+        every: Only every so-many-th operation; if not all of them, each kind with one error number.
         changes: Settings.
     """
     root = Path(tempfile.mkdtemp(dir=scratch()))
@@ -46,9 +46,7 @@ def refusals(rank: int, *, every: int = 1, changes: dict[str, object] | None = N
             count = len(tape.done) if me == rank else 0
             # Both ranks walk through the same list; its length is the faulty rank's.
             count = _told(mesh, count, rank)
-            points = [Fault("refuse", at, code=CODES[at % 3]) for at in range(0, count, every)]
-            points += [Fault("refuse", 0, kind, code) for kind in _KINDS for code in CODES]
-            for fault in points:
+            for fault in _faults(count, rank, every):
                 tape.fault, tape.count, tape.struck = (fault if me == rank else None), 0, ""
                 text = _attempt(engine, run, step + 1)
                 struck = tape.struck
@@ -84,6 +82,15 @@ def refusals(rank: int, *, every: int = 1, changes: dict[str, object] | None = N
         elif one != "saved" and (f"rank {rank}" not in one or not one.startswith("StorageError")):
             tally.failures.append(f"does not name rank {rank}: {one}")
     return tally
+
+
+def _faults(count: int, rank: int, every: int) -> list[Fault]:
+    """Faults at ``count`` operations, and at the first of each kind."""
+    found = [Fault("refuse", at, code=CODES[at % 3]) for at in range(0, count, every)]
+    for number, kind in enumerate(_KINDS):
+        codes = CODES if every == 1 else (CODES[(number + rank) % 3],)
+        found += [Fault("refuse", 0, kind, code) for code in codes]
+    return found
 
 
 def _attempt(engine: object, run: Run, step: int) -> str:

@@ -7,16 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.faults import bench
+from tests.support.ranks import fresh
 
 pytestmark = pytest.mark.timeout(900)
-BENCH = Path(__file__).with_name("bench.py")
-ROOT = BENCH.parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_short_bench_finds_no_exception() -> None:
-    done = subprocess.run([sys.executable, str(BENCH), "--short"], capture_output=True, text=True, timeout=880)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "crash points" in done.stdout
+def _short() -> None:
+    sys.exit(bench.main(["--short"]))
+
+
+def test_the_short_bench_finds_no_exception(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    code = fresh(_short, output=output, seconds=880)
+    text = output.read_text()
+    assert code == 0, text + output.with_name("output.err").read_text()
+    assert "crash points" in text
+    assert "a hung rank" in text
 
 
 @pytest.mark.slow

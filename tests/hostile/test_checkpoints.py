@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
 import pytest
+from tests.hostile import runner
 from tests.hostile.cases import all_cases
+from tests.support.ranks import fresh
 
 #: One process tries every case; on a loaded machine that takes its time.
 pytestmark = pytest.mark.timeout(900)
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @cache
 def lines() -> tuple[list[dict[str, object]], str]:
     """What the one process that tries every case printed, and what became of it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.runner"], capture_output=True, text=True, timeout=880, cwd=ROOT
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return found, "" if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-2000:]}"
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "output"
+        code = fresh(runner.main, output=output, seconds=880)
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+        errors = output.with_name("output.err").read_text()
+    return found, "" if code == 0 else f"exit {code}: {errors[-2000:]}"
 
 
 def results() -> tuple[dict[str, dict[str, object]], dict[str, object]]:

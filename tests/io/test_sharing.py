@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.io.test_reader import strided
 from tests.support.memory import MemoryStorage
@@ -69,6 +69,7 @@ def storages_of(case: Simulation) -> list[MemoryStorage]:
     return [MemoryStorage({FILE: bytearray(data)}) for _ in range(case.world)]
 
 
+@settings(max_examples=50)
 @given(simulations())
 def test_replicas_get_the_same_and_read_it_once(case: Simulation) -> None:
     found = load(case, storages_of(case), shares=True)
@@ -85,6 +86,7 @@ def test_replicas_get_the_same_and_read_it_once(case: Simulation) -> None:
     assert sum(reader.counts.passed for _, reader in found) >= held_bytes - len(data)
 
 
+@settings(max_examples=50)
 @given(simulations(), st.data())
 def test_a_rank_that_cannot_read_keeps_nobody_waiting(case: Simulation, data: st.DataObject) -> None:
     storages = storages_of(case)

@@ -13,10 +13,10 @@ from shardwise.config import CheckpointingConfig
 
 def model() -> nn.Module:
     """Three tensors; the first is large enough to be read in several pieces by several threads."""
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     net = nn.Module()
-    net.register_parameter("big", nn.Parameter(torch.randn(300, 200)))
-    net.register_parameter("small", nn.Parameter(torch.randn(7)))
+    net.register_parameter("big", nn.Parameter(torch.randn(300, 200, generator=generator)))
+    net.register_parameter("small", nn.Parameter(torch.randn(7, generator=generator)))
     net.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
     return net
 

@@ -8,6 +8,8 @@ killed, and the next test gets new processes.
 
     def test_it(tmp_path):
         assert run(2, save, str(tmp_path)) == [7, 7]
+
+`fresh` is for what needs a process of its own, and would else start an interpreter and import torch once more.
 """
 
 from __future__ import annotations
@@ -73,22 +75,10 @@ class Pool:
         return [found[rank] for rank in range(world)]
 
     def _start(self) -> None:
-        root = str(Path(__file__).parents[2])
-        paths = [os.path.join(root, "src"), root]
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context: ForkServerContext = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.worker"])
-        main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
-        try:
-            for _ in range(_LARGEST):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append((process, ours))
-        finally:
-            sys.modules["__main__"] = main
+        for _ in range(_LARGEST):
+            ours, theirs = multiprocessing.Pipe()
+            self._processes.append((_forked(serve, theirs), ours))
+            theirs.close()
 
     def close(self) -> None:
         """End the processes."""
@@ -98,6 +88,24 @@ class Pool:
         for process, _ in self._processes:
             process.join(10)
         self._processes = []
+
+
+def _forked(target: Callable[..., object], *args: object) -> ForkServerProcess:
+    """Start a process that has everything imported."""
+    root = str(Path(__file__).parents[2])
+    paths = [os.path.join(root, "src"), root]
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *(path for path in known if path and path not in paths)])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.worker"])
+    main, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+    try:
+        process = context.Process(target=target, args=args, daemon=True)
+        process.start()
+    finally:
+        sys.modules["__main__"] = main
+    return process
 
 
 _POOL = Pool()
@@ -128,6 +136,32 @@ def failure(world: int, function: Callable[..., object], *args: object, seconds:
     assert len({str(error) for error in errors}) == 1, f"the ranks disagree: {[str(e) for e in errors]}"
     assert len({type(error) for error in errors}) == 1, f"the ranks disagree: {[type(e) for e in errors]}"
     return errors[0]
+
+
+def fresh(function: Callable[..., object], *args: object, output: Path, seconds: float) -> int:
+    """Run ``function(*args)`` in a new process, which is all its own, and return the exit code.
+
+    Args:
+        function: A top-level function.
+        args: Its arguments.
+        output: Where what it prints goes; errors go to a file of this name and ``.err``.
+        seconds: It is killed after this time, which gives another exit code than 0.
+    """
+    process = _forked(_printing, output, function, args)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _printing(output: Path, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    for number, path in ((1, output), (2, output.with_name(output.name + ".err"))):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    function(*args)
+    sys.stdout.flush()
 
 
 def _report(what: str, found: dict[int, Outcome]) -> str:

@@ -6,6 +6,7 @@ The forkserver imports this module once, so that a rank has torch and shardwise 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import sys
 import traceback
@@ -27,6 +28,10 @@ from shardwise.errors import ShardwiseError
 
 #: A collective that waits longer than this has lost a peer; the parent gives up somewhat later.
 COLLECTIVE_SECONDS = 60.0
+
+# The collector need not go through what was just imported: that takes time, and in a forked rank a copy of each page.
+gc.collect()
+gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Tiny transformers models, spread over four ranks in every way that the engine promises to handle.
 
-What a rank ought to hold is never computed here: a model whose parameters have the wanted values is spread by torch,
-and its local tensors are the truth. The same is done for the optimizer's states, by a model whose parameters have
-their values.
+What a rank ought to hold is never computed here: a model whose elements are numbered is spread by torch, and the
+numbers in its local tensors say which elements of the whole model's weights and optimizer states the rank has.
 """
 
 from __future__ import annotations
@@ -80,6 +79,26 @@ def whole(family: str, kind: str) -> nn.Module:
         for name, tensor in model.state_dict(keep_vars=True).items():
             tensor.copy_(value(family, kind, name, tensor.shape))
     return model
+
+
+def numbered(family: str) -> nn.Module:
+    """The whole model, each element's value its place in `flat`."""
+    model = copy.deepcopy(_model(family))
+    begin = 0
+    with torch.no_grad():
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor.copy_(torch.arange(begin, begin + tensor.numel()).view(tensor.shape))
+            begin += tensor.numel()
+    return model
+
+
+@functools.cache
+def flat(family: str, kind: str) -> torch.Tensor:
+    """The values of one kind of all the model's elements, one after the other."""
+    state = _model(family).state_dict()
+    out = torch.cat([value(family, kind, name, tensor.shape).flatten() for name, tensor in state.items()])
+    assert out.numel() < 2**24, "float32 does not hold every number"
+    return out
 
 
 # --- ways of spreading a model ---------------------------------------------------------------------------------------
@@ -318,12 +337,12 @@ class Run:
     """A model and its optimizer on one topology, and what they ought to hold."""
 
     def __init__(self, family: str, topology: Topology) -> None:
-        self.truth: dict[str, Locals] = {}
-        for kind in ("weight", *STATES):
-            spread = topology(lambda kind=kind: whole(family, kind))  # type: ignore[misc]
-            self.truth[kind] = {name: local(t).clone() for name, t in named(spread.parts).items()}
-        self.spread = topology(lambda: whole(family, "weight"))
+        self.spread = topology(lambda: numbered(family))
         self.params = named(self.spread.parts)
+        places = {name: local(param).long() for name, param in self.params.items()}
+        self.truth: dict[str, Locals] = {
+            kind: {name: flat(family, kind)[place] for name, place in places.items()} for kind in ("weight", *STATES)
+        }
         self.reset()
 
     @property
@@ -338,17 +357,17 @@ class Run:
             local(param).fill_(-3.0)
 
     def fill(self) -> None:
-        """The right weights, and states as if seven steps had been taken."""
-        for param in self.params.values():
-            param.grad = torch.ones_like(param)
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        """The right weights, and states as if seven steps had been taken.
+
+        AdamW's own step would make the same entries, but a first one takes seconds to find out how each operation
+        works on tensors that are spread so.
+        """
         for name, param in self.params.items():
             local(param).copy_(self.truth["weight"][name])
             state = self.optimizer.state[param]  # type: ignore[union-attr]
-            state["step"].fill_(7.0)
+            state["step"] = torch.tensor(7.0)
             for kind in STATES:
+                state[kind] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 local(state[kind]).copy_(self.truth[kind][name])
 
     def check(self) -> None:

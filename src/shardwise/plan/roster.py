@@ -235,5 +235,5 @@ def _collision(spec: TensorSpec, stage: int, known: TensorSpec, known_stage: int
         what,
         tensor=spec.name,
         hint="Give each stage's modules the names that they have in the whole model; a last stage has its copy of a "
-        "tied embedding as the head alone.",
+        "tied embedding as the head alone (model.model.embed_tokens = torch.nn.Identity()).",
     )

@@ -21,6 +21,7 @@ from shardwise.checkpointing.adapters import AdapterSave, load_adapter
 from shardwise.checkpointing.arguments import check_same_call, check_same_settings, check_together, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
+from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
@@ -94,7 +95,8 @@ class ComponentCheckpointer:
         if not self.config.enabled or self._skip():
             return
         check_together(context.group, model)
-        check_same_call("model", {"is_final_checkpoint=True": is_final_checkpoint}, context.group)
+        given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
+        check_same_call("model", given, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         target.reserve()
         try:

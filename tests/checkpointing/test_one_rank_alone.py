@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
+import pytest
 import torch
 import torch.distributed as dist
-from tests.support.ranks import failure
+from peft import LoraConfig
+from tests.addons.peft_own_models import HIDDEN, INNER, OwnConfig, dense
+from tests.addons.test_peft_hf import LINEAR, adapted
+from tests.support.ranks import failure, run
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
-from shardwise.errors import CheckpointNotFoundError, MisuseError, RemoteError
+from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
 from shardwise.io.sources import open_source
 
 
@@ -92,3 +96,80 @@ def test_a_model_that_cannot_be_looked_at_for_quantization(tmp_path: Path) -> No
     error = failure(2, write_metadata, tmp_path)
     assert isinstance(error, RemoteError)
     assert (error.rank, error.message) == (1, "RuntimeError: no list of modules")
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapted_stage(names: list[str]) -> nn.Module:
+    model = adapted("llama", {"target_modules": LINEAR})
+    for name in names:
+        model.add_adapter(name, LoraConfig(r=2, target_modules=LINEAR, task_type="CAUSAL_LM"))  # type: ignore[operator]
+    holder = model.base_model.model.model
+    holder.layers = nn.ModuleDict({str(dist.get_rank()): holder.layers[dist.get_rank()]})
+    if dist.get_rank() == 1:
+        del holder.embed_tokens
+    return model
+
+
+def save_adapters(root: Path, names: list[list[str]]) -> None:
+    model = adapted_stage(names[dist.get_rank()])
+    with engine(root, is_peft=True) as checkpointer:
+        path = checkpointer.save(0, 1, model)
+        before = {name: param.detach().clone() for name, param in model.named_parameters() if "lora_" in name}
+        for name, param in model.named_parameters():
+            if name in before:
+                param.detach().fill_(9)
+        assert path is not None
+        checkpointer.load_model(model, path / "model")
+        assert all(torch.equal(param, before.get(name, param)) for name, param in model.named_parameters())
+
+
+def test_an_adapter_that_one_stage_alone_has(tmp_path: Path) -> None:
+    error = failure(2, save_adapters, tmp_path, [[], ["more"]])
+    assert isinstance(error, AdapterError)
+    assert "rank 0 has the adapters ['default'] and rank 1 has ['default', 'more']" in str(error)
+
+
+def test_adapters_that_stages_were_given_in_different_orders(tmp_path: Path) -> None:
+    run(2, save_adapters, tmp_path, [["a", "b"], ["b", "a"]])
+    assert len(list(tmp_path.glob("run/epoch_0_step_1/model/**/adapter_model.safetensors"))) == 3
+
+
+def own_stage() -> nn.Module:
+    """A stage with adapters in combined projections, of which the second has them in fewer places."""
+    model = dense(OwnConfig())
+    layer = model.model.layers[dist.get_rank()]
+    if dist.get_rank() == 1:
+        layer.mlp.gate_up_proj = nn.Linear(HIDDEN, 2 * INNER, bias=False).requires_grad_(False)
+    model.model.layers = nn.ModuleDict({str(dist.get_rank()): layer})
+    return model
+
+
+def save_own_adapter(root: Path, odd: str) -> None:
+    model = own_stage()
+    factor = model.model.layers[str(dist.get_rank())].mlp.down_proj.lora_B
+    sparse = nn.Parameter(torch.ones_like(factor.weight).to_sparse())
+    with engine(root, is_peft=True) as checkpointer:
+        if odd == "save" and dist.get_rank() == 1:
+            factor.weight = sparse
+        path = checkpointer.save(0, 1, model, peft_config=OwnConfig())
+        before = factor.weight.detach().clone()
+        factor.weight.detach().fill_(9)
+        if odd == "load" and dist.get_rank() == 1:
+            factor.weight = sparse
+        assert path is not None
+        checkpointer.load_model(model, path / "model")
+        assert torch.equal(factor.weight, before)
+
+
+def test_stages_whose_combined_projections_differ(tmp_path: Path) -> None:
+    run(2, save_own_adapter, tmp_path, "")
+
+
+@pytest.mark.parametrize("when", ["save", "load"])
+def test_a_factor_of_one_stage_that_cannot_be_described(tmp_path: Path, when: str) -> None:
+    error = failure(2, save_own_adapter, tmp_path, when)
+    assert isinstance(error, MisuseError)
+    assert error.rank == 1
+    assert "sparse" in str(error)

@@ -27,7 +27,7 @@ from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import ComputedPlan, declared, load_computed
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
+from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_tensors
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
@@ -358,15 +358,8 @@ def _opened(
     source = untied(source, everyone, group, context.storage)
     # What is computed is read apart, and by the ranks of its stage alone.
     apart = [spec.name for held in hub.groups for spec in held.computed.hub]
-    ignored = _any_rank([*vain, *apart], source, group)
-    return source, hub, replace(options, exact=exact, ignored=ignored)
-
-
-def _any_rank(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
-    """The names of the source that one rank at least lists. All ranks call; what travels is a number for each name."""
-    mine, names = frozenset(own), sorted(source.tensors)
-    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is wanted otherwise")
-    return frozenset(name for name, count in zip(names, counts, strict=True) if count)
+    ignored = listed_anywhere([*vain, *apart], source, group)
+    return source, hub, replace(options, exact=notes.exact, ignored=ignored)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

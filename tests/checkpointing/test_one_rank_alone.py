@@ -173,3 +173,44 @@ def test_a_factor_of_one_stage_that_cannot_be_described(tmp_path: Path, when: st
     assert isinstance(error, MisuseError)
     assert error.rank == 1
     assert "sparse" in str(error)
+
+
+# --- tensors that one rank alone cannot describe or plan ------------------------------------------------------------
+
+
+def with_odd_state() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer, whose state holds something sparse on rank 1."""
+    model = Stage()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if dist.get_rank() == 1:
+        optimizer.state[next(model.parameters())]["odd"] = torch.ones(3, 4).to_sparse()
+    return model, optimizer
+
+
+def save_odd_state(root: Path) -> None:
+    engine(root).save(0, 1, *with_odd_state())
+
+
+def test_an_optimizer_whose_state_cannot_be_described(tmp_path: Path) -> None:
+    error = failure(2, save_odd_state, tmp_path)
+    assert (type(error), error.rank) == (MisuseError, 1)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+class Reserved(nn.Module):
+    """Has a tensor on rank 1 that no file can hold under its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("__metadata__" if dist.get_rank() == 1 else "fine", nn.Parameter(torch.ones(3)))
+
+
+def save_reserved(root: Path, mode: str) -> None:
+    engine(root, save_consolidated=mode).save(0, 1, Reserved())
+
+
+@pytest.mark.parametrize("mode", ["every", "false"])
+def test_a_name_that_one_stage_cannot_write(tmp_path: Path, mode: str) -> None:
+    error = failure(2, save_reserved, tmp_path, mode)
+    assert isinstance(error, MisuseError)
+    assert "__metadata__" in str(error)

@@ -41,7 +41,7 @@ from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import undeclared_names
 from shardwise.types import TensorSpec
@@ -155,11 +155,14 @@ class ModelSave:
         directory = self._directory / CONSOLIDATED_DIR
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options = self._options()
-        known = context.model_plan.get(
-            [*own.export, roster, *computed.groups],
-            (options, copies),
-            lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
-        )
+        known: ExportPlan | None = None
+        with context.group.together("planning the export"):
+            known = context.model_plan.get(
+                [*own.export, roster, *computed.groups],
+                (options, copies),
+                lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
+            )
+        assert known is not None
         placed, exact = replace(known, directory=directory), _uncomputed(own.exact, hub.groups)
         return _Planned(placed, roster, recasts, tuple(proof.passed), exact, hub.unwritten)
 
@@ -259,7 +262,9 @@ class ModelSave:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        files = plan_shards(held, roster, context.group.rank, index)
+        files: tuple[ShardFile, ...] = ()
+        with context.group.together("planning the shards"):
+            files = plan_shards(held, roster, context.group.rank, index)
         if not roster.specs and context.group.is_main:
             files = (without_tensors(),)
         plan = ShardPlan(self._directory, component, roster, files)

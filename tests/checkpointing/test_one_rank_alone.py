@@ -17,6 +17,10 @@ from torch import nn
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
+from shardwise.engine.background import Background
+from shardwise.engine.jobs import SaveJob
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
 from shardwise.io.sources import open_source
 
@@ -214,3 +218,43 @@ def test_a_name_that_one_stage_cannot_write(tmp_path: Path, mode: str) -> None:
     error = failure(2, save_reserved, tmp_path, mode)
     assert isinstance(error, MisuseError)
     assert "__metadata__" in str(error)
+
+
+# --- saves in the background ----------------------------------------------------------------------------------------
+
+
+def restore_with_odd_state(root: Path) -> None:
+    """There is nothing to restore, but memory to be made for later saves."""
+    engine(root, is_async=True).restore(*with_odd_state())
+
+
+def test_memory_for_later_saves_that_one_rank_cannot_make(tmp_path: Path) -> None:
+    error = failure(2, restore_with_odd_state, tmp_path)
+    assert (type(error), error.rank) == (MisuseError, 1)
+
+
+class Unfinished(Stager):
+    """Its copying fails, as that of a GPU that is lost."""
+
+    def wait(self) -> None:
+        raise RuntimeError("the device is lost")
+
+
+def write_uncopied() -> list[str]:
+    background = Background(Group.dedicated(None, 15))
+    if dist.get_rank() == 1:
+        background.stager = Unfinished()
+    seen: list[str] = []
+
+    def step(group: Group) -> ComponentRecord:
+        seen.append("written")
+        return ComponentRecord()
+
+    background.submit(SaveJob("saving", (step,), lambda group, record: None, lambda group: seen.append("abandoned")))
+    with pytest.raises(RemoteError, match="the device is lost"):
+        background.wait()
+    return seen
+
+
+def test_a_copy_that_fails_on_one_rank(tmp_path: Path) -> None:
+    assert run(2, write_uncopied) == [["abandoned"], ["abandoned"]]

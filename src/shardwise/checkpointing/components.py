@@ -229,17 +229,19 @@ class ComponentCheckpointer:
     # --- background -------------------------------------------------------------------------------------------------
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
-        """Make the staging memory of asynchronous saves ahead of the first one. Local; each rank may call.
+        """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
         `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
         make room for yet: call this after the first step to keep the first save as short as the later ones.
         """
-        stager = self._context.stager
+        context = self._context
+        stager = context.stager
         if stager is None or self.config.is_peft:
             return
-        stager.allocate("model", self._context.names.capture(ModelState(model)).held)
-        if optimizer is not None:
-            stager.allocate("optim", OptimizerState(optimizer, model).held())
+        with context.group.together("making room for asynchronous saves"):
+            stager.allocate("model", context.names.capture(ModelState(model)).held)
+            if optimizer is not None:
+                stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""

@@ -131,7 +131,7 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._context
         check_together(context.group, model)
-        given = {"is_init_step=True": is_init_step, "key_mapping": bool(key_mapping)}
+        given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
         check_same_call("model", given, context.group)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
@@ -223,7 +223,10 @@ class ComponentCheckpointer:
             TensorError: Model and base do not fit.
             QuantizationError: The base is quantized in a way that cannot be undone.
         """
-        basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
+        context = self._context
+        check_together(context.group, model)
+        check_same_call("model", {"load_base_model=True": load_base_model}, context.group)
+        basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Unpack
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
+from safetensors.torch import save_file
 from tests.addons.peft_own_models import HIDDEN, INNER, OwnConfig, dense
 from tests.addons.test_peft_hf import LINEAR, adapted
 from tests.support.ranks import failure, run
@@ -258,3 +260,44 @@ def write_uncopied() -> list[str]:
 
 def test_a_copy_that_fails_on_one_rank(tmp_path: Path) -> None:
     assert run(2, write_uncopied) == [["abandoned"], ["abandoned"]]
+
+
+# --- base models and what was noted beside a model ------------------------------------------------------------------
+
+
+def tensors(**more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The files' tensors of both stages."""
+    return {f"layers.{n}.{k}": torch.ones(s) for n in (0, 1) for k, s in (("weight", (3, 4)), ("bias", (3,)))} | more
+
+
+def own_copy(root: Path, files: dict[str, torch.Tensor], note: str, text: str) -> Path:
+    """A copy of the files for each rank's machine; the note is beside that of rank 0 alone."""
+    directory = root / f"machine-{dist.get_rank()}"
+    directory.mkdir()
+    save_file(files, directory / "model.safetensors")
+    if dist.get_rank() == 0:
+        (directory / note).parent.mkdir(exist_ok=True)
+        (directory / note).write_text(text)
+    return directory
+
+
+def load_with_note(root: Path) -> None:
+    path = own_copy(root, tensors(more=torch.ones(2)), ".hf_metadata/passed_through.json", '["more"]')
+    engine(root).load_model(Stage(), path)
+
+
+def test_a_note_that_rank_0_alone_can_see(tmp_path: Path) -> None:
+    run(2, load_with_note, tmp_path)
+
+
+def load_quantized(root: Path) -> bool:
+    blocks = {"z_blocks": torch.ones(2, 2, 16, dtype=torch.uint8), "z_scales": torch.ones(2, 2, dtype=torch.uint8)}
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    path = own_copy(root, tensors(**blocks), "config.json", json.dumps(config))
+    model = Stage()
+    engine(root).load_model(model, path, is_init_step=True)
+    return all(bool((param == 1).all()) for param in model.parameters())
+
+
+def test_a_base_config_that_rank_0_alone_can_see(tmp_path: Path) -> None:
+    assert run(2, load_quantized, tmp_path) == [True, True]

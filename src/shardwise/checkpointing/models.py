@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recasts
+from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
@@ -32,11 +33,10 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
-from shardwise.errors import StateFormatError
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.sources import Source, open_source
-from shardwise.io.statefiles import read_file, write_plain
+from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
@@ -336,7 +336,7 @@ def _opened(
     """What there is to load, what this rank holds of the model, and what may differ between the two."""
     group = context.group
     source = open_source(path, group)
-    exact: dict[str, str] = {}
+    notes = read_notes(path, group)
     ties: dict[str, str] = {}
     vain: list[str] = []
     hub: HubState | None = None
@@ -350,11 +350,8 @@ def _opened(
         hub = hub.once
     assert hub is not None
     aliased = with_aliases(source, hub, key_mapping, group)
-    source = aliased.source
     with group.together("matching the model's names with the checkpoint's"):
-        exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
-        exact |= {alias: exact[name] for alias, name in aliased.kept.items() if name in exact}
-        source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
+        source = aliased.source.without(notes.passed)
         hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
@@ -364,7 +361,8 @@ def _opened(
     # What is computed is read apart, and by the ranks of its stage alone.
     apart = [spec.name for held in hub.groups for spec in held.computed.hub]
     ignored = listed_anywhere([*vain, *apart], source, group)
-    return source, hub, replace(options, exact=notes.exact, ignored=ignored)
+    kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
+    return source, hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
@@ -389,22 +387,3 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; one whose names are the same either way has no say.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
-
-
-_Remark = TypeVar("_Remark", dict[str, str], list[str])
-
-
-def _remark(path: Path, name: str, absent: _Remark) -> _Remark:
-    """What a save noted beside the model under ``name``; ``absent`` for others' checkpoints."""
-    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(read_file(file))
-        except ValueError as error:
-            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
-        if not isinstance(found, type(absent)):
-            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
-        return found
-    return absent

@@ -301,3 +301,21 @@ def load_quantized(root: Path) -> bool:
 
 def test_a_base_config_that_rank_0_alone_can_see(tmp_path: Path) -> None:
     assert run(2, load_quantized, tmp_path) == [True, True]
+
+
+class Knowing(Stage):
+    """A pattern of the class is no regular expression, which is noticed when rank 0 tells what it has loaded."""
+
+    _keys_to_ignore_on_load_unexpected = ("(",)
+
+
+def load_and_tell(root: Path) -> None:
+    path = own_copy(root, tensors(more=torch.ones(2)), "config.json", "{}")
+    model = Knowing() if dist.get_rank() == 0 else Stage()
+    engine(root).load_model(model, path, is_init_step=True)
+
+
+def test_what_rank_0_cannot_tell(tmp_path: Path) -> None:
+    error = failure(2, load_and_tell, tmp_path)
+    assert isinstance(error, RemoteError)
+    assert error.rank == 0

@@ -185,17 +185,17 @@ def fill_from_base(
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
             second.copy_(first)
+    with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
         own = [part for part in parts if find_sites(part)]
         if before is not None and own:
             initialise_magnitudes(own)
-    if group.is_main:
-        own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
-        _tell(report, parts, own_names)
+    with group.together("telling what was loaded"):
+        if group.is_main:
+            own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
+            _tell(report, parts, own_names)
     return report
 
 
-def _matched(
-    context: Context,
 def _agreed_config(path: Path, group: Group) -> dict[str, object]:
     """The base's config as rank 0 finds it, since it decides which tensors there are. All ranks call."""
     told: JsonValue = None
@@ -205,6 +205,8 @@ def _agreed_config(path: Path, group: Group) -> dict[str, object]:
     return cast(dict[str, object], group.broadcast_json(told, 0, "telling the base model's config"))
 
 
+def _matched(
+    context: Context,
     parts: Sequence[nn.Module],
     source: BaseSource,
     config: Mapping[str, object],

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.addons.peft_own_models import HIDDEN, INNER, OwnConfig, dense
 from tests.addons.test_peft_hf import LINEAR, adapted
+from tests.engine.test_merge_computed import Negated
 from tests.support.ranks import failure, run
 from torch import nn
 
@@ -319,3 +320,32 @@ def test_what_rank_0_cannot_tell(tmp_path: Path) -> None:
     error = failure(2, load_and_tell, tmp_path)
     assert isinstance(error, RemoteError)
     assert error.rank == 0
+
+
+# --- what some ranks compute together -------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A layer that both ranks have, and on rank 0 one that is its own; both have to be computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if dist.get_rank() == 0:
+            self.apart = nn.Linear(4, 6)
+        torch.manual_seed(0)
+        self.same = nn.Linear(4, 6)
+        self.state_dict_adapter = Negated()
+
+
+def save_shared(root: Path) -> None:
+    config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every", collective_timeout_seconds=15)
+    with config.build(dp_rank=dist.get_rank(), tp_rank=0, pp_rank=0) as checkpointer:
+        path = checkpointer.save(0, 1, model := Shared())
+    assert path is not None
+    saved = load_file(path / "model" / "consolidated" / "model.safetensors")
+    found = torch.cat([saved["hub.same.weight.left"], saved["hub.same.weight.right"]], 1)
+    assert torch.equal(found, -model.same.weight)
+
+
+def test_a_layer_to_be_computed_that_one_rank_has_others_before(tmp_path: Path) -> None:
+    run(2, save_shared, tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
@@ -52,7 +53,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
     failure: Exception | None = None
     if plan.roster is None:
         return None
-    for number, held in enumerate(plan.groups):
+    # In one order and by one owner for all who hold a group, whatever other groups they hold.
+    for held in sorted(plan.groups, key=_name):
         members = sorted(
             {
                 rank
@@ -61,7 +63,7 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
                 for rank in plan.roster.shard_set(tensor.spec.name, part.part).members
             }
         )
-        owner = members[number % len(members)]
+        owner = members[crc32(_name(held).encode()) % len(members)]
         whole = {t.spec.name: gather(t, plan.roster, group, owner) for t in held.natives}
         if group.rank != owner or failure is not None:
             continue
@@ -72,6 +74,11 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
     return failure
+
+
+def _name(held: HeldGroup) -> str:
+    """What tells a group from others, on every rank alike."""
+    return held.computed.natives[0].name
 
 
 def _write_group(

@@ -23,9 +23,11 @@ from shardwise.comm import Group
 from shardwise.engine.background import Background
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
 from shardwise.io.sources import open_source
+from shardwise.stateful_wrappers import ModelState
 
 
 class Stage(nn.Module):
@@ -349,3 +351,17 @@ def save_shared(root: Path) -> None:
 
 def test_a_layer_to_be_computed_that_one_rank_has_others_before(tmp_path: Path) -> None:
     run(2, save_shared, tmp_path)
+
+
+def describe() -> list[str]:
+    """Rank 0 gets another model; describing rank 1's fails once, while rank 0's is known from then on."""
+    keeper = RosterKeeper(Group.dedicated(None, 15), dist.get_rank())
+    first, second = ModelState(Stage()).held(), ModelState(nn.Linear(2, 2)).held()
+    keeper.roster(first)
+    with pytest.raises(RemoteError):
+        keeper.roster(second if dist.get_rank() == 0 else [None])  # type: ignore[list-item]
+    return [spec.name for spec in keeper.roster(second if dist.get_rank() == 0 else first).specs]
+
+
+def test_what_was_agreed_on_before_a_failure_is_not_taken_for_now() -> None:
+    assert run(2, describe) == [["weight", "bias", "layers.1.weight", "layers.1.bias"]] * 2

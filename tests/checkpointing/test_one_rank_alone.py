@@ -365,3 +365,22 @@ def describe() -> list[str]:
 
 def test_what_was_agreed_on_before_a_failure_is_not_taken_for_now() -> None:
     assert run(2, describe) == [["weight", "bias", "layers.1.weight", "layers.1.bias"]] * 2
+
+
+class Carrying(Stage):
+    """Knows of a tensor in its base model that it does not load."""
+
+    _keys_to_ignore_on_load_unexpected = ("more",)
+
+
+def save_carrying(root: Path) -> None:
+    path = own_copy(root, tensors(more=torch.ones(2)), "config.json", '{"architectures": ["Carrying"]}')
+    settings = {"save_consolidated": "every", "model_repo_id": str(path), "pass_through_unloaded": True}
+    found = engine(root, **settings).save(0, 1, Carrying())
+    assert found is not None
+    saved = load_file(found / "model" / "consolidated" / "model.safetensors")
+    assert saved.keys() == tensors(more=torch.ones(2)).keys()
+
+
+def test_a_base_config_that_says_on_rank_0_alone_what_is_carried_over(tmp_path: Path) -> None:
+    run(2, save_carrying, tmp_path)

@@ -18,7 +18,7 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
-from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
+from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recasts
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
@@ -148,9 +148,8 @@ class ModelSave:
         own = context.recasts.recast(held, base)
         recasts = context.recasts.together(own) if self.base is not None else Recasts({}, False)
         roster = context.model_roster.roster(own.export)
-        proof = self._prove(roster.specs, hub.absent)
-        assert self.base is not None or not proof.passed
-        passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
+        names = self._prove(roster.specs, hub.absent)
+        passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
         computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
         directory = self._directory / CONSOLIDATED_DIR
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
@@ -164,7 +163,7 @@ class ModelSave:
             )
         assert known is not None
         placed, exact = replace(known, directory=directory), _uncomputed(own.exact, hub.groups)
-        return _Planned(placed, roster, recasts, tuple(proof.passed), exact, hub.unwritten)
+        return _Planned(placed, roster, recasts, names, exact, hub.unwritten)
 
     def _described(self) -> HubState:
         hub: HubState | None = None
@@ -193,18 +192,23 @@ class ModelSave:
             threads=self._context.writing_threads,
         )
 
-    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> Proof:
-        """Compare what will be written with the base model; all ranks call and come to the same."""
-        proof = Proof()
+    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> list[str]:
+        """Compare what will be written with the base model; returns the names of what is carried over.
+
+        All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
+        """
         if self.base is None:
-            return proof
+            return []
         config, group = self._context.config, self._context.group
         promise = promise_of(self.state.model, absent, group)
+        passed: JsonValue = None
         with group.together("comparing the export with the base model"):
-            proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export:
-                require(proof, self.base.directory)
-        return proof
+            if group.is_main:
+                proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
+                if config.verify_export:
+                    require(proof, self.base.directory)
+                passed = list(proof.passed)
+        return cast(list[str], group.broadcast_json(passed, 0, "telling what is carried over"))
 
     def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
         read_back(plan, group)

@@ -16,11 +16,14 @@ from tests.addons.test_peft_hf import LINEAR, adapted
 from tests.engine.test_merge_computed import Negated
 from tests.support.ranks import failure, run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
 from shardwise.engine.background import Background
+from shardwise.engine.computed import gather
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
@@ -28,6 +31,7 @@ from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
 from shardwise.io.sources import open_source
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 
 class Stage(nn.Module):
@@ -384,3 +388,32 @@ def save_carrying(root: Path) -> None:
 
 def test_a_base_config_that_says_on_rank_0_alone_what_is_carried_over(tmp_path: Path) -> None:
     run(2, save_carrying, tmp_path)
+
+
+class Lost(torch.Tensor):
+    """Memory of a device that is lost."""
+
+    def detach(self) -> torch.Tensor:
+        raise RuntimeError("the device is lost")
+
+
+def gather_lost() -> None:
+    group = Group.dedicated(None, 15)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = distribute_tensor(torch.arange(12.0).reshape(6, 2), mesh, [Shard(0)])
+    (held,) = held_tensors([("matrix", spread)], MeshRegister())
+    roster = RosterKeeper(group).roster([held])
+    whole = gather(held, roster, group, 0)
+    assert whole is None or torch.equal(whole, torch.arange(12.0).reshape(6, 2))
+    assert (whole is None) == (group.rank != 0)
+    if group.rank == 1:
+        part, (fragment,) = held.parts[0], held.fragments
+        fragment = fragment._replace(data=fragment.data.as_subclass(Lost))
+        held = held._replace(parts=(part._replace(fragments=(fragment,)),))
+    with group.together("gathering"):
+        assert gather(held, roster, group, 0) is None
+
+
+def test_a_holder_of_what_is_computed_that_cannot_read_its_memory() -> None:
+    error = failure(3, gather_lost)
+    assert (error.rank, error.message) == (1, "RuntimeError: the device is lost")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -29,7 +30,11 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
+from shardwise.io.exchange import exchange_rows
 from shardwise.io.sources import open_source
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.layout import lay_out
+from shardwise.plan.schedule import Run, schedule
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
@@ -397,6 +402,15 @@ class Lost(torch.Tensor):
         raise RuntimeError("the device is lost")
 
 
+def without_device(held: HeldTensor, group: Group) -> HeldTensor:
+    """What rank 1 has of a tensor has become unreadable."""
+    if group.rank != 1:
+        return held
+    part, (fragment,) = held.parts[0], held.fragments
+    lost = fragment._replace(data=fragment.data.as_subclass(Lost))
+    return held._replace(parts=(part._replace(fragments=(lost,)),))
+
+
 def gather_lost() -> None:
     group = Group.dedicated(None, 15)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -406,14 +420,33 @@ def gather_lost() -> None:
     whole = gather(held, roster, group, 0)
     assert whole is None or torch.equal(whole, torch.arange(12.0).reshape(6, 2))
     assert (whole is None) == (group.rank != 0)
-    if group.rank == 1:
-        part, (fragment,) = held.parts[0], held.fragments
-        fragment = fragment._replace(data=fragment.data.as_subclass(Lost))
-        held = held._replace(parts=(part._replace(fragments=(fragment,)),))
     with group.together("gathering"):
-        assert gather(held, roster, group, 0) is None
+        assert gather(without_device(held, group), roster, group, 0) is None
 
 
 def test_a_holder_of_what_is_computed_that_cannot_read_its_memory() -> None:
     error = failure(3, gather_lost)
+    assert (error.rank, error.message) == (1, "RuntimeError: the device is lost")
+
+
+def exchange_lost() -> int:
+    group = Group.dedicated(None, 15)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = distribute_tensor(torch.arange(1200.0).reshape(200, 6), mesh, [Shard(1)])
+    (held,) = held_tensors([("columns", spread)], MeshRegister())
+    roster = RosterKeeper(group).roster([held])
+    layout = lay_out(roster.specs)
+    exchanges = [replace(e, rows_per_round=30) for e in schedule([held], layout, roster, group.rank).exchanges]
+    written: list[Run] = []
+    assert exchange_rows(exchanges, [held], layout, group, written.append) is None
+    assert len(written) == 3
+    with group.together("exchanging"):
+        failed = exchange_rows(exchanges, [without_device(held, group)], layout, group, written.append)
+        if failed is not None:
+            raise failed
+    return len(written)
+
+
+def test_a_holder_of_columns_that_cannot_read_its_memory() -> None:
+    error = failure(3, exchange_lost)
     assert (error.rank, error.message) == (1, "RuntimeError: the device is lost")

@@ -144,6 +144,8 @@ def load_otherwise(root: Path, what: str) -> object:
         if what in ("base", "mapping"):
             mapping = {"weight": "weight"} if odd and what == "mapping" else None
             checkpointer.load_model(model, path / "model", is_init_step=odd and what == "base", key_mapping=mapping)
+        if what == "only":
+            checkpointer.load_base_model(model, "cpu", None, str(path / "model"), load_base_model=odd)
         level: dict[str, object] = {"digests": "digests", "level": "bytes"} if odd else {}
         checkpointer.restore(
             model,
@@ -163,7 +165,8 @@ def load_otherwise(root: Path, what: str) -> object:
         ("level", "verify is 'bytes'"),
         ("final", "is_final_checkpoint=True was passed on rank 1 and not on rank 0"),
         ("base", "is_init_step=True was passed on rank 1 and not on rank 0"),
-        ("mapping", "key_mapping was passed on rank 1 and not on rank 0"),
+        ("only", "load_base_model=True was passed on rank 1 and not on rank 0"),
+        ("mapping", "key_mapping={'weight': 'weight'} was passed on rank 1 and not on rank 0"),
     ],
 )
 def test_ranks_that_load_different_things(tmp_path: Path, what: str, text: str) -> None:

@@ -76,8 +76,8 @@ class CheckpointAddon(Protocol):
     2. `post_save`, when every byte of the weights is durable and before the checkpoint is published. In asynchronous
        mode the model may have moved on by then, so this hook must not read it.
 
-    An addon writes on rank 0 of the group, inside ``group.together(...)``, so that all ranks leave together and a
-    failure of one is raised on all.
+    Every rank has the same addons, in the same order. An addon writes on rank 0 of the group, inside
+    ``group.together(...)``, so that all ranks leave together and a failure of one is raised on all.
     """
 
     def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:

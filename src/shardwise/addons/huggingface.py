@@ -77,7 +77,12 @@ class ConsolidatedHFAddon:
         if directory is None:
             return
         # Pipeline stages differ: one quantized stage anywhere keeps the entry.
-        quantized = group.any(any(has_quantized_parameters(unwrap(part)) for part in parts), "looking for quantization")
+        quantized, failure = False, None
+        try:
+            quantized = any(has_quantized_parameters(unwrap(part)) for part in parts)
+        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+            failure = error
+        quantized = group.agree(failure, "looking for quantization", quantized)
         with group.together("writing the Hugging Face metadata"):
             if group.rank == 0:
                 _write_metadata(Path(directory), parts, quantized, kwargs)

@@ -53,7 +53,8 @@ def capture_adapter(
     """
     if is_peft_adapted(parts, peft_config):
         configs = adapter_configs(parts, peft_config)
-        wanted = list(configs) if adapter_name is None else [adapter_name]
+        # In an order of all ranks': stages may have been given their adapters in different ones.
+        wanted = sorted(configs) if adapter_name is None else [adapter_name]
         files = []
         for name in wanted:
             found = [

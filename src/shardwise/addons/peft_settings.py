@@ -59,16 +59,15 @@ def adapter_settings(
 def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
     if not is_peft_adapted(parts, peft_config):
         return {"own": own_settings(parts, peft_config, v4_compatible).to_json()}
-    if not v4_compatible:
-        return {"experts": {}}
+    names = sorted(adapter_configs(parts, peft_config))
     found: dict[str, JsonValue] = {}
-    for name in adapter_configs(parts, peft_config):
+    for name in names if v4_compatible else ():
         rows: list[JsonValue] = []
         for target in expert_targets(parts, name):
             values = dataclasses.asdict(target)
             rows.append({**values, "projections": list(target.projections)})
         found[name] = rows
-    return {"experts": found}
+    return {"experts": found, "adapters": cast(JsonValue, names)}
 
 
 def _merged(
@@ -91,6 +90,13 @@ def _merged(
             )
         settings = OwnSettings.union([row["own"] for row in rows])
         return {"default": own_config(parts, peft_config, settings, original_model_path)}
+    for rank, row in enumerate(rows):
+        if row["adapters"] != rows[0]["adapters"]:
+            # Each is a file of its own, which the ranks write and read one after the other.
+            raise AdapterError(
+                f"rank 0 has the adapters {rows[0]['adapters']} and rank {rank} has {row['adapters']}",
+                hint="Give every pipeline stage the same adapters: to one without layers for them, their peft_config.",
+            )
     out: dict[str, Settings] = {}
     for name, config in adapter_configs(parts, peft_config).items():
         saved = config_as_saved(described_part(parts), config)

@@ -19,13 +19,14 @@ from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.export import ExportOptions, plan_export, write_export
+from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.engine.load import LoadOptions, listed_anywhere, load_tensors
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.errors import AdapterError
 from shardwise.io.sources import open_source
+from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
@@ -83,13 +84,19 @@ class AdapterSave:
         inventories = _inventories(group, captured)
         steps: list[Step] = []
         for file in captured.files:
-            own = hold_adapter(file.entries, MeshRegister())
-            held = context.staged(f"adapter/{file.adapter_name}", own)
+            held: list[HeldTensor] = []
+            with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
+                own = hold_adapter(file.entries, MeshRegister())
+                held = context.staged(f"adapter/{file.adapter_name}", own)
             roster = RosterKeeper(group, context.stage).roster(held)
+            plan: ExportPlan | None = None
             with group.together(f"checking the adapter {file.adapter_name}"):
                 check_adapter(roster.specs, settings[file.adapter_name], inventories, captured.layers)
-            options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component="adapter", index=False)
-            plan = plan_export(held, roster, group, self._directory / file.directory, options)
+                # The manifest lists a tensor once in a component, and adapters have the same names.
+                component = "adapter" if not file.directory else f"adapter.{file.adapter_name}"
+                options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component=component, index=False)
+                plan = plan_export(held, roster, group, self._directory / file.directory, options)
+            assert plan is not None
             prefix = file.directory
             steps.append(lambda g, p=plan, d=prefix: write_export(p, g, context.storage).below(d))  # type: ignore[misc]
         return [*steps, self._after]
@@ -149,11 +156,14 @@ def load_adapter(
         for name, settings in saved.items():
             _refuse_other_meaning(name, differing_settings(settings, own[name]), path)
     for file in captured.files:
-        # Entries that share memory are equal in the file, as was checked; one of them is enough.
-        held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
+        held: tuple[HeldTensor, ...] = ()
+        with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
+            # Entries that share memory are equal in the file, as was checked; one of them is enough.
+            held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
+        source = open_source(path / file.path, group)
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
-        source = open_source(path / file.path, group).without(aliases)
-        options = LoadOptions(threads=context.threads, sharing=context.sharing)
+        ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
+        options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
         load_tensors(held, source, group, context.storage, options)
 
 

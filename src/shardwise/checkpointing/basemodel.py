@@ -31,7 +31,7 @@ from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.load_base import (
     BaseLoadReport,
     BaseOptions,
@@ -165,9 +165,7 @@ def fill_from_base(
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
     """
     group, config = context.group, context.config
-    told: dict[str, object] = {}
-    with group.together("reading the base model's config"):
-        told = base_config(path)
+    told = _agreed_config(path, group)
     source = open_base_source(
         path,
         group,
@@ -187,13 +185,24 @@ def fill_from_base(
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
             second.copy_(first)
+    with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
         own = [part for part in parts if find_sites(part)]
         if before is not None and own:
             initialise_magnitudes(own)
-    if group.is_main:
-        own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
-        _tell(report, parts, own_names)
+    with group.together("telling what was loaded"):
+        if group.is_main:
+            own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
+            _tell(report, parts, own_names)
     return report
+
+
+def _agreed_config(path: Path, group: Group) -> dict[str, object]:
+    """The base's config as rank 0 finds it, since it decides which tensors there are. All ranks call."""
+    told: JsonValue = None
+    with group.together("reading the base model's config"):
+        if group.is_main:
+            told = cast(JsonValue, base_config(path))
+    return cast(dict[str, object], group.broadcast_json(told, 0, "telling the base model's config"))
 
 
 def _matched(

@@ -18,6 +18,7 @@ from shardwise.checkpointing.arguments import (
 )
 from shardwise.checkpointing.commits import Publication, check_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
+from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
@@ -110,7 +111,7 @@ class Checkpointer(ComponentCheckpointer):
             epoch, step = whole_number(epoch), whole_number(step)
             name, numbers = checkpoint_name(epoch, step), check_metrics(metrics)
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
-        check_same_call(name, given, context.group)
+        check_same_call(name, given | passed_addons(self.addons), context.group)
         self._reserve(name)
         temp, final = context.root / temporary_name(name), context.root / name
         publication = self._publication(temp, final, epoch, step, numbers)

@@ -190,9 +190,10 @@ class Publication:
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""
-        if not group.is_main or not self._temp.exists():
+        if not group.is_main:
             return
         try:
-            abandon(self._temp, fs=self._context.fs)
-        except ShardwiseError as error:
+            if self._temp.exists():
+                abandon(self._temp, fs=self._context.fs)
+        except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)

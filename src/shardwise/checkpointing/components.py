@@ -21,6 +21,7 @@ from shardwise.checkpointing.adapters import AdapterSave, load_adapter
 from shardwise.checkpointing.arguments import check_same_call, check_same_settings, check_together, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
+from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.models import ModelSave, default_addons, load_model
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
@@ -94,7 +95,8 @@ class ComponentCheckpointer:
         if not self.config.enabled or self._skip():
             return
         check_together(context.group, model)
-        check_same_call("model", {"is_final_checkpoint=True": is_final_checkpoint}, context.group)
+        given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
+        check_same_call("model", given, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         target.reserve()
         try:
@@ -129,7 +131,7 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._context
         check_together(context.group, model)
-        given = {"is_init_step=True": is_init_step, "key_mapping": bool(key_mapping)}
+        given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
         check_same_call("model", given, context.group)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
@@ -221,23 +223,28 @@ class ComponentCheckpointer:
             TensorError: Model and base do not fit.
             QuantizationError: The base is quantized in a way that cannot be undone.
         """
-        basemodel.load_base_model(self._context, model, torch.device(device), root_dir, model_name, load_base_model)
+        context = self._context
+        check_together(context.group, model)
+        check_same_call("model", {"load_base_model=True": load_base_model}, context.group)
+        basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
-        """Make the staging memory of asynchronous saves ahead of the first one. Local; each rank may call.
+        """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
         `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
         make room for yet: call this after the first step to keep the first save as short as the later ones.
         """
-        stager = self._context.stager
+        context = self._context
+        stager = context.stager
         if stager is None or self.config.is_peft:
             return
-        stager.allocate("model", self._context.names.capture(ModelState(model)).held)
-        if optimizer is not None:
-            stager.allocate("optim", OptimizerState(optimizer, model).held())
+        with context.group.together("making room for asynchronous saves"):
+            stager.allocate("model", context.names.capture(ModelState(model)).held)
+            if optimizer is not None:
+                stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""

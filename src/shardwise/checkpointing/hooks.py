@@ -7,13 +7,12 @@ from typing import Literal
 
 from shardwise.addons import CheckpointAddon, SaveHookArgs
 from shardwise.comm import Group
-from shardwise.errors import PeerError, ShardwiseError
 
 
 def run_hooks(
     addons: Sequence[CheckpointAddon], hook: Literal["pre_save", "post_save"], args: SaveHookArgs, group: Group
 ) -> None:
-    """Call a hook of every addon, one after the other. All ranks call.
+    """Call a hook of every addon, one after the other. All ranks call, with the same addons.
 
     An addon may communicate, or not: its author need not know that the ranks have to leave together.
 
@@ -21,18 +20,16 @@ def run_hooks(
         ShardwiseError: What a hook failed with, on every rank.
     """
     for addon in addons:
-        name = f"{type(addon).__name__}.{hook}"
         failure: BaseException | None = None
         try:
             run = addon.pre_save if hook == "pre_save" else addon.post_save
             run(**(args | {"group": group}))
-        except Exception as error:
-            if _is_agreed(error):
-                raise
+        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+            # What looks agreed may come from a group of the addon's own, of which the other ranks know nothing.
             failure = error
-        group.agree(failure, name)
+        group.agree(failure, f"{type(addon).__name__}.{hook}")
 
 
-def _is_agreed(error: Exception) -> bool:
-    """Whether the ranks have exchanged this error already: doing so is what puts a rank into it."""
-    return isinstance(error, PeerError) or (isinstance(error, ShardwiseError) and error.rank is not None)
+def passed_addons(addons: Sequence[CheckpointAddon]) -> dict[str, bool]:
+    """The addons as `check_same_call` compares them: a hook that some ranks lack would leave the others waiting."""
+    return {f"{type(addon).__qualname__} as addon {number}": True for number, addon in enumerate(addons, start=1)}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from torch import nn
 
@@ -18,8 +18,9 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
-from shardwise.checkpointing.proof import Proof, promise_of, prove, read_back, require
+from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recasts
+from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
@@ -27,21 +28,20 @@ from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import ComputedPlan, declared, load_computed
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, LoadReport, load_tensors
+from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_tensors
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
-from shardwise.errors import StateFormatError
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.sources import Source, open_source
-from shardwise.io.statefiles import read_file, write_plain
+from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import undeclared_names
 from shardwise.types import TensorSpec
@@ -148,20 +148,22 @@ class ModelSave:
         own = context.recasts.recast(held, base)
         recasts = context.recasts.together(own) if self.base is not None else Recasts({}, False)
         roster = context.model_roster.roster(own.export)
-        proof = self._prove(roster.specs, hub.absent)
-        assert self.base is not None or not proof.passed
-        passed = [self.base.source.tensors[name] for name in proof.passed] if self.base is not None else []
+        names = self._prove(roster.specs, hub.absent)
+        passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
         computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
         directory = self._directory / CONSOLIDATED_DIR
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options = self._options()
-        known = context.model_plan.get(
-            [*own.export, roster, *computed.groups],
-            (options, copies),
-            lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
-        )
+        known: ExportPlan | None = None
+        with context.group.together("planning the export"):
+            known = context.model_plan.get(
+                [*own.export, roster, *computed.groups],
+                (options, copies),
+                lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
+            )
+        assert known is not None
         placed, exact = replace(known, directory=directory), _uncomputed(own.exact, hub.groups)
-        return _Planned(placed, roster, recasts, tuple(proof.passed), exact, hub.unwritten)
+        return _Planned(placed, roster, recasts, names, exact, hub.unwritten)
 
     def _described(self) -> HubState:
         hub: HubState | None = None
@@ -190,18 +192,23 @@ class ModelSave:
             threads=self._context.writing_threads,
         )
 
-    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> Proof:
-        """Compare what will be written with the base model; all ranks call and come to the same."""
-        proof = Proof()
+    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> list[str]:
+        """Compare what will be written with the base model; returns the names of what is carried over.
+
+        All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
+        """
         if self.base is None:
-            return proof
+            return []
         config, group = self._context.config, self._context.group
         promise = promise_of(self.state.model, absent, group)
+        passed: JsonValue = None
         with group.together("comparing the export with the base model"):
-            proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export:
-                require(proof, self.base.directory)
-        return proof
+            if group.is_main:
+                proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
+                if config.verify_export:
+                    require(proof, self.base.directory)
+                passed = list(proof.passed)
+        return cast(list[str], group.broadcast_json(passed, 0, "telling what is carried over"))
 
     def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
         read_back(plan, group)
@@ -259,7 +266,9 @@ class ModelSave:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        files = plan_shards(held, roster, context.group.rank, index)
+        files: tuple[ShardFile, ...] = ()
+        with context.group.together("planning the shards"):
+            files = plan_shards(held, roster, context.group.rank, index)
         if not roster.specs and context.group.is_main:
             files = (without_tensors(),)
         plan = ShardPlan(self._directory, component, roster, files)
@@ -331,7 +340,7 @@ def _opened(
     """What there is to load, what this rank holds of the model, and what may differ between the two."""
     group = context.group
     source = open_source(path, group)
-    exact: dict[str, str] = {}
+    notes = read_notes(path, group)
     ties: dict[str, str] = {}
     vain: list[str] = []
     hub: HubState | None = None
@@ -345,11 +354,8 @@ def _opened(
         hub = hub.once
     assert hub is not None
     aliased = with_aliases(source, hub, key_mapping, group)
-    source = aliased.source
     with group.together("matching the model's names with the checkpoint's"):
-        exact = {str(name): str(dtype) for name, dtype in _remark(path, NATIVE_DTYPES, dict[str, str]()).items()}
-        exact |= {alias: exact[name] for alias, name in aliased.kept.items() if name in exact}
-        source = source.without(map(str, _remark(path, PASSED_THROUGH, list[str]())))
+        source = aliased.source.without(notes.passed)
         hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
         vain = in_vain(state.model, [name for name in source.tensors if name not in own])
@@ -358,15 +364,9 @@ def _opened(
     source = untied(source, everyone, group, context.storage)
     # What is computed is read apart, and by the ranks of its stage alone.
     apart = [spec.name for held in hub.groups for spec in held.computed.hub]
-    ignored = _any_rank([*vain, *apart], source, group)
-    return source, hub, replace(options, exact=exact, ignored=ignored)
-
-
-def _any_rank(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
-    """The names of the source that one rank at least lists. All ranks call; what travels is a number for each name."""
-    mine, names = frozenset(own), sorted(source.tensors)
-    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is wanted otherwise")
-    return frozenset(name for name, count in zip(names, counts, strict=True) if count)
+    ignored = listed_anywhere([*vain, *apart], source, group)
+    kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
+    return source, hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
@@ -391,22 +391,3 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; one whose names are the same either way has no say.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
-
-
-_Remark = TypeVar("_Remark", dict[str, str], list[str])
-
-
-def _remark(path: Path, name: str, absent: _Remark) -> _Remark:
-    """What a save noted beside the model under ``name``; ``absent`` for others' checkpoints."""
-    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(read_file(file))
-        except ValueError as error:
-            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
-        if not isinstance(found, type(absent)):
-            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
-        return found
-    return absent

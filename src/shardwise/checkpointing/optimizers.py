@@ -23,7 +23,7 @@ from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 
@@ -102,9 +102,13 @@ class OptimizerSave:
         if context.config.model_save_format == "torch_save":
             held_state = state
             return [write_states, lambda group: save_distcp(held_state, self._directory, group)]
-        held = context.staged("optim", state.held())
+        held: list[HeldTensor] = []
+        with group.together("describing the optimizer's tensors"):
+            held = context.staged("optim", state.held())
         roster = context.optimizer_roster.roster(held)
-        files = plan_shards(held, roster, group.rank, stem="optim")
+        files: tuple[ShardFile, ...] = ()
+        with group.together("planning the optimizer's files"):
+            files = plan_shards(held, roster, group.rank, stem="optim")
         plan = ShardPlan(self._directory, "optim", roster, files)
         return [write_states, lambda group: write_shards(plan, group, context.storage)]
 

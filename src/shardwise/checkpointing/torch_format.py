@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -22,8 +23,10 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
         MisuseError: A tensor is sharded in a way that DCP's format describes wrongly.
         ShardwiseError: What DCP's writer failed with, on every rank.
     """
+    tensors: dict[str, torch.Tensor] = {}
     with group.together("describing what DCP is to write"):
-        for name, tensor in state.state_dict().items():
+        tensors = dict(state.state_dict())
+        for name, tensor in tensors.items():
             if is_packed(tensor):
                 raise MisuseError(
                     "what this rank holds of it is not the one region that a .distcp file would record",
@@ -35,7 +38,7 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
-            save(dict(state.state_dict()), storage_writer=writer, process_group=group.process_group)
+            save(tensors, storage_writer=writer, process_group=group.process_group)
     except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
         failure = _cause(error)
     group.agree(failure, f"writing {directory}")

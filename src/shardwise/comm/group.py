@@ -177,7 +177,7 @@ class Group:
                 continue
             if index == self.rank and own is not None:
                 raise own from (failure if failure is not own else None)
-            if own is not None:
+            if own is not None and text != theirs:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
             raise ShardwiseError.from_record(json.loads(theirs))
         raise AssertionError("a rank reported a failure and sent none")

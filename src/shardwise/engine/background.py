@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 
 from shardwise.comm import Group
 from shardwise.engine.jobs import SaveJob
+from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 
@@ -45,11 +47,16 @@ class Background:
 
     def _run(self, job: SaveJob) -> None:
         try:
-            self.stager.wait()
-            job.run(self._group)
+            replace(job, steps=(self._copied, *job.steps)).run(self._group)
         except BaseException as error:  # noqa: BLE001 - raised at the next call of the library
             _LOG.error("%s failed: %s", job.what, error)
             self._failure = error
+
+    def _copied(self, group: Group) -> ComponentRecord:
+        """Return when what was captured is there on every rank."""
+        with group.together("copying the state aside"):
+            self.stager.wait()
+        return ComponentRecord()
 
     def wait_for_staging(self) -> None:
         """Return when the captured memory may be overwritten."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
@@ -52,7 +53,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
     failure: Exception | None = None
     if plan.roster is None:
         return None
-    for number, held in enumerate(plan.groups):
+    # In one order and by one owner for all who hold a group, whatever other groups they hold.
+    for held in sorted(plan.groups, key=_name):
         members = sorted(
             {
                 rank
@@ -61,17 +63,32 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
                 for rank in plan.roster.shard_set(tensor.spec.name, part.part).members
             }
         )
-        owner = members[number % len(members)]
-        whole = {t.spec.name: gather(t, plan.roster, group, owner) for t in held.natives}
-        if group.rank != owner or failure is not None:
+        owner = members[crc32(_name(held).encode()) % len(members)]
+        whole: dict[str, torch.Tensor] = {}
+        for tensor in held.natives:
+            try:
+                found = gather(tensor, plan.roster, group, owner)
+            except PeerError:
+                raise
+            except Exception as error:  # noqa: BLE001 - raised once no peer waits
+                failure = failure or error
+                continue
+            if found is not None:
+                whole[tensor.spec.name] = found
+        if group.rank != owner or failure is not None or len(whole) < len(held.natives):
             continue
         try:
-            _write_group(held, {name: t for name, t in whole.items() if t is not None}, layout, write)
+            _write_group(held, whole, layout, write)
         except PeerError:
             raise
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
     return failure
+
+
+def _name(held: HeldGroup) -> str:
+    """What tells a group from others, on every rank alike."""
+    return held.computed.natives[0].name
 
 
 def _write_group(
@@ -117,35 +134,79 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Put one tensor together on rank ``owner``. Its holders call; others than the owner get ``None``."""
-    sends: list[tuple[int, torch.Tensor]] = []
-    receives: list[tuple[int, torch.Tensor, Box]] = []
-    whole: torch.Tensor | None = None
-    own = {fragment.box: fragment for fragment in tensor.fragments}
-    dtype = next((f.data.dtype for f in tensor.fragments), torch_dtype(tensor.spec.dtype))
-    if group.rank == owner:
-        whole = torch.empty(tensor.grid, dtype=dtype)
+    """Put one tensor together on rank ``owner``. Its holders call.
+
+    Returns:
+        The tensor on ``owner``, unless a holder has failed, whose failure is raised there; ``None`` on other ranks.
+
+    Raises:
+        PeerError: A peer left.
+        Exception: This rank found no memory, or could not read its own; its peers know, and do not wait.
+    """
+    pieces = _pieces(tensor, roster, owner)
+    sources = sorted({source for source, _ in pieces} - {owner})
+    partners = sources if group.rank == owner else [owner] if group.rank in sources else []
+    prepared: _Prepared | None = None
+    failure: Exception | None = None
+    try:
+        prepared = _prepare(tensor, pieces, group.rank, owner)
+    except Exception as error:  # noqa: BLE001 - raised once the peers know
+        failure = error
+    mine = torch.tensor([failure is None], dtype=torch.uint8)
+    theirs = {partner: torch.zeros(1, dtype=torch.uint8) for partner in partners}
+    what = f"gathering {tensor.spec.name}"
+    group.swap([(partner, mine) for partner in partners], list(theirs.items()), what)
+    if failure is not None:
+        raise failure
+    assert prepared is not None
+    ready = {partner for partner, flag in theirs.items() if flag.item()}
+    group.swap(
+        [(rank, flat_bytes(t)) for rank, t in prepared.sends if rank in ready],
+        [(rank, flat_bytes(t)) for rank, t, _ in prepared.receives if rank in ready],
+        what,
+    )
+    if prepared.whole is None or len(ready) < len(partners):
+        return None
+    for _, buffer, box in prepared.receives:
+        _region(prepared.whole, box).copy_(buffer)
+    return prepared.whole
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one rank sends and receives to put a tensor together; ``whole`` has its own pieces already."""
+
+    sends: list[tuple[int, torch.Tensor]]
+    receives: list[tuple[int, torch.Tensor, Box]]
+    whole: torch.Tensor | None
+
+
+def _pieces(tensor: HeldTensor, roster: Roster, owner: int) -> list[tuple[int, Box]]:
+    """The rank that each piece comes from: ``owner`` where it holds it."""
+    found: list[tuple[int, Box]] = []
     for held in tensor.parts:
+        mesh = held.part.mesh
         for ranks in roster.shard_set(tensor.spec.name, held.part).replicas.values():
-            mesh = held.part.mesh
             source = owner if owner in ranks else ranks[0]
             boxes = held.part.boxes(() if mesh is None else roster.coordinates[source][mesh])
-            for box in boxes:
-                if source == owner and whole is not None:
-                    _region(whole, box).copy_(own[box].data.detach())
-                elif group.rank == owner:
-                    receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
-                elif group.rank == source and source != owner:
-                    sends.append((owner, own[box].data.detach().to("cpu").contiguous()))
-    group.swap(
-        [(rank, flat_bytes(t)) for rank, t in sends],
-        [(rank, flat_bytes(t)) for rank, t, _ in receives],
-        f"gathering {tensor.spec.name}",
-    )
-    if whole is not None:
-        for _, buffer, box in receives:
-            _region(whole, box).copy_(buffer)
-    return whole
+            found += [(source, box) for box in boxes]
+    return found
+
+
+def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, owner: int) -> _Prepared:
+    own = {fragment.box: fragment.data for fragment in tensor.fragments}
+    dtype = next((data.dtype for data in own.values()), torch_dtype(tensor.spec.dtype))
+    if rank != owner:
+        sends = [(owner, own[box].detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
+        return _Prepared(sends, [], None)
+    whole = torch.empty(tensor.grid, dtype=dtype)
+    receives: list[tuple[int, torch.Tensor, Box]] = []
+    for source, box in pieces:
+        if source == owner:
+            _region(whole, box).copy_(own[box].detach())
+        else:
+            receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
+    return _Prepared([], receives, whole)
 
 
 def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:

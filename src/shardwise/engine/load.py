@@ -141,6 +141,16 @@ def plan_load(
     return reads, missing
 
 
+def listed_anywhere(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
+    """The names of the source that one rank at least lists. All ranks call; what travels is a number for each name.
+
+    The source has to be the same on every rank: what one of them alone leaves out belongs into this list instead.
+    """
+    mine, names = frozenset(own), sorted(source.tensors)
+    _, counts = group.fold([], [int(name in mine) for name in names], "comparing what is wanted otherwise")
+    return frozenset(name for name, count in zip(names, counts, strict=True) if count)
+
+
 def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> list[str]:
     """Names of the source that no rank wants; the same list on every rank."""
     names = sorted(source.tensors)

@@ -192,6 +192,7 @@ def load_base_tensors(
     """
     checked = check_base(held, groups, source, group, options)
     plan = _Plan()
+    progress: Progress | None = None
     started = time.monotonic()
     replicas = find_replicas(held, source.plain, group, storage, options.sharing)
     with group.together(f"planning what to read of {source.path}"):
@@ -199,7 +200,8 @@ def load_base_tensors(
         for tensor in held:
             if tensor.spec.name in available:
                 _plan_one(tensor, source, plan, replicas)
-    progress = Progress(f"loading {source.path.name}", plan.nbytes, group.is_main)
+        progress = Progress(f"loading {source.path.name}", plan.nbytes, group.is_main)
+    assert progress is not None
     reader = Reader(storage, source.plain.files, options.threads, _both(progress.add, options.observe))
     dequantized = plan.dequantized
     with group.together(f"reading {source.path}"):

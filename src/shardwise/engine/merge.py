@@ -27,7 +27,7 @@ from shardwise.io.writer import locating
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.shards import ShardFile, plan_shards
 
 _BLOCK_BYTES = 8 * 2**20
 
@@ -55,7 +55,9 @@ def write_merged(
     """
     aside = plan.directory.with_name(".merging")
     computed = write_aside(plan, aside, group, storage)
-    files = plan_shards(plan.held, roster, group.rank)
+    files: tuple[ShardFile, ...] = ()
+    with group.together("planning the shards"):
+        files = plan_shards(plan.held, roster, group.rank)
     shards = ShardPlan(aside, plan.options.component, computed.others(roster), files)
     record = write_shards(shards, group, storage, everywhere=True)
     names = {file.path: number for number, file in enumerate(record.files)}

@@ -36,7 +36,7 @@ class Progress:
         self._started = self._told = time.monotonic()
         self._lock = threading.Lock()
         self._bar: _Bar | None = None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)

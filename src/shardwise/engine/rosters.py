@@ -49,12 +49,14 @@ class RosterKeeper:
             described = self._described.get(held, None, lambda: self._describe(held))
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
-        # Where no rank's tensors are others than last time, this exchange is the only one.
-        changed = self._group.agree(failure, "describing the tensors to save", changed or self._known is None)
-        if not changed and self._known is not None:
-            return self._known[1]
-        # Nothing is known until the new tensors have been checked.
+        # Nothing is known until the new tensors have been checked: after a failure, what this rank described last may
+        # be others than those that the ranks agreed on.
         before, self._known = self._known, None
+        # Where no rank's tensors are others than last time, this exchange is the only one.
+        changed = self._group.agree(failure, "describing the tensors to save", changed or before is None)
+        if not changed and before is not None:
+            self._known = before
+            return before[1]
         assert described is not None
         own, row = described
         rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))

@@ -1,7 +1,7 @@
 """Carrying out an exchange: column shards come in, rows go to the file, in bounded memory.
 
-A rank whose own writing fails keeps taking part until the exchange is over, so that its peers are not left waiting; its
-failure is then raised where all ranks learn of it.
+A rank that fails (in writing, or for lack of memory) keeps taking part until the exchange is over, so that its peers
+are not left waiting; its failure is then raised where all ranks learn of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def exchange_rows(
         write: Writes one run; called on the calling thread.
 
     Returns:
-        What ``write`` raised first, if anything; later rows are then swapped and dropped.
+        What failed first on this rank, if anything; later rows are then swapped and dropped.
 
     Raises:
         PeerError: A peer left.
@@ -47,31 +47,28 @@ def exchange_rows(
     failure: Exception | None = None
     for exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
-            run = _round(exchange, turn, held[exchange.tensor], layout, group)
-            if run is None or failure is not None:
-                continue
             try:
-                write(run)
+                run = _round(exchange, turn, held[exchange.tensor], layout, group)
+                if run is not None and failure is None:
+                    write(run)
             except PeerError:
                 raise
             except Exception as error:  # noqa: BLE001 - raised once no peer waits
-                failure = error
+                failure = failure or error
     return failure
 
 
 def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group) -> Run | None:
-    """Swap one round; returns the rows that this rank is to write, if any."""
-    fragments = list(tensor.fragments)
-    own, sends = _outgoing(exchange, turn, fragments, group.rank)
-    dtype = fragments[0].data.dtype
-    start, count = exchange.target(group.rank, turn)
-    receives: list[tuple[int, torch.Tensor, list[Box]]] = []
-    for source, boxes in exchange.sources[group.rank] if count else ():
-        wanted = [box for _, box in exchange.pieces(boxes, start, count)]
-        if source != group.rank and wanted:
-            numel = sum(box.numel for box in wanted)
-            receives.append((source, torch.empty(numel, dtype=dtype).view(torch.uint8), wanted))
+    """Swap one round, whatever fails; returns the rows that this rank is to write, if any."""
     what = f"exchanging rows of {tensor.spec.name}"
+    dtype = tensor.fragments[0].data.dtype
+    start, count = exchange.target(group.rank, turn)
+    try:
+        own, sends = _outgoing(exchange, turn, tensor.fragments, group.rank)
+        receives = _incoming(exchange, turn, group.rank, dtype)
+    except Exception:
+        _swap_in_vain(exchange, turn, dtype.itemsize, group, what)
+        raise
     group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
     if not count:
         return None
@@ -86,6 +83,37 @@ def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, gr
     place = layout.places[tensor.spec.name]
     offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
     return Run(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+
+
+def _incoming(
+    exchange: Exchange, turn: int, rank: int, dtype: torch.dtype
+) -> list[tuple[int, torch.Tensor, list[Box]]]:
+    """What this rank receives in a round: from whom, memory for it as bytes, and the regions."""
+    start, count = exchange.target(rank, turn)
+    receives: list[tuple[int, torch.Tensor, list[Box]]] = []
+    for source, boxes in exchange.sources[rank] if count else ():
+        wanted = [box for _, box in exchange.pieces(boxes, start, count)]
+        if source != rank and wanted:
+            numel = sum(box.numel for box in wanted)
+            receives.append((source, torch.empty(numel, dtype=dtype).view(torch.uint8), wanted))
+    return receives
+
+
+def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str) -> None:
+    """Send and receive messages of the sizes that the peers expect, with nothing of use in them."""
+    sizes: dict[tuple[int, int], int] = {}
+    for target in exchange.members:
+        start, count = exchange.target(target, turn)
+        for source, boxes in exchange.sources[target] if count else ():
+            nbytes = sum(box.numel for _, box in exchange.pieces(boxes, start, count)) * itemsize
+            if nbytes and source != target and group.rank in (source, target):
+                sizes[source, target] = nbytes
+    spare = torch.zeros(max(sizes.values(), default=0), dtype=torch.uint8)
+    group.swap(
+        [(target, spare[:nbytes]) for (source, target), nbytes in sizes.items() if source == group.rank],
+        [(source, spare[:nbytes]) for (source, target), nbytes in sizes.items() if target == group.rank],
+        what,
+    )
 
 
 def _outgoing(

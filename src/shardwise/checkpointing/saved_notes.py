@@ -1,0 +1,66 @@
+"""What a save noted beside a model, for whoever loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import StateFormatError
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.io.statefiles import read_file
+
+
+@dataclass(frozen=True, slots=True)
+class SavedNotes:
+    """The notes; there are none beside others' checkpoints.
+
+    Attributes:
+        exact: Name in the file -> dtype in memory, where the export has another.
+        passed: Names of the base model's tensors that were carried over.
+    """
+
+    exact: Mapping[str, str]
+    passed: tuple[str, ...]
+
+
+def read_notes(path: Path, group: Group) -> SavedNotes:
+    """The notes beside a model. Rank 0 reads, so that all ranks load by the same ones; all ranks of the group call.
+
+    Args:
+        path: The model's directory or file.
+        group: The ranks that load together.
+
+    Raises:
+        StateFormatError: One of them is damaged.
+    """
+    told: JsonValue = None
+    with group.together("reading what was noted beside the model"):
+        if group.is_main:
+            exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
+            told = [cast(JsonValue, exact), [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]]
+    told = group.broadcast_json(told, 0, "telling what was noted beside the model")
+    exact, passed = cast(tuple[dict[str, str], list[str]], told)
+    return SavedNotes(exact, tuple(passed))
+
+
+_Note = TypeVar("_Note", dict[str, str], list[str])
+
+
+def _read(path: Path, name: str, absent: _Note) -> _Note:
+    """The note called ``name``; ``absent`` where there is none."""
+    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(read_file(file))
+        except ValueError as error:
+            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
+        if not isinstance(found, type(absent)):
+            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
+        return found
+    return absent

@@ -29,6 +29,7 @@ from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.models import ModelSave, load_model
+from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.export import ExportOptions, export_record, plan_export
@@ -208,6 +209,7 @@ def _files(directory: Path, layout: Layout) -> dict[str, str]:
             stream.truncate(file.size)
     group = _Telling()
     open_source(directory, group)
+    read_notes(directory, group)
     return group.told
 
 

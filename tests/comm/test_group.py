@@ -217,3 +217,51 @@ def no_group() -> list[object]:
 
 def test_without_a_process_group_there_is_one_rank() -> None:
     assert run(1, no_group) == [[0, 1, [1], ([3], [4]), (0,)]]
+
+
+def tell_numbers(fails: bool) -> tuple[object, int]:
+    group = Group(dist.group.WORLD)
+    calls: list[int] = []
+
+    def make() -> object:
+        calls.append(group.rank)
+        if fails:
+            raise StorageError("the mount is gone", path=Path("/far"), hint="Mount it again.")
+        return {"rank": group.rank, "all": [1, None, "ä"]}
+
+    value = group.tell(make, "telling numbers")  # type: ignore[arg-type]
+    return value, len(calls)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_rank_0_makes_is_told_to_all(world: int) -> None:
+    assert run(world, tell_numbers, False) == [({"rank": 0, "all": [1, None, "ä"]}, int(r == 0)) for r in range(world)]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_rank_0_cannot_make_fails_on_all(world: int) -> None:
+    error = failure(world, tell_numbers, True)
+    assert isinstance(error, StorageError)
+    assert (error.rank, error.path) == (0, "/far")
+
+
+def tell_what_is_no_json() -> None:
+    Group(dist.group.WORLD).tell(lambda: {1, 2}, "telling a set")  # type: ignore[arg-type, return-value]
+
+
+def test_what_cannot_be_told_fails_on_all() -> None:
+    assert "set is not JSON serializable" in str(failure(2, tell_what_is_no_json))
+
+
+def vote_of(yes: tuple[int, ...], fails: bool) -> bool:
+    with Group(dist.group.WORLD).together("asking") as vote:
+        vote.flag = dist.get_rank() in yes
+        if fails and dist.get_rank() == 1:
+            raise StorageError("no", path=Path("/x"))
+    return vote.any
+
+
+def test_a_question_travels_with_the_status() -> None:
+    assert run(3, vote_of, (2,), False) == [True] * 3
+    assert run(3, vote_of, (), False) == [False] * 3
+    assert isinstance(failure(3, vote_of, (2,), True), StorageError)

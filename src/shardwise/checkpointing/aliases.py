@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import filterfalse
 from operator import attrgetter
@@ -30,30 +30,32 @@ class Aliased:
     kept: Mapping[str, str] = field(default_factory=dict)
 
 
-def with_aliases(source: Source, hub: HubState, key_mapping: Mapping[str, str] | None, group: Group) -> Aliased:
+def names_lacking(source: Source, hub: HubState) -> list[str]:
+    """Names of the model's files that the source does not have. Local."""
+    # Walked by the interpreter itself, since every load of a model goes through here.
+    lacking = list(filterfalse(source.tensors.__contains__, map(_NAME, hub.held)))
+    return lacking + [s.name for held in hub.groups for s in held.computed.hub if s.name not in source.tensors]
+
+
+def with_aliases(
+    source: Source, hub: HubState, lacking: Sequence[str], key_mapping: Mapping[str, str] | None, group: Group
+) -> Aliased:
     """Add the further names of saved tensors under which a rank's model has a tensor and the files have none.
 
-    All ranks of the group call, and get the same. The manifest is read where something is missing, and by one rank.
+    All ranks of the group call if any of them lacks something, and get the same. One rank reads the manifest.
 
     Args:
         source: What is to be loaded.
         hub: What this rank holds.
+        lacking: The `names_lacking` on this rank.
         key_mapping: What the source's names were passed through.
         group: The ranks that load together.
     """
-    # Walked by the interpreter itself, since every load of a model goes through here.
-    lacking = list(filterfalse(source.tensors.__contains__, map(_NAME, hub.held)))
-    lacking += [s.name for held in hub.groups for s in held.computed.hub if s.name not in source.tensors]
-    if not group.any(bool(lacking), "looking for shared tensors"):
-        return Aliased(source)
-    told: JsonValue = None
-    with group.together("reading which tensors were shared"):
-        if group.is_main:
-            told = dict(_renamed(saved_aliases(source), key_mapping))
-    told = group.broadcast_json(told, 0, "telling which tensors were shared")
+    told = group.tell(lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared")
     aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], told).items()}
     if not aliases:
         return Aliased(source)
+    lacking = list(lacking)
     # A source of native names, such as a DCP directory, has native aliases.
     lacking += filterfalse(source.tensors.__contains__, map(_NAME, hub.native))
     own = cast(JsonValue, sorted(aliases.keys() & set(lacking)))

@@ -198,11 +198,8 @@ def fill_from_base(
 
 def _agreed_config(path: Path, group: Group) -> dict[str, object]:
     """The base's config as rank 0 finds it, since it decides which tensors there are. All ranks call."""
-    told: JsonValue = None
-    with group.together("reading the base model's config"):
-        if group.is_main:
-            told = cast(JsonValue, base_config(path))
-    return cast(dict[str, object], group.broadcast_json(told, 0, "telling the base model's config"))
+    told = group.tell(lambda: cast(JsonValue, base_config(path)), "reading the base model's config")
+    return cast(dict[str, object], told)
 
 
 def _matched(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,8 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.aliases import with_aliases
+from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
+from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hooks import run_hooks
@@ -201,14 +203,15 @@ class ModelSave:
             return []
         config, group = self._context.config, self._context.group
         promise = promise_of(self.state.model, absent, group)
-        passed: JsonValue = None
-        with group.together("comparing the export with the base model"):
-            if group.is_main:
-                proof = prove(specs, self.base, promise, pass_through=config.pass_through_unloaded)
-                if config.verify_export:
-                    require(proof, self.base.directory)
-                passed = list(proof.passed)
-        return cast(list[str], group.broadcast_json(passed, 0, "telling what is carried over"))
+
+        def compare(base: BaseModel) -> JsonValue:
+            proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
+            if config.verify_export:
+                require(proof, base.directory)
+            return list(proof.passed)
+
+        passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
+        return cast(list[str], passed)
 
     def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
         read_back(plan, group)
@@ -342,9 +345,10 @@ def _opened(
     source = open_source(path, group)
     notes = read_notes(path, group)
     ties: dict[str, str] = {}
-    vain: list[str] = []
+    apart: list[str] = []
+    lacking: list[str] = []
     hub: HubState | None = None
-    with group.together("describing the model"):
+    with group.together("describing the model") as lacks:
         if key_mapping:
             source = renamed(source, key_mapping)
         hub = context.names.capture(state)
@@ -352,19 +356,24 @@ def _opened(
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
         hub = hub.once
+        lacking = names_lacking(source, hub)
+        lacks.flag = bool(lacking)
     assert hub is not None
-    aliased = with_aliases(source, hub, key_mapping, group)
-    with group.together("matching the model's names with the checkpoint's"):
+    aliased = with_aliases(source, hub, lacking, key_mapping, group) if lacks.any else Aliased(source)
+    with group.together("matching the model's names with the checkpoint's") as differs:
         source = aliased.source.without(notes.passed)
         hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
         own = {tensor.spec.name for tensor in hub.held}
-        vain = in_vain(state.model, [name for name in source.tensors if name not in own])
+        apart = in_vain(state.model, [name for name in source.tensors if name not in own])
+        # What is computed is read apart, and by the ranks of its stage alone.
+        apart += [spec.name for held in hub.groups for spec in held.computed.hub]
+        differs.flag = bool(ties or apart)
     assert hub is not None
-    everyone = group.gather_json(cast(JsonValue, dict(ties)), "comparing tied tensors")
-    source = untied(source, everyone, group, context.storage)
-    # What is computed is read apart, and by the ranks of its stage alone.
-    apart = [spec.name for held in hub.groups for spec in held.computed.hub]
-    ignored = listed_anywhere([*vain, *apart], source, group)
+    ignored: frozenset[str] = frozenset()
+    if differs.any:
+        everyone = group.gather_json(cast(JsonValue, dict(ties)), "comparing tied tensors")
+        source = untied(source, everyone, group, context.storage)
+        ignored = listed_anywhere(apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     return source, hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored)
 

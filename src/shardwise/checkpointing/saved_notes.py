@@ -37,14 +37,14 @@ def read_notes(path: Path, group: Group) -> SavedNotes:
     Raises:
         StateFormatError: One of them is damaged.
     """
-    told: JsonValue = None
-    with group.together("reading what was noted beside the model"):
-        if group.is_main:
-            exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
-            told = [cast(JsonValue, exact), [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]]
-    told = group.broadcast_json(told, 0, "telling what was noted beside the model")
+    told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
     exact, passed = cast(tuple[dict[str, str], list[str]], told)
     return SavedNotes(exact, tuple(passed))
+
+
+def _noted(path: Path) -> JsonValue:
+    exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
+    return [cast(JsonValue, exact), [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]]
 
 
 _Note = TypeVar("_Note", dict[str, str], list[str])

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
 
@@ -22,17 +23,28 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm.lost import Patience, Seat, find_lost
+from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 
-#: Bytes that travel in a message's first exchange, its length among them: most messages are shorter and need no second.
-_PACKET_BYTES = 512
-_LENGTH_BYTES = 8
 
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
+
+
+@dataclass(slots=True)
+class Vote:
+    """A question that travels with the status of `Group.together`.
+
+    Attributes:
+        flag: This rank's answer, set inside.
+        any: Whether any rank's is true; known afterwards.
+    """
+
+    flag: bool = False
+    any: bool = False
 
 
 class Group:
@@ -131,7 +143,7 @@ class Group:
     # --- status -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def together(self, what: str) -> Iterator[Vote]:
         """Run local work that succeeds on every rank or fails on every rank. All ranks call.
 
         The body must not contain a collective. Whatever it raises on any rank is raised on all of them, as the same
@@ -139,13 +151,17 @@ class Group:
 
         Args:
             what: What is being done, for messages: "writing model-00001-of-00002.safetensors".
+
+        Yields:
+            Something else to ask in the same exchange.
         """
         failure: BaseException | None = None
+        vote = Vote()
         try:
-            yield
+            yield vote
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
-        self.agree(failure, what)
+        vote.any = self.agree(failure, what, vote.flag)
 
     def agree(self, failure: BaseException | None, what: str, flag: bool = False) -> bool:
         """Exchange status; raise on every rank if any rank passes a failure. All ranks call.
@@ -213,13 +229,13 @@ class Group:
             own = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
             counts = [int(n.item()) for n in self._all_gather(own)]
             if not self.is_main:
-                dist.send(_to_tensor(data, len(data), self._device), group=self._pg, group_dst=0)
+                dist.send(to_tensor(data, len(data), self._device), group=self._pg, group_dst=0)
                 return []
             found = [value]
             for rank, count in enumerate(counts[1:], start=1):  # one at a time: memory for one rank's text
                 buffer = torch.empty(count, dtype=torch.uint8, device=self._device)
                 dist.recv(buffer, group=self._pg, group_src=rank)
-                found.append(json.loads(_to_bytes(buffer)))
+                found.append(json.loads(to_bytes(buffer)))
             return found
 
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
@@ -227,6 +243,28 @@ class Group:
         if self.world_size == 1:
             return value
         return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
+
+    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+        """What ``make`` gives on rank 0, on every rank, in one exchange. All ranks call; ``make`` is local.
+
+        Raises:
+            ShardwiseError: What it failed with, on every rank.
+        """
+        failure: Exception | None = None
+        own: ShardwiseError | None = None
+        told: JsonValue = None
+        if self.is_main:
+            try:
+                told = [json.loads(json.dumps(make())), None]
+            except Exception as error:  # noqa: BLE001 - raised on every rank
+                failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
+                told = [None, cast(JsonValue, own.to_record())]
+        value, record = cast(tuple[JsonValue, dict[str, str | int | None] | None], self.broadcast_json(told, 0, what))
+        if own is not None:
+            raise own from (failure if failure is not own else None)
+        if record is not None:
+            raise ShardwiseError.from_record(record)
+        return value
 
     def any(self, flag: bool, what: str = "agreeing") -> bool:
         """Whether any rank passes true. All ranks call."""
@@ -273,13 +311,13 @@ class Group:
             return data
         with self._guard(what):
             own = data if source == self.rank else b""
-            size, short = _unpacked(self._broadcast_sized(_packet(own), _PACKET_BYTES, source))
-            return short if len(short) == size else _to_bytes(self._broadcast_sized(own, size, source))
+            size, short = unpacked(self._broadcast_sized(packet(own), PACKET_BYTES, source))
+            return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         with self._guard(what):
-            own = _to_tensor(_packet(data), _PACKET_BYTES, self._device)
-            packets = [_unpacked(theirs) for theirs in self._all_gather(own)]
+            own = to_tensor(packet(data), PACKET_BYTES, self._device)
+            packets = [unpacked(theirs) for theirs in self._all_gather(own)]
             counts = [size for size, _ in packets]
             widest = max(counts)
             if all(len(short) == size for size, short in packets):
@@ -288,11 +326,11 @@ class Group:
             # something costs the sum, and in the usual case (one rank has a message) much less.
             if sum(counts) * 4 < widest * self.world_size:
                 return [
-                    _to_bytes(self._broadcast_sized(data if r == self.rank else b"", n, r)) if n else b""
+                    to_bytes(self._broadcast_sized(data if r == self.rank else b"", n, r)) if n else b""
                     for r, n in enumerate(counts)
                 ]
-            padded = _to_tensor(data, widest, self._device)
-            return [_to_bytes(theirs[:n]) for theirs, n in zip(self._all_gather(padded), counts, strict=True)]
+            padded = to_tensor(data, widest, self._device)
+            return [to_bytes(theirs[:n]) for theirs, n in zip(self._all_gather(padded), counts, strict=True)]
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
@@ -300,7 +338,7 @@ class Group:
         return gathered
 
     def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
-        buffer = _to_tensor(data, size, self._device)
+        buffer = to_tensor(data, size, self._device)
         dist.broadcast(buffer, group=self._pg, group_src=source)
         return buffer
 
@@ -365,26 +403,3 @@ def _collective_device(process_group: dist.ProcessGroup) -> torch.device:
     if "gloo" in backend or "mpi" in backend or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _packet(data: bytes) -> bytes:
-    """The first bytes of a message behind its length: all of it, if it is short."""
-    return len(data).to_bytes(_LENGTH_BYTES, "little") + data[: _PACKET_BYTES - _LENGTH_BYTES]
-
-
-def _unpacked(packet: torch.Tensor) -> tuple[int, bytes]:
-    """The length of a message, and as much of it as its packet holds."""
-    raw = _to_bytes(packet)
-    size = int.from_bytes(raw[:_LENGTH_BYTES], "little")
-    return size, raw[_LENGTH_BYTES : _LENGTH_BYTES + size]
-
-
-def _to_tensor(data: bytes, size: int, device: torch.device) -> torch.Tensor:
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    if data:
-        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return buffer.to(device)
-
-
-def _to_bytes(buffer: torch.Tensor) -> bytes:
-    return buffer.cpu().numpy().tobytes()

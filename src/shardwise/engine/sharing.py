@@ -141,8 +141,7 @@ def find_replicas(
 
 
 def _any_remote(source: Source, group: Group, storage: Storage) -> bool:
-    remote = False
-    with group.together("looking where the files are"):
+    with group.together("looking where the files are") as vote:
         # A cache's files are links into another directory, which may be elsewhere.
-        remote = is_remote(storage, source.files[0] if source.files else source.path)
-    return group.any(remote, "looking where the files are")
+        vote.flag = is_remote(storage, source.files[0] if source.files else source.path)
+    return vote.any

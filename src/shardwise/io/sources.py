@@ -71,19 +71,16 @@ def open_source(path: str | os.PathLike[str], group: Group) -> Source:
         HeaderError: A file is truncated or damaged.
     """
     root = Path(path).absolute()
-    plan: JsonValue = None
-    with group.together(f"looking for a checkpoint at {root}"):
-        if group.is_main:
-            plan = _look(root)
-    listed = cast(dict[str, list[str]], group.broadcast_json(plan, 0, f"looking for a checkpoint at {root}"))
+    listed = cast(dict[str, list[str]], group.tell(lambda: _look(root), f"looking for a checkpoint at {root}"))
     if listed["dcp"]:
         return _open_dcp(root, group)
     files = [root] if listed["single"] else [root / name for name in listed["files"]]
     entries = _read_headers(files, group)
     source = _assemble(root, files, entries)
-    with group.together(f"checking the index of {root}"):
-        if group.is_main:
-            _check_index(root, listed["index"], source)
+    if listed["index"]:
+        with group.together(f"checking the index of {root}"):
+            if group.is_main:
+                _check_index(root, listed["index"], source)
     return source
 
 

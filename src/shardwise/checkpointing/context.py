@@ -22,6 +22,7 @@ from shardwise.engine.staging import Stager
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.shards import ShardFile
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Context:
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.model_plan: Memo[ExportPlan] = Memo()
+        self.shard_plans: dict[str, Memo[tuple[ShardFile, ...]]] = {}
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)

@@ -31,6 +31,7 @@ from shardwise.engine.computed import ComputedPlan, declared, load_computed
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_tensors
+from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
@@ -264,18 +265,22 @@ class ModelSave:
     def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper, component: str = "model") -> Step:
         context = self._context
         roster = keeper.roster(held)
+        files: tuple[ShardFile, ...] = ()
+        with context.group.together("planning the shards"):
+            known = context.shard_plans.setdefault(component, Memo())
+            files = known.get([*held, roster], None, lambda: self._files_of_shards(held, roster))
+        if not roster.specs and context.group.is_main:
+            files = (without_tensors(),)
+        plan = ShardPlan(self._directory, component, roster, files)
+        return lambda group: write_shards(plan, group, context.storage)
+
+    def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         index = None
         if self.base is not None:
             numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        files: tuple[ShardFile, ...] = ()
-        with context.group.together("planning the shards"):
-            files = plan_shards(held, roster, context.group.rank, index)
-        if not roster.specs and context.group.is_main:
-            files = (without_tensors(),)
-        plan = ShardPlan(self._directory, component, roster, files)
-        return lambda group: write_shards(plan, group, context.storage)
+        return plan_shards(held, roster, self._context.group.rank, index)
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

@@ -9,7 +9,7 @@ from typing import cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.format.crc import crc32c
+from shardwise.format.crc import crc32c, shift
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -18,6 +18,7 @@ from shardwise.io.storage import Storage
 from shardwise.io.writer import Digests, FileSet, totals, write_run
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
+from shardwise.plan.runs import only_run
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile
 from shardwise.types import Box
@@ -102,7 +103,11 @@ def _write_file(
 
 
 def _contribution(piece: Piece, crc: int) -> int:
-    return contribution(piece.box, piece.spec.shape, piece.data.detach().to("cpu", torch_dtype(piece.spec.dtype)), crc)
+    spec = piece.spec
+    first = only_run(piece.box, spec.shape)
+    if first is not None:
+        return shift(crc, spec.nbytes - (first + piece.box.numel) * spec.itemsize)
+    return contribution(piece.box, spec.shape, piece.data.detach().to("cpu", torch_dtype(spec.dtype)), crc)
 
 
 def _gather(

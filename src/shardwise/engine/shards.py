@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.format.crc import crc32c, shift
+from shardwise.format.crc import combine, crc32c, shift
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -22,6 +23,12 @@ from shardwise.plan.runs import only_run
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile
 from shardwise.types import Box
+
+_FileRow: TypeAlias = tuple[str, int, int | None, int | None]
+
+#: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes rank
+#: 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors of the component.
+MOST_CHUNKS = 300_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ def without_tensors(stem: str = "model") -> ShardFile:
     return ShardFile(FileLayout(shard_name(1, 1, 1, stem), header, ()), {})
 
 
-def write_shards(plan: ShardPlan, group: Group, storage: Storage, *, everywhere: bool = False) -> ComponentRecord:
+def write_shards(
+    plan: ShardPlan, group: Group, storage: Storage, *, everywhere: bool = False, most_chunks: int = MOST_CHUNKS
+) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
     Args:
@@ -53,9 +62,11 @@ def write_shards(plan: ShardPlan, group: Group, storage: Storage, *, everywhere:
         storage: Through what.
         everywhere: Whether every rank is to know what all have written. Its cost grows with tensors times ranks, and
             the manifest, which is what it is for, is written by one.
+        most_chunks: Up to how many chunks of all ranks are told, unless ``everywhere`` asks for them.
 
     Returns:
-        Files and tensors of all ranks, on rank 0 or ``everywhere``; nothing on the other ranks.
+        Files and tensors of all ranks, on rank 0 or ``everywhere``; nothing on the other ranks. Above ``most_chunks``
+        only files, with digests of their whole content.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -78,7 +89,7 @@ def write_shards(plan: ShardPlan, group: Group, storage: Storage, *, everywhere:
             storage.sync_directory(plan.directory)
         finally:
             files.close()
-    return _gather(plan, group, digests, chunks, everywhere)
+    return _gather(plan, group, digests, chunks, everywhere, most_chunks)
 
 
 def _write_file(
@@ -111,22 +122,33 @@ def _contribution(piece: Piece, crc: int) -> int:
 
 
 def _gather(
-    plan: ShardPlan, group: Group, digests: Digests, chunks: dict[str, list[ChunkRecord]], everywhere: bool
+    plan: ShardPlan,
+    group: Group,
+    digests: Digests,
+    chunks: dict[str, list[ChunkRecord]],
+    everywhere: bool,
+    most_chunks: int,
 ) -> ComponentRecord:
     specs = plan.roster.specs
-    crcs, counts = group.fold(*totals([spec.name for spec in specs], digests), "combining digests")
+    own_crcs, own_counts = totals([spec.name for spec in specs], digests)
+    own_chunks = sum(map(len, chunks.values()))
+    crcs, (*counts, all_chunks) = group.fold(own_crcs, [*own_counts, own_chunks], "combining digests")
     for spec, count in zip(specs, counts, strict=True):
         check_written(spec, count, plan.directory)
+    is_listed = everywhere or all_chunks <= most_chunks
+    files = _described(plan.files) if is_listed else _digested(plan.files, chunks)
     own: JsonValue = [
-        [[f.layout.name, f.layout.size, crc32c(f.layout.header), len(f.layout.header)] for f in plan.files],
-        {name: [_encode(chunk) for chunk in found] for name, found in chunks.items()},
+        [[file.path, file.size, file.crc32c, file.header_bytes] for file in files],
+        {name: [_encode(chunk) for chunk in found] for name, found in chunks.items()} if is_listed else {},
     ]
     gather = group.gather_json if everywhere else group.collect_json
-    rows = cast(list[tuple[list[list[int]], dict[str, list[list[int]]]]], gather(own, "gathering records"))
+    rows = cast(list[tuple[list[_FileRow], dict[str, list[list[int]]]]], gather(own, "gathering records"))
     if not rows:
         return ComponentRecord()
+    all_files = tuple(FileRecord(*row) for named, _ in rows for row in named)
+    if not is_listed:
+        return ComponentRecord(all_files)
     together: dict[str, list[ChunkRecord]] = {}
-    files = [FileRecord(str(name), size, crc, head) for named, _ in rows for name, size, crc, head in named]
     for _, theirs in rows:
         for name, encoded in theirs.items():
             together.setdefault(name, []).extend(_decode(chunk) for chunk in encoded)
@@ -134,7 +156,29 @@ def _gather(
     for spec, crc in zip(specs, crcs, strict=True):
         ordered = tuple(sorted(together.get(spec.name, []), key=lambda chunk: chunk.box.offsets))
         tensors.append(TensorRecord(plan.component, spec, crc if spec.nbytes else crc32c(b""), ordered))
-    return ComponentRecord(tuple(files), tuple(tensors))
+    return ComponentRecord(all_files, tuple(tensors))
+
+
+def _described(files: Sequence[ShardFile]) -> list[FileRecord]:
+    """Records of files whose content the chunks of tensors describe."""
+    layouts = [file.layout for file in files]
+    return [FileRecord(f.name, f.size, crc32c(f.header), len(f.header)) for f in layouts]
+
+
+def _digested(files: Sequence[ShardFile], chunks: Mapping[str, Sequence[ChunkRecord]]) -> list[FileRecord]:
+    """Records of files with digests of their whole content, put together from those of their pieces."""
+    by_file: dict[str, list[ChunkRecord]] = {}
+    for found in chunks.values():
+        for chunk in found:
+            if chunk.nbytes:
+                by_file.setdefault(chunk.file, []).append(chunk)
+    records = []
+    for file in files:
+        crc = crc32c(file.layout.header)
+        for chunk in sorted(by_file.get(file.layout.name, ()), key=attrgetter("offset")):
+            crc = combine(crc, chunk.crc32c, chunk.nbytes)
+        records.append(FileRecord(file.layout.name, file.layout.size, crc, None))
+    return records
 
 
 def _encode(chunk: ChunkRecord) -> JsonValue:

@@ -26,8 +26,8 @@ from shardwise.types import Box
 
 _FileRow: TypeAlias = tuple[str, int, int | None, int | None]
 
-#: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes rank
-#: 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors of the component.
+#: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
+#: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
 MOST_CHUNKS = 300_000
 
 

@@ -97,8 +97,12 @@ class _Alike(Group):
         return [cast(JsonValue, json.loads(row)) for row in rows]
 
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
-        """What the others tell, or what this rank has itself."""
-        return cast(JsonValue, json.loads(self._told[what])) if what in self._told else value
+        """What this rank has itself."""
+        return value
+
+    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+        """What rank 0 told, or would tell as this rank does."""
+        return cast(JsonValue, json.loads(self._told[what])) if what in self._told else make()
 
 
 class _Telling(Group):
@@ -113,10 +117,11 @@ class _Telling(Group):
         self.told[what] = json.dumps(value)
         return super().gather_json(value, what)
 
-    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
+    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """The same value."""
+        value = super().tell(make, what)
         self.told[what] = json.dumps(value)
-        return super().broadcast_json(value, source, what)
+        return value
 
 
 def _model(tensors: int, mesh: DeviceMesh, rank: int, ranks: int) -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from tests.checkpointing.modes import EVERY, MODES, SHARDS
 from tests.engine.setups import checkpointer
 from tests.support.ranks import failure, run
 from torch import nn
@@ -17,16 +18,6 @@ from shardwise.errors import MissingTensorError
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.inspect import inspect
 from shardwise.ops.verify import verify
-
-EVERY: dict[str, object] = {"save_consolidated": "every"}
-SHARDS: dict[str, object] = {"save_consolidated": "false"}
-MODES = [
-    pytest.param(EVERY, id="every"),
-    pytest.param({**EVERY, "single_rank_consolidation": True}, id="merged"),
-    pytest.param({**EVERY, "is_async": True}, id="async"),
-    pytest.param(SHARDS, id="shards"),
-    pytest.param({**SHARDS, "model_save_format": "torch_save"}, id="torch_save"),
-]
 
 
 class Double(nn.Module):

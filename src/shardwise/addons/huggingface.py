@@ -77,15 +77,11 @@ class ConsolidatedHFAddon:
         if directory is None:
             return
         # Pipeline stages differ: one quantized stage anywhere keeps the entry.
-        quantized, failure = False, None
-        try:
-            quantized = any(has_quantized_parameters(unwrap(part)) for part in parts)
-        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
-            failure = error
-        quantized = group.agree(failure, "looking for quantization", quantized)
+        with group.together("looking for quantization") as quantized:
+            quantized.flag = any(has_quantized_parameters(unwrap(part)) for part in parts)
         with group.together("writing the Hugging Face metadata"):
             if group.rank == 0:
-                _write_metadata(Path(directory), parts, quantized, kwargs)
+                _write_metadata(Path(directory), parts, quantized.any, kwargs)
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Copy the saved HF metadata to the consolidated directory. All ranks call.

@@ -30,6 +30,11 @@ class BaseModel:
     specs: Mapping[str, TensorSpec]
     source: Source
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The files' numbers, from 1, in the order of their names."""
+        return {name: number for number, name in enumerate(sorted(set(self.files.values())), start=1)}
+
 
 def find_base_path(config: CheckpointingConfig) -> str | None:
     """The base model as the configuration names it: a local path where there is one, else the hub id. Local."""
@@ -102,13 +107,15 @@ def open_base(path: str | None, group: Group) -> BaseModel | None:
     Returns:
         ``None`` where rank 0 has no base model configured, or it has no safetensors files there.
     """
-    told: JsonValue = None
-    with group.together("looking for the base model"):
-        if group.is_main and path is not None:
-            place = Path(path)
-            is_file = place.is_file() and place.suffix == ".safetensors"
-            told = [path, is_file] if is_file or _has_weights(place) else None
-    told = group.broadcast_json(told, 0, "looking for the base model")
+
+    def find() -> JsonValue:
+        if path is None:
+            return None
+        place = Path(path)
+        is_file = place.is_file() and place.suffix == ".safetensors"
+        return [path, is_file] if is_file or _has_weights(place) else None
+
+    told = group.tell(find, "looking for the base model")
     if told is None:
         return None
     theirs, is_file = cast(tuple[str, bool], told)

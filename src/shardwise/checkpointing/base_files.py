@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from shardwise.checkpointing.base import snapshot_directory
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.engine.load_base import BaseSource
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.io.bin_source import has_torch_files, open_bin
@@ -174,11 +174,7 @@ def open_base_source(
     Raises:
         CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
     """
-    is_bin: JsonValue = None
-    with group.together("looking at the base model's files"):
-        if group.is_main:
-            is_bin = _is_bin(path)
-    if group.broadcast_json(is_bin, 0, "looking at the base model's files"):
+    if group.tell(lambda: _is_bin(path), "looking at the base model's files"):
         bins = open_bin(path, group, allow_legacy_pickle)
         source = BaseSource(bins.source, bins)
     else:

@@ -10,14 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 import yaml
 
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, FileRow, file_row
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.crc import crc32c
 from shardwise.format.manifest import AliasRecord, FileRecord, Manifest, TensorRecord, encode_manifest
@@ -40,23 +40,21 @@ from shardwise.lifecycle import (
 _LOG = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
 _READ_BYTES = 2**20
-_FileRow: TypeAlias = tuple[str, int, int | None, int | None]
 
 
 def gather_records(group: Group, record: ComponentRecord) -> ComponentRecord:
     """Add files and aliases that only their writer knows of. All ranks call; rank 0 gets the union."""
     own: JsonValue = [
-        [[f.path, f.size, f.crc32c, f.header_bytes] for f in record.files],
+        [file_row(file) for file in record.files],
         [list(alias) for alias in record.aliases],
     ]
     files = {file.path: file for file in record.files}
     aliases = {(alias.component, alias.name): alias for alias in record.aliases}
-    rows = cast(list[tuple[list[_FileRow], list[tuple[str, str, str]]]], group.collect_json(own, "gathering records"))
+    rows = cast(list[tuple[list[FileRow], list[tuple[str, str, str]]]], group.collect_json(own, "gathering records"))
     for their_files, their_aliases in rows:
-        for path, size, crc, head in their_files:
-            files.setdefault(path, FileRecord(path, size, crc, head))
-        for row in their_aliases:
-            alias = AliasRecord(*row)
+        for file in (FileRecord(*row) for row in their_files):
+            files.setdefault(file.path, file)
+        for alias in (AliasRecord(*row) for row in their_aliases):
             aliases.setdefault((alias.component, alias.name), alias)
     return ComponentRecord(tuple(files.values()), record.tensors, _sound(aliases, record.tensors))
 

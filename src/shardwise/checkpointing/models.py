@@ -230,7 +230,7 @@ class ModelSave:
                         write_plain(self._context.storage, self._directory / METADATA_DIR / name, text.encode())
         args = self._args | {"group": group}
         if self.base is not None:
-            numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
+            numbers = self.base.numbers
             args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
             args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
         run_hooks(self._addons, "pre_save", args, group)
@@ -277,7 +277,7 @@ class ModelSave:
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         index = None
         if self.base is not None:
-            numbers = {name: i for i, name in enumerate(sorted(set(self.base.files.values())), start=1)}
+            numbers = self.base.numbers
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._context.group.rank, index)

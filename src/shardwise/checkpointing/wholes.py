@@ -19,13 +19,12 @@ _LOG = logging.getLogger(__name__)
 
 def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0 and tell every rank. All ranks call."""
-    told: JsonValue = None
-    with context.group.together(f"looking for {restore_from}"):
-        if context.group.is_main:
-            found = resolve(context.root, restore_from)
-            if found is not None:
-                told = [str(found.path), found.epoch, found.step, dict(found.metrics)]
-    told = context.group.broadcast_json(told, 0, f"looking for {restore_from}")
+
+    def find() -> JsonValue:
+        found = resolve(context.root, restore_from)
+        return None if found is None else [str(found.path), found.epoch, found.step, dict(found.metrics)]
+
+    told = context.group.tell(find, f"looking for {restore_from}")
     if told is None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)

@@ -29,7 +29,6 @@ from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 
-
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
 
@@ -252,19 +251,19 @@ class Group:
         """
         failure: Exception | None = None
         own: ShardwiseError | None = None
-        told: JsonValue = None
+        text = b""
         if self.is_main:
             try:
-                told = [json.loads(json.dumps(make())), None]
+                text = json.dumps([make(), None]).encode()
             except Exception as error:  # noqa: BLE001 - raised on every rank
                 failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
-                told = [None, cast(JsonValue, own.to_record())]
-        value, record = cast(tuple[JsonValue, dict[str, str | int | None] | None], self.broadcast_json(told, 0, what))
+                text = json.dumps([None, own.to_record()]).encode()
+        value, record = json.loads(self.broadcast_bytes(text, 0, what))
         if own is not None:
             raise own from (failure if failure is not own else None)
         if record is not None:
             raise ShardwiseError.from_record(record)
-        return value
+        return cast(JsonValue, value)
 
     def any(self, flag: bool, what: str = "agreeing") -> bool:
         """Whether any rank passes true. All ranks call."""

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from shardwise.errors import IncompleteTensorError
 from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, TensorRecord
+from shardwise.format.strict_json import JsonValue
 from shardwise.plan.collector import collector_paused
 from shardwise.types import TensorSpec
+
+#: A file's record as it travels between ranks.
+FileRow: TypeAlias = tuple[str, int, int | None, int | None]
+
+
+def file_row(file: FileRecord) -> JsonValue:
+    """A file's record to be told, of which ``FileRecord(*row)`` makes one again."""
+    return [file.path, file.size, file.crc32c, file.header_bytes]
 
 
 @dataclass(frozen=True)

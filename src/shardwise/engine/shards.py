@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.format.crc import combine, crc32c, shift
+from shardwise.engine.records import ComponentRecord, FileRow, check_written, file_row
+from shardwise.format.crc import combine, crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -19,12 +19,9 @@ from shardwise.io.storage import Storage
 from shardwise.io.writer import Digests, FileSet, totals, write_run
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
-from shardwise.plan.runs import only_run
 from shardwise.plan.schedule import Run
-from shardwise.plan.shards import Piece, ShardFile
+from shardwise.plan.shards import ShardFile
 from shardwise.types import Box
-
-_FileRow: TypeAlias = tuple[str, int, int | None, int | None]
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
@@ -105,20 +102,13 @@ def _write_file(
         piece = file.pieces[entry.spec.name]
         run = Run(number, head + entry.begin, piece.tensor, entry.spec, 0, piece.data)
         crc = write_run(run, files, storage)
-        name = piece.spec.name
-        digests.crcs[name] = digests.crcs.get(name, 0) ^ _contribution(piece, crc)
+        name, dtype = piece.spec.name, torch_dtype(piece.spec.dtype)
+        share = contribution(piece.box, piece.spec.shape, piece.data, crc, dtype)
+        digests.crcs[name] = digests.crcs.get(name, 0) ^ share
         digests.counts[name] = digests.counts.get(name, 0) + run.nbytes
         chunks.setdefault(name, []).append(
             ChunkRecord(file.layout.name, head + entry.begin, run.nbytes, piece.box, crc)
         )
-
-
-def _contribution(piece: Piece, crc: int) -> int:
-    spec = piece.spec
-    first = only_run(piece.box, spec.shape)
-    if first is not None:
-        return shift(crc, spec.nbytes - (first + piece.box.numel) * spec.itemsize)
-    return contribution(piece.box, spec.shape, piece.data.detach().to("cpu", torch_dtype(spec.dtype)), crc)
 
 
 def _gather(
@@ -138,11 +128,11 @@ def _gather(
     is_listed = everywhere or all_chunks <= most_chunks
     files = _described(plan.files) if is_listed else _digested(plan.files, chunks)
     own: JsonValue = [
-        [[file.path, file.size, file.crc32c, file.header_bytes] for file in files],
+        [file_row(file) for file in files],
         {name: [_encode(chunk) for chunk in found] for name, found in chunks.items()} if is_listed else {},
     ]
     gather = group.gather_json if everywhere else group.collect_json
-    rows = cast(list[tuple[list[_FileRow], dict[str, list[list[int]]]]], gather(own, "gathering records"))
+    rows = cast(list[tuple[list[FileRow], dict[str, list[list[int]]]]], gather(own, "gathering records"))
     if not rows:
         return ComponentRecord()
     all_files = tuple(FileRecord(*row) for named, _ in rows for row in named)

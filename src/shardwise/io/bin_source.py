@@ -72,11 +72,10 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
         UnsafePickleError: A file names something outside torch's allow-list.
         FormatError: A file is damaged, or holds no state dict.
     """
-    listed: JsonValue = None
-    with group.together(f"looking for .bin files at {path}"):
-        if group.is_main:
-            listed = cast(JsonValue, [path.name] if path.is_file() else _listing(path))
-    names = cast(list[str], group.broadcast_json(listed, 0, f"looking for .bin files at {path}"))
+    listed = group.tell(
+        lambda: cast(JsonValue, [path.name] if path.is_file() else _listing(path)), f"looking for .bin files at {path}"
+    )
+    names = cast(list[str], listed)
     files = [path if path.is_file() else path / name for name in names]
     own: dict[str, JsonValue] = {}
     with group.together(f"looking into the .bin files at {path}"):

@@ -76,8 +76,7 @@ def _write_pieces(number: int, file: ShardFile, files: FileSet, storage: Storage
         piece = file.pieces[entry.spec.name]
         run = Run(number, head + entry.begin, 0, entry.spec, 0, piece.data)
         crc = write_run(run, files, storage)
-        plain = piece.data.detach().to("cpu", torch_dtype(piece.spec.dtype))
-        share = contribution(piece.box, piece.spec.shape, plain, crc)
+        share = contribution(piece.box, piece.spec.shape, piece.data, crc, torch_dtype(piece.spec.dtype))
         chunk = ChunkRecord(record.path, head + entry.begin, run.nbytes, piece.box, crc)
         out.append((entry.spec.name, Written(run.nbytes, share, chunk, record)))
     return out

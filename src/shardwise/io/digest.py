@@ -17,16 +17,20 @@ _TOP = np.uint32(0x80000000)
 _ROWS_AT_ONCE = 2**22
 
 
-def contribution(box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc: int) -> int:
+def contribution(
+    box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc: int, dtype: torch.dtype | None = None
+) -> int:
     """What a piece contributes to the CRC-32C of its whole tensor.
 
     Args:
         box: The piece's region.
         shape: The tensor's shape.
-        data: The piece's elements in the file's dtype; row-major order is the box's.
-        piece_crc: CRC-32C of those bytes in that order.
+        data: The piece's elements; row-major order is the box's. Converted only if they have to be looked at.
+        piece_crc: CRC-32C of their bytes in the file, in that order.
+        dtype: The file's dtype; that of ``data`` if not given.
     """
-    itemsize = data.element_size()
+    dtype = dtype or data.dtype
+    itemsize = dtype.itemsize
     total = math.prod(shape) * itemsize
     how = stride_of(box, shape)
     if box.numel == 0:
@@ -38,7 +42,7 @@ def contribution(box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc
     period = inner
     rows = box.sizes[how.outer - 1]
     found = 0
-    crcs = _row_crcs(data, how.run, how.count).reshape(-1, rows)
+    crcs = _row_crcs(data.detach().to("cpu", dtype), how.run, how.count).reshape(-1, rows)
     leads = Box(box.offsets[: how.outer - 1], box.sizes[: how.outer - 1])
     tail = flat_offset(box.offsets[how.outer :], shape[how.outer :]) * itemsize + how.run * itemsize
     for number, row in enumerate(crcs):

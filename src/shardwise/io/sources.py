@@ -253,13 +253,9 @@ def _sharded(tensor: SourceTensor) -> bool:
 
 def _open_dcp(root: Path, group: Group) -> Source:
     """The tensors of a DCP directory; rank 0 reads its metadata, through an unpickler with an allow-list."""
-    told: JsonValue = None
-    with group.together(f"reading the DCP metadata of {root}"):
-        if group.is_main:
-            told = _describe_dcp(root)
     files, rows = cast(
         tuple[list[str], list[tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]]]],
-        group.broadcast_json(told, 0, f"reading the DCP metadata of {root}"),
+        group.tell(lambda: _describe_dcp(root), f"reading the DCP metadata of {root}"),
     )
     tensors = {
         name: SourceTensor(

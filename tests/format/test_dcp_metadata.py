@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import pickle
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from shardwise.errors import CheckpointNotFoundError, FormatError
+from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
 from shardwise.format.dcp_metadata import parse_dcp_metadata, read_dcp_metadata
 
 
@@ -81,6 +83,59 @@ def sample(**changes: object) -> Metadata:
         "version": "1.0.0",
     }
     return Metadata(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+class ByName(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 does: as attributes, or whatever is given instead."""
+
+    instead: tuple[object, ...] | None = None
+
+    def reducer_override(self, value: object) -> object:
+        if isinstance(value, _MEM_FORMAT_ENCODING):
+            return getattr, self.instead or (type(value), value.name)
+        return NotImplemented
+
+
+def by_name(metadata: Metadata, protocol: int, instead: tuple[object, ...] | None = None) -> bytes:
+    stream = io.BytesIO()
+    pickler = ByName(stream, protocol)
+    pickler.instead = instead
+    pickler.dump(metadata)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_members_that_are_pickled_by_name_come_back(protocol: int) -> None:
+    data = by_name(sample(), protocol)
+    assert b"getattr" in data
+    assert parse_dcp_metadata(data, "p") == sample()
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize(
+    "instead",
+    [
+        (Metadata, "__init__"),
+        (torch.Size, "numel"),
+        (_MEM_FORMAT_ENCODING, 0),
+        ("TORCH_CHANNELS_LAST", "upper"),
+        (_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST", None),
+    ],
+)
+def test_no_other_attribute_is_asked_for(instead: tuple[object, ...], protocol: int) -> None:
+    with pytest.raises(UnsafePickleError, match="getattr"):
+        parse_dcp_metadata(by_name(sample(), protocol, instead), "p")
+
+
+def test_getattr_itself_is_no_value() -> None:
+    with pytest.raises(UnsafePickleError, match="getattr"):
+        parse_dcp_metadata(pickle.dumps(sample(planner_data={"w": getattr})), "p")
+
+
+@pytest.mark.parametrize("name", ["__class__", "TORCH_NOTHING", "mro"])
+def test_an_unknown_member_is_an_error(name: str) -> None:
+    with pytest.raises(FormatError, match="memory format"):
+        parse_dcp_metadata(by_name(sample(), 2, (_MEM_FORMAT_ENCODING, name)), "p")
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -43,6 +43,10 @@ _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"
 _DAMAGED = "The checkpoint's metadata is damaged or forged: restore it from a copy."
 _MAX_PLANNER_DEPTH = 64
 
+#: The enumeration of memory formats, by its two places, and its members' names in the order of their values.
+_FORMAT_ENUMS = (PickledGlobal(_METADATA, "_MEM_FORMAT_ENCODING"), PickledGlobal(_LEGACY, "MEM_FORMAT_ENCODING"))
+_FORMAT_NAMES = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
+
 _T = TypeVar("_T")
 
 
@@ -98,7 +102,7 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 def parse_dcp_metadata(data: bytes, path: str) -> Metadata:
     """Do what `read_dcp_metadata` does with a file that is already in memory."""
-    return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path))
+    return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
 
 
 class _Builder:
@@ -224,9 +228,11 @@ class _Builder:
         import torch
 
         formats = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
-        if not isinstance(value, PickledCall) or not value.function.name.endswith("MEM_FORMAT_ENCODING"):
+        if not isinstance(value, PickledCall) or value.function not in _FORMAT_ENUMS:
             self._fail("has something else where a memory format belongs")
         number = value.args[0] if len(value.args) == 1 else None
+        if number in _FORMAT_NAMES:
+            number = _FORMAT_NAMES.index(number)
         if type(number) is not int or not 0 <= number < len(formats):
             self._fail("names an unknown memory format")
         return formats[number]

@@ -52,7 +52,9 @@ _MARK = _Mark()
 _UNHASHABLE_AS_KEY = (list, dict, set, tuple, frozenset)
 
 
-def read_pickle_tree(data: bytes, allowed: Collection[PickledGlobal], path: str) -> object:
+def read_pickle_tree(
+    data: bytes, allowed: Collection[PickledGlobal], path: str, enums: Collection[PickledGlobal] = ()
+) -> object:
     """Return what ``data`` holds as plain containers, `PickledGlobal` and `PickledCall`.
 
     Time and memory are linear in ``len(data)``. Containers may be shared or contain themselves; the caller has to look
@@ -62,12 +64,14 @@ def read_pickle_tree(data: bytes, allowed: Collection[PickledGlobal], path: str)
         data: The pickle.
         allowed: The globals that it may name.
         path: The file, for errors.
+        enums: Those of ``allowed`` whose members it may name. Python calls such a class with the member's value, and
+            Python 3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either.
 
     Raises:
         UnsafePickleError: It names another global, or uses an opcode that plain data do not need.
         FormatError: It is malformed.
     """
-    machine = _Machine(data, frozenset(allowed), path)
+    machine = _Machine(data, frozenset(allowed), path, frozenset(enums))
     try:
         return machine.run()
     except (IndexError, struct.error) as error:
@@ -77,9 +81,13 @@ def read_pickle_tree(data: bytes, allowed: Collection[PickledGlobal], path: str)
 
 
 class _Machine:
-    def __init__(self, data: bytes, allowed: frozenset[PickledGlobal], path: str) -> None:
+    def __init__(
+        self, data: bytes, allowed: frozenset[PickledGlobal], path: str, enums: frozenset[PickledGlobal]
+    ) -> None:
         self._data = data
         self._allowed = allowed
+        self._enums = enums
+        self._unused: PickledGlobal | None = None
         self._path = path
         self._at = 0
         self._stack: list[object] = []
@@ -102,6 +110,8 @@ class _Machine:
                     hint=_UNSAFE_HINT,
                 )
             handler()
+        if self._unused is not None:
+            self._refuse(self._unused)
         if len(self._stack) != 1 or self._stack[0] is _MARK:
             self._fail("does not end with one value")
         return self._stack[0]
@@ -261,21 +271,41 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> None:
         found = PickledGlobal(module, name)
-        if found not in self._allowed:
-            raise UnsafePickleError(
-                f"the pickle {self._path!r} names {str(found)[:200]!r}, which is not on the list of what it may name",
-                path=self._path,
-                hint=_UNSAFE_HINT,
-            )
+        if found in _GETATTR and self._enums:
+            self._unused = found
+        elif found not in self._allowed:
+            self._refuse(found)
         self._stack.append(found)
+
+    def _refuse(self, found: PickledGlobal) -> NoReturn:
+        raise UnsafePickleError(
+            f"the pickle {self._path!r} names {str(found)[:200]!r}, which is not on the list of what it may name",
+            path=self._path,
+            hint=_UNSAFE_HINT,
+        )
 
     def _call(self) -> None:
         args, function = self._pop(), self._pop()
         if type(function) is not PickledGlobal or type(args) is not tuple:
             self._fail("calls something that is not a global")
+        if function in _GETATTR:
+            self._stack.append(self._member(function, args))
+            return
         self._stack.append(
             self._plain(function, args) if function.module in _PLAIN_MODULES else PickledCall(function, args)
         )
+
+    def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall:
+        """A member of an enumeration, which is all that an attribute is asked for."""
+        if (
+            len(args) != 2
+            or type(args[0]) is not PickledGlobal
+            or args[0] not in self._enums
+            or type(args[1]) is not str
+        ):
+            self._refuse(function)
+        self._unused = None
+        return PickledCall(args[0], (args[1],))
 
     def _plain(self, function: PickledGlobal, args: tuple[object, ...]) -> object:
         # Containers become real at once, because later opcodes fill them.
@@ -293,4 +323,5 @@ class _Machine:
         target.state = state
 
 
+_GETATTR = frozenset({PickledGlobal("builtins", "getattr"), PickledGlobal("__builtin__", "getattr")})
 _PLAIN_MODULES = frozenset({"collections", "builtins", "__builtin__"})

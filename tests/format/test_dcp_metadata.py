@@ -127,9 +127,12 @@ def test_no_other_attribute_is_asked_for(instead: tuple[object, ...], protocol: 
         parse_dcp_metadata(by_name(sample(), protocol, instead), "p")
 
 
-def test_getattr_itself_is_no_value() -> None:
-    with pytest.raises(UnsafePickleError, match="getattr"):
-        parse_dcp_metadata(pickle.dumps(sample(planner_data={"w": getattr})), "p")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_getattr_itself_is_no_value(protocol: int) -> None:
+    metadata = sample(planner_data={"w": getattr})
+    for data in (pickle.dumps(metadata, protocol), by_name(metadata, protocol)):
+        with pytest.raises(UnsafePickleError, match="getattr"):
+            parse_dcp_metadata(data, "p")
 
 
 @pytest.mark.parametrize("name", ["__class__", "TORCH_NOTHING", "mro"])

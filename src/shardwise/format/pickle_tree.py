@@ -87,7 +87,7 @@ class _Machine:
         self._data = data
         self._allowed = allowed
         self._enums = enums
-        self._unused: PickledGlobal | None = None
+        self._uncalled = 0
         self._path = path
         self._at = 0
         self._stack: list[object] = []
@@ -110,8 +110,8 @@ class _Machine:
                     hint=_UNSAFE_HINT,
                 )
             handler()
-        if self._unused is not None:
-            self._refuse(self._unused)
+        if self._uncalled:
+            self._refuse(_GETATTR[0])
         if len(self._stack) != 1 or self._stack[0] is _MARK:
             self._fail("does not end with one value")
         return self._stack[0]
@@ -250,7 +250,7 @@ class _Machine:
     def _recall(self, slot: int) -> None:
         if slot not in self._memo:
             self._fail("recalls a value that it never stored")
-        self._stack.append(self._memo[slot])
+        self._push_named(self._memo[slot])
 
     def _line(self) -> str:
         end = self._data.index(b"\n", self._at) if b"\n" in self._data[self._at : self._at + 1024] else -1
@@ -271,11 +271,14 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> None:
         found = PickledGlobal(module, name)
-        if found in _GETATTR and self._enums:
-            self._unused = found
-        elif found not in self._allowed:
+        if found not in self._allowed and not (found in _GETATTR and self._enums):
             self._refuse(found)
-        self._stack.append(found)
+        self._push_named(found)
+
+    def _push_named(self, value: object) -> None:
+        # Named and then called, each time: as a value by itself it has no place in the tree.
+        self._uncalled += type(value) is PickledGlobal and value in _GETATTR
+        self._stack.append(value)
 
     def _refuse(self, found: PickledGlobal) -> NoReturn:
         raise UnsafePickleError(
@@ -304,7 +307,7 @@ class _Machine:
             or type(args[1]) is not str
         ):
             self._refuse(function)
-        self._unused = None
+        self._uncalled -= 1
         return PickledCall(args[0], (args[1],))
 
     def _plain(self, function: PickledGlobal, args: tuple[object, ...]) -> object:
@@ -323,5 +326,5 @@ class _Machine:
         target.state = state
 
 
-_GETATTR = frozenset({PickledGlobal("builtins", "getattr"), PickledGlobal("__builtin__", "getattr")})
+_GETATTR = (PickledGlobal("builtins", "getattr"), PickledGlobal("__builtin__", "getattr"))
 _PLAIN_MODULES = frozenset({"collections", "builtins", "__builtin__"})

@@ -13,10 +13,12 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar, cast
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -39,8 +41,10 @@ from shardwise.format.manifest import Manifest, encode_manifest
 from shardwise.io.sources import open_source
 from shardwise.io.storage import LocalStorage
 from shardwise.lifecycle import LocalFileSystem
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout
 from shardwise.plan.placement import chunk
+from shardwise.plan.shards import plan_shards, shard_name
 from shardwise.stateful_wrappers import ModelState
 from shardwise.types import TensorSpec
 
@@ -124,6 +128,80 @@ class _Telling(Group):
         return value
 
 
+class _Keeping(_Alike):
+    """The same for a load of shards, of which each rank wrote one: others ask and answer as this one does.
+
+    Args:
+        rank: This rank.
+        ranks: How many there are.
+        told: As for `_Alike`.
+        offsets: Name of a tensor -> where its piece starts in this rank's file.
+        said: What others say, by what it is about; kept from one load to the next, so that making it up is not timed
+            in the second.
+    """
+
+    def __init__(
+        self, rank: int, ranks: int, told: dict[str, str], offsets: dict[str, int], said: dict[str, list[bytes]]
+    ) -> None:
+        super().__init__(rank, ranks, told)
+        self._offsets = offsets
+        self._said = said
+        self._shapes = {spec.name: spec.shape for spec in _specs(len(offsets))}
+        self._names: dict[int, str] = {}
+
+    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+        """What every rank has to say to this one."""
+        if what not in self._said:
+            self._said[what] = [self._message(rank, messages, what) for rank in range(self.world_size)]
+        return self._said[what]
+
+    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+        """This rank's tensors, and those that others keep; for the rest as `_Alike`."""
+        if what != "sharing what tensors there are":
+            return super().gather_json(value, what)
+        if what not in self._said:
+            self._said[what] = [json.dumps(rows).encode() for rows in self._kept()]
+        return [cast(JsonValue, json.loads(text)) for text in self._said[what]]
+
+    def _kept(self) -> list[list[JsonValue]]:
+        rows: list[list[JsonValue]] = [[] for _ in range(self.world_size)]
+        for name in self._offsets:
+            keeper = crc32(name.encode()) % self.world_size
+            number = keeper + len(rows[keeper]) * self.world_size
+            rows[keeper].append([name, list(self._shapes[name]), "BF16", 0, -1, 0, number])
+            self._names[number] = name
+        return rows
+
+    def _message(self, rank: int, messages: Sequence[bytes], what: str) -> bytes:
+        if what == "sharing headers":
+            [[_, rows]] = json.loads(messages[self.rank])
+            moved = []
+            for name, (_, *rest), dtype, offset, (_, *others) in rows:
+                start, count = chunk(self._shapes[name][0], self.world_size, rank)
+                moved.append([name, [count, *rest], dtype, offset, [start, *others]])
+            return json.dumps([[rank, moved]]).encode()
+        if what == "asking for pieces of tensors":
+            self._said["asked"] = list(messages)
+            values = array("q", messages[self.rank])
+            at = 0
+            while at < len(values):
+                shape = self._shapes[self._names[values[at]]]
+                values[at + 1], values[at + 1 + len(shape)] = chunk(shape[0], self.world_size, rank)
+                at += 1 + 2 * len(shape)
+            return values.tobytes()
+        return self._answer(self._said["asked"][rank])
+
+    def _answer(self, question: bytes) -> bytes:
+        """This rank's own piece is what it asks for."""
+        values, answer, at = array("q", question), array("q"), 0
+        while at < len(values):
+            name = self._names[values[at]]
+            end = at + 1 + 2 * len(self._shapes[name])
+            answer.extend((1, self.rank, self._offsets[name], 0, *values[at + 1 : end]))
+            at = end
+        return answer.tobytes()
+
+
 def _model(tensors: int, mesh: DeviceMesh, rank: int, ranks: int) -> nn.Module:
     """A model of which this rank has its rows: memory with addresses, but never touched."""
     specs = _specs(tensors)
@@ -166,6 +244,8 @@ class _Planned:
     later: float
     first_load: float
     load: float
+    first_load_of_shards: float
+    load_of_shards: float
 
 
 def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
@@ -197,8 +277,34 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
         fresh = _context(_Alike(rank, ranks, told), directory)
         first_load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
         load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
+    of_shards, again = _plan_shards(model, hub.held, rank, ranks, directory)
     first = capture + specs
-    return _Planned(capture, specs, first, first + coordinator, look, later, first_load, load)
+    return _Planned(capture, specs, first, first + coordinator, look, later, first_load, load, of_shards, again)
+
+
+def _plan_shards(
+    model: nn.Module, held: Sequence[HeldTensor], rank: int, ranks: int, directory: Path
+) -> tuple[float, float]:
+    """Seconds of a load of shards that as many ranks wrote: the first, and one of a model that is known."""
+    (file,) = plan_shards(held, RosterKeeper(_Alike(rank, ranks)).roster(held), rank)
+    head = len(file.layout.header)
+    offsets = {entry.spec.name: head + entry.begin for entry in file.layout.entries}
+    names = [shard_name(number + 1, 1, 1) for number in range(ranks)]
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        with (Path(made) / names[rank]).open("wb") as stream:
+            stream.write(file.layout.header)
+            stream.truncate(file.layout.size)
+        looking = {"single": [], "files": names, "index": [], "dcp": []}
+        told = {f"looking for a checkpoint at {made}": json.dumps(looking)}
+        notes = _Telling()
+        read_notes(Path(made), notes)
+        told |= notes.told
+        said: dict[str, list[bytes]] = {}
+        _load(_context(_Keeping(rank, ranks, told, offsets, said), directory), model, Path(made))
+        fresh = _context(_Keeping(rank, ranks, told, offsets, said), directory)
+        first, _ = _seconds(lambda: _load(fresh, model, Path(made)))
+        again, _ = _seconds(lambda: _load(fresh, model, Path(made)))
+    return first, again
 
 
 def _context(group: Group, directory: Path) -> Context:
@@ -267,4 +373,6 @@ def planning(settings: Settings) -> list[Row]:
         row("plan, later save with the look, a rank", "later", "0.05 s"),
         row("plan, first load with the capture, a rank", "first_load", "1 s"),
         row("plan, load of a known model, a rank", "load", "1 s"),
+        row("plan, first load of shards with the capture, a rank", "first_load_of_shards", "1 s"),
+        row("plan, load of shards of a known model, a rank", "load_of_shards", "1 s"),
     ]

@@ -347,7 +347,7 @@ def _opened(
 ) -> tuple[Source, HubState, LoadOptions]:
     """What there is to load, what this rank holds of the model, and what may differ between the two."""
     group = context.group
-    source = open_source(path, group)
+    source = open_source(path, group, spread=True)
     notes = read_notes(path, group)
     ties: dict[str, str] = {}
     apart: list[str] = []
@@ -391,7 +391,7 @@ def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
         mapping[name]: tensor._replace(spec=tensor.spec._replace(name=mapping[name]))
         for name, tensor in source.tensors.items()
     }
-    return Source(source.path, source.files, tensors)
+    return replace(source, tensors=tensors)
 
 
 def _has_natives(held: HeldGroup, source: Source) -> bool:

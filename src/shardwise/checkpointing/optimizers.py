@@ -170,7 +170,7 @@ def load_optimizer(
     assert state is not None
     if not group.any(bool(state.state_dict()), "comparing optimizer states"):
         return
-    source = open_source(directory, group)
+    source = open_source(directory, group, spread=True)
     source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
     held: list[HeldTensor] = []
     with group.together("describing the optimizer"):
@@ -185,7 +185,9 @@ def _without_files(source: Source, names: set[str]) -> Source:
     if not drop:
         return source
     return source.without(
-        name for name, tensor in source.tensors.items() if all(chunk.file in drop for chunk in tensor.chunks)
+        name
+        for name, tensor in source.tensors.items()
+        if tensor.scattered is None and all(chunk.file in drop for chunk in tensor.chunks)
     )
 
 

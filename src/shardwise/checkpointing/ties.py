@@ -21,7 +21,7 @@ from shardwise.io.stream import tensor_blocks
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.stateful_wrappers.names import promised_ties, unwrap
-from shardwise.types import TensorSpec
+from shardwise.types import Box, TensorSpec
 
 
 def under_saved_names(
@@ -72,11 +72,24 @@ def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Sto
     tensors = dict(source.tensors)
     pairs = {alias: str(name) for theirs in ties if isinstance(theirs, dict) for alias, name in theirs.items()}
     twice = sorted((alias, name) for alias, name in pairs.items() if alias in tensors and name in tensors)
+    if twice:
+        _compare(twice[group.rank :: group.world_size], source, group, storage)
+    for alias, name in pairs.items():
+        tensor = tensors.pop(alias, None)
+        if tensor is not None:
+            tensors.setdefault(name, tensor._replace(spec=tensor.spec._replace(name=name)))
+    return replace(source, tensors=tensors)
+
+
+def _compare(own: Sequence[tuple[str, str]], source: Source, group: Group, storage: Storage) -> None:
+    """Compare pairs of tensors, each rank its own; all ranks call."""
+    names = [name for pair in own for name in pair]
+    known = source.located(lambda: {name: [Box.whole(source.tensors[name].spec.shape)] for name in names}, group)
     with group.together("comparing tied tensors"):
         reader = Reader(storage, source.files)
         try:
-            for number, (alias, name) in enumerate(twice):
-                if number % group.world_size == group.rank and not _equal(tensors[alias], tensors[name], reader):
+            for alias, name in own:
+                if not _equal(known.tensors[alias], known.tensors[name], reader):
                     raise TensorError(
                         f"the checkpoint holds other values for it than for {name!r}, with which the model ties it",
                         path=source.path,
@@ -86,11 +99,6 @@ def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Sto
                     )
         finally:
             reader.close()
-    for alias, name in pairs.items():
-        tensor = tensors.pop(alias, None)
-        if tensor is not None:
-            tensors.setdefault(name, tensor._replace(spec=tensor.spec._replace(name=name)))
-    return replace(source, tensors=tensors)
 
 
 def _equal(a: SourceTensor, b: SourceTensor, reader: Reader) -> bool:

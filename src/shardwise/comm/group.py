@@ -313,6 +313,28 @@ class Group:
             size, short = unpacked(self._broadcast_sized(packet(own), PACKET_BYTES, source))
             return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
 
+    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+        """Send each rank a message of its own. All ranks call.
+
+        Args:
+            messages: One for each rank, in rank order, this one included.
+            what: What is being done, for messages of errors.
+
+        Returns:
+            What each rank sent to this one, in rank order.
+        """
+        if self.world_size == 1:
+            return list(messages)
+        with self._guard(what):
+            lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
+            theirs = torch.empty_like(lengths)
+            dist.all_to_all_single(theirs, lengths, group=self._pg)
+            counts, data = theirs.tolist(), b"".join(messages)
+            received = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
+            sent = to_tensor(data, len(data), self._device)
+            dist.all_to_all_single(received, sent, counts, lengths.tolist(), group=self._pg)
+            return [to_bytes(part) for part in torch.split(received, counts)]
+
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         with self._guard(what):
             own = to_tensor(packet(data), PACKET_BYTES, self._device)

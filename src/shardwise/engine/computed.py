@@ -223,6 +223,12 @@ def load_computed(
     Raises:
         MissingTensorError: A hub tensor of a group is absent.
     """
+
+    def wholes() -> dict[str, list[Box]]:
+        specs = (spec for held in groups if held.natives for spec in held.computed.hub)
+        return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source)}
+
+    source = source.located(wholes, group)
     reader = Reader(storage, source.files, options.threads)
     with group.together(f"converting tensors of {source.path}"):
         try:
@@ -231,6 +237,11 @@ def load_computed(
                     _load_group(held, source, reader, options)
         finally:
             reader.close()
+
+
+def _fits(spec: TensorSpec, source: Source) -> bool:
+    saved = source.tensors.get(spec.name)
+    return saved is not None and saved.spec.shape == spec.shape
 
 
 def _load_group(held: HeldGroup, source: Source, reader: Reader, options: LoadOptions) -> None:

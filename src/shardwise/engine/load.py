@@ -22,7 +22,9 @@ from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.pieces import wanted_regions
 from shardwise.plan.sharing import Replicas
+from shardwise.types import Box
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def load_tensors(
     """
     started = time.monotonic()
     unexpected = [name for name in _unexpected(held, source, group) if name not in options.ignored]
+    source = source.located(lambda: _regions(held, source), group)
     replicas = find_replicas(held, source, group, storage, options.sharing)
     reads = PlannedReads()
     missing: list[str] = []
@@ -159,11 +162,23 @@ def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> lis
     return [name for name, count in zip(names, wanted, strict=True) if not count]
 
 
+def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
+    """Which regions of which saved tensors this rank wants, as far as they fit; the others are compared later."""
+    wanted: dict[str, list[Box]] = {}
+    for tensor in held:
+        saved = source.tensors.get(tensor.spec.name)
+        if saved is not None and saved.scattered is not None and saved.spec.shape == tensor.spec.shape:
+            wanted.setdefault(tensor.spec.name, []).extend(wanted_regions(tensor))
+    return wanted
+
+
 def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
     saved = source.tensors[tensor.spec.name]
-    where = source.files[saved.chunks[0].file] if saved.chunks else source.path
+    files = [saved.scattered.file] if saved.scattered is not None else [chunk.file for chunk in saved.chunks[:1]]
+    where = source.files[files[0]] if files else source.path
     if saved.spec.shape != tensor.spec.shape:
-        pieces = any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks) or where.name.startswith("shard-")
+        pieces = saved.scattered is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
+        pieces = pieces or where.name.startswith("shard-")
         raise ShapeMismatchError(
             f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
             path=where,

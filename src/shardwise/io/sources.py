@@ -8,18 +8,19 @@ Reading headers is shared between the ranks; each file's header is read by one o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import CheckpointNotFoundError, FormatError, HeaderError, WeightIndexError
-from shardwise.format.header import read_header, saved_offsets
+from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.index import read_index
+from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, read_entries
+from shardwise.io.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
 from shardwise.plan.collector import collector_paused
-from shardwise.plan.reads import SourceChunk, SourceTensor
-from shardwise.types import Box, TensorSpec
+from shardwise.plan.reads import SourceTensor
+from shardwise.types import Box
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -32,38 +33,56 @@ class Source:
         path: What was opened.
         files: Every file that holds tensor data.
         tensors: By name.
+        keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
     """
 
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, SourceTensor]
+    keeper: Keeper | None = None
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
         dropped = self.tensors.keys() & set(names)
         if not dropped:
             return self
-        return Source(self.path, self.files, {n: t for n, t in self.tensors.items() if n not in dropped})
+        return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
+    def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
+        """The same with the pieces of tensors that this rank wants. All ranks of the group call.
 
-class _Entry(NamedTuple):
-    """One tensor or piece in one file: global offsets are ``None`` where the file holds it whole."""
+        Args:
+            wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
+            group: The ranks that opened it together.
+        """
+        if self.keeper is None:
+            return self
+        names: list[str] = []
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-    saved: tuple[int, ...] | None
+        def regions() -> list[tuple[SourceTensor, Sequence[Box]]]:
+            found = wanted()
+            names.extend(found)
+            return [(self.tensors[name], boxes) for name, boxes in found.items()]
+
+        pieces = ask_keepers(regions, self.keeper, group)
+        tensors = dict(self.tensors)
+        for name in names:
+            scattered = tensors[name].scattered
+            if scattered is not None and scattered.number in pieces:
+                tensors[name] = tensors[name]._replace(chunks=pieces[scattered.number])
+        return replace(self, tensors=tensors)
 
 
 @collector_paused()
-def open_source(path: str | os.PathLike[str], group: Group) -> Source:
+def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = False) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
     Args:
         path: A safetensors file, or a directory: of safetensors files with or without an index, a ``model/`` directory
             with ``consolidated/`` or shards in it, or a DCP directory.
         group: The ranks that load together.
+        spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
+            `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -73,10 +92,15 @@ def open_source(path: str | os.PathLike[str], group: Group) -> Source:
     root = Path(path).absolute()
     listed = cast(dict[str, list[str]], group.tell(lambda: _look(root), f"looking for a checkpoint at {root}"))
     if listed["dcp"]:
-        return _open_dcp(root, group)
-    files = [root] if listed["single"] else [root / name for name in listed["files"]]
-    entries = _read_headers(files, group)
-    source = _assemble(root, files, entries)
+        return _open_dcp(root, group, spread)
+    files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
+    own, pieces = _read_headers(files, group)
+    keeper: Keeper | None = None
+    if spread and pieces and group.world_size > 1:
+        tensors, keeper = spread_entries(own, root, files, group)
+    else:
+        tensors = assemble(root, files, _share_entries(own, group))
+    source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
             if group.is_main:
@@ -144,87 +168,22 @@ def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     return [n for n in names if not any(n.startswith(f"{stem}.") for stem in stems - {n.removesuffix(suffix)})]
 
 
-def _read_headers(files: Sequence[Path], group: Group) -> list[list[_Entry]]:
-    """The entries of every file, on every rank; each header is read by one rank."""
-    own: dict[str, JsonValue] = {}
-    with group.together("reading safetensors headers"):
-        for number, file in enumerate(files):
-            if number % group.world_size == group.rank:
-                own[str(number)] = [_encode(entry) for entry in _entries(file)]
-    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
+def _read_headers(files: Sequence[Path], group: Group) -> tuple[dict[int, list[Entry]], bool]:
+    """The entries of the files that this rank reads, each file being read by one, and whether any has pieces."""
+    own: dict[int, list[Entry]] = {}
+    with group.together("reading safetensors headers") as pieces:
+        for number in range(group.rank, len(files), group.world_size):
+            own[number] = read_entries(files[number])
+        pieces.flag = any(entry.saved is not None for entries in own.values() for entry in entries)
+    return own, pieces.any
+
+
+def _share_entries(own: Mapping[int, Sequence[Entry]], group: Group) -> list[tuple[int, list[Entry]]]:
+    """The entries of every file, on every rank."""
+    rows: JsonValue = {str(number): [encode_entry(entry) for entry in entries] for number, entries in own.items()}
+    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(rows, "sharing headers"))
     merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
-    return [[_decode(row) for row in merged[number]] for number in range(len(files))]
-
-
-def _entries(file: Path) -> list[_Entry]:
-    header = read_header(file)
-    offsets = saved_offsets(header) or {}
-    return [
-        _Entry(
-            entry.spec.name,
-            entry.spec.shape,
-            entry.spec.dtype,
-            header.data_start + entry.begin,
-            offsets.get(entry.spec.name),
-        )
-        for entry in header.entries
-    ]
-
-
-def _encode(entry: _Entry) -> JsonValue:
-    saved: JsonValue = None if entry.saved is None else list(entry.saved)
-    return [entry.name, list(entry.shape), entry.dtype, entry.offset, saved]
-
-
-def _decode(row: JsonValue) -> _Entry:
-    name, shape, dtype, offset, saved = cast(tuple[str, list[int], str, int, list[int] | None], row)
-    return _Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
-
-
-def _assemble(root: Path, files: Sequence[Path], entries: Sequence[Sequence[_Entry]]) -> Source:
-    first: dict[str, tuple[_Entry, int]] = {}
-    pieces: dict[str, list[tuple[_Entry, int]]] = {}
-    sharded_names: set[str] = set()
-    for number, found in enumerate(entries):
-        below = files[number].parent.name == "consolidated" and files[number].parent != root
-        for entry in found:
-            if below and entry.name in sharded_names:
-                continue
-            piece = (entry, number)
-            known = first.setdefault(entry.name, piece)
-            if known is not piece:
-                pieces.setdefault(entry.name, [known]).append(piece)
-            elif entry.saved is not None:
-                pieces[entry.name] = [piece]
-        if not below:
-            sharded_names.update(entry.name for entry in found)
-    tensors = {n: _joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()}
-    return Source(root, tuple(files), tensors)
-
-
-def _whole(entry: _Entry, file: int) -> SourceTensor:
-    spec = TensorSpec(entry.name, entry.shape, entry.dtype)
-    return SourceTensor(spec, (SourceChunk(Box.whole(entry.shape), file, entry.offset),))
-
-
-def _joined(name: str, found: Sequence[tuple[_Entry, int]], files: Sequence[Path]) -> SourceTensor:
-    first, number = found[0]
-    shape = list(first.shape)
-    chunks: dict[Box, SourceChunk] = {}
-    for entry, file in found:
-        offsets = entry.saved if entry.saved is not None else (0,) * len(entry.shape)
-        if entry.dtype != first.dtype or len(entry.shape) != len(first.shape):
-            raise HeaderError(
-                f"{files[number].name} and {files[file].name} disagree about this tensor's dtype or dimensions",
-                path=files[file],
-                tensor=name,
-                hint="The directory mixes files of different checkpoints; separate them.",
-            )
-        shape = [max(n, o + s) for n, o, s in zip(shape, offsets, entry.shape, strict=True)]
-        box = Box(offsets, entry.shape)
-        # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
-        chunks.setdefault(box, SourceChunk(box, file, entry.offset))
-    return SourceTensor(TensorSpec(name, tuple(shape), first.dtype), tuple(chunks.values()))
+    return [(number, [decode_entry(row) for row in merged[number]]) for number in sorted(merged)]
 
 
 def _check_index(root: Path, indices: Sequence[str], source: Source) -> None:
@@ -234,6 +193,8 @@ def _check_index(root: Path, indices: Sequence[str], source: Source) -> None:
         here = set(numbers.values())
         for tensor, file in read_index(root / name).weight_map.items():
             known = source.tensors.get(tensor)
+            if known is not None and known.scattered is not None:
+                continue
             if known is not None:
                 held = {chunk.file for chunk in known.chunks}
                 # A tensor that is read from shards beside the export has no say about the export's files.
@@ -251,23 +212,28 @@ def _sharded(tensor: SourceTensor) -> bool:
     return len(tensor.chunks) > 1 or tensor.chunks[0].box.sizes != tensor.spec.shape
 
 
-def _open_dcp(root: Path, group: Group) -> Source:
+def _open_dcp(root: Path, group: Group, spread: bool) -> Source:
     """The tensors of a DCP directory; rank 0 reads its metadata, through an unpickler with an allow-list."""
-    files, rows = cast(
-        tuple[list[str], list[tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]]]],
-        group.tell(lambda: _describe_dcp(root), f"reading the DCP metadata of {root}"),
-    )
-    tensors = {
-        name: SourceTensor(
-            TensorSpec(name, tuple(shape), dtype),
-            tuple(SourceChunk(Box(tuple(o), tuple(s)), file, at, size) for o, s, file, at, size in chunks),
-        )
-        for name, shape, dtype, chunks in rows
-    }
-    return Source(root, tuple(root / name for name in files), tensors)
+    rows: list[JsonValue] = []
+    what = f"reading the DCP metadata of {root}"
+
+    def describe() -> JsonValue:
+        files, found = _describe_dcp(root)
+        rows.extend(found)
+        return list(files)
+
+    keeper: Keeper | None = None
+    if spread and group.world_size > 1:
+        files = cast(list[str], group.tell(describe, what))
+        tensors, keeper = spread_rows(rows, group)
+    else:
+        files, found = cast(tuple[list[str], list[JsonValue]], group.tell(lambda: [*_describe_dcp(root)], what))
+        tensors = [tensor_of_row(row) for row in found]
+    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, keeper)
 
 
-def _describe_dcp(root: Path) -> JsonValue:
+def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:
+    """Names of the files, and the tensors as `tensor_of_row` takes them."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from shardwise.format.dcp_metadata import read_dcp_metadata
@@ -295,4 +261,4 @@ def _describe_dcp(root: Path) -> JsonValue:
             path=root / missing[0],
             hint="Restore the missing file; the checkpoint is not whole without it.",
         )
-    return [list(files), rows]
+    return list(files), rows

@@ -38,11 +38,30 @@ class SourceChunk(NamedTuple):
     packed: int = 0
 
 
+class Scattered(NamedTuple):
+    """A tensor of which another rank knows where its pieces are.
+
+    Attributes:
+        number: What that rank calls it.
+        file: Index of one of the files that hold it, for messages.
+    """
+
+    number: int
+    file: int
+
+
 class SourceTensor(NamedTuple):
-    """A saved tensor: what it is, and where its pieces are."""
+    """A saved tensor: what it is, and where its pieces are.
+
+    Attributes:
+        spec: What it is.
+        chunks: Its pieces; of a scattered tensor those that this rank has asked for.
+        scattered: Whom to ask, where this rank does not know all pieces.
+    """
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
+    scattered: Scattered | None = None
 
 
 class Read(NamedTuple):
@@ -95,7 +114,7 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
     Raises:
         MissingTensorError: The chunks do not cover a fragment.
     """
-    spec, chunks = source
+    spec, chunks = source.spec, source.chunks
     if len(chunks) != 1 or chunks[0].packed or wanted.grid != spec.shape:
         return [read for fragment in wanted.fragments for read in _pieces(source, fragment, wanted.grid)]
     (chunk,) = chunks

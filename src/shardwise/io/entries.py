@@ -1,0 +1,119 @@
+"""What the headers of a checkpoint's files say, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from shardwise.errors import HeaderError
+from shardwise.format.header import read_header, saved_offsets
+from shardwise.format.strict_json import JsonValue
+from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.types import Box, TensorSpec
+
+
+class Entry(NamedTuple):
+    """One tensor or piece in one file.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape there.
+        dtype: Its dtype code.
+        offset: Byte offset in the file.
+        saved: Where it starts in the whole tensor; ``None`` where the file does not say, and holds it whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    saved: tuple[int, ...] | None
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """The entries of one file, in the order of their data.
+
+    Raises:
+        HeaderError: The file is truncated or damaged.
+    """
+    header = read_header(file)
+    offsets = saved_offsets(header) or {}
+    return [
+        Entry(
+            entry.spec.name,
+            entry.spec.shape,
+            entry.spec.dtype,
+            header.data_start + entry.begin,
+            offsets.get(entry.spec.name),
+        )
+        for entry in header.entries
+    ]
+
+
+def encode_entry(entry: Entry) -> JsonValue:
+    """An entry as it travels."""
+    name, shape, dtype, offset, saved = entry
+    return [name, list(shape), dtype, offset, None if saved is None else list(saved)]
+
+
+def decode_entry(row: JsonValue) -> Entry:
+    """The inverse of `encode_entry`."""
+    name, shape, dtype, offset, saved = cast(tuple[str, list[int], str, int, list[int] | None], row)
+    return Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
+
+
+def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Sequence[Entry]]]) -> list[SourceTensor]:
+    """Put the tensors together whose pieces are in several files.
+
+    Args:
+        root: The directory that was opened. Where a tensor is in a file below it and in an export in
+            ``consolidated/``, the former counts.
+        files: All files.
+        entries: Number of a file, and its entries; in the order of the files.
+
+    Raises:
+        HeaderError: Two files disagree about a tensor.
+    """
+    first: dict[str, tuple[Entry, int]] = {}
+    pieces: dict[str, list[tuple[Entry, int]]] = {}
+    sharded_names: set[str] = set()
+    for number, found in entries:
+        below = files[number].parent.name == "consolidated" and files[number].parent != root
+        for entry in found:
+            if below and entry.name in sharded_names:
+                continue
+            piece = (entry, number)
+            known = first.setdefault(entry.name, piece)
+            if known is not piece:
+                pieces.setdefault(entry.name, [known]).append(piece)
+            elif entry.saved is not None:
+                pieces[entry.name] = [piece]
+        if not below:
+            sharded_names.update(entry.name for entry in found)
+    return [_joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()]
+
+
+def _whole(entry: Entry, file: int) -> SourceTensor:
+    spec = TensorSpec(entry.name, entry.shape, entry.dtype)
+    return SourceTensor(spec, (SourceChunk(Box.whole(entry.shape), file, entry.offset),))
+
+
+def _joined(name: str, found: Sequence[tuple[Entry, int]], files: Sequence[Path]) -> SourceTensor:
+    first, number = found[0]
+    shape = list(first.shape)
+    chunks: dict[Box, SourceChunk] = {}
+    for entry, file in found:
+        offsets = entry.saved if entry.saved is not None else (0,) * len(entry.shape)
+        if entry.dtype != first.dtype or len(entry.shape) != len(first.shape):
+            raise HeaderError(
+                f"{files[number].name} and {files[file].name} disagree about this tensor's dtype or dimensions",
+                path=files[file],
+                tensor=name,
+                hint="The directory mixes files of different checkpoints; separate them.",
+            )
+        shape = [max(n, o + s) for n, o, s in zip(shape, offsets, entry.shape, strict=True)]
+        box = Box(offsets, entry.shape)
+        # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
+        chunks.setdefault(box, SourceChunk(box, file, entry.offset))
+    return SourceTensor(TensorSpec(name, tuple(shape), first.dtype), tuple(chunks.values()))

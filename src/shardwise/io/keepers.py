@@ -1,0 +1,241 @@
+"""Who knows where the pieces of sharded tensors are.
+
+N ranks save N pieces of each tensor, and M ranks load them: were every rank to know all pieces, what each of them has
+to be told would grow with N times the tensors. So each tensor has a *keeper*, the one rank that knows all pieces of it:
+
+1. a rank reads some of the files' headers, and tells each tensor's keeper of the pieces in them;
+2. a keeper puts its tensors together, and tells all ranks what they are, but of the pieces only whether there are more
+   than one;
+3. once a rank knows what it wants, it asks the keepers of its tensors, which answer with the pieces that touch it.
+
+What a rank sends, gets and keeps then grows with the tensors, and with the pieces that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+from zlib import crc32
+
+from shardwise.comm import Group, JsonValue
+from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry
+from shardwise.plan.pieces import ChunkIndex
+from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
+from shardwise.types import Box, TensorSpec
+
+_ASKING = "asking for pieces of tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """What this rank knows of the pieces of the tensors that it keeps.
+
+    Attributes:
+        dims: Number of dimensions of each tensor.
+        pieces: Its pieces.
+    """
+
+    dims: tuple[int, ...]
+    pieces: tuple[ChunkIndex, ...]
+
+
+def spread_entries(
+    own: Mapping[int, Sequence[Entry]], root: Path, files: Sequence[Path], group: Group
+) -> tuple[list[SourceTensor], Keeper]:
+    """Put tensors together, each on its keeper. All ranks of the group call.
+
+    Args:
+        own: The files whose headers this rank has read, and their entries.
+        root: As for `assemble`.
+        files: All files, the same on every rank.
+        group: The ranks that load together.
+
+    Returns:
+        All tensors, the same on every rank; and what this one keeps of them.
+
+    Raises:
+        HeaderError: Two files disagree about a tensor.
+    """
+    messages: list[bytes] = []
+    with group.together("sorting headers by tensor"):
+        messages = _by_keeper(own, group.world_size)
+    theirs = group.deal(messages, "sharing headers")
+    return _kept(lambda: assemble(root, files, _decoded(theirs)), group)
+
+
+def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], Keeper]:
+    """Give each tensor to a keeper. All ranks of the group call.
+
+    Args:
+        rows: Tensors that this rank alone knows, as `tensor_of_row` takes them.
+        group: The ranks that load together.
+
+    Returns:
+        As `spread_entries`.
+    """
+    messages: list[bytes] = []
+    with group.together("sorting tensors by keeper"):
+        parts = [rows[number :: group.world_size] for number in range(group.world_size)]
+        messages = [json.dumps(part).encode() if part else b"" for part in parts]
+    theirs = group.deal(messages, "sharing where pieces of tensors are")
+    return _kept(lambda: [tensor_of_row(row) for text in theirs if text for row in json.loads(text)], group)
+
+
+def tensor_of_row(row: JsonValue) -> SourceTensor:
+    """A tensor as it travels with its pieces.
+
+    Args:
+        row: Name, shape, dtype code, and of each piece offsets, sizes, number of the file, offset in it, packed bytes.
+    """
+    name, shape, dtype, chunks = cast(tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]], row)
+    pieces = [SourceChunk(Box(tuple(o), tuple(s)), file, at, packed) for o, s, file, at, packed in chunks]
+    return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(pieces))
+
+
+def _kept(make: Callable[[], list[SourceTensor]], group: Group) -> tuple[list[SourceTensor], Keeper]:
+    """Tell all ranks of the tensors that this one keeps, which ``make`` gives."""
+    rows: list[JsonValue] = []
+    dims: list[int] = []
+    indices: list[ChunkIndex] = []
+    with group.together("putting tensors together"):
+        for tensor in make():
+            if _is_whole(tensor):
+                rows.append(_published(tensor, -1))
+                continue
+            rows.append(_published(tensor, group.rank + len(dims) * group.world_size))
+            dims.append(len(tensor.spec.shape))
+            indices.append(ChunkIndex(tensor.chunks))
+    everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
+    tensors = [_unpublished(row) for told in everyone for row in told]
+    return tensors, Keeper(tuple(dims), tuple(indices))
+
+
+def _by_keeper(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
+    rows: list[dict[int, list[JsonValue]]] = [{} for _ in range(world)]
+    for number, entries in own.items():
+        for entry in entries:
+            rows[crc32(entry.name.encode("utf-8", "surrogatepass")) % world].setdefault(number, []).append(
+                encode_entry(entry)
+            )
+    return [json.dumps(list(found.items())).encode() if found else b"" for found in rows]
+
+
+def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
+    """Numbers of files and entries, in the order of the files."""
+    found: list[tuple[int, list[Entry]]] = []
+    for text in messages:
+        if text:
+            found += [(number, [decode_entry(row) for row in rows]) for number, rows in json.loads(text)]
+    return sorted(found, key=lambda each: each[0])
+
+
+def _is_whole(tensor: SourceTensor) -> bool:
+    return len(tensor.chunks) == 1 and tensor.chunks[0].box == Box.whole(tensor.spec.shape)
+
+
+def _published(tensor: SourceTensor, number: int) -> JsonValue:
+    """What all ranks are told of a tensor: a file that it is in, and where it is there or a number to ask by."""
+    (name, shape, dtype), chunks = tensor.spec, tensor.chunks
+    (_, file, offset, packed) = chunks[0] if chunks else (None, -1, -1, 0)
+    return [name, list(shape), dtype, file, offset, packed, number]
+
+
+def _unpublished(row: JsonValue) -> SourceTensor:
+    name, shape, dtype, file, offset, packed, number = cast(tuple[str, list[int], str, int, int, int, int], row)
+    spec = TensorSpec(name, tuple(shape), dtype)
+    if number < 0:
+        return SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), file, offset, packed),))
+    return SourceTensor(spec, (), Scattered(number, file))
+
+
+def ask_keepers(
+    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], keeper: Keeper, group: Group
+) -> dict[int, tuple[SourceChunk, ...]]:
+    """Find the pieces that touch what a rank wants. All ranks of the group call.
+
+    Args:
+        wanted: Gives tensors, and regions of them; those that are not scattered are passed over. Local.
+        keeper: What this rank can tell others.
+        group: The ranks that opened the checkpoint together.
+
+    Returns:
+        The number of each scattered tensor -> the pieces that touch the regions, in the order in which they lie in the
+        files.
+    """
+    questions: list[bytes] = []
+    answers: list[bytes] = []
+    asked: list[list[tuple[int, int]]] = []
+    found: dict[int, tuple[SourceChunk, ...]] = {}
+    with group.together(_ASKING):
+        questions, asked = _questions(wanted(), group.world_size)
+    received = group.deal(questions, _ASKING)
+    with group.together(_ASKING):
+        answers = [_answer(question, keeper, group.world_size) for question in received]
+    told = group.deal(answers, "telling where pieces of tensors are")
+    with group.together("finding pieces of tensors"):
+        found.update(_collected(asked, told))
+    return found
+
+
+def _questions(
+    wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int
+) -> tuple[list[bytes], list[list[tuple[int, int]]]]:
+    """What to ask each keeper, and of each question the number of the tensor and of its dimensions."""
+    values: list[list[int]] = [[] for _ in range(world)]
+    asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    for tensor, boxes in wanted:
+        if tensor.scattered is None:
+            continue
+        number, dims = tensor.scattered.number, len(tensor.spec.shape)
+        for offsets, sizes in boxes:
+            values[number % world] += (number, *offsets, *sizes)
+            asked[number % world].append((number, dims))
+    return [array("q", each).tobytes() for each in values], asked
+
+
+def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
+    values, answer = _numbers(question), array("q")
+    at, end = 0, len(values)
+    while at < end:
+        index = values[at] // world
+        middle = at + 1 + keeper.dims[index]
+        after = middle + keeper.dims[index]
+        touching = keeper.pieces[index].touching(Box(tuple(values[at + 1 : middle]), tuple(values[middle:after])))
+        answer.append(len(touching))
+        for (offsets, sizes), file, offset, packed in touching:
+            answer.extend((file, offset, packed, *offsets, *sizes))
+        at = after
+    return answer.tobytes()
+
+
+def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]) -> dict[int, tuple[SourceChunk, ...]]:
+    found: dict[int, list[SourceChunk]] = {}
+    several: set[int] = set()
+    for questions, answer in zip(asked, told, strict=True):
+        values = iter(_numbers(answer))
+        for number, dims in questions:
+            chunks = list(_chunks(values, dims))
+            if number in found or len(chunks) > 1:
+                several.add(number)
+            found.setdefault(number, []).extend(chunks)
+    # One order for all ranks, since replicas pass on what they read in it; and each piece once.
+    for number in several:
+        found[number] = sorted(set(found[number]), key=lambda chunk: (chunk.file, chunk.offset, chunk.box))
+    return {number: tuple(chunks) for number, chunks in found.items()}
+
+
+def _chunks(values: Iterator[int], dims: int) -> Iterator[SourceChunk]:
+    for _ in range(next(values)):
+        file, offset, packed = next(values), next(values), next(values)
+        offsets = tuple([next(values) for _ in range(dims)])
+        yield SourceChunk(Box(offsets, tuple([next(values) for _ in range(dims)])), file, offset, packed)
+
+
+def _numbers(message: bytes) -> list[int]:
+    values = array("q")
+    values.frombytes(message)
+    return values.tolist()

@@ -1,0 +1,83 @@
+"""Which pieces of a sharded tensor a rank has to know of. Pure.
+
+A checkpoint of N ranks has N pieces of a tensor, of which a rank reads few. It says which regions it wants, and gets
+the pieces that touch them.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceChunk
+from shardwise.plan.views import factor_shape
+from shardwise.types import Box
+
+#: Regions of a tensor up to which they are told one by one; of more, the region that spans them all is.
+MOST_REGIONS = 8
+
+
+class ChunkIndex:
+    """The pieces of one tensor, to be found by region without a look at each.
+
+    Args:
+        chunks: The pieces.
+    """
+
+    __slots__ = ("_chunks", "_dim", "_longest", "_starts")
+
+    def __init__(self, chunks: Sequence[SourceChunk]) -> None:
+        # Along the dimension that tells most of them apart.
+        dims = range(len(chunks[0].box.sizes) if chunks else 0)
+        self._dim = max(dims, key=lambda d: len({chunk.box.offsets[d] for chunk in chunks}), default=None)
+        dim = self._dim
+        self._chunks = list(chunks) if dim is None else sorted(chunks, key=lambda chunk: chunk.box.offsets[dim])
+        self._starts = [] if dim is None else [chunk.box.offsets[dim] for chunk in self._chunks]
+        self._longest = 0 if dim is None else max(chunk.box.sizes[dim] for chunk in chunks)
+
+    def touching(self, box: Box) -> list[SourceChunk]:
+        """The pieces that share an element with a region."""
+        dim = self._dim
+        if dim is None:
+            return self._chunks
+        low = box.offsets[dim]
+        first = bisect_left(self._starts, low - self._longest + 1)
+        last = bisect_left(self._starts, low + box.sizes[dim], first)
+        return [chunk for chunk in self._chunks[first:last] if chunk.box.intersect(box) is not None]
+
+
+def wanted_regions(tensor: HeldTensor) -> list[Box]:
+    """The regions that a rank holds, in the tensor's own shape; together they cover its fragments, or more."""
+    boxes = [fragment.box for fragment in tensor.fragments if fragment.box.numel]
+    if len(boxes) > MOST_REGIONS:
+        boxes = [_spanning(boxes)]
+    if tensor.grid == tensor.spec.shape:
+        return boxes
+    factors = factor_shape(tensor.spec.shape, tensor.grid)
+    return [_coarse(box, factors) for box in boxes]
+
+
+def _spanning(boxes: Sequence[Box]) -> Box:
+    lows = tuple(map(min, zip(*(box.offsets for box in boxes), strict=True)))
+    ends = tuple(map(max, zip(*(box.ends for box in boxes), strict=True)))
+    return Box(lows, tuple(end - low for low, end in zip(lows, ends, strict=True)))
+
+
+def _coarse(box: Box, factors: Sequence[tuple[int, ...]]) -> Box:
+    """The smallest box of a tensor around a box of its grid."""
+    offsets, sizes, at = [], [], 0
+    for parts in factors:
+        low = last = 0
+        inner = math.prod(parts)
+        for part, start, size in zip(
+            parts, box.offsets[at : at + len(parts)], box.sizes[at : at + len(parts)], strict=True
+        ):
+            inner //= part
+            low += start * inner
+            last += (start + size - 1) * inner
+        offsets.append(low)
+        sizes.append(last - low + 1)
+        at += len(parts)
+    return Box(tuple(offsets), tuple(sizes))

@@ -164,13 +164,15 @@ class _Keeping(_Alike):
         return [cast(JsonValue, json.loads(text)) for text in self._said[what]]
 
     def _kept(self) -> list[list[JsonValue]]:
-        rows: list[list[JsonValue]] = [[] for _ in range(self.world_size)]
+        counts = [0] * self.world_size
+        kinds: list[dict[tuple[int, ...], list[JsonValue]]] = [{} for _ in range(self.world_size)]
         for name in self._offsets:
             keeper = crc32(name.encode()) % self.world_size
-            number = keeper + len(rows[keeper]) * self.world_size
-            rows[keeper].append([name, list(self._shapes[name]), "BF16", 0, -1, 0, number])
+            number = keeper + counts[keeper] * self.world_size
+            counts[keeper] += 1
+            kinds[keeper].setdefault(self._shapes[name], []).append([name, number, 0, True])
             self._names[number] = name
-        return rows
+        return [[["BF16", list(shape), [], rows] for shape, rows in found.items()] for found in kinds]
 
     def _message(self, rank: int, messages: Sequence[bytes], what: str) -> bytes:
         if what == "sharing headers":

@@ -39,6 +39,19 @@ def test_collect_json_gives_every_value_in_rank_order_to_rank_0(world: int, leng
     assert run(world, collect, length) == [want, *[[]] * (world - 1)]
 
 
+def deal(length: int) -> list[bytes]:
+    group = Group.current()
+    messages = [f"{group.rank} to {other}".encode() * (length * other) for other in range(group.world_size)]
+    return group.deal(messages, "testing")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("length", [0, 1, 5000])
+def test_deal_brings_each_rank_what_is_for_it(world: int, length: int) -> None:
+    want = [[f"{r} to {own}".encode() * (length * own) for r in range(world)] for own in range(world)]
+    assert run(world, deal, length) == want
+
+
 def one_talks(talker: int) -> list[object]:
     group = Group.current()
     return group.gather_json("x" * 10_000 if group.rank == talker else None)

@@ -163,12 +163,16 @@ def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> lis
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
-    """Which regions of which saved tensors this rank wants, as far as they fit; the others are compared later."""
+    """Regions of saved tensors for which this rank has to ask; what does not fit is no question yet."""
     wanted: dict[str, list[Box]] = {}
     for tensor in held:
-        saved = source.tensors.get(tensor.spec.name)
-        if saved is not None and saved.scattered is not None and saved.spec.shape == tensor.spec.shape:
-            wanted.setdefault(tensor.spec.name, []).extend(wanted_regions(tensor))
+        spec = tensor.spec
+        saved = source.tensors.get(spec.name)
+        if saved is None or saved.scattered is None or saved.spec.shape != spec.shape:
+            continue
+        regions = wanted_regions(tensor)
+        if not saved.knows(regions):
+            wanted.setdefault(spec.name, []).extend(regions)
     return wanted
 
 

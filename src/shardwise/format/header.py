@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 from shardwise.errors import HeaderError, MissingTensorError, MisuseError
 from shardwise.format.files import open_regular, read_exactly
@@ -219,7 +219,8 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
         key: as_text(value, f"metadata {key!r}", fail)
         for key, value in as_object(table.pop(_METADATA_KEY, {}), _METADATA_KEY, fail).items()
     }
-    entries = [_entry(name, value, path) for name, value in table.items()]
+    kinds: dict[str, TensorSpec] = {}
+    entries = [_plain_entry(name, value, kinds) or _entry(name, value, path, kinds) for name, value in table.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     data_start = LENGTH_BYTES + length
     _check_tiling(entries, file_size - data_start, path)
@@ -253,8 +254,11 @@ def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
 
     record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
     result: dict[str, tuple[int, ...]] = {}
-    for entry in header.entries:
-        name, shape = entry.spec.name, entry.spec.shape
+    for (name, shape, _), _, _ in header.entries:
+        plain = _plain_offsets(record.get(name), shape)
+        if plain is not None:
+            result[name] = plain
+            continue
         if name not in record:
             raise HeaderError(f"the record {DCP_SHARDING_KEY} lacks the tensor", tensor=name, hint=_DAMAGED)
 
@@ -269,6 +273,17 @@ def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
             fail_tensor("puts it outside any possible tensor")
         result[name] = offsets
     return result
+
+
+def _plain_offsets(info: JsonValue, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Offsets in which there is nothing to find fault with."""
+    offsets = info.get("saved_offsets") if type(info) is dict else None
+    if type(offsets) is not list or len(offsets) != len(shape):
+        return None
+    for offset, size in zip(offsets, shape, strict=True):
+        if type(offset) is not int or offset < 0 or offset + size > MAX_INT:
+            return None
+    return tuple(cast(list[int], offsets))
 
 
 def _header_length(start: bytes, file_size: int, path: str) -> int:
@@ -292,7 +307,29 @@ def _header_length(start: bytes, file_size: int, path: str) -> int:
     return int(length)
 
 
-def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
+def _plain_entry(name: str, value: JsonValue, kinds: Mapping[str, TensorSpec]) -> TensorEntry | None:
+    """The entry of a tensor of a kind that was met before, as nearly all are; ``None`` where `_entry` has to look.
+
+    Args:
+        name: The tensor's name.
+        value: Its entry.
+        kinds: Text of a dtype and a shape -> a tensor of this kind. As text, ``true`` is not ``1``.
+    """
+    if type(value) is not dict or len(value) != 3 or len(name) > MAX_NAME:
+        return None
+    offsets = value.get("data_offsets")
+    if type(offsets) is not list or len(offsets) != 2:
+        return None
+    like = kinds.get(f"{value.get('dtype')}{value.get('shape')}")
+    begin, end = offsets
+    if like is None or type(begin) is not int or type(end) is not int:
+        return None
+    if begin < 0 or end > MAX_INT or end - begin != like.nbytes:
+        return None
+    return TensorEntry(TensorSpec(name, like.shape, like.dtype), begin, end)
+
+
+def _entry(name: str, value: JsonValue, path: str, kinds: dict[str, TensorSpec]) -> TensorEntry:
     if len(name) > MAX_NAME:
         raise HeaderError(
             f"the header of {path!r} has a tensor name of {len(name)} characters, starting with {name[:80]!r}",
@@ -331,6 +368,7 @@ def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
         fail(f"has reversed data_offsets {begin}, {end}")
     if end - begin != spec.nbytes:
         fail(f"gives {end - begin} bytes to {list(shape)} elements of {dtype}, which take {spec.nbytes}")
+    kinds[f"{dtype}{list(shape)}"] = spec
     return TensorEntry(spec, begin, end)
 
 

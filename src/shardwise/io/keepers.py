@@ -6,7 +6,8 @@ to be told would grow with N times the tensors. So each tensor has a *keeper*, t
 1. a rank reads some of the files' headers, and tells each tensor's keeper of the pieces in them;
 2. a keeper puts its tensors together, and tells all ranks what they are, but of the pieces only whether there are more
    than one;
-3. once a rank knows what it wants, it asks the keepers of its tensors, which answer with the pieces that touch it.
+3. once a rank knows what it wants, it asks the keepers of its tensors, which answer with the pieces that touch it. What
+   it has read of itself, as a rank has that goes on where it stopped, it needs not ask for.
 
 What a rank sends, gets and keeps then grows with the tensors, and with the pieces that it reads.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import cast
 from zlib import crc32
 
 from shardwise.comm import Group, JsonValue
-from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry
+from shardwise.io.entries import Entry, assemble, decode_entry
 from shardwise.plan.pieces import ChunkIndex
 from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
@@ -64,7 +66,13 @@ def spread_entries(
     with group.together("sorting headers by tensor"):
         messages = _by_keeper(own, group.world_size)
     theirs = group.deal(messages, "sharing headers")
-    return _kept(lambda: assemble(root, files, _decoded(theirs)), group)
+
+    def put_together() -> list[tuple[SourceTensor, bool]]:
+        entries = _decoded(theirs)
+        times = Counter([entry.name for _, found in entries for entry in found])
+        return [(t, times[t.spec.name] == len(t.chunks)) for t in assemble(root, files, entries)]
+
+    return _kept(put_together, own, group)
 
 
 def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], Keeper]:
@@ -82,7 +90,7 @@ def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTen
         parts = [rows[number :: group.world_size] for number in range(group.world_size)]
         messages = [json.dumps(part).encode() if part else b"" for part in parts]
     theirs = group.deal(messages, "sharing where pieces of tensors are")
-    return _kept(lambda: [tensor_of_row(row) for text in theirs if text for row in json.loads(text)], group)
+    return _kept(lambda: [(tensor_of_row(row), True) for text in theirs if text for row in json.loads(text)], {}, group)
 
 
 def tensor_of_row(row: JsonValue) -> SourceTensor:
@@ -96,32 +104,69 @@ def tensor_of_row(row: JsonValue) -> SourceTensor:
     return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(pieces))
 
 
-def _kept(make: Callable[[], list[SourceTensor]], group: Group) -> tuple[list[SourceTensor], Keeper]:
-    """Tell all ranks of the tensors that this one keeps, which ``make`` gives."""
-    rows: list[JsonValue] = []
+def _kept(
+    make: Callable[[], list[tuple[SourceTensor, bool]]], own: Mapping[int, Sequence[Entry]], group: Group
+) -> tuple[list[SourceTensor], Keeper]:
+    """Tell all ranks of the tensors that this one keeps.
+
+    Args:
+        make: Gives them, and whether each piece is in one place alone.
+        own: The files whose headers this rank has read, and their entries.
+        group: The ranks that load together.
+    """
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[list[JsonValue], list[JsonValue]]] = {}
     dims: list[int] = []
     indices: list[ChunkIndex] = []
     with group.together("putting tensors together"):
-        for tensor in make():
-            if _is_whole(tensor):
-                rows.append(_published(tensor, -1))
+        for tensor, single in make():
+            (name, shape, dtype), chunks = tensor.spec, tensor.chunks
+            wholes, scattered = kinds.setdefault((dtype, shape), ([], []))
+            if len(chunks) == 1 and chunks[0].box.sizes == shape:
+                wholes.append([name, chunks[0].file, chunks[0].offset, chunks[0].packed])
                 continue
-            rows.append(_published(tensor, group.rank + len(dims) * group.world_size))
-            dims.append(len(tensor.spec.shape))
-            indices.append(ChunkIndex(tensor.chunks))
+            number = group.rank + len(dims) * group.world_size
+            scattered.append([name, number, chunks[0].file if chunks else -1, single])
+            dims.append(len(shape))
+            indices.append(ChunkIndex(chunks))
+    rows: JsonValue = [[dtype, list(shape), *found] for (dtype, shape), found in kinds.items()]
     everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
-    tensors = [_unpublished(row) for told in everyone for row in told]
+    known = _chunks_of(own)
+    tensors = [tensor for told in everyone for kind in told for tensor in _of_kind(kind, known)]
     return tensors, Keeper(tuple(dims), tuple(indices))
 
 
+def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChunk, ...]]:
+    found: dict[str, tuple[SourceChunk, ...]] = {}
+    for file, entries in own.items():
+        for name, shape, _, offset, saved in entries:
+            if saved is not None:
+                chunk = SourceChunk(Box(saved, shape), file, offset)
+                found[name] = (*found[name], chunk) if name in found else (chunk,)
+    return found
+
+
+def _of_kind(told: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
+    """Tensors of one dtype and shape: such as are whole in one file, and such as are scattered."""
+    dtype, sizes, wholes, scattered = cast(
+        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], told
+    )
+    shape = tuple(sizes)
+    for name, file, offset, packed in wholes:
+        yield SourceTensor(TensorSpec(name, shape, dtype), (SourceChunk(Box.whole(shape), file, offset, packed),))
+    for name, number, file, single in scattered:
+        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), Scattered(number, file, single))
+
+
 def _by_keeper(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
-    rows: list[dict[int, list[JsonValue]]] = [{} for _ in range(world)]
+    messages: list[list[tuple[int, list[Entry]]]] = [[] for _ in range(world)]
     for number, entries in own.items():
+        found: list[list[Entry]] = [[] for _ in range(world)]
         for entry in entries:
-            rows[crc32(entry.name.encode("utf-8", "surrogatepass")) % world].setdefault(number, []).append(
-                encode_entry(entry)
-            )
-    return [json.dumps(list(found.items())).encode() if found else b"" for found in rows]
+            found[crc32(entry[0].encode()) % world].append(entry)
+        for message, some in zip(messages, found, strict=True):
+            if some:
+                message.append((number, some))
+    return [json.dumps(message).encode() if message else b"" for message in messages]
 
 
 def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
@@ -133,32 +178,13 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
     return sorted(found, key=lambda each: each[0])
 
 
-def _is_whole(tensor: SourceTensor) -> bool:
-    return len(tensor.chunks) == 1 and tensor.chunks[0].box == Box.whole(tensor.spec.shape)
-
-
-def _published(tensor: SourceTensor, number: int) -> JsonValue:
-    """What all ranks are told of a tensor: a file that it is in, and where it is there or a number to ask by."""
-    (name, shape, dtype), chunks = tensor.spec, tensor.chunks
-    (_, file, offset, packed) = chunks[0] if chunks else (None, -1, -1, 0)
-    return [name, list(shape), dtype, file, offset, packed, number]
-
-
-def _unpublished(row: JsonValue) -> SourceTensor:
-    name, shape, dtype, file, offset, packed, number = cast(tuple[str, list[int], str, int, int, int, int], row)
-    spec = TensorSpec(name, tuple(shape), dtype)
-    if number < 0:
-        return SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), file, offset, packed),))
-    return SourceTensor(spec, (), Scattered(number, file))
-
-
 def ask_keepers(
     wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], keeper: Keeper, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
     """Find the pieces that touch what a rank wants. All ranks of the group call.
 
     Args:
-        wanted: Gives tensors, and regions of them; those that are not scattered are passed over. Local.
+        wanted: Gives tensors, and regions of them, as far as this rank does not know their pieces. Local.
         keeper: What this rank can tell others.
         group: The ranks that opened the checkpoint together.
 
@@ -170,8 +196,11 @@ def ask_keepers(
     answers: list[bytes] = []
     asked: list[list[tuple[int, int]]] = []
     found: dict[int, tuple[SourceChunk, ...]] = {}
-    with group.together(_ASKING):
+    with group.together(_ASKING) as asks:
         questions, asked = _questions(wanted(), group.world_size)
+        asks.flag = any(questions)
+    if not asks.any:
+        return found
     received = group.deal(questions, _ASKING)
     with group.together(_ASKING):
         answers = [_answer(question, keeper, group.world_size) for question in received]
@@ -188,8 +217,9 @@ def _questions(
     values: list[list[int]] = [[] for _ in range(world)]
     asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
     for tensor, boxes in wanted:
-        if tensor.scattered is None:
+        if tensor.knows(boxes):
             continue
+        assert tensor.scattered is not None
         number, dims = tensor.scattered.number, len(tensor.spec.shape)
         for offsets, sizes in boxes:
             values[number % world] += (number, *offsets, *sizes)
@@ -213,26 +243,26 @@ def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
 
 
 def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]) -> dict[int, tuple[SourceChunk, ...]]:
-    found: dict[int, list[SourceChunk]] = {}
+    found: dict[int, tuple[SourceChunk, ...]] = {}
     several: set[int] = set()
     for questions, answer in zip(asked, told, strict=True):
-        values = iter(_numbers(answer))
+        values, at = _numbers(answer), 0
         for number, dims in questions:
-            chunks = list(_chunks(values, dims))
-            if number in found or len(chunks) > 1:
+            chunks: list[SourceChunk] = []
+            count, at = values[at], at + 1
+            for _ in range(count):
+                file, offset, packed = values[at : at + 3]
+                middle = at + 3 + dims
+                box = Box(tuple(values[at + 3 : middle]), tuple(values[middle : middle + dims]))
+                chunks.append(SourceChunk(box, file, offset, packed))
+                at = middle + dims
+            if number in found or count > 1:
                 several.add(number)
-            found.setdefault(number, []).extend(chunks)
+            found[number] = (*found.get(number, ()), *chunks)
     # One order for all ranks, since replicas pass on what they read in it; and each piece once.
     for number in several:
-        found[number] = sorted(set(found[number]), key=lambda chunk: (chunk.file, chunk.offset, chunk.box))
-    return {number: tuple(chunks) for number, chunks in found.items()}
-
-
-def _chunks(values: Iterator[int], dims: int) -> Iterator[SourceChunk]:
-    for _ in range(next(values)):
-        file, offset, packed = next(values), next(values), next(values)
-        offsets = tuple([next(values) for _ in range(dims)])
-        yield SourceChunk(Box(offsets, tuple([next(values) for _ in range(dims)])), file, offset, packed)
+        found[number] = tuple(sorted(set(found[number]), key=lambda chunk: (chunk.file, chunk.offset, chunk.box)))
+    return found
 
 
 def _numbers(message: bytes) -> list[int]:

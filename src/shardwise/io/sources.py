@@ -48,6 +48,7 @@ class Source:
             return self
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
+    @collector_paused()
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
         """The same with the pieces of tensors that this rank wants. All ranks of the group call.
 
@@ -172,7 +173,9 @@ def _read_headers(files: Sequence[Path], group: Group) -> tuple[dict[int, list[E
     """The entries of the files that this rank reads, each file being read by one, and whether any has pieces."""
     own: dict[int, list[Entry]] = {}
     with group.together("reading safetensors headers") as pieces:
-        for number in range(group.rank, len(files), group.world_size):
+        # Neighbours together: as many ranks as saved then each read what the same of them wrote.
+        first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
+        for number in range(first, last):
             own[number] = read_entries(files[number])
         pieces.flag = any(entry.saved is not None for entries in own.values() for entry in entries)
     return own, pieces.any

@@ -26,25 +26,39 @@ class ChunkIndex:
         chunks: The pieces.
     """
 
-    __slots__ = ("_chunks", "_dim", "_longest", "_starts")
+    __slots__ = ("_chunks", "_dim", "_ends", "_longest", "_sliced", "_starts")
 
     def __init__(self, chunks: Sequence[SourceChunk]) -> None:
+        boxes = [chunk.box for chunk in chunks]
+        dims = range(len(boxes[0].sizes) if boxes else 0)
         # Along the dimension that tells most of them apart.
-        dims = range(len(chunks[0].box.sizes) if chunks else 0)
-        self._dim = max(dims, key=lambda d: len({chunk.box.offsets[d] for chunk in chunks}), default=None)
-        dim = self._dim
-        self._chunks = list(chunks) if dim is None else sorted(chunks, key=lambda chunk: chunk.box.offsets[dim])
-        self._starts = [] if dim is None else [chunk.box.offsets[dim] for chunk in self._chunks]
-        self._longest = 0 if dim is None else max(chunk.box.sizes[dim] for chunk in chunks)
+        dim = max(dims, key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
+        self._dim = dim
+        self._chunks = tuple(chunks)
+        if dim is None:
+            return
+        self._chunks = tuple(sorted(chunks, key=lambda chunk: chunk.box.offsets[dim]))
+        self._starts = [chunk.box.offsets[dim] for chunk in self._chunks]
+        self._ends = [start + chunk.box.sizes[dim] for start, chunk in zip(self._starts, self._chunks, strict=True)]
+        self._longest = max(box.sizes[dim] for box in boxes)
+        self._sliced = len({(box.offsets[:dim], box.offsets[dim + 1 :], box.sizes[:dim], box.sizes[dim + 1 :])
+                            for box in boxes}) == 1  # fmt: skip
 
-    def touching(self, box: Box) -> list[SourceChunk]:
-        """The pieces that share an element with a region."""
+    def touching(self, box: Box) -> Sequence[SourceChunk]:
+        """The pieces that share an element with a region.
+
+        Of tensors that are cut along one dimension, also those that a piece's own emptiness keeps from it.
+        """
         dim = self._dim
         if dim is None:
             return self._chunks
         low = box.offsets[dim]
         first = bisect_left(self._starts, low - self._longest + 1)
         last = bisect_left(self._starts, low + box.sizes[dim], first)
+        if self._sliced:
+            while first < last and self._ends[first] <= low:
+                first += 1
+            return self._chunks[first:last]
         return [chunk for chunk in self._chunks[first:last] if chunk.box.intersect(box) is not None]
 
 

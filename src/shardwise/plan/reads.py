@@ -44,10 +44,12 @@ class Scattered(NamedTuple):
     Attributes:
         number: What that rank calls it.
         file: Index of one of the files that hold it, for messages.
+        single: Whether no piece is in two places, so that one that this rank knows is the one that others know.
     """
 
     number: int
     file: int
+    single: bool
 
 
 class SourceTensor(NamedTuple):
@@ -55,13 +57,23 @@ class SourceTensor(NamedTuple):
 
     Attributes:
         spec: What it is.
-        chunks: Its pieces; of a scattered tensor those that this rank has asked for.
+        chunks: Its pieces; of a scattered tensor those that this rank knows.
         scattered: Whom to ask, where this rank does not know all pieces.
     """
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
     scattered: Scattered | None = None
+
+    def knows(self, regions: Sequence[Box]) -> bool:
+        """Whether nobody has to be asked for these regions: all pieces are known, or each region is one of them."""
+        if self.scattered is None:
+            return True
+        if not self.scattered.single:
+            return False
+        if len(regions) == 1 == len(self.chunks):
+            return self.chunks[0].box == regions[0]
+        return {chunk.box for chunk in self.chunks}.issuperset(regions)
 
 
 class Read(NamedTuple):

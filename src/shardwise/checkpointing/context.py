@@ -17,12 +17,12 @@ from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import ShardFile
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Context:
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.model_plan: Memo[ExportPlan] = Memo()
-        self.shard_plans: dict[str, Memo[tuple[ShardFile, ...]]] = {}
+        self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)

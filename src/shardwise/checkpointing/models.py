@@ -265,16 +265,21 @@ class ModelSave:
     def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper, component: str = "model") -> Step:
         context = self._context
         roster = keeper.roster(held)
-        files: tuple[ShardFile, ...] = ()
+        known: ShardPlan | None = None
         with context.group.together("planning the shards"):
-            known = context.shard_plans.setdefault(component, Memo())
-            files = known.get([*held, roster], None, lambda: self._files_of_shards(held, roster))
-        if not roster.specs and context.group.is_main:
-            files = (without_tensors(),)
-        plan = ShardPlan(self._directory, component, roster, files)
+            memo = context.shard_plans.setdefault(component, Memo())
+            known = memo.get(
+                [*held, roster],
+                None,
+                lambda: ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster)),
+            )
+        assert known is not None
+        plan = replace(known, directory=self._directory)
         return lambda group: write_shards(plan, group, context.storage)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
+        if not roster.specs:
+            return (without_tensors(),) if self._context.group.is_main else ()
         index = None
         if self.base is not None:
             numbers = self.base.numbers

@@ -12,6 +12,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
+from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
@@ -21,7 +22,7 @@ from shardwise.io.reader import Reader
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import Digest, Digests, FileSet, totals, write_run, write_runs
+from shardwise.io.writer import Digest, Digests, FileSet, Prepared, prepare_all, totals, write_all, write_run
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
@@ -69,7 +70,10 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that only waits for its bytes: the layout, and this rank's part of the work."""
+    """An export that only waits for its bytes: the layout, and this rank's part of the work.
+
+    It may be written again as long as what is held stays where it is; what one writing finds is kept for the next.
+    """
 
     directory: Path
     options: ExportOptions
@@ -78,6 +82,7 @@ class ExportPlan:
     held: Sequence[HeldTensor]
     computed: ComputedPlan
     copies: Copies
+    prepared: Memo[tuple[Prepared, ...]] = field(default_factory=Memo, repr=False, compare=False)
 
 
 def plan_export(
@@ -169,7 +174,8 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, d
         try:
             failure: Exception | None = None
             try:
-                write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
+                pieces = plan.prepared.get((), None, lambda: prepare_all(plan.schedule.runs))
+                write_all(pieces, files, storage, plan.options.threads, digests, digest)
             except Exception as error:  # noqa: BLE001 - raised once no peer waits
                 failure = error
             # Peers count on this rank's rows even if its own writing has failed.

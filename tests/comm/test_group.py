@@ -39,6 +39,45 @@ def test_collect_json_gives_every_value_in_rank_order_to_rank_0(world: int, leng
     assert run(world, collect, length) == [want, *[[]] * (world - 1)]
 
 
+def attempt(method: str, length: int, failing: tuple[int, ...]) -> object:
+    group = Group(dist.group.WORLD)
+
+    def make() -> str:
+        if group.rank in failing:
+            raise StorageError(f"no {'é' * length}", path=Path("/far"), hint="Mount it again.")
+        return f"{group.rank}" + "é" * length
+
+    if method == "fold":
+        refused: Exception | None = None
+        try:
+            made = len(make())
+        except StorageError as error:
+            made, refused = 0, error
+        return group.fold([1 << group.rank], [made], "trying", refused)
+    return getattr(group, method)(make, "trying")
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("length", [0, 5000])
+def test_values_that_are_made_arrive(world: int, length: int) -> None:
+    want = [f"{rank}" + "é" * length for rank in range(world)]
+    assert run(world, attempt, "gather", length, ()) == [want] * world
+    assert run(world, attempt, "collect", length, ()) == [want, *[[]] * (world - 1)]
+    assert run(world, attempt, "fold", length, ()) == [([2**world - 1], [world * (1 + length)])] * world
+
+
+@pytest.mark.parametrize("method", ["gather", "collect", "fold"])
+@pytest.mark.parametrize(("world", "failing"), [(1, (0,)), (3, (0,)), (3, (1, 2)), (3, (0, 1, 2))])
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_value_that_one_rank_cannot_make_fails_on_all(
+    method: str, world: int, failing: tuple[int, ...], length: int
+) -> None:
+    error = failure(world, attempt, method, length, failing)
+    assert isinstance(error, StorageError)
+    assert (error.rank, error.path) == (failing[0], "/far")
+    assert error.message == f"no {'é' * length}"
+
+
 def one_talks(talker: int) -> list[object]:
     group = Group.current()
     return group.gather_json("x" * 10_000 if group.rank == talker else None)

@@ -66,6 +66,27 @@ def test_values_that_are_made_arrive(world: int, length: int) -> None:
     assert run(world, attempt, "fold", length, ()) == [([2**world - 1], [world * (1 + length)])] * world
 
 
+def fold_many(xors: int, sums: int, failing: int) -> tuple[bool, bool]:
+    group = Group(dist.group.WORLD)
+    refused = StorageError("no", path=Path("/far")) if group.rank == failing else None
+    found = group.fold([(n + 1) << group.rank for n in range(xors)], [n + group.rank for n in range(sums)], "", refused)
+    wanted = [(n + 1) ^ (n + 1) << 1 ^ (n + 1) << 2 for n in range(xors)], [3 * n + 3 for n in range(sums)]
+    return found[0] == wanted[0], found[1] == wanted[1]
+
+
+@pytest.mark.parametrize("xors", [0, 3, 9000])
+@pytest.mark.parametrize("sums", [0, 3, 9000])
+def test_few_integers_are_combined_as_many_are(xors: int, sums: int) -> None:
+    assert run(3, fold_many, xors, sums, -1) == [(True, True)] * 3
+
+
+@pytest.mark.parametrize("count", [0, 9000])
+def test_many_integers_travel_with_a_failure_as_few_do(count: int) -> None:
+    error = failure(3, fold_many, count, count, 1)
+    assert isinstance(error, StorageError)
+    assert error.rank == 1
+
+
 @pytest.mark.parametrize("method", ["gather", "collect", "fold"])
 @pytest.mark.parametrize(("world", "failing"), [(1, (0,)), (3, (0,)), (3, (1, 2)), (3, (0, 1, 2))])
 @pytest.mark.parametrize("length", [0, 5000])

@@ -32,6 +32,9 @@ _LOG = logging.getLogger(__name__)
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
 
+#: Up to so many integers of all ranks together are gathered rather than reduced.
+_FEW = 2**14
+
 #: What stands before a value that was made; of one that was not, nothing is told in the first exchange.
 _MADE = b"="
 
@@ -352,22 +355,31 @@ class Group:
         if self.world_size == 1:
             self._raise_alone(own, failure)
             return list(xors), list(sums)
-        with self._guard(what):
-            counts = torch.tensor([*sums, int(own is not None)], dtype=torch.int64, device=self._device)
-            dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._pg)
-            *added, failed = counts.tolist()
+        counts = [*sums, int(own is not None)]
+        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # in one exchange what else takes two
+            with self._guard(what):
+                rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
+            *added, failed = rows[:, len(xors) :].sum(0).tolist()
+            bits = rows[:, : len(xors)]
+        else:
+            with self._guard(what):
+                total = self._integers(counts)
+                dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._pg)
+                *added, failed = total.tolist()
+            bits = torch.empty(0, 0, dtype=torch.int64)
         if failed:
             self._raise_first(own, failure, what)
+        if len(bits) or not xors:
+            return _exclusive_or(bits) if xors else [], added
         with self._guard(what):
-            bits = torch.tensor(list(xors), dtype=torch.int64, device=self._device)
-            if xors and self._device.type == "cpu":
-                dist.all_reduce(bits, op=dist.ReduceOp.BXOR, group=self._pg)
-            elif xors:  # NCCL has no exclusive or
-                bits = torch.stack(self._all_gather(bits)).cpu()
-                for row in bits[1:]:
-                    bits[0] ^= row
-                bits = bits[0]
-            return bits.tolist(), added
+            mine = self._integers(xors)
+            if self._device.type != "cpu":  # NCCL has no exclusive or
+                return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
+            dist.all_reduce(mine, op=dist.ReduceOp.BXOR, group=self._pg)
+            return mine.tolist(), added
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -461,6 +473,12 @@ class Group:
             hint="Look at that rank's log and restart the job; what was published before is untouched.",
         )
         return self._broken
+
+
+def _exclusive_or(rows: torch.Tensor) -> list[int]:
+    for row in rows[1:]:
+        rows[0] ^= row
+    return cast(list[int], rows[0].tolist())
 
 
 def _collective_device(process_group: dist.ProcessGroup) -> torch.device:

@@ -48,6 +48,15 @@ class _Piece(NamedTuple):
     is_one_run: bool
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What a rank has written: contributions to digests, the digests of its pieces, and with what it failed."""
+
+    digests: Digests
+    crcs: list[int]
+    failure: Exception | None
+
+
 _ChunkRow: TypeAlias = tuple[str, str, int, int, list[int], list[int]]
 _Known: TypeAlias = tuple[tuple[FileRecord, ...], tuple[tuple[tuple[int, ChunkRecord], ...], ...]]
 
@@ -63,13 +72,28 @@ class Kept:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A sharded save that only waits for its bytes, and may be written again as long as what is held stays there."""
+    """A sharded save that only waits for its bytes, and may be written again as long as what is held stays there.
+
+    Attributes:
+        directory: Where the files go.
+        component: Name of the component in the manifest.
+        roster: Who holds what.
+        files: This rank's files.
+        all_bytes: Bytes of all ranks' files, if they have been added up.
+        kept: What one writing leaves for the next.
+    """
 
     directory: Path
     component: str
     roster: Roster
     files: tuple[ShardFile, ...]
+    all_bytes: int | None = None
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of this rank's files."""
+        return sum(file.layout.size for file in self.files)
 
 
 def without_tensors(stem: str = "model") -> ShardFile:
@@ -104,23 +128,28 @@ def write_shards(
     """
     pieces: tuple[_Piece, ...] = ()
     digests, own_crcs = Digests(), list[int]()
-    nbytes = sum(file.layout.size for file in plan.files)
-    total = sum(group.fold([], [nbytes], "adding up what is to be written")[1])
+    nbytes, total = plan.own_bytes, plan.all_bytes
+    if total is None:
+        _, [total] = group.fold([], [nbytes], "adding up what is to be written")
     with group.together(f"reserving space in {plan.directory}"):
         pieces = plan.kept.pieces.get((), None, lambda: _prepare(plan.files))
         storage.make_directory(plan.directory)
         storage.check_space(plan.directory, total if group.is_main else nbytes)
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
-    with group.together(f"writing {plan.directory}"):
-        files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
+    failure: Exception | None = None
+    files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
+    try:
         try:
-            own_crcs = [_write(piece, files, storage, digests) for piece in pieces]
+            for piece in pieces:
+                own_crcs.append(_write(piece, files, storage, digests))
             files.sync()
             storage.sync_directory(plan.directory)
         finally:
             files.close()
-    return _gather(plan, group, digests, own_crcs, everywhere, most_chunks)
+    except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
+        failure = error
+    return _gather(plan, group, _Written(digests, own_crcs, failure), everywhere, most_chunks)
 
 
 def _prepare(files: Sequence[ShardFile]) -> tuple[_Piece, ...]:
@@ -149,24 +178,24 @@ def _write(prepared: _Piece, files: FileSet, storage: Storage, digests: Digests)
     return crc
 
 
-def _gather(
-    plan: ShardPlan, group: Group, digests: Digests, own_crcs: list[int], everywhere: bool, most_chunks: int
-) -> ComponentRecord:
-    specs, kept = plan.roster.specs, plan.kept
-    xors, own_counts = totals([spec.name for spec in specs], digests)
-    crcs, (*counts, all_chunks) = group.fold(xors, [*own_counts, len(own_crcs)], "combining digests")
+def _gather(plan: ShardPlan, group: Group, written: _Written, everywhere: bool, most_chunks: int) -> ComponentRecord:
+    specs, kept, own_crcs = plan.roster.specs, plan.kept, written.crcs
+    xors, own_counts = totals([spec.name for spec in specs], written.digests)
+    sums = [*own_counts, len(own_crcs)]
+    crcs, (*counts, all_chunks) = group.fold(xors, sums, f"writing {plan.directory}", written.failure)
     for spec, count in zip(specs, counts, strict=True):
         check_written(spec, count, plan.directory)
     is_listed = everywhere or all_chunks <= most_chunks
     pieces = kept.pieces.get((), None, lambda: _prepare(plan.files))
+
     # What changes from save to save travels apart from what does not, which nobody has to look at again.
-    own: JsonValue = (
-        [kept.text.get((), None, lambda: _describe(plan.files, pieces)), cast(JsonValue, own_crcs), []]
-        if is_listed
-        else ["", [], [file_row(file) for file in _digested(plan.files, pieces, own_crcs)]]
-    )
-    gather = group.gather_json if everywhere else group.collect_json
-    rows = cast(list[tuple[str, list[int], list[FileRow]]], gather(own, "gathering records"))
+    def tell() -> JsonValue:
+        if not is_listed:
+            return ["", [], [file_row(file) for file in _digested(plan.files, pieces, own_crcs)]]
+        return [kept.text.get((), None, lambda: _describe(plan.files, pieces)), cast(JsonValue, own_crcs), []]
+
+    gather = group.gather if everywhere else group.collect
+    rows = cast(list[tuple[str, list[int], list[FileRow]]], gather(tell, "gathering records"))
     if not rows:
         return ComponentRecord()
     if not is_listed:

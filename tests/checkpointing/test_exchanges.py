@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from tests.support.ranks import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import PretrainedConfig
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.errors import StorageError
 from shardwise.io.storage import LocalStorage
 from shardwise.ops.verify import verify
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 #: Collectives of a later save of an unchanged model, and somewhat more. Each costs every save of a large run.
-MOST_COLLECTIVES = 12
+MOST_COLLECTIVES = 10
 
 
 def build(layers: int = 4, size: int = 6) -> nn.Module:
@@ -239,3 +241,44 @@ def moved(root: Path, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["every", "false"])
 def test_memory_that_moves_between_saves_is_found(tmp_path: Path, mode: str) -> None:
     run(2, moved, tmp_path, mode)
+
+
+class Derived(ConsolidatedHFAddon):
+    """A user's variant of the library's addon."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        super().pre_save(**kwargs)
+        self.seen.append(Path(str(kwargs["hf_metadata_dir"])).name)
+
+    def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        self.seen.append("copied" if any(Path(str(kwargs["consolidated_path"])).glob("config.json")) else "not yet")
+        super().post_save(**kwargs)
+
+
+class Configured(nn.Linear):
+    """A model with a configuration, which the addon writes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.config = PretrainedConfig()
+
+
+def with_addons(root: Path, first: bool) -> list[str]:
+    derived = Derived()
+    addons: list[CheckpointAddon] = [ConsolidatedHFAddon(), derived] if first else [derived]
+    config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
+    with Checkpointer(config, dist.get_rank(), 0, 0, addons=addons) as checkpointer:
+        checkpointer.save_model(Configured(), root)
+    assert (root / "model" / "consolidated" / "config.json").is_file()
+    return derived.seen
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_addons_behind_and_derived_from_the_librarys_have_their_hooks_called(tmp_path: Path, first: bool) -> None:
+    seen, of_rank_1 = run(2, with_addons, tmp_path, first)
+    # The one before has put its files in place by the time that the second hook of the next is called.
+    assert seen == [".hf_metadata", "copied" if first else "not yet"]
+    assert len(of_rank_1) == 2

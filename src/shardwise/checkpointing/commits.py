@@ -46,29 +46,45 @@ _READ_BYTES = 2**20
 Closing = Sequence[Callable[[Group], None]]
 
 
-def gather_records(group: Group, record: ComponentRecord, closing: Closing = ()) -> ComponentRecord:
-    """Add files and aliases that only their writer knows of. All ranks call; rank 0 gets the union.
+def gather_records(group: Group, record: ComponentRecord, closing: Closing = ()) -> Callable[[], ComponentRecord]:
+    """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
 
     Args:
         group: The ranks that save together.
         record: What this rank knows.
         closing: Local work to be done first; what fails in it on one rank is raised on all.
+
+    Returns:
+        Puts the union together. Local; rank 0 calls.
     """
 
     def close() -> JsonValue:
         for work in closing:
             work(group)
-        return [[file_row(file) for file in record.files], [list(alias) for alias in record.aliases]]
+        aliases: JsonValue = [list(alias) for alias in record.aliases]
+        return [[file_row(file) for file in record.files], aliases, [told.own() for told in record.told]]
 
+    rows = cast(list[_Row], group.collect(close, "gathering records"))
+    return lambda: _union(record, rows)
+
+
+_Row = tuple[list[FileRow], list[tuple[str, str, str]], list[JsonValue]]
+
+
+def _union(record: ComponentRecord, rows: Sequence[_Row]) -> ComponentRecord:
     files = {file.path: file for file in record.files}
     aliases = {(alias.component, alias.name): alias for alias in record.aliases}
-    rows = cast(list[tuple[list[FileRow], list[tuple[str, str, str]]]], group.collect(close, "gathering records"))
-    for their_files, their_aliases in rows:
+    for their_files, their_aliases, _ in rows:
         for file in (FileRecord(*row) for row in their_files):
             files.setdefault(file.path, file)
         for alias in (AliasRecord(*row) for row in their_aliases):
             aliases.setdefault((alias.component, alias.name), alias)
-    return ComponentRecord(tuple(files.values()), record.tensors, _sound(aliases, record.tensors))
+    tensors = record.tensors
+    for number, told in enumerate(record.told):
+        found = told.read([row[2][number] for row in rows])
+        files |= {file.path: file for file in found.files}
+        tensors += found.tensors
+    return ComponentRecord(tuple(files.values()), tensors, _sound(aliases, tensors))
 
 
 def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
@@ -189,12 +205,12 @@ class Publication:
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         context = self._context
-        whole = gather_records(group, record, closing)
+        union = gather_records(group, record, closing)
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
                 known = context.manifests.setdefault("", KnownManifest())
-                write_manifest(context.storage, self._temp, whole, self._info, known)
+                write_manifest(context.storage, self._temp, union(), self._info, known)
                 publish(self._temp, self._final, fs=context.fs)
                 self._point()
 

@@ -352,7 +352,7 @@ class ModelSave:
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return lambda group: write_shards(plan, group, context.storage)
+        return lambda group: write_shards(plan, group, context.storage, later=True)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:

@@ -49,12 +49,12 @@ class Replacement:
 
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Write the component's manifest and rename it into place. All ranks call."""
-        whole = gather_records(group, record, closing)
+        union = gather_records(group, record, closing)
         with group.together(f"putting {self._target} in place"):
             if group.is_main:
                 fs = self._context.fs
                 known = self._context.manifests.setdefault(self._target.name, KnownManifest())
-                write_manifest(self._context.storage, self.temp, whole, self._info, known)
+                write_manifest(self._context.storage, self.temp, union(), self._info, known)
                 for where, _, _ in os.walk(self.temp, topdown=False):
                     fs.fsync_path(Path(where))
                 if not os.path.lexists(self._target):

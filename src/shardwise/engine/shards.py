@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.memo import Memo
-from shardwise.engine.records import ComponentRecord, FileRow, check_written, file_row
+from shardwise.engine.records import ComponentRecord, FileRow, Told, check_written, file_row
 from shardwise.format.crc import combine, crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.header import encode_header, encode_sharding_metadata
@@ -58,7 +58,8 @@ class _Written:
 
 
 _ChunkRow: TypeAlias = tuple[str, str, int, int, list[int], list[int]]
-_Known: TypeAlias = tuple[tuple[FileRecord, ...], tuple[tuple[tuple[int, ChunkRecord], ...], ...]]
+_Places: TypeAlias = tuple[tuple[tuple[int, ChunkRecord], ...], ...]
+_Known: TypeAlias = tuple[tuple[FileRecord, ...], _Places]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,13 @@ def without_tensors(stem: str = "model") -> ShardFile:
 
 
 def write_shards(
-    plan: ShardPlan, group: Group, storage: Storage, *, everywhere: bool = False, most_chunks: int = MOST_CHUNKS
+    plan: ShardPlan,
+    group: Group,
+    storage: Storage,
+    *,
+    everywhere: bool = False,
+    later: bool = False,
+    most_chunks: int = MOST_CHUNKS,
 ) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
@@ -117,11 +124,12 @@ def write_shards(
         storage: Through what.
         everywhere: Whether every rank is to know what all have written. Its cost grows with tensors times ranks, and
             the manifest, which is what it is for, is written by one.
+        later: Whether the record is only to say what is yet to be told, for one exchange with that of others.
         most_chunks: Up to how many chunks of all ranks are told, unless ``everywhere`` asks for them.
 
     Returns:
         Files and tensors of all ranks, on rank 0 or ``everywhere``; nothing on the other ranks. Above ``most_chunks``
-        only files, with digests of their whole content.
+        only files, with digests of their whole content. With ``later``, on every rank, what is yet to be told.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -149,7 +157,11 @@ def write_shards(
             files.close()
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
-    return _gather(plan, group, _Written(digests, own_crcs, failure), everywhere, most_chunks)
+    told = _fold(plan, group, _Written(digests, own_crcs, failure), None if everywhere else most_chunks)
+    if later:
+        return ComponentRecord(told=(told,))
+    rows = (group.gather if everywhere else group.collect)(told.own, "gathering records")
+    return told.read(rows) if rows else ComponentRecord()
 
 
 def _prepare(files: Sequence[ShardFile]) -> tuple[_Piece, ...]:
@@ -178,43 +190,47 @@ def _write(prepared: _Piece, files: FileSet, storage: Storage, digests: Digests)
     return crc
 
 
-def _gather(plan: ShardPlan, group: Group, written: _Written, everywhere: bool, most_chunks: int) -> ComponentRecord:
-    specs, kept, own_crcs = plan.roster.specs, plan.kept, written.crcs
+def _fold(plan: ShardPlan, group: Group, written: _Written, most_chunks: int | None) -> Told:
+    """Combine digests and check that every byte was written; returns what there is to tell of files and chunks."""
+    specs, own_crcs = plan.roster.specs, written.crcs
     xors, own_counts = totals([spec.name for spec in specs], written.digests)
     sums = [*own_counts, len(own_crcs)]
     crcs, (*counts, all_chunks) = group.fold(xors, sums, f"writing {plan.directory}", written.failure)
     for spec, count in zip(specs, counts, strict=True):
         check_written(spec, count, plan.directory)
-    is_listed = everywhere or all_chunks <= most_chunks
-    pieces = kept.pieces.get((), None, lambda: _prepare(plan.files))
+    is_listed = most_chunks is None or all_chunks <= most_chunks
+    is_kept = all_chunks <= _KEPT_CHUNKS
 
-    # What changes from save to save travels apart from what does not, which nobody has to look at again.
     def tell() -> JsonValue:
+        pieces = plan.kept.pieces.get((), None, lambda: _prepare(plan.files))
         if not is_listed:
             return ["", [], [file_row(file) for file in _digested(plan.files, pieces, own_crcs)]]
-        return [kept.text.get((), None, lambda: _describe(plan.files, pieces)), cast(JsonValue, own_crcs), []]
+        # What changes from save to save travels apart from what does not, which nobody has to look at again.
+        text = plan.kept.text.get((), None, lambda: _describe(plan.files, pieces))
+        return [text, cast(JsonValue, own_crcs), []]
 
-    gather = group.gather if everywhere else group.collect
-    rows = cast(list[tuple[str, list[int], list[FileRow]]], gather(tell, "gathering records"))
-    if not rows:
-        return ComponentRecord()
-    if not is_listed:
-        return ComponentRecord(tuple(FileRecord(*row) for *_, named in rows for row in named))
-    texts = tuple(text for text, *_ in rows)
-    known = kept.known if all_chunks <= _KEPT_CHUNKS else Memo[_Known]()
-    files, tensors = known.get((), texts, lambda: _read(texts, specs))
-    found = [crc for _, theirs, _ in rows for crc in theirs]
+    def read(told: Sequence[JsonValue]) -> ComponentRecord:
+        rows = cast(list[tuple[str, list[int], list[FileRow]]], told)
+        if not is_listed:
+            return ComponentRecord(tuple(FileRecord(*row) for *_, named in rows for row in named))
+        texts = tuple(text for text, *_ in rows)
+        known = plan.kept.known if is_kept else Memo[_Known]()
+        files, places = known.get((), texts, lambda: _read(texts, specs))
+        found = [crc for _, theirs, _ in rows for crc in theirs]
+        return ComponentRecord(files, _tensors(plan.component, specs, crcs, places, found))
+
+    return Told(tell, read)
+
+
+def _tensors(
+    component: str, specs: Sequence[TensorSpec], crcs: Sequence[int], places: _Places, found: Sequence[int]
+) -> tuple[TensorRecord, ...]:
     empty = crc32c(b"")
-    records = [
-        TensorRecord(
-            plan.component,
-            spec,
-            crc if spec.nbytes else empty,
-            tuple([ChunkRecord(file, offset, nbytes, box, found[n]) for n, (file, offset, nbytes, box, _) in chunks]),
-        )
-        for spec, crc, chunks in zip(specs, crcs, tensors, strict=True)
-    ]
-    return ComponentRecord(files, tuple(records))
+    records = []
+    for spec, crc, its_places in zip(specs, crcs, places, strict=True):
+        chunks = [ChunkRecord(file, offset, nbytes, box, found[n]) for n, (file, offset, nbytes, box, _) in its_places]
+        records.append(TensorRecord(component, spec, crc if spec.nbytes else empty, tuple(chunks)))
+    return tuple(records)
 
 
 def _describe(files: Sequence[ShardFile], pieces: Sequence[_Piece]) -> str:

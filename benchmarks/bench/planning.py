@@ -15,7 +15,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar, cast
 from zlib import crc32
@@ -88,6 +88,10 @@ class _Alike(Group):
         """As if no other rank had anything to say."""
         if failure is not None:
             raise failure
+        return flag
+
+    def any(self, flag: bool, what: str = "agreeing") -> bool:
+        """As `agree`."""
         return flag
 
     def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
@@ -257,7 +261,9 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     context = _context(group, directory)
 
     def save() -> None:
-        ModelSave(context, model, directory, [], tokenizer=None, peft_config=None, is_final=False).steps()
+        ModelSave(
+            context, model, directory, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+        ).steps()
 
     capture, hub = _seconds(lambda: context.names.capture(state))
     specs, _ = _seconds(save)
@@ -266,11 +272,11 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
 
     # The coordinator does the same and also puts index and manifest together.
     roster = RosterKeeper(group).roster(hub.held)
-    plan = plan_export(hub.held, roster, group, directory, ExportOptions())
+    plan = replace(plan_export(hub.held, roster, group, directory, ExportOptions()), within="consolidated")
     crcs = {tensor.spec.name: 1 for tensor in hub.held}
 
     def describe() -> None:
-        record = export_record(plan, crcs).below("consolidated").below("model")
+        record = export_record(plan, crcs).below("model")
         encode_manifest(Manifest(record.files, record.tensors, {}))
 
     coordinator, _ = _seconds(describe)

@@ -52,6 +52,66 @@ def test_deal_brings_each_rank_what_is_for_it(world: int, length: int) -> None:
     assert run(world, deal, length) == want
 
 
+def attempt(method: str, length: int, failing: tuple[int, ...]) -> object:
+    group = Group(dist.group.WORLD)
+
+    def make() -> str:
+        if group.rank in failing:
+            raise StorageError(f"no {'é' * length}", path=Path("/far"), hint="Mount it again.")
+        return f"{group.rank}" + "é" * length
+
+    if method == "fold":
+        refused: Exception | None = None
+        try:
+            made = len(make())
+        except StorageError as error:
+            made, refused = 0, error
+        return group.fold([1 << group.rank], [made], "trying", refused)
+    return getattr(group, method)(make, "trying")
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("length", [0, 5000])
+def test_values_that_are_made_arrive(world: int, length: int) -> None:
+    want = [f"{rank}" + "é" * length for rank in range(world)]
+    assert run(world, attempt, "gather", length, ()) == [want] * world
+    assert run(world, attempt, "collect", length, ()) == [want, *[[]] * (world - 1)]
+    assert run(world, attempt, "fold", length, ()) == [([2**world - 1], [world * (1 + length)])] * world
+
+
+def fold_many(xors: int, sums: int, failing: int) -> tuple[bool, bool]:
+    group = Group(dist.group.WORLD)
+    refused = StorageError("no", path=Path("/far")) if group.rank == failing else None
+    found = group.fold([(n + 1) << group.rank for n in range(xors)], [n + group.rank for n in range(sums)], "", refused)
+    wanted = [(n + 1) ^ (n + 1) << 1 ^ (n + 1) << 2 for n in range(xors)], [3 * n + 3 for n in range(sums)]
+    return found[0] == wanted[0], found[1] == wanted[1]
+
+
+@pytest.mark.parametrize("xors", [0, 3, 9000])
+@pytest.mark.parametrize("sums", [0, 3, 9000])
+def test_few_integers_are_combined_as_many_are(xors: int, sums: int) -> None:
+    assert run(3, fold_many, xors, sums, -1) == [(True, True)] * 3
+
+
+@pytest.mark.parametrize("count", [0, 9000])
+def test_many_integers_travel_with_a_failure_as_few_do(count: int) -> None:
+    error = failure(3, fold_many, count, count, 1)
+    assert isinstance(error, StorageError)
+    assert error.rank == 1
+
+
+@pytest.mark.parametrize("method", ["gather", "collect", "fold"])
+@pytest.mark.parametrize(("world", "failing"), [(1, (0,)), (3, (0,)), (3, (1, 2)), (3, (0, 1, 2))])
+@pytest.mark.parametrize("length", [0, 5000])
+def test_a_value_that_one_rank_cannot_make_fails_on_all(
+    method: str, world: int, failing: tuple[int, ...], length: int
+) -> None:
+    error = failure(world, attempt, method, length, failing)
+    assert isinstance(error, StorageError)
+    assert (error.rank, error.path) == (failing[0], "/far")
+    assert error.message == f"no {'é' * length}"
+
+
 def one_talks(talker: int) -> list[object]:
     group = Group.current()
     return group.gather_json("x" * 10_000 if group.rank == talker else None)

@@ -21,6 +21,7 @@ from shardwise.format.manifest import (
     AliasRecord,
     ChunkRecord,
     FileRecord,
+    KnownManifest,
     Manifest,
     TensorRecord,
     encode_manifest,
@@ -151,6 +152,70 @@ def test_golden_manifest_with_aliases() -> None:
     assert encode_manifest(aliased_manifest()) == golden.read_bytes()
     assert b'"version":2,' in golden.read_bytes()
     json.loads(golden.read_bytes())
+
+
+def with_digests(manifest: Manifest, seed: int) -> Manifest:
+    """The same, with digests that are others."""
+
+    def other(tensor: TensorRecord, number: int) -> TensorRecord:
+        chunks = [chunk._replace(crc32c=(chunk.crc32c * 7 + seed) % 2**32) for chunk in tensor.chunks]
+        return tensor._replace(crc32c=None if number == seed else number * seed, chunks=tuple(chunks))
+
+    files = tuple(replace(file, crc32c=seed) for file in manifest.files)
+    return replace(manifest, files=files, tensors=tuple(other(t, n) for n, t in enumerate(manifest.tensors)))
+
+
+def percent_manifest() -> Manifest:
+    """Names with what text is put together with."""
+    chunk = ChunkRecord("100%s.safetensors", 8, 4, Box((0,), (1,)), 5)
+    files = (FileRecord("100%s.safetensors", 12, 1, 8), FileRecord("%d.json", 3, 2, None))
+    return Manifest(files, (TensorRecord("%", TensorSpec("%(w)s%%", (1,), "F32"), 6, (chunk,)),), {"%s": "%s"})
+
+
+@pytest.mark.parametrize("sample", [sample_manifest, aliased_manifest, percent_manifest])
+def test_what_is_known_of_the_last_manifest_changes_no_byte_of_the_next(sample: Callable[[], Manifest]) -> None:
+    known, manifest = KnownManifest(), sample()
+    for seed in range(4):
+        assert known.knows(manifest) == (seed > 0)
+        other = with_digests(manifest, seed)
+        assert encode_manifest(other, known) == encode_manifest(other)
+        assert parse_manifest(encode_manifest(other, known), "m") == other
+    fewer = replace(manifest, tensors=(), files=manifest.files[-1:], aliases=())
+    assert not known.knows(fewer)
+
+
+def with_first_chunk(manifest: Manifest, **values: object) -> Manifest:
+    first, *rest = manifest.tensors
+    changed = first._replace(chunks=(first.chunks[0]._replace(**values), *first.chunks[1:]))  # type: ignore[arg-type]
+    return replace(manifest, tensors=(changed, *rest))
+
+
+def spoiled(manifest: Manifest) -> list[Manifest]:
+    first, *rest = manifest.tensors
+    tensor_file = next(file for file in manifest.files if file.header_bytes is not None)
+    others = tuple(file for file in manifest.files if file is not tensor_file)
+    return [
+        with_first_chunk(manifest, offset=first.chunks[0].offset + 1),
+        with_first_chunk(manifest, file="elsewhere"),
+        with_first_chunk(manifest, crc32c=-1),
+        replace(manifest, tensors=(first._replace(crc32c=2**32), *rest)),
+        replace(manifest, tensors=(first, first, *rest)),
+        replace(manifest, files=(*manifest.files, manifest.files[-1])),
+        replace(manifest, files=(replace(tensor_file, size=tensor_file.size + 1), *others)),
+        replace(manifest, files=(*manifest.files, FileRecord("../up", 1, 1, None))),
+        replace(manifest, files=(*manifest.files, FileRecord("x", -1, 1, None))),
+        replace(manifest, aliases=(AliasRecord(first.component, first.spec.name, "none"),)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(spoiled(sample_manifest()))))
+def test_a_manifest_that_contradicts_itself_is_refused_whatever_was_known(number: int) -> None:
+    known, manifest = KnownManifest(), sample_manifest()
+    encode_manifest(manifest, known)
+    assert known.knows(manifest)
+    with pytest.raises(ManifestError):
+        encode_manifest(spoiled(manifest)[number], known)
+    assert encode_manifest(manifest, known) == encode_manifest(manifest)
 
 
 def test_manifest_lookups() -> None:

@@ -72,16 +72,13 @@ class ConsolidatedHFAddon:
             ShardwiseError: What failed on rank 0.
         """
         group = kwargs.get("group") or Group.current()
-        directory = kwargs.get("hf_metadata_dir")
-        parts = list(kwargs["model_state"].model) if "model_state" in kwargs else []
-        if directory is None:
+        if kwargs.get("hf_metadata_dir") is None:
             return
-        # Pipeline stages differ: one quantized stage anywhere keeps the entry.
         with group.together("looking for quantization") as quantized:
-            quantized.flag = any(has_quantized_parameters(unwrap(part)) for part in parts)
+            quantized.flag = is_quantized(kwargs)
         with group.together("writing the Hugging Face metadata"):
             if group.rank == 0:
-                _write_metadata(Path(directory), parts, quantized.any, kwargs)
+                write_metadata(kwargs, quantized.any)
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Copy the saved HF metadata to the consolidated directory. All ranks call.
@@ -96,16 +93,43 @@ class ConsolidatedHFAddon:
             ShardwiseError: What failed on rank 0.
         """
         group = kwargs.get("group") or Group.current()
-        source, target = kwargs.get("hf_metadata_dir"), kwargs.get("consolidated_path")
-        if source is None or target is None:
+        if kwargs.get("hf_metadata_dir") is None or kwargs.get("consolidated_path") is None:
             return
         with group.together("copying the Hugging Face metadata"):
-            if group.rank == 0 and Path(source).is_dir():
-                _copy_tree(Path(source), Path(target))
+            if group.rank == 0:
+                copy_metadata(kwargs)
+
+
+def _parts(args: SaveHookArgs) -> list[nn.Module]:
+    return list(args["model_state"].model) if "model_state" in args else []
+
+
+def is_quantized(args: SaveHookArgs) -> bool:
+    """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
+    return any(has_quantized_parameters(unwrap(part)) for part in _parts(args))
+
+
+def write_metadata(args: SaveHookArgs, quantized: bool) -> None:
+    """What `ConsolidatedHFAddon.pre_save` does on rank 0. Local.
+
+    Args:
+        args: See `SaveHookArgs`.
+        quantized: Whether any rank holds quantized parameters.
+    """
+    directory = args.get("hf_metadata_dir")
+    if directory is not None:
+        _write_metadata(Path(directory), _parts(args), quantized, args)
+
+
+def copy_metadata(args: SaveHookArgs) -> None:
+    """What `ConsolidatedHFAddon.post_save` does on rank 0. Local."""
+    source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
+    if source is not None and target is not None and Path(source).is_dir():
+        _copy_tree(Path(source), Path(target))
 
 
 def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs) -> None:
-    """Write everything into ``directory``. Runs on rank 0."""
+    """Write everything into ``directory``."""
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -44,8 +44,11 @@ class AdapterSave:
         tokenizer: SavesPretrained | None,
         peft_config: object | None,
         is_final: bool,
+        reserve: Callable[[], None],
     ) -> None:
         self._context = context
+        self._reserve = reserve
+        self.closing: list[Callable[[Group], None]] = []
         self._directory = directory
         self._addons = addons
         self.state = ModelState(model)
@@ -68,6 +71,7 @@ class AdapterSave:
         context, group = self._context, self._context.group
         with group.together("preparing the adapter's directory"):
             if group.is_main:
+                self._reserve()
                 context.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
         settings = adapter_settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from typing import cast
@@ -60,6 +60,12 @@ def check_together(group: Group, model: object, optimizer: object = None, schedu
         check_arguments(model, optimizer, scheduler)
 
 
+def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
+    """As `check_arguments`; returns ``name``, for `check_same_call`."""
+    check_arguments(model, optimizer, scheduler)
+    return name
+
+
 def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
@@ -92,19 +98,21 @@ def warn_if_alone(group: Group) -> None:
         )
 
 
-def check_same_call(name: str, given: Mapping[str, bool], group: Group) -> None:
+def check_same_call(look: Callable[[], str], given: Mapping[str, bool], group: Group) -> None:
     """Check that the ranks ask for the same: which arguments were passed, and what is saved. All ranks call.
 
     Args:
-        name: What is saved; the same text on every rank where it is not for the caller to say.
+        look: Looks at this rank's arguments, and tells what is saved; the same text on every rank where it is not for
+            the caller to say. What it raises on one rank is raised on all.
         given: Arguments that decide which messages travel, as a message names them -> whether they were passed.
         group: The ranks that save or load together.
 
     Raises:
         MisuseError: They differ.
     """
-    own: JsonValue = [name, sorted(key for key, is_given in given.items() if is_given)]
-    everyone = cast(list[tuple[str, list[str]]], group.gather_json(own, "comparing what the ranks ask for"))
+    names = sorted(key for key, is_given in given.items() if is_given)
+    told = group.gather(lambda: [look(), cast(JsonValue, names)], "looking at what is to be saved or loaded")
+    everyone = cast(list[tuple[str, list[str]]], told)
     first, passed = everyone[0]
     for rank, (theirs, they_passed) in enumerate(everyone):
         if theirs != first:

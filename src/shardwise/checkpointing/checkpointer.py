@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from shardwise._version import __version__
@@ -13,7 +14,7 @@ from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
-    check_together,
+    checked,
     whole_number,
 )
 from shardwise.checkpointing.commits import Publication, check_metrics
@@ -103,20 +104,27 @@ class Checkpointer(ComponentCheckpointer):
             return None
         steers = optimizer is not None or bool(as_list(scheduler))
         numbers: dict[str, float] = {}
-        name = ""
-        with context.group.together(f"looking at what is to be saved of epoch {epoch}, step {step}"):
+
+        def look() -> str:
+            nonlocal numbers, epoch, step
             check_arguments(model, optimizer, scheduler)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             epoch, step = whole_number(epoch), whole_number(step)
-            name, numbers = checkpoint_name(epoch, step), check_metrics(metrics)
+            numbers = check_metrics(metrics)
+            return checkpoint_name(epoch, step)
+
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
-        check_same_call(name, given | passed_addons(self.addons), context.group)
-        self._reserve(name)
+        check_same_call(look, given | passed_addons(self.addons), context.group)
+        name = checkpoint_name(epoch, step)
         temp, final = context.root / temporary_name(name), context.root / name
         publication = self._publication(temp, final, epoch, step, numbers)
+        make_room = partial(self._reserve, name)
         try:
-            steps = self._model_steps(model, temp / "model", tokenizer, peft_config, is_final_checkpoint)
+            save = self._model_save(
+                model, temp / "model", tokenizer, peft_config, is_final_checkpoint, publication.reserved(make_room)
+            )
+            steps = below("model", save.steps())
             if steers:
                 saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
                 steps += below("optim", saving.steps())
@@ -124,7 +132,8 @@ class Checkpointer(ComponentCheckpointer):
         except BaseException:
             publication.abandon(context.group)
             raise
-        self._run(SaveJob(f"saving {final}", tuple(steps), publication.commit, publication.abandon))
+        commit = partial(publication.commit, closing=save.closing)
+        self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
     def restore(
@@ -161,10 +170,9 @@ class Checkpointer(ComponentCheckpointer):
         """
         context = self._context
         self.async_wait()
-        check_together(context.group, model, optimizer, scheduler)
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
-        check_same_call("checkpoint", given, context.group)
+        check_same_call(lambda: checked(model, optimizer, scheduler, "checkpoint"), given, context.group)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)
@@ -211,11 +219,8 @@ class Checkpointer(ComponentCheckpointer):
         return Publication(context, temp, final, info, metrics)
 
     def _reserve(self, name: str) -> None:
-        """Make the directory of a checkpoint to be; once also remove what interrupted saves left. All ranks call."""
-        context = self._context
-        with context.group.together(f"reserving {context.root / name}"):
-            if context.group.is_main:
-                if not self._tidied:
-                    remove_leftovers(context.root, fs=self._fs)
-                reserve(context.root, name, fs=self._fs)
+        """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
+        if not self._tidied:
+            remove_leftovers(self._context.root, fs=self._fs)
+        reserve(self._context.root, name, fs=self._fs)
         self._tidied = True

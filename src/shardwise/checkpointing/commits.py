@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import cast
@@ -20,7 +20,7 @@ from shardwise.config import CheckpointingConfig
 from shardwise.engine.records import ComponentRecord, FileRow, file_row
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.crc import crc32c
-from shardwise.format.manifest import AliasRecord, FileRecord, Manifest, TensorRecord, encode_manifest
+from shardwise.format.manifest import AliasRecord, FileRecord, KnownManifest, Manifest, TensorRecord, encode_manifest
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import (
@@ -42,21 +42,49 @@ CONFIG_NAME = "config.yaml"
 _READ_BYTES = 2**20
 
 
-def gather_records(group: Group, record: ComponentRecord) -> ComponentRecord:
-    """Add files and aliases that only their writer knows of. All ranks call; rank 0 gets the union."""
-    own: JsonValue = [
-        [file_row(file) for file in record.files],
-        [list(alias) for alias in record.aliases],
-    ]
+#: Local work with which the writing of a component ends.
+Closing = Sequence[Callable[[Group], None]]
+
+
+def gather_records(group: Group, record: ComponentRecord, closing: Closing = ()) -> Callable[[], ComponentRecord]:
+    """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
+
+    Args:
+        group: The ranks that save together.
+        record: What this rank knows.
+        closing: Local work to be done first; what fails in it on one rank is raised on all.
+
+    Returns:
+        Puts the union together. Local; rank 0 calls.
+    """
+
+    def close() -> JsonValue:
+        for work in closing:
+            work(group)
+        aliases: JsonValue = [list(alias) for alias in record.aliases]
+        return [[file_row(file) for file in record.files], aliases, [told.own() for told in record.told]]
+
+    rows = cast(list[_Row], group.collect(close, "gathering records"))
+    return lambda: _union(record, rows)
+
+
+_Row = tuple[list[FileRow], list[tuple[str, str, str]], list[JsonValue]]
+
+
+def _union(record: ComponentRecord, rows: Sequence[_Row]) -> ComponentRecord:
     files = {file.path: file for file in record.files}
     aliases = {(alias.component, alias.name): alias for alias in record.aliases}
-    rows = cast(list[tuple[list[FileRow], list[tuple[str, str, str]]]], group.collect_json(own, "gathering records"))
-    for their_files, their_aliases in rows:
+    for their_files, their_aliases, _ in rows:
         for file in (FileRecord(*row) for row in their_files):
             files.setdefault(file.path, file)
         for alias in (AliasRecord(*row) for row in their_aliases):
             aliases.setdefault((alias.component, alias.name), alias)
-    return ComponentRecord(tuple(files.values()), record.tensors, _sound(aliases, record.tensors))
+    tensors = record.tensors
+    for number, told in enumerate(record.told):
+        found = told.read([row[2][number] for row in rows])
+        files |= {file.path: file for file in found.files}
+        tensors += found.tensors
+    return ComponentRecord(tuple(files.values()), tensors, _sound(aliases, tensors))
 
 
 def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
@@ -99,11 +127,12 @@ def _digest(storage: Storage, path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
+def write_manifest(
+    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue], known: KnownManifest
+) -> None:
     """Write the manifest, the last file of a save. One rank calls."""
-    write_plain(
-        storage, directory / MANIFEST_NAME, encode_manifest(complete_manifest(storage, directory, record, info))
-    )
+    manifest = complete_manifest(storage, directory, record, info)
+    write_plain(storage, directory / MANIFEST_NAME, encode_manifest(manifest, known))
     storage.sync_directory(directory)
 
 
@@ -162,18 +191,27 @@ class Publication:
         self._final = final
         self._info = info
         self._metrics = metrics
+        self._is_reserved = False
 
-    def commit(self, group: Group, record: ComponentRecord) -> None:
+    def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
+        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon."""
+
+        def reserve() -> None:
+            make_room()
+            self._is_reserved = True
+
+        return reserve
+
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         context = self._context
-        whole = gather_records(group, record)
+        union = gather_records(group, record, closing)
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
-                write_manifest(context.storage, self._temp, whole, self._info)
+                known = context.manifests.setdefault("", KnownManifest())
+                write_manifest(context.storage, self._temp, union(), self._info, known)
                 publish(self._temp, self._final, fs=context.fs)
-        with group.together(f"moving the pointers of {context.root}"):
-            if group.is_main:
                 self._point()
 
     def _point(self) -> None:
@@ -188,7 +226,7 @@ class Publication:
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""
-        if not group.is_main:
+        if not group.is_main or not self._is_reserved:
             return
         try:
             if self._temp.exists():

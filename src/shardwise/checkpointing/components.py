@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,13 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, load_adapter
-from shardwise.checkpointing.arguments import check_same_call, check_same_settings, check_together, warn_if_alone
+from shardwise.checkpointing.arguments import (
+    check_same_call,
+    check_same_settings,
+    check_together,
+    checked,
+    warn_if_alone,
+)
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import passed_addons
@@ -26,11 +33,10 @@ from shardwise.checkpointing.models import ModelSave, default_addons, load_model
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.standalone import Replacement
-from shardwise.checkpointing.wholes import below
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.background import Background
-from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
 from shardwise.io.storage import LocalStorage, Storage
@@ -94,17 +100,17 @@ class ComponentCheckpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return
-        check_together(context.group, model)
         given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
-        check_same_call("model", given, context.group)
+        check_same_call(lambda: checked(model), given, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
-        target.reserve()
         try:
-            steps = self._model_steps(model, target.temp, tokenizer, peft_config, is_final_checkpoint, prefix="")
+            save = self._model_save(model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
+            steps = save.steps()
         except BaseException:
             target.abandon(context.group)
             raise
-        self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), target.commit, target.abandon))
+        commit = partial(target.commit, closing=save.closing)
+        self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), commit, target.abandon))
 
     def load_model(
         self,
@@ -130,9 +136,8 @@ class ComponentCheckpointer:
         """
         self.async_wait()
         context = self._context
-        check_together(context.group, model)
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-        check_same_call("model", given, context.group)
+        check_same_call(lambda: checked(model), given, context.group)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
             return
@@ -155,7 +160,9 @@ class ComponentCheckpointer:
             return
         check_together(context.group, model, optimizer, scheduler)
         target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
-        target.reserve()
+        with context.group.together(f"preparing {weights_path}/optim"):
+            if context.group.is_main:
+                target.reserve()
         try:
             steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
         except BaseException:
@@ -224,8 +231,7 @@ class ComponentCheckpointer:
             QuantizationError: The base is quantized in a way that cannot be undone.
         """
         context = self._context
-        check_together(context.group, model)
-        check_same_call("model", {"load_base_model=True": load_base_model}, context.group)
+        check_same_call(lambda: checked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
 
@@ -299,27 +305,26 @@ class ComponentCheckpointer:
             self._made = made
         return self._made
 
-    def _model_steps(
+    def _model_save(
         self,
         model: Model,
         directory: Path,
         tokenizer: SavesPretrained | None,
         peft_config: object | None,
         is_final: bool,
-        prefix: str = "model",
-    ) -> list[Step]:
-        context = self._context
+        reserve: Callable[[], None],
+    ) -> ModelSave | AdapterSave:
         kind = AdapterSave if self.config.is_peft else ModelSave
-        save = kind(
-            context,
+        return kind(
+            self._context,
             model,
             directory,
             self.addons,
             tokenizer=tokenizer,
             peft_config=peft_config,
             is_final=is_final,
+            reserve=reserve,
         )
-        return below(prefix, save.steps())
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""

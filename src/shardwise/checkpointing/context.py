@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from shardwise.checkpointing.answers import Answer
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.recasts import RecastKeeper
@@ -17,12 +18,13 @@ from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
+from shardwise.format.manifest import KnownManifest
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import ShardFile
 
 
 @dataclass
@@ -58,8 +60,11 @@ class Context:
     def __post_init__(self) -> None:
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
+        self.quantized = Answer(self.group, "looking for quantization")
+        self.is_quantized: Memo[bool] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
-        self.shard_plans: dict[str, Memo[tuple[ShardFile, ...]]] = {}
+        self.shard_plans: dict[str, Memo[ShardPlan]] = {}
+        self.manifests: dict[str, KnownManifest] = {}
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)

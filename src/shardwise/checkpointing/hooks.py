@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from shardwise.addons import CheckpointAddon, SaveHookArgs
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
 
 
@@ -28,6 +28,14 @@ def run_hooks(
             # What looks agreed may come from a group of the addon's own, of which the other ranks know nothing.
             failure = error
         group.agree(failure, f"{type(addon).__name__}.{hook}")
+
+
+def leading_own(addons: Sequence[CheckpointAddon]) -> int:
+    """How many addons at the start are the library's, not derived from them.
+
+    What they do is local, and is done where the ranks leave together anyhow; `run_hooks` is for all behind them.
+    """
+    return next((n for n, addon in enumerate(addons) if type(addon) is not ConsolidatedHFAddon), len(addons))
 
 
 def passed_addons(addons: Sequence[CheckpointAddon]) -> dict[str, bool]:

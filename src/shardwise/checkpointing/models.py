@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,27 +14,28 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
+from shardwise.addons.huggingface import copy_metadata, is_quantized, write_metadata
 from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.base import BaseModel
+from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
-from shardwise.checkpointing.hooks import run_hooks
+from shardwise.checkpointing.hooks import leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
-from shardwise.checkpointing.recasts import Recasts
+from shardwise.checkpointing.recasts import Recast, Recasts
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import ComputedPlan, declared, load_computed
-from shardwise.engine.export import Copies, ExportOptions, ExportPlan, plan_export, write_export
+from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_tensors
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
@@ -57,24 +58,22 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """An export that is ready to be written.
+class _Described:
+    """What all ranks know of a model that is to be saved.
 
     Attributes:
-        plan: The export.
-        roster: Who holds what of it.
-        recasts: What the export has in other dtypes than the ranks have in memory.
-        passed: Names of the base model's tensors that are carried over.
-        exact: This rank's tensors that the export rounds, and that are saved once more as they are.
-        kept: Further names of this rank's tensors -> the names that these are written under.
+        hub: What this rank holds.
+        own: The same as it is to be written, and what of it is exported in other dtypes.
+        roster: Who holds what.
+        news: Whether any rank's tensors are others than last time.
+        quantized: Whether any rank holds quantized parameters.
     """
 
-    plan: ExportPlan
+    hub: HubState
+    own: Recast
     roster: Roster
-    recasts: Recasts
-    passed: Sequence[str]
-    exact: Sequence[HeldTensor]
-    kept: Mapping[str, str]
+    news: bool
+    quantized: bool
 
 
 class ModelSave:
@@ -85,7 +84,13 @@ class ModelSave:
         model: The model, or this rank's pipeline stages.
         directory: Where the ``model`` directory's content goes.
         addons: Hooks around the writing.
-        hook_args: What the caller gave for the hooks (tokenizer, adapter configuration).
+        tokenizer: What the caller gave for the hooks.
+        peft_config: Likewise.
+        is_final: Whether this is the run's last save.
+        reserve: Makes the directory above, on rank 0, before anything else is written.
+
+    Attributes:
+        closing: Local work that is left when all bytes are durable; known after `steps`.
     """
 
     def __init__(
@@ -98,10 +103,15 @@ class ModelSave:
         tokenizer: SavesPretrained | None,
         peft_config: object | None,
         is_final: bool,
+        reserve: Callable[[], None],
     ) -> None:
         self._context = context
         self._directory = directory
-        self._addons = addons
+        self._reserve = reserve
+        own = leading_own(addons)
+        # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
+        self._describes, self._addons = bool(own), addons[own:]
+        self.closing: list[Callable[[Group], None]] = []
         self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
         self.state = ModelState(model)
         self.base = context.base()
@@ -121,59 +131,99 @@ class ModelSave:
 
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
+        steps = self._written()
+        if self._describes:
+            self.closing.append(self._copy_metadata)
+        if not self._addons:
+            return steps
+        # Other addons may look at everything that stands there, and communicate.
+        closing, self.closing = self.closing, []
+        return [*steps, partial(self._after, closing)]
+
+    def _written(self) -> list[Step]:
+        if self._context.config.model_save_format == "torch_save":
+            return self._distcp()
+        if self._exports:
+            return self._exported()
+        described = self._described()
+        shards = self._shards(described.own.export, described.roster, "model", described)
+        self.closing.append(self._leave_script)
+        return [shards, _telling(described.hub.unwritten)]
+
+    def _distcp(self) -> list[Step]:
         context = self._context
-        if context.config.model_save_format == "torch_save":
-            kept: dict[str, str] = {}
-            with context.group.together("describing the model"):
-                require_memory(memory_of(self.state.held()), "values to save")
-                kept = undeclared_names(self.state.tensors(), self.state.model)
-            first = [*self._before({}), _telling(kept)]
-            return [*first, lambda group: save_distcp(self.state, self._directory, group), self._after]
-        if not self._exports:
-            hub = self._described()
-            held = [*hub.held, *natives_of(hub.groups)]
-            shards = self._shards(held, context.model_roster)
-            return [*self._before({}), shards, _telling(hub.unwritten), self._leave_script, self._after]
-        planned = self._planned()
-        steps = [*self._before(planned.recasts.native, planned.passed), self._export(planned.plan, planned.roster)]
-        if context.config.verify_export:
-            steps.append(lambda group: self._read_back(planned.plan, group))
-        if planned.recasts.rounds:  # on any rank: a stage may have no such tensor where another does
-            steps.append(self._shards(planned.exact, context.exact_roster, EXACT))
-        return [*steps, _telling(planned.kept), self._after]
+        kept: dict[str, str] = {}
+        with context.group.together("describing the model") as quantized:
+            if context.group.is_main:
+                self._reserve()
+            require_memory(memory_of(self.state.held()), "values to save")
+            kept = undeclared_names(self.state.tensors(), self.state.model)
+            quantized.flag = self._describes and is_quantized(self._args)
+        with context.group.together("preparing the model's directory"):
+            self._prepare_directory({}, (), quantized.any)
+        self._before()
+        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
 
     @collector_paused()
-    def _planned(self) -> _Planned:
-        """Capture the model and plan its export; all ranks call."""
-        context, hub = self._context, self._described()
-        held = [*hub.held, *declared(hub.groups)]
-        base = self.base.specs if self.base is not None else {}
-        own = context.recasts.recast(held, base)
-        recasts = context.recasts.together(own) if self.base is not None else Recasts({}, False)
-        roster = context.model_roster.roster(own.export)
+    def _exported(self) -> list[Step]:
+        """Plan an export and prepare its directory; all ranks call."""
+        context, described = self._context, self._described()
+        hub, own, roster = described.hub, described.own, described.roster
+        recasts = context.recasts.settle(own, described.news) if self.base is not None else Recasts({}, False)
         names = self._prove(roster.specs, hub.absent)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
-        computed = ComputedPlan(hub.groups, context.computed_roster.roster(natives_of(hub.groups)))
-        directory = self._directory / CONSOLIDATED_DIR
+        natives = natives_of(hub.groups)
+        computed = ComputedPlan(hub.groups, context.computed_roster.settle(natives, described.news))
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
-        options = self._options()
-        known: ExportPlan | None = None
-        with context.group.together("planning the export"):
+        options, directory = self._options(), self._directory / CONSOLIDATED_DIR
+        plan: ExportPlan | None = None
+        with context.group.together("planning the export and preparing its directory"):
             known = context.model_plan.get(
                 [*own.export, roster, *computed.groups],
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-        assert known is not None
-        placed, exact = replace(known, directory=directory), _uncomputed(own.exact, hub.groups)
-        return _Planned(placed, roster, recasts, names, exact, hub.unwritten)
+            self._prepare_directory(recasts.native, names, described.quantized)
+            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
+            if context.group.is_main and plan.has_room:
+                make_room(plan, context.storage)
+        assert plan is not None
+        self._before()
+        steps = [self._export(plan, roster)]
+        if context.config.verify_export:
+            self.closing.append(partial(read_back, plan))
+        if recasts.rounds:  # on any rank: a stage may have no such tensor where another does
+            exact = _uncomputed(own.exact, hub.groups)
+            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT))
+        return [*steps, _telling(hub.unwritten)]
 
-    def _described(self) -> HubState:
+    def _described(self) -> _Described:
+        """Make room, capture the model, and agree on who holds what. All ranks call."""
+        context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
+        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.quantized):
+            keeper.begin()
         hub: HubState | None = None
-        with self._context.group.together("describing the model"):
+        own: Recast | None = None
+        with context.group.together("describing the model") as news:
+            if context.group.is_main:
+                self._reserve()
             hub = self._captured()
+            natives = natives_of(hub.groups)
+            if self._exports:
+                own = context.recasts.recast([*hub.held, *declared(hub.groups)], base)
+                computed = [context.computed_roster.look(natives)]
+                computed += [] if self.base is None else [context.recasts.look(own)]
+            else:
+                own, computed = Recast.of([*hub.held, *natives], {}), []
+            # As long as the same is captured, the parameters are the same.
+            seen = [context.sound]
+            quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
+            news.flag = any([context.model_roster.look(own.export), context.quantized.look(quantized), *computed])
         assert hub is not None
-        return hub
+        assert own is not None
+        # In one order on every rank: each may exchange something.
+        any_quantized = context.quantized.settle(news.any)
+        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, any_quantized)
 
     def _captured(self) -> HubState:
         context = self._context
@@ -214,67 +264,99 @@ class ModelSave:
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
         return cast(list[str], passed)
 
-    def _read_back(self, plan: ExportPlan, group: Group) -> ComponentRecord:
-        read_back(plan, group)
-        return ComponentRecord()
-
-    def _before(self, native: Mapping[str, str], passed: Sequence[str] = ()) -> list[Step]:
-        """Run the addons' first hooks now, while the model may be read."""
-        group = self._context.group
-        with group.together("preparing the model's directory"):
-            if group.is_main:
-                self._context.storage.make_directory(self._directory / METADATA_DIR)
-                for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
-                    if value:
-                        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-                        write_plain(self._context.storage, self._directory / METADATA_DIR / name, text.encode())
-        args = self._args | {"group": group}
+    def _prepare_directory(self, native: Mapping[str, str], passed: Sequence[str], quantized: bool) -> None:
+        """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
+        context = self._context
         if self.base is not None:
             numbers = self.base.numbers
-            args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
-            args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
-        run_hooks(self._addons, "pre_save", args, group)
-        return []
+            self._args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
+            self._args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
+        if not context.group.is_main:
+            return
+        context.storage.make_directory(self._directory / METADATA_DIR)
+        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+            if value:
+                text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+                write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
+        if self._describes:
+            write_metadata(self._args, quantized)
 
-    def _leave_script(self, group: Group) -> ComponentRecord:
-        """Put the script that makes the export later beside shards that have none."""
-        with group.together("writing the consolidation script"):
-            if group.is_main:
-                script = self._directory / CONSOLIDATE_NAME
-                write_plain(self._context.storage, script, CONSOLIDATE_SCRIPT)
-                if script.exists():  # a storage may keep its files elsewhere
-                    with storage_errors(script):
-                        mode = script.stat().st_mode
-                        script.chmod(mode | (mode & 0o444) >> 2)
-        return ComponentRecord()
+    def _before(self) -> None:
+        """Run the other addons' first hooks now, while the model may be read."""
+        run_hooks(self._addons, "pre_save", self._args, self._context.group)
 
-    def _after(self, group: Group) -> ComponentRecord:
+    def _leave_script(self, group: Group) -> None:
+        """Put the script that makes the export later beside shards that have none. Local."""
+        if group.is_main:
+            script = self._directory / CONSOLIDATE_NAME
+            write_plain(self._context.storage, script, CONSOLIDATE_SCRIPT)
+            if script.exists():  # a storage may keep its files elsewhere
+                with storage_errors(script):
+                    mode = script.stat().st_mode
+                    script.chmod(mode | (mode & 0o444) >> 2)
+
+    def _copy_metadata(self, group: Group) -> None:
+        if group.is_main:
+            copy_metadata(self._args)
+
+    def _after(self, closing: Closing, group: Group) -> ComponentRecord:
+        with group.together("finishing the model's directory"):
+            for work in closing:
+                work(group)
         run_hooks(self._addons, "post_save", self._args, group)
         return ComponentRecord()
+
+    @property
+    def _merges(self) -> bool:
+        """Whether shards are merged into the export, instead of writing it in place."""
+        config = self._context.config
+        return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
     def _export(self, plan: ExportPlan, roster: Roster) -> Step:
         context = self._context
         config = context.config
-        if config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes:
+        if self._merges:
             options = MergeOptions(
                 config.single_rank_consolidation, Path(config.staging_dir) if config.staging_dir else None
             )
-            return lambda group: write_merged(plan, roster, group, context.storage, options).below(CONSOLIDATED_DIR)
-        return lambda group: write_export(plan, group, context.storage).below(CONSOLIDATED_DIR)
+            return lambda group: write_merged(plan, roster, group, context.storage, options)
 
-    def _shards(self, held: Sequence[HeldTensor], keeper: RosterKeeper, component: str = "model") -> Step:
+        def write(group: Group) -> ComponentRecord:
+            record = write_export(plan, group, context.storage)
+            # What every rank knows needs not travel.
+            return record if group.is_main else ComponentRecord()
+
+        return write
+
+    def _shards(
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, described: _Described | None = None
+    ) -> Step:
+        """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
         context = self._context
-        roster = keeper.roster(held)
-        files: tuple[ShardFile, ...] = ()
-        with context.group.together("planning the shards"):
-            known = context.shard_plans.setdefault(component, Memo())
-            files = known.get([*held, roster], None, lambda: self._files_of_shards(held, roster))
-        if not roster.specs and context.group.is_main:
-            files = (without_tensors(),)
-        plan = ShardPlan(self._directory, component, roster, files)
-        return lambda group: write_shards(plan, group, context.storage)
+        known: ShardPlan | None = None
+        nbytes, failure = 0, None
+        try:
+            memo = context.shard_plans.setdefault(component, Memo())
+            known = memo.get(
+                [*held, roster],
+                None,
+                lambda: ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster)),
+            )
+            nbytes = known.own_bytes
+            if described is not None:
+                self._prepare_directory({}, (), described.quantized)
+        except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
+            failure = error
+        _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
+        assert known is not None
+        if described is not None:
+            self._before()
+        plan = replace(known, directory=self._directory, all_bytes=total)
+        return lambda group: write_shards(plan, group, context.storage, later=True)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
+        if not roster.specs:
+            return (without_tensors(),) if self._context.group.is_main else ()
         index = None
         if self.base is not None:
             numbers = self.base.numbers

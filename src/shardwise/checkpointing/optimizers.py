@@ -110,7 +110,7 @@ class OptimizerSave:
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
         plan = ShardPlan(self._directory, "optim", roster, files)
-        return [write_states, lambda group: write_shards(plan, group, context.storage)]
+        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
 
 
 def distinct(group: Group, own: dict[str, bytes]) -> list[dict[str, bytes]]:

@@ -76,10 +76,7 @@ def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) 
         absent: Names that files of this rank's parts may have and the export does not.
         group: The ranks that save together.
     """
-    own: JsonValue = None
-    with group.together("describing what the model promises"):
-        own = _record_of(parts, absent)
-    told = group.gather_json(own, "comparing what the stages promise")
+    told = group.gather(lambda: _record_of(parts, absent), "comparing what the stages promise")
     everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
     prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
     sizes = [size for *_, size in everyone if size is not None]
@@ -217,29 +214,28 @@ def require(proof: Proof, path: Path) -> None:
 
 
 def read_back(plan: ExportPlan, group: Group) -> None:
-    """Compare the written files' headers and index with the plan. All ranks of the group call; each reads some files.
+    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files.
 
     Raises:
         ExportMismatchError: A file or tensor is absent, surplus, or of another shape, dtype or place.
         FormatError: A header or the index is damaged.
     """
     directory, layout = plan.directory, plan.layout
-    with group.together(f"comparing {directory} with its plan"):
-        differences: list[str] = []
-        for number, file in enumerate(layout.files):
-            path = directory / file.name
-            if number % group.world_size == group.rank and not _as_planned(path, file.header, file.size):
-                differences += _unlike(file, read_header(path))
-        if group.is_main:
-            planned = {file.name for file in layout.files}
-            found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
-            differences += [f"{name}: not written" for name in sorted(planned - found)]
-            differences += [f"{name}: not planned" for name in sorted(found - planned)]
-            index = directory / index_name(plan.options.stem)
-            if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
-                same = read_index(index).weight_map == layout.weight_map
-                differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
-        require(Proof((), tuple(differences)), directory)
+    differences: list[str] = []
+    for number, file in enumerate(layout.files):
+        path = directory / file.name
+        if number % group.world_size == group.rank and not _as_planned(path, file.header, file.size):
+            differences += _unlike(file, read_header(path))
+    if group.is_main:
+        planned = {file.name for file in layout.files}
+        found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
+        differences += [f"{name}: not written" for name in sorted(planned - found)]
+        differences += [f"{name}: not planned" for name in sorted(found - planned)]
+        index = directory / index_name(plan.options.stem)
+        if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
+            same = read_index(index).weight_map == layout.weight_map
+            differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
+    require(Proof((), tuple(differences)), directory)
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:

@@ -80,13 +80,31 @@ class RecastKeeper:
         self._group = group
         self._own: Memo[Recast] = Memo()
         self._told: dict[str, Mapping[str, str]] = {"": {}}
+        self._last: Recast | None = None
+        self._agreed: Recasts | None = None
+        self._before: Recasts | None = None
 
     def recast(self, held: Sequence[HeldTensor], base: Mapping[str, TensorSpec]) -> Recast:
         """This rank's tensors in the base's dtypes. Local; ``base`` is always the same."""
         return self._own.get(held, None, lambda: Recast.of(held, base))
 
-    def together(self, own: Recast) -> Recasts:
-        """What all ranks recast. All ranks call; ranks that say the same say it once, and not again at a later save."""
+    def begin(self) -> None:
+        """Take nothing for agreed on until it is again. All ranks call, before anything that can fail on one."""
+        self._before, self._agreed = self._agreed, None
+
+    def look(self, own: Recast) -> bool:
+        """Take in what this rank recasts; returns whether the ranks have to tell each other. Local."""
+        changed, self._last = own is not self._last, own
+        return changed or self._before is None
+
+    def settle(self, own: Recast, news: bool) -> Recasts:
+        """What all ranks recast. All ranks call, with whether `look` was true on any of them.
+
+        Ranks that say the same say it once, and not again at a later save.
+        """
+        if not news and self._before is not None:
+            self._agreed = self._before
+            return self._before
         row: JsonValue = [own.digest, bool(own.exact)]
         rows = cast(list[tuple[str, bool]], self._group.gather_json(row, "comparing dtypes with the base model's"))
         digests = [digest for digest, _ in rows]
@@ -98,4 +116,5 @@ class RecastKeeper:
                 told = self._group.broadcast_json(mine, teller, "exchanging dtypes that are not the base model's")
                 self._told[digest] = cast(dict[str, str], told)
             native |= self._told[digest]
-        return Recasts(native, any(rounds for _, rounds in rows))
+        self._agreed = Recasts(native, any(rounds for _, rounds in rows))
+        return self._agreed

@@ -11,11 +11,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardwise.checkpointing.commits import gather_records, write_manifest
+from shardwise.checkpointing.commits import Closing, gather_records, write_manifest
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ShardwiseError
+from shardwise.format.manifest import KnownManifest
 from shardwise.lifecycle import doomed_name, temporary_name
 
 _LOG = logging.getLogger(__name__)
@@ -31,30 +32,29 @@ class Replacement:
         self.temp = target.with_name(temporary_name(target.name))
 
     def reserve(self) -> None:
-        """Make the directory to write into, removing what an interrupted save left. All ranks call."""
+        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
         context = self._context
-        with context.group.together(f"preparing {self._target}"):
-            if context.group.is_main:
-                context.storage.make_directory(self._target.parent)
-                context.fs.remove_tree(self.temp)
-                if os.path.lexists(self._doomed) and not os.path.lexists(self._target):
-                    # A crash between the two renames of commit(): what stood here is the only copy there is.
-                    context.fs.rename_new(self._doomed, self._target)
-                    context.fs.fsync_path(self._target.parent)
-                context.fs.remove_tree(self._doomed)
-                context.storage.make_directory(self.temp)
+        context.storage.make_directory(self._target.parent)
+        context.fs.remove_tree(self.temp)
+        if os.path.lexists(self._doomed) and not os.path.lexists(self._target):
+            # A crash between the two renames of commit(): what stood here is the only copy there is.
+            context.fs.rename_new(self._doomed, self._target)
+            context.fs.fsync_path(self._target.parent)
+        context.fs.remove_tree(self._doomed)
+        context.storage.make_directory(self.temp)
 
     @property
     def _doomed(self) -> Path:
         return self._target.with_name(doomed_name(self._target.name))
 
-    def commit(self, group: Group, record: ComponentRecord) -> None:
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Write the component's manifest and rename it into place. All ranks call."""
-        whole = gather_records(group, record)
+        union = gather_records(group, record, closing)
         with group.together(f"putting {self._target} in place"):
             if group.is_main:
                 fs = self._context.fs
-                write_manifest(self._context.storage, self.temp, whole, self._info)
+                known = self._context.manifests.setdefault(self._target.name, KnownManifest())
+                write_manifest(self._context.storage, self.temp, union(), self._info, known)
                 for where, _, _ in os.walk(self.temp, topdown=False):
                     fs.fsync_path(Path(where))
                 if not os.path.lexists(self._target):

@@ -32,6 +32,12 @@ _LOG = logging.getLogger(__name__)
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
 
+#: Up to so many integers of all ranks together are gathered rather than reduced.
+_FEW = 2**14
+
+#: What stands before a value that was made; of one that was not, nothing is told in the first exchange.
+_MADE = b"="
+
 
 @dataclass(slots=True)
 class Vote:
@@ -176,26 +182,45 @@ class Group:
         Raises:
             ShardwiseError: The failure of the lowest rank that has one.
         """
-        own = None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)
+        own = self._wrapped(failure)
         if self.world_size == 1:
-            if own is not None:
-                raise own from (failure if failure is not own else None)
+            self._raise_alone(own, failure)
             return flag
         # Nearly always nobody has anything to say, which one number tells.
         most = self._largest(_FAILED if own is not None else int(flag), what)
         if most != _FAILED:
             return bool(most)
+        self._raise_first(own, failure, what)
+        raise AssertionError("a rank reported a failure and sent none")
+
+    def _raise_first(self, own: ShardwiseError | None, failure: BaseException | None, what: str) -> None:
+        """Raise the failure of the lowest rank that has one; all ranks call where any has."""
         text = b"" if own is None else json.dumps(own.to_record()).encode()
-        texts = self._gather_bytes(text, what)
-        for index, theirs in enumerate(texts):
+        for index, theirs in enumerate(self._gather_bytes(text, what)):
             if not theirs:
                 continue
-            if index == self.rank and own is not None:
-                raise own from (failure if failure is not own else None)
+            if index == self.rank:
+                self._raise_alone(own, failure)
             if own is not None and text != theirs:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
             raise ShardwiseError.from_record(json.loads(theirs))
-        raise AssertionError("a rank reported a failure and sent none")
+
+    def _wrapped(self, failure: BaseException | None) -> ShardwiseError | None:
+        return None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)
+
+    @staticmethod
+    def _raise_alone(own: ShardwiseError | None, failure: BaseException | None) -> None:
+        if own is not None:
+            raise own from (failure if failure is not own else None)
+
+    @staticmethod
+    def _attempt(make: Callable[[], JsonValue], is_told: bool) -> tuple[JsonValue, bytes, Exception | None]:
+        """What ``make`` gives, as it is and as it is told; nothing is told of a failure."""
+        try:
+            value = make()
+            return value, _MADE + json.dumps(value).encode() if is_told else _MADE, None
+        except Exception as error:  # noqa: BLE001 - raised on every rank
+            return None, b"", error
 
     @property
     def global_rank(self) -> int:
@@ -216,26 +241,55 @@ class Group:
             return [value]
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
 
-    def collect_json(self, value: JsonValue, what: str = "collecting") -> list[JsonValue]:
-        """Every rank's value, in rank order, on rank 0 alone; other ranks get an empty list. All ranks call.
+    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+        """What ``make`` gives on every rank, in rank order, on every rank, in one exchange. All ranks call.
 
-        What every rank has much of and only rank 0 needs: `gather_json` costs as much again on every rank.
+        Raises:
+            ShardwiseError: What it failed with on the lowest rank where it did, on every rank. ``make`` is local.
         """
+        value, text, failure = self._attempt(make, is_told=True)
+        own = self._wrapped(failure)
         if self.world_size == 1:
+            self._raise_alone(own, failure)
+            return [value]
+        texts = self._gather_bytes(text, what)
+        if not all(texts):
+            self._raise_first(own, failure, what)
+        return [json.loads(theirs[len(_MADE) :]) for theirs in texts]
+
+    def collect(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+        """As `gather`, but rank 0 alone gets the values; other ranks get an empty list. All ranks call.
+
+        For what every rank has much of and only rank 0 needs: `gather` costs as much again on every rank.
+        """
+        # Rank 0 need not tell itself more than that it succeeded.
+        value, text, failure = self._attempt(make, is_told=not self.is_main)
+        own = self._wrapped(failure)
+        if self.world_size == 1:
+            self._raise_alone(own, failure)
             return [value]
         with self._guard(what):
-            data = b"" if self.is_main else json.dumps(value).encode()
-            own = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-            counts = [int(n.item()) for n in self._all_gather(own)]
+            first = to_tensor(packet(text), PACKET_BYTES, self._device)
+            packets = [unpacked(theirs) for theirs in self._all_gather(first)]
+        if not all(size for size, _ in packets):
+            self._raise_first(own, failure, what)
+        with self._guard(what):
             if not self.is_main:
-                dist.send(to_tensor(data, len(data), self._device), group=self._pg, group_dst=0)
+                if packets[self.rank][0] > len(packets[self.rank][1]):
+                    dist.send(to_tensor(text, len(text), self._device), group=self._pg, group_dst=0)
                 return []
             found = [value]
-            for rank, count in enumerate(counts[1:], start=1):  # one at a time: memory for one rank's text
-                buffer = torch.empty(count, dtype=torch.uint8, device=self._device)
-                dist.recv(buffer, group=self._pg, group_src=rank)
-                found.append(json.loads(to_bytes(buffer)))
+            for rank, (size, short) in enumerate(packets[1:], start=1):  # one at a time: memory for one rank's text
+                if size > len(short):
+                    buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+                    dist.recv(buffer, group=self._pg, group_src=rank)
+                    short = to_bytes(buffer)
+                found.append(json.loads(short[len(_MADE) :]))
             return found
+
+    def collect_json(self, value: JsonValue, what: str = "collecting") -> list[JsonValue]:
+        """Every rank's value, in rank order, on rank 0 alone; other ranks get an empty list. All ranks call."""
+        return self.collect(lambda: value, what)
 
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
         """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
@@ -281,26 +335,51 @@ class Group:
         """Return when every rank has called."""
         self.any(False, what)
 
-    def fold(self, xors: Sequence[int], sums: Sequence[int], what: str) -> tuple[list[int], list[int]]:
+    def fold(
+        self, xors: Sequence[int], sums: Sequence[int], what: str, failure: BaseException | None = None
+    ) -> tuple[list[int], list[int]]:
         """Combine two lists of integers over the ranks, element by element: one by exclusive or, one by sum.
 
         All ranks call, with lists of the same lengths. Its cost is that of the lists, whatever the number of ranks.
+
+        Args:
+            xors: Combined by exclusive or.
+            sums: Added up.
+            what: What is being done, for messages.
+            failure: What went wrong on this rank before; like `agree`, it is raised on every rank.
+
+        Raises:
+            ShardwiseError: The failure of the lowest rank that has one.
         """
+        own = self._wrapped(failure)
         if self.world_size == 1:
+            self._raise_alone(own, failure)
             return list(xors), list(sums)
+        counts = [*sums, int(own is not None)]
+        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # in one exchange what else takes two
+            with self._guard(what):
+                rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
+            *added, failed = rows[:, len(xors) :].sum(0).tolist()
+            bits = rows[:, : len(xors)]
+        else:
+            with self._guard(what):
+                total = self._integers(counts)
+                dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._pg)
+                *added, failed = total.tolist()
+            bits = torch.empty(0, 0, dtype=torch.int64)
+        if failed:
+            self._raise_first(own, failure, what)
+        if len(bits) or not xors:
+            return _exclusive_or(bits) if xors else [], added
         with self._guard(what):
-            bits = torch.tensor(list(xors), dtype=torch.int64, device=self._device)
-            counts = torch.tensor(list(sums), dtype=torch.int64, device=self._device)
-            if xors and self._device.type == "cpu":
-                dist.all_reduce(bits, op=dist.ReduceOp.BXOR, group=self._pg)
-            elif xors:  # NCCL has no exclusive or
-                bits = torch.stack(self._all_gather(bits)).cpu()
-                for row in bits[1:]:
-                    bits[0] ^= row
-                bits = bits[0]
-            if sums:
-                dist.all_reduce(counts, op=dist.ReduceOp.SUM, group=self._pg)
-            return [int(v) for v in bits.tolist()], [int(v) for v in counts.tolist()]
+            mine = self._integers(xors)
+            if self._device.type != "cpu":  # NCCL has no exclusive or
+                return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
+            dist.all_reduce(mine, op=dist.ReduceOp.BXOR, group=self._pg)
+            return mine.tolist(), added
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -416,6 +495,12 @@ class Group:
             hint="Look at that rank's log and restart the job; what was published before is untouched.",
         )
         return self._broken
+
+
+def _exclusive_or(rows: torch.Tensor) -> list[int]:
+    for row in rows[1:]:
+        rows[0] ^= row
+    return cast(list[int], rows[0].tolist())
 
 
 def _collective_device(process_group: dist.ProcessGroup) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
+from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
@@ -21,7 +22,7 @@ from shardwise.io.reader import Reader
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import Digest, Digests, FileSet, totals, write_run, write_runs
+from shardwise.io.writer import Digest, Digests, FileSet, Prepared, prepare_all, totals, write_all, write_run
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
@@ -69,7 +70,22 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that only waits for its bytes: the layout, and this rank's part of the work."""
+    """An export that only waits for its bytes: the layout, and this rank's part of the work.
+
+    It may be written again as long as what is held stays where it is.
+
+    Attributes:
+        directory: Where the files go.
+        options: How they are laid out.
+        layout: Where each tensor lies.
+        schedule: What this rank writes.
+        held: What this rank holds.
+        computed: What is computed while writing.
+        copies: What is carried over.
+        within: The directory, as paths in the manifest name it; empty for the component's own.
+        has_room: Whether `make_room` was called, and has succeeded.
+        prepared: What one writing finds is kept for the next.
+    """
 
     directory: Path
     options: ExportOptions
@@ -78,6 +94,9 @@ class ExportPlan:
     held: Sequence[HeldTensor]
     computed: ComputedPlan
     copies: Copies
+    within: str = ""
+    has_room: bool = False
+    prepared: Memo[tuple[Prepared, ...]] = field(default_factory=Memo, repr=False, compare=False)
 
 
 def plan_export(
@@ -133,13 +152,12 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     started = time.monotonic()
     reserve(plan, group, storage)
     digests = Digests()
-    _write(plan, group, storage, digests, digest)
-    record = _fold(plan, group, digests)
-    with group.together("writing the weight index"):
-        if group.is_main:
-            if plan.options.index:
-                write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
-            storage.sync_directory(plan.directory)
+    failure: Exception | None = None
+    try:
+        _write(plan, group, storage, digests, digest)
+    except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
+        failure = error
+    record = _fold(plan, group, digests, failure)
     if group.is_main:
         seconds = time.monotonic() - started
         nbytes = plan.layout.total_bytes
@@ -147,16 +165,27 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     return record
 
 
+def make_room(plan: ExportPlan, storage: Storage) -> None:
+    """Make the directory, and find out whether there is space. Rank 0 calls, before any file is created."""
+    storage.make_directory(plan.directory)
+    storage.check_space(plan.directory, plan.layout.total_bytes)
+
+
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> None:
-    """Create every file with its header and its space, so that a full disk fails before a byte is written."""
-    with group.together(f"reserving space in {plan.directory}"):
-        if group.is_main:
-            storage.make_directory(plan.directory)
-            storage.check_space(plan.directory, plan.layout.total_bytes)
+    """Create every file with its header and its space, so that a full disk fails before a byte is written.
+
+    The index is known by then as well, and written.
+    """
+    if not plan.has_room:
+        with group.together(f"reserving space in {plan.directory}"):
+            if group.is_main:
+                make_room(plan, storage)
     with group.together(f"creating the files of {plan.directory}"):
         for number, file in enumerate(plan.layout.files):
             if number % group.world_size == group.rank:
                 storage.create(plan.directory / file.name, file.size, file.header)
+        if group.is_main and plan.options.index:
+            write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
 
 
 def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest) -> None:
@@ -165,30 +194,32 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, d
     def write_rows(run: Run) -> None:
         digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage, digest))
 
-    with group.together(f"writing {plan.directory}"):
+    try:
+        failure: Exception | None = None
         try:
-            failure: Exception | None = None
-            try:
-                write_runs(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
-            except Exception as error:  # noqa: BLE001 - raised once no peer waits
-                failure = error
-            # Peers count on this rank's rows even if its own writing has failed.
-            refused = exchange_rows(
-                plan.schedule.exchanges,
-                plan.held,
-                plan.layout,
-                group,
-                write_rows if failure is None else _drop,
-            )
-            failure = failure or refused
-            refused = write_computed(plan.computed, plan.layout, group, write_rows if failure is None else _drop)
-            failure = failure or refused
-            if failure is not None:
-                raise failure
-            _copy(plan, group, storage, write_rows)
-            files.sync()
-        finally:
-            files.close()
+            pieces = plan.prepared.get((), None, lambda: prepare_all(plan.schedule.runs))
+            write_all(pieces, files, storage, plan.options.threads, digests, digest)
+        except Exception as error:  # noqa: BLE001 - raised once no peer waits
+            failure = error
+        # Peers count on this rank's rows even if its own writing has failed.
+        refused = exchange_rows(
+            plan.schedule.exchanges,
+            plan.held,
+            plan.layout,
+            group,
+            write_rows if failure is None else _drop,
+        )
+        failure = failure or refused
+        refused = write_computed(plan.computed, plan.layout, group, write_rows if failure is None else _drop)
+        failure = failure or refused
+        if failure is not None:
+            raise failure
+        _copy(plan, group, storage, write_rows)
+        files.sync()
+        if group.is_main:  # every rank has created its files by now
+            storage.sync_directory(plan.directory)
+    finally:
+        files.close()
 
 
 def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run], None]) -> None:
@@ -211,9 +242,9 @@ def _drop(_: Run) -> None:
     """Take rows that cannot be written any more."""
 
 
-def _fold(plan: ExportPlan, group: Group, digests: Digests) -> ComponentRecord:
+def _fold(plan: ExportPlan, group: Group, digests: Digests, failure: Exception | None) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
-    crcs, counts = group.fold(*totals(names, digests), "combining digests")
+    crcs, counts = group.fold(*totals(names, digests), f"writing {plan.directory}", failure)
     written = dict(zip(names, counts, strict=True))
     for file in plan.layout.files:
         path = plan.directory / file.name
@@ -228,8 +259,9 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
     files, tensors = [], []
     component, empty = plan.options.component, crc32c(b"")
     boxes: dict[tuple[int, ...], Box] = {}
+    within = f"{plan.within}/" if plan.within else ""
     for file in plan.layout.files:
-        name, head = file.name, len(file.header)
+        name, head = within + file.name, len(file.header)
         files.append(FileRecord(name, file.size, crc32c(file.header), head))
         for spec, begin, end in file.entries:
             box = boxes.get(spec.shape)
@@ -240,5 +272,5 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
             tensors.append(TensorRecord(component, spec, crc, (chunk,)))
     if plan.options.index:
         index = plan.layout.index
-        files.append(FileRecord(index_name(plan.options.stem), len(index), crc32c(index), None))
+        files.append(FileRecord(within + index_name(plan.options.stem), len(index), crc32c(index), None))
     return ComponentRecord(tuple(files), tuple(tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +22,19 @@ def file_row(file: FileRecord) -> JsonValue:
     return [file.path, file.size, file.crc32c, file.header_bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What ranks tell rank 0 of a component at the end of a save, all components in one exchange.
+
+    Attributes:
+        own: What this rank has to tell. Local.
+        read: What rank 0 makes of what all have told, in rank order. Local.
+    """
+
+    own: Callable[[], JsonValue]
+    read: Callable[[Sequence[JsonValue]], ComponentRecord]
+
+
 @dataclass(frozen=True)
 class ComponentRecord:
     """Files and tensors of one component (``model``, ``optim``), paths relative to the component's directory.
@@ -29,11 +43,13 @@ class ComponentRecord:
         files: The files.
         tensors: The tensors in them.
         aliases: Further names of tensors.
+        told: What is yet to be told of further files and tensors; on every rank alike.
     """
 
     files: tuple[FileRecord, ...] = ()
     tensors: tuple[TensorRecord, ...] = ()
     aliases: tuple[AliasRecord, ...] = ()
+    told: tuple[Told, ...] = ()
 
     @collector_paused()
     def below(self, prefix: str) -> ComponentRecord:
@@ -42,10 +58,16 @@ class ComponentRecord:
             return self
         # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
-        return ComponentRecord(tuple(files), tuple([_below(tensor, prefix) for tensor in self.tensors]), self.aliases)
+        tensors = [_below(tensor, prefix) for tensor in self.tensors]
+        return ComponentRecord(tuple(files), tuple(tensors), self.aliases, tuple(_told(t, prefix) for t in self.told))
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
-        return ComponentRecord(self.files + other.files, self.tensors + other.tensors, self.aliases + other.aliases)
+        return ComponentRecord(
+            self.files + other.files,
+            self.tensors + other.tensors,
+            self.aliases + other.aliases,
+            self.told + other.told,
+        )
 
     @property
     def tensor_bytes(self) -> int:
@@ -57,6 +79,10 @@ def _below(tensor: TensorRecord, prefix: str) -> TensorRecord:
     component, spec, crc, chunks = tensor
     moved = [ChunkRecord(f"{prefix}/{file}", offset, nbytes, box, c) for file, offset, nbytes, box, c in chunks]
     return TensorRecord(component, spec, crc, tuple(moved))
+
+
+def _told(told: Told, prefix: str) -> Told:
+    return Told(told.own, lambda rows: told.read(rows).below(prefix))
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:

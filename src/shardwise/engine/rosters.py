@@ -28,37 +28,49 @@ class RosterKeeper:
         self._stage = stage
         self._declarations: dict[str, Declaration] = {}
         self._known: tuple[str, Roster] | None = None
+        self._before: tuple[str, Roster] | None = None
         self._described: Memo[tuple[Declaration, JsonValue]] = Memo()
 
     def _describe(self, held: Sequence[HeldTensor]) -> tuple[Declaration, JsonValue]:
         own = Declaration.of(held, self._stage)
         return own, [own.digest, [_encode_key(k, c) for k, c in coordinates_of(held).items()]]
 
-    @collector_paused()
+    def begin(self) -> None:
+        """Take nothing for known until the tensors have been checked again.
+
+        All ranks call, before anything that can fail on one: after a failure, what this rank described last may be
+        others than those that the ranks agreed on.
+        """
+        self._before, self._known = self._known, None
+
+    def look(self, held: Sequence[HeldTensor]) -> bool:
+        """Describe this rank's tensors; returns whether the ranks have to exchange descriptions. Local."""
+        changed = not self._described.holds(held, None)
+        self._described.get(held, None, lambda: self._describe(held))
+        return changed or self._before is None
+
     def roster(self, held: Sequence[HeldTensor]) -> Roster:
         """Everybody's declarations and coordinates. All ranks call.
+
+        Where no rank's tensors are others than last time, one exchange is all it takes.
 
         Raises:
             NameCollisionError: Two kinds of rank declare one name differently.
             IncompleteTensorError: The ranks together lack a piece of a tensor.
         """
-        described: tuple[Declaration, JsonValue] | None = None
-        failure: Exception | None = None
-        changed = not self._described.holds(held, None)
-        try:
-            described = self._described.get(held, None, lambda: self._describe(held))
-        except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
-            failure = error
-        # Nothing is known until the new tensors have been checked: after a failure, what this rank described last may
-        # be others than those that the ranks agreed on.
-        before, self._known = self._known, None
-        # Where no rank's tensors are others than last time, this exchange is the only one.
-        changed = self._group.agree(failure, "describing the tensors to save", changed or before is None)
-        if not changed and before is not None:
+        self.begin()
+        with self._group.together("describing the tensors to save") as news:
+            news.flag = self.look(held)
+        return self.settle(held, news.any)
+
+    @collector_paused()
+    def settle(self, held: Sequence[HeldTensor], news: bool) -> Roster:
+        """As `roster`, after `begin` and `look`. All ranks call, with whether `look` was true on any of them."""
+        before = self._before
+        if not news and before is not None:
             self._known = before
             return before[1]
-        assert described is not None
-        own, row = described
+        own, row = self._described.get(held, None, lambda: self._describe(held))
         rows = cast(list[list[JsonValue]], self._group.gather_json(row, "exchanging digests of the tensors to save"))
         key = repr(rows)
         if before is not None and before[0] == key:

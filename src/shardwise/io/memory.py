@@ -23,6 +23,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return flat_bytes(tensor).numpy().data.cast("B")
 
 
+def bytes_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview | None:
+    """A tensor's memory, where that is the row-major bytes of its elements in ``dtype``; else ``None``."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        return None
+    return None if tensor.is_conj() or tensor.is_neg() else as_bytes(tensor)
+
+
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor's memory as a one-dimensional ``uint8`` tensor, without a copy."""
     # A dimension of size 1 may have any stride and the tensor still be contiguous; view() alone refuses such a one.
@@ -62,6 +69,12 @@ def blocks(tensor: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
             yield from blocks(tensor[start], max_elements)
 
 
+def cut_bytes(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
+    """Memory, block by block."""
+    for start in range(0, len(data), block_bytes):
+        yield data[start : start + block_bytes]
+
+
 def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
     """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
 
@@ -72,11 +85,10 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
         dtype: The dtype in the file.
         block_bytes: Largest block.
     """
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous():
-        data = as_bytes(tensor)
-        for start in range(0, len(data), block_bytes):
-            yield data[start : start + block_bytes]
+    data = bytes_in_place(tensor, dtype)
+    if data is not None:
+        yield from cut_bytes(data, block_bytes)
         return
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     for block in blocks(tensor, max(1, block_bytes // max(tensor.element_size(), dtype.itemsize))):
         yield as_bytes(block.to(device="cpu", dtype=dtype).contiguous())

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from shardwise.errors import ShardwiseError
 from shardwise.format.crc import crc32c, shift
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import blocks, byte_blocks
+from shardwise.io.memory import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
 from shardwise.io.storage import Storage
 from shardwise.plan.schedule import Run
 
@@ -39,6 +42,12 @@ class Digests:
         """Take in a run of ``nbytes`` bytes at ``start`` of a tensor of ``tensor_bytes``."""
         self.crcs[name] = self.crcs.get(name, 0) ^ shift(crc, tensor_bytes - start - nbytes)
         self.counts[name] = self.counts.get(name, 0) + nbytes
+
+    def take(self, piece: Prepared, crc: int) -> None:
+        """Take in what was prepared and has been written."""
+        name = piece.name
+        self.crcs[name] = self.crcs.get(name, 0) ^ shift(crc, piece.behind)
+        self.counts[name] = self.counts.get(name, 0) + piece.nbytes
 
 
 class FileSet:
@@ -96,19 +105,64 @@ def locating(path: Path) -> Iterator[None]:
         raise located(error, path) from None
 
 
+class Prepared(NamedTuple):
+    """A run, or a part of one, with all that can be known before its bytes are written: made once for many saves.
+
+    Attributes:
+        file: Index of the file.
+        offset: Byte offset in the file.
+        name: The tensor's name.
+        nbytes: Length in bytes.
+        behind: Bytes of the tensor that follow it.
+        dtype: The dtype in the file.
+        data: The elements.
+        memory: Their memory, if it can be written as it is.
+    """
+
+    file: int
+    offset: int
+    name: str
+    nbytes: int
+    behind: int
+    dtype: torch.dtype
+    data: torch.Tensor
+    memory: memoryview | None
+
+
+def prepare(run: Run) -> Prepared:
+    """Look at a run. It may be written as often as its tensor stays where it is."""
+    file, offset, _, spec, start, data = run
+    nbytes, dtype = run.nbytes, torch_dtype(spec.dtype)
+    behind = spec.nbytes - start - nbytes
+    return Prepared(file, offset, spec.name, nbytes, behind, dtype, data, bytes_in_place(data, dtype))
+
+
+def prepare_all(runs: Iterable[Run]) -> tuple[Prepared, ...]:
+    """Look at runs, and cut those that several threads can share."""
+    return tuple([prepare(piece) for run in runs for piece in _pieces(run)])
+
+
 def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
     """Write one run; returns its digest."""
-    handle, write = files.handle(run.file), storage.write
-    offset, crc = run.offset, 0
+    return write_prepared(prepare(run), files, storage, digest)
+
+
+def write_prepared(piece: Prepared, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
+    """Write what was prepared; returns its digest."""
+    file, offset, name, nbytes, _, dtype, data, memory = piece
+    handle, crc = files.handle(file), 0
     try:
-        for block in byte_blocks(run.data, torch_dtype(run.spec.dtype)):
-            # Writing fetches the block into the core's cache, where the digest then finds it; the other way round was
-            # slower (docs/benchmarks.md).
-            write(handle, block, offset)
+        # Writing fetches the block into the core's cache, where the digest then finds it; the other way round was
+        # slower (docs/benchmarks.md).
+        if memory is not None and 0 < nbytes <= BLOCK_BYTES:
+            storage.write(handle, memory, offset)
+            return digest(memory, 0)
+        for block in byte_blocks(data, dtype) if memory is None else cut_bytes(memory):
+            storage.write(handle, block, offset)
             crc = digest(block, crc)
             offset += len(block)
     except ShardwiseError as error:
-        raise located(error, files.path(run.file), run.spec.name) from None
+        raise located(error, files.path(file), name) from None
     return crc
 
 
@@ -130,18 +184,29 @@ def write_runs(
         digests: Takes the contributions.
         digest: How to compute them.
     """
-    pieces = [piece for run in runs for piece in _pieces(run)]
-    for run in pieces:
-        files.handle(run.file)
+    write_all(prepare_all(runs), files, storage, threads, digests, digest)
+
+
+def write_all(
+    pieces: Sequence[Prepared],
+    files: FileSet,
+    storage: Storage,
+    threads: int,
+    digests: Digests,
+    digest: Digest = crc32c,
+) -> None:
+    """As `write_runs`, for what was prepared."""
+    for file in dict.fromkeys([piece.file for piece in pieces]):
+        files.handle(file)
     if threads <= 1 or len(pieces) <= 1:
-        for run in pieces:
-            digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage, digest))
+        for piece in pieces:
+            digests.take(piece, write_prepared(piece, files, storage, digest))
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
-        futures = [pool.submit(write_run, run, files, storage, digest) for run in pieces]
+        futures = [pool.submit(write_prepared, piece, files, storage, digest) for piece in pieces]
         try:
-            for run, future in zip(pieces, futures, strict=True):
-                digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, future.result())
+            for piece, future in zip(pieces, futures, strict=True):
+                digests.take(piece, future.result())
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -30,7 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.models import ModelSave, load_model
+from shardwise.checkpointing.model_loading import load_model
+from shardwise.checkpointing.models import ModelSave
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig

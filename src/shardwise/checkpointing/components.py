@@ -29,7 +29,8 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import passed_addons
-from shardwise.checkpointing.models import ModelSave, default_addons, load_model
+from shardwise.checkpointing.model_loading import load_model
+from shardwise.checkpointing.models import ModelSave, default_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.standalone import Replacement

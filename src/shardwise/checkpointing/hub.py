@@ -184,3 +184,8 @@ def memory_of(held: Iterable[HeldTensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for part in tensor.parts:
             for fragment in part.fragments:
                 yield tensor.spec.name, fragment.data
+
+
+def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
+    """The native tensors of groups that have to be computed."""
+    return [tensor for group in groups for tensor in group.natives]

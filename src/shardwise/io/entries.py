@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -101,19 +102,22 @@ def _whole(entry: Entry, file: int) -> SourceTensor:
 
 def _joined(name: str, found: Sequence[tuple[Entry, int]], files: Sequence[Path]) -> SourceTensor:
     first, number = found[0]
-    shape = list(first.shape)
+    dtype, dims = first.dtype, len(first.shape)
+    whole = (0,) * dims
     chunks: dict[Box, SourceChunk] = {}
     for entry, file in found:
-        offsets = entry.saved if entry.saved is not None else (0,) * len(entry.shape)
-        if entry.dtype != first.dtype or len(entry.shape) != len(first.shape):
+        _, sizes, its_dtype, offset, saved = entry
+        if its_dtype != dtype or len(sizes) != dims:
             raise HeaderError(
                 f"{files[number].name} and {files[file].name} disagree about this tensor's dtype or dimensions",
                 path=files[file],
                 tensor=name,
                 hint="The directory mixes files of different checkpoints; separate them.",
             )
-        shape = [max(n, o + s) for n, o, s in zip(shape, offsets, entry.shape, strict=True)]
-        box = Box(offsets, entry.shape)
+        box = Box(whole if saved is None else saved, sizes)
         # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
-        chunks.setdefault(box, SourceChunk(box, file, entry.offset))
-    return SourceTensor(TensorSpec(name, tuple(shape), first.dtype), tuple(chunks.values()))
+        chunks.setdefault(box, SourceChunk(box, file, offset))
+    starts = zip(*(box.offsets for box in chunks), strict=True)
+    lengths = zip(*(box.sizes for box in chunks), strict=True)
+    shape = tuple([max(map(operator.add, *each)) for each in zip(starts, lengths, strict=True)])
+    return SourceTensor(TensorSpec(name, shape, dtype), tuple(chunks.values()))

@@ -64,7 +64,7 @@ class ChunkIndex:
 
 def wanted_regions(tensor: HeldTensor) -> list[Box]:
     """The regions that a rank holds, in the tensor's own shape; together they cover its fragments, or more."""
-    boxes = [fragment.box for fragment in tensor.fragments if fragment.box.numel]
+    boxes = [fragment.box for fragment in tensor.fragments if 0 not in fragment.box.sizes]
     if len(boxes) > MOST_REGIONS:
         boxes = [_spanning(boxes)]
     if tensor.grid == tensor.spec.shape:

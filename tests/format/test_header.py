@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -233,3 +234,51 @@ def test_unknown_dtype_code() -> None:
 def test_length_field_is_little_endian() -> None:
     encoded = encode_header([], None)
     assert encoded == struct.pack("<Q", 8) + b"{}      "
+
+
+odd_counts = st.sampled_from([0, 1, 2, 2**63 - 1, 2**63, -1, True, False, 1.0, 2.0, None, "2", [2], {"2": 2}])
+odd_entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F32[2, 1]", "f32", "", "F4", ["F32"], 1, None]),
+        "shape": st.lists(odd_counts, max_size=3) | st.sampled_from(["[2, 1]", "", None, 2, {}, [[2, 1]]]),
+        "data_offsets": st.lists(odd_counts | st.just(8) | st.just(16), max_size=3) | st.none(),
+    },
+    optional={"more": st.just(1)},
+)
+
+
+def verdict(table: dict[str, object]) -> object:
+    data = tensor_file(table, 16)
+    try:
+        return parse_header(data, len(data), "x").entries
+    except HeaderError as error:
+        return error.message, error.tensor
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F32[2, 1]"])
+@pytest.mark.parametrize("shape", [[2, 1], [2, True], [2.0, 1], ["2", 1], "[2, 1]", "", [[2, 1]], None])
+@pytest.mark.parametrize("offsets", [[8, 16], [8.0, 16], [8, 16, 16], [8, True], [-8, 0], "816", None])
+def test_an_entry_is_no_sounder_for_following_one_of_its_kind(dtype: object, shape: object, offsets: object) -> None:
+    plain, odd = entry("F32", [2, 1], [0, 8]), entry(dtype, shape, offsets)
+    assert verdict({"plain": plain, "odd": odd}) == verdict({"odd": odd, "plain": plain})
+
+
+@given(odd_entries)
+def test_entries_are_judged_alike_in_any_order(odd: dict[str, object]) -> None:
+    plain = entry("F32", [2, 1], [0, 8])
+    assert verdict({"plain": plain, "odd": odd}) == verdict({"odd": odd, "plain": plain})
+
+
+@given(st.lists(odd_counts, max_size=3) | st.sampled_from(["00", None, {}]))
+def test_offsets_in_the_whole_tensor_are_counts(offsets: object) -> None:
+    specs = [TensorSpec(name, (1, 1), "F32") for name in ("odd", "plain")]
+    record = {"odd": {"saved_offsets": offsets}, "plain": {"saved_offsets": [0, 0]}}
+    encoded = encode_header(arrange(specs), {DCP_SHARDING_KEY: json.dumps(record)})
+    header = parse_header(encoded, len(encoded) + 8, "x")
+    sound = isinstance(offsets, list) and len(offsets) == 2
+    sound = sound and all(type(n) is int and 0 <= n < 2**63 - 1 for n in offsets)  # type: ignore[union-attr]
+    if sound:
+        assert saved_offsets(header) == {"odd": tuple(offsets), "plain": (0, 0)}  # type: ignore[arg-type]
+    else:
+        with pytest.raises(HeaderError):
+            saved_offsets(header)

@@ -317,10 +317,10 @@ def _plain_entry(name: str, value: JsonValue, kinds: Mapping[str, TensorSpec]) -
     """
     if type(value) is not dict or len(value) != 3 or len(name) > MAX_NAME:
         return None
-    offsets = value.get("data_offsets")
-    if type(offsets) is not list or len(offsets) != 2:
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
         return None
-    like = kinds.get(f"{value.get('dtype')}{value.get('shape')}")
+    like = kinds.get(f"{dtype}{shape}")
     begin, end = offsets
     if like is None or type(begin) is not int or type(end) is not int:
         return None

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from tests.support.ranks import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -37,9 +38,11 @@ class SlowStorage(LocalStorage):
 
 def _model(seed: int = 0, width: int = 64) -> nn.Module:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 7))
-    fully_shard(model)
-    return model
+    return fully_shard(_plain(width))
+
+
+def _plain(width: int = 64) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, 7))
 
 
 def _checkpointer(root: str, storage: LocalStorage | None = None, **settings: object) -> Checkpointer:
@@ -51,6 +54,30 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model(torch.randn(4, 64)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _room_during_a_save(root: str, name: str, model_name: str) -> list[float]:
+    model = _model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(5)
+    with _checkpointer(root, SlowStorage(0.2)) as checkpointer:
+        checkpointer.save_model(model, root)
+        if name == "allocate_staging":
+            checkpointer.allocate_staging(model)
+        else:
+            checkpointer.load_base_model(model, "cpu", None, model_name)
+        checkpointer.async_wait()
+    return sorted({float(v) for file in Path(root, "model/consolidated").glob("*.safetensors")
+                   for tensor in load_file(file).values() for v in tensor.flatten()})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["allocate_staging", "load_base_model"])
+def test_memory_that_a_save_still_reads_is_not_made_anew(tmp_path: Path, name: str) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({n: torch.zeros_like(p) for n, p in _plain().state_dict().items()}, base / "model.safetensors")
+    assert run(2, _room_during_a_save, str(tmp_path / "out"), name, str(base)) == [[5.0], [5.0]]
 
 
 def _same_bytes(root: str) -> list[str]:

@@ -282,3 +282,12 @@ def test_addons_behind_and_derived_from_the_librarys_have_their_hooks_called(tmp
     # The one before has put its files in place by the time that the second hook of the next is called.
     assert seen == [".hf_metadata", "copied" if first else "not yet"]
     assert len(of_rank_1) == 2
+
+
+def test_an_addon_that_was_given_a_hook_of_its_own_runs_it(tmp_path: Path) -> None:
+    addon, seen = ConsolidatedHFAddon(), []
+    addon.post_save = lambda **kwargs: seen.append(sorted(kwargs))  # type: ignore[method-assign]
+    config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
+    with Checkpointer(config, 0, 0, 0, addons=[addon]) as checkpointer:
+        checkpointer.save_model(nn.Linear(2, 2), tmp_path)
+    assert len(seen) == 1

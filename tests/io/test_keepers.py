@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,16 +12,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from tests.support.ranks import WORLDS, outcomes, run
+from tests.support.ranks import WORLDS, failure, outcomes, run
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import HeaderError, MisuseError, ShardwiseError
+from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
+from shardwise.format.dcp_metadata import read_dcp_metadata
 from shardwise.format.header import encode_sharding_metadata
-from shardwise.io.sources import Source, open_source
+from shardwise.io.sources import open_source
+from shardwise.io.storage import LocalStorage
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import SourceChunk, SourceTensor
-from shardwise.types import Box
+from shardwise.types import Box, TensorSpec
 
 ROWS = 12
 
@@ -43,10 +49,6 @@ def write_shards(directory: Path, ranks: int, tensors: int = 10) -> None:
             found["holes"] = torch.zeros(per_rank)
             offsets["holes"] = (start,)
         write_shard(directory / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", found, offsets)
-
-
-def summary(source: Source) -> dict[str, tuple[object, int]]:
-    return {name: (tensor.spec, len(tensor.chunks)) for name, tensor in source.tensors.items()}
 
 
 def look(directory: Path) -> tuple[bool, list[int]]:
@@ -166,6 +168,44 @@ def test_of_a_piece_in_two_files_all_ranks_take_the_same(tmp_path: Path) -> None
     assert run(3, ask_for_copies, tmp_path) == [[0], [0], [0]]
 
 
+def overlapping(directory: Path) -> list[int]:
+    """Load each rank's own rows of a tensor of which a leftover file has one row once more."""
+    group = Group.current()
+    source = open_source(directory, group, spread=True)
+    mine = Box((2 * group.rank, 0), (2, 3))
+    return [len(source.located(lambda: {"t": [mine]}, group).tensors["t"].chunks), source.tensors["t"].knows([mine])]
+
+
+def test_pieces_that_overlap_are_told_to_who_has_read_one_of_them(tmp_path: Path) -> None:
+    for number, (start, rows) in enumerate([(0, 2), (2, 2), (0, 1)], start=1):
+        path = tmp_path / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        write_shard(path, {"t": torch.full((rows, 3), float(number))}, {"t": (start, 0)})
+    assert run(2, overlapping, tmp_path) == [[2, False], [1, False]]
+
+
+def two_parts(directory: Path) -> list[list[float]]:
+    """What a rank loads that has read one part of a tensor and needs another as well."""
+    group = Group.current()
+    filled, held = [], []
+    for start in (2 * group.rank, 2 - 2 * group.rank):
+        memory = torch.zeros(2, 3)
+        spec, box = TensorSpec("t", (4, 3), "F32"), Box((start, 0), (2, 3))
+        held.append(HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, memory),)),)))
+        filled.append(memory)
+    source = open_source(directory, group, spread=True)
+    load_tensors(held, source, group, LocalStorage(), LoadOptions())
+    return [memory.flatten().tolist() for memory in filled]
+
+
+def test_two_parts_of_one_tensor_are_loaded_where_one_is_known(tmp_path: Path) -> None:
+    rows = torch.arange(12.0).view(2, 2, 3)
+    for number, each in enumerate(rows, start=1):
+        path = tmp_path / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        write_shard(path, {"t": each.clone()}, {"t": (2 * number - 2, 0)})
+    parts = [each.flatten().tolist() for each in rows]
+    assert run(2, two_parts, tmp_path) == [parts, parts[::-1]]
+
+
 def open_spread(directory: Path) -> None:
     open_source(directory, Group.current(), spread=True)
 
@@ -221,6 +261,29 @@ def look_dcp(directory: Path) -> list[object]:
         chunks_of(located.tensors["spread"], region) == chunks_of(alone.tensors["spread"], region),
         located.files == alone.files,
     ]
+
+
+def save_without_chunks(directory: Path) -> None:
+    dcp.save({"t": torch.ones(4, 3)}, checkpoint_id=directory, no_dist=True)
+    metadata = read_dcp_metadata(directory / ".metadata")
+    saved = metadata.state_dict_metadata["t"]
+    assert isinstance(saved, TensorStorageMetadata)
+    saved.chunks.clear()
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def load_other_shape(directory: Path) -> None:
+    group = Group.current()
+    spec, box = TensorSpec("t", (3, 4), "F32"), Box((0, 0), (3, 4))
+    held = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, torch.zeros(3, 4)),)),))
+    load_tensors([held], open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions())
+
+
+def test_an_error_names_the_directory_where_no_file_has_a_piece(tmp_path: Path) -> None:
+    save_without_chunks(tmp_path)
+    error = failure(2, load_other_shape, tmp_path)
+    assert isinstance(error, ShapeMismatchError)
+    assert (error.path, error.tensor) == (str(tmp_path), "t")
 
 
 def test_of_a_dcp_directory_one_rank_reads_the_metadata_and_tells_the_keepers(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ class ComponentCheckpointer:
             QuantizationError: The base is quantized in a way that cannot be undone.
         """
         context = self._context
+        self.async_wait()
         check_same_call(lambda: checked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
@@ -248,6 +249,7 @@ class ComponentCheckpointer:
         stager = context.stager
         if stager is None or self.config.is_peft:
             return
+        self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
             stager.allocate("model", context.names.capture(ModelState(model)).held)
             if optimizer is not None:

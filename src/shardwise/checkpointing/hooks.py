@@ -31,11 +31,15 @@ def run_hooks(
 
 
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
-    """How many addons at the start are the library's, not derived from them.
+    """How many addons at the start are the library's, with its own hooks.
 
     What they do is local, and is done where the ranks leave together anyhow; `run_hooks` is for all behind them.
     """
-    return next((n for n, addon in enumerate(addons) if type(addon) is not ConsolidatedHFAddon), len(addons))
+    return next((n for n, addon in enumerate(addons) if not _is_own(addon)), len(addons))
+
+
+def _is_own(addon: CheckpointAddon) -> bool:
+    return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))
 
 
 def passed_addons(addons: Sequence[CheckpointAddon]) -> dict[str, bool]:

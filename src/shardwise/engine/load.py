@@ -178,8 +178,8 @@ def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]
 
 def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
     saved = source.tensors[tensor.spec.name]
-    files = [saved.scattered.file] if saved.scattered is not None else [chunk.file for chunk in saved.chunks[:1]]
-    where = source.files[files[0]] if files else source.path
+    file = saved.scattered.file if saved.scattered is not None else saved.chunks[0].file if saved.chunks else -1
+    where = source.files[file] if file >= 0 else source.path
     if saved.spec.shape != tensor.spec.shape:
         pieces = saved.scattered is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
         pieces = pieces or where.name.startswith("shard-")

@@ -24,6 +24,7 @@ from typing import cast
 from zlib import crc32
 
 from shardwise.comm import Group, JsonValue
+from shardwise.format.tiling import tiles
 from shardwise.io.entries import Entry, assemble, decode_entry
 from shardwise.plan.pieces import ChunkIndex
 from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
@@ -67,10 +68,10 @@ def spread_entries(
         messages = _by_keeper(own, group.world_size)
     theirs = group.deal(messages, "sharing headers")
 
-    def put_together() -> list[tuple[SourceTensor, bool]]:
+    def put_together() -> list[tuple[SourceTensor, int]]:
         entries = _decoded(theirs)
         times = Counter([entry.name for _, found in entries for entry in found])
-        return [(t, times[t.spec.name] == len(t.chunks)) for t in assemble(root, files, entries)]
+        return [(tensor, times[tensor.spec.name]) for tensor in assemble(root, files, entries)]
 
     return _kept(put_together, own, group)
 
@@ -90,7 +91,12 @@ def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTen
         parts = [rows[number :: group.world_size] for number in range(group.world_size)]
         messages = [json.dumps(part).encode() if part else b"" for part in parts]
     theirs = group.deal(messages, "sharing where pieces of tensors are")
-    return _kept(lambda: [(tensor_of_row(row), True) for text in theirs if text for row in json.loads(text)], {}, group)
+
+    def put_together() -> list[tuple[SourceTensor, int]]:
+        tensors = [tensor_of_row(row) for text in theirs if text for row in json.loads(text)]
+        return [(tensor, len(tensor.chunks)) for tensor in tensors]
+
+    return _kept(put_together, {}, group)
 
 
 def tensor_of_row(row: JsonValue) -> SourceTensor:
@@ -105,12 +111,12 @@ def tensor_of_row(row: JsonValue) -> SourceTensor:
 
 
 def _kept(
-    make: Callable[[], list[tuple[SourceTensor, bool]]], own: Mapping[int, Sequence[Entry]], group: Group
+    make: Callable[[], list[tuple[SourceTensor, int]]], own: Mapping[int, Sequence[Entry]], group: Group
 ) -> tuple[list[SourceTensor], Keeper]:
     """Tell all ranks of the tensors that this one keeps.
 
     Args:
-        make: Gives them, and whether each piece is in one place alone.
+        make: Gives them, and how many pieces of each are in the files.
         own: The files whose headers this rank has read, and their entries.
         group: The ranks that load together.
     """
@@ -118,12 +124,13 @@ def _kept(
     dims: list[int] = []
     indices: list[ChunkIndex] = []
     with group.together("putting tensors together"):
-        for tensor, single in make():
+        for tensor, times in make():
             (name, shape, dtype), chunks = tensor.spec, tensor.chunks
             wholes, scattered = kinds.setdefault((dtype, shape), ([], []))
             if len(chunks) == 1 and chunks[0].box.sizes == shape:
                 wholes.append([name, chunks[0].file, chunks[0].offset, chunks[0].packed])
                 continue
+            single = times == len(chunks) and tiles(shape, [chunk.box for chunk in chunks])
             number = group.rank + len(dims) * group.world_size
             scattered.append([name, number, chunks[0].file if chunks else -1, single])
             dims.append(len(shape))
@@ -259,10 +266,14 @@ def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]
             if number in found or count > 1:
                 several.add(number)
             found[number] = (*found.get(number, ()), *chunks)
-    # One order for all ranks, since replicas pass on what they read in it; and each piece once.
     for number in several:
-        found[number] = tuple(sorted(set(found[number]), key=lambda chunk: (chunk.file, chunk.offset, chunk.box)))
+        found[number] = in_order(found[number])
     return found
+
+
+def in_order(chunks: Iterable[SourceChunk]) -> tuple[SourceChunk, ...]:
+    """Each piece once, in one order for all ranks, since replicas pass on what they read in it."""
+    return tuple(sorted(set(chunks), key=lambda chunk: (chunk.file, chunk.offset, chunk.box)))
 
 
 def _numbers(message: bytes) -> list[int]:

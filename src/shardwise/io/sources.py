@@ -17,7 +17,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.index import read_index
 from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, read_entries
-from shardwise.io.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
+from shardwise.io.keepers import Keeper, ask_keepers, in_order, spread_entries, spread_rows, tensor_of_row
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import SourceTensor
 from shardwise.types import Box
@@ -68,9 +68,12 @@ class Source:
         pieces = ask_keepers(regions, self.keeper, group)
         tensors = dict(self.tensors)
         for name in names:
-            scattered = tensors[name].scattered
-            if scattered is not None and scattered.number in pieces:
-                tensors[name] = tensors[name]._replace(chunks=pieces[scattered.number])
+            tensor = tensors[name]
+            if tensor.scattered is not None and tensor.scattered.number in pieces:
+                chunks = pieces[tensor.scattered.number]
+                if tensor.scattered.single:  # what is known of other regions stays known
+                    chunks = in_order((*tensor.chunks, *chunks))
+                tensors[name] = tensor._replace(chunks=chunks)
         return replace(self, tensors=tensors)
 
 

@@ -43,8 +43,9 @@ class Scattered(NamedTuple):
 
     Attributes:
         number: What that rank calls it.
-        file: Index of one of the files that hold it, for messages.
-        single: Whether no piece is in two places, so that one that this rank knows is the one that others know.
+        file: Index of one of the files that hold it, for messages; -1 if none does.
+        single: Whether each element is in one place alone, so that a piece that this rank knows is all that there is of
+            its region.
     """
 
     number: int

@@ -95,10 +95,14 @@ class _Alike(Group):
         """As `agree`."""
         return flag
 
-    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
-        """This rank's row, with each rank's coordinate; or what the others tell."""
+    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+        """What the others tell, or would tell as this rank does."""
         if what in self._told:
-            return [json.loads(self._told[what]), *(json.loads("{}") for _ in range(1, self.world_size))]
+            return [json.loads(self._told[what]), *(json.loads("[]") for _ in range(1, self.world_size))]
+        return [make()] * self.world_size
+
+    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+        """This rank's row, with each rank's coordinate."""
         if isinstance(value, dict):
             return [value] * self.world_size
         digest, keys = cast(tuple[str, list[list[JsonValue]]], value)
@@ -121,10 +125,11 @@ class _Telling(Group):
         super().__init__()
         self.told: dict[str, str] = {}
 
-    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
         """The only row."""
-        self.told[what] = json.dumps(value)
-        return super().gather_json(value, what)
+        found = super().gather(make, what)
+        self.told[what] = json.dumps(found[0])
+        return found
 
     def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """The same value."""

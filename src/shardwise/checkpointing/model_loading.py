@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -18,9 +18,10 @@ from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import load_computed
-from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_tensors
+from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_described, load_tensors
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 
 
@@ -41,32 +42,69 @@ def load_model(
     """
     group = context.group
     state = ModelState(model, skip_prefixes=skip_prefixes)
-    source, hub, options = _opened(context, state, path, key_mapping, options)
-    if _speaks_native(hub, source, group):
+    opened = _opened(context, state, path, key_mapping, options)
+    source, hub, options = opened.source, opened.hub, opened.options
+    if opened.differs and _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
-    own = list(hub.held)
-    with group.together("looking for tied tensors"):
+
+    def direct() -> list[HeldTensor]:
         own = under_saved_names(state.model, hub.held, source.tensors.keys())
-    direct = [*own, *natives_of([held for held in hub.groups if held not in computed])]
-    report = load_tensors(direct, source, group, context.storage, options)
-    load_computed(computed, source, group, context.storage, options)
+        return [*own, *natives_of([held for held in hub.groups if held not in computed])]
+
+    report = load_described(direct, source, group, context.storage, options)
+    if opened.differs:
+        load_computed(computed, source, group, context.storage, options)
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What is to be loaded.
+
+    Attributes:
+        source: What there is.
+        hub: What this rank holds.
+        options: What may differ between the two.
+        differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
+    """
+
+    source: Source
+    hub: HubState
+    options: LoadOptions
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """A rank's model under the names of files: which of its names it ties, and which of the source are not for it."""
+
+    hub: HubState
+    ties: Mapping[str, str]
+    apart: Sequence[str]
+
+
+def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
+    hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
+    own = {tensor.spec.name for tensor in hub.held}
+    apart = in_vain(state.model, [name for name in source.tensors if name not in own])
+    # What is computed is read apart, and by the ranks of its stage alone.
+    apart += [spec.name for held in hub.groups for spec in held.computed.hub]
+    return _Matched(hub, ties, apart)
 
 
 @collector_paused()
 def _opened(
     context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
-) -> tuple[Source, HubState, LoadOptions]:
-    """What there is to load, what this rank holds of the model, and what may differ between the two."""
+) -> _Opened:
+    """Look at the checkpoint and at the model. All ranks call."""
     group = context.group
     source = open_source(path, group, spread=True)
     notes = read_notes(path, group)
-    ties: dict[str, str] = {}
-    apart: list[str] = []
     lacking: list[str] = []
     hub: HubState | None = None
-    with group.together("describing the model") as lacks:
+    matched: _Matched | None = None
+    with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
         hub = context.names.capture(state)
@@ -75,25 +113,25 @@ def _opened(
             context.sound = hub
         hub = hub.once
         lacking = names_lacking(source, hub)
-        lacks.flag = bool(lacking)
+        plain = source.without(notes.passed)
+        if not lacking:
+            matched = _match(state, hub, plain)
+        differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
     assert hub is not None
-    aliased = with_aliases(source, hub, lacking, key_mapping, group) if lacks.any else Aliased(source)
-    with group.together("matching the model's names with the checkpoint's") as differs:
+    if not differs.any:
+        assert matched is not None
+        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False)
+    aliased = Aliased(source)
+    if group.any(bool(lacking), "comparing names"):
+        aliased = with_aliases(source, hub, lacking, key_mapping, group)
+    with group.together("matching the model's names with the checkpoint's"):
         source = aliased.source.without(notes.passed)
-        hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
-        own = {tensor.spec.name for tensor in hub.held}
-        apart = in_vain(state.model, [name for name in source.tensors if name not in own])
-        # What is computed is read apart, and by the ranks of its stage alone.
-        apart += [spec.name for held in hub.groups for spec in held.computed.hub]
-        differs.flag = bool(ties or apart)
-    assert hub is not None
-    ignored: frozenset[str] = frozenset()
-    if differs.any:
-        everyone = group.gather_json(cast(JsonValue, dict(ties)), "comparing tied tensors")
-        source = untied(source, everyone, group, context.storage)
-        ignored = listed_anywhere(apart, source, group)
+        matched = _match(state, hub, source)
+    everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
+    source = untied(source, everyone, group, context.storage)
+    ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
-    return source, hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored)
+    return _Opened(source, matched.hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored), True)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

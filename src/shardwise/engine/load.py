@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
 from shardwise.engine.absent import absent_files_named
 from shardwise.engine.near_names import listed, nearest
-from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
+from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -78,10 +78,22 @@ def load_tensors(
         DtypeMismatchError: Dtypes differ.
         IntegrityError: A file is shorter than its header promises.
     """
+    return load_described(lambda: held, source, group, storage, options)
+
+
+def load_described(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: Source,
+    group: Group,
+    storage: Storage,
+    options: LoadOptions,
+) -> LoadReport:
+    """As `load_tensors`, for tensors that ``describe`` gives; what it fails with on one rank is raised on all."""
     started = time.monotonic()
-    unexpected = [name for name in _unexpected(held, source, group) if name not in options.ignored]
+    held, unclaimed, remote = _described(describe, source, group, storage, options)
+    unexpected = [name for name in unclaimed if name not in options.ignored]
     source = source.located(lambda: _regions(held, source), group)
-    replicas = find_replicas(held, source, group, storage, options.sharing)
+    replicas = find_replicas(held, group, options.sharing, remote)
     reads = PlannedReads()
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
@@ -154,12 +166,27 @@ def listed_anywhere(own: Sequence[str], source: Source, group: Group) -> frozens
     return frozenset(name for name, count in zip(names, counts, strict=True) if count)
 
 
-def _unexpected(held: Sequence[HeldTensor], source: Source, group: Group) -> list[str]:
-    """Names of the source that no rank wants; the same list on every rank."""
+def _described(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: Source,
+    group: Group,
+    storage: Storage,
+    options: LoadOptions,
+) -> tuple[Sequence[HeldTensor], list[str], bool]:
+    """What this rank holds; names that no rank wants; whether any rank's files are remote. In one exchange."""
     names = sorted(source.tensors)
-    own = {tensor.spec.name for tensor in held}
-    _, wanted = group.fold([], [int(name in own) for name in names], "comparing names")
-    return [name for name, count in zip(names, wanted, strict=True) if not count]
+    held: Sequence[HeldTensor] = ()
+    wants, remote = [0] * len(names), False
+    failure: Exception | None = None
+    try:
+        held = describe()
+        own = {tensor.spec.name for tensor in held}
+        wants = [int(name in own) for name in names]
+        remote = finds_remote(source, group, storage, options.sharing)
+    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
+        failure = error
+    _, (*wanted, remotes) = group.fold([], [*wants, int(remote)], "comparing names", failure)
+    return held, [name for name, count in zip(names, wanted, strict=True) if not count], bool(remotes)
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:

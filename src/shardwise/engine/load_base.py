@@ -19,7 +19,7 @@ from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.engine.near_names import listed
 from shardwise.engine.progress import Progress
-from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas
+from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.bin_source import BinSource, fill_loose
@@ -194,7 +194,9 @@ def load_base_tensors(
     plan = _Plan()
     progress: Progress | None = None
     started = time.monotonic()
-    replicas = find_replicas(held, source.plain, group, storage, options.sharing)
+    with group.together("looking where the files are") as remote:
+        remote.flag = finds_remote(source.plain, group, storage, options.sharing)
+    replicas = find_replicas(held, group, options.sharing, remote.any)
     with group.together(f"planning what to read of {source.path}"):
         available = set(source.names())
         for tensor in held:

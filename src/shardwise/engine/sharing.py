@@ -124,24 +124,27 @@ class PlannedReads:
         reader.execute(self.own)
 
 
-def find_replicas(
-    held: Sequence[HeldTensor], source: Source, group: Group, storage: Storage, sharing: Sharing
-) -> Replicas | None:
+def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharing) -> bool:
+    """Whether it matters where the files are, and they are on a network file system as far as this rank sees. Local."""
+    if sharing.mode != "auto" or group.world_size == 1:
+        return False
+    # A cache's files are links into another directory, which may be elsewhere.
+    return is_remote(storage, source.files[0] if source.files else source.path)
+
+
+def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
     """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
+
+    Args:
+        held: What this rank holds.
+        group: The ranks that load together.
+        sharing: Whether to.
+        remote: Whether any rank `finds_remote` files.
 
     Returns:
         ``None`` where every rank reads for itself.
     """
-    if sharing.mode == "never" or group.world_size == 1:
-        return None
-    if sharing.mode == "auto" and not _any_remote(source, group, storage):
+    if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
         return None
     roster = roster_of_kind(held, group, sharing.stage)
     return None if roster is None else Replicas(roster, group.rank)
-
-
-def _any_remote(source: Source, group: Group, storage: Storage) -> bool:
-    with group.together("looking where the files are") as vote:
-        # A cache's files are links into another directory, which may be elsewhere.
-        vote.flag = is_remote(storage, source.files[0] if source.files else source.path)
-    return vote.any

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -98,12 +99,12 @@ def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = Fa
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
-    own, pieces = _read_headers(files, group)
+    own, entries = _read_headers(files, group, spread and group.world_size > 1)
     keeper: Keeper | None = None
-    if spread and pieces and group.world_size > 1:
+    if entries is None:
         tensors, keeper = spread_entries(own, root, files, group)
     else:
-        tensors = assemble(root, files, _share_entries(own, group))
+        tensors = assemble(root, files, entries)
     source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
@@ -172,24 +173,31 @@ def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     return [n for n in names if not any(n.startswith(f"{stem}.") for stem in stems - {n.removesuffix(suffix)})]
 
 
-def _read_headers(files: Sequence[Path], group: Group) -> tuple[dict[int, list[Entry]], bool]:
-    """The entries of the files that this rank reads, each file being read by one, and whether any has pieces."""
+def _read_headers(
+    files: Sequence[Path], group: Group, spread: bool
+) -> tuple[dict[int, list[Entry]], list[tuple[int, list[Entry]]] | None]:
+    """Read the files' headers, each of them on one rank.
+
+    Returns:
+        The entries of the files that this rank has read; and those of all files, unless some have pieces of tensors
+        and these are to be spread.
+    """
     own: dict[int, list[Entry]] = {}
-    with group.together("reading safetensors headers") as pieces:
+
+    def read() -> JsonValue:
         # Neighbours together: as many ranks as saved then each read what the same of them wrote.
         first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
         for number in range(first, last):
             own[number] = read_entries(files[number])
-        pieces.flag = any(entry.saved is not None for entries in own.values() for entry in entries)
-    return own, pieces.any
+        if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
+            return None
+        return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
 
-
-def _share_entries(own: Mapping[int, Sequence[Entry]], group: Group) -> list[tuple[int, list[Entry]]]:
-    """The entries of every file, on every rank."""
-    rows: JsonValue = {str(number): [encode_entry(entry) for entry in entries] for number, entries in own.items()}
-    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(rows, "sharing headers"))
-    merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
-    return [(number, [decode_entry(row) for row in merged[number]]) for number in sorted(merged)]
+    everyone = cast(list[list[tuple[int, list[JsonValue]]] | None], group.gather(read, "reading safetensors headers"))
+    if None in everyone:
+        return own, None
+    rows = sorted(((number, found) for told in everyone if told for number, found in told), key=itemgetter(0))
+    return own, [(number, [decode_entry(row) for row in found]) for number, found in rows]
 
 
 def _check_index(root: Path, indices: Sequence[str], source: Source) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
-from shardwise.format.index import read_index
+from shardwise.format.index import WeightIndex, read_index
 from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, read_entries
 from shardwise.io.keepers import Keeper, ask_keepers, in_order, spread_entries, spread_rows, tensor_of_row
 from shardwise.plan.collector import collector_paused
@@ -24,6 +25,7 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.types import Box
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+_ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = Fa
         HeaderError: A file is truncated or damaged.
     """
     root = Path(path).absolute()
-    listed = cast(dict[str, list[str]], group.tell(lambda: _look(root), f"looking for a checkpoint at {root}"))
+    read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
+    listed = cast(dict[str, list[str]], group.tell(lambda: _look(root, read), f"looking for a checkpoint at {root}"))
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
@@ -109,11 +112,11 @@ def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = Fa
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
             if group.is_main:
-                _check_index(root, listed["index"], source)
+                _check_index(root, listed["index"], source, read)
     return source
 
 
-def _look(root: Path) -> JsonValue:
+def _look(root: Path, read: _ReadIndex) -> JsonValue:
     """List what is at a path.
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
@@ -126,10 +129,10 @@ def _look(root: Path) -> JsonValue:
         return {"single": [root.name], "files": [], "index": [], "dcp": []}
     if (root / ".metadata").exists():
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
-    own, index = _tensor_files(root)
+    own, index = _tensor_files(root, read)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
-        below, index_below = _tensor_files(root / "consolidated")
+        below, index_below = _tensor_files(root / "consolidated", read)
         merged = [f"consolidated/{name}" for name in below]
         index = index or ([f"consolidated/{index_below[0]}"] if index_below else [])
     # A name in both is read from the shards, which hold it as it was in memory; so they come first.
@@ -142,7 +145,7 @@ def _look(root: Path) -> JsonValue:
     return {"single": [], "files": [*own, *merged], "index": list(index), "dcp": []}
 
 
-def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
+def _tensor_files(directory: Path, read: _ReadIndex) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
     names = sorted(os.listdir(directory))
     indices = _without_variants([n for n in names if n.endswith(_INDEX_SUFFIX)], _INDEX_SUFFIX)
@@ -150,7 +153,7 @@ def _tensor_files(directory: Path) -> tuple[list[str], list[str]]:
     if not indices:
         return plain, []
     chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
-    weight_map = read_index(directory / chosen).weight_map
+    weight_map = read(directory / chosen).weight_map
     # A model without a tensor has an index that lists nothing, and a file with nothing but its header.
     listed = sorted(set(weight_map.values())) or plain
     for name in listed:
@@ -200,12 +203,12 @@ def _read_headers(
     return own, [(number, [decode_entry(row) for row in found]) for number, found in rows]
 
 
-def _check_index(root: Path, indices: Sequence[str], source: Source) -> None:
+def _check_index(root: Path, indices: Sequence[str], source: Source, read: _ReadIndex) -> None:
     for name in indices:
         folder = (root / name).parent
         numbers = {path.name: number for number, path in enumerate(source.files) if path.parent == folder}
         here = set(numbers.values())
-        for tensor, file in read_index(root / name).weight_map.items():
+        for tensor, file in read(root / name).weight_map.items():
             known = source.tensors.get(tensor)
             if known is not None and known.scattered is not None:
                 continue

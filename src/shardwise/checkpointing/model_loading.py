@@ -121,15 +121,14 @@ def _opened(
     if not differs.any:
         assert matched is not None
         return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False)
-    aliased = Aliased(plain)
+    aliased = Aliased(source)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
-        with group.together("matching the model's names with the checkpoint's"):
-            plain = aliased.source.without(notes.passed)
-            matched = _match(state, hub, plain)
-    assert matched is not None
+    with group.together("matching the model's names with the checkpoint's"):
+        source = aliased.source.without(notes.passed)
+        matched = _match(state, hub, source)
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
-    source = untied(plain, everyone, group, context.storage)
+    source = untied(source, everyone, group, context.storage)
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     return _Opened(source, matched.hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored), True)
@@ -152,7 +151,8 @@ def _has_natives(held: HeldGroup, source: Source) -> bool:
 
 def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
-    lacks = bool(names_lacking(source, hub))
+    hub_names = [*(t.spec.name for t in hub.held), *(s.name for held in hub.groups for s in held.computed.hub)]
+    lacks = any(name not in source.tensors for name in hub_names)
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; one whose names are the same either way has no say.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")

@@ -185,7 +185,8 @@ def _write(prepared: _Piece, files: FileSet, storage: Storage, digests: Digests)
         digests.take(run, crc)
     else:
         share = contribution(piece.box, piece.spec.shape, piece.data, crc, torch_dtype(piece.spec.dtype))
-        digests.add(run.name, share, run.nbytes)
+        digests.crcs[run.name] = digests.crcs.get(run.name, 0) ^ share
+        digests.counts[run.name] = digests.counts.get(run.name, 0) + run.nbytes
     return crc
 
 

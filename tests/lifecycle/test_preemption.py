@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -23,11 +24,15 @@ def say(text):
 
 @contextmanager
 def child(body: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", CHILD + body], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD + body], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         yield process
     finally:
-        process.kill()
+        # With what it forked, which may still be there where a test fails.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
@@ -105,16 +110,25 @@ with PreemptionGuard(repeat_window_seconds=2, clock=lambda: now[0]) as guard:
         assert process.wait(30) == -signal.SIGTERM
 
 
-def test_a_forked_worker_ends_when_it_is_told_to() -> None:
-    body = """
+@pytest.mark.parametrize(
+    "busy",
+    [
+        "time.sleep(600)",
+        # In C code that never comes back to where Python would run a handler.
+        "import itertools; sum(itertools.repeat(1))",
+    ],
+)
+def test_a_forked_worker_ends_when_it_is_told_to(busy: str) -> None:
+    body = f"""
 with PreemptionGuard() as guard:
     told, tell = os.pipe()
     worker = os.fork()
     if worker == 0:
         os.write(tell, b"x")
-        time.sleep(600)
+        {busy}
         os._exit(0)
     os.read(told, 1)
+    time.sleep(0.05)
     os.kill(worker, signal.SIGTERM)
     _, status = os.waitpid(worker, 0)
     say(os.waitstatus_to_exitcode(status))
@@ -123,6 +137,26 @@ with PreemptionGuard() as guard:
     with child(body) as process:
         assert heard(process) == str(-signal.SIGTERM)
         assert heard(process) == "False"
+        assert process.wait(30) == 0
+
+
+def test_a_fork_leaves_the_process_guarded_and_the_workers_own_handlers_alone() -> None:
+    body = """
+with PreemptionGuard((signal.SIGTERM, signal.SIGUSR1)) as guard:
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(7))
+    worker = os.fork()
+    if worker == 0:
+        default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        say(default)
+        signal.raise_signal(signal.SIGUSR1)
+        os._exit(0)
+    _, status = os.waitpid(worker, 0)
+    say(os.waitstatus_to_exitcode(status))
+    os.kill(os.getpid(), signal.SIGTERM)
+    say(guard.should_save())
+"""
+    with child(body) as process:
+        assert [heard(process) for _ in range(3)] == ["True", "7", "True"]
         assert process.wait(30) == 0
 
 

@@ -6,6 +6,7 @@ at a step boundary, through whatever the caller passes to `PreemptionGuard.shoul
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -19,6 +20,22 @@ from shardwise.errors import MisuseError
 # Their default action is not to end the process, so a second one could not leave at once.
 _HARMLESS = {"SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
 _UNCATCHABLE = {"SIGKILL", "SIGSTOP"}
+
+# The guards in use, outermost first: what a forked child has to undo. `os.register_at_fork` cannot be taken back, so it
+# is called once, by the first guard that is entered.
+_in_use: list[PreemptionGuard] = []
+
+
+def _leave_to_the_default() -> None:
+    """In a forked child: the signals end it, also while it is in C code, where Python runs no handler."""
+    for guard in _in_use:
+        guard._disown()
+    _in_use.clear()
+
+
+@functools.cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_leave_to_the_default)
 
 
 class PreemptionGuard:
@@ -35,7 +52,8 @@ class PreemptionGuard:
 
     After the first signal the signal's default action is in force, so that the second ends the process even while the
     main thread waits in a collective. Publication is one rename, so nothing is half-published then. The previous
-    handlers are back when the context is left.
+    handlers are back when the context is left. A process forked meanwhile (a data loader's worker) is not guarded: the
+    signals' default actions are in force there, so that it ends when it is told to.
 
     Args:
         signals: What counts as a request.
@@ -81,6 +99,8 @@ class PreemptionGuard:
             raise MisuseError("The PreemptionGuard is already in use", hint="Make one guard for each loop.")
         self._first_at = None
         self._owner = os.getpid()
+        _watch_forks()
+        _in_use.append(self)
         for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -93,6 +113,8 @@ class PreemptionGuard:
             # None stands for a handler that was not installed from Python and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+        if self in _in_use:
+            _in_use.remove(self)
 
     @property
     def requested_locally(self) -> bool:
@@ -113,7 +135,7 @@ class PreemptionGuard:
         # Nothing is logged here: a handler may run in the middle of a logging call.
         now = self._clock()
         if os.getpid() != self._owner:
-            # A forked worker inherits the handler; asked to end, it must end.
+            # A forked worker that was told to end before its handlers were put back.
             self._leave(number)
         elif self._first_at is None:
             self._first_at = now
@@ -123,6 +145,12 @@ class PreemptionGuard:
                 signal.signal(each, signal.SIG_DFL)
         elif now - self._first_at > self._window:
             self._leave(number)
+
+    def _disown(self) -> None:
+        for number in self._signals:
+            # A handler that was installed since is its owner's.
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, signal.SIG_DFL)
 
     def _leave(self, number: int) -> None:
         signal.signal(number, signal.SIG_DFL)

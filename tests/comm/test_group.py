@@ -29,12 +29,12 @@ def test_gather_json_gives_every_value_in_rank_order(world: int, length: int) ->
 
 def collect(length: int) -> list[object]:
     group = Group.current()
-    return group.collect_json({"rank": group.rank, "text": "é" * (length * group.rank)})
+    return group.collect(lambda: {"rank": group.rank, "text": "é" * (length * group.rank)}, "collecting")
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("length", [0, 5000])
-def test_collect_json_gives_every_value_in_rank_order_to_rank_0(world: int, length: int) -> None:
+def test_collect_gives_every_value_in_rank_order_to_rank_0(world: int, length: int) -> None:
     want = [{"rank": r, "text": "é" * (length * r)} for r in range(world)]
     assert run(world, collect, length) == [want, *[[]] * (world - 1)]
 

@@ -11,7 +11,7 @@ from tests.support.simulate import DTYPES, Simulation, Spread, ThreadGroup, in_t
 
 from shardwise.io.exchange import exchange_rows
 from shardwise.io.reader import SMALL_GAP_BYTES, Reader
-from shardwise.io.writer import Digests, FileSet, write_runs
+from shardwise.io.writer import Digests, FileSet, prepare_all, write_all
 from shardwise.plan.layout import lay_out
 from shardwise.plan.placement import Replicated, Sharded, Strided
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
@@ -66,9 +66,9 @@ def exported(case: Simulation) -> tuple[MemoryStorage, list[SourceTensor], list[
         files, digests = FileSet(storage, paths), Digests()
 
         def put(run: Run) -> None:
-            write_runs([run], files, storage, 1, digests)
+            write_all(prepare_all([run]), files, storage, 1, digests)
 
-        write_runs(plan.runs, files, storage, 1, digests)
+        write_all(prepare_all(plan.runs), files, storage, 1, digests)
         failure = exchange_rows(plan.exchanges, held, layout, group, put)
         files.close()
         return failure

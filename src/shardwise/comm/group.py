@@ -185,10 +185,6 @@ class Group(Ranks):
                 found.append(json.loads(short[len(_MADE) :]))
             return found
 
-    def collect_json(self, value: JsonValue, what: str = "collecting") -> list[JsonValue]:
-        """Every rank's value, in rank order, on rank 0 alone; other ranks get an empty list. All ranks call."""
-        return self.collect(lambda: value, what)
-
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
         """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
         if self.world_size == 1:
@@ -211,8 +207,7 @@ class Group(Ranks):
                 failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
                 text = json.dumps([None, own.to_record()]).encode()
         value, record = json.loads(self.broadcast_bytes(text, 0, what))
-        if own is not None:
-            raise own from (failure if failure is not own else None)
+        self._raise_alone(own, failure)
         if record is not None:
             raise ShardwiseError.from_record(record)
         return cast(JsonValue, value)

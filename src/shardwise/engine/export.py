@@ -22,7 +22,17 @@ from shardwise.io.reader import Reader
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
 from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import Digest, Digests, FileSet, Prepared, prepare_all, totals, write_all, write_run
+from shardwise.io.writer import (
+    Digest,
+    Digests,
+    FileSet,
+    Prepared,
+    prepare,
+    prepare_all,
+    totals,
+    write_all,
+    write_prepared,
+)
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
@@ -192,7 +202,8 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, d
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
 
     def write_rows(run: Run) -> None:
-        digests.add(run.spec.name, run.spec.nbytes, run.start, run.nbytes, write_run(run, files, storage, digest))
+        piece = prepare(run)
+        digests.take(piece, write_prepared(piece, files, storage, digest))
 
     try:
         failure: Exception | None = None

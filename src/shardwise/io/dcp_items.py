@@ -14,6 +14,7 @@ from shardwise.format.dtypes import dtype_code
 from shardwise.format.manifest import ChunkRecord, FileRecord
 from shardwise.io.dcp_values import PackedValue
 from shardwise.io.regions import is_packed
+from shardwise.io.writer import Digests
 from shardwise.plan.layout import Layout
 from shardwise.types import Box, TensorSpec
 
@@ -45,11 +46,9 @@ class Written:
 
 
 @dataclass
-class Totals:
+class Totals(Digests):
     """What all ranks wrote, by tensor name (files by file name)."""
 
-    crcs: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
     chunks: dict[str, list[ChunkRecord]] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
     values: list[tuple[str, PackedValue]] = field(default_factory=list)
@@ -67,8 +66,7 @@ class Totals:
         return totals
 
     def _add(self, name: str, written: Written) -> None:
-        self.crcs[name] = self.crcs.get(name, 0) ^ written.contribution
-        self.counts[name] = self.counts.get(name, 0) + written.nbytes
+        self.add(name, written.contribution, written.nbytes)
         if written.chunk is not None and written.file is not None:
             self.chunks.setdefault(name, []).append(written.chunk)
             self.files[written.file.path] = written.file

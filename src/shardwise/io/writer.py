@@ -38,16 +38,14 @@ class Digests:
     crcs: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, tensor_bytes: int, start: int, nbytes: int, crc: int) -> None:
-        """Take in a run of ``nbytes`` bytes at ``start`` of a tensor of ``tensor_bytes``."""
-        self.crcs[name] = self.crcs.get(name, 0) ^ shift(crc, tensor_bytes - start - nbytes)
+    def add(self, name: str, share: int, nbytes: int) -> None:
+        """Take in what ``nbytes`` bytes of a tensor contribute."""
+        self.crcs[name] = self.crcs.get(name, 0) ^ share
         self.counts[name] = self.counts.get(name, 0) + nbytes
 
     def take(self, piece: Prepared, crc: int) -> None:
         """Take in what was prepared and has been written."""
-        name = piece.name
-        self.crcs[name] = self.crcs.get(name, 0) ^ shift(crc, piece.behind)
-        self.counts[name] = self.counts.get(name, 0) + piece.nbytes
+        self.add(piece.name, shift(crc, piece.behind), piece.nbytes)
 
 
 class FileSet:
@@ -166,27 +164,6 @@ def write_prepared(piece: Prepared, files: FileSet, storage: Storage, digest: Di
     return crc
 
 
-def write_runs(
-    runs: Iterable[Run],
-    files: FileSet,
-    storage: Storage,
-    threads: int,
-    digests: Digests,
-    digest: Digest = crc32c,
-) -> None:
-    """Write runs, in order on each thread, and add their digests.
-
-    Args:
-        runs: What to write.
-        files: Where.
-        storage: Through what.
-        threads: How many at once. Opening and adding digests stay on the calling thread.
-        digests: Takes the contributions.
-        digest: How to compute them.
-    """
-    write_all(prepare_all(runs), files, storage, threads, digests, digest)
-
-
 def write_all(
     pieces: Sequence[Prepared],
     files: FileSet,
@@ -195,7 +172,16 @@ def write_all(
     digests: Digests,
     digest: Digest = crc32c,
 ) -> None:
-    """As `write_runs`, for what was prepared."""
+    """Write what was prepared, in order on each thread, and add its digests.
+
+    Args:
+        pieces: What to write, as `prepare_all` gives it.
+        files: Where.
+        storage: Through what.
+        threads: How many at once. Opening and adding digests stay on the calling thread.
+        digests: Takes the contributions.
+        digest: How to compute them.
+    """
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
     if threads <= 1 or len(pieces) <= 1:

@@ -16,16 +16,8 @@ from tests.format.builders import GOLDEN, entry, tensor_file
 
 from shardwise.errors import CheckpointNotFoundError, HeaderError, MissingTensorError, MisuseError, StorageError
 from shardwise.format.dtypes import dtype_code, torch_dtype
-from shardwise.format.header import (
-    DCP_SHARDING_KEY,
-    TensorEntry,
-    arrange,
-    encode_header,
-    encode_sharding_metadata,
-    parse_header,
-    read_header,
-    saved_offsets,
-)
+from shardwise.format.header import TensorEntry, arrange, encode_header, parse_header, read_header
+from shardwise.format.sharding import DCP_SHARDING_KEY, encode_sharding_metadata, saved_offsets
 from shardwise.types import DTYPE_BYTES, TensorSpec
 
 GOLDEN_FILES = sorted(GOLDEN.glob("*.safetensors"))
@@ -282,3 +274,138 @@ def test_offsets_in_the_whole_tensor_are_counts(offsets: object) -> None:
     else:
         with pytest.raises(HeaderError):
             saved_offsets(header)
+
+
+# Ways to write the same header, or one that is not JSON: what is usual is read without a JSON parser.
+CHANGES = [
+    ('{"a"', '{ "a"'),
+    ('"a"', '"\\u0061"'),
+    ('"b"', '"a"'),
+    ('"b"', '"__metadata__"'),
+    ('"b"', '"b\t"'),
+    ('"b"', '"%s"'),
+    ('"dtype":"F32"', '"dtype":"F32","dtype":"F32"'),
+    ('"dtype":"F32"', '"dtype": "F32"'),
+    ('"dtype":"F32"', '"dtype":"F33"'),
+    ('"dtype":"F32"', '"dtype":"F4"'),
+    ("[2]", "[02]"),
+    ("[2]", "[2,]"),
+    ("[2]", "[,2]"),
+    ("[2]", "[1,,2]"),
+    ("[2]", "[2]]"),
+    ("[2]", "[2,1]"),
+    ("[2]", "[true,2]"),
+    ("[0,8]", "[00,8]"),
+    ("[0,8]", "[0,8.0]"),
+    ("[8,16]", "[8,24]"),
+    ("[8,16]", "[18446744073709551616,18446744073709551624]"),
+    ("},", "}, "),
+    ("},", "},,"),
+    ("},", "}{"),
+    ("]}}", "]},}"),
+    ("]}}", "]}}}"),
+    ("]}}", "]}} \n"),
+    ("]}}", "]}}x"),
+    ("]}}", "]}"),
+    ("}}", '},"__metadata__":{}}'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"v"}'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"v"},,'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"v"}{'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"v","k":"v"},'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":NaN},'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"\\ud800"},'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":["v"],'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__": {"k":"v"},'),
+]
+
+
+def read_text(text: str, size: int = 16) -> object:
+    """What a header says: tensors in their order and metadata, or what is wrong with it."""
+    data = text.encode("utf-8", "surrogatepass")
+    try:
+        header = parse_header(struct.pack("<Q", len(data)) + data, 8 + len(data) + size, "x")
+    except HeaderError:
+        return HeaderError
+    return header.entries, dict(header.metadata)
+
+
+def meant(text: str, size: int = 16) -> object:
+    """The same by Python's own parser and the library's: strict about doubles, for one more space nobody objects to."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        table = json.loads(text, object_pairs_hook=unique)
+    except ValueError:
+        return HeaderError
+    # In another order of keys than the usual one nothing is read without the parser.
+    odd = {
+        name: value if name == "__metadata__" or not isinstance(value, dict) else dict(reversed(value.items()))
+        for name, value in table.items()
+    }
+    return read_text(json.dumps(odd, indent=1), size)
+
+
+@pytest.mark.parametrize("start", ["{", '{"__metadata__":{"k":"v"},'])
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+def test_a_header_means_the_same_however_it_is_written(start: str, old: str, new: str) -> None:
+    usual = ",".join(
+        f'"{name}":{{"dtype":"F32","shape":[2],"data_offsets":[{at},{at + 8}]}}' for name, at in (("a", 0), ("b", 8))
+    )
+    usual = f"{start}{usual}}}"
+    assert read_text(usual) != HeaderError
+    assert read_text(usual.replace(old, new, 1)) == meant(usual.replace(old, new, 1))
+
+
+@given(spec_lists, st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), st.data())
+def test_a_changed_byte_means_what_it_means_to_a_json_parser(
+    specs: list[TensorSpec], metadata: dict[str, str] | None, data: st.DataObject
+) -> None:
+    entries = arrange(specs)
+    text = encode_header(entries, metadata)[8:].decode("utf-8")
+    size = entries[-1].end if entries else 0
+    assert read_text(text, size) == (entries, metadata or {})
+    at = data.draw(st.integers(0, len(text)))
+    changed = text[:at] + data.draw(st.sampled_from([*list('",:{}[]\\ 019aF\n'), ""])) + text[at + 1 :]
+    if changed.startswith("{"):
+        assert read_text(changed, size) == meant(changed, size)
+
+
+RECORD_CHANGES = [
+    ("[0, 0]", "[0,0]"),
+    ("[0, 0]", "[0, 00]"),
+    ("[0, 0]", "[0 0]"),
+    ("[0, 0]", "[0, 0, ]"),
+    ("[0, 0]", "[0, 0, 0]"),
+    ("[0, 0]", "[0, 9223372036854775807]"),
+    ("[0, 0]", "[]"),
+    ("[0, 0]", '[0, "0"]'),
+    ('"b"', '"a"'),
+    ('"b"', '"c"'),
+    ('"b"', '"\\u0062"'),
+    ("}}", '}, "extra": {"saved_offsets": []}}'),
+    ("}}", '}, "extra": 1}'),
+    ("}}", "}},"),
+    ("}}", "}"),
+    ("{", " {"),
+]
+
+
+def read_record(text: str) -> object:
+    encoded = encode_header(arrange(TensorSpec(name, (1, 1), "F32") for name in "ab"), {DCP_SHARDING_KEY: text})
+    try:
+        return saved_offsets(parse_header(encoded, len(encoded) + 8, "x"))
+    except HeaderError:
+        return HeaderError
+
+
+@pytest.mark.parametrize(("old", "new"), RECORD_CHANGES)
+def test_a_record_means_the_same_however_it_is_written(old: str, new: str) -> None:
+    usual = encode_sharding_metadata({"a": (0, 0), "b": (3, 1)})[DCP_SHARDING_KEY]
+    assert read_record(usual) == {"a": (0, 0), "b": (3, 1)}
+    changed = usual.replace(old, new, 1)
+    # A space that nobody writes leaves it to the JSON parser.
+    assert read_record(changed) == read_record(changed.replace("{", "{ ", 1))

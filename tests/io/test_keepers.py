@@ -21,7 +21,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
-from shardwise.format.header import encode_sharding_metadata
+from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.io.sources import open_source
 from shardwise.io.storage import LocalStorage
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part

@@ -99,7 +99,12 @@ def _opened(
 ) -> _Opened:
     """Look at the checkpoint and at the model. All ranks call."""
     group = context.group
-    source = open_source(path, group, spread=True)
+
+    def held() -> Sequence[HeldTensor] | None:
+        hub = context.names.capture(state)
+        return None if hub.groups else hub.once.held
+
+    source = open_source(path, group, spread=True, held=None if key_mapping else held)
     notes = read_notes(path, group)
     lacking: list[str] = []
     hub: HubState | None = None
@@ -112,23 +117,28 @@ def _opened(
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
         hub = hub.once
-        lacking = names_lacking(source, hub)
-        plain = source.without(notes.passed)
-        if not lacking:
-            matched = _match(state, hub, plain)
-        differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
+        plain = source
+        if source.apart:
+            matched = _Matched(hub, {}, ())
+        else:
+            lacking = names_lacking(source, hub)
+            plain = source.without(notes.passed)
+            if not lacking:
+                matched = _match(state, hub, plain)
+            differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
     assert hub is not None
     if not differs.any:
         assert matched is not None
         return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False)
-    aliased = Aliased(source)
+    aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
-    with group.together("matching the model's names with the checkpoint's"):
-        source = aliased.source.without(notes.passed)
-        matched = _match(state, hub, source)
+        with group.together("matching the model's names with the checkpoint's"):
+            plain = aliased.source.without(notes.passed)
+            matched = _match(state, hub, plain)
+    assert matched is not None
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
-    source = untied(source, everyone, group, context.storage)
+    source = untied(plain, everyone, group, context.storage)
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     return _Opened(source, matched.hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored), True)
@@ -151,8 +161,7 @@ def _has_natives(held: HeldGroup, source: Source) -> bool:
 
 def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
-    hub_names = [*(t.spec.name for t in hub.held), *(s.name for held in hub.groups for s in held.computed.hub)]
-    lacks = any(name not in source.tensors for name in hub_names)
+    lacks = bool(names_lacking(source, hub))
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; one whose names are the same either way has no say.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")

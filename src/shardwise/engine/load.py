@@ -93,7 +93,7 @@ def load_described(
     held, unclaimed, remote = _described(describe, source, group, storage, options)
     unexpected = [name for name in unclaimed if name not in options.ignored]
     source = source.located(lambda: _regions(held, source), group)
-    replicas = find_replicas(held, group, options.sharing, remote)
+    replicas = None if source.apart else find_replicas(held, group, options.sharing, remote)
     reads = PlannedReads()
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
@@ -174,13 +174,13 @@ def _described(
     options: LoadOptions,
 ) -> tuple[Sequence[HeldTensor], list[str], bool]:
     """What this rank holds; names that no rank wants; whether any rank's files are remote. In one exchange."""
-    names = sorted(source.tensors)
+    names = [] if source.apart else sorted(source.tensors)  # of what is apart there is nothing but what is wanted
     held: Sequence[HeldTensor] = ()
     wants, remote = [0] * len(names), False
     failure: Exception | None = None
     try:
         held = describe()
-        own = {tensor.spec.name for tensor in held}
+        own = {tensor.spec.name for tensor in held} if names else set()
         wants = [int(name in own) for name in names]
         remote = finds_remote(source, group, storage, options.sharing)
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()

@@ -13,8 +13,9 @@ from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, FileRow, Told, check_written, file_row
 from shardwise.format.crc import combine, crc32c
 from shardwise.format.dtypes import torch_dtype
-from shardwise.format.header import encode_header, encode_sharding_metadata
+from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.io.digest import contribution
 from shardwise.io.storage import Storage
 from shardwise.io.writer import Digests, FileSet, Prepared, prepare, totals, write_prepared
@@ -185,8 +186,7 @@ def _write(prepared: _Piece, files: FileSet, storage: Storage, digests: Digests)
         digests.take(run, crc)
     else:
         share = contribution(piece.box, piece.spec.shape, piece.data, crc, torch_dtype(piece.spec.dtype))
-        digests.crcs[run.name] = digests.crcs.get(run.name, 0) ^ share
-        digests.counts[run.name] = digests.counts.get(run.name, 0) + run.nbytes
+        digests.add(run.name, share, run.nbytes)
     return crc
 
 

@@ -44,6 +44,8 @@ def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
     return result
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
 #: Compact text of a value, one encoder for all: making one takes longer than a short text. Numbers must be finite.
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -66,7 +68,7 @@ def loads(data: bytes, *, fail: Fail) -> JsonValue:
     except UnicodeDecodeError as error:
         fail(f"is not valid UTF-8 at byte {error.start}")
     try:
-        value: JsonValue = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value: JsonValue = _DECODER.decode(text)
         # Escapes can spell half of a surrogate pair, which no UTF-8 text can hold.
         if "\\u" in text:
             _refuse_surrogates(value)
@@ -75,6 +77,19 @@ def loads(data: bytes, *, fail: Fail) -> JsonValue:
     except ValueError as error:
         fail(f"is not valid JSON: {str(error)[:300]}")
     return value
+
+
+def read_object(text: str, start: int) -> tuple[JsonValue, int]:
+    """Parse the value that starts at ``start``, as strictly as `loads`; returns it, and where it ends.
+
+    Raises:
+        ValueError: The value is not strict JSON.
+        RecursionError: It is nested too deeply.
+    """
+    value, end = _DECODER.raw_decode(text, start)
+    if "\\u" in text[start:end]:
+        _refuse_surrogates(value)
+    return value, end
 
 
 def check_depth(value: JsonValue, max_depth: int, what: str, fail: Fail) -> None:

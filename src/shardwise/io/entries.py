@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from shardwise.errors import HeaderError
-from shardwise.format.header import read_header, saved_offsets
+from shardwise.format.header import read_header
+from shardwise.format.sharding import saved_offsets
 from shardwise.format.strict_json import JsonValue
+from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
 
@@ -40,15 +42,9 @@ def read_entries(file: Path) -> list[Entry]:
     """
     header = read_header(file)
     offsets = saved_offsets(header) or {}
+    start = header.data_start
     return [
-        Entry(
-            entry.spec.name,
-            entry.spec.shape,
-            entry.spec.dtype,
-            header.data_start + entry.begin,
-            offsets.get(entry.spec.name),
-        )
-        for entry in header.entries
+        Entry(name, shape, dtype, start + begin, offsets.get(name)) for (name, shape, dtype), begin, _ in header.entries
     ]
 
 
@@ -93,6 +89,53 @@ def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Seq
         if not below:
             sharded_names.update(entry.name for entry in found)
     return [_joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()]
+
+
+def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) -> dict[str, SourceTensor] | None:
+    """What a rank is about to load, where the files that it has read hold that, piece by piece, and nothing else.
+
+    So it is where a run goes on as it was. If it is so on every rank, then nobody has to be told anything: what all
+    ranks hold together is the whole model, and so are then the files.
+
+    Args:
+        own: Number of a file, and its entries.
+        held: What the rank is about to load.
+
+    Returns:
+        The tensors, each with this rank's pieces alone; ``None`` where files and model differ, or cannot be compared
+        by one rank: two pieces of one tensor, a tensor without elements.
+    """
+    pieces = {entry.name: (number, entry) for number, entries in own.items() for entry in entries}
+    if len(pieces) != sum(map(len, own.values())) or len(pieces) > len(held):
+        return None
+    found: dict[str, SourceTensor] = {}
+    used = 0
+    for tensor in held:
+        spec, fragments = tensor.spec, tensor.fragments
+        if tensor.grid != spec.shape or spec.name in found or 0 in spec.shape:
+            return None
+        piece = pieces.get(spec.name)
+        if piece is None:
+            if any(0 not in fragment.box.sizes for fragment in fragments):
+                return None
+            found[spec.name] = SourceTensor(spec, ())
+            continue
+        number, entry = piece
+        box = _same_region(entry, spec, fragments)
+        if box is None:
+            return None
+        used += 1
+        found[spec.name] = SourceTensor(spec, (SourceChunk(box, number, entry.offset),))
+    return found if used == len(pieces) else None
+
+
+def _same_region(entry: Entry, spec: TensorSpec, fragments: Sequence[Fragment]) -> Box | None:
+    """The region of a piece, if it is all that a rank holds of the tensor."""
+    if len(fragments) != 1 or entry.dtype != spec.dtype:
+        return None
+    box = fragments[0].box
+    at = Box.whole(entry.shape).offsets if entry.saved is None else entry.saved
+    return box if box.sizes == entry.shape and box.offsets == at else None
 
 
 def _whole(entry: Entry, file: int) -> SourceTensor:

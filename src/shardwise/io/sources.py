@@ -18,9 +18,10 @@ from typing import TypeAlias, cast
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.index import WeightIndex, read_index
-from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, read_entries
+from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, just_held, read_entries
 from shardwise.io.keepers import Keeper, ask_keepers, in_order, spread_entries, spread_rows, tensor_of_row
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.types import Box
 
@@ -37,12 +38,14 @@ class Source:
         files: Every file that holds tensor data.
         tensors: By name.
         keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
+        apart: Whether each rank knows only of what it is about to load, which is just what its own files hold.
     """
 
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, SourceTensor]
     keeper: Keeper | None = None
+    apart: bool = False
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
@@ -81,8 +84,14 @@ class Source:
 
 
 @collector_paused()
-def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = False) -> Source:
-    """Find the tensors at ``path``. All ranks of the group call and see the same.
+def open_source(
+    path: str | os.PathLike[str],
+    group: Group,
+    *,
+    spread: bool = False,
+    held: Callable[[], Sequence[HeldTensor] | None] | None = None,
+) -> Source:
+    """Find the tensors at ``path``. All ranks of the group call and see the same, unless each finds just what it holds.
 
     Args:
         path: A safetensors file, or a directory: of safetensors files with or without an index, a ``model/`` directory
@@ -90,6 +99,9 @@ def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = Fa
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
+        held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where it holds that in
+            other shapes. Where every rank has read just that, as in a run that goes on as it was, nothing is told to
+            others (`Source.apart`). Local.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -102,12 +114,17 @@ def open_source(path: str | os.PathLike[str], group: Group, *, spread: bool = Fa
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
-    own, entries = _read_headers(files, group, spread and group.world_size > 1)
+    spread = spread and group.world_size > 1
+    # An index, and an export beside shards, are about what other ranks read.
+    comparable = spread and not listed["index"] and all(file.parent == root for file in files)
+    read_all = _read_headers(files, group, spread, held if comparable else None)
+    if read_all.just_held is not None:
+        return Source(root, files, read_all.just_held, apart=True)
     keeper: Keeper | None = None
-    if entries is None:
-        tensors, keeper = spread_entries(own, root, files, group)
+    if read_all.everyone is None:
+        tensors, keeper = spread_entries(read_all.own, root, files, group)
     else:
-        tensors = assemble(root, files, entries)
+        tensors = assemble(root, files, read_all.everyone)
     source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
@@ -176,31 +193,50 @@ def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
     return [n for n in names if not any(n.startswith(f"{stem}.") for stem in stems - {n.removesuffix(suffix)})]
 
 
-def _read_headers(
-    files: Sequence[Path], group: Group, spread: bool
-) -> tuple[dict[int, list[Entry]], list[tuple[int, list[Entry]]] | None]:
-    """Read the files' headers, each of them on one rank.
+@dataclass(frozen=True, slots=True)
+class _Headers:
+    """What ranks have read, each some of the files.
 
-    Returns:
-        The entries of the files that this rank has read; and those of all files, unless some have pieces of tensors
-        and these are to be spread.
+    Attributes:
+        own: Number of each file that this rank has read, and its entries.
+        everyone: The same of all files, in their order; ``None`` where it is not told to all.
+        just_held: See the function of this name; ``None`` unless it is so on every rank.
     """
+
+    own: Mapping[int, Sequence[Entry]]
+    everyone: Sequence[tuple[int, Sequence[Entry]]] | None
+    just_held: Mapping[str, SourceTensor] | None = None
+
+
+def _read_headers(
+    files: Sequence[Path], group: Group, spread: bool, held: Callable[[], Sequence[HeldTensor] | None] | None
+) -> _Headers:
+    """Read the files' headers, each of them on one rank."""
     own: dict[int, list[Entry]] = {}
+    ours: dict[str, SourceTensor] | None = None
 
     def read() -> JsonValue:
+        nonlocal ours
         # Neighbours together: as many ranks as saved then each read what the same of them wrote.
         first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
         for number in range(first, last):
             own[number] = read_entries(files[number])
+        wanted = None if held is None else held()
+        ours = None if wanted is None else just_held(own, wanted)
+        if ours is not None:
+            return True
         if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
             return None
         return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
 
-    everyone = cast(list[list[tuple[int, list[JsonValue]]] | None], group.gather(read, "reading safetensors headers"))
-    if None in everyone:
-        return own, None
-    rows = sorted(((number, found) for told in everyone if told for number, found in told), key=itemgetter(0))
-    return own, [(number, [decode_entry(row) for row in found]) for number, found in rows]
+    answers = group.gather(read, "reading safetensors headers")
+    if all(answer is True for answer in answers):
+        return _Headers(own, None, ours)
+    if any(answer is True or answer is None for answer in answers):
+        return _Headers(own, None)
+    everyone = cast(list[list[tuple[int, list[JsonValue]]]], answers)
+    rows = sorted(((number, found) for told in everyone for number, found in told), key=itemgetter(0))
+    return _Headers(own, [(number, [decode_entry(row) for row in found]) for number, found in rows])
 
 
 def _check_index(root: Path, indices: Sequence[str], source: Source, read: _ReadIndex) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from shardwise.engine.verify import files_below, load_manifest
 from shardwise.errors import CheckpointNotFoundError, FormatError
-from shardwise.format.header import read_header, saved_offsets
+from shardwise.format.header import read_header
 from shardwise.format.manifest import Manifest
+from shardwise.format.sharding import saved_offsets
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.targets import Target, find_targets

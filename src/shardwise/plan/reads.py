@@ -127,17 +127,17 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
     Raises:
         MissingTensorError: The chunks do not cover a fragment.
     """
-    spec, chunks = source.spec, source.chunks
-    if len(chunks) != 1 or chunks[0].packed or wanted.grid != spec.shape:
-        return [read for fragment in wanted.fragments for read in _pieces(source, fragment, wanted.grid)]
-    (chunk,) = chunks
+    spec = source.spec
     found: list[AnyRead] = []
     for fragment in wanted.fragments:
-        rows = _rows(fragment.box, chunk.box)
-        if rows is None:
-            found += _pieces(source, fragment, wanted.grid)
+        # Most fragments are whole rows of one chunk, and need no look at the others.
+        for chunk in source.chunks if wanted.grid == spec.shape else ():
+            rows = None if chunk.packed else _rows(fragment.box, chunk.box)
+            if rows is not None:
+                found.append(_read_rows(rows, chunk, spec, fragment))
+                break
         else:
-            found.append(_read_rows(rows, chunk, spec, fragment))
+            found += _pieces(source, fragment, wanted.grid)
     return found
 
 

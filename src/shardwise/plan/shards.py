@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.format.header import arrange, encode_header, encode_sharding_metadata
+from shardwise.format.header import arrange, encode_header
+from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.ownership import cut, own

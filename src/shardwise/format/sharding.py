@@ -1,0 +1,95 @@
+"""Where in their global tensors the tensors of a shard belong: a record among the metadata of a safetensors file.
+
+Source: what torch 2.13's ``HuggingFaceStorageWriter`` writes and its ``HuggingFaceStorageReader`` looks for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from shardwise.errors import HeaderError
+from shardwise.format.header import DAMAGED, Header
+from shardwise.format.strict_json import MAX_INT, JsonValue, as_counts, as_object, loads
+
+#: Key of ``__metadata__`` under which the record stands.
+DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
+
+# One tensor as DCP and `encode_sharding_metadata` write it. A name with an escape is left to the JSON parser.
+_AS_WRITTEN = '"%s": {"saved_offsets": [%s]}'
+_PLAIN = re.compile(r'"([^"\\\x00-\x1f]*)": \{"saved_offsets": \[([0-9, ]*)\]\}')
+
+
+def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the ``__metadata__`` that makes a shard readable by ``torch.distributed.checkpoint``.
+
+    Args:
+        offsets: Where in its global tensor each tensor of the file starts, in elements per dimension.
+    """
+    record = {name: {"saved_offsets": list(offsets[name])} for name in sorted(offsets)}
+    return {DCP_SHARDING_KEY: json.dumps(record), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
+    """Return where each tensor of a DCP shard starts in its global tensor, or ``None`` where the file has no record.
+
+    Raises:
+        HeaderError: The record is malformed, lacks a tensor, or disagrees with a tensor's number of dimensions.
+    """
+    text = header.metadata.get(DCP_SHARDING_KEY)
+    if text is None:
+        return None
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", hint=DAMAGED)
+
+    plain = _plain_offsets(text, header)
+    if plain is not None:
+        return plain
+    record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
+    result: dict[str, tuple[int, ...]] = {}
+    for (name, shape, _), _, _ in header.entries:
+        if name not in record:
+            raise HeaderError(f"the record {DCP_SHARDING_KEY} lacks the tensor", tensor=name, hint=DAMAGED)
+        result[name] = _checked(record[name], name, shape)
+    return result
+
+
+def _plain_offsets(text: str, header: Header) -> dict[str, tuple[int, ...]] | None:
+    """The same of a record as it is usually written, without a JSON parser; ``None`` where there is more to look at."""
+    found: list[tuple[str, str]] = _PLAIN.findall(text)
+    # What is put together again equals the text, so that nothing in it was overlooked.
+    if f"{{{', '.join([_AS_WRITTEN % each for each in found])}}}" != text:
+        return None
+    record = dict(found)
+    if len(record) != len(found):
+        return None
+    checked: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}  # of tens of thousands few differ
+    result: dict[str, tuple[int, ...]] = {}
+    for (name, shape, _), _, _ in header.entries:
+        written = record.get(name)
+        if written is None:
+            return None
+        offsets = checked.get((written, shape))
+        if offsets is None:
+            try:
+                offsets = _checked({"saved_offsets": json.loads(f"[{written}]")}, name, shape)
+            except (ValueError, HeaderError):
+                return None
+            checked[written, shape] = offsets
+        result[name] = offsets
+    return result
+
+
+def _checked(info: JsonValue, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=name, hint=DAMAGED)
+
+    offsets = as_counts(as_object(info, "its entry", fail).get("saved_offsets"), "saved_offsets", fail)
+    if len(offsets) != len(shape):
+        fail(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
+    if any(offset + size > MAX_INT for offset, size in zip(offsets, shape, strict=True)):
+        fail("puts it outside any possible tensor")
+    return offsets

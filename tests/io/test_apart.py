@@ -1,0 +1,223 @@
+"""Runs that go on as they were: each rank's own files hold just what it is about to load, and none tells another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tests.support.ranks import failure, run
+
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.engine.sharing import Sharing
+from shardwise.errors import DtypeMismatchError, MisuseError, ShapeMismatchError, TensorError, UnexpectedTensorError
+from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.io.sources import open_source
+from shardwise.io.storage import LocalStorage
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.types import Box, TensorSpec
+
+Rows = dict[str, tuple[int, int]]  # tensor -> first row and number of rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of tensors, and which rows of each a rank has."""
+
+    shapes: dict[str, tuple[int, ...]]
+    ranks: Sequence[Rows]
+
+
+SHAPES = {"a": (5, 3), "b": (1,), "c": (6,), "d": (2, 2, 2)}
+#: Uneven rows, a tensor that one rank alone has rows of, a rank without a tensor, a rank without anything.
+EVEN = Layout(
+    SHAPES,
+    [
+        {"a": (0, 2), "b": (0, 1), "c": (0, 3), "d": (0, 1)},
+        {"a": (2, 2), "b": (1, 0), "c": (3, 3), "d": (1, 1)},
+        {"a": (4, 1), "b": (1, 0), "c": (6, 0), "d": (2, 0)},
+        {},
+    ],
+)
+
+
+def whole(layout: Layout, name: str) -> torch.Tensor:
+    shape = layout.shapes[name]
+    return torch.arange(float(torch.Size(shape).numel())).view(shape) + 100 * sorted(layout.shapes).index(name)
+
+
+def write(directory: Path, layout: Layout, *, empty: bool = False) -> None:
+    """A file for each rank; with ``empty`` also pieces without rows stand in it."""
+    for number, rows in enumerate(layout.ranks, start=1):
+        own = {name: each for name, each in rows.items() if each[1] or empty}
+        tensors = {name: whole(layout, name).narrow(0, *each).clone() for name, each in own.items()}
+        offsets = {name: (each[0], *(0,) * (len(layout.shapes[name]) - 1)) for name, each in own.items()}
+        path = directory / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        save_file(tensors, path, encode_sharding_metadata(offsets))
+
+
+def hold(layout: Layout, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, HeldTensor]:
+    codes = {torch.float32: "F32", torch.float64: "F64"}
+    found = {}
+    for name, (start, rows) in layout.ranks[rank].items():
+        spec = TensorSpec(name, layout.shapes[name], codes[dtype])
+        box = Box((start, *(0,) * (len(spec.shape) - 1)), (rows, *spec.shape[1:]))
+        part = HeldPart(Part(spec.shape), (), (Fragment(box, torch.full(box.sizes, -1.0, dtype=dtype)),))
+        found[name] = HeldTensor(spec, spec.shape, (part,))
+    return found
+
+
+class Counting(Group):
+    """Remembers how much the ranks dealt to each other."""
+
+    def __init__(self) -> None:
+        super().__init__(dist.group.WORLD)
+        self.dealt = 0
+
+    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+        """As ever."""
+        self.dealt += 1
+        return super().deal(messages, what)
+
+    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+        """As ever."""
+        self.dealt += what == "sharing what tensors there are"
+        return super().gather_json(value, what)
+
+
+def load(directory: Path, layout: Layout, options: LoadOptions, dtype: torch.dtype) -> tuple[bool, int]:
+    """Whether nobody had to be told anything; how often the ranks dealt, all values having been checked."""
+    group = Counting()
+    held = hold(layout, group.rank, dtype)
+    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    load_tensors(list(held.values()), source, group, LocalStorage(), options)
+    for name, tensor in held.items():
+        want = whole(layout, name).narrow(0, *layout.ranks[group.rank][name]).to(dtype)
+        assert torch.equal(tensor.fragments[0].data, want), name
+    return source.apart, group.dealt
+
+
+def loaded(
+    directory: Path, layout: Layout, options: LoadOptions | None = None, dtype: torch.dtype = torch.float32
+) -> list[tuple[bool, int]]:
+    found = run(len(layout.ranks), load, directory, layout, options or LoadOptions(), dtype)
+    assert len(set(found)) == 1
+    return found
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_same_ranks_load_what_they_saved_without_a_word(tmp_path: Path, ranks: int, empty: bool) -> None:
+    of_two = [
+        {name: (0, shape[0] - 1) for name, shape in SHAPES.items()},
+        {n: (s[0] - 1, 1) for n, s in SHAPES.items()},
+    ]
+    layout = Layout(SHAPES, of_two if ranks == 2 else EVEN.ranks[:ranks])
+    write(tmp_path, layout, empty=empty)
+    # With replicas asked to share as well: there is nothing that two ranks want alike.
+    for sharing in (Sharing("never"), Sharing("always")):
+        assert loaded(tmp_path, layout, LoadOptions(sharing=sharing))[0] == (True, 0)
+
+
+def other_rows(layout: Layout) -> Layout:
+    return Layout(layout.shapes, [layout.ranks[1], layout.ranks[0], *layout.ranks[2:]])
+
+
+def one_row_moved(layout: Layout) -> Layout:
+    first, second, *others = layout.ranks
+    return Layout(layout.shapes, [{**first, "c": (0, 2)}, {**second, "c": (2, 4)}, *others])
+
+
+def one_more_holder(layout: Layout) -> Layout:
+    return Layout(layout.shapes, [*layout.ranks[:3], {"a": (1, 2)}])
+
+
+def several_ranks_hold_one_row(layout: Layout) -> Layout:
+    return Layout(layout.shapes, [layout.ranks[0], {**layout.ranks[1], "b": (0, 1)}, *layout.ranks[2:]])
+
+
+@pytest.mark.parametrize("change", [other_rows, one_row_moved, one_more_holder, several_ranks_hold_one_row])
+def test_where_one_rank_holds_something_else_all_are_told(tmp_path: Path, change: Callable[[Layout], Layout]) -> None:
+    write(tmp_path, EVEN)
+    apart, dealt = loaded(tmp_path, change(EVEN))[0]
+    assert not apart
+    assert dealt > 0
+
+
+def test_a_cast_is_planned_with_everybodys_files(tmp_path: Path) -> None:
+    write(tmp_path, EVEN)
+    assert not loaded(tmp_path, EVEN, LoadOptions(allow_cast=True), torch.float64)[0][0]
+
+
+def test_more_files_than_ranks_or_fewer(tmp_path: Path) -> None:
+    *others, third, _ = EVEN.ranks
+    saved = Layout(SHAPES, [*others, {**third, "d": (2, 0), "a": (4, 0)}, {"a": (4, 1)}])
+    write(tmp_path, saved)
+    assert loaded(tmp_path, saved)[0][0]
+    # The last of three reads two files; that one of them is empty is no matter.
+    assert loaded(tmp_path, Layout(SHAPES, EVEN.ranks[:3]))[0][0]
+    assert not loaded(tmp_path, Layout(SHAPES, [{}, *EVEN.ranks[:3]]))[0][0]
+    (tmp_path / "shard-00003-model-00001-of-00001.safetensors").unlink()
+    assert not loaded(tmp_path, saved)[0][0]
+
+
+def without_rows_of_last(layout: Layout) -> Layout:
+    """A model of one row less, which no rank of the first two can see."""
+    first, second, third, last = layout.ranks
+    return Layout({**layout.shapes, "a": (4, 3)}, [first, second, {**third, "a": (4, 0)}, last])
+
+
+def without_a_tensor(layout: Layout) -> Layout:
+    shapes = {name: shape for name, shape in layout.shapes.items() if name != "b"}
+    return Layout(shapes, [{n: r for n, r in rows.items() if n != "b"} for rows in layout.ranks])
+
+
+def with_one_more(layout: Layout) -> Layout:
+    first, *others = layout.ranks
+    return Layout({**layout.shapes, "more": (2,)}, [{**first, "more": (0, 2)}, *others])
+
+
+def with_one_without_elements(layout: Layout) -> Layout:
+    return Layout({**layout.shapes, "none": (0, 3)}, [{**rows, "none": (0, 0)} for rows in layout.ranks])
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "error", "tensor"),
+    [
+        (without_rows_of_last, torch.float32, ShapeMismatchError, "a"),
+        (without_a_tensor, torch.float32, UnexpectedTensorError, "b"),
+        (with_one_more, torch.float32, TensorError, "more"),
+        (with_one_without_elements, torch.float32, TensorError, "none"),
+        (lambda layout: layout, torch.float64, DtypeMismatchError, "a"),
+    ],
+)
+def test_what_does_not_fit_is_the_error_that_it_ever_was(
+    tmp_path: Path, change: Callable[[Layout], Layout], dtype: torch.dtype, error: type[TensorError], tensor: str
+) -> None:
+    write(tmp_path, EVEN)
+    found = failure(4, load, tmp_path, change(EVEN), LoadOptions(), dtype)
+    assert isinstance(found, error)
+    assert found.tensor == tensor
+
+
+def cannot_say(directory: Path) -> None:
+    group = Group.current()
+
+    def held() -> Sequence[HeldTensor] | None:
+        if group.rank == 1:
+            raise MisuseError("this rank cannot say what it holds", hint="Nothing.")
+        return list(hold(EVEN, group.rank).values())
+
+    open_source(directory, group, spread=True, held=held)
+
+
+def test_what_one_rank_fails_with_all_learn(tmp_path: Path) -> None:
+    write(tmp_path, EVEN)
+    found = failure(4, cannot_say, tmp_path)
+    assert isinstance(found, MisuseError)
+    assert found.rank == 1

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import operator
 import statistics
 import tempfile
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -159,6 +161,19 @@ class _Keeping(_Alike):
         self._said = said
         self._shapes = {spec.name: spec.shape for spec in _specs(len(offsets))}
         self._names: dict[int, str] = {}
+
+    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+        """As `_Alike`; where each rank has just what it holds, others say how much that is."""
+        found = super().gather(make, what)
+        if isinstance(found[0], dict):
+            if "own" not in self._said:
+                shapes = Counter(self._shapes.values())
+                cuts = [[chunk(shape[0], self.world_size, rank)[1] for shape in shapes] for rank in range(len(found))]
+                of_rows = [count * 2 * torch.Size(shape[1:]).numel() for shape, count in shapes.items()]
+                own = [sum(map(operator.mul, rows, of_rows)) for rows in cuts]
+                self._said["own"] = [json.dumps({**found[0], "own": each}).encode() for each in own]
+            return [cast(JsonValue, json.loads(text)) for text in self._said["own"]]
+        return found
 
     def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """What every rank has to say to this one."""

@@ -318,6 +318,8 @@ CHANGES = [
     ('{"__metadata__":{"k":"v"},', '{"__metadata__": {"k":"v"},'),
 ]
 
+WITHOUT_TENSORS = ["{}", "{} ", "{}{", "{}{}", '{"__metadata__":{}}', '{"__metadata__":{}{}', '{"__metadata__":{},}']
+
 
 def read_text(text: str, size: int = 16) -> object:
     """What a header says: tensors in their order and metadata, or what is wrong with it."""
@@ -360,6 +362,12 @@ def test_a_header_means_the_same_however_it_is_written(start: str, old: str, new
     assert read_text(usual.replace(old, new, 1)) == meant(usual.replace(old, new, 1))
 
 
+@pytest.mark.parametrize("text", WITHOUT_TENSORS)
+def test_a_header_without_tensors_is_read_as_strictly(text: str) -> None:
+    assert read_text(text, 0) == meant(text, 0)
+    assert read_text(text, 0) == HeaderError or text.rstrip() in ("{}", '{"__metadata__":{}}')
+
+
 @given(spec_lists, st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3), st.data())
 def test_a_changed_byte_means_what_it_means_to_a_json_parser(
     specs: list[TensorSpec], metadata: dict[str, str] | None, data: st.DataObject
@@ -388,6 +396,9 @@ RECORD_CHANGES = [
     ('"b"', '"\\u0062"'),
     ("}}", '}, "extra": {"saved_offsets": []}}'),
     ("}}", '}, "extra": 1}'),
+    ("}}", '}, "extra": {"saved_offsets": [007]}}'),
+    ("}}", '}, "extra": {"saved_offsets": [0,,1]}}'),
+    ("}}", '}, "extra": {"saved_offsets": [' + "9" * 5000 + "]}}"),
     ("}}", "}},"),
     ("}}", "}"),
     ("{", " {"),

@@ -15,7 +15,14 @@ from tests.support.ranks import failure, run
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.engine.sharing import Sharing
-from shardwise.errors import DtypeMismatchError, MisuseError, ShapeMismatchError, TensorError, UnexpectedTensorError
+from shardwise.errors import (
+    DtypeMismatchError,
+    HeaderError,
+    MisuseError,
+    ShapeMismatchError,
+    TensorError,
+    UnexpectedTensorError,
+)
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.io.sources import open_source
 from shardwise.io.storage import LocalStorage
@@ -156,7 +163,7 @@ def test_a_cast_is_planned_with_everybodys_files(tmp_path: Path) -> None:
 
 def test_more_files_than_ranks_or_fewer(tmp_path: Path) -> None:
     *others, third, _ = EVEN.ranks
-    saved = Layout(SHAPES, [*others, {**third, "d": (2, 0), "a": (4, 0)}, {"a": (4, 1)}])
+    saved = Layout(SHAPES, [*others, {**third, "a": (4, 0)}, {**third, "a": (4, 1)}])
     write(tmp_path, saved)
     assert loaded(tmp_path, saved)[0][0]
     # The last of three reads two files; that one of them is empty is no matter.
@@ -203,6 +210,97 @@ def test_what_does_not_fit_is_the_error_that_it_ever_was(
     found = failure(4, load, tmp_path, change(EVEN), LoadOptions(), dtype)
     assert isinstance(found, error)
     assert found.tensor == tensor
+
+
+def write_again(directory: Path, layout: Layout, add: float, name: str) -> None:
+    """What somebody left beside the shards: the same tensors in a file of another name, with other values."""
+    for number, rows in enumerate(layout.ranks, start=1):
+        tensors = {tensor: whole(layout, tensor).narrow(0, *each) + add for tensor, each in rows.items() if each[1]}
+        offsets = {tensor: (rows[tensor][0], *(0,) * (value.dim() - 1)) for tensor, value in tensors.items()}
+        save_file(tensors, directory / f"{name}-{number:05d}.safetensors", encode_sharding_metadata(offsets))
+
+
+def load_all(directory: Path, layout: Layout) -> tuple[bool, dict[str, torch.Tensor]]:
+    group = Group.current()
+    held = hold(layout, group.rank)
+    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    load_tensors(list(held.values()), source, group, LocalStorage(), LoadOptions())
+    return source.apart, {name: tensor.fragments[0].data.clone() for name, tensor in held.items()}
+
+
+WHOLE = {name: (0, shape[0]) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_copies_of_a_model_read_one_file_together(tmp_path: Path, ranks: int) -> None:
+    """Each rank has read a file with all that it wants, but not the same file."""
+    one = Layout(SHAPES, [WHOLE])
+    write(tmp_path, one)
+    for add in range(1, ranks):
+        write_again(tmp_path, one, add, f"shard-other{add}")
+    found = run(ranks, load_all, tmp_path, Layout(SHAPES, [WHOLE] * ranks))
+    assert not any(apart for apart, _ in found)  # type: ignore[misc]
+    for name in SHAPES:
+        assert len({values[name].sum().item() for _, values in found}) == 1, name  # type: ignore[misc]
+
+
+def test_two_shard_sets_in_one_directory_are_not_one_model(tmp_path: Path) -> None:
+    two = Layout(SHAPES, [{n: (0, s[0] - 1) for n, s in SHAPES.items()}, {n: (s[0] - 1, 1) for n, s in SHAPES.items()}])
+    write(tmp_path, two)
+    write_again(tmp_path, two, 1, "shard-zz")
+    found = run(4, load_all, tmp_path, Layout(SHAPES, [*two.ranks, *two.ranks]))
+    assert not any(apart for apart, _ in found)  # type: ignore[misc]
+    for name in SHAPES:
+        assert torch.equal(found[0][1][name], found[2][1][name])  # type: ignore[index]
+
+
+def load_other_shapes(directory: Path) -> None:
+    """Rank 1 takes the tensor for a longer one, and has read just what it would have of that."""
+    group = Group.current()
+    shapes, rows = ({"c": (4,)}, (0, 2)) if group.rank == 0 else ({"c": (6,)}, (3, 3))
+    held = hold(Layout(shapes, [{"c": rows}]), 0)
+    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    load_tensors(list(held.values()), source, group, LocalStorage(), LoadOptions())
+
+
+def test_ranks_that_disagree_about_a_shape_find_out(tmp_path: Path) -> None:
+    write(tmp_path, Layout({"c": (6,)}, [{"c": (0, 2)}, {"c": (3, 3)}]))
+    assert isinstance(failure(2, load_other_shapes, tmp_path), TensorError)
+
+
+def collective_in_describing(directory: Path) -> None:
+    group = Group.current()
+
+    def held() -> Sequence[HeldTensor]:
+        dist.barrier()
+        return list(hold(EVEN, group.rank).values())
+
+    open_source(directory, group, spread=True, held=held)
+
+
+def test_a_model_whose_hooks_talk_to_other_ranks_is_described_before_a_file_can_fail(tmp_path: Path) -> None:
+    write(tmp_path, EVEN)
+    damaged = tmp_path / "shard-00002-model-00001-of-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    found = failure(4, collective_in_describing, tmp_path)
+    assert isinstance(found, HeaderError)
+    assert found.path == str(damaged)
+
+
+def load_stale(directory: Path) -> None:
+    group = Group.current()
+    held = hold(EVEN, group.rank)
+    load_tensors(list(held.values()), open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions())
+
+
+def test_a_stale_file_beside_the_shards_is_refused(tmp_path: Path) -> None:
+    """Two values for one row: which of them counts must not depend on how a rank slices."""
+    write(tmp_path, EVEN)
+    write_again(tmp_path, Layout(SHAPES, [{"a": (0, 3)}]), 1, "a-stale")
+    found = failure(4, load_stale, tmp_path)
+    assert isinstance(found, TensorError)
+    assert found.tensor == "a"
+    assert "overlap" in str(found)
 
 
 def cannot_say(directory: Path) -> None:

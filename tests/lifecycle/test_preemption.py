@@ -160,6 +160,24 @@ with PreemptionGuard((signal.SIGTERM, signal.SIGUSR1)) as guard:
         assert process.wait(30) == 0
 
 
+def test_a_forked_worker_that_leaves_an_inner_guard_is_not_guarded_by_the_outer_one() -> None:
+    body = """
+with PreemptionGuard() as outer:
+    with PreemptionGuard() as inner:
+        worker = os.fork()
+    if worker == 0:
+        say(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+        os._exit(0)
+    os.waitpid(worker, 0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    say((inner.requested_locally, outer.requested_locally))
+"""
+    with child(body) as process:
+        assert heard(process) == "True"
+        assert heard(process) == "(False, True)"
+        assert process.wait(30) == 0
+
+
 def test_the_previous_handlers_come_back() -> None:
     calls: list[int] = []
 

@@ -34,7 +34,7 @@ from shardwise.errors import ShardwiseError
 WORLDS = (1, 2, 3, 4)
 _LARGEST = max(WORLDS)
 #: After one rank has failed in a way that its peers cannot know of, they are not waited for any longer than this.
-_GRACE_SECONDS = 8.0
+_GRACE_SECONDS = 30.0
 
 
 class Pool:

@@ -95,6 +95,8 @@ def _run(task: Task) -> Outcome:
             "gloo", store=store, rank=task.rank, world_size=task.world, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
         )
         try:
+            # A rank that is done before its peers have all connected would close their connections.
+            dist.barrier()
             return Outcome(task.function(*task.args))
         finally:
             if dist.is_initialized():

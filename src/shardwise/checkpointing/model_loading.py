@@ -102,10 +102,10 @@ def _opened(
 
     def held() -> Sequence[HeldTensor] | None:
         hub = context.names.capture(state)
-        return None if hub.groups else hub.once.held
+        return None if hub.groups or hub.ties or hub.kept else hub.once.held
 
-    source = open_source(path, group, spread=True, held=None if key_mapping else held)
     notes = read_notes(path, group)
+    source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
     lacking: list[str] = []
     hub: HubState | None = None
     matched: _Matched | None = None

@@ -190,16 +190,14 @@ def _described(
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
-    """Regions of saved tensors for which this rank has to ask; what does not fit is no question yet."""
+    """Regions that this rank wants of scattered tensors; what does not fit is no question yet."""
     wanted: dict[str, list[Box]] = {}
     for tensor in held:
         spec = tensor.spec
         saved = source.tensors.get(spec.name)
         if saved is None or saved.scattered is None or saved.spec.shape != spec.shape:
             continue
-        regions = wanted_regions(tensor)
-        if not saved.knows(regions):
-            wanted.setdefault(spec.name, []).extend(regions)
+        wanted.setdefault(spec.name, []).extend(wanted_regions(tensor))
     return wanted
 
 

@@ -270,7 +270,7 @@ def _plain_entries(data: bytes, path: str) -> tuple[JsonValue, list[TensorEntry]
         return None
     body = text[start + 1 :]
     found: list[tuple[str, str, str, str, str]] = _PLAIN.findall(body)
-    if text[start : start + 1] != ("," if start and found else "{"):
+    if text[start : start + 1] != ("," if start else "{") or (start and not found):
         return None
     # What is put together again equals the text, so that nothing in it was overlooked.
     if f"{','.join([_AS_WRITTEN % each for each in found])}}}" != body:

@@ -64,7 +64,7 @@ def _plain_offsets(text: str, header: Header) -> dict[str, tuple[int, ...]] | No
     if f"{{{', '.join([_AS_WRITTEN % each for each in found])}}}" != text:
         return None
     record = dict(found)
-    if len(record) != len(found):
+    if len(record) != len(found) or len(record) != len(header.entries):
         return None
     checked: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}  # of tens of thousands few differ
     result: dict[str, tuple[int, ...]] = {}

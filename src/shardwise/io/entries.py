@@ -11,7 +11,7 @@ from shardwise.errors import HeaderError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.strict_json import JsonValue
-from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
 
@@ -94,8 +94,8 @@ def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Seq
 def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) -> dict[str, SourceTensor] | None:
     """What a rank is about to load, where the files that it has read hold that, piece by piece, and nothing else.
 
-    So it is where a run goes on as it was. If it is so on every rank, then nobody has to be told anything: what all
-    ranks hold together is the whole model, and so are then the files.
+    So it is where a run goes on as it was. If it is so on every rank, and no two hold the same, then nobody has to be
+    told anything: what all ranks hold together is the whole model, and so are then the files.
 
     Args:
         own: Number of a file, and its entries.
@@ -111,31 +111,27 @@ def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) ->
     found: dict[str, SourceTensor] = {}
     used = 0
     for tensor in held:
-        spec, fragments = tensor.spec, tensor.fragments
-        if tensor.grid != spec.shape or spec.name in found or 0 in spec.shape:
+        spec, grid, _ = tensor
+        name, shape, dtype = spec
+        if grid != shape or 0 in shape:
             return None
-        piece = pieces.get(spec.name)
+        piece = pieces.get(name)
         if piece is None:
-            if any(0 not in fragment.box.sizes for fragment in fragments):
+            if any(0 not in fragment.box.sizes for fragment in tensor.fragments):
                 return None
-            found[spec.name] = SourceTensor(spec, ())
+            found[name] = SourceTensor(spec, ())
             continue
-        number, entry = piece
-        box = _same_region(entry, spec, fragments)
-        if box is None:
+        fragments = tensor.fragments
+        number, (_, sizes, code, offset, saved) = piece
+        if len(fragments) != 1 or code != dtype:
+            return None
+        box = fragments[0].box
+        # A file that does not say where a tensor starts has all of it.
+        if box.sizes != sizes or box.offsets != (Box.whole(sizes).offsets if saved is None else saved):
             return None
         used += 1
-        found[spec.name] = SourceTensor(spec, (SourceChunk(box, number, entry.offset),))
-    return found if used == len(pieces) else None
-
-
-def _same_region(entry: Entry, spec: TensorSpec, fragments: Sequence[Fragment]) -> Box | None:
-    """The region of a piece, if it is all that a rank holds of the tensor."""
-    if len(fragments) != 1 or entry.dtype != spec.dtype:
-        return None
-    box = fragments[0].box
-    at = Box.whole(entry.shape).offsets if entry.saved is None else entry.saved
-    return box if box.sizes == entry.shape and box.offsets == at else None
+        found[name] = SourceTensor(spec, (SourceChunk(box, number, offset),))
+    return found if used == len(pieces) and len(found) == len(held) else None
 
 
 def _whole(entry: Entry, file: int) -> SourceTensor:

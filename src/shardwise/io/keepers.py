@@ -19,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import cast
 from zlib import crc32
@@ -191,7 +192,7 @@ def ask_keepers(
     """Find the pieces that touch what a rank wants. All ranks of the group call.
 
     Args:
-        wanted: Gives tensors, and regions of them, as far as this rank does not know their pieces. Local.
+        wanted: Gives tensors, and regions of them; of those whose pieces this rank knows it asks nobody. Local.
         keeper: What this rank can tell others.
         group: The ranks that opened the checkpoint together.
 
@@ -267,13 +268,9 @@ def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]
                 several.add(number)
             found[number] = (*found.get(number, ()), *chunks)
     for number in several:
-        found[number] = in_order(found[number])
+        # Each piece once, in one order for all ranks, since replicas pass on what they read in it.
+        found[number] = tuple(sorted(set(found[number]), key=attrgetter("file", "offset", "box")))
     return found
-
-
-def in_order(chunks: Iterable[SourceChunk]) -> tuple[SourceChunk, ...]:
-    """Each piece once, in one order for all ranks, since replicas pass on what they read in it."""
-    return tuple(sorted(set(chunks), key=lambda chunk: (chunk.file, chunk.offset, chunk.box)))
 
 
 def _numbers(message: bytes) -> list[int]:

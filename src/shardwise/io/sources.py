@@ -7,7 +7,9 @@ Reading headers is shared between the ranks; each file's header is read by one o
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,13 +19,14 @@ from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
+from shardwise.format.crc import crc32c
 from shardwise.format.index import WeightIndex, read_index
 from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, just_held, read_entries
-from shardwise.io.keepers import Keeper, ask_keepers, in_order, spread_entries, spread_rows, tensor_of_row
+from shardwise.io.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
-from shardwise.types import Box
+from shardwise.types import DTYPE_BYTES, Box
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
@@ -56,7 +59,7 @@ class Source:
 
     @collector_paused()
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
-        """The same with the pieces of tensors that this rank wants. All ranks of the group call.
+        """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
 
         Args:
             wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
@@ -64,22 +67,18 @@ class Source:
         """
         if self.keeper is None:
             return self
-        names: list[str] = []
+        asked: list[SourceTensor] = []
 
         def regions() -> list[tuple[SourceTensor, Sequence[Box]]]:
-            found = wanted()
-            names.extend(found)
-            return [(self.tensors[name], boxes) for name, boxes in found.items()]
+            found = [(self.tensors[name], boxes) for name, boxes in wanted().items()]
+            asked.extend(tensor for tensor, _ in found)
+            return found
 
         pieces = ask_keepers(regions, self.keeper, group)
         tensors = dict(self.tensors)
-        for name in names:
-            tensor = tensors[name]
-            if tensor.scattered is not None and tensor.scattered.number in pieces:
-                chunks = pieces[tensor.scattered.number]
-                if tensor.scattered.single:  # what is known of other regions stays known
-                    chunks = in_order((*tensor.chunks, *chunks))
-                tensors[name] = tensor._replace(chunks=chunks)
+        for spec, _, scattered in asked:
+            if scattered is not None and scattered.number in pieces:
+                tensors[spec.name] = SourceTensor(spec, pieces[scattered.number], scattered)
         return replace(self, tensors=tensors)
 
 
@@ -99,9 +98,9 @@ def open_source(
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
-        held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where it holds that in
-            other shapes. Where every rank has read just that, as in a run that goes on as it was, nothing is told to
-            others (`Source.apart`). Local.
+        held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where that cannot be
+            told by names and regions alone. Where every rank has read just that, and none has what another has, as in
+            a run that goes on as it was, nothing is told to others (`Source.apart`). Local.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -217,26 +216,56 @@ def _read_headers(
 
     def read() -> JsonValue:
         nonlocal ours
+        # First, since a rank may fail with a file alone: whatever a model's own hooks do, all ranks do at this point.
+        wanted = None if held is None else held()
         # Neighbours together: as many ranks as saved then each read what the same of them wrote.
         first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
         for number in range(first, last):
             own[number] = read_entries(files[number])
-        wanted = None if held is None else held()
         ours = None if wanted is None else just_held(own, wanted)
         if ours is not None:
-            return True
+            return _account(ours)
         if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
             return None
         return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
 
     answers = group.gather(read, "reading safetensors headers")
-    if all(answer is True for answer in answers):
+    accounts = [cast(dict[str, JsonValue], answer) for answer in answers if isinstance(answer, dict)]
+    if len(accounts) == len(answers) and _add_up(accounts):
         return _Headers(own, None, ours)
-    if any(answer is True or answer is None for answer in answers):
+    if accounts or None in answers:
         return _Headers(own, None)
     everyone = cast(list[list[tuple[int, list[JsonValue]]]], answers)
     rows = sorted(((number, found) for told in everyone for number, found in told), key=itemgetter(0))
     return _Headers(own, [(number, [decode_entry(row) for row in found]) for number, found in rows])
+
+
+def _account(tensors: Mapping[str, SourceTensor]) -> JsonValue:
+    """What a rank says of what it holds: which tensors these are, their bytes, and how many of these it has."""
+    kinds: dict[tuple[str, tuple[int, ...]], int] = {}  # by number, in the order of the tensors: there are few
+    numbers = [kinds.setdefault((dtype, shape), len(kinds)) for (_, shape, dtype), _, _ in tensors.values()]
+    pieces = Counter([(spec.dtype, chunk.box.sizes) for spec, chunks, _ in tensors.values() for chunk in chunks])
+    which = "\0".join(tensors).encode() + repr((list(kinds), numbers)).encode()
+    return {
+        "tensors": f"{len(which)} {crc32c(which):08x}",
+        "bytes": _bytes(zip(kinds, map(Counter(numbers).__getitem__, kinds.values()), strict=True)),
+        "own": _bytes(pieces.items()),
+    }
+
+
+def _bytes(counted: Iterable[tuple[tuple[str, tuple[int, ...]], int]]) -> int:
+    return sum(count * math.prod(sizes) * DTYPE_BYTES[dtype] for (dtype, sizes), count in counted)
+
+
+def _add_up(accounts: Sequence[Mapping[str, JsonValue]]) -> bool:
+    """Whether ranks that hold parts of the same tensors have each byte of them once, and so read no two copies."""
+    own: dict[JsonValue, int] = {}
+    whole: dict[JsonValue, int] = {}
+    for account in accounts:
+        which = account["tensors"]
+        own[which] = own.get(which, 0) + cast(int, account["own"])
+        whole[which] = cast(int, account["bytes"])
+    return own == whole
 
 
 def _check_index(root: Path, indices: Sequence[str], source: Source, read: _ReadIndex) -> None:

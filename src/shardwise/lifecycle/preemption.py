@@ -28,8 +28,9 @@ _in_use: list[PreemptionGuard] = []
 
 def _leave_to_the_default() -> None:
     """In a forked child: the signals end it, also while it is in C code, where Python runs no handler."""
+    handlers = [guard._handle for guard in _in_use]
     for guard in _in_use:
-        guard._disown()
+        guard._disown(handlers)
     _in_use.clear()
 
 
@@ -101,14 +102,21 @@ class PreemptionGuard:
         self._owner = os.getpid()
         _watch_forks()
         _in_use.append(self)
-        for number in self._signals:
-            self._previous[number] = signal.signal(number, self._handle)
+        try:
+            for number in self._signals:
+                self._previous[number] = signal.signal(number, self._handle)
+        except BaseException:
+            self._put_back()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put the previous handlers back."""
+        self._put_back()
+
+    def _put_back(self) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -146,11 +154,15 @@ class PreemptionGuard:
         elif now - self._first_at > self._window:
             self._leave(number)
 
-    def _disown(self) -> None:
+    def _disown(self, handlers: Sequence[Callable[[int, FrameType | None], object]]) -> None:
+        """Put the default actions in the place of guards' handlers, also where this one found another's."""
         for number in self._signals:
             # A handler that was installed since is its owner's.
-            if signal.getsignal(number) == self._handle:
+            if signal.getsignal(number) in handlers:
                 signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._previous.items():
+            if handler in handlers:
+                self._previous[number] = signal.SIG_DFL
 
     def _leave(self, number: int) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -125,25 +125,31 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
     """The reads that fill every fragment of ``wanted``.
 
     Raises:
-        MissingTensorError: The chunks do not cover a fragment.
+        MissingTensorError: The chunks do not cover a fragment, or overlap in it.
     """
-    spec = source.spec
+    spec, chunks = source.spec, source.chunks
+    if len(chunks) != 1 or chunks[0].packed or wanted.grid != spec.shape:
+        return [read for fragment in wanted.fragments for read in _pieces(source, fragment, wanted.grid)]
+    (chunk,) = chunks
     found: list[AnyRead] = []
     for fragment in wanted.fragments:
-        # Most fragments are whole rows of one chunk, and need no look at the others.
-        for chunk in source.chunks if wanted.grid == spec.shape else ():
-            rows = None if chunk.packed else _rows(fragment.box, chunk.box)
-            if rows is not None:
-                found.append(_read_rows(rows, chunk, spec, fragment))
-                break
-        else:
+        rows = _rows(fragment.box, chunk.box)
+        if rows is None:
             found += _pieces(source, fragment, wanted.grid)
+        else:
+            found.append(_read_rows(rows, chunk, spec, fragment))
     return found
 
 
 def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> list[AnyRead]:
     found = [read for chunk in source.chunks for read in _from_chunk(chunk, source.spec, fragment, grid)]
     covered = sum(read.dest.numel() for read in found)
+    if covered > fragment.box.numel:
+        raise MissingTensorError(
+            f"the files hold {covered} elements where {fragment.box.numel} of this tensor belong: pieces of it overlap",
+            tensor=source.spec.name,
+            hint="The directory mixes files of different checkpoints, or of one and its copy; separate them.",
+        )
     if covered != fragment.box.numel:
         raise MissingTensorError(
             f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 #: Collectives of a later save of an unchanged model, and somewhat more. Each costs every save of a large run.
-MOST_COLLECTIVES = 10
+MOST_COLLECTIVES = 11
 
 
 def build(layers: int = 4, size: int = 6) -> nn.Module:
@@ -175,6 +176,30 @@ def refused(root: Path, refusals: list[Refusal]) -> None:
 
 def test_what_one_rank_is_refused_fails_on_all_and_leaves_the_earlier_model(tmp_path: Path) -> None:
     run(2, refused, tmp_path, REFUSALS)
+
+
+class Scarce(LocalStorage):
+    """A device with as much space as the first save of all ranks takes, on which rank 0 looks last of all."""
+
+    def check_space(self, path: Path, nbytes: int) -> None:
+        if dist.get_rank() == 0:
+            time.sleep(0.3)
+            taken = sum(file.stat().st_size for file in path.glob("shard-*"))
+            if taken:
+                raise StorageError(f"{taken} bytes are taken, and {nbytes} more are asked for", path=path)
+        super().check_space(path, nbytes)
+
+
+def save_where_space_is_scarce(root: Path) -> None:
+    model = build()
+    config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="false")
+    with Checkpointer(config, dist.get_rank(), 0, 0, storage=Scarce()) as checkpointer:
+        for step in range(2):
+            checkpointer.save_model(model, root / str(step))
+
+
+def test_rank_0_asks_for_all_ranks_space_before_any_has_taken_its_own(tmp_path: Path) -> None:
+    run(2, save_where_space_is_scarce, tmp_path)
 
 
 class Unlisted(nn.Linear):

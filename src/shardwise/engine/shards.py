@@ -140,10 +140,12 @@ def write_shards(
     nbytes, total = plan.own_bytes, plan.all_bytes
     if total is None:
         _, [total] = group.fold([], [nbytes], "adding up what is to be written")
-    with group.together(f"reserving space in {plan.directory}"):
+    with group.together(f"looking for space in {plan.directory}"):
         pieces = plan.kept.pieces.get((), None, lambda: _prepare(plan.files))
         storage.make_directory(plan.directory)
         storage.check_space(plan.directory, total if group.is_main else nbytes)
+    # Not before rank 0 has looked: what others have taken by then it would ask for once more.
+    with group.together(f"reserving space in {plan.directory}"):
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     failure: Exception | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,39 @@ def ask_own(directory: Path) -> list[str]:
     group.said.clear()
     source.located(lambda: {f"t{n}": [Box((mine * group.rank, 0), (mine, 3))] for n in range(10)}, group)
     return group.said
+
+
+def want_nothing_of_it(directory: Path) -> list[int]:
+    """How many pieces of tensors a rank finds of which it holds no rows, while others ask."""
+    group = Group.current()
+    source = open_source(directory, group, spread=True)
+    regions = [] if group.rank == 0 else [Box((0,), (ROWS,))]
+    located = source.located(lambda: {"holes": regions, "t0": []}, group)
+    return [len(located.tensors["holes"].chunks)]
+
+
+def test_a_rank_may_want_no_rows_of_a_tensor(tmp_path: Path) -> None:
+    write_shards(tmp_path, 3)
+    assert run(3, want_nothing_of_it, tmp_path) == [[0], [2], [2]]
+
+
+def under_two_names(directory: Path) -> list[bool]:
+    """Whether this rank finds its own rows of a tensor, and another's of the same tensor under a further name."""
+    group = Group.current()
+    source = open_source(directory, group, spread=True)
+    tensor, mine = source.tensors["t0"], ROWS // group.world_size
+    further = tensor._replace(spec=tensor.spec._replace(name="further"))
+    rows = [Box((mine * rank, 0), (mine, 3)) for rank in (group.rank, (group.rank + 1) % group.world_size)]
+    source = replace(source, tensors={**source.tensors, "further": further})
+    source = source.located(lambda: {"t0": [rows[0]], "further": [rows[1]]}, group)
+    return [
+        len(chunks_of(source.tensors[name], region)) == 1 for name, region in zip(("t0", "further"), rows, strict=True)
+    ]
+
+
+def test_of_one_tensor_under_two_names_each_has_its_own_pieces(tmp_path: Path) -> None:
+    write_shards(tmp_path, 3)
+    assert run(3, under_two_names, tmp_path) == [[True, True]] * 3
 
 
 class Counting(Group):

@@ -192,7 +192,7 @@ def ask_keepers(
     """Find the pieces that touch what a rank wants. All ranks of the group call.
 
     Args:
-        wanted: Gives tensors, and regions of them; of those whose pieces this rank knows it asks nobody. Local.
+        wanted: Gives scattered tensors, and regions of them, some of which this rank does not know. Local.
         keeper: What this rank can tell others.
         group: The ranks that opened the checkpoint together.
 
@@ -225,8 +225,6 @@ def _questions(
     values: list[list[int]] = [[] for _ in range(world)]
     asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
     for tensor, boxes in wanted:
-        if tensor.knows(boxes):
-            continue
         assert tensor.scattered is not None
         number, dims = tensor.scattered.number, len(tensor.spec.shape)
         for offsets, sizes in boxes:

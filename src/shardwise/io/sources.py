@@ -67,18 +67,18 @@ class Source:
         """
         if self.keeper is None:
             return self
-        asked: list[SourceTensor] = []
-
-        def regions() -> list[tuple[SourceTensor, Sequence[Box]]]:
-            found = [(self.tensors[name], boxes) for name, boxes in wanted().items()]
-            asked.extend(tensor for tensor, _ in found)
-            return found
-
-        pieces = ask_keepers(regions, self.keeper, group)
         tensors = dict(self.tensors)
-        for spec, _, scattered in asked:
-            if scattered is not None and scattered.number in pieces:
-                tensors[spec.name] = SourceTensor(spec, pieces[scattered.number], scattered)
+        asked: dict[str, Sequence[Box]] = {}
+
+        def questions() -> list[tuple[SourceTensor, Sequence[Box]]]:
+            asked.update({n: boxes for n, boxes in wanted().items() if boxes and not tensors[n].knows(boxes)})
+            return [(tensors[name], boxes) for name, boxes in asked.items()]
+
+        pieces = ask_keepers(questions, self.keeper, group)
+        for name in asked:
+            spec, _, scattered = tensors[name]
+            if scattered is not None:
+                tensors[name] = SourceTensor(spec, pieces[scattered.number], scattered)
         return replace(self, tensors=tensors)
 
 

@@ -41,14 +41,14 @@ class Layout:
 
 
 SHAPES = {"a": (5, 3), "b": (1,), "c": (6,), "d": (2, 2, 2)}
-#: Uneven rows, a tensor that one rank alone has rows of, a rank without a tensor, a rank without anything.
+#: Uneven rows, a tensor that one rank alone has rows of, ranks without rows of some tensors or of all.
 EVEN = Layout(
     SHAPES,
     [
         {"a": (0, 2), "b": (0, 1), "c": (0, 3), "d": (0, 1)},
         {"a": (2, 2), "b": (1, 0), "c": (3, 3), "d": (1, 1)},
         {"a": (4, 1), "b": (1, 0), "c": (6, 0), "d": (2, 0)},
-        {},
+        {"a": (5, 0), "b": (1, 0), "c": (6, 0), "d": (2, 0)},
     ],
 )
 
@@ -254,6 +254,19 @@ def test_two_shard_sets_in_one_directory_are_not_one_model(tmp_path: Path) -> No
         assert torch.equal(found[0][1][name], found[2][1][name])  # type: ignore[index]
 
 
+@pytest.mark.parametrize("order", [["c", "b"], ["c", "b", "a"]])
+def test_ranks_that_hold_different_tensors_take_one_copy_of_a_common_one(tmp_path: Path, order: list[str]) -> None:
+    """Each rank has read all that it wants, in a file of its own; of what both want the files have other values."""
+    first = Layout(SHAPES, [{name: WHOLE[name] for name in ("b", "c")}])
+    second = Layout(SHAPES, [{name: WHOLE[name] for name in order}])
+    write(tmp_path, first)
+    write_again(tmp_path, second, 1, "shard-zz")
+    found = run(2, load_all, tmp_path, Layout(SHAPES, [*first.ranks, *second.ranks]))
+    assert not any(apart for apart, _ in found)  # type: ignore[misc]
+    for name in ("b", "c"):
+        assert torch.equal(found[0][1][name], found[1][1][name])  # type: ignore[index]
+
+
 def load_other_shapes(directory: Path) -> None:
     """Rank 1 takes the tensor for a longer one, and has read just what it would have of that."""
     group = Group.current()
@@ -300,6 +313,23 @@ def test_a_stale_file_beside_the_shards_is_refused(tmp_path: Path) -> None:
     found = failure(4, load_stale, tmp_path)
     assert isinstance(found, TensorError)
     assert found.tensor == "a"
+    assert "overlap" in str(found)
+
+
+def load_whole(directory: Path) -> None:
+    group = Group.current()
+    held = hold(Layout({"t": (8, 2)}, [{"t": (0, 8)}]), 0)
+    load_tensors(list(held.values()), open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_that_are_there_twice_do_not_stand_in_for_such_as_are_not_there(tmp_path: Path, world: int) -> None:
+    rows = torch.arange(16.0).view(8, 2)
+    for start, end in ((0, 4), (2, 4), (6, 8)):
+        record = encode_sharding_metadata({"t": (start, 0)})
+        save_file({"t": rows[start:end].clone()}, tmp_path / f"shard-{start}-{end}.safetensors", record)
+    found = failure(world, load_whole, tmp_path)
+    assert isinstance(found, TensorError)
     assert "overlap" in str(found)
 
 

@@ -127,7 +127,7 @@ def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) ->
             return None
         box = fragments[0].box
         # A file that does not say where a tensor starts has all of it.
-        if box.sizes != sizes or box.offsets != (Box.whole(sizes).offsets if saved is None else saved):
+        if box != (Box.whole(shape) if saved is None else (saved, sizes)) or box.sizes != sizes:
             return None
         used += 1
         found[name] = SourceTensor(spec, (SourceChunk(box, number, offset),))

@@ -8,13 +8,14 @@ they fill.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from shardwise.errors import MissingTensorError
+from shardwise.format.tiling import tiles
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
@@ -142,11 +143,19 @@ def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
 
 
 def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> list[AnyRead]:
-    found = [read for chunk in source.chunks for read in _from_chunk(chunk, source.spec, fragment, grid)]
-    covered = sum(read.dest.numel() for read in found)
-    if covered > fragment.box.numel:
+    found: list[AnyRead] = []
+    regions: list[Box] = []
+    for chunk in source.chunks:
+        for common, reads in _from_chunk(chunk, source.spec, fragment, grid):
+            found += reads
+            regions.append(common.relative_to(fragment.box))
+    covered = sum(region.numel for region in regions)
+    # As many elements as belong there may be some twice and some not at all.
+    if covered > fragment.box.numel or (
+        covered == fragment.box.numel and len(regions) > 1 and not tiles(fragment.box.sizes, regions)
+    ):
         raise MissingTensorError(
-            f"the files hold {covered} elements where {fragment.box.numel} of this tensor belong: pieces of it overlap",
+            "pieces of this tensor overlap: the files hold some of its elements twice",
             tensor=source.spec.name,
             hint="The directory mixes files of different checkpoints, or of one and its copy; separate them.",
         )
@@ -165,11 +174,14 @@ def _read_rows(rows: tuple[int, int], chunk: SourceChunk, spec: TensorSpec, frag
     return Read(chunk.file, chunk.offset + rows[0] * itemsize, 1, nbytes, nbytes, fragment.data, spec)
 
 
-def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]) -> Iterator[AnyRead]:
+def _from_chunk(
+    chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: tuple[int, ...]
+) -> Iterator[tuple[Box, Iterable[AnyRead]]]:
+    """Regions, in the grid, that a chunk and a fragment have in common, and the reads that fill each."""
     if grid == spec.shape:
         rows = _rows(fragment.box, chunk.box)
         if rows is not None and not chunk.packed:
-            yield _read_rows(rows, chunk, spec, fragment)
+            yield fragment.box, [_read_rows(rows, chunk, spec, fragment)]
             return
         factors: tuple[tuple[int, ...], ...] = tuple((n,) for n in grid)
         boxes: Sequence[Box] = (chunk.box,)
@@ -182,10 +194,11 @@ def _from_chunk(chunk: SourceChunk, spec: TensorSpec, fragment: Fragment, grid: 
         if common is None:
             continue
         if chunk.packed:
-            yield PackedRead(chunk, common.relative_to(box), box.sizes, cut(fragment, common).data, spec)
+            packed = PackedRead(chunk, common.relative_to(box), box.sizes, cut(fragment, common).data, spec)
+            yield common, [packed]
         else:
             start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
-            yield from _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
+            yield common, _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
 
 
 @lru_cache(maxsize=65536)  # tensors of one kind have equal boxes

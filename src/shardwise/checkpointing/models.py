@@ -14,7 +14,7 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.huggingface import copy_metadata, is_quantized, write_metadata
+from shardwise.addons.huggingface import HFMetadataExporter, copy_metadata, is_quantized, own_exporter, write_metadata
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
@@ -32,6 +32,7 @@ from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
+from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
@@ -105,6 +106,8 @@ class ModelSave:
         own = leading_own(addons)
         # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
         self._describes, self._addons = bool(own), addons[own:]
+        self._exporter: HFMetadataExporter | None = None
+        self._refusal: Exception | None = None
         self.closing: list[Callable[[Group], None]] = []
         self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
         self.state = ModelState(model)
@@ -124,8 +127,19 @@ class ModelSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
-        steps = self._written()
+        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+
+        Raises:
+            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
+                tells of it on the other ranks.
+            ShardwiseError: What else failed, on any rank.
+        """
+        try:
+            steps = self._written()
+        except ShardwiseError:
+            if self._refusal is not None:
+                raise self._refusal from None
+            raise
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -148,6 +162,7 @@ class ModelSave:
         context = self._context
         kept: dict[str, str] = {}
         with context.group.together("describing the model") as quantized:
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             require_memory(memory_of(self.state.held()), "values to save")
@@ -199,6 +214,7 @@ class ModelSave:
         hub: HubState | None = None
         own: Recast | None = None
         with context.group.together("describing the model") as news:
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             hub = self._captured()
@@ -218,6 +234,16 @@ class ModelSave:
         # In one order on every rank: each may exchange something.
         any_quantized = context.quantized.settle(news.any)
         return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, any_quantized)
+
+    def _ask_exporter(self) -> None:
+        """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
+        if not self._describes:
+            return
+        try:
+            self._exporter = own_exporter(self._args)
+        except Exception as error:
+            self._refusal = error
+            raise
 
     def _captured(self) -> HubState:
         context = self._context
@@ -273,7 +299,7 @@ class ModelSave:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
-            write_metadata(self._args, quantized)
+            write_metadata(self._args, quantized, self._exporter)
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""

@@ -41,8 +41,21 @@ def declared(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     return [HeldTensor(spec, spec.shape, ()) for group in groups for spec in group.computed.hub]
 
 
-def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Callable[[Run], None]) -> Exception | None:
+def write_computed(
+    plan: ComputedPlan,
+    layout: Layout,
+    group: Group,
+    write: Callable[[Run], None],
+    failure: Exception | None = None,
+) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
+
+    Args:
+        plan: What to convert.
+        layout: Where it goes.
+        group: Whose ranks swap.
+        write: Writes one run.
+        failure: What this rank has failed with before, if it has: it takes part, and writes nothing.
 
     Returns:
         What failed locally first; the remaining groups are still swapped, so that no peer waits.
@@ -50,9 +63,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
     Raises:
         PeerError: A peer left.
     """
-    failure: Exception | None = None
     if plan.roster is None:
-        return None
+        return failure
     # In one order and by one owner for all who hold a group, whatever other groups they hold.
     for held in sorted(plan.groups, key=_name):
         members = sorted(
@@ -67,7 +79,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
         whole: dict[str, torch.Tensor] = {}
         for tensor in held.natives:
             try:
-                found = gather(tensor, plan.roster, group, owner)
+                with group.keeping(failure):
+                    found = gather(tensor, plan.roster, group, owner)
             except PeerError:
                 raise
             except Exception as error:  # noqa: BLE001 - raised once no peer waits
@@ -79,8 +92,6 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
             continue
         try:
             _write_group(held, whole, layout, write)
-        except PeerError:
-            raise
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
     return failure

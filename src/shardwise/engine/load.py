@@ -153,6 +153,7 @@ def plan_load(
         if saved.spec != tensor.spec:
             _compare(tensor, source, options)
         reads.add(saved, tensor, replicas)
+    reads.rehearse()
     return reads, missing
 
 

@@ -17,8 +17,8 @@ from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
-from shardwise.engine.computed import load_computed
-from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_described, load_tensors
+from shardwise.engine.computed import OpenedComputed, open_computed
+from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
@@ -40,22 +40,66 @@ def load_model(
         TensorError: Model and checkpoint do not fit.
         FormatError: The checkpoint is damaged.
     """
-    group = context.group
+    return open_model(
+        context, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
+    ).fill()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+
+    Attributes:
+        context: Settings, ranks and storage.
+        direct: What is read into the model.
+        computed: What is converted first; ``None`` where no rank's model has any.
+    """
+
+    context: Context
+    direct: OpenedLoad
+    computed: OpenedComputed | None
+
+    def fill(self) -> LoadReport:
+        """Fill the model. All ranks call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+        """
+        report = self.direct.read()
+        if self.computed is not None:
+            self.computed.read(self.context.storage)
+        return report
+
+
+def open_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> OpenedModel:
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    group, storage = context.group, context.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(context, state, path, key_mapping, options)
     source, hub, options = opened.source, opened.hub, opened.options
     if opened.differs and _speaks_native(hub, source, group):
-        return load_tensors(hub.native, source, group, context.storage, options)
+        return OpenedModel(context, open_described(lambda: hub.native, source, group, storage, options), None)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
 
     def direct() -> list[HeldTensor]:
         own = under_saved_names(state.model, hub.held, source.tensors.keys())
         return [*own, *natives_of([held for held in hub.groups if held not in computed])]
 
-    report = load_described(direct, source, group, context.storage, options)
-    if opened.differs:
-        load_computed(computed, source, group, context.storage, options)
-    return report
+    load = open_described(direct, source, group, storage, options)
+    return OpenedModel(context, load, open_computed(computed, source, group, options) if opened.differs else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,66 @@ def load_described(
     options: LoadOptions,
 ) -> LoadReport:
     """As `load_tensors`, for tensors that ``describe`` gives; what it fails with on one rank is raised on all."""
-    started = time.monotonic()
+    return open_described(describe, source, group, storage, options).read()
+
+
+@dataclass(frozen=True)
+class OpenedLoad:
+    """A load of which all is known to fit, on every rank, and nothing has been read.
+
+    Attributes:
+        source: Where it comes from.
+        group: The ranks that load together.
+        storage: Through what.
+        options: What may differ.
+        reads: What this rank reads.
+        missing: Names that the source lacks.
+        unexpected: Names of the source that no rank wants.
+    """
+
+    source: Source
+    group: Group
+    storage: Storage
+    options: LoadOptions
+    reads: PlannedReads
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def read(self) -> LoadReport:
+        """Fill what was described. All ranks of the group call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+        """
+        source, group = self.source, self.group
+        started = time.monotonic()
+        reader = Reader(self.storage, source.files, self.options.threads)
+        with group.together(f"reading {source.path}"):
+            try:
+                self.reads.execute(reader, group)
+            finally:
+                reader.close()
+        if group.is_main:
+            seconds = max(time.monotonic() - started, 1e-9)
+            rate = reader.counts.read / 1e9 / seconds
+            _LOG.info(
+                "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
+            )
+        return LoadReport(self.missing, self.unexpected, reader.counts)
+
+
+def open_described(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: Source,
+    group: Group,
+    storage: Storage,
+    options: LoadOptions,
+) -> OpenedLoad:
+    """Compare what ``describe`` gives with ``source``, and plan what to read. All ranks of the group call.
+
+    Raises:
+        TensorError: As `load_tensors`.
+    """
     held, unclaimed, remote = _described(describe, source, group, storage, options)
     unexpected = [name for name in unclaimed if name not in options.ignored]
     source = source.located(lambda: _regions(held, source), group)
@@ -98,19 +157,7 @@ def load_described(
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
         reads, missing = plan_load(held, source, options, unexpected, replicas)
-    reader = Reader(storage, source.files, options.threads)
-    with group.together(f"reading {source.path}"):
-        try:
-            reads.execute(reader, group)
-        finally:
-            reader.close()
-    if group.is_main:
-        seconds = max(time.monotonic() - started, 1e-9)
-        rate = reader.counts.read / 1e9 / seconds
-        _LOG.info(
-            "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
-        )
-    return LoadReport(tuple(missing), tuple(unexpected), reader.counts)
+    return OpenedLoad(source, group, storage, options, reads, tuple(missing), tuple(unexpected))
 
 
 @collector_paused()

@@ -38,6 +38,13 @@ Optimizers = Optimizer | Sequence[Optimizer]
 Schedulers = HasState | Sequence[HasState]
 
 
+def several(optimizer: Optimizers | None) -> list[Optimizer]:
+    """Optimizers as a list; none is an empty one."""
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
 def as_list(schedulers: Schedulers | None) -> list[HasState]:
     """Schedulers as a list; none is an empty one."""
     if schedulers is None:

@@ -53,7 +53,7 @@ def saved_schedules(
             f"{len(states)} {'scheduler was' if len(states) == 1 else 'schedulers were'} saved and "
             f"{len(schedulers)} {'is' if len(schedulers) == 1 else 'are'} to be restored",
             path=path,
-            hint="Pass as many schedulers as when the checkpoint was saved, in the same order; or restore without them.",
+            hint="Pass the schedulers that the checkpoint was saved with, in the same order; or restore without them.",
         )
     for number, (scheduler, state) in enumerate(zip(schedulers, states, strict=True)):
         inner = _inner(scheduler)

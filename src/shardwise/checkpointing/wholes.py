@@ -125,7 +125,11 @@ def unrestored(
 
 def _components(directory: Path) -> list[str]:
     """What a checkpoint has beside its model."""
-    return [*optimizer_components(directory / "optim"), *saved_names(directory / "extra"), *saved_names(directory / "rng")]
+    return [
+        *optimizer_components(directory / "optim"),
+        *saved_names(directory / "extra"),
+        *saved_names(directory / "rng"),
+    ]
 
 
 def below(prefix: str, steps: Sequence[Step]) -> list[Step]:

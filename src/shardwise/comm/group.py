@@ -4,8 +4,8 @@ Every collective of the library goes through `Group`. Two rules keep ranks from 
 
 * local work between collectives runs inside ``with group.together("what")``, which catches what goes wrong, tells every
   rank, and raises the same typed error on all of them;
-* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a rank
-  that had failed by itself before also that failure, as its cause.
+* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a
+  rank that had failed by itself before also that failure, as its cause.
 
 Values travel as JSON or as raw tensor bytes, never as pickles.
 """

@@ -189,7 +189,6 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     Returns:
         Memory with which this rank takes part in exchanges of rows if it fails.
     """
-    spare = torch.empty(0, dtype=torch.uint8)
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):
             if group.is_main:
@@ -200,8 +199,7 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
             storage.create(plan.directory / file.name, file.size, file.header)
         if group.is_main and plan.options.index:
             write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
-        spare = spare_memory(plan.schedule.exchanges, plan.held, group.rank)
-    return spare
+        return spare_memory(plan.schedule.exchanges, plan.held, group.rank)
 
 
 def _created(plan: ExportPlan, group: Group) -> list[int]:

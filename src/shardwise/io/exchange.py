@@ -124,9 +124,7 @@ def _incoming(
     return receives
 
 
-def _swap_in_vain(
-    exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor
-) -> None:
+def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
     """Send and receive messages of the sizes that the peers expect, with nothing of use in them."""
     sizes: dict[tuple[int, int], int] = {}
     for target in exchange.members:

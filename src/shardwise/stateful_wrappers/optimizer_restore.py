@@ -197,7 +197,9 @@ def _check_kind(
     )
     if saved.kind and names and saved.kind != own:
         raise MisuseError(
-            f"the checkpoint's optimizer is {saved.kind} and the one to be restored is {own}", tensor=names[0], hint=hint
+            f"the checkpoint's optimizer is {saved.kind} and the one to be restored is {own}",
+            tensor=names[0],
+            hint=hint,
         )
     if saved.kind or not names:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from shardwise.checkpointing.arguments import (
     checked,
     whole_number,
 )
-from shardwise.checkpointing.commits import Publication, check_metrics
+from shardwise.checkpointing.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
@@ -29,6 +30,7 @@ from shardwise.engine.jobs import SaveJob
 from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
+from shardwise.errors import StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,
@@ -36,6 +38,8 @@ from shardwise.lifecycle import (
     reserve,
     temporary_name,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -118,6 +122,8 @@ class Checkpointer(ComponentCheckpointer):
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
         check_same_call(look, given | passed_addons(self.addons), context.group)
+        if context.group.is_main:
+            warn_of_metrics(numbers, self.config)
         name = checkpoint_name(epoch, step)
         temp, final = context.root / temporary_name(name), context.root / name
         publication = self._publication(temp, final, epoch, step, numbers)
@@ -249,6 +255,10 @@ class Checkpointer(ComponentCheckpointer):
     def _reserve(self, name: str) -> None:
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
         if not self._tidied:
-            remove_leftovers(self._context.root, fs=self._fs)
+            try:
+                remove_leftovers(self._context.root, fs=self._fs)
+            except StorageError as error:
+                # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
+                _LOG.warning("what an interrupted save left could not be removed: %s", error)
         reserve(self._context.root, name, fs=self._fs)
         self._tidied = True

@@ -87,7 +87,7 @@ def test_checkpoints_without_the_metric_do_not_cost_the_best(tmp_path: Path, cap
 def test_a_checkpoint_whose_metrics_are_damaged_may_be_the_best(tmp_path: Path) -> None:
     assert saved(tmp_path, [{"default": 2.0}, {"default": 1.0}]) == [1]
     (tmp_path / "epoch_0_step_1" / "losses.json").write_text("{")
-    assert saved(tmp_path, [{"default": 5.0}, {"default": 6.0}]) == [1, 2]
+    assert saved(tmp_path, [{"default": 5.0}, {"default": 6.0}]) == [1, 2, 3]
 
 
 class Several(nn.Module):

@@ -73,7 +73,8 @@ class OpenedModel:
         report = self.direct.read()
         if self.computed is not None:
             self.computed.read(self.context.storage)
-        self.taking.run(self.direct, self.context.group)
+        with self.direct.reading() as values:
+            self.taking.run(values, str(self.direct.source.path), self.context.group)
         return report
 
 

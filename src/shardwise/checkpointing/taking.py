@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,11 +14,10 @@ from shardwise.checkpointing.aside import SavedAside, read_aside
 from shardwise.checkpointing.hub import HubState
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
-from shardwise.engine.load import LoadOptions, OpenedLoad
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.near_names import listed
 from shardwise.errors import UnexpectedTensorError
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.plan.deferred import Deferred, held_whole, stands_alone
 from shardwise.plan.fragments import HeldTensor
@@ -26,6 +25,7 @@ from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
 from shardwise.stateful_wrappers.units import Step, Taker
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.types import TensorSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,15 +44,7 @@ def as_owners_take(
         computed: What is converted apart.
         source: What there is.
     """
-    found: list[HeldTensor] = []
-    for tensor in held:
-        what = stands_alone(tensor)
-        saved = source.tensors.get(tensor.spec.name)
-        if what is None:
-            found.append(tensor)
-        elif saved is not None:
-            spec = tensor.spec._replace(shape=saved.spec.shape)
-            found.append(tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape)))
+    found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
     own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
     listing = hub.listing
     takers = [] if listing is None else [taker for steps in listing.steps for taker in _lenient(steps)]
@@ -67,6 +59,18 @@ def as_owners_take(
             what = Deferred(key, shape, dtype, torch.device("cpu"), None, taker, is_flexible=True)
             found.append(held_whole(saved.spec, what))
     return found
+
+
+def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
+    """What is to be loaded; what modules take in any shape in that of the files, as far as these have it. Local."""
+    for tensor in held:
+        what = stands_alone(tensor)
+        saved = specs.get(tensor.spec.name)
+        if what is None:
+            yield tensor
+        elif saved is not None:
+            spec = tensor.spec._replace(shape=saved.shape)
+            yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
 
 
 def _lenient(steps: Sequence[Step]) -> Iterator[Taker]:
@@ -111,29 +115,28 @@ class Taking:
     options: LoadOptions
     rounds: int
 
-    def run(self, load: OpenedLoad, group: Group) -> None:
+    def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
         """Let the modules take their state, one by one. All ranks call.
+
+        Args:
+            values: Reads what there is for one of them.
+            what: Where it comes from, for messages.
+            group: The ranks that load together.
 
         Raises:
             ModuleStateError: A module refuses what it is given; which modules came before it is torch's order.
         """
-        if not self.rounds:
-            return
         without: list[str] = []
         rounds = list(_rounds(self.steps))
-        reader = Reader(load.storage, load.source.files, load.options.threads)
-        try:
-            for number in range(self.rounds):
-                values: dict[str, torch.Tensor] = {}
-                steps = rounds[number] if number < len(rounds) else []
-                # Apart: a module's own method may communicate, so that no rank may have failed before it.
-                with group.together(f"reading {load.source.path}"):
-                    if steps and steps[0].taker is not None:
-                        values = load.values(steps[0].taker, reader)
-                with group.together("installing the state of modules"):
-                    without += self._install(steps, values)
-        finally:
-            reader.close()
+        for number in range(self.rounds):
+            tensors: dict[str, torch.Tensor] = {}
+            steps = rounds[number] if number < len(rounds) else []
+            # Apart: a module's own method may communicate, so that no rank may have failed before it.
+            with group.together(f"reading {what}"):
+                if steps and steps[0].taker is not None:
+                    tensors = values(steps[0].taker)
+            with group.together("installing the state of modules"):
+                without += self._install(steps, tensors)
         if without:
             _LOG.warning("no state was saved for %s, which keep what they have", listed(without))
 

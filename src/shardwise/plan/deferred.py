@@ -8,7 +8,7 @@ views, and a view of a stand-in still has its storage, to which the description 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -162,6 +162,22 @@ def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
 
     parts = (part._replace(fragments=tuple(filter(wanted, part.fragments))) for part in tensor.parts)
     return tensor._replace(parts=tuple(part for part in parts if part.fragments))
+
+
+def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
+    """Check that tensors are in memory that values can be copied into.
+
+    Raises:
+        ModuleStateError: One is taken by its module, by a method of its own.
+    """
+    for tensor in tensors:
+        for fragment in tensor.fragments:
+            if (what := deferred(fragment.data)) is not None:
+                raise ModuleStateError(
+                    "this tensor is computed from others of the files, and its module takes it by a method of its own",
+                    tensor=what.key,
+                    hint="Let the model's state_dict_adapter only rearrange it, or let the module load as torch does.",
+                )
 
 
 class Buffers:

@@ -20,6 +20,7 @@ from shardwise.io.memory import flat_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
+from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
 from shardwise.plan.reads import plan_reads
@@ -208,13 +209,13 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
     own = {fragment.box: fragment.data for fragment in tensor.fragments}
     dtype = next((data.dtype for data in own.values()), torch_dtype(tensor.spec.dtype))
     if rank != owner:
-        sends = [(owner, own[box].detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
+        sends = [(owner, resolve(own[box]).detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
         return _Prepared(sends, [], None)
     whole = torch.empty(tensor.grid, dtype=dtype)
     receives: list[tuple[int, torch.Tensor, Box]] = []
     for source, box in pieces:
         if source == owner:
-            _region(whole, box).copy_(own[box].detach())
+            _region(whole, box).copy_(resolve(own[box]).detach())
         else:
             receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
     return _Prepared([], receives, whole)
@@ -263,6 +264,7 @@ def open_computed(groups: Sequence[HeldGroup], source: Source, group: Group, opt
     found: list[HeldGroup] = []
     with group.together(f"comparing tensors that have to be computed with {source.path}"):
         found = [held for held in wanted if _compared(held, source, options)]
+        refuse_stand_ins(tensor for held in found for tensor in held.natives)
     return OpenedComputed(found, source, group, options)
 
 

@@ -144,7 +144,8 @@ class CheckpointingConfig:
             multi-token-prediction heads, which the exported configuration still promises.
         keep_every_k_steps: Also keep checkpoints whose step is a multiple of this, so that a long run stays
             inspectable while ``max_recent_checkpoints`` is small.
-        keep_best: Also keep this many checkpoints with the best ``best_metric_key``.
+        keep_best: Also keep this many checkpoints with the best ``best_metric_key``. A save without that metric warns,
+            and nothing is deleted as long as no checkpoint has it.
         best_metric_mode: ``min`` where a lower metric is better, ``max`` where a higher one is; a loss and an accuracy
             differ in this.
         skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of

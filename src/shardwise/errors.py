@@ -255,6 +255,10 @@ class NameCollisionError(TensorError):
     """Two different tensors claim the same name."""
 
 
+class ModuleStateError(ShardwiseError, ValueError):
+    """What a module's own methods make for its state, or do with it, cannot be saved or restored."""
+
+
 class ConversionError(ShardwiseError, ValueError):
     """Native names or tensors do not map to the hub's names and back."""
 
@@ -273,6 +277,15 @@ class AdapterError(ShardwiseError, ValueError):
 
 class PeerError(ShardwiseError, RuntimeError):
     """Another rank died, hung or left a collective."""
+
+    def after(self, failure: BaseException) -> PeerError:
+        """This error on a rank that had already failed by itself, which its text then says; raise it from ``failure``.
+
+        What is missing on another rank is often no more than a consequence.
+        """
+        own = str(failure) if isinstance(failure, ShardwiseError) else f"{type(failure).__name__}: {failure}"
+        message = f"{self.message}; before that, this rank had failed by itself: {own}"
+        return PeerError(message, path=self.path, tensor=self.tensor, rank=self.rank, hint=self.hint)
 
 
 class SaveInterruptedError(ShardwiseError, RuntimeError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +23,7 @@ from shardwise.checkpointing.hooks import run_hooks
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, listed_anywhere, load_tensors
+from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.errors import AdapterError
@@ -126,10 +128,22 @@ def _inventories(group: Group, captured: AdapterTensors) -> list[dict[str, tuple
     return [{path: tuple(indices) for path, indices in theirs.items()} for theirs in everyone]
 
 
-def load_adapter(
+@dataclass(frozen=True, slots=True)
+class OpenedAdapter:
+    """A model's adapters and a checkpoint's that are known to fit, on every rank; nothing has been read or written."""
+
+    loads: tuple[OpenedLoad, ...]
+
+    def fill(self) -> None:
+        """Fill the adapters. All ranks call, once."""
+        for load in self.loads:
+            load.read()
+
+
+def open_adapter(
     context: Context, model: nn.Module | Sequence[nn.Module], path: Path, peft_config: object | None = None
-) -> None:
-    """Fill a model's adapters in place, on any topology. All ranks call.
+) -> OpenedAdapter:
+    """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
     Args:
         context: Settings, ranks and storage.
@@ -159,6 +173,7 @@ def load_adapter(
     with group.together("comparing the adapter's settings"):
         for name, settings in saved.items():
             _refuse_other_meaning(name, differing_settings(settings, own[name]), path)
+    loads: list[OpenedLoad] = []
     for file in captured.files:
         held: tuple[HeldTensor, ...] = ()
         with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
@@ -168,7 +183,8 @@ def load_adapter(
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
         options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
-        load_tensors(held, source, group, context.storage, options)
+        loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
+    return OpenedAdapter(tuple(loads))
 
 
 def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:

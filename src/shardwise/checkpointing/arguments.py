@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
+from shardwise.stateful_wrappers.ways import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     """Check that each is what it is called, or a sequence of such.
 
     Raises:
-        MisuseError: One is something else.
+        MisuseError: One is something else, or a model that FSDP1 wraps.
     """
     for part in _several(model):
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
+    refuse_fsdp1(_several(model))
     for each in () if optimizer is None else _several(optimizer):
         if not isinstance(each, Optimizer):
             raise _not("optimizer", each, "a torch.optim.Optimizer, or a list of them")

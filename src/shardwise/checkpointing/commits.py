@@ -31,6 +31,7 @@ from shardwise.lifecycle import (
     Retention,
     abandon,
     best_checkpoint,
+    lacks_metric,
     list_checkpoints,
     prune,
     publish,
@@ -151,6 +152,20 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return out
 
 
+def warn_of_metrics(metrics: Mapping[str, float], config: CheckpointingConfig) -> None:
+    """Say so before a save where ``keep_best`` cannot judge the checkpoint. One rank calls."""
+    key = config.best_metric_key
+    if config.keep_best is None or math.isfinite(metrics.get(key, math.nan)):
+        return
+    what = f"is {metrics[key]}" if key in metrics else f"is not among its metrics {sorted(metrics)}"
+    _LOG.warning(
+        "keep_best goes by the metric %r, which %s: this checkpoint cannot be kept as the best one. Pass it in "
+        "metrics, or set best_metric_key to one that is passed.",
+        key,
+        what,
+    )
+
+
 def write_run_files(
     storage: Storage, directory: Path, config: CheckpointingConfig, metrics: Mapping[str, float]
 ) -> None:
@@ -217,12 +232,36 @@ class Publication:
     def _point(self) -> None:
         context = self._context
         set_pointer(context.root, LATEST, self._final.name, fs=context.fs)
+        _LOG.info("published %s", self._final)
         policy = Retention.from_config(context.config)
-        best = best_checkpoint(list_checkpoints(context.root), policy)
+        # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
+        # and find its name taken.
+        try:
+            self._tidy(policy)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning(
+                "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
+                "again: %s",
+                self._final,
+                ShardwiseError.wrap(error),
+            )
+
+    def _tidy(self, policy: Retention) -> None:
+        """Set the pointer to the best checkpoint, and delete what is not to be kept."""
+        context = self._context
+        checkpoints = list_checkpoints(context.root)
+        best = best_checkpoint(checkpoints, policy)
         if best is not None:
             set_pointer(context.root, BEST, best, fs=context.fs)
-        doomed = prune(context.root, policy, fs=context.fs)
-        _LOG.info("published %s%s", self._final, f"; removed {', '.join(doomed)}" if doomed else "")
+        if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
+            _LOG.warning(
+                "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
+                context.root,
+                policy.metric_key,
+            )
+        deleted = prune(context.root, policy, fs=context.fs)
+        if deleted:
+            _LOG.info("removed %s", ", ".join(deleted))
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""

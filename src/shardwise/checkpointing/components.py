@@ -18,7 +18,7 @@ from shardwise._version import __version__
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
-from shardwise.checkpointing.adapters import AdapterSave, load_adapter
+from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, open_adapter
 from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
@@ -29,10 +29,11 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import passed_addons
-from shardwise.checkpointing.model_loading import load_model
+from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.restoring import overwriting
 from shardwise.checkpointing.standalone import Replacement
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig
@@ -139,9 +140,6 @@ class ComponentCheckpointer:
         context = self._context
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
         check_same_call(lambda: checked(model), given, context.group)
-        if self.config.is_peft and not is_init_step:
-            load_adapter(context, model, Path(model_path).absolute())
-            return
         path = Path(model_path).absolute()
         if is_init_step:
             parts = [model] if isinstance(model, nn.Module) else list(model)
@@ -149,8 +147,9 @@ class ComponentCheckpointer:
                 context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
             )
             return
-        options = LoadOptions(allow_checkpoint_key_subset, threads=context.threads, sharing=context.sharing)
-        load_model(context, model, path, key_mapping=key_mapping, options=options)
+        opened = self._open_model(model, path, key_mapping, allow_checkpoint_key_subset)
+        with overwriting("the model"):
+            opened.fill()
 
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
@@ -251,7 +250,8 @@ class ComponentCheckpointer:
             return
         self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
-            stager.allocate("model", context.names.capture(ModelState(model)).held)
+            captured = context.names.capture(ModelState(model))
+            stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())
 
@@ -328,6 +328,16 @@ class ComponentCheckpointer:
             is_final=is_final,
             reserve=reserve,
         )
+
+    def _open_model(
+        self, model: Model, path: Path, key_mapping: Mapping[str, str] | None = None, allow_missing: bool = False
+    ) -> OpenedModel | OpenedAdapter:
+        """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
+        context = self._context
+        if self.config.is_peft:
+            return open_adapter(context, model, path)
+        options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
+        return open_model(context, model, path, key_mapping=key_mapping, options=options)
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""

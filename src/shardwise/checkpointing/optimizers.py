@@ -5,46 +5,44 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
+from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
-from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
 
 OPTIMIZER_STATE = "optimizer"
-SCHEDULER_STATE = "scheduler"
-
-
-class HasState(Protocol):
-    """A scheduler, or anything with the two methods of a state."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The state, as plain containers."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the state in."""
-        ...
 
 
 Optimizers = Optimizer | Sequence[Optimizer]
 Schedulers = HasState | Sequence[HasState]
+
+
+def several(optimizer: Optimizers | None) -> list[Optimizer]:
+    """Optimizers as a list; none is an empty one."""
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
 def as_list(schedulers: Schedulers | None) -> list[HasState]:
@@ -75,19 +73,25 @@ class OptimizerSave:
         """Capture the state and return what is left to do. All ranks call."""
         context, group = self._context, self._context.group
         state: OptimizerState | None = None
-        own: dict[str, bytes] = {}
+        own = b""
         schedule: dict[str, bytes] = {}
-        with group.together("describing the optimizer"):
+        with group.together("describing the optimizer") as has_schedulers:
             state = OptimizerState(self._optimizer, self._model)
-            own = pack_state(state.record().to_state())
+            own = blob_of(pack_state(state.record([scheduler_kind(each) for each in self._schedulers]).to_state()))
+            has_schedulers.flag = bool(self._schedulers)
             if self._schedulers:
                 schedule = pack_state([scheduler.state_dict() for scheduler in self._schedulers])
         assert state is not None
         merged: dict[str, bytes] = {}
         theirs = distinct(group, own)
         with group.together("merging the optimizers' groups"):
-            records = [OptimizerRecord.from_state(unpack_state(packed)) for packed in theirs]
+            records = [OptimizerRecord.from_state(unpack_state(unblob(packed))) for packed in theirs]
             merged = pack_state(OptimizerRecord.merge(records).to_state())
+            if group.is_main and has_schedulers.any and not schedule:
+                raise MisuseError(
+                    "a scheduler was passed on another rank and not on rank 0, whose state is the one that is saved",
+                    hint="Pass the schedulers on every rank.",
+                )
 
         def write_states(group: Group) -> ComponentRecord:
             record = ComponentRecord()
@@ -113,22 +117,27 @@ class OptimizerSave:
         return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
 
 
-def distinct(group: Group, own: dict[str, bytes]) -> list[dict[str, bytes]]:
+def blob_of(packed: dict[str, bytes]) -> bytes:
+    """A packed state as one text."""
+    return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
+
+
+def distinct(group: Group, blob: bytes) -> list[bytes]:
     """Every different value among the ranks, in the order of the first rank that has it, on every rank.
 
     Ranks of one kind have the same value, so only their digests and one copy of each travel.
     """
-    blob = b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(own.items()))
     digests = cast(list[str], group.gather_json(hashlib.blake2b(blob, digest_size=16).hexdigest(), "comparing states"))
     out = []
     for digest in dict.fromkeys(digests):
         source = digests.index(digest)
         raw = group.broadcast_bytes(blob if group.rank == source else b"", source, "exchanging states")
-        out.append(_unblob(raw))
+        out.append(raw)
     return out
 
 
-def _unblob(raw: bytes) -> dict[str, bytes]:
+def unblob(raw: bytes) -> dict[str, bytes]:
+    """What `blob_of` put together."""
     found: dict[str, bytes] = {}
     position = 0
     while position < len(raw):
@@ -137,6 +146,84 @@ def _unblob(raw: bytes) -> dict[str, bytes]:
         found[key] = raw[position + 24 : position + 24 + size]
         position += 24 + size
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedOptimizer:
+    """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
+
+    Attributes:
+        plan: What the optimizers become.
+        schedulers: Each scheduler with its saved state.
+        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+    """
+
+    plan: OptimizerRestore
+    schedulers: tuple[tuple[HasState, dict[str, object]], ...]
+    tensors: OpenedLoad | None
+
+    @property
+    def unwanted(self) -> tuple[str, ...]:
+        """Parameters whose saved state no rank's optimizer wants."""
+        names = self.tensors.unexpected if self.tensors is not None else ()
+        return tuple(dict.fromkeys(name.removeprefix("state.").rpartition(".")[0] for name in names))
+
+    def take_in(self, undos: Undos) -> None:
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local.
+
+        Raises:
+            MisuseError: A scheduler refuses its state.
+        """
+        undos.add("the optimizer", self.plan.apply())
+        for scheduler, state in self.schedulers:
+            try:
+                undos.load("the scheduler", scheduler, state)
+            except Exception as error:
+                raise MisuseError(
+                    f"the saved scheduler does not fit: {type(scheduler).__name__} refuses it with "
+                    f"{type(error).__name__}: {error}",
+                    hint="Pass the same scheduler as when the checkpoint was saved, or restore without one.",
+                ) from error
+
+    def fill(self) -> None:
+        """Read the state tensors. All ranks call, after `take_in`."""
+        if self.tensors is not None:
+            self.tensors.read()
+
+
+def open_optimizer(
+    context: Context,
+    optimizer: Optimizers,
+    model: nn.Module | Sequence[nn.Module],
+    scheduler: Schedulers | None,
+    directory: Path,
+) -> OpenedOptimizer:
+    """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
+        MisuseError: It is another optimizer's or scheduler's.
+        TensorError: The saved state does not fit the optimizer.
+    """
+    group = context.group
+    plan: OptimizerRestore | None = None
+    schedulers: list[tuple[HasState, dict[str, object]]] = []
+    with group.together(f"comparing the optimizer with {directory}") as has_tensors:
+        plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
+        has_tensors.flag = bool(plan.tensors())
+    assert plan is not None
+    found = plan
+    if not has_tensors.any:
+        return OpenedOptimizer(found, tuple(schedulers), None)
+    source = open_source(directory, group, spread=True)
+    with group.together("describing the optimizer"):
+        source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
+    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
+    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
+    tensors = open_described(
+        lambda: found.held_as_saved(source.tensors.keys()), source, group, context.storage, options
+    )
+    return OpenedOptimizer(found, tuple(schedulers), tensors)
 
 
 def load_optimizer(
@@ -149,35 +236,43 @@ def load_optimizer(
     """Restore optimizers (fresh or used) and schedulers in place. All ranks call.
 
     Raises:
-        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        TensorError: The saved state does not fit the optimizer.
+        ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
     group = context.group
-    schedulers = as_list(scheduler)
-    state: OptimizerState | None = None
-    with group.together(f"restoring the optimizer's groups from {directory}"):
-        state = OptimizerState(optimizer, model)
-        if not os.path.lexists(directory):
-            raise CheckpointNotFoundError(
-                "the checkpoint was saved without an optimizer",
-                path=directory,
-                hint="Restore without an optimizer, or choose a checkpoint that has one.",
-            )
-        record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
-        state.prepare(record)
-        if schedulers:
-            _load_schedulers(schedulers, directory)
-    assert state is not None
-    if not group.any(bool(state.state_dict()), "comparing optimizer states"):
-        return
-    source = open_source(directory, group, spread=True)
-    source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
-    held: list[HeldTensor] = []
-    with group.together("describing the optimizer"):
-        held = state.held_as_saved(source.tensors.keys())
-    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
-    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    load_tensors(held, source, group, context.storage, options)
+    opened = open_optimizer(context, optimizer, model, scheduler, directory)
+    with undone_on_failure() as undos, group.together("setting the optimizer's options"):
+        opened.take_in(undos)
+    with overwriting("the optimizer's state"):
+        opened.fill()
+
+
+def optimizer_components(directory: Path) -> list[str]:
+    """What there is in a checkpoint's ``optim`` directory: ``optimizer``, ``scheduler``. Local."""
+    if not os.path.lexists(directory):
+        return []
+    stem = directory / OPTIMIZER_STATE
+    # Without a record it is another tool's.
+    has_optimizer = not has_state(stem) or bool(OptimizerRecord.from_state(read_state(stem)).groups)
+    return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / SCHEDULER_STATE)
+
+
+def _compared(
+    optimizer: Optimizers, model: nn.Module | Sequence[nn.Module], schedulers: Sequence[HasState], directory: Path
+) -> tuple[OptimizerRestore, list[tuple[HasState, dict[str, object]]]]:
+    state = OptimizerState(optimizer, model)
+    if not os.path.lexists(directory):
+        raise CheckpointNotFoundError(
+            "the checkpoint was saved without an optimizer",
+            path=directory,
+            hint="Restore without an optimizer, or choose a checkpoint that has one.",
+        )
+    record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
+    try:
+        plan = plan_restore(state, record)
+    except ShardwiseError as error:
+        error.path = error.path or str(directory)
+        raise
+    return plan, saved_schedules(schedulers, record.schedulers, directory) if schedulers else []
 
 
 def _without_files(source: Source, names: set[str]) -> Source:
@@ -189,24 +284,3 @@ def _without_files(source: Source, names: set[str]) -> Source:
         for name, tensor in source.tensors.items()
         if tensor.scattered is None and all(chunk.file in drop for chunk in tensor.chunks)
     )
-
-
-def _load_schedulers(schedulers: Sequence[HasState], directory: Path) -> None:
-    stem = directory / SCHEDULER_STATE
-    if not has_state(stem):
-        raise CheckpointNotFoundError(
-            "the checkpoint was saved without a scheduler",
-            path=stem.with_name(f"{SCHEDULER_STATE}.json"),
-            hint="Restore without a scheduler, or choose a checkpoint that has one.",
-        )
-    states = cast(list[dict[str, object]], read_state(stem))
-    if len(states) == 1 and len(schedulers) > 1:
-        states = states * len(schedulers)
-    if len(states) < len(schedulers):
-        raise MisuseError(
-            f"{len(states)} schedulers were saved and {len(schedulers)} are to be restored",
-            path=directory,
-            hint="Pass the same schedulers as when the checkpoint was saved.",
-        )
-    for scheduler, saved in zip(schedulers, states, strict=False):
-        scheduler.load_state_dict(saved)

@@ -27,7 +27,7 @@ from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, publish, remove_leftovers, reserve
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, list_checkpoints, resolve
-from shardwise.lifecycle.retention import Retention, best_checkpoint, prune, select_doomed
+from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune, select_doomed
 
 __all__ = [
     "BEST",
@@ -45,6 +45,7 @@ __all__ = [
     "best_checkpoint",
     "checkpoint_name",
     "doomed_name",
+    "lacks_metric",
     "list_checkpoints",
     "parse_checkpoint_name",
     "pointers",

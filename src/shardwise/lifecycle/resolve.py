@@ -47,6 +47,7 @@ class CheckpointInfo:
         complete: It may be resumed from.
         verifiable: It has a manifest. A complete one without (another tool's) cannot be checked.
         metrics: Finite numbers of its ``losses.json``.
+        measurable: Its ``losses.json`` is absent or what it should be; of a damaged one nobody knows what it said.
     """
 
     name: str
@@ -55,6 +56,7 @@ class CheckpointInfo:
     complete: bool
     verifiable: bool = True
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    measurable: bool = True
 
     @property
     def order(self) -> tuple[int, int]:
@@ -120,11 +122,9 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             if numbers is None or not entry.is_dir(follow_symlinks=False):
                 continue
             directory = root / entry.name
-            found.append(
-                CheckpointInfo(
-                    entry.name, *numbers, is_complete(directory), is_verifiable(directory), read_metrics(directory)
-                )
-            )
+            complete, verifiable = is_complete(directory), is_verifiable(directory)
+            metrics = _metrics(directory)
+            found.append(CheckpointInfo(entry.name, *numbers, complete, verifiable, metrics or {}, metrics is not None))
     return tuple(sorted(found, key=lambda info: info.order))
 
 
@@ -135,18 +135,23 @@ def newest(checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
 
 def read_metrics(directory: Path) -> dict[str, float]:
     """The finite numbers at the top level of ``losses.json``; none where it is absent or damaged."""
+    return _metrics(directory) or {}
+
+
+def _metrics(directory: Path) -> dict[str, float] | None:
+    """As `read_metrics`; ``None`` where something stands there that cannot be read."""
     path = directory / METRICS_NAME
     data = read_small_file(path, _METRICS_LIMIT)
     if data is None:
-        return {}
+        return None if os.path.lexists(path) else {}
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         # Metrics choose what is best, they are not needed to resume; verify reports the damage.
         logger.warning("%s is not JSON and is left out of account: %s", path, error)
-        return {}
+        return None
     if not isinstance(document, dict):
-        return {}
+        return None
     numbers = {}
     for key, value in document.items():
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.lifecycle.names import is_doomed
 from shardwise.lifecycle.pointers import announced, pointers
@@ -23,7 +23,8 @@ class Retention:
     Attributes:
         max_recent: The newest so many; ``None`` keeps everything, whatever the other rules say.
         every_k_steps: Those whose step is a multiple of this.
-        best: So many with the best metric.
+        best: So many with the best metric. Where no checkpoint has it, `prune` deletes none, since any may be the best;
+            nor one whose metrics cannot be read.
         metric_mode: ``min`` where lower is better, ``max`` where higher is.
         metric_key: Key of the metric in ``losses.json``.
 
@@ -76,7 +77,8 @@ def select_doomed(
     """Names to delete, oldest first. Pure.
 
     Never among them: what a pointer names; the newest complete checkpoint; the newest complete one that has a manifest
-    (another tool's directory may be a save still under way); an incomplete directory (it is not known to be ours).
+    (another tool's directory may be a save still under way); an incomplete directory (it is not known to be ours); with
+    ``policy.best``, one whose metrics are damaged. That `lacks_metric` is for the caller to see to.
     """
     if policy.max_recent is None:
         return ()
@@ -89,29 +91,50 @@ def select_doomed(
         kept |= {info.name for info in complete if info.step % policy.every_k_steps == 0}
     if policy.best is not None:
         kept |= {info.name for info in rank_by_metric(complete, policy)[: policy.best]}
+        kept |= {info.name for info in complete if not info.measurable}
     return tuple(info.name for info in complete if info.name not in kept)
+
+
+def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bool:
+    """Whether the best are to be kept and nobody can tell which they are: no checkpoint has the metric."""
+    return policy.best is not None and not rank_by_metric(checkpoints, policy)
 
 
 def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
-    deleted by the next.
+    deleted by the next. One that cannot be deleted does not keep the others.
 
     Returns:
         The names of the checkpoints that were deleted.
 
     Raises:
-        StorageError: The file system refused. What was kept is untouched.
+        StorageError: The file system refused, of several refusals the first, when everything was tried. What was to be
+            kept is untouched.
     """
+    refusals: list[StorageError] = []
     with storage_errors(root):
-        for leftover in sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else ():
-            fs.remove_tree(leftover)
+        leftovers = sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else []
+    for leftover in leftovers:
+        try:
+            with storage_errors(leftover):
+                fs.remove_tree(leftover)
+        except StorageError as error:
+            refusals.append(error)
     pointed = set(pointers(root).values())
     begun = announced(root)
     if begun is not None:
         pointed.add(begun)
-    doomed = select_doomed(list_checkpoints(root), pointed, policy)
-    if doomed:
-        remove_checkpoint(root, *doomed, fs=fs)
-    return doomed
+    deleted: list[str] = []
+    checkpoints = list_checkpoints(root)
+    for name in () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy):
+        try:
+            remove_checkpoint(root, name, fs=fs)
+            deleted.append(name)
+        except StorageError as error:
+            error.path = error.path or str(root / name)
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    return tuple(deleted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from shardwise._version import __version__
@@ -17,7 +17,7 @@ from shardwise.checkpointing.arguments import (
     checked,
     whole_number,
 )
-from shardwise.checkpointing.commits import Publication, check_metrics
+from shardwise.checkpointing.commits import Publication, RunLine, check_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list
@@ -62,6 +62,10 @@ class Checkpointer(ComponentCheckpointer):
 
     # Whether what interrupted saves left has been removed.
     _tidied = False
+
+    @cached_property
+    def _line(self) -> RunLine:
+        return RunLine()
 
     def save(
         self,
@@ -188,6 +192,7 @@ class Checkpointer(ComponentCheckpointer):
             self.load_optimizer(optimizer or [], model, path, scheduler)
         skipped = restore_extras(context, path, (extra_state or {}) if extras else None)
         self.allocate_staging(model, optimizer)
+        self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=skipped)
 
     # --- preemption -------------------------------------------------------------------------------------------------
@@ -216,11 +221,11 @@ class Checkpointer(ComponentCheckpointer):
             "world_size": context.group.world_size,
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         }
-        return Publication(context, temp, final, info, metrics)
+        return Publication(context, temp, final, info, metrics, self._line)
 
     def _reserve(self, name: str) -> None:
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
         if not self._tidied:
             remove_leftovers(self._context.root, fs=self._fs)
-        reserve(self._context.root, name, fs=self._fs)
+        reserve(self._context.root, name, self._line.left_from, fs=self._fs)
         self._tidied = True

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from shardwise._version import __version__
@@ -18,7 +18,7 @@ from shardwise.checkpointing.arguments import (
     checked,
     whole_number,
 )
-from shardwise.checkpointing.commits import Publication, check_metrics, warn_of_metrics
+from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
@@ -68,6 +68,10 @@ class Checkpointer(ComponentCheckpointer):
 
     # Whether what interrupted saves left has been removed.
     _tidied = False
+
+    @cached_property
+    def _line(self) -> RunLine:
+        return RunLine()
 
     def save(
         self,
@@ -222,6 +226,7 @@ class Checkpointer(ComponentCheckpointer):
             with context.group.together("setting the random number generators"):
                 found.set_generators()
         self.allocate_staging(model, optimizer)
+        self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left)
 
     # --- preemption -------------------------------------------------------------------------------------------------
@@ -250,7 +255,7 @@ class Checkpointer(ComponentCheckpointer):
             "world_size": context.group.world_size,
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         }
-        return Publication(context, temp, final, info, metrics)
+        return Publication(context, temp, final, info, metrics, self._line)
 
     def _reserve(self, name: str) -> None:
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
@@ -260,5 +265,5 @@ class Checkpointer(ComponentCheckpointer):
             except StorageError as error:
                 # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
                 _LOG.warning("what an interrupted save left could not be removed: %s", error)
-        reserve(self._context.root, name, fs=self._fs)
+        reserve(self._context.root, name, self._line.left_from, fs=self._fs)
         self._tidied = True

@@ -26,6 +26,7 @@ from shardwise.io.storage import Storage
 from shardwise.lifecycle import (
     BEST,
     LATEST,
+    LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     Retention,
@@ -33,6 +34,8 @@ from shardwise.lifecycle import (
     best_checkpoint,
     lacks_metric,
     list_checkpoints,
+    next_lineage,
+    parse_checkpoint_name,
     prune,
     publish,
     set_pointer,
@@ -182,6 +185,24 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+@dataclasses.dataclass(slots=True)
+class RunLine:
+    """Which checkpoint a run goes on from.
+
+    Attributes:
+        origin: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0's counts.
+        restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
+    """
+
+    origin: Path | None = None
+    restored: bool = False
+
+    @property
+    def left_from(self) -> Path | None:
+        """The origin, where checkpoints that do not come from it may be ones that the run left behind."""
+        return self.origin if self.restored else None
+
+
 class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
@@ -191,6 +212,7 @@ class Publication:
         final: The name under which it is to be found.
         info: What the manifest says beside files and tensors.
         metrics: Metrics, for the best pointer.
+        line: Where the run came from.
     """
 
     def __init__(
@@ -200,12 +222,14 @@ class Publication:
         final: Path,
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
+        line: RunLine,
     ) -> None:
         self._context = context
         self._temp = temp
         self._final = final
         self._info = info
         self._metrics = metrics
+        self._line = line
         self._is_reserved = False
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
@@ -224,10 +248,19 @@ class Publication:
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
+                self._write_lineage()
                 known = context.manifests.setdefault("", KnownManifest())
                 write_manifest(context.storage, self._temp, union(), self._info, known)
-                publish(self._temp, self._final, fs=context.fs)
+                publish(self._temp, self._final, self._line.left_from, fs=context.fs)
+                self._line.origin = self._final
                 self._point()
+
+    def _write_lineage(self) -> None:
+        numbers = parse_checkpoint_name(self._final.name)
+        assert numbers is not None
+        root = self._context.root
+        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.origin)
+        write_plain(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
 
     def _point(self) -> None:
         context = self._context

@@ -2,8 +2,8 @@
 
 A save, on the coordinating rank::
 
-    temp = reserve(root, name)                  # every rank writes below it, the manifest comes last
-    publish(temp, root / name)                  # the commit point
+    temp = reserve(root, name, origin)          # every rank writes below it, lineage and manifest come last
+    publish(temp, root / name, origin)          # the commit point
     set_pointer(root, LATEST, name)
     if best := best_checkpoint(list_checkpoints(root), policy):
         set_pointer(root, BEST, best)
@@ -13,9 +13,11 @@ A save, on the coordinating rank::
 from __future__ import annotations
 
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, LocalFileSystem
+from shardwise.lifecycle.lineage import Lineage, next_lineage
 from shardwise.lifecycle.names import (
     BEST,
     LATEST,
+    LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     checkpoint_name,
@@ -32,11 +34,13 @@ from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metr
 __all__ = [
     "BEST",
     "LATEST",
+    "LINEAGE_NAME",
     "LOCAL",
     "MANIFEST_NAME",
     "METRICS_NAME",
     "CheckpointInfo",
     "FileSystem",
+    "Lineage",
     "LocalFileSystem",
     "PreemptionGuard",
     "ResolvedCheckpoint",
@@ -47,6 +51,7 @@ __all__ = [
     "doomed_name",
     "lacks_metric",
     "list_checkpoints",
+    "next_lineage",
     "parse_checkpoint_name",
     "pointers",
     "prune",

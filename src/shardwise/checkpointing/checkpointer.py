@@ -55,9 +55,12 @@ class Checkpointer(ComponentCheckpointer):
             with ``is_peft``).
         storage: Where tensor data is written to and read from; the mounted file systems by default.
         file_system: Where names are made and renamed; likewise.
+        device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
+            own streams by default.
 
     Raises:
-        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it.
+        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
+            an export with every save.
     """
 
     # Whether what interrupted saves left has been removed.

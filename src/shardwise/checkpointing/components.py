@@ -35,8 +35,9 @@ from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedu
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.standalone import Replacement
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.background import Background
+from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
@@ -70,6 +71,7 @@ class ComponentCheckpointer:
         addons: Sequence[CheckpointAddon] | None = None,
         storage: Storage | None = None,
         file_system: FileSystem | None = None,
+        device_streams: DeviceStreams | None = None,
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
@@ -82,6 +84,13 @@ class ComponentCheckpointer:
                 path=config.checkpoint_dir,
                 hint="Set checkpoint_dir to a local or mounted directory, or pass a storage and a file_system.",
             )
+        if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
+            raise ConfigError(
+                "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
+                hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
+                "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
+            )
+        self._device_streams = device_streams
         self._storage = storage or LocalStorage()
         self._fs = file_system or LOCAL
         self._made: Context | None = None
@@ -251,12 +260,23 @@ class ComponentCheckpointer:
             return
         self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
+            if self.config.model_save_format == "torch_save":
+                stager.allocate_tensors("model", ModelState(model).state_dict())
+                if optimizer is not None:
+                    stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
+                return
             stager.allocate("model", context.names.capture(ModelState(model)).held)
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def maybe_wait_for_staging(self) -> None:
-        """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""
+        """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.
+
+        A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
+        thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
+        ``step()`` on any stream. Call it before the state is changed in another way: by kernels on a stream that was
+        not the current one, by another process that shares the memory, or by freeing memory that torch does not manage.
+        """
         if self._background is not None:
             self._background.wait_for_staging()
 
@@ -300,7 +320,7 @@ class ComponentCheckpointer:
                 warn_if_alone(group)
                 made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
                 if self.config.is_async:
-                    self._background = Background(Group.dedicated(self._process_group, seconds))
+                    self._background = Background(Group.dedicated(self._process_group, seconds), self._device_streams)
                     made.stager = self._background.stager
             except BaseException:
                 group.close()

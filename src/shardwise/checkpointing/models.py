@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
@@ -18,11 +20,11 @@ from shardwise.addons.huggingface import copy_metadata, is_quantized, write_meta
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hooks import leading_own, run_hooks
+from shardwise.checkpointing.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
-from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.engine.computed import ComputedPlan, declared
@@ -44,6 +46,7 @@ from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import undeclared_names
 from shardwise.types import TensorSpec
 
+_LOG = logging.getLogger(__name__)
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
 EXACT = "model.exact"
@@ -106,7 +109,8 @@ class ModelSave:
         # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
         self._describes, self._addons = bool(own), addons[own:]
         self.closing: list[Callable[[Group], None]] = []
-        self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
+        self._wants_export = context.exports(is_final)
+        self._exports = self._wants_export and context.config.model_save_format == "safetensors"
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -146,17 +150,24 @@ class ModelSave:
 
     def _distcp(self) -> list[Step]:
         context = self._context
+        if self._wants_export and context.group.is_main:
+            _LOG.warning(
+                "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
+                "`shardwise consolidate` makes one of it"
+            )
         kept: dict[str, str] = {}
+        tensors: dict[str, torch.Tensor] = {}
         with context.group.together("describing the model") as quantized:
             if context.group.is_main:
                 self._reserve()
             require_memory(memory_of(self.state.held()), "values to save")
             kept = undeclared_names(self.state.tensors(), self.state.model)
+            tensors = capture_distcp(context, "model", self.state.state_dict())
             quantized.flag = self._describes and is_quantized(self._args)
         with context.group.together("preparing the model's directory"):
             self._prepare_directory({}, (), quantized.any)
         self._before()
-        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
+        return [_telling(kept), lambda group: write_distcp(tensors, self._directory, group)]
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -297,7 +308,8 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        run_hooks(self._addons, "post_save", self._args, group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
     @property

@@ -53,7 +53,7 @@ def _published(root: Path, step: int) -> set[float]:
     with CheckpointingConfig(checkpoint_dir=root).build(0, 0, 0) as checkpointer:
         checkpointer.restore(model, optimizer, restore_from=f"epoch_0_step_{step}")
     states = [optimizer.state[p]["average"] for p in model.parameters()]
-    return {float(value) for tensor in [*model.parameters(), *states] for value in tensor.flatten()}
+    return {float(value) for tensor in [*model.parameters(), *states] for value in tensor.detach().flatten()}
 
 
 def _saves(root: Path, streams: FakeStreams, settings: dict[str, object]) -> Iterator[int]:

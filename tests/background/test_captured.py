@@ -1,4 +1,4 @@
-"""Everything that a save captures is captured by value: what changes once `save` has returned is not in the checkpoint."""
+"""Everything is captured by value: what changes once `save` has returned is not in the checkpoint."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def test_model_optimizer_scheduler_and_extra_state(tmp_path: Path, name: str) ->
 class Negated(StateDictAdapter):
     """A conversion that has to be computed from the values."""
 
-    def convert_single_tensor_to_hf(self, fqn: str, tensor: torch.Tensor, **_: object) -> list[tuple[str, torch.Tensor]]:
+    def convert_single_tensor_to_hf(
+        self, fqn: str, tensor: torch.Tensor, **_: object
+    ) -> list[tuple[str, torch.Tensor]]:
         return [(f"hub.{fqn}", -tensor)]
 
     def to_hf(self, state_dict: Mapping[str, torch.Tensor], **_: object) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Every mode with every format, topology and component: what is restored elsewhere is what was there when `save` was called.
+"""Modes, formats, topologies and components: what is restored elsewhere is what was there when `save` was called.
 
 Everything is overwritten as soon as `save` returns, and the background writes only then.
 """

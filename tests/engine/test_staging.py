@@ -263,7 +263,7 @@ class Module:
     def __init__(self, log: list[str]) -> None:
         self._log = log
 
-    def Stream(self, device: torch.device) -> Stream:  # noqa: N802 - torch's name
+    def Stream(self, device: torch.device) -> Stream:
         return Stream(f"side of {device}", self._log)
 
     def current_stream(self, device: torch.device) -> Stream:

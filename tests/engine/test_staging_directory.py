@@ -84,9 +84,9 @@ class Damages(LocalStorage):
 def test_a_staged_file_that_changed_is_not_published(tmp_path: Path, how: str, message: str) -> None:
     staging = tmp_path / "staging"
     config = CheckpointingConfig(checkpoint_dir=tmp_path / "out", save_consolidated="every", staging_dir=str(staging))
-    with Checkpointer(config, 0, 0, 0, storage=Damages(staging, how)) as checkpointer:
-        with pytest.raises(IntegrityError, match=message) as caught:
-            checkpointer.save(0, 1, _model(1.0))
+    checkpointer = Checkpointer(config, 0, 0, 0, storage=Damages(staging, how))
+    with checkpointer, pytest.raises(IntegrityError, match=message) as caught:
+        checkpointer.save(0, 1, _model(1.0))
     assert str(staging) in str(caught.value.path)
     assert list(staging.iterdir()) == []
     assert list((tmp_path / "out").iterdir()) == []
@@ -119,8 +119,13 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_uses_is_not(t
     assert [path.name for path in tmp_path.glob(".shardwise-*")] == [".shardwise-theirs"]
 
 
-def test_it_is_removed_when_the_work_in_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), private_directory(tmp_path) as path:
+def _fails_in(parent: Path) -> None:
+    with private_directory(parent) as path:
         (path / "file").write_text("x")
         raise ZeroDivisionError
+
+
+def test_it_is_removed_when_the_work_in_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _fails_in(tmp_path)
     assert list(tmp_path.iterdir()) == []

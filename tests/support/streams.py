@@ -131,7 +131,7 @@ class FakeStreams:
         return event
 
     def _advance(self) -> bool:
-        """Execute one piece of work: of a stream of copies only where no other can go on, or half of the copies went."""
+        """Execute one piece of work: of a stream of copies only where no other stream can go on."""
         streams = sorted(self._streams.values(), key=lambda stream: stream.copies)
         for stream in streams:
             if not stream.queue:

@@ -110,6 +110,19 @@ def test_an_optimizer_of_another_stream_runs_behind_the_copies(holds_back: bool,
     assert tensor.tolist() == [2.0] * 8
 
 
+@pytest.mark.slow
+def test_a_compiled_step_runs_behind_the_copies() -> None:
+    streams = FakeStreams()
+    stager, tensor = Stager(streams), torch.zeros(4)
+    [staged] = data(stager.stage("model", held(x=tensor)))
+    with streams.using("other"):
+        torch.compile(Counting([tensor], streams).step, backend="eager")()
+    stager.wait()
+    streams.finish()
+    stager.clear()
+    assert (staged.tolist(), tensor.tolist()) == ([0.0] * 4, [1.0] * 4)
+
+
 class FailsAt(FakeStreams):
     """Refuses the second copy."""
 
@@ -299,6 +312,20 @@ def test_the_calls_of_a_device_module() -> None:
         "current of cuda:1 waits for the event",
         "the host waits",
     ]
+
+
+class Capturing(Module):
+    """While a graph is captured."""
+
+    def is_current_stream_capturing(self) -> bool:
+        return True
+
+
+def test_a_graph_that_is_captured_is_not_made_to_wait() -> None:
+    log: list[str] = []
+    streams = AcceleratorStreams(lambda device: Capturing(log))
+    streams.hold_back(torch.device("cuda:1"), Event(log))
+    assert log == []
 
 
 def test_a_device_without_streams_is_copied_from_at_once() -> None:

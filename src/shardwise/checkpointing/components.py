@@ -274,8 +274,9 @@ class ComponentCheckpointer:
 
         A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
         thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
-        ``step()`` on any stream. Call it before the state is changed in another way: by kernels on a stream that was
-        not the current one, by another process that shares the memory, or by freeing memory that torch does not manage.
+        ``step()`` on any stream. Call it before the state is changed in another way: by kernels or a captured graph on
+        a stream that was not the current one, by another process that shares the memory, or by freeing memory that
+        torch does not manage.
         """
         if self._background is not None:
             self._background.wait_for_staging()

@@ -129,8 +129,14 @@ class AcceleratorStreams:
         return self._sides[device].record_event()
 
     def hold_back(self, device: torch.device, event: CopyEvent) -> None:
-        """Let the device's current stream wait for the event."""
-        self._module(device).current_stream(device).wait_event(event)
+        """Let the device's current stream wait for the event.
+
+        Not while a graph is captured on it, which only records, and cannot wait for what is outside of it.
+        """
+        module = self._module(device)
+        is_capturing = getattr(module, "is_current_stream_capturing", None)
+        if is_capturing is None or not is_capturing():
+            module.current_stream(device).wait_event(event)
 
     def _module(self, device: torch.device) -> DeviceModule:
         return cast(DeviceModule, self._module_of(device))

@@ -94,3 +94,43 @@ def test_waiting_for_staging_is_what_the_setting_says(tmp_path: Path) -> None:
         optimizer.step()
         checkpointer.async_wait()
     assert _published(tmp_path, 1) == {1.0}
+
+
+@pytest.mark.parametrize("call", ["save", "parts"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_synchronous_save_reads_what_the_current_stream_was_given(tmp_path: Path, name: str, call: str) -> None:
+    """The threads that write queue their copies elsewhere, so that what was queued before has to be done."""
+    streams = FakeStreams()
+    model, optimizer = _training(streams)
+    config = CheckpointingConfig(checkpoint_dir=tmp_path, **FORMATS[name])  # type: ignore[arg-type]
+    with Checkpointer(config, 0, 0, 0, device_streams=streams) as checkpointer:
+        with streams.using("training"):
+            optimizer.step()
+            if call == "save":
+                checkpointer.save(0, 1, model, optimizer)
+            else:
+                checkpointer.save_model(model, tmp_path / "parts")
+                optimizer.step()
+                checkpointer.save_optimizer(optimizer, model, tmp_path / "parts")
+        other, fresh = _training(FakeStreams())
+        for state in fresh.state.values():
+            state["average"].fill_(9)
+        if call == "save":
+            checkpointer.restore(other, fresh)
+        else:
+            checkpointer.load_model(other, tmp_path / "parts" / "model")
+            checkpointer.load_optimizer(fresh, other, tmp_path / "parts")
+    assert {float(v) for p in other.parameters() for v in p.detach().flatten()} == {1.0}
+    assert {float(v) for s in fresh.state.values() for v in s["average"].flatten()} == {1.0 if call == "save" else 2.0}
+
+
+def test_what_was_queued_before_a_load_does_not_come_after_it(tmp_path: Path) -> None:
+    streams = FakeStreams()
+    model, optimizer = _training(streams)
+    with Checkpointer(CheckpointingConfig(checkpoint_dir=tmp_path), 0, 0, 0, device_streams=streams) as checkpointer:
+        checkpointer.save(0, 1, model, optimizer)
+        with streams.using("training"):
+            optimizer.step()
+            checkpointer.restore(model, optimizer)
+            streams.finish()
+    assert {float(v) for p in model.parameters() for v in p.detach().flatten()} == {0.0}

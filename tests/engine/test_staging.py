@@ -255,6 +255,9 @@ class Stream:
     def wait_event(self, event: CopyEvent) -> None:
         self.log.append(f"{self.name} waits for the event")
 
+    def synchronize(self) -> None:
+        self.log.append(f"the host waits for {self.name}")
+
     def __enter__(self) -> None:
         self.log.append(f"{self.name} is current")
 
@@ -319,6 +322,12 @@ class Capturing(Module):
 
     def is_current_stream_capturing(self) -> bool:
         return True
+
+
+def test_settling_waits_for_the_stream_that_is_current() -> None:
+    log: list[str] = []
+    AcceleratorStreams(lambda device: Module(log)).settle(torch.device("cuda:1"))
+    assert log == ["the host waits for current of cuda:1"]
 
 
 def test_a_graph_that_is_captured_is_not_made_to_wait() -> None:

@@ -110,6 +110,12 @@ class FakeStreams:
             with self._lock:
                 self._current(device).queue.append(("wait", event))
 
+    def settle(self, device: torch.device) -> None:
+        """Execute what the current stream has."""
+        with self._lock:
+            event = self._record(self._current(device))
+        self.run_until(event)
+
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def run_until(self, event: FakeEvent) -> None:

@@ -14,7 +14,6 @@ from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
-    checked,
     whole_number,
 )
 from shardwise.checkpointing.commits import Publication, check_metrics
@@ -111,6 +110,7 @@ class Checkpointer(ComponentCheckpointer):
         def look() -> str:
             nonlocal numbers, epoch, step
             check_arguments(model, optimizer, scheduler)
+            self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             epoch, step = whole_number(epoch), whole_number(step)
@@ -175,7 +175,7 @@ class Checkpointer(ComponentCheckpointer):
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
-        check_same_call(lambda: checked(model, optimizer, scheduler, "checkpoint"), given, context.group)
+        check_same_call(lambda: self._looked(model, optimizer, scheduler, "checkpoint"), given, context.group)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,6 @@ from shardwise.checkpointing.adapters import AdapterSave, load_adapter
 from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
-    check_together,
     checked,
     warn_if_alone,
 )
@@ -37,7 +37,7 @@ from shardwise.checkpointing.standalone import Replacement
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.background import Background
-from shardwise.engine.device_streams import DeviceStreams
+from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
@@ -111,7 +111,7 @@ class ComponentCheckpointer:
         if not self.config.enabled or self._skip():
             return
         given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
-        check_same_call(lambda: checked(model), given, context.group)
+        check_same_call(lambda: self._looked(model, saves=True), given, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         try:
             save = self._model_save(model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
@@ -147,7 +147,7 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._context
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-        check_same_call(lambda: checked(model), given, context.group)
+        check_same_call(lambda: self._looked(model), given, context.group)
         if self.config.is_peft and not is_init_step:
             load_adapter(context, model, Path(model_path).absolute())
             return
@@ -168,7 +168,8 @@ class ComponentCheckpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return
-        check_together(context.group, model, optimizer, scheduler)
+        with context.group.together("looking at what is to be saved"):
+            self._looked(model, optimizer, scheduler, saves=True)
         target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
         with context.group.together(f"preparing {weights_path}/optim"):
             if context.group.is_main:
@@ -185,7 +186,8 @@ class ComponentCheckpointer:
     ) -> None:
         """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
         self.async_wait()
-        check_together(self._context.group, model, optimizer, scheduler)
+        with self._context.group.together("looking at what is to be loaded"):
+            self._looked(model, optimizer, scheduler)
         load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
 
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -242,7 +244,7 @@ class ComponentCheckpointer:
         """
         context = self._context
         self.async_wait()
-        check_same_call(lambda: checked(model), {"load_base_model=True": load_base_model}, context.group)
+        check_same_call(lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
 
@@ -328,6 +330,43 @@ class ComponentCheckpointer:
                 raise
             self._made = made
         return self._made
+
+    def _looked(
+        self,
+        model: Model,
+        optimizer: object = None,
+        scheduler: object = None,
+        name: str = "model",
+        *,
+        saves: bool = False,
+    ) -> str:
+        """As `checked`; then the model's memory is ready for other threads. Local.
+
+        Args:
+            model: As in `checked`.
+            optimizer: Likewise.
+            scheduler: Likewise.
+            name: Likewise.
+            saves: Whether the model is to be saved: copying aside is ordered by itself, and nobody waits for it.
+        """
+        checked(model, optimizer, scheduler)
+        if not (saves and self.config.is_async):
+            self._settle(model)
+        return name
+
+    def _settle(self, model: Model) -> None:
+        """Wait for what this thread has queued on the model's devices, where other threads read or fill its memory.
+
+        What those threads queue goes to streams of their own.
+        """
+        if self._device_streams is None and not torch.accelerator.is_available():
+            return
+        streams = self._device_streams or AcceleratorStreams()
+        parts = [model] if isinstance(model, nn.Module) else model
+        tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
+        for device in {tensor.device for tensor in tensors}:
+            if streams.has_streams(device):
+                streams.settle(device)
 
     def _model_save(
         self,

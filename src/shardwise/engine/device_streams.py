@@ -25,8 +25,9 @@ class CopyEvent(Protocol):
 class DeviceStreams(Protocol):
     """What staging asks of accelerators.
 
-    For each save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for each tensor,
-    then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back` again.
+    For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
+    each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`
+    again. Before any other save, and before a load: `settle`.
     """
 
     def has_streams(self, device: torch.device) -> bool:
@@ -55,6 +56,10 @@ class DeviceStreams(Protocol):
         """
         ...
 
+    def settle(self, device: torch.device) -> None:
+        """Return when all that this thread gave to the current stream of ``device`` is done."""
+        ...
+
 
 class _Event(CopyEvent, Protocol):
     """An event of a device module."""
@@ -68,6 +73,8 @@ class _Stream(Protocol):
     def record_event(self) -> _Event: ...
 
     def wait_event(self, event: CopyEvent, /) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 @runtime_checkable
@@ -137,6 +144,10 @@ class AcceleratorStreams:
         is_capturing = getattr(module, "is_current_stream_capturing", None)
         if is_capturing is None or not is_capturing():
             module.current_stream(device).wait_event(event)
+
+    def settle(self, device: torch.device) -> None:
+        """Wait for the device's current stream."""
+        self._module(device).current_stream(device).synchronize()
 
     def _module(self, device: torch.device) -> DeviceModule:
         return cast(DeviceModule, self._module_of(device))

@@ -105,7 +105,8 @@ class CheckpointingConfig:
     Attributes:
         enabled: Whether the training loop saves at all.
         checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
-        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files; a `SerializationFormat`,
+        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files, which come without an export:
+            building a checkpointer with ``save_consolidated="every"`` besides is an error. A `SerializationFormat`,
             which is text too, after construction.
         model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
         model_repo_id: Hub name or local directory of the base model.
@@ -119,11 +120,13 @@ class CheckpointingConfig:
         original_model_root_dir: Root directory in which the base model lies, where that is not the cache.
         skip_task_head_prefixes_for_base_model: Parameters with these prefixes keep their fresh initialisation.
         single_rank_consolidation: Let one rank merge the export, for file systems without random writes.
-        staging_dir: Local directory in which the merging rank builds files before it copies them into place.
+        staging_dir: Local directory below which a merging rank builds files before it copies them into place. Several
+            runs may name the same one.
         v4_compatible: Export configurations (and expert adapters) that transformers 4 understands.
         diffusers_compatible: Name the weight index as diffusers expects it.
         best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
-        wait_for_staging: Return from an asynchronous save only when everything is staged.
+        wait_for_staging: Return from an asynchronous save only when everything is staged. Without it, copies from an
+            accelerator may still be queued then; later work of the loop runs behind them.
         cpu_offload: Move states to the CPU as they are captured.
         allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
         legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.

@@ -19,7 +19,7 @@ from shardwise.addons.peft_load import check_shared_factors, differing_settings
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hooks import run_hooks
+from shardwise.checkpointing.hooks import after_arguments, run_hooks
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -108,7 +108,8 @@ class AdapterSave:
         return [*steps, self._after]
 
     def _after(self, group: Group) -> ComponentRecord:
-        run_hooks(self._addons, "post_save", self._args, group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
 

@@ -56,12 +56,6 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
 
 
-def check_together(group: Group, model: object, optimizer: object = None, scheduler: object = None) -> None:
-    """As `check_arguments`, so that a mistake of one rank is an error on all. All ranks call."""
-    with group.together("looking at what is to be saved or loaded"):
-        check_arguments(model, optimizer, scheduler)
-
-
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
     """As `check_arguments`; returns ``name``, for `check_same_call`."""
     check_arguments(model, optimizer, scheduler)

@@ -15,7 +15,6 @@ from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
-    checked,
     whole_number,
 )
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
@@ -61,9 +60,12 @@ class Checkpointer(ComponentCheckpointer):
             with ``is_peft``).
         storage: Where tensor data is written to and read from; the mounted file systems by default.
         file_system: Where names are made and renamed; likewise.
+        device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
+            own streams by default.
 
     Raises:
-        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it.
+        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
+            an export with every save.
     """
 
     # Whether what interrupted saves left has been removed.
@@ -118,6 +120,7 @@ class Checkpointer(ComponentCheckpointer):
         def look() -> str:
             nonlocal numbers, epoch, step
             check_arguments(model, optimizer, scheduler)
+            self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             epoch, step = whole_number(epoch), whole_number(step)
@@ -194,7 +197,7 @@ class Checkpointer(ComponentCheckpointer):
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
-            return checked(model, optimizer, scheduler, "checkpoint")
+            return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(look, given, context.group)
         record = locate(context, restore_from)

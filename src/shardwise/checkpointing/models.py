@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
@@ -19,11 +21,11 @@ from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hooks import leading_own, run_hooks
+from shardwise.checkpointing.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
-from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.checkpointing.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.engine.computed import ComputedPlan, declared
@@ -47,6 +49,7 @@ from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
 from shardwise.types import TensorSpec
 
+_LOG = logging.getLogger(__name__)
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
 EXACT = "model.exact"
@@ -125,7 +128,8 @@ class ModelSave:
         self._exporter: HFMetadataExporter | None = None
         self._refusal: Exception | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
+        self._wants_export = context.exports(is_final)
+        self._exports = self._wants_export and context.config.model_save_format == "safetensors"
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -176,9 +180,15 @@ class ModelSave:
 
     def _distcp(self) -> list[Step]:
         context = self._context
+        if self._wants_export and context.group.is_main:
+            _LOG.warning(
+                "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
+                "`shardwise consolidate` makes one of it"
+            )
         kept: dict[str, str] = {}
         listed: Listing | None = None
         quantized = False
+        tensors: dict[str, torch.Tensor] = {}
         with context.group.together("describing the model"):
             self._ask_exporter()
             if context.group.is_main:
@@ -186,14 +196,15 @@ class ModelSave:
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept = undeclared_names(listed.tensors, self.state.model)
+            tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
             quantized = self._describes and is_quantized(self._args)
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         with context.group.together("preparing the model's directory"):
             self._prepare_directory({}, (), found.quantized)
         self._before()
-        save = self._release_after(lambda group: save_distcp(self.state, self._directory, group))
-        return [_telling(kept), *self._aside(found, listed), save]
+        write = partial(write_distcp, tensors, self._directory)
+        return [_telling(kept), *self._aside(found, listed), write]
 
     def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
         """What is left to do for state beside ordinary tensors. All ranks call."""
@@ -366,7 +377,8 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        run_hooks(self._addons, "post_save", self._args, group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
     @property

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
-from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
@@ -104,8 +105,10 @@ class OptimizerSave:
             return record
 
         if context.config.model_save_format == "torch_save":
-            held_state = state
-            return [write_states, lambda group: save_distcp(held_state, self._directory, group)]
+            tensors: dict[str, torch.Tensor] = {}
+            with group.together("describing the optimizer's tensors"):
+                tensors = capture_distcp(context, "optim", state.state_dict())
+            return [write_states, lambda group: write_distcp(tensors, self._directory, group)]
         held: list[HeldTensor] = []
         with group.together("describing the optimizer's tensors"):
             held = context.staged("optim", state.held())

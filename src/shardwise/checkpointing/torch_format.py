@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.io.regions import is_packed
-from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.ways import EXTRA
 
 
-def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Group) -> ComponentRecord:
-    """Write a state as a DCP directory. All ranks of the group call.
+def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state's tensors as DCP is to write them: copied aside in asynchronous mode, else as they are. Local.
+
+    Args:
+        context: Settings, ranks and storage.
+        component: What they are part of.
+        tensors: Plain tensors and DTensors, by name.
 
     Raises:
-        MisuseError: A tensor is sharded in a way that DCP's format describes wrongly.
+        MisuseError: A tensor is sharded in a way that DCP's format describes wrongly, or cannot be copied aside.
+    """
+    for name, tensor in tensors.items():
+        if is_packed(tensor):
+            raise MisuseError(
+                "what this rank holds of it is not the one region that a .distcp file would record",
+                tensor=name,
+                hint='Set model_save_format to "safetensors".',
+            )
+    return dict(tensors) if context.stager is None else context.stager.stage_tensors(component, tensors)
+
+
+def write_distcp(tensors: Mapping[str, torch.Tensor], directory: Path, group: Group) -> ComponentRecord:
+    """Write what `capture_distcp` captured as a DCP directory. All ranks of the group call.
+
+    Raises:
         ShardwiseError: What DCP's writer failed with, on every rank.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    with group.together("describing what DCP is to write"):
-        # What is no tensor is written beside, without pickle.
-        tensors = {name: value for name, value in state.state_dict().items() if not _is_aside(name, value)}
-        for name, tensor in tensors.items():
-            if is_packed(tensor):
-                raise MisuseError(
-                    "what this rank holds of it is not the one region that a .distcp file would record",
-                    tensor=name,
-                    hint='Set model_save_format to "safetensors".',
-                )
     failure: BaseException | None = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
-            save(tensors, storage_writer=writer, process_group=group.process_group)
+            save(dict(tensors), storage_writer=writer, process_group=group.process_group)
     except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
         failure = _cause(error)
     group.agree(failure, f"writing {directory}")
     return ComponentRecord()
+
+
+def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state without what is written beside its tensors: extra state, and what is no ordinary tensor."""
+    return {name: value for name, value in state.items() if not _is_aside(name, value)}
 
 
 def _is_aside(name: str, value: object) -> bool:

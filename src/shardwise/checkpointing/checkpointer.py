@@ -173,6 +173,8 @@ class Checkpointer(ComponentCheckpointer):
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
         check_same_call(lambda: checked(model, optimizer, scheduler, "checkpoint"), given, context.group)
+        if self.config.enabled:
+            context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)

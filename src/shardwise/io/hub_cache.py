@@ -80,25 +80,28 @@ def find_snapshot(cache: Path, name: HubName) -> Snapshot:
     home = next((each for each in homes if each.is_dir()), None)
     if home is None:
         return Snapshot(None, f"{homes[0]} (nothing is there)")
-    revision = name.revision or DEFAULT_REVISION
-    commit = _referenced(home, revision)
+    return snapshot_in(home, name.revision)
+
+
+def snapshot_in(home: Path, revision: str | None) -> Snapshot:
+    """As `find_snapshot`, in the model's own folder of a cache (``models--org--name``)."""
+    wanted = revision or DEFAULT_REVISION
+    commit = _referenced(home, wanted)
     if commit is not None:
         found = home / "snapshots" / commit
         if found.is_dir():
             return Snapshot(found, str(found))
-        return Snapshot(None, f"{home} ({revision} is {commit[:40]}, of which there is no snapshot)")
+        return Snapshot(None, f"{home} ({wanted} is {commit[:40]}, of which there is no snapshot)")
     commits = sorted(path.name for path in (home / "snapshots").glob("*") if path.is_dir())
-    if name.revision is None:
-        if len(commits) == 1:
-            return Snapshot(home / "snapshots" / commits[0], str(home / "snapshots" / commits[0]))
-    elif revision in commits:
-        return Snapshot(home / "snapshots" / revision, str(home / "snapshots" / revision))
-    elif _COMMIT.fullmatch(revision):
-        near = [each for each in commits if each.startswith(revision)]
-        if len(near) == 1:
-            return Snapshot(home / "snapshots" / near[0], str(home / "snapshots" / near[0]))
+    if revision is None:
+        near = commits
+    else:
+        near = [each for each in commits if each == revision or _COMMIT.fullmatch(revision)]
+        near = [each for each in near if each.startswith(revision)]
+    if len(near) == 1:
+        return Snapshot(home / "snapshots" / near[0], str(home / "snapshots" / near[0]))
     there = [*_references(home), *commits]
-    return Snapshot(None, f"{home} (no {revision}; what was fetched: {', '.join(there[:6]) or 'nothing'})")
+    return Snapshot(None, f"{home} (no {wanted}; what was fetched: {', '.join(there[:6]) or 'nothing'})")
 
 
 def _referenced(home: Path, revision: str) -> str | None:

@@ -86,8 +86,9 @@ def configured(config: CheckpointingConfig) -> Search | None:
     if name is None and root is None:
         return None
     cache = default_cache() if config.model_cache_dir is None else Path(config.model_cache_dir)
-    at_root = () if root is None else (Path(root),)
-    return Search(name, *at_root, caches=(cache, *at_root), root_counts=True, hint=_SETTINGS)
+    place = None if root is None else Path(root)
+    caches = (cache,) if place is None else (cache, place)
+    return Search(name, place, caches, root_counts=True, hint=_SETTINGS)
 
 
 def asked_for(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Search:

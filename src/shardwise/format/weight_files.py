@@ -18,8 +18,8 @@ from shardwise.format.index import WeightIndex
 
 _SHOWN = 8
 #: Whose files are shards of tensors, by their names: ``shard-00001-model-00001-of-00002``.
-#: All files of one save have the same total.
-_SHARD = re.compile(r"shard-\d{5,}-(?P<stem>.+)-\d{5,}-of-(?P<total>\d{5,})")
+#: All files of one save have the same total. Also plain numbers, ``shard-00001``.
+_SHARD = re.compile(r"shard-(?:\d{5,}-(?P<stem>.+)-\d{5,}-of-(?P<total>\d{5,})|[\d-]+)")
 #: Files of a set: ``model-00001-of-00002``, ``model.fp16-00001-of-00002``, ``model-00001-of-00002.fp16``.
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d{2,})-of-(?P<total>\d{2,})(?P<variant>\.[\w-]+)?")
 _ADAPTER_STEMS = ("adapter_model", "adapter")
@@ -203,7 +203,7 @@ def _candidates(present: Sequence[str], naming: Naming) -> list[_Candidate]:
             continue
         shard, numbered = _SHARD.fullmatch(stem), _NUMBERED.fullmatch(stem)
         if shard is not None:
-            label = f"shard-*-{shard['stem']}-*-of-{shard['total']}"
+            label = "shard-*" if shard["stem"] is None else f"shard-*-{shard['stem']}-*-of-{shard['total']}"
             key: tuple[str, int | None] = (label, -1)
             labels[key] = label + naming.suffixes[0]
         elif numbered is not None:

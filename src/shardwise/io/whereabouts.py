@@ -20,6 +20,8 @@ _NO_MODEL = re.compile(
     r"^(training_args|optimizer|optim|scheduler|scaler|sched|random_states|rng_state|trainer_state|dataloader|"
     r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
 )
+#: Directories beside a model's, whose tensors are none of its.
+_BESIDE = frozenset({"optim", "optimizer", "rng", "extra", "extra_state", "dataloader", "scheduler"})
 _SHOWN, _DEPTH, _MOST_DIRECTORIES = 3, 3, 400
 
 
@@ -130,7 +132,8 @@ def _children(directory: Path) -> Sequence[Path]:
 def _directories(directory: Path) -> Iterator[Path]:
     try:
         with os.scandir(directory) as entries:
-            yield from [Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir()]
+            named = [e for e in entries if not e.name.startswith(".") and e.name not in _BESIDE]
+            yield from [Path(e.path) for e in named if e.is_dir()]
     except OSError:
         return
 

@@ -159,6 +159,9 @@ class CheckpointingConfig:
             so where the files are on a network or FUSE file system. There, many replicas that read the same are what a
             restart waits for; on a local disk the page cache is faster than passing on. Conversions that have to be
             computed are always read by each rank.
+        allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
+            is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
+            scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.
     """
 
     enabled: bool = True
@@ -196,6 +199,7 @@ class CheckpointingConfig:
     skip_save_while_busy: bool = False
     save_rng: bool = True
     share_replica_reads: str = "auto"
+    allow_missing_base: bool = False
 
     def __post_init__(self) -> None:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.

@@ -4,6 +4,7 @@
     |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
     |  `- UnknownSettingError  (TypeError)          there is no such setting; names the nearest
     |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
+    |  `- AmbiguousFilesError                       several files could be what is meant
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
     |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
     |- CheckpointExistsError   (FileExistsError)    a published checkpoint is never overwritten
@@ -146,6 +147,10 @@ class UnknownSettingError(ConfigError, TypeError):
 
 class MisuseError(ShardwiseError, ValueError):
     """A call that cannot be right, whatever the data."""
+
+
+class AmbiguousFilesError(MisuseError):
+    """Several files could be what is meant, and none is taken; the message lists them."""
 
 
 class StorageError(ShardwiseError, OSError):

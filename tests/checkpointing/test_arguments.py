@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tests.support.ranks import failure, run
 from torch import nn
 
@@ -265,6 +266,8 @@ def save_with_damaged_cache(root: Path, is_peft: bool) -> None:
     home = cache / "models--org--name"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_bytes(b"\xff" if dist.get_rank() == 1 else b"0123")
+    (home / "snapshots" / "0123").mkdir(parents=True)
+    save_file({}, home / "snapshots" / "0123" / "model.safetensors")
     settings = {"model_repo_id": "org/name", "model_cache_dir": cache, "collective_timeout_seconds": 20}
     with engine(root / "run", is_peft=is_peft, **settings) as checkpointer:
         checkpointer.save(0, 1, training()[0])

@@ -62,7 +62,7 @@ class AdapterSave:
             "consolidated_path": None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path(),
+            "original_model_path": context.base_name(),
             "v4_compatible": context.config.v4_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
@@ -81,7 +81,7 @@ class AdapterSave:
             self._config,
             group,
             v4_compatible=context.config.v4_compatible,
-            original_model_path=context.base_path(),
+            original_model_path=context.base_name(),
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):

@@ -62,25 +62,31 @@ def checked(model: object, optimizer: object = None, scheduler: object = None, n
     return name
 
 
-def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
+def check_same_settings(config: CheckpointingConfig, group: Group) -> bool:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
     Paths, threads and time-outs may differ. All ranks call.
 
+    Returns:
+        Whether the settings of any rank name a base model.
+
     Raises:
         ConfigError: They differ.
     """
+    names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    everyone = group.gather_json(cast(JsonValue, own), "comparing settings")
-    for rank, theirs in enumerate(cast(list[dict[str, str]], everyone)):
-        for key, value in cast(list[dict[str, str]], everyone)[0].items():
+    told = group.gather_json([cast(JsonValue, own), names_base], "comparing settings")
+    everyone = [theirs for theirs, _ in cast(list[tuple[dict[str, str], bool]], told)]
+    for rank, theirs in enumerate(everyone):
+        for key, value in everyone[0].items():
             if theirs[key] != value:
                 raise ConfigError(
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
+    return any(named for _, named in cast(list[tuple[dict[str, str], bool]], told))
 
 
 def warn_if_alone(group: Group) -> None:

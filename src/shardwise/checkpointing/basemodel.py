@@ -118,19 +118,19 @@ def load_base_model(
     if not load:
         _materialise(context.group, parts, device, None)
         return None
-    path = _found(context.group, root_dir, model_name)
+    path = _found(context, root_dir, model_name)
     return fill_from_base(
         context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
     )
 
 
-def _found(group: Group, root_dir: str | Path | None, model_name: str | None) -> Path:
-    told = ""
+def _found(context: Context, root_dir: str | Path | None, model_name: str | None) -> Path:
+    group, told = context.group, ""
     with group.together(f"looking for the base model {model_name}"):
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         if group.is_main:
-            told = str(find_base(root_dir, model_name))
+            told = str(find_base(root_dir, model_name, context.config.model_cache_dir))
     return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
 
 

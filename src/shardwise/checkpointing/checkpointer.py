@@ -200,6 +200,8 @@ class Checkpointer(ComponentCheckpointer):
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(look, given, context.group)
+        if self.config.enabled:
+            context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)

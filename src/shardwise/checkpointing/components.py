@@ -320,9 +320,9 @@ class ComponentCheckpointer:
             seconds = self.config.collective_timeout_seconds
             group = Group.dedicated(self._process_group, seconds)
             try:
-                check_same_settings(self.config, group)
+                names_base = check_same_settings(self.config, group)
                 warn_if_alone(group)
-                made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
+                made = Context(self.config, group, self._storage, self._fs, self.pp_rank, names_base=names_base)
                 if self.config.is_async:
                     self._background = Background(Group.dedicated(self._process_group, seconds), self._device_streams)
                     made.stager = self._background.stager

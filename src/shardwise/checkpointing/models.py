@@ -333,6 +333,7 @@ class ModelSave:
             proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
             if config.verify_export:
                 require(proof, base.directory)
+            base.check_readable(proof.passed)
             return list(proof.passed)
 
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")

@@ -13,7 +13,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.engine.absent import absent_files_named
-from shardwise.engine.near_names import listed, nearest
+from shardwise.engine.near_names import Shapes, listed, nearest
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
     DtypeMismatchError,
@@ -247,9 +247,9 @@ def plan_load(
     tensors = source.tensors
     missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
     if missing and not options.allow_missing:
-        raise _missing(missing, unexpected, source)
+        raise _missing(missing, unexpected, source, _shapes(held))
     if unexpected and not options.allow_unexpected:
-        raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
+        raise _unexpected_error(unexpected, _shapes(held), source)
     reads = PlannedReads()
     later: dict[int, Later] = {}
     for tensor in held:
@@ -342,8 +342,21 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
         )
 
 
-def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> MissingTensorError:
-    close = nearest(names[0], unclaimed or source.tensors)
+def _shapes(held: Sequence[HeldTensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.spec.name: tensor.spec.shape for tensor in held}
+
+
+def _with_saved(name: str, own: Mapping[str, tuple[int, ...]], names: Sequence[str], source: Source) -> Shapes:
+    """Shapes of one name and of those that it is compared with."""
+    saved = {other: source.tensors[other].spec.shape for other in names if other in source.tensors}
+    return {**own, **saved, **({name: own[name]} if name in own else {})}
+
+
+def _missing(
+    names: Sequence[str], unclaimed: Sequence[str], source: Source, own: Mapping[str, tuple[int, ...]]
+) -> MissingTensorError:
+    shapes = _with_saved(names[0], own, unclaimed, source) if unclaimed else None
+    close = nearest(names[0], unclaimed or source.tensors, shapes)
     hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
     if close is not None and unclaimed:
         hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?"
@@ -357,8 +370,11 @@ def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> 
     )
 
 
-def _unexpected_error(names: Sequence[str], own: Sequence[str], source: Source) -> UnexpectedTensorError:
-    close = nearest(names[0], [name for name in own if name not in source.tensors])
+def _unexpected_error(
+    names: Sequence[str], own: Mapping[str, tuple[int, ...]], source: Source
+) -> UnexpectedTensorError:
+    shapes = _with_saved(names[0], own, names[:1], source)
+    close = nearest(names[0], [name for name in own if name not in source.tensors], shapes)
     hint = "Build the model from the checkpoint's own config.json."
     if close is not None:
         hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?"

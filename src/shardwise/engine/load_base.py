@@ -170,7 +170,7 @@ def check_base(
         available = set(source.names())
         missing = [spec.name for spec in wanted if spec.name not in available]
         if missing and not options.allow_missing:
-            raise _missing(missing, unexpected, source)
+            raise _missing([spec for spec in wanted if spec.name not in available], unexpected, source)
         for spec in wanted:
             if spec.name in available:
                 _compare(spec, source)
@@ -370,8 +370,15 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
     )
 
 
-def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
+def _missing(specs: Sequence[TensorSpec], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
     """The error that lists what is missing, the first ones with the nearest name that nobody wants."""
+    names = [spec.name for spec in specs]
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name in unexpected:
+        stored = source.stored(name)
+        # Of a quantized tensor the stored shape may be that of packed values.
+        if stored is not None and name not in source.quantized:
+            shapes.setdefault(name, stored.shape)
     prefix = names[0].split(".")[0] + "."
     hint = "Map names with key_mapping, or build the model from the base's own config.json"
     if not any(name.startswith(prefix) for name in source.names()):
@@ -382,7 +389,7 @@ def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource
         )
     return MissingTensorError(
         f"the base model lacks {len(names)} of the model's tensors: "
-        + listed(names, unexpected or source.names(), "the base has"),
+        + listed(names, unexpected or source.names(), "the base has", shapes),
         path=source.path,
         tensor=names[0],
         hint=f"{hint}.",

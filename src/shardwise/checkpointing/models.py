@@ -33,7 +33,7 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import EXPORT, EXPORT_KEYS, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -107,6 +107,7 @@ class ModelSave:
         self._describes, self._addons = bool(own), addons[own:]
         self.closing: list[Callable[[Group], None]] = []
         self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
+        self._passed: list[str] = []
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -140,6 +141,8 @@ class ModelSave:
         if self._exports:
             return self._exported()
         described = self._described()
+        # An export made later carries the same tensors over.
+        self._passed = self._prove(described.roster.specs, described.hub.absent)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
         return [shards, _telling(described.hub.unwritten)]
@@ -251,7 +254,7 @@ class ModelSave:
 
         def compare(base: BaseModel) -> JsonValue:
             proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export:
+            if config.verify_export and self._exports:
                 require(proof, base.directory)
             return list(proof.passed)
 
@@ -268,12 +271,22 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+        notes = ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed)), (EXPORT, self._export_note()))
+        for name, value in notes:
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, quantized)
+
+    def _export_note(self) -> dict[str, object]:
+        """How an export made later is to be laid out; nothing where there is one."""
+        if self._exports:
+            return {}
+        options, base = self._options(), self.base
+        directory = None if base is None else str(base.directory.absolute())
+        files = [] if base is None else list(base.numbers)
+        return dict(zip(EXPORT_KEYS, (options.stem, options.max_file_bytes, directory, files), strict=True))
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -338,7 +351,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, (), described.quantized)
+                self._prepare_directory({}, self._passed, described.quantized)
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)

@@ -13,6 +13,10 @@ FILE_DTYPES = "fqn_to_dtype_mapping.json"
 NATIVE_DTYPES = "native_dtypes.json"
 #: Names of the base model's tensors that were carried over.
 PASSED_THROUGH = "passed_through.json"
+#: What an export that is made later needs to be the one that the save would have made: see `EXPORT_KEYS`.
+EXPORT = "export.json"
+#: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, and its ``files`` in the order of numbers.
+EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files")
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, EXPORT})

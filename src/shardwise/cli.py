@@ -223,6 +223,8 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     for file in found.files:
         held = f"  {file.tensors} tensors" if file.tensors else ""
         print(f"    {file.path:<{width}}  {file.size:>14,}{held}")
+    for path, why in found.unread:
+        print(f"    not read: {path}: {why}")
     for tensor in found.tensors if tensors else ():
         spec = tensor.spec
         print(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")

@@ -124,14 +124,13 @@ def consolidate(
         MisuseError: It is no model (an optimizer, an adapter, a pipeline), or which part is the model is not clear.
         UnverifiableError: Nothing says whether the tensors are whole.
     """
-    found = find_input(Path(path).absolute(), prefix=prefix, assume_complete=assume_complete)
+    store = storage or LocalStorage()
+    found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)
     target = Path(output).absolute() if output is not None else found.directory / _CONSOLIDATED
     if os.path.lexists(target):
         raise CheckpointExistsError(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
-    store = storage or LocalStorage()
-    found.ledger.headers(found.source.files, store)
     found = replace(found, source=carry_over(found, base))
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
     reader = CheckedReader(store, found.source.files, found.ledger)

@@ -27,6 +27,7 @@ from shardwise.io.checked import Ledger, Recorded
 from shardwise.io.entries import read_entries
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import read_file
+from shardwise.io.storage import Storage
 from shardwise.ops.dcp_model import find_model
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
@@ -88,11 +89,12 @@ class ModelInput:
         return content
 
 
-def find_input(path: Path, *, prefix: str | None, assume_complete: bool) -> ModelInput:
+def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool) -> ModelInput:
     """Find the model at a path, and make sure that it is whole.
 
     Args:
         path: A checkpoint, its ``model`` directory, a root, or another tool's directory.
+        storage: Through what headers are read.
         prefix: What the names of the model's tensors begin with in a DCP directory.
         assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
 
@@ -116,6 +118,8 @@ def find_input(path: Path, *, prefix: str | None, assume_complete: bool) -> Mode
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = Ledger(_recorded(manifests))
+    # Before anything in a header is believed.
+    ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
     found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
     if not manifests:
         found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
@@ -148,7 +152,7 @@ def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
     first = report.damages[0]
     more = f"; {len(report.damages) - 1} more are damaged" if len(report.damages) > 1 else ""
     kind = ManifestError if first.kind == "manifest" else IntegrityError
-    elsewhere = directory.name == "model" and all(not damage.file.startswith("model/") for damage in report.damages)
+    elsewhere = not any((report.path / damage.file).is_relative_to(directory) for damage in report.damages)
     raise kind(
         f"the checkpoint is damaged: {first.describe()}{more}",
         path=report.path / first.file,

@@ -85,7 +85,7 @@ class ModelClass:
             shape = known.get(spec.name)
             if shape is not None and shape != spec.shape:
                 raise ShapeMismatchError(
-                    f"the files make up a tensor of {list(spec.shape)}, and by {self.config.name} that of a {self.name} "
+                    f"the files make up a tensor of {list(spec.shape)}; by {self.config.name} that of a {self.name} "
                     f"has {list(shape)}",
                     path=path,
                     tensor=spec.name,

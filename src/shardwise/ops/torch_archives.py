@@ -57,7 +57,7 @@ def _no_archive(path: Path) -> Outcome:
     what = what_is_file(path)
     if what is not None and what.kind is Kind.TORCH:
         return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
-    if _WEIGHTS.fullmatch(path.name) or (what is not None and what.kind in (Kind.POINTER, Kind.TEXT)):
+    if _WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
         name = "of no known format" if what is None else what.name
         return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
     return Outcome(unchecked="of no known format")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.ops.damaged import cut, describe, flip, gpt2, same_logits, save_dcp, stepped
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from shardwise import CheckpointingConfig
 from shardwise.cli import main
@@ -154,12 +154,18 @@ def test_the_files_of_a_model_with_rules_of_conversion_have_the_hubs_names(tmp_p
 # --- torch_save ------------------------------------------------------------------------------------------------------
 
 
+def trained() -> GPT2LMHeadModel:
+    net = gpt2(7)
+    stepped(net)
+    return net
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     net = gpt2(7)
     settings = {"checkpoint_dir": tmp_path / "root", "model_save_format": "torch_save", "save_consolidated": False}
     with CheckpointingConfig(**settings).build(0, 0, 0) as engine:  # type: ignore[arg-type]
-        engine.save(0, 1, net, stepped(gpt2(7)))
+        engine.save(0, 1, net, stepped(net))
     return tmp_path / "root" / "epoch_0_step_1"
 
 
@@ -167,7 +173,7 @@ def test_torch_save_becomes_the_export(own: Path) -> None:
     report = consolidate(own.parent)
     assert report.path == own / "model" / "consolidated"
     assert report.verified
-    assert same_logits(report.path, gpt2(7))
+    assert same_logits(report.path, trained())
     assert verify(own).status == "whole"
     assert not any("exp_avg" in name for name in names(report.path))
 
@@ -200,7 +206,7 @@ def test_without_its_manifest_it_is_exported_with_a_note(own: Path, tmp_path: Pa
     (own / "manifest.json").unlink()
     report = consolidate(own, tmp_path / "export")
     assert not report.verified
-    assert same_logits(report.path, gpt2(7))
+    assert same_logits(report.path, trained())
     assert json.loads((report.path / "manifest.json").read_text())["info"]["source"] == "no manifest"
 
 

@@ -138,7 +138,9 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
             tensors.append(TensorDescription(tensor.component, tensor.spec, places))
             counts.update(places)
     # Of DCP's files a manifest knows the bytes; what tensors these are their own metadata says.
-    described = read_contents(target.directory, [f for f in wanted if f.endswith(DCP_SUFFIX)], target.directory.name)
+    described = read_contents(
+        target.directory, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], target.directory.name
+    )
     for (component, _), (spec, held) in described.tensors.items():
         tensors.append(TensorDescription(component, spec, tuple(held)))
         counts.update(held)

@@ -250,11 +250,13 @@ def save_over(base: Path, root: Path, **changes: object) -> Path:
 def test_tensors_of_the_base_are_carried_over_as_in_an_online_export(base: Path, tmp_path: Path) -> None:
     online = save_over(base, tmp_path / "online", save_consolidated=True) / "model" / "consolidated"
     shards = save_over(base, tmp_path / "shards", save_consolidated=False)
-    report = consolidate(shards)
-    assert "extra.weight" in names(report.path)
-    produced = {path.name: path.read_bytes() for path in report.path.iterdir() if path.name != "manifest.json"}
-    assert produced == {path.name: path.read_bytes() for path in online.iterdir()}
-    assert verify(shards).status == "whole"
+    by_torch = save_over(base, tmp_path / "torch", save_consolidated=False, model_save_format="torch_save")
+    for saved in (shards, by_torch):
+        report = consolidate(saved)
+        assert "extra.weight" in names(report.path)
+        produced = {path.name: path.read_bytes() for path in report.path.iterdir() if path.name != "manifest.json"}
+        assert produced == {path.name: path.read_bytes() for path in online.iterdir()}
+        assert verify(saved).status == "whole"
 
 
 def test_a_base_that_is_not_at_hand_is_an_error(base: Path, tmp_path: Path) -> None:

@@ -381,3 +381,12 @@ def test_one_process_saves_what_one_process_exports(tmp_path: Path) -> None:
     for name in (*report.files, "diffusion_pytorch_model.safetensors.index.json"):
         assert (report.path / name).read_bytes() == (online / name).read_bytes()
     assert json.loads((report.path / "manifest.json").read_text())["info"] == {}
+
+
+def test_shards_saved_in_the_background(tmp_path: Path) -> None:
+    net = model()
+    with CheckpointingConfig(checkpoint_dir=tmp_path, is_async=True, save_consolidated=False).build(0, 0, 0) as engine:
+        engine.save(0, 1, net)
+    found = load_file(consolidate(tmp_path).path / "model.safetensors")
+    assert all(torch.equal(found[name], value.detach()) for name, value in net.named_parameters())
+    assert verify(tmp_path).status == "whole"

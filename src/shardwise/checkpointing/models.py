@@ -107,7 +107,7 @@ class ModelSave:
         self._describes, self._addons = bool(own), addons[own:]
         self.closing: list[Callable[[Group], None]] = []
         self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
-        self._passed: list[str] = []
+        self._carried: list[str] = []
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -142,7 +142,7 @@ class ModelSave:
             return self._exported()
         described = self._described()
         # An export made later carries the same tensors over.
-        self._passed = self._prove(described.roster.specs, described.hub.absent)
+        self._carried = self._prove(described.roster.specs, described.hub.absent)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
         return [shards, _telling(described.hub.unwritten)]
@@ -156,10 +156,25 @@ class ModelSave:
             require_memory(memory_of(self.state.held()), "values to save")
             kept = undeclared_names(self.state.tensors(), self.state.model)
             quantized.flag = self._describes and is_quantized(self._args)
+        if self.base is not None and context.config.pass_through_unloaded:
+            self._carried = self._prove(*self._everyones_specs())
         with context.group.together("preparing the model's directory"):
             self._prepare_directory({}, (), quantized.any)
         self._before()
         return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
+
+    def _everyones_specs(self) -> tuple[list[TensorSpec], tuple[str, ...]]:
+        """All ranks' tensors under the names of an export, and the names that this rank's have besides."""
+        absent: list[str] = []
+
+        def describe() -> JsonValue:
+            hub = self._context.names.capture(self.state)
+            absent.extend(hub.absent)
+            return [[name, list(shape), dtype] for name, shape, dtype in (t.spec for t in _declared(hub))]
+
+        told = self._context.group.gather(describe, "naming what an export would have")
+        rows = {name: (shape, dtype) for theirs in cast(list[list[_SpecRow]], told) for name, shape, dtype in theirs}
+        return [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in rows.items()], tuple(absent)
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -286,7 +301,8 @@ class ModelSave:
         options, base = self._options(), self.base
         directory = None if base is None else str(base.directory.absolute())
         files = [] if base is None else list(base.numbers)
-        return dict(zip(EXPORT_KEYS, (options.stem, options.max_file_bytes, directory, files), strict=True))
+        values = (options.stem, options.max_file_bytes, directory, files, self._carried)
+        return dict(zip(EXPORT_KEYS, values, strict=True))
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -351,7 +367,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, self._passed, described.quantized)
+                self._prepare_directory({}, (), described.quantized)
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
@@ -370,6 +386,13 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._context.group.rank, index)
+
+
+_SpecRow = tuple[str, list[int], str]
+
+
+def _declared(hub: HubState) -> list[HeldTensor]:
+    return [*hub.held, *declared(hub.groups)]
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

@@ -15,8 +15,9 @@ NATIVE_DTYPES = "native_dtypes.json"
 PASSED_THROUGH = "passed_through.json"
 #: What an export that is made later needs to be the one that the save would have made: see `EXPORT_KEYS`.
 EXPORT = "export.json"
-#: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, and its ``files`` in the order of numbers.
-EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files")
+#: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, its ``files`` in the order of numbers, and
+#: the names of its tensors that are to be ``carried`` over.
+EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files", "carried")
 
 #: What readers of an export have no use for.
 NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, EXPORT})

@@ -31,8 +31,9 @@ def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source
         DtypeMismatchError: Its tensor has another dtype than when the model was saved.
     """
     notes = found.directory / METADATA_DIR
-    noted = found.read_json(notes / PASSED_THROUGH)
-    names = [str(name) for name in noted] if isinstance(noted, list) else []
+    export = found.read_json(notes / EXPORT)
+    noted = (found.read_json(notes / PASSED_THROUGH), export.get("carried") if isinstance(export, dict) else None)
+    names = dict.fromkeys(str(name) for each in noted if isinstance(each, list) for name in each)
     absent = [name for name in names if name not in found.source.tensors]
     if not absent:
         return found.source

@@ -70,7 +70,7 @@ def find_model(
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     tensors = [n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
-    others = [n for n in metadata.state_dict_metadata if n not in set(tensors)]
+    others = [n for n, item in metadata.state_dict_metadata.items() if not isinstance(item, TensorStorageMetadata)]
     paths = _paths(metadata.planner_data, [*tensors, *others])
     if prefix is not None:
         place = _Place(prefix.rstrip("."))

@@ -141,7 +141,7 @@ def consolidate(
     plain[index_name(stem)] = layout.index
     export = _Export(found, tensors, layout, plain, store, progress)
     aside = target.with_name(temporary_name(target.name))
-    made = _first_absent(target.parent)
+    made = _absent(target.parent)
     with storage_errors(aside):
         LOCAL.remove_tree(aside)
     try:
@@ -152,7 +152,10 @@ def consolidate(
             LOCAL.fsync_path(target.parent)
     except BaseException:
         with storage_errors(aside):
-            LOCAL.remove_tree(made or aside)
+            LOCAL.remove_tree(aside)
+            for directory in made:
+                if directory.is_dir() and not os.listdir(directory):
+                    directory.rmdir()
         raise
     finally:
         reader.close()
@@ -160,11 +163,12 @@ def consolidate(
     return ConsolidateReport(target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes))
 
 
-def _first_absent(directory: Path) -> Path | None:
-    """The topmost directory that has to be made for this one to exist."""
-    absent = None
+def _absent(directory: Path) -> list[Path]:
+    """The directories that have to be made for this one to exist, the innermost first."""
+    absent = []
     while not directory.exists():
-        absent, directory = directory, directory.parent
+        absent.append(directory)
+        directory = directory.parent
     return absent
 
 

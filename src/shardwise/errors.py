@@ -16,6 +16,7 @@
     |  |- StateFormatError                          a JSON state file
     |  `- UnsafePickleError                         a pickle that names something outside the allow-list
     |- IntegrityError          (ValueError)         sizes or digests differ from what was written
+    |- UnverifiableError       (ValueError)         nobody can say whether what is there is all of it
     |- TensorError             (ValueError)         one tensor cannot be saved or loaded as asked
     |  |- ShapeMismatchError
     |  |- DtypeMismatchError
@@ -226,6 +227,10 @@ class UnsafePickleError(FormatError):
 
 class IntegrityError(ShardwiseError, ValueError):
     """A size or digest differs from the one recorded when the checkpoint was written."""
+
+
+class UnverifiableError(ShardwiseError, ValueError):
+    """Nothing says whether what is there is all of it: no manifest, no metadata and no configuration."""
 
 
 class TensorError(ShardwiseError, ValueError):

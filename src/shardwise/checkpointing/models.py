@@ -37,7 +37,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import EXPORT, EXPORT_KEYS, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -130,6 +130,7 @@ class ModelSave:
         self.closing: list[Callable[[Group], None]] = []
         self._wants_export = context.exports(is_final)
         self._exports = self._wants_export and context.config.model_save_format == "safetensors"
+        self._carried: list[str] = []
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -174,6 +175,8 @@ class ModelSave:
         if self._exports:
             return self._exported()
         described = self._described()
+        # An export made later carries the same tensors over.
+        self._carried = self._prove(described.roster.specs, described.hub.absent)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
         return [shards, *self._aside(described.any, described.hub.listing), _telling(described.hub.unwritten)]
@@ -200,6 +203,8 @@ class ModelSave:
             quantized = self._describes and is_quantized(self._args)
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
+        if self.base is not None and context.config.pass_through_unloaded:
+            self._carried = self._prove(*self._everyones_specs())
         with context.group.together("preparing the model's directory"):
             self._prepare_directory({}, (), found.quantized)
         self._before()
@@ -223,6 +228,19 @@ class ModelSave:
                 release()
 
         return run
+
+    def _everyones_specs(self) -> tuple[list[TensorSpec], tuple[str, ...]]:
+        """All ranks' tensors under the names of an export, and the names that this rank's have besides."""
+        absent: list[str] = []
+
+        def describe() -> JsonValue:
+            hub = self._context.names.capture(self.state)
+            absent.extend(hub.absent)
+            return [[name, list(shape), dtype] for name, shape, dtype in (t.spec for t in _declared(hub))]
+
+        told = self._context.group.gather(describe, "naming what an export would have")
+        rows = {name: (shape, dtype) for theirs in cast(list[list[_SpecRow]], told) for name, shape, dtype in theirs}
+        return [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in rows.items()], tuple(absent)
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -331,7 +349,7 @@ class ModelSave:
 
         def compare(base: BaseModel) -> JsonValue:
             proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export:
+            if config.verify_export and self._exports:
                 require(proof, base.directory)
             base.check_readable(proof.passed)
             return list(proof.passed)
@@ -349,12 +367,23 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+        notes = ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed)), (EXPORT, self._export_note()))
+        for name, value in notes:
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, quantized, self._exporter)
+
+    def _export_note(self) -> dict[str, object]:
+        """How an export made later is to be laid out; nothing where there is one."""
+        if self._exports:
+            return {}
+        options, base = self._options(), self.base
+        directory = None if base is None else str(base.directory.absolute())
+        files = [] if base is None else list(base.numbers)
+        values = (options.stem, options.max_file_bytes, directory, files, self._carried)
+        return dict(zip(EXPORT_KEYS, values, strict=True))
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -439,6 +468,13 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._context.group.rank, index)
+
+
+_SpecRow = tuple[str, list[int], str]
+
+
+def _declared(hub: HubState) -> list[HeldTensor]:
+    return [*hub.held, *declared(hub.groups)]
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

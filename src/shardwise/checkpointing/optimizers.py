@@ -24,7 +24,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
-from shardwise.io.sources import Source, open_source
+from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import ShardFile, plan_shards
@@ -218,9 +218,8 @@ def open_optimizer(
     found = plan
     if not has_tensors.any:
         return OpenedOptimizer(found, tuple(schedulers), None)
-    source = open_source(directory, group, spread=True)
-    with group.together("describing the optimizer"):
-        source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
+    states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
+    source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
     tensors = open_described(
@@ -276,14 +275,3 @@ def _compared(
         error.path = error.path or str(directory)
         raise
     return plan, saved_schedules(schedulers, record.schedulers, directory) if schedulers else []
-
-
-def _without_files(source: Source, names: set[str]) -> Source:
-    drop = {number for number, file in enumerate(source.files) if file.name in names}
-    if not drop:
-        return source
-    return source.without(
-        name
-        for name, tensor in source.tensors.items()
-        if tensor.scattered is None and all(chunk.file in drop for chunk in tensor.chunks)
-    )

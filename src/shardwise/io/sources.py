@@ -92,6 +92,7 @@ def open_source(
     *,
     spread: bool = False,
     held: Callable[[], Sequence[HeldTensor] | None] | None = None,
+    besides: frozenset[str] = frozenset(),
 ) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same, unless each finds just what it holds.
 
@@ -104,6 +105,7 @@ def open_source(
         held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where that cannot be
             told by names and regions alone. Where every rank has read just that, and none has what another has, as in
             a run that goes on as it was, nothing is told to others (`Source.apart`). Local.
+        besides: Names of files in a directory that hold something else than the tensors that are meant.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -113,7 +115,9 @@ def open_source(
     """
     root = Path(path).absolute()
     read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
-    listed = cast(dict[str, list[str]], group.tell(lambda: _look(root, read), f"looking for a checkpoint at {root}"))
+    listed = cast(
+        dict[str, list[str]], group.tell(lambda: _look(root, read, besides), f"looking for a checkpoint at {root}")
+    )
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
     if not listed["single"] and SAFETENSORS.index_stem(root.name) is not None:
@@ -138,7 +142,7 @@ def open_source(
     return source
 
 
-def _look(root: Path, read: _ReadIndex) -> JsonValue:
+def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
     """List what is at a path.
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
@@ -152,7 +156,7 @@ def _look(root: Path, read: _ReadIndex) -> JsonValue:
     if (root / ".metadata").exists():
         _refuse_both(root)
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
-    own, index = _tensor_files(root, read)
+    own, index = _tensor_files(root, read, besides)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
         below, index_below = _tensor_files(root / "consolidated", read)
@@ -199,9 +203,12 @@ def _refuse_both(root: Path) -> None:
         )
 
 
-def _tensor_files(directory: Path, read: _ReadIndex) -> tuple[list[str], list[str]]:
+def _tensor_files(
+    directory: Path, read: _ReadIndex, besides: frozenset[str] = frozenset()
+) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
-    chosen = choose_weights(directory, os.listdir(directory), SAFETENSORS, read)
+    names = [name for name in os.listdir(directory) if name not in besides]
+    chosen = choose_weights(directory, names, SAFETENSORS, read)
     if chosen is None:
         return [], []
     if chosen.unread is not None:

@@ -20,7 +20,16 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
+from shardwise.checkpointing.optimizers import (
+    Changes,
+    OpenedOptimizer,
+    Optimizers,
+    OptimizerSave,
+    Schedulers,
+    as_list,
+    open_optimizer,
+    several,
+)
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
@@ -29,7 +38,7 @@ from shardwise.engine.jobs import SaveJob
 from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
-from shardwise.errors import StorageError
+from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,
@@ -141,7 +150,9 @@ class Checkpointer(ComponentCheckpointer):
             )
             steps = below("model", save.steps())
             if steers:
-                saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
+                saving = OptimizerSave(
+                    context, [] if optimizer is None else optimizer, model, scheduler, temp / "optim"
+                )
                 steps += below("optim", saving.steps())
             steps += capture_extras(context, temp, extra_state or {})
         except BaseException:
@@ -160,6 +171,8 @@ class Checkpointer(ComponentCheckpointer):
         restore_from: str | Path = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
+        key_mapping: Mapping[str, str] | None = None,
+        allow_new_parameters: bool = False,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -179,6 +192,11 @@ class Checkpointer(ComponentCheckpointer):
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
+                of the optimizer's parameters; first match.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
+                since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
+                error.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -193,10 +211,18 @@ class Checkpointer(ComponentCheckpointer):
         context = self._context
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
-        given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
+        given = {
+            "an optimizer or scheduler": steers,
+            "verify='digests'": verify == "digests",
+            f"key_mapping={key_mapping}": bool(key_mapping),
+            "allow_new_parameters=True": allow_new_parameters,
+        }
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
+            check_mapping("key_mapping", key_mapping)
+            if key_mapping and self.config.is_peft:
+                raise MisuseError("key_mapping was passed, and an adapter's names are PEFT's", hint="Leave it out.")
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(look, given, context.group)
@@ -213,13 +239,19 @@ class Checkpointer(ComponentCheckpointer):
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
-        opened = self._open_model(model, path / "model")
-        steering = open_optimizer(context, optimizer or [], model, scheduler, path / "optim") if steers else None
+        opened = self._open_model(model, path / "model", key_mapping)
+        steering: OpenedOptimizer | None = None
+        if steers:
+            changes = Changes(key_mapping, allow_new_parameters)
+            chosen = [] if optimizer is None else optimizer
+            steering = open_optimizer(context, chosen, model, scheduler, path / "optim", changes)
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         left = unrestored(context, path, found, taken, partly)
+        if steering is not None:
+            steering.read_aside()
         with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
             if steering is not None:
                 steering.take_in(undos)
@@ -232,7 +264,7 @@ class Checkpointer(ComponentCheckpointer):
                 found.set_generators()
         self.allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
-        return replace(record, unrestored=left)
+        return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
 
     # --- preemption -------------------------------------------------------------------------------------------------
 

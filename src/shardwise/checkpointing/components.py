@@ -31,7 +31,7 @@ from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.optimizers import Changes, Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.restoring import overwriting
 from shardwise.checkpointing.standalone import Replacement
@@ -182,13 +182,35 @@ class ComponentCheckpointer:
         self._run(SaveJob(f"saving {weights_path}/optim", tuple(steps), target.commit, target.abandon))
 
     def load_optimizer(
-        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+        self,
+        optimizer: Optimizers,
+        model: Model,
+        weights_path: str | Path,
+        scheduler: Schedulers | None = None,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_new_parameters: bool = False,
     ) -> None:
-        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
+        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call.
+
+        Args:
+            optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
+            model: The model, or this rank's pipeline stages.
+            weights_path: The directory that ``optim`` is in.
+            scheduler: The scheduler or schedulers.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
+                match.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
+                since, start without state; otherwise they are an error.
+        """
         self.async_wait()
-        with self._context.group.together("looking at what is to be loaded"):
-            self._looked(model, optimizer, scheduler)
-        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
+        given = {
+            f"key_mapping={key_mapping}": bool(key_mapping),
+            "allow_new_parameters=True": allow_new_parameters,
+        }
+        check_same_call(lambda: self._looked(model, optimizer, scheduler), given, self._context.group)
+        changes = Changes(key_mapping, allow_new_parameters)
+        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
 
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""

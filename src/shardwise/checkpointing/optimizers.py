@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
 from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
+from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
-from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
+from shardwise.errors import CheckpointNotFoundError, MisuseError, NameCollisionError, ShardwiseError
 from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+
+_LOG = logging.getLogger(__name__)
 
 OPTIMIZER_STATE = "optimizer"
 
 
-Optimizers = Optimizer | Sequence[Optimizer]
+Optimizers = AnyOptimizer | Sequence[AnyOptimizer]
 Schedulers = HasState | Sequence[HasState]
 
 
-def several(optimizer: Optimizers | None) -> list[Optimizer]:
+def several(optimizer: Optimizers | None) -> list[AnyOptimizer]:
     """Optimizers as a list; none is an empty one."""
     if optimizer is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
 
 
 def as_list(schedulers: Schedulers | None) -> list[HasState]:
@@ -76,13 +81,20 @@ class OptimizerSave:
         state: OptimizerState | None = None
         own = b""
         schedule: dict[str, bytes] = {}
-        with group.together("describing the optimizer") as has_schedulers:
+        unsettled: dict[str, list[object]] = {}
+        with group.together("looking at the optimizer") as is_unsettled:
             state = OptimizerState(self._optimizer, self._model)
+            unsettled = state.unsettled()
+            is_unsettled.flag = bool(unsettled)
+        assert state is not None
+        if is_unsettled.any:
+            told = group.gather_json(cast(JsonValue, unsettled), "comparing state that each rank keeps as it likes")
+            state.settle(cast("list[dict[str, list[object]]]", told))
+        with group.together("describing the optimizer") as has_schedulers:
             own = blob_of(pack_state(state.record([scheduler_kind(each) for each in self._schedulers]).to_state()))
             has_schedulers.flag = bool(self._schedulers)
             if self._schedulers:
                 schedule = pack_state([scheduler.state_dict() for scheduler in self._schedulers])
-        assert state is not None
         merged: dict[str, bytes] = {}
         theirs = distinct(group, own)
         with group.together("merging the optimizers' groups"):
@@ -159,20 +171,27 @@ class OpenedOptimizer:
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
     plan: OptimizerRestore
     schedulers: tuple[tuple[HasState, dict[str, object]], ...]
     tensors: OpenedLoad | None
+    is_aside: bool = False
 
     @property
     def unwanted(self) -> tuple[str, ...]:
         """Parameters whose saved state no rank's optimizer wants."""
         names = self.tensors.unexpected if self.tensors is not None else ()
-        return tuple(dict.fromkeys(name.removeprefix("state.").rpartition(".")[0] for name in names))
+        return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
+
+    def read_aside(self) -> None:
+        """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
+        if self.is_aside and self.tensors is not None:
+            self.tensors.read()
 
     def take_in(self, undos: Undos) -> None:
-        """Set options and schedulers, and put the memory in place that `fill` fills. Local.
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_aside`.
 
         Raises:
             MisuseError: A scheduler refuses its state.
@@ -189,9 +208,22 @@ class OpenedOptimizer:
                 ) from error
 
     def fill(self) -> None:
-        """Read the state tensors. All ranks call, after `take_in`."""
-        if self.tensors is not None:
+        """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
+        if self.tensors is not None and not self.is_aside:
             self.tensors.read()
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is meant to be other than when the optimizer was saved; the same on every rank.
+
+    Attributes:
+        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
+        allow_new: Parameters that the saved optimizer did not update start without state.
+    """
+
+    key_mapping: Mapping[str, str] | None = None
+    allow_new: bool = False
 
 
 def open_optimizer(
@@ -200,6 +232,7 @@ def open_optimizer(
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
+    changes: Changes | None = None,
 ) -> OpenedOptimizer:
     """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
 
@@ -209,23 +242,31 @@ def open_optimizer(
         TensorError: The saved state does not fit the optimizer.
     """
     group = context.group
+    state: OptimizerState | None = None
     plan: OptimizerRestore | None = None
     schedulers: list[tuple[HasState, dict[str, object]]] = []
+    with group.together("looking at the optimizer") as aside:
+        state = OptimizerState(optimizer, model)
+        aside.flag = state.has_own_ways
     with group.together(f"comparing the optimizer with {directory}") as has_tensors:
-        plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
-        has_tensors.flag = bool(plan.tensors())
+        assert state is not None
+        plan, schedulers = _compared(state, as_list(scheduler), directory, changes or Changes(), aside.any)
+        has_tensors.flag = bool(plan.targets)
     assert plan is not None
     found = plan
+    if found.fresh:
+        _LOG.warning(
+            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
+            listed(found.fresh),
+        )
     if not has_tensors.any:
         return OpenedOptimizer(found, tuple(schedulers), None)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    tensors = open_described(
-        lambda: found.held_as_saved(source.tensors.keys()), source, group, context.storage, options
-    )
-    return OpenedOptimizer(found, tuple(schedulers), tensors)
+    tensors = open_described(found.held_as_saved, source, group, context.storage, options)
+    return OpenedOptimizer(found, tuple(schedulers), tensors, aside.any)
 
 
 def load_optimizer(
@@ -234,6 +275,7 @@ def load_optimizer(
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
+    changes: Changes | None = None,
 ) -> None:
     """Restore optimizers (fresh or used) and schedulers in place. All ranks call.
 
@@ -241,7 +283,8 @@ def load_optimizer(
         ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
     group = context.group
-    opened = open_optimizer(context, optimizer, model, scheduler, directory)
+    opened = open_optimizer(context, optimizer, model, scheduler, directory, changes)
+    opened.read_aside()
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
     with overwriting("the optimizer's state"):
@@ -259,9 +302,8 @@ def optimizer_components(directory: Path) -> list[str]:
 
 
 def _compared(
-    optimizer: Optimizers, model: nn.Module | Sequence[nn.Module], schedulers: Sequence[HasState], directory: Path
+    state: OptimizerState, schedulers: Sequence[HasState], directory: Path, changes: Changes, is_aside: bool
 ) -> tuple[OptimizerRestore, list[tuple[HasState, dict[str, object]]]]:
-    state = OptimizerState(optimizer, model)
     if not os.path.lexists(directory):
         raise CheckpointNotFoundError(
             "the checkpoint was saved without an optimizer",
@@ -270,8 +312,24 @@ def _compared(
         )
     record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
     try:
-        plan = plan_restore(state, record)
+        if changes.key_mapping:
+            record = _renamed(record, changes.key_mapping)
+        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_aside))
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise
     return plan, saved_schedules(schedulers, record.schedulers, directory) if schedulers else []
+
+
+def _renamed(record: OptimizerRecord, key_mapping: Mapping[str, str]) -> OptimizerRecord:
+    names = list(dict.fromkeys([name for group in record.groups for name in group.params]))
+    mapping = dict(zip(names, rename(names, key_mapping), strict=True))
+    owners: dict[str, str] = {}
+    for old, new in mapping.items():
+        if owners.setdefault(new, old) != old:
+            raise NameCollisionError(
+                f"key_mapping gives two parameters of the saved optimizer, {owners[new]} and {old}, one name",
+                tensor=new,
+                hint="Make the patterns match whole names (with ^ and $).",
+            )
+    return record.under(mapping)

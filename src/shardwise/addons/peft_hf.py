@@ -24,6 +24,7 @@ from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.plan.views import AxisView
+from shardwise.stateful_wrappers import wrapping
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -54,16 +55,8 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
 
 
 def outer(part: nn.Module) -> nn.Module:
-    """The part inside DDP and torch.compile, with its ``PeftModel``."""
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-    while True:
-        inner = part._modules.get("_orig_mod") or part._modules.get("_checkpoint_wrapped_module")
-        if inner is None and isinstance(part, (DistributedDataParallel, DataParallel)):
-            inner = cast("nn.Module", part.module)
-        if inner is None:
-            return part
-        part = inner
+    """The part inside of what only wraps it, with its ``PeftModel``."""
+    return wrapping.unwrap(part)
 
 
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:

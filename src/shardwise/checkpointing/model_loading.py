@@ -13,6 +13,7 @@ from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
@@ -49,7 +50,7 @@ def load_model(
     computed = [held for held in hub.groups if not _has_natives(held, source)]
 
     def direct() -> list[HeldTensor]:
-        own = under_saved_names(state.model, hub.held, source.tensors.keys())
+        own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
         return [*own, *natives_of([held for held in hub.groups if held not in computed])]
 
     report = load_described(direct, source, group, context.storage, options)
@@ -87,7 +88,7 @@ class _Matched:
 def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
     own = {tensor.spec.name for tensor in hub.held}
-    apart = in_vain(state.model, [name for name in source.tensors if name not in own])
+    apart = in_vain(exported_modules(state.model), [name for name in source.tensors if name not in own])
     # What is computed is read apart, and by the ranks of its stage alone.
     apart += [spec.name for held in hub.groups for spec in held.computed.hub]
     return _Matched(hub, ties, apart)

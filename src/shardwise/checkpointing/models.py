@@ -33,7 +33,7 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import APART, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -61,6 +61,7 @@ class _Described:
         roster: Who holds what.
         news: Whether any rank's tensors are others than last time.
         quantized: Whether any rank holds quantized parameters.
+        recasts: What the ranks write otherwise than they hold it, or beside the export.
     """
 
     hub: HubState
@@ -68,6 +69,7 @@ class _Described:
     roster: Roster
     news: bool
     quantized: bool
+    recasts: Recasts
 
 
 class ModelSave:
@@ -154,7 +156,7 @@ class ModelSave:
             kept = undeclared_names(self.state.tensors(), self.state.model)
             quantized.flag = self._describes and is_quantized(self._args)
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory({}, (), quantized.any)
+            self._prepare_directory(Recasts({}, False), (), quantized.any)
         self._before()
         return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
 
@@ -163,7 +165,7 @@ class ModelSave:
         """Plan an export and prepare its directory; all ranks call."""
         context, described = self._context, self._described()
         hub, own, roster = described.hub, described.own, described.roster
-        recasts = context.recasts.settle(own, described.news) if self.base is not None else Recasts({}, False)
+        recasts = described.recasts
         names = self._prove(roster.specs, hub.absent)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
         natives = natives_of(hub.groups)
@@ -177,7 +179,7 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-            self._prepare_directory(recasts.native, names, described.quantized)
+            self._prepare_directory(recasts, names, described.quantized)
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
@@ -203,12 +205,10 @@ class ModelSave:
                 self._reserve()
             hub = self._captured()
             natives = natives_of(hub.groups)
-            if self._exports:
-                own = context.recasts.recast([*hub.held, *declared(hub.groups)], base)
-                computed = [context.computed_roster.look(natives)]
-                computed += [] if self.base is None else [context.recasts.look(own)]
-            else:
-                own, computed = Recast.of([*hub.held, *natives], {}), []
+            held = [*hub.held, *(declared(hub.groups) if self._exports else natives)]
+            own = context.recasts.recast(held, base, hub.apart, exports=self._exports)
+            computed = [context.recasts.look(own)]
+            computed += [context.computed_roster.look(natives)] if self._exports else []
             # As long as the same is captured, the parameters are the same.
             seen = [context.sound]
             quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
@@ -217,7 +217,8 @@ class ModelSave:
         assert own is not None
         # In one order on every rank: each may exchange something.
         any_quantized = context.quantized.settle(news.any)
-        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, any_quantized)
+        roster = context.model_roster.settle(own.export, news.any)
+        return _Described(hub, own, roster, news.any, any_quantized, context.recasts.settle(own, news.any))
 
     def _captured(self) -> HubState:
         context = self._context
@@ -258,7 +259,7 @@ class ModelSave:
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
         return cast(list[str], passed)
 
-    def _prepare_directory(self, native: Mapping[str, str], passed: Sequence[str], quantized: bool) -> None:
+    def _prepare_directory(self, recasts: Recasts, passed: Sequence[str], quantized: bool) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
         context = self._context
         if self.base is not None:
@@ -268,7 +269,8 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+        notes = {NATIVE_DTYPES: dict(recasts.native), PASSED_THROUGH: list(passed), APART: sorted(recasts.apart)}
+        for name, value in notes.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
@@ -338,7 +340,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, (), described.quantized)
+                self._prepare_directory(described.recasts, (), described.quantized)
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)

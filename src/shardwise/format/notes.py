@@ -13,6 +13,8 @@ FILE_DTYPES = "fqn_to_dtype_mapping.json"
 NATIVE_DTYPES = "native_dtypes.json"
 #: Names of the base model's tensors that were carried over.
 PASSED_THROUGH = "passed_through.json"
+#: Names of saved tensors that are no part of the exported model: a value head around it, a running average's counter.
+APART = "apart.json"
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, APART})

@@ -25,7 +25,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, METADATA_DIR, NOTES
+from shardwise.format.notes import APART, FILE_DTYPES, FILE_INDEX, METADATA_DIR, NOTES
 from shardwise.format.strict_json import JsonValue, loads
 from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
@@ -101,6 +101,7 @@ def consolidate(
         raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
     store = storage or LocalStorage()
     source = open_source(directory, Group(None))
+    source = source.without(_names(directory / METADATA_DIR / APART))
     layout = _layout(directory, source, max_file_bytes)
     aside = target.with_name(temporary_name(target.name))
     with storage_errors(aside):
@@ -136,17 +137,30 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-def _mapping(path: Path) -> Mapping[str, JsonValue]:
-    if not path.is_file():
-        return {}
-
+def _parsed(path: Path) -> JsonValue:
     def fail(reason: str) -> NoReturn:
         raise StateFormatError(f"the record {reason}", path=path, hint="Restore the file.")
 
-    found = loads(read_file(path), fail=fail)
+    return loads(read_file(path), fail=fail)
+
+
+def _mapping(path: Path) -> Mapping[str, JsonValue]:
+    if not path.is_file():
+        return {}
+    found = _parsed(path)
     if not isinstance(found, dict):
         raise StateFormatError("not a JSON object", path=path, hint="Restore the file.")
     return found
+
+
+def _names(path: Path) -> list[str]:
+    """The names that a note lists; none where there is none."""
+    if not path.is_file():
+        return []
+    found = _parsed(path)
+    if not isinstance(found, list):
+        raise StateFormatError("not a JSON list", path=path, hint="Restore the file.")
+    return [str(name) for name in found]
 
 
 def _write(

@@ -54,6 +54,21 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
     return known and not any(find_sites(part) for part in parts)
 
 
+def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
+    """Whether peft's layers, or a ``PeftModel``, are in the model itself.
+
+    A configuration alone is not enough: peft leaves it on a model whose adapters were merged and unloaded.
+    """
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(module, kinds) for part in parts for module in part.modules())
+
+
 def outer(part: nn.Module) -> nn.Module:
     """The part inside of what only wraps it, with its ``PeftModel``."""
     return wrapping.unwrap(part)

@@ -12,6 +12,7 @@ import torch
 from shardwise.checkpointing.answers import Answer
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.opens import OpeningCheck
 from shardwise.checkpointing.recasts import RecastKeeper
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
@@ -62,6 +63,8 @@ class Context:
         self.recasts = RecastKeeper(self.group)
         self.quantized = Answer(self.group, "looking for quantization")
         self.is_quantized: Memo[bool] = Memo()
+        self.opening = OpeningCheck()
+        self.without_adapter: Memo[None] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.manifests: dict[str, KnownManifest] = {}
@@ -97,6 +100,12 @@ class Context:
         """Whether a save writes the consolidated export."""
         mode = self.config.save_consolidated
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def may_export(self) -> bool:
+        """Whether some save of this run writes an export."""
+        config = self.config
+        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
 
     @property
     def sharing(self) -> Sharing:

@@ -20,6 +20,7 @@ from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.opens import refuse_whole_adapter
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
 from shardwise.checkpointing.torch_format import save_distcp
@@ -180,6 +181,7 @@ class ModelSave:
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
             self._prepare_directory(recasts, names, described.quantized)
+            self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
@@ -226,6 +228,8 @@ class ModelSave:
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "values to save")
             context.sound = hub
+        if context.may_export and context.config.verify_export:
+            context.without_adapter.get([hub], None, lambda: refuse_whole_adapter(self.state.model))
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
@@ -276,6 +280,16 @@ class ModelSave:
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, quantized)
+
+    def _check_opening(self, described: _Described, passed: Sequence[TensorSpec]) -> None:
+        """Check that what config.json describes would load the export, this one or a later one. Local."""
+        context = self._context
+        if not (context.group.is_main and context.may_export and context.config.verify_export):
+            return
+        if not self._exports and described.hub.groups:
+            return  # shards hold what their names are computed from
+        directory, apart = self._directory / METADATA_DIR, described.recasts.apart
+        context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -341,6 +355,7 @@ class ModelSave:
             nbytes = known.own_bytes
             if described is not None:
                 self._prepare_directory(described.recasts, (), described.quantized)
+                self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)

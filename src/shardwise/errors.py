@@ -255,6 +255,10 @@ class NameCollisionError(TensorError):
     """Two different tensors claim the same name."""
 
 
+class ModuleStateError(ShardwiseError, ValueError):
+    """What a module's own methods make for its state, or do with it, cannot be saved or restored."""
+
+
 class ConversionError(ShardwiseError, ValueError):
     """Native names or tensors do not map to the hub's names and back."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from shardwise.errors import AdapterError
-from shardwise.stateful_wrappers.wrapping import plain_name
+from shardwise.stateful_wrappers.wrapping import plain_path
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -35,7 +35,7 @@ _EXPERT_NAMES: dict[str, dict[str, str]] = {
 
 def clean(name: str) -> str:
     """A module or parameter name without what wrappers add to it."""
-    return plain_name(name)
+    return plain_path(name)
 
 
 def join(*parts: str) -> str:

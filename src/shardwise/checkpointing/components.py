@@ -251,7 +251,8 @@ class ComponentCheckpointer:
             return
         self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
-            stager.allocate("model", context.names.capture(ModelState(model)).held)
+            captured = context.names.capture(ModelState(model))
+            stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpointing.answers import Answer
+from shardwise.checkpointing.answers import Answers
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.opens import OpeningCheck
@@ -61,7 +61,7 @@ class Context:
     def __post_init__(self) -> None:
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
-        self.quantized = Answer(self.group, "looking for quantization")
+        self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
         self.opening = OpeningCheck()
         self.without_adapter: Memo[None] = Memo()

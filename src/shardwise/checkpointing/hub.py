@@ -22,11 +22,13 @@ from shardwise.convert import (
 )
 from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, unwrap
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.units import StandIns
 from shardwise.types import TensorSpec
 
 
@@ -44,6 +46,8 @@ class HubState:
         copies: The further names in ``held`` of tensors that are there under another name already.
         kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
         apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
+        hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
+        listing: How it was listed, where modules make or take their state in a way of their own.
     """
 
     native: tuple[HeldTensor, ...]
@@ -54,6 +58,8 @@ class HubState:
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
     apart: frozenset[str] = frozenset()
+    hidden: tuple[HeldTensor, ...] = ()
+    listing: Listing | None = None
 
     @property
     def unwritten(self) -> dict[str, str]:
@@ -85,16 +91,24 @@ class HubNames:
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: _Captured | None = None
         self._last: tuple[Snapshot, HubState] | None = None
+        self._stand_ins = StandIns()
 
     @collector_paused()
-    def capture(self, state: ModelState) -> HubState:
+    def capture(self, state: ModelState, *, load: bool = False, norms: bool = False) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
         As long as the model's tensors are the same objects at the same addresses, the same result is given.
+
+        Args:
+            state: The model.
+            load: Whether it is to be loaded: extra state is not asked for, and how modules take their state is looked
+                at anew.
+            norms: Whether torch's normalisation layers take their state themselves.
         """
-        if state.is_whole and self._last is not None and self._last[0].holds(state.model):
+        if not load and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
-        tensors, modules = state.listing()
+        listing = state.listing(self._stand_ins, values=not load, norms=norms)
+        tensors, modules = listing.tensors, listing.modules
         names, own = [named.name for named in tensors], [named.tensor for named in tensors]
         aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
@@ -103,7 +117,7 @@ class HubNames:
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
-        return known.state
+        return known.state if modules is not None else replace(known.state, listing=listing)
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
@@ -114,6 +128,7 @@ class HubNames:
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
+        hidden: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
         ties = {alias: named.name for named in tensors for alias in named.aliases}
@@ -128,7 +143,9 @@ class HubNames:
                 converted = to_hub(conversion, own)
                 held += converted.held
                 groups += converted.groups
+                ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
+            hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
             further = further_names(part.module, tied, expected)
             held += further.copies
@@ -148,6 +165,7 @@ class HubNames:
             frozenset(copies),
             kept,
             frozenset(tensor.spec.name for tensor in apart),
+            tuple(hidden),
         )
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
@@ -183,7 +201,8 @@ def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: 
         MisuseError: One is.
     """
     for name, tensor in tensors:
-        if tensor.is_meta:
+        what = deferred(getattr(tensor, "_local_tensor", tensor)) if tensor.is_meta else None
+        if tensor.is_meta and (what is None or what.device.type == "meta"):
             raise MisuseError(
                 f"the model is on the meta device and has no {lacking}",
                 tensor=name,

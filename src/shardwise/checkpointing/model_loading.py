@@ -15,15 +15,17 @@ from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.saved_notes import read_notes
+from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
-from shardwise.engine.computed import load_computed
-from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_described, load_tensors
+from shardwise.engine.computed import OpenedComputed, open_computed
+from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.units import Step
 
 
 def load_model(
@@ -41,22 +43,81 @@ def load_model(
         TensorError: Model and checkpoint do not fit.
         FormatError: The checkpoint is damaged.
     """
-    group = context.group
+    return open_model(
+        context, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
+    ).fill()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+
+    Attributes:
+        context: Settings, ranks and storage.
+        direct: What is read into the model's memory, and what there is for modules that take their state themselves.
+        computed: What is converted first; ``None`` where no rank's model has any.
+        taking: How modules take their state, where that is not all that there is to it.
+    """
+
+    context: Context
+    direct: OpenedLoad
+    computed: OpenedComputed | None
+    taking: Taking
+
+    def fill(self) -> LoadReport:
+        """Fill the model. All ranks call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+            ModuleStateError: A module refuses its state.
+        """
+        report = self.direct.read()
+        if self.computed is not None:
+            self.computed.read(self.context.storage)
+        self.taking.run(self.direct, self.context.group)
+        return report
+
+
+def open_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> OpenedModel:
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    group, storage = context.group, context.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(context, state, path, key_mapping, options)
     source, hub, options = opened.source, opened.hub, opened.options
-    if opened.differs and _speaks_native(hub, source, group):
-        return load_tensors(hub.native, source, group, context.storage, options)
-    computed = [held for held in hub.groups if not _has_natives(held, source)]
+    speaks_native = opened.differs and _speaks_native(hub, source, group)
+    computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
+
+    steps: list[Step] = []
 
     def direct() -> list[HeldTensor]:
-        own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
-        return [*own, *natives_of([held for held in hub.groups if held not in computed])]
+        if speaks_native:
+            own = list(hub.native)
+        else:
+            own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
+            own += natives_of([held for held in hub.groups if held not in computed])
+            own += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+        steps.extend(steps_of(state.model, hub.listing))
+        return own if hub.listing is None else as_owners_take(own, hub, computed, source)
 
-    report = load_described(direct, source, group, context.storage, options)
-    if opened.differs:
-        load_computed(computed, source, group, context.storage, options)
-    return report
+    load = open_described(direct, source, group, storage, options, lambda: bool(steps))
+    there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
+    # What was saved beside tensors every rank knows of.
+    has_any = load.asked or bool(opened.aside)
+    taking = open_taking(steps, opened.aside, group, options) if has_any else Taking((), None, options, 0)
+    return OpenedModel(context, load, there, taking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +129,14 @@ class _Opened:
         hub: What this rank holds.
         options: What may differ between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
+        aside: Where there is state beside ordinary tensors.
     """
 
     source: Source
     hub: HubState
     options: LoadOptions
     differs: bool
+    aside: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +165,10 @@ def _opened(
     group = context.group
 
     def held() -> Sequence[HeldTensor] | None:
-        hub = context.names.capture(state)
-        return None if hub.groups or hub.ties or hub.kept else hub.once.held
+        hub = context.names.capture(state, load=True)
+        # What modules take themselves, and what they take is their own affair.
+        is_known = hub.listing is None and not (hub.groups or hub.ties or hub.kept or hub.hidden)
+        return hub.once.held if is_known else None
 
     notes = read_notes(path, group)
     source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
@@ -113,10 +178,13 @@ def _opened(
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
-        hub = context.names.capture(state)
+        hub = context.names.capture(state, load=True)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
+        if hub.listing is None and not source.apart and _lacks_buffers(hub, source):
+            # Torch's normalisation layers know files that have not all of theirs.
+            hub = context.names.capture(state, load=True, norms=True)
         hub = hub.once
         plain = source
         if source.apart:
@@ -130,7 +198,7 @@ def _opened(
     assert hub is not None
     if not differs.any:
         assert matched is not None
-        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False)
+        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False, notes.aside)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
@@ -142,7 +210,14 @@ def _opened(
     source = untied(plain, everyone, group, context.storage)
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
-    return _Opened(source, matched.hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored), True)
+    options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
+    return _Opened(source, matched.hub, options, True, notes.aside)
+
+
+def _lacks_buffers(hub: HubState, source: Source) -> bool:
+    """Whether the source lacks the counters that normalisation layers of old did not have."""
+    lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
+    return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

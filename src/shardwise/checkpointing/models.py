@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.huggingface import copy_metadata, is_quantized, write_metadata
+from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
@@ -38,11 +39,12 @@ from shardwise.format.notes import APART, METADATA_DIR, NATIVE_DTYPES, PASSED_TH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import undeclared_names
+from shardwise.stateful_wrappers.names import Listing, undeclared_names
 from shardwise.types import TensorSpec
 
 CONSOLIDATED_DIR = "consolidated"
@@ -61,7 +63,7 @@ class _Described:
         own: The same as it is to be written, and what of it is exported in other dtypes.
         roster: Who holds what.
         news: Whether any rank's tensors are others than last time.
-        quantized: Whether any rank holds quantized parameters.
+        any: What any rank has.
         recasts: What the ranks write otherwise than they hold it, or beside the export.
     """
 
@@ -69,8 +71,22 @@ class _Described:
     own: Recast
     roster: Roster
     news: bool
-    quantized: bool
+    any: Peculiar
     recasts: Recasts
+
+
+class Peculiar(NamedTuple):
+    """What not every model has.
+
+    Attributes:
+        quantized: Quantized parameters.
+        hidden: Tensors that its class keeps out of its files.
+        aside: State beside ordinary tensors.
+    """
+
+    quantized: bool
+    hidden: bool
+    aside: bool
 
 
 class ModelSave:
@@ -145,21 +161,45 @@ class ModelSave:
         described = self._described()
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [shards, _telling(described.hub.unwritten)]
+        return [shards, *self._aside(described.any, described.hub.listing), _telling(described.hub.unwritten)]
 
     def _distcp(self) -> list[Step]:
         context = self._context
         kept: dict[str, str] = {}
-        with context.group.together("describing the model") as quantized:
+        listed: Listing | None = None
+        quantized = False
+        with context.group.together("describing the model"):
             if context.group.is_main:
                 self._reserve()
-            require_memory(memory_of(self.state.held()), "values to save")
-            kept = undeclared_names(self.state.tensors(), self.state.model)
-            quantized.flag = self._describes and is_quantized(self._args)
+            listed = self.state.listing()
+            require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
+            kept = undeclared_names(listed.tensors, self.state.model)
+            quantized = self._describes and is_quantized(self._args)
+        _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
+        found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory(Recasts({}, False), (), quantized.any)
+            self._prepare_directory(Recasts({}, False), (), found.quantized)
         self._before()
-        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
+        save = self._release_after(lambda group: save_distcp(self.state, self._directory, group))
+        return [_telling(kept), *self._aside(found, listed), save]
+
+    def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
+        """What is left to do for state beside ordinary tensors. All ranks call."""
+        if not found.aside:
+            return []
+        return [aside_step(listing, self._directory, self._context.group, self._context.storage)]
+
+    @staticmethod
+    def _release_after(step: Step) -> Step:
+        """The step; when it is over, what modules have made for it is let go."""
+
+        def run(group: Group) -> ComponentRecord:
+            try:
+                return step(group)
+            finally:
+                release()
+
+        return run
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -180,7 +220,7 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-            self._prepare_directory(recasts, names, described.quantized)
+            self._prepare_directory(recasts, names, described.any.quantized)
             self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
@@ -190,15 +230,15 @@ class ModelSave:
         steps = [self._export(plan, roster)]
         if context.config.verify_export:
             self.closing.append(partial(read_back, plan))
-        if recasts.rounds:  # on any rank: a stage may have no such tensor where another does
-            exact = _uncomputed(own.exact, hub.groups)
+        if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
+            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
             steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT))
-        return [*steps, _telling(hub.unwritten)]
+        return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
 
     def _described(self) -> _Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
-        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.quantized):
+        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.peculiar):
             keeper.begin()
         hub: HubState | None = None
         own: Recast | None = None
@@ -207,20 +247,21 @@ class ModelSave:
                 self._reserve()
             hub = self._captured()
             natives = natives_of(hub.groups)
-            held = [*hub.held, *(declared(hub.groups) if self._exports else natives)]
+            held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
             own = context.recasts.recast(held, base, hub.apart, exports=self._exports)
             computed = [context.recasts.look(own)]
             computed += [context.computed_roster.look(natives)] if self._exports else []
             # As long as the same is captured, the parameters are the same.
             seen = [context.sound]
             quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
-            news.flag = any([context.model_roster.look(own.export), context.quantized.look(quantized), *computed])
+            peculiar = Peculiar(quantized, bool(hub.hidden), has_aside(hub.listing))
+            news.flag = any([context.model_roster.look(own.export), context.peculiar.look(peculiar), *computed])
         assert hub is not None
         assert own is not None
         # In one order on every rank: each may exchange something.
-        any_quantized = context.quantized.settle(news.any)
+        found = Peculiar(*context.peculiar.settle(news.any))
         roster = context.model_roster.settle(own.export, news.any)
-        return _Described(hub, own, roster, news.any, any_quantized, context.recasts.settle(own, news.any))
+        return _Described(hub, own, roster, news.any, found, context.recasts.settle(own, news.any))
 
     def _captured(self) -> HubState:
         context = self._context
@@ -233,7 +274,9 @@ class ModelSave:
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
+        staged = context.staged("model", [*hub.held, *hub.hidden])
+        own = len(hub.held)
+        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
 
     def _options(self) -> ExportOptions:
         config = self._context.config
@@ -329,14 +372,14 @@ class ModelSave:
             options = MergeOptions(
                 config.single_rank_consolidation, Path(config.staging_dir) if config.staging_dir else None
             )
-            return lambda group: write_merged(plan, roster, group, context.storage, options)
+            return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
 
         def write(group: Group) -> ComponentRecord:
             record = write_export(plan, group, context.storage)
             # What every rank knows needs not travel.
             return record if group.is_main else ComponentRecord()
 
-        return write
+        return self._release_after(write)
 
     def _shards(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, described: _Described | None = None
@@ -354,7 +397,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory(described.recasts, (), described.quantized)
+                self._prepare_directory(described.recasts, (), described.any.quantized)
                 self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
@@ -363,7 +406,7 @@ class ModelSave:
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return lambda group: write_shards(plan, group, context.storage, later=True)
+        return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from shardwise.checkpointing.aside import find_aside
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import StateFormatError
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
@@ -21,10 +22,12 @@ class SavedNotes:
     Attributes:
         exact: Name in the file -> dtype in memory, where the export has another.
         passed: Names of the base model's tensors that were carried over.
+        aside: Where there is state beside ordinary tensors.
     """
 
     exact: Mapping[str, str]
     passed: tuple[str, ...]
+    aside: tuple[str, ...] = ()
 
 
 def read_notes(path: Path, group: Group) -> SavedNotes:
@@ -38,13 +41,14 @@ def read_notes(path: Path, group: Group) -> SavedNotes:
         StateFormatError: One of them is damaged.
     """
     told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
-    exact, passed = cast(tuple[dict[str, str], list[str]], told)
-    return SavedNotes(exact, tuple(passed))
+    exact, passed, aside = cast(tuple[dict[str, str], list[str], list[str]], told)
+    return SavedNotes(exact, tuple(passed), tuple(aside))
 
 
 def _noted(path: Path) -> JsonValue:
     exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
-    return [cast(JsonValue, exact), [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]]
+    passed: JsonValue = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
+    return [cast(JsonValue, exact), passed, cast(JsonValue, find_aside(path))]
 
 
 _Note = TypeVar("_Note", dict[str, str], list[str])

@@ -14,6 +14,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.io.regions import is_packed
 from shardwise.stateful_wrappers import ModelState, OptimizerState
+from shardwise.stateful_wrappers.ways import EXTRA
 
 
 def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Group) -> ComponentRecord:
@@ -25,7 +26,8 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
     """
     tensors: dict[str, torch.Tensor] = {}
     with group.together("describing what DCP is to write"):
-        tensors = dict(state.state_dict())
+        # What is no tensor is written beside, without pickle.
+        tensors = {name: value for name, value in state.state_dict().items() if not _is_aside(name, value)}
         for name, tensor in tensors.items():
             if is_packed(tensor):
                 raise MisuseError(
@@ -43,6 +45,10 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
         failure = _cause(error)
     group.agree(failure, f"writing {directory}")
     return ComponentRecord()
+
+
+def _is_aside(name: str, value: object) -> bool:
+    return not isinstance(value, torch.Tensor) or value.is_quantized or name.rpartition(".")[2] == EXTRA
 
 
 def _cause(error: Exception) -> ShardwiseError:

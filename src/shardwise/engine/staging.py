@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from shardwise.engine.memo import Memo
+from shardwise.plan.deferred import release, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 
 #: Buffers start at multiples of this, a cache line.
@@ -66,6 +67,7 @@ class Stager:
         staged = self._staged(component, held)
         for buffer, source in staged.pairs:
             self._copy(buffer, source)
+        release()
         if self._stream is not None:
             self._event = self._stream.record_event()
         return staged.held
@@ -111,6 +113,7 @@ class Stager:
         return made
 
     def _copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
+        source = resolve(source)
         if source.device.type != "cuda":
             buffer.copy_(source)
             return

@@ -18,3 +18,6 @@ APART = "apart.json"
 
 #: What readers of an export have no use for.
 NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, APART})
+
+#: Directory beside a model's tensors with what its modules have beside tensors.
+ASIDE_DIR = "module_state"

@@ -14,6 +14,7 @@ import torch
 from shardwise.comm import Group
 from shardwise.errors import PeerError
 from shardwise.io.memory import flat_bytes
+from shardwise.plan.deferred import resolve
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout
 from shardwise.plan.ownership import cut
@@ -74,7 +75,7 @@ def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, gr
         return None
     rows = torch.empty(count * math.prod(exchange.row_shape), dtype=dtype)
     for fragment in own:
-        _place(exchange, rows, fragment.box, start, count, fragment.data)
+        _place(exchange, rows, fragment.box, start, count, resolve(fragment.data))
     for _, buffer, boxes_in in receives:
         flat, position = buffer.view(dtype), 0
         for box in boxes_in:
@@ -144,7 +145,7 @@ def _cut_out(
 
 
 def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
-    flat = [piece.data.detach().to("cpu").reshape(-1) for piece in pieces]
+    flat = [resolve(piece.data).detach().to("cpu").reshape(-1) for piece in pieces]
     packed = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
     return flat_bytes(packed)
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import promised_ties, state_tensors, undeclared_names
+from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 StateValue = object
@@ -154,7 +154,8 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer | Sequence[Optimizer], model: nn.Module | Sequence[nn.Module]) -> None:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        named = state_tensors(parts)
+        # As the modules have them: what they give out for their state may be copies.
+        named = list_parameters(parts)
         self._names = {id(each.tensor): each.name for each in named}
         self._aliases = undeclared_names(named, parts)
         # Under which other names a parameter's state may be saved; what a checkpoint says is added by `prepare`.

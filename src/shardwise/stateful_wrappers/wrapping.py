@@ -20,17 +20,20 @@ from typing import NamedTuple, cast
 from torch import nn
 
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
-_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 #: Those of them behind which there is a module with the same state.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A name of a tensor or a module without what torch.compile, activation checkpointing and FSDP1 put into it."""
-    if "_mod" not in name and "_wrapped_module" not in name:
-        return name
-    return _SEGMENTS.sub("", name).rstrip(".")
+    """A tensor's name without what torch.compile, activation checkpointing and FSDP1 put into it."""
+    return _SEGMENTS.sub("", name) if "_mod." in name or "_wrapped_module." in name else name
+
+
+def plain_path(path: str) -> str:
+    """The same of a module's path; empty for what stands in the wrapped module's place."""
+    return plain_name(f"{path}.").rstrip(".")
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:

@@ -28,11 +28,25 @@ __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 
 logger = logging.getLogger(__name__)
 
-_SAVE_FORMATS = ("safetensors", "torch_save")
 _METRIC_MODES = ("min", "max")
 _SHARING_MODES = ("auto", "always", "never")
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
+class SerializationFormat(enum.StrEnum):
+    """How tensors are written. Members compare equal to their text.
+
+    Attributes:
+        SAFETENSORS: safetensors files: shards, or the Hugging Face export.
+        TORCH_SAVE: DCP's ``.distcp`` files.
+    """
+
+    SAFETENSORS = "safetensors"
+    TORCH_SAVE = "torch_save"
+
+
+_SAVE_FORMATS = tuple(member.value for member in SerializationFormat)
 
 
 class SaveConsolidatedMode(enum.Enum):
@@ -91,14 +105,15 @@ class CheckpointingConfig:
     Attributes:
         enabled: Whether the training loop saves at all.
         checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
-        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files.
+        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files; a `SerializationFormat`,
+            which is text too, after construction.
         model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
         model_repo_id: Hub name or local directory of the base model.
         save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
         is_peft: Whether an adapter is trained: only the adapter is saved.
         model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
-        is_async: Write in the background. Needs torch 2.9 or newer; with an older one this is an error and not a
-            silent fall back to synchronous saves, whose stalls would go unexplained.
+        is_async: Write in the background. Needs torch 2.9 or newer; with an older one it becomes ``False``, with a
+            warning that says so.
         dequantize_base_checkpoint: Whether quantized base weights become ordinary floating point on loading; ``None``
             decides by what the base model's configuration says.
         original_model_root_dir: Root directory in which the base model lies, where that is not the cache.
@@ -188,7 +203,9 @@ class CheckpointingConfig:
             from huggingface_hub.constants import HF_HUB_CACHE
 
             self.model_cache_dir = HF_HUB_CACHE
-        self.model_save_format = _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        self.model_save_format = SerializationFormat(
+            _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        )
         self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
         self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
@@ -198,11 +215,12 @@ class CheckpointingConfig:
         self._check_values()
         self._check_remote()
         if self.is_async and not _is_geq_torch_2_9():
-            raise ConfigError("is_async needs torch 2.9 or newer", hint="Update torch, or set is_async to false.")
+            self.is_async = False
+            logger.warning("is_async needs torch 2.9 or newer: saves are synchronous (is_async becomes False).")
 
     def _apply_peft_constraints(self) -> None:
         if self.is_peft and self.model_save_format == "torch_save":
-            self.model_save_format = "safetensors"
+            self.model_save_format = SerializationFormat.SAFETENSORS
             self.save_consolidated = SaveConsolidatedMode.FINAL
             logger.warning(
                 "Adapters are saved as safetensors only: model_save_format 'torch_save' becomes 'safetensors' "

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
 from shardwise.addons.base_model import base_directory
 from shardwise.addons.compat import _apply_transformers_compat_guards
+from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
 from shardwise.addons.files import write_json
 from shardwise.addons.hf_config import (
     CONFIG,
+    CONFIG_V5,
     GENERATION_CONFIG,
     copy_config,
     is_transformers_config,
     localize_auto_maps,
     write_config,
     write_generation_config,
+    write_hub_mixin_config,
     write_own_config,
 )
-from shardwise.addons.model_parts import described_part, has_quantized_parameters, unwrap, written_dtype
+from shardwise.addons.model_parts import (
+    config_of,
+    described_part,
+    has_quantized_parameters,
+    own_class,
+    unwrap,
+    written_dtype,
+)
 from shardwise.addons.side_files import write_sentence_transformers, write_tokenizer, write_tokenizer_for_v4
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin, outermost_pretrained
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
-_CONFIG_V5 = "config.v5.json"
 _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 
@@ -38,16 +49,21 @@ class HFMetadataExporter(Protocol):
     """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
 
     The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
-    on rank 0 and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. `validate` is
-    called before anything is written, `save` afterwards.
+    and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. Then:
+
+    1. `validate`, on every rank, before any collective of the hook and before anything is written; what it raises is
+       raised as it is on that rank;
+    2. `save`, on rank 0.
     """
 
-    def validate(self) -> object:
-        """Raise (or return ``False``) if the metadata cannot be written as it should be."""
+    def validate(self, *, tokenizer: SavesPretrained | None, original_model_path: str | None) -> object:
+        """Raise (or return ``False``) if the metadata cannot be written as it should be. Every rank calls."""
         ...
 
-    def save(self, directory: str, /) -> object:
-        """Write config, tokenizer and whatever else the model needs into ``directory``, which exists."""
+    def save(
+        self, *, hf_metadata_dir: str, tokenizer: SavesPretrained | None, original_model_path: str | None
+    ) -> object:
+        """Write config, tokenizer and whatever else the model needs into ``hf_metadata_dir``, which exists. Rank 0."""
         ...
 
 
@@ -70,15 +86,17 @@ class ConsolidatedHFAddon:
 
         Raises:
             ShardwiseError: What failed on rank 0.
+            Exception: What the model's own exporter refuses the export with, on the rank where it does.
         """
         group = kwargs.get("group") or Group.current()
         if kwargs.get("hf_metadata_dir") is None:
             return
+        exporter = own_exporter(kwargs)
         with group.together("looking for quantization") as quantized:
             quantized.flag = is_quantized(kwargs)
         with group.together("writing the Hugging Face metadata"):
             if group.rank == 0:
-                write_metadata(kwargs, quantized.any)
+                write_metadata(kwargs, quantized.any, exporter)
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Copy the saved HF metadata to the consolidated directory. All ranks call.
@@ -109,16 +127,17 @@ def is_quantized(args: SaveHookArgs) -> bool:
     return any(has_quantized_parameters(unwrap(part)) for part in _parts(args))
 
 
-def write_metadata(args: SaveHookArgs, quantized: bool) -> None:
+def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
     """What `ConsolidatedHFAddon.pre_save` does on rank 0. Local.
 
     Args:
         args: See `SaveHookArgs`.
         quantized: Whether any rank holds quantized parameters.
+        exporter: What `own_exporter` gave.
     """
     directory = args.get("hf_metadata_dir")
     if directory is not None:
-        _write_metadata(Path(directory), _parts(args), quantized, args)
+        _write_metadata(Path(directory), _parts(args), quantized, args, exporter)
 
 
 def copy_metadata(args: SaveHookArgs) -> None:
@@ -128,36 +147,60 @@ def copy_metadata(args: SaveHookArgs) -> None:
         _copy_tree(Path(source), Path(target))
 
 
-def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs) -> None:
+def _write_metadata(
+    directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs, exporter: HFMetadataExporter | None
+) -> None:
     """Write everything into ``directory``."""
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")
-    exporter = _own_exporter(model, tokenizer, base_path)
     _write_mappings(directory, args)
     if exporter is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        exporter.save(str(directory))
+        exporter.save(hf_metadata_dir=str(directory), tokenizer=tokenizer, original_model_path=base_path)
         return
-    described = model is not None and getattr(model, "config", None) is not None
-    base = base_directory(base_path) if described else None
+    config = None if model is None else config_of(model)
+    describes_itself = config is not None or (model is not None and is_hub_mixin(model))
+    base = base_directory(base_path) if describes_itself else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:
         write_tokenizer_for_v4(directory, base)
-    if model is None or not described:
+    if model is None or not describes_itself:
         return
     directory.mkdir(parents=True, exist_ok=True)
     _maybe_save_custom_model_code(base_path, str(directory), model)
-    if is_transformers_config(model.config):
+    if is_transformers_config(config):
         dtype = written_dtype([unwrap(part) for part in parts], args.get("fqn_to_dtype_mapping"))
         _write_configs(model, directory, base, dtype, keep_quantization=quantized, v4=v4)
+    elif is_hub_mixin(model):
+        write_hub_mixin_config(model, directory)
     else:
-        write_own_config(model, directory, keep_quantization=quantized)
+        with naming_entries(model, config):
+            write_own_config(model, directory, keep_quantization=quantized)
     write_sentence_transformers(base, directory)
     localize_auto_maps(directory)
     for path in sorted(directory.rglob("*.py")):
         _apply_transformers_compat_guards(str(path))
+
+
+def why_no_config(parts: Sequence[nn.Module]) -> str:
+    """What to say where a model's export has no ``config.json``: why, and what to do."""
+    model = described_part(parts)
+    if model is None:
+        return "this rank has no part of the model"
+    cls = own_class(model).__name__
+    inside = [
+        f"{path} ({own_class(inner).__name__})" for part in parts for path, inner in outermost_pretrained(unwrap(part))
+    ]
+    if inside:
+        return (
+            f"{cls} has no config, but a model inside it has one: {', '.join(inside[:3])}. Save that model by itself, "
+            f"or give {cls} a property `config` that returns its config"
+        )
+    return (
+        f"{cls} has no config that could be written. Give it one, as `model.config`, if others are to open the export"
+    )
 
 
 def _write_configs(
@@ -167,22 +210,27 @@ def _write_configs(
     theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and (base / name).is_file()]
     for name in theirs:
         copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
-    config = directory / (_CONFIG_V5 if CONFIG in theirs else CONFIG)
+    config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)
     generation = directory / (_GENERATION_CONFIG_V5 if GENERATION_CONFIG in theirs else GENERATION_CONFIG)
     v4_names = v4 and CONFIG not in theirs
     write_config(model, config, dtype, keep_quantization=keep_quantization, v4_names=v4_names)
     write_generation_config(model, generation, base)
 
 
-def _own_exporter(
-    model: nn.Module | None, tokenizer: SavesPretrained | None, base_path: str | None
-) -> HFMetadataExporter | None:
-    """The model's own exporter, validated, or ``None``."""
+def own_exporter(args: SaveHookArgs) -> HFMetadataExporter | None:
+    """The model's own exporter, validated, or ``None``. Every rank calls, before any collective; local.
+
+    Raises:
+        ExportMismatchError: The exporter's ``validate`` returned ``False``.
+        Exception: What its ``validate`` raised.
+    """
+    model = described_part(_parts(args))
     make = getattr(model, "_get_consolidated_hf_metadata_exporter", None)
     if not callable(make):
         return None
+    tokenizer, base_path = args.get("tokenizer"), args.get("original_model_path")
     exporter = cast("HFMetadataExporter | None", make(tokenizer=tokenizer, original_model_path=base_path))
-    if exporter is not None and exporter.validate() is False:
+    if exporter is not None and exporter.validate(tokenizer=tokenizer, original_model_path=base_path) is False:
         raise ExportMismatchError(
             f"the metadata exporter of {type(model).__name__} refuses to export the model",
             hint="See what its validate() checks.",

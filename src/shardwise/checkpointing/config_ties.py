@@ -8,14 +8,21 @@ configuration later.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 from torch import nn
 
-from shardwise.checkpointing.inside import Inside
+from shardwise.addons.hf_config import untie_configs
+from shardwise.checkpointing.inside import Inside, exported_modules
+from shardwise.checkpointing.ties import file_name
+from shardwise.format.manifest import TensorRecord
 from shardwise.stateful_wrappers.names import declared_ties, loaders_ties, plain_name, unwrap
 from shardwise.stateful_wrappers.wrapping import is_pretrained
+
+_LOG = logging.getLogger(__name__)
 
 
 def ties_by_config(module: nn.Module) -> dict[str, str]:
@@ -62,7 +69,56 @@ def _loose(ties: Mapping[str, str], part: Inside) -> bool:
     return any(name in places and source in places and places[name] != places[source] for name, source in ties.items())
 
 
-def both_written(ties: Mapping[str, str], written: Iterable[str]) -> dict[str, str]:
-    """The ties of which files have both names."""
-    names = set(written) if ties else set()
-    return {name: source for name, source in ties.items() if name in names and source in names}
+def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
+    """Ties by configuration of which files are to have both names: ``{tied name: the name that it is tied to}``.
+
+    Args:
+        parts: This rank's parts.
+        written: Names in the files, of all ranks: pipeline stages have one of the two each.
+
+    Returns:
+        Names in the files. A tie of which they have one name alone is in memory as well.
+    """
+    found: dict[str, str] = {}
+    for module in exported_modules(parts):
+        for name, source in ties_by_config(module).items():
+            found[file_name(module, name)] = file_name(module, source)
+    return {name: source for name, source in found.items() if name in written and source in written}
+
+
+def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
+    """Let the configuration in a directory say what was written of tensors that it ties. Rank 0 calls.
+
+    Whether two are equal is told by their digests, which are those of the whole tensors, whoever has written them.
+
+    Args:
+        ties: The `loose_ties`.
+        tensors: What was written.
+        directory: Where config.json is.
+
+    Returns:
+        Whether the configuration was changed: it ties nothing any more.
+    """
+    differ = differing_ties(ties, tensors)
+    if not differ:
+        return False
+    untie_configs(directory)
+    name, source = next(iter(differ.items()))
+    _LOG.warning(
+        "the configuration ties %s to %s%s, and they have different values: tie_word_embeddings is false in the "
+        "export. Call model.tie_weights() after giving the model memory, if they are to be one",
+        name,
+        source,
+        f" and {len(differ) - 1} more" if len(differ) > 1 else "",
+    )
+    return True
+
+
+def differing_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord]) -> dict[str, str]:
+    """Those ties of which both tensors were written and have different values."""
+    written = {tensor.spec.name: (tensor.crc32c, tensor.spec[1:]) for tensor in tensors} if ties else {}
+    return {
+        name: source
+        for name, source in ties.items()
+        if name in written and source in written and written[name] != written[source]
+    }

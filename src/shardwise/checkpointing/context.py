@@ -64,7 +64,11 @@ class Context:
         self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
         self.opening = OpeningCheck()
+        self.opening_untied = OpeningCheck()
+        self.no_config: Memo[str] = Memo()
+        self.told: set[str] = set()
         self.without_adapter: Memo[None] = Memo()
+        self.ties: Memo[dict[str, str]] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.manifests: dict[str, KnownManifest] = {}

@@ -14,7 +14,7 @@ from torch import nn
 
 from shardwise.errors import NameCollisionError
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, plain_name, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_head, plain_name, unwrap
 from shardwise.stateful_wrappers.wrapping import Inner, inner_model
 
 _Pair = tuple[NamedTensor, HeldTensor]
@@ -63,7 +63,8 @@ def as_exported(part: nn.Module, own: Sequence[_Pair]) -> Inside:
         if not inside:
             apart.append(held)
             continue
-        kept = next((name for name in inside if name not in ties), inside[0])
+        free = [name for name in inside if name not in ties]
+        kept = next((name for name in free if not is_lm_head(name)), (free or inside)[0])
         aliases = tuple(name for name in inside if name != kept)
         found.append((named._replace(name=kept, aliases=aliases), held._replace(spec=held.spec._replace(name=kept))))
         outer |= {name: kept for name in names if name not in theirs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +15,24 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.huggingface import copy_metadata, is_quantized, write_metadata
+from shardwise.addons.hf_config import CONFIG
+from shardwise.addons.huggingface import (
+    HFMetadataExporter,
+    copy_metadata,
+    is_quantized,
+    own_exporter,
+    why_no_config,
+    write_metadata,
+)
+from shardwise.addons.model_parts import described_part
 from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
+from shardwise.checkpointing.config_ties import loose_ties, settle_ties, ties_by_config
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.opens import refuse_whole_adapter
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
@@ -34,8 +46,9 @@ from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
+from shardwise.errors import ExportMismatchError, ShardwiseError
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import APART, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import APART, LOOSE_TIES, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -45,7 +58,10 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin
 from shardwise.types import TensorSpec
+
+_LOG = logging.getLogger(__name__)
 
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
@@ -124,6 +140,10 @@ class ModelSave:
         own = leading_own(addons)
         # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
         self._describes, self._addons = bool(own), addons[own:]
+        self._exporter: HFMetadataExporter | None = None
+        self._refusal: Exception | None = None
+        self._loose_ties: dict[str, str] = {}
+        self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
         self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
         self.state = ModelState(model)
@@ -143,8 +163,19 @@ class ModelSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
-        steps = self._written()
+        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+
+        Raises:
+            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
+                tells of it on the other ranks.
+            ShardwiseError: What else failed, on any rank.
+        """
+        try:
+            steps = self._written()
+        except ShardwiseError:
+            if self._refusal is not None:
+                raise self._refusal from None
+            raise
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -169,6 +200,7 @@ class ModelSave:
         listed: Listing | None = None
         quantized = False
         with context.group.together("describing the model"):
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             listed = self.state.listing()
@@ -212,7 +244,7 @@ class ModelSave:
         natives = natives_of(hub.groups)
         computed = ComputedPlan(hub.groups, context.computed_roster.settle(natives, described.news))
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
-        options, directory = self._options(), self._directory / CONSOLIDATED_DIR
+        options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
         plan: ExportPlan | None = None
         with context.group.together("planning the export and preparing its directory"):
             known = context.model_plan.get(
@@ -220,6 +252,7 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
+            self._look_at_ties(roster)
             self._prepare_directory(recasts, names, described.any.quantized)
             self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
@@ -227,7 +260,7 @@ class ModelSave:
                 make_room(plan, context.storage)
         assert plan is not None
         self._before()
-        steps = [self._export(plan, roster)]
+        steps = [self._settling_ties(self._export(plan, roster))]
         if context.config.verify_export:
             self.closing.append(partial(read_back, plan))
         if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
@@ -243,6 +276,7 @@ class ModelSave:
         hub: HubState | None = None
         own: Recast | None = None
         with context.group.together("describing the model") as news:
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             hub = self._captured()
@@ -263,6 +297,16 @@ class ModelSave:
         roster = context.model_roster.settle(own.export, news.any)
         return _Described(hub, own, roster, news.any, found, context.recasts.settle(own, news.any))
 
+    def _ask_exporter(self) -> None:
+        """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
+        if not self._describes:
+            return
+        try:
+            self._exporter = own_exporter(self._args)
+        except Exception as error:
+            self._refusal = error
+            raise
+
     def _captured(self) -> HubState:
         context = self._context
         hub = context.names.capture(self.state)
@@ -278,10 +322,14 @@ class ModelSave:
         own = len(hub.held)
         return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
 
-    def _options(self) -> ExportOptions:
-        config = self._context.config
+    def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
+        config, described = self._context.config, described_part(self.state.model)
+        files = dict(self.base.files) if self.base is not None else {}
+        if described is not None and is_hub_mixin(described):
+            # huggingface_hub's mixin opens this one file, whatever there is beside it.
+            files = dict.fromkeys((spec.name for spec in specs), "model.safetensors")
         return ExportOptions(
-            base_files=dict(self.base.files) if self.base is not None else {},
+            base_files=files,
             max_file_bytes=config.max_file_bytes,
             stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
             threads=self._context.writing_threads,
@@ -316,13 +364,62 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        notes = {NATIVE_DTYPES: dict(recasts.native), PASSED_THROUGH: list(passed), APART: sorted(recasts.apart)}
+        notes = {
+            NATIVE_DTYPES: dict(recasts.native),
+            PASSED_THROUGH: list(passed),
+            APART: sorted(recasts.apart),
+            LOOSE_TIES: self._loose_ties,
+        }
         for name, value in notes.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
-            write_metadata(self._args, quantized)
+            write_metadata(self._args, quantized, self._exporter)
+            self._tell_of_config(recasts)
+
+    def _tell_of_config(self, recasts: Recasts) -> None:
+        """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
+        context = self._context
+        if context.may_export and recasts.apart:
+            names = sorted(recasts.apart)
+            said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
+            if said not in context.told:
+                context.told.add(said)
+                _LOG.info("%s", said)
+        config = self._directory / METADATA_DIR / CONFIG
+        if context.may_export and self._exporter is None and not config.is_file():
+            why = context.no_config.get([context.sound], None, lambda: why_no_config(self.state.model))
+            if why not in context.told:
+                context.told.add(why)
+                _LOG.warning("the export has no config.json: %s", why)
+
+    def _look_at_ties(self, roster: Roster) -> None:
+        """Find out what the configuration ties and the files have twice. Local."""
+        if self._context.group.is_main and self._describes:
+            self._loose_ties = self._context.ties.get(
+                [roster], self._tie_settings(), lambda: loose_ties(self.state.model, {s.name for s in roster.specs})
+            )
+
+    def _tie_settings(self) -> list[dict[str, str]]:
+        return [ties_by_config(module) for module in exported_modules(self.state.model)]
+
+    def _settling_ties(self, step: Step) -> Step:
+        """The step, after which the configuration says of ties what was written."""
+        written: list[ComponentRecord] = []
+
+        def settle(group: Group) -> None:
+            if group.is_main and self._loose_ties:
+                is_untied = settle_ties(self._loose_ties, written[0].tensors, self._directory / METADATA_DIR)
+                if is_untied and self._untied_misfit is not None:
+                    raise self._untied_misfit
+
+        def run(group: Group) -> ComponentRecord:
+            written[:] = [step(group)]
+            return written[0]
+
+        self.closing.append(settle)
+        return run
 
     def _check_opening(self, described: _Described, passed: Sequence[TensorSpec]) -> None:
         """Check that what config.json describes would load the export, this one or a later one. Local."""
@@ -333,6 +430,14 @@ class ModelSave:
             return  # shards hold what their names are computed from
         directory, apart = self._directory / METADATA_DIR, described.recasts.apart
         context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
+        if self._exports and self._loose_ties:
+            # What it would be if the two turn out to differ, which is known when they are written.
+            try:
+                context.opening_untied.check(
+                    self.state.model, directory, described.roster, passed=passed, apart=apart, untie=True
+                )
+            except ExportMismatchError as misfit:
+                self._untied_misfit = misfit
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -397,6 +502,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
+                self._look_at_ties(roster)
                 self._prepare_directory(described.recasts, (), described.any.quantized)
                 self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()

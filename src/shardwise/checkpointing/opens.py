@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from shardwise.addons.files import read_json
-from shardwise.addons.hf_config import CONFIG
+from shardwise.addons.hf_config import CONFIG, untied
 from shardwise.addons.model_parts import config_of, described_part, own_class
 from shardwise.addons.peft_hf import is_whole_with_adapter
 from shardwise.engine.memo import Memo
@@ -106,6 +106,7 @@ class OpeningCheck:
         *,
         passed: Sequence[TensorSpec] = (),
         apart: Collection[str] = (),
+        untie: bool = False,
     ) -> None:
         """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
 
@@ -115,6 +116,7 @@ class OpeningCheck:
             roster: All ranks' tensors, under the names that the files are to have.
             passed: Further tensors, carried over from a base.
             apart: Names among the tensors that an export leaves out.
+            untie: Whether to take config.json as it were if it tied nothing.
 
         Raises:
             ExportMismatchError: The class would not load them.
@@ -123,6 +125,8 @@ class OpeningCheck:
         if model is None or not (directory / CONFIG).is_file():
             return
         entries = read_json(directory / CONFIG)
+        if untie:
+            entries = untied(entries)
         if self._sound.holds([roster, type(model)], (entries, passed)):
             return
         specs = [spec for spec in roster.specs if spec.name not in apart]
@@ -136,8 +140,8 @@ class OpeningCheck:
                     f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
                     path=directory / CONFIG,
                     hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or "
-                    "after merging, and let the config say what the model is. Nothing is published. Set verify_export "
-                    "to false if this is what you want.",
+                    "merged, and what the class does not know in a module around it; let the config say what the model "
+                    "is. Nothing is published. Set verify_export to false if this is what you want.",
                 )
         self._sound.get([roster, type(model)], (entries, passed), lambda: None)
 

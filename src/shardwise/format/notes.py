@@ -15,9 +15,11 @@ NATIVE_DTYPES = "native_dtypes.json"
 PASSED_THROUGH = "passed_through.json"
 #: Names of saved tensors that are no part of the exported model: a value head around it, a running average's counter.
 APART = "apart.json"
+#: Ties by configuration of which both tensors are saved, each by a name of its own: name -> the name it is tied to.
+LOOSE_TIES = "loose_ties.json"
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, APART})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, APART, LOOSE_TIES})
 
 #: Directory beside a model's tensors with what its modules have beside tensors.
 ASIDE_DIR = "module_state"

@@ -11,6 +11,9 @@ from typing import NoReturn
 
 import torch
 
+from shardwise.addons.files import as_text, read_json
+from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.checkpointing.config_ties import differing_ties
 from shardwise.comm import Group
 from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
@@ -25,7 +28,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import APART, FILE_DTYPES, FILE_INDEX, METADATA_DIR, NOTES
+from shardwise.format.notes import APART, FILE_DTYPES, FILE_INDEX, LOOSE_TIES, METADATA_DIR, NOTES
 from shardwise.format.strict_json import JsonValue, loads
 from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
@@ -182,10 +185,15 @@ def _write(
     finally:
         reader.close()
     plain = {index_name(): layout.index}
+    loose = {name: str(kept) for name, kept in _mapping(metadata / LOOSE_TIES).items()}
     for place in sorted(p for p in metadata.rglob("*") if p.is_file()):
         relative = place.relative_to(metadata).as_posix()
         if relative not in NOTES:
             plain[relative] = read_file(place)
+    if differing_ties(loose, tensors):
+        for name in (CONFIG, CONFIG_V5):
+            if name in plain:
+                plain[name] = as_text(untied(read_json(metadata / name))).encode()
     for name, content in plain.items():
         storage.make_directory((aside / name).parent)
         write_plain(storage, aside / name, content)

@@ -12,7 +12,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
-from shardwise.stateful_wrappers.names import Listing, NamedTensor, list_state, plain_name, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
@@ -32,6 +32,7 @@ class ModelState:
 
     Attributes:
         model: The parts, always a list.
+        is_peft: Whether only the adapter's parameters are meant.
     """
 
     def __init__(
@@ -43,6 +44,25 @@ class ModelState:
         self.model: list[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
         self.is_peft = is_peft
         self._skip = tuple(skip_prefixes)
+
+    @property
+    def uses_tied_lm_head(self) -> bool:
+        """Whether the model's configuration ties head and embedding: ``tie_word_embeddings`` at its top level."""
+        configs = (getattr(unwrap(part), "config", None) for part in self.model)
+        return any(
+            bool(
+                config.get("tie_word_embeddings")
+                if isinstance(config, Mapping)
+                else getattr(config, "tie_word_embeddings", False)
+            )
+            for config in configs
+        )
+
+    @property
+    def has_local_tied_lm_head(self) -> bool:
+        """Whether a head, ``lm_head.weight``, shares its memory with another tensor of this rank's parts."""
+        shared = ((named.name, *named.aliases) for named in list_state(self.model).tensors if named.aliases)
+        return any(is_lm_head(name) for names in shared for name in names)
 
     @property
     def is_whole(self) -> bool:
@@ -75,6 +95,7 @@ class ModelState:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
 
+        Each tensor once: ``lm_head.weight`` is left out where it shares its memory with the embedding, and only there.
         They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
         `load_state_dict`. What modules have beside tensors (extra state) stands there under torch's names.
 

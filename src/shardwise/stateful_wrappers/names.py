@@ -71,8 +71,8 @@ def list_state(
     """What ``state_dict()`` of a rank's model parts holds, each tensor once, in the model's order.
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
-    is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``), else
-    the first.
+    is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
+    that is no head's, else the first.
 
     Args:
         parts: The model's parts.
@@ -160,9 +160,16 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
         groups.setdefault(_identity(named.tensor), []).append(named)
     out = []
     for alike in groups.values():
-        kept = next((named for named in alike if named.name not in declared), alike[0])
+        # A head gives way to the embedding also where nothing is declared: that is the name that files have.
+        undeclared = [named for named in alike if named.name not in declared]
+        kept = next((named for named in undeclared if not is_lm_head(named.name)), (undeclared or alike)[0])
         out.append(kept._replace(aliases=tuple(named.name for named in alike if named is not kept)))
     return out
+
+
+def is_lm_head(name: str) -> bool:
+    """Whether a name is that of a language model's head: ``lm_head.weight``, at the top or inside a wrapper."""
+    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
 class _Plain(NamedTuple):

@@ -200,3 +200,50 @@ def test_an_encoder_whose_ties_are_biases_too_opens(tmp_path: Path) -> None:
         path = saver.save(0, 1, nn.DataParallel(model))
     again = opened(path / EXPORT, "AutoModelForMaskedLM")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def encoder(folder: Path, *more: nn.Module) -> nn.Module:
+    """A small sentence-transformers model."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import BertModel, BertTokenizerFast
+
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(**sizes, vocab_size=16)).save_pretrained(folder)
+    first = SentenceTransformer(str(folder), device="cpu")[0]
+    return SentenceTransformer(modules=[first, Pooling(16, "cls"), *more], device="cpu")
+
+
+def test_a_sentence_transformer_opens_as_one(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    torch.manual_seed(1)
+    model, again = encoder(tmp_path / "a"), encoder(tmp_path / "b")
+    with build_checkpointer(tmp_path / "run") as saver:
+        path = saver.save(0, 1, model)
+        saver.restore(again)
+    same_state(model, again)
+    same_weights(opened(path / EXPORT, "AutoModel"), _inner(model))
+    theirs = SentenceTransformer(str(path / EXPORT), device="cpu")
+    assert (theirs.encode("hello world") == model.encode("hello world")).all()
+
+
+def _inner(model: nn.Module) -> dict[str, torch.Tensor]:
+    [inner] = model[0].children()
+    return inner.state_dict()
+
+
+def test_weights_around_a_sentence_transformer_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model, again = encoder(tmp_path / "a", Dense(16, 4)), encoder(tmp_path / "b", Dense(16, 4))
+    with build_checkpointer(tmp_path / "run") as saver, caplog.at_level(logging.WARNING, logger="shardwise"):
+        path = saver.save(0, 1, model)
+        saver.restore(again)
+    same_state(model, again)
+    same_weights(opened(path / EXPORT, "AutoModel"), _inner(model))
+    assert not (path / EXPORT / "modules.json").exists()
+    assert "2 (Dense) have weights outside of it" in caplog.text

@@ -33,11 +33,17 @@ from shardwise.addons.model_parts import (
     unwrap,
     written_dtype,
 )
-from shardwise.addons.side_files import write_sentence_transformers, write_tokenizer, write_tokenizer_for_v4
+from shardwise.addons.side_files import (
+    write_sentence_model,
+    write_sentence_transformers,
+    write_tokenizer,
+    write_tokenizer_for_v4,
+)
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
-from shardwise.stateful_wrappers.wrapping import is_hub_mixin, outermost_pretrained
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin, is_sentence_transformer, outermost_pretrained
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -178,7 +184,11 @@ def _write_metadata(
     else:
         with naming_entries(model, config):
             write_own_config(model, directory, keep_quantization=quantized)
-    write_sentence_transformers(base, directory)
+    around = next((each for part in parts if is_sentence_transformer(each := wrapping.unwrap(part))), None)
+    if around is None:
+        write_sentence_transformers(base, directory)
+    else:
+        write_sentence_model(around, directory, with_tokenizer=tokenizer is None)
     localize_auto_maps(directory)
     for path in sorted(directory.rglob("*.py")):
         _apply_transformers_compat_guards(str(path))

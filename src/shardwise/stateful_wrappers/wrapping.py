@@ -96,7 +96,7 @@ def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     if is_loaded_by_others(module) or _speaks_for_itself(module):
         return None
     config = _transformers_config(module)
-    if config is None:
+    if config is None and not is_sentence_transformer(module):
         return None
     found = list(outermost_pretrained(module))
     own = [pair for pair in found if getattr(pair[1], "config", None) is config] or found
@@ -158,6 +158,11 @@ def is_loaded_by_others(module: nn.Module) -> bool:
 def is_hub_mixin(module: nn.Module) -> bool:
     """Whether a module has huggingface_hub's ``PyTorchModelHubMixin``."""
     return is_of(module, "huggingface_hub.hub_mixin", "ModelHubMixin")
+
+
+def is_sentence_transformer(module: nn.Module) -> bool:
+    """Whether a module is a whole model of sentence-transformers."""
+    return is_of(module, "sentence_transformers", "SentenceTransformer")
 
 
 def is_of(module: nn.Module, where: str, name: str) -> bool:

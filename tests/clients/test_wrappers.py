@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.clients.opening import opened, same_weights
 from tests.clients.training import EXPORT
 from tests.clients.wrapped import WRAPPERS, RewardModel, build_checkpointer, llama, save_reward_model
@@ -247,3 +247,12 @@ def test_weights_around_a_sentence_transformer_come_back(tmp_path: Path, caplog:
     same_weights(opened(path / EXPORT, "AutoModel"), _inner(model))
     assert not (path / EXPORT / "modules.json").exists()
     assert "2 (Dense) have weights outside of it" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: model])
+def test_files_with_the_prefix_of_a_wrapper_are_loaded(tmp_path: Path, wrap: object) -> None:
+    inner, again = llama(1), wrap(llama(2))
+    save_file({f"module.{name}": value for name, value in inner.state_dict().items()}, tmp_path / "model.safetensors")
+    with build_checkpointer(tmp_path / "run") as loader:
+        loader.load_model(again, tmp_path)
+    same_state(wrap(inner), again)

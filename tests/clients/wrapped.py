@@ -76,6 +76,7 @@ WRAPPERS = {
     "a head around it": RewardModel,
     "a head around a compiled one, compiled": lambda model: compiled(RewardModel(compiled(model))),
     "a head that hides its prefix": ValueHead,
+    "an average of a head around it": lambda model: averaged(RewardModel(model)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.units import Step
+
+#: What DistributedDataParallel and DataParallel put before names.
+_PREFIX = "module."
 
 
 def load_model(
@@ -185,6 +189,8 @@ def _opened(
         if hub.listing is None and not source.apart and _lacks_buffers(hub, source):
             # Torch's normalisation layers know files that have not all of theirs.
             hub = context.names.capture(state, load=True, norms=True)
+        if not source.apart and _has_wrappers_prefix(source, hub):
+            source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
         plain = source
         if source.apart:
@@ -218,6 +224,13 @@ def _lacks_buffers(hub: HubState, source: Source) -> bool:
     """Whether the source lacks the counters that normalisation layers of old did not have."""
     lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
     return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
+
+
+def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
+    """Whether the files have the prefix of DistributedDataParallel and DataParallel, and the model has not."""
+    if not source.tensors or not all(name.startswith(_PREFIX) for name in source.tensors):
+        return False
+    return not any(tensor.spec.name.startswith(_PREFIX) for tensor in (*hub.held, *hub.native))
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

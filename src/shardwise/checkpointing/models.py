@@ -24,15 +24,14 @@ from shardwise.addons.huggingface import (
     why_no_config,
     write_metadata,
 )
-from shardwise.addons.model_parts import described_part
+from shardwise.addons.model_parts import config_of, described_part
 from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
-from shardwise.checkpointing.config_ties import loose_ties, settle_ties, ties_by_config
+from shardwise.checkpointing.config_ties import loose_ties, settle_ties
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.opens import refuse_whole_adapter
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
@@ -401,8 +400,12 @@ class ModelSave:
                 [roster], self._tie_settings(), lambda: loose_ties(self.state.model, {s.name for s in roster.specs})
             )
 
-    def _tie_settings(self) -> list[dict[str, str]]:
-        return [ties_by_config(module) for module in exported_modules(self.state.model)]
+    def _tie_settings(self) -> list[object]:
+        """What may be changed of ties while the tensors stay the same."""
+        model = described_part(self.state.model)
+        config = None if model is None else config_of(model)
+        below = getattr(config, "text_config", None)
+        return [getattr(each, "tie_word_embeddings", None) for each in (config, below)]
 
     def _settling_ties(self, step: Step) -> Step:
         """The step, after which the configuration says of ties what was written."""

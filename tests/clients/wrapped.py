@@ -73,6 +73,7 @@ WRAPPERS = {
     "DataParallel": nn.DataParallel,
     "AveragedModel": averaged,
     "AveragedModel of a compiled model in DataParallel": lambda model: nn.DataParallel(averaged(compiled(model))),
+    "a compiled model in DataParallel": lambda model: nn.DataParallel(compiled(model)),
     "a head around it": RewardModel,
     "a head around a compiled one, compiled": lambda model: compiled(RewardModel(compiled(model))),
     "a head that hides its prefix": ValueHead,

@@ -17,7 +17,9 @@ from shardwise.stateful_wrappers.wrapping import wrapped
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside of wrappers, FSDP1's among them, or the module itself."""
     while True:
-        inner = wrapped(module) or module._modules.get("_fsdp_wrapped_module")
+        inner = wrapped(module)
+        if inner is None:  # not by truth: a module may have a length, and a compiled one asks the model's
+            inner = module._modules.get("_fsdp_wrapped_module")
         if inner is None:
             return module
         module = inner

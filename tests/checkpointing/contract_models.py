@@ -247,6 +247,15 @@ def shared() -> nn.Module:
     return nn.Sequential(layer, nn.ReLU(), layer)
 
 
+class Holder(nn.ModuleDict):
+    """What FSDP2 takes for a model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.values():
+            x = module(x)
+        return x
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "extra_tensor": ExtraTensor,
     "extra_values": ExtraValues,
@@ -279,7 +288,7 @@ def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if kind == "own_root":
         return OwnRoot()
-    return nn.ModuleDict({"first": nn.Linear(4, 4), "odd": BUILDERS[kind](), "last": nn.Linear(4, 2)})
+    return Holder({"first": nn.Linear(4, 4), "odd": BUILDERS[kind](), "last": nn.Linear(4, 2)})
 
 
 def train_some(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import KEPT_OUT, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -63,6 +63,7 @@ class _Described:
         roster: Who holds what.
         news: Whether any rank's tensors are others than last time.
         any: What any rank has.
+        hidden: Names of tensors of any rank that its class keeps out of its files.
     """
 
     hub: HubState
@@ -70,6 +71,7 @@ class _Described:
     roster: Roster
     news: bool
     any: Peculiar
+    hidden: tuple[str, ...]
 
 
 class Peculiar(NamedTuple):
@@ -175,7 +177,7 @@ class ModelSave:
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory({}, (), found.quantized)
+            self._prepare_directory({}, (), (), found.quantized)
         self._before()
         save = self._release_after(lambda group: save_distcp(self.state, self._directory, group))
         return [_telling(kept), *self._aside(found, listed), save]
@@ -217,7 +219,7 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-            self._prepare_directory(recasts.native, names, described.any.quantized)
+            self._prepare_directory(recasts.native, names, described.hidden, described.any.quantized)
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
@@ -258,7 +260,14 @@ class ModelSave:
         assert own is not None
         # In one order on every rank: each may exchange something.
         found = Peculiar(*context.peculiar.settle(news.any))
-        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, found)
+        roster = context.model_roster.settle(own.export, news.any)
+        return _Described(hub, own, roster, news.any, found, self._hidden(hub) if found.hidden else ())
+
+    def _hidden(self, hub: HubState) -> tuple[str, ...]:
+        """Names of what the ranks' classes keep out of their files. All ranks call."""
+        own: JsonValue = [tensor.spec.name for tensor in hub.hidden]
+        everyone = cast(list[list[str]], self._context.group.gather_json(own, "comparing what is in no export"))
+        return tuple(sorted({name for theirs in everyone for name in theirs}))
 
     def _captured(self) -> HubState:
         context = self._context
@@ -301,7 +310,9 @@ class ModelSave:
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
         return cast(list[str], passed)
 
-    def _prepare_directory(self, native: Mapping[str, str], passed: Sequence[str], quantized: bool) -> None:
+    def _prepare_directory(
+        self, native: Mapping[str, str], passed: Sequence[str], hidden: Sequence[str], quantized: bool
+    ) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
         context = self._context
         if self.base is not None:
@@ -311,7 +322,8 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+        notes = ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed)), (KEPT_OUT, list(hidden)))
+        for name, value in notes:
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
@@ -381,7 +393,7 @@ class ModelSave:
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, (), described.any.quantized)
+                self._prepare_directory({}, (), described.hidden, described.any.quantized)
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)

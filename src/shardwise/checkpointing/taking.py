@@ -145,7 +145,7 @@ class Taking:
             with group.together("installing the state of modules"):
                 without += self._install(steps, tensors)
         if without:
-            _LOG.warning("no state was saved for %s, which keep what they have", listed(without))
+            _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
         aside = self.aside

@@ -13,9 +13,11 @@ FILE_DTYPES = "fqn_to_dtype_mapping.json"
 NATIVE_DTYPES = "native_dtypes.json"
 #: Names of the base model's tensors that were carried over.
 PASSED_THROUGH = "passed_through.json"
+#: Names of tensors that shards hold for a resume and the model's class keeps out of its files.
+KEPT_OUT = "kept_out.json"
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, KEPT_OUT})
 
 #: Directory beside a model's tensors with what its modules have beside tensors.
 ASIDE_DIR = "module_state"

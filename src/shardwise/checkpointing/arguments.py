@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
+from shardwise.stateful_wrappers.ways import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,12 +58,16 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 def check_together(group: Group, model: object, optimizer: object = None, scheduler: object = None) -> None:
     """As `check_arguments`, so that a mistake of one rank is an error on all. All ranks call."""
     with group.together("looking at what is to be saved or loaded"):
-        check_arguments(model, optimizer, scheduler)
+        checked(model, optimizer, scheduler)
 
 
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """As `check_arguments`; returns ``name``, for `check_same_call`."""
+    """As `check_arguments`; also that FSDP1 wraps no module. Returns ``name``, for `check_same_call`.
+
+    `Checkpointer.save` looks for FSDP1 where it lists the model, which later saves need not do.
+    """
     check_arguments(model, optimizer, scheduler)
+    refuse_fsdp1(_several(model))
     return name
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -25,13 +26,16 @@ from torch.distributed.tensor import DTensor
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
+from shardwise.checkpointing.aside import find_aside
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
 from shardwise.checkpointing.base_init import initialise, recompute_buffers
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
+from shardwise.checkpointing.taking import Taking, claimed, in_shapes_of, open_taking
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.load_base import (
     BaseLoadReport,
     BaseOptions,
@@ -165,7 +169,7 @@ def fill_from_base(
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
     """
     group, config = context.group, context.config
-    told = _agreed_config(path, group)
+    told, stems = _agreed_config(path, group)
     source = open_base_source(
         path,
         group,
@@ -179,9 +183,22 @@ def fill_from_base(
         check_base(wanted.held, wanted.groups, source, group, options)
         before(wanted)
         wanted = _matched(context, parts, source, told, key_mapping, wanted)
-    with group.together("checking the model's memory"):
+    with group.together("checking the model's memory") as asks:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
-    report = load_base_tensors(wanted.held, wanted.groups, source, group, context.storage, options)
+        asks.flag = bool(wanted.steps)
+    taking: Taking | None = None
+    if asks.any or stems:
+        lenient = LoadOptions(allow_missing, allow_unexpected=True)
+        taking = open_taking(wanted.steps, stems, group, lenient, skips_empty=True)
+    report = load_base_tensors(
+        wanted.held,
+        wanted.groups,
+        source,
+        group,
+        context.storage,
+        options,
+        None if taking is None else lambda values: taking.run(values, str(path), group),
+    )
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
             second.copy_(first)
@@ -196,10 +213,17 @@ def fill_from_base(
     return report
 
 
-def _agreed_config(path: Path, group: Group) -> dict[str, object]:
-    """The base's config as rank 0 finds it, since it decides which tensors there are. All ranks call."""
-    told = group.tell(lambda: cast(JsonValue, base_config(path)), "reading the base model's config")
-    return cast(dict[str, object], told)
+def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
+    """The base's config as rank 0 finds it, since it decides which tensors there are, and where it has more than these.
+
+    All ranks call.
+    """
+
+    def look() -> JsonValue:
+        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
+
+    config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
+    return config, stems
 
 
 def _matched(
@@ -221,7 +245,10 @@ def _matched(
             before=before,
         )
     assert found is not None
-    return found
+    specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
+    own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
+    theirs = [spec for name, spec in specs.items() if name not in source.behind]
+    return replace(found, held=(*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)))
 
 
 def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:

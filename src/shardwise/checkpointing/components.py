@@ -251,7 +251,7 @@ class ComponentCheckpointer:
             return
         self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
-            captured = context.names.capture(ModelState(model))
+            captured = context.names.capture(ModelState(model), load=True)
             stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,14 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.near_names import listed
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.units import Step
+
+_LOG = logging.getLogger(__name__)
 
 #: What DistributedDataParallel and DataParallel put before names.
 _PREFIX = "module."
@@ -78,7 +82,8 @@ class OpenedModel:
         report = self.direct.read()
         if self.computed is not None:
             self.computed.read(self.context.storage)
-        self.taking.run(self.direct, self.context.group)
+        with self.direct.reading() as values:
+            self.taking.run(values, str(self.direct.source.path), self.context.group)
         return report
 
 
@@ -113,6 +118,9 @@ def open_model(
             own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
             own += natives_of([held for held in hub.groups if held not in computed])
             own += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+            absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
+            if absent:
+                _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
         steps.extend(steps_of(state.model, hub.listing))
         return own if hub.listing is None else as_owners_take(own, hub, computed, source)
 

@@ -47,7 +47,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ExportMismatchError, ShardwiseError
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import APART, LOOSE_TIES, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import APART, KEPT_OUT, LOOSE_TIES, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
@@ -80,6 +80,7 @@ class _Described:
         news: Whether any rank's tensors are others than last time.
         any: What any rank has.
         recasts: What the ranks write otherwise than they hold it, or beside the export.
+        hidden: Names of tensors of any rank that its class keeps out of its files.
     """
 
     hub: HubState
@@ -88,6 +89,7 @@ class _Described:
     news: bool
     any: Peculiar
     recasts: Recasts
+    hidden: tuple[str, ...]
 
 
 class Peculiar(NamedTuple):
@@ -209,7 +211,7 @@ class ModelSave:
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory(Recasts({}, False), (), found.quantized)
+            self._prepare_directory(Recasts({}, False), (), (), found.quantized)
         self._before()
         save = self._release_after(lambda group: save_distcp(self.state, self._directory, group))
         return [_telling(kept), *self._aside(found, listed), save]
@@ -252,7 +254,7 @@ class ModelSave:
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
             self._look_at_ties(roster)
-            self._prepare_directory(recasts, names, described.any.quantized)
+            self._prepare_directory(recasts, names, described.hidden, described.any.quantized)
             self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
@@ -294,7 +296,8 @@ class ModelSave:
         # In one order on every rank: each may exchange something.
         found = Peculiar(*context.peculiar.settle(news.any))
         roster = context.model_roster.settle(own.export, news.any)
-        return _Described(hub, own, roster, news.any, found, context.recasts.settle(own, news.any))
+        recasts = context.recasts.settle(own, news.any)
+        return _Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
 
     def _ask_exporter(self) -> None:
         """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
@@ -305,6 +308,12 @@ class ModelSave:
         except Exception as error:
             self._refusal = error
             raise
+
+    def _hidden(self, hub: HubState) -> tuple[str, ...]:
+        """Names of what the ranks' classes keep out of their files. All ranks call."""
+        own: JsonValue = [tensor.spec.name for tensor in hub.hidden]
+        everyone = cast(list[list[str]], self._context.group.gather_json(own, "comparing what is in no export"))
+        return tuple(sorted({name for theirs in everyone for name in theirs}))
 
     def _captured(self) -> HubState:
         context = self._context
@@ -353,7 +362,9 @@ class ModelSave:
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
         return cast(list[str], passed)
 
-    def _prepare_directory(self, recasts: Recasts, passed: Sequence[str], quantized: bool) -> None:
+    def _prepare_directory(
+        self, recasts: Recasts, passed: Sequence[str], hidden: Sequence[str], quantized: bool
+    ) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
         context = self._context
         if self.base is not None:
@@ -366,6 +377,7 @@ class ModelSave:
         notes = {
             NATIVE_DTYPES: dict(recasts.native),
             PASSED_THROUGH: list(passed),
+            KEPT_OUT: list(hidden),
             APART: sorted(recasts.apart),
             LOOSE_TIES: self._loose_ties,
         }
@@ -431,7 +443,7 @@ class ModelSave:
             return
         if not self._exports and described.hub.groups:
             return  # shards hold what their names are computed from
-        directory, apart = self._directory / METADATA_DIR, described.recasts.apart
+        directory, apart = self._directory / METADATA_DIR, {*described.recasts.apart, *described.hidden}
         context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
         if self._exports and self._loose_ties:
             # What it would be if the two turn out to differ, which is known when they are written.
@@ -506,7 +518,7 @@ class ModelSave:
             nbytes = known.own_bytes
             if described is not None:
                 self._look_at_ties(roster)
-                self._prepare_directory(described.recasts, (), described.any.quantized)
+                self._prepare_directory(described.recasts, (), described.hidden, described.any.quantized)
                 self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error

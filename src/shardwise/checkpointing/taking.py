@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,11 +14,10 @@ from shardwise.checkpointing.aside import SavedAside, read_aside
 from shardwise.checkpointing.hub import HubState
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
-from shardwise.engine.load import LoadOptions, OpenedLoad
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.near_names import listed
 from shardwise.errors import UnexpectedTensorError
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.plan.deferred import Deferred, held_whole, stands_alone
 from shardwise.plan.fragments import HeldTensor
@@ -26,6 +25,7 @@ from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
 from shardwise.stateful_wrappers.units import Step, Taker
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.types import TensorSpec
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,33 +44,42 @@ def as_owners_take(
         computed: What is converted apart.
         source: What there is.
     """
-    found: list[HeldTensor] = []
+    found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
+    own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
+    steps = () if hub.listing is None else [step for own_steps in hub.listing.steps for step in own_steps]
+    return [*found, *claimed(steps, own | hub.ties.keys(), (saved.spec for saved in source.tensors.values()))]
+
+
+def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorSpec]) -> Iterator[HeldTensor]:
+    """What files have below the names of modules with methods of their own, and nobody else wants. Local.
+
+    Args:
+        steps: What this rank's modules do.
+        own: Names that are wanted already.
+        specs: What the files have.
+    """
+    takers = [step.taker for step in steps if step.taker is not None and step.taker.is_lenient]
+    takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
+    for spec in specs if takers else ():
+        if spec.name in own:
+            continue
+        taker = next((taker for taker in takers if _is_below(spec.name, taker)), None)
+        if taker is not None:
+            key = taker.prefix + spec.name[len(plain_name(taker.prefix)) :]
+            dtype, cpu = torch_dtype(spec.dtype), torch.device("cpu")
+            yield held_whole(spec, Deferred(key, spec.shape, dtype, cpu, None, taker, is_flexible=True))
+
+
+def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
+    """What is to be loaded; what modules take in any shape in that of the files, as far as these have it. Local."""
     for tensor in held:
         what = stands_alone(tensor)
-        saved = source.tensors.get(tensor.spec.name)
+        saved = specs.get(tensor.spec.name)
         if what is None:
-            found.append(tensor)
+            yield tensor
         elif saved is not None:
-            spec = tensor.spec._replace(shape=saved.spec.shape)
-            found.append(tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape)))
-    own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
-    listing = hub.listing
-    takers = [] if listing is None else [taker for steps in listing.steps for taker in _lenient(steps)]
-    takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
-    for name, saved in source.tensors.items() if takers else ():
-        if name in own or name in hub.ties:
-            continue
-        taker = next((taker for taker in takers if _is_below(name, taker)), None)
-        if taker is not None:
-            key = taker.prefix + name[len(plain_name(taker.prefix)) :]
-            shape, dtype = saved.spec.shape, torch_dtype(saved.spec.dtype)
-            what = Deferred(key, shape, dtype, torch.device("cpu"), None, taker, is_flexible=True)
-            found.append(held_whole(saved.spec, what))
-    return found
-
-
-def _lenient(steps: Sequence[Step]) -> Iterator[Taker]:
-    return (step.taker for step in steps if step.taker is not None and step.taker.is_lenient)
+            spec = tensor.spec._replace(shape=saved.shape)
+            yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
 
 
 def _is_below(name: str, taker: Taker) -> bool:
@@ -104,38 +113,39 @@ class Taking:
         aside: What was saved beside tensors; ``None`` where nothing was.
         options: What may differ.
         rounds: How many modules of some rank take tensors, and one more; 0 where no rank has anything to do.
+        skips_empty: Whether a module of which there is nothing, such as a fresh head, is passed over.
     """
 
     steps: Sequence[Step]
     aside: SavedAside | None
     options: LoadOptions
     rounds: int
+    skips_empty: bool = False
 
-    def run(self, load: OpenedLoad, group: Group) -> None:
+    def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
         """Let the modules take their state, one by one. All ranks call.
+
+        Args:
+            values: Reads what there is for one of them.
+            what: Where it comes from, for messages.
+            group: The ranks that load together.
 
         Raises:
             ModuleStateError: A module refuses what it is given; which modules came before it is torch's order.
         """
-        if not self.rounds:
-            return
         without: list[str] = []
         rounds = list(_rounds(self.steps))
-        reader = Reader(load.storage, load.source.files, load.options.threads)
-        try:
-            for number in range(self.rounds):
-                values: dict[str, torch.Tensor] = {}
-                steps = rounds[number] if number < len(rounds) else []
-                # Apart: a module's own method may communicate, so that no rank may have failed before it.
-                with group.together(f"reading {load.source.path}"):
-                    if steps and steps[0].taker is not None:
-                        values = load.values(steps[0].taker, reader)
-                with group.together("installing the state of modules"):
-                    without += self._install(steps, values)
-        finally:
-            reader.close()
+        for number in range(self.rounds):
+            tensors: dict[str, torch.Tensor] = {}
+            steps = rounds[number] if number < len(rounds) else []
+            # Apart: a module's own method may communicate, so that no rank may have failed before it.
+            with group.together(f"reading {what}"):
+                if steps and steps[0].taker is not None:
+                    tensors = values(steps[0].taker)
+            with group.together("installing the state of modules"):
+                without += self._install(steps, tensors)
         if without:
-            _LOG.warning("no state was saved for %s, which keep what they have", listed(without))
+            _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
         aside = self.aside
@@ -144,6 +154,7 @@ class Taking:
             None if aside is None else aside.values,
             {} if aside is None else aside.metadata,
             self.options.allow_missing,
+            self.skips_empty,
         )
         installing.run(steps)
         return installing.without
@@ -161,7 +172,9 @@ def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield group
 
 
-def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, options: LoadOptions) -> Taking:
+def open_taking(
+    steps: Sequence[Step], stems: Sequence[str], group: Group, options: LoadOptions, *, skips_empty: bool = False
+) -> Taking:
     """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
 
     Args:
@@ -169,6 +182,7 @@ def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, optio
         stems: Where there is state beside tensors.
         group: The ranks that load together.
         options: What may differ.
+        skips_empty: Whether a module of which there is nothing is passed over.
 
     Raises:
         UnexpectedTensorError: State was saved that no rank's model takes.
@@ -192,7 +206,7 @@ def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, optio
             tensor=lost[0],
             hint="Build the model as it was when the checkpoint was saved.",
         )
-    return Taking(steps, found, options, max(rounds for rounds, _ in everyone))
+    return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
 
 
 def _takes(step: Step, name: str) -> bool:

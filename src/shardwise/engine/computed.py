@@ -20,7 +20,7 @@ from shardwise.io.memory import flat_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
-from shardwise.plan.deferred import resolve
+from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
 from shardwise.plan.reads import plan_reads
@@ -253,6 +253,7 @@ def open_computed(groups: Sequence[HeldGroup], source: Source, group: Group, opt
     found: list[HeldGroup] = []
     with group.together(f"comparing tensors that have to be computed with {source.path}"):
         found = [held for held in wanted if _compared(held, source, options)]
+        refuse_stand_ins(tensor for held in found for tensor in held.natives)
     return OpenedComputed(found, source, group, options)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -136,13 +137,22 @@ class OpenedLoad:
     unexpected: tuple[str, ...]
     asked: bool
 
-    def values(self, owner: object, reader: Reader) -> dict[str, torch.Tensor]:
-        """Read what there is for a module that takes its state itself, by its own names. Local."""
-        later = self.later.get(id(owner))
-        buffers = Buffers()
-        for saved, tensor in () if later is None else later.tensors:
-            reader.execute(list(plan_reads(saved, buffers.behind(tensor))))
-        return buffers.values()
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[object], dict[str, torch.Tensor]]]:
+        """Inside, what there is for a module that takes its state itself can be read, by its own names. Local."""
+        reader = Reader(self.storage, self.source.files, self.options.threads)
+
+        def values(owner: object) -> dict[str, torch.Tensor]:
+            later = self.later.get(id(owner))
+            buffers = Buffers()
+            for saved, tensor in () if later is None else later.tensors:
+                reader.execute(list(plan_reads(saved, buffers.behind(tensor))))
+            return buffers.values()
+
+        try:
+            yield values
+        finally:
+            reader.close()
 
     def read(self) -> LoadReport:
         """Fill what was described. All ranks of the group call, once.

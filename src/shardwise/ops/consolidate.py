@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -28,7 +28,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import APART, FILE_DTYPES, FILE_INDEX, LOOSE_TIES, METADATA_DIR, NOTES
+from shardwise.format.notes import APART, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR, NOTES
 from shardwise.format.strict_json import JsonValue, loads
 from shardwise.io.memory import as_bytes
 from shardwise.io.reader import Reader
@@ -104,7 +104,7 @@ def consolidate(
         raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
     store = storage or LocalStorage()
     source = open_source(directory, Group(None))
-    source = source.without(_names(directory / METADATA_DIR / APART))
+    source = source.without(name for note in (KEPT_OUT, APART) for name in _names(directory / METADATA_DIR / note))
     layout = _layout(directory, source, max_file_bytes)
     aside = target.with_name(temporary_name(target.name))
     with storage_errors(aside):
@@ -140,30 +140,29 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-def _parsed(path: Path) -> JsonValue:
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    found = loads(read_file(path), fail=_failing(path))
+    if not isinstance(found, list):
+        raise StateFormatError("not a JSON list", path=path, hint="Restore the file.")
+    return [str(name) for name in found]
+
+
+def _failing(path: Path) -> Callable[[str], NoReturn]:
     def fail(reason: str) -> NoReturn:
         raise StateFormatError(f"the record {reason}", path=path, hint="Restore the file.")
 
-    return loads(read_file(path), fail=fail)
+    return fail
 
 
 def _mapping(path: Path) -> Mapping[str, JsonValue]:
     if not path.is_file():
         return {}
-    found = _parsed(path)
+    found = loads(read_file(path), fail=_failing(path))
     if not isinstance(found, dict):
         raise StateFormatError("not a JSON object", path=path, hint="Restore the file.")
     return found
-
-
-def _names(path: Path) -> list[str]:
-    """The names that a note lists; none where there is none."""
-    if not path.is_file():
-        return []
-    found = _parsed(path)
-    if not isinstance(found, list):
-        raise StateFormatError("not a JSON list", path=path, hint="Restore the file.")
-    return [str(name) for name in found]
 
 
 def _write(

@@ -8,7 +8,7 @@ views, and a view of a stand-in still has its storage, to which the description 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -164,11 +164,28 @@ def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
     return tensor._replace(parts=tuple(part for part in parts if part.fragments))
 
 
+def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
+    """Check that tensors are in memory that values can be copied into.
+
+    Raises:
+        ModuleStateError: One is taken by its module, by a method of its own.
+    """
+    for tensor in tensors:
+        for fragment in tensor.fragments:
+            if (what := deferred(fragment.data)) is not None:
+                raise ModuleStateError(
+                    "this tensor is computed from others of the files, and its module takes it by a method of its own",
+                    tensor=what.key,
+                    hint="Let the model's state_dict_adapter only rearrange it, or let the module load as torch does.",
+                )
+
+
 class Buffers:
     """Memory for what one owner is about to take, behind its stand-ins."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Deferred, torch.Tensor]] = {}
+        self._regions: dict[int, dict[tuple[object, ...], int]] = {}
 
     def behind(self, tensor: HeldTensor) -> HeldTensor:
         """The same tensor, with memory instead of stand-ins."""
@@ -182,14 +199,18 @@ class Buffers:
         what = deferred(view)
         if what is None:
             return view
-        _, made = self._made.setdefault(id(what), (what, what.empty()))
-        return bound(view, made)
+        if id(what) not in self._made:
+            self._made[id(what)] = (what, what.empty())
+        region = (view.storage_offset(), view.size(), view.stride())
+        self._regions.setdefault(id(what), {})[region] = view.numel()
+        return bound(view, self._made[id(what)][1])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """By key, what the owner is given."""
+        """By key, what the owner is given; what was asked for only in part is not there."""
         return {
             what.key: made if what.template is None else what.template.around(made)
-            for what, made in self._made.values()
+            for number, (what, made) in self._made.items()
+            if sum(self._regions[number].values()) == made.numel()
         }
 
 

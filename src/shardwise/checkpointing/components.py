@@ -267,7 +267,7 @@ class ComponentCheckpointer:
                 if optimizer is not None:
                     stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
                 return
-            captured = context.names.capture(ModelState(model))
+            captured = context.names.capture(ModelState(model), load=True)
             stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())

@@ -12,6 +12,7 @@ import torch
 from shardwise.checkpointing.answers import Answers
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.opens import OpeningCheck
 from shardwise.checkpointing.recasts import RecastKeeper
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
@@ -64,6 +65,12 @@ class Context:
         self.recasts = RecastKeeper(self.group)
         self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
+        self.opening = OpeningCheck()
+        self.opening_untied = OpeningCheck()
+        self.no_config: Memo[str] = Memo()
+        self.told: set[str] = set()
+        self.without_adapter: Memo[None] = Memo()
+        self.ties: Memo[dict[str, str]] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.manifests: dict[str, KnownManifest] = {}
@@ -108,6 +115,12 @@ class Context:
         """Whether a save writes the consolidated export."""
         mode = self.config.save_consolidated
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def may_export(self) -> bool:
+        """Whether some save of this run writes an export."""
+        config = self.config
+        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
 
     @property
     def sharing(self) -> Sharing:

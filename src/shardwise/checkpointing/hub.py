@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from shardwise.checkpointing.config_ties import expected_ties
 from shardwise.checkpointing.further_names import further_names
+from shardwise.checkpointing.inside import as_exported, check_apart, outer_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
@@ -23,7 +25,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import Listing, NamedTensor, loaders_ties, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, unwrap
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
@@ -43,6 +45,7 @@ class HubState:
         ties: Native names of tied tensors that are not kept -> the native name that is.
         copies: The further names in ``held`` of tensors that are there under another name already.
         kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
+        apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
         hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
         listing: How it was listed, where modules make or take their state in a way of their own.
     """
@@ -54,6 +57,7 @@ class HubState:
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
     hidden: tuple[HeldTensor, ...] = ()
     listing: Listing | None = None
 
@@ -119,47 +123,48 @@ class HubNames:
         native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
         # In the order of the model's names, of which a tied tensor keeps not always the first.
         ordered = sorted(zip(tensors, native, strict=True), key=_position)
+        parts = [as_exported(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
+        expected = expected_ties(parts)
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
         hidden: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
-        expected = loaders_ties(state.model)
-        for number, part in enumerate(state.model):
-            own = [tensor for named, tensor in ordered if named.part == number]
-            ignored = _kept_out(part)
+        ties = {alias: named.name for named in tensors for alias in named.aliases}
+        for part in parts:
+            own = [tensor for _, tensor in part.own]
+            ignored = _kept_out(part.module)
             if ignored is not None:
                 held += [tensor for tensor in own if tensor.spec.name not in ignored]
                 absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
             else:
-                conversion = self._conversion(part, own)
+                conversion = self._conversion(part.module, own)
                 converted = to_hub(conversion, own)
                 held += converted.held
                 groups += converted.groups
                 ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
             hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
-            tied = [
-                (alias, tensor)
-                for named, tensor in ordered
-                if named.aliases and named.part == number
-                for alias in named.aliases
-            ]
-            further = further_names(part, tied, expected)
+            tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
+            further = further_names(part.module, tied, expected)
             held += further.copies
             copies += [tensor.spec.name for tensor in further.copies]
             kept |= further.kept
             absent += further.absent
-        ties = {alias: named.name for named in tensors for alias in named.aliases}
+            ties |= part.ties
+        apart = [tensor for part in parts for tensor in part.apart]
+        kept |= outer_names(parts, held)
+        check_apart(apart, held, absent)
         return HubState(
             tuple(native),
-            tuple(held),
+            (*held, *apart),
             tuple(groups),
             tuple(absent),
             ties,
             frozenset(copies),
             kept,
+            frozenset(tensor.spec.name for tensor in apart),
             tuple(hidden),
         )
 

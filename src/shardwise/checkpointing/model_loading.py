@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of
 from shardwise.checkpointing.ties import under_saved_names, untied
@@ -20,11 +23,17 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.near_names import listed
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.units import Step
+
+_LOG = logging.getLogger(__name__)
+
+#: What DistributedDataParallel and DataParallel put before names.
+_PREFIX = "module."
 
 
 def load_model(
@@ -106,9 +115,12 @@ def open_model(
         if speaks_native:
             own = list(hub.native)
         else:
-            own = under_saved_names(state.model, hub.held, source.tensors.keys())
+            own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
             own += natives_of([held for held in hub.groups if held not in computed])
             own += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+            absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
+            if absent:
+                _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
         steps.extend(steps_of(state.model, hub.listing))
         return own if hub.listing is None else as_owners_take(own, hub, computed, source)
 
@@ -151,7 +163,7 @@ class _Matched:
 def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
     own = {tensor.spec.name for tensor in hub.held}
-    apart = in_vain(state.model, [name for name in source.tensors if name not in own])
+    apart = in_vain(exported_modules(state.model), [name for name in source.tensors if name not in own])
     # What is computed is read apart, and by the ranks of its stage alone.
     apart += [spec.name for held in hub.groups for spec in held.computed.hub]
     return _Matched(hub, ties, apart)
@@ -185,6 +197,8 @@ def _opened(
         if hub.listing is None and not source.apart and _lacks_buffers(hub, source):
             # Torch's normalisation layers know files that have not all of theirs.
             hub = context.names.capture(state, load=True, norms=True)
+        if not source.apart and _has_wrappers_prefix(source, hub):
+            source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
         plain = source
         if source.apart:
@@ -218,6 +232,13 @@ def _lacks_buffers(hub: HubState, source: Source) -> bool:
     """Whether the source lacks the counters that normalisation layers of old did not have."""
     lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
     return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
+
+
+def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
+    """Whether the files have the prefix of DistributedDataParallel and DataParallel, and the model has not."""
+    if not source.tensors or not all(name.startswith(_PREFIX) for name in source.tensors):
+        return False
+    return not any(tensor.spec.name.startswith(_PREFIX) for tensor in (*hub.held, *hub.native))
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,19 +46,28 @@ def as_owners_take(
     """
     found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
     own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
-    listing = hub.listing
-    takers = [] if listing is None else [taker for steps in listing.steps for taker in _lenient(steps)]
+    steps = () if hub.listing is None else [step for own_steps in hub.listing.steps for step in own_steps]
+    return [*found, *claimed(steps, own | hub.ties.keys(), (saved.spec for saved in source.tensors.values()))]
+
+
+def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorSpec]) -> Iterator[HeldTensor]:
+    """What files have below the names of modules with methods of their own, and nobody else wants. Local.
+
+    Args:
+        steps: What this rank's modules do.
+        own: Names that are wanted already.
+        specs: What the files have.
+    """
+    takers = [step.taker for step in steps if step.taker is not None and step.taker.is_lenient]
     takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
-    for name, saved in source.tensors.items() if takers else ():
-        if name in own or name in hub.ties:
+    for spec in specs if takers else ():
+        if spec.name in own:
             continue
-        taker = next((taker for taker in takers if _is_below(name, taker)), None)
+        taker = next((taker for taker in takers if _is_below(spec.name, taker)), None)
         if taker is not None:
-            key = taker.prefix + name[len(plain_name(taker.prefix)) :]
-            shape, dtype = saved.spec.shape, torch_dtype(saved.spec.dtype)
-            what = Deferred(key, shape, dtype, torch.device("cpu"), None, taker, is_flexible=True)
-            found.append(held_whole(saved.spec, what))
-    return found
+            key = taker.prefix + spec.name[len(plain_name(taker.prefix)) :]
+            dtype, cpu = torch_dtype(spec.dtype), torch.device("cpu")
+            yield held_whole(spec, Deferred(key, spec.shape, dtype, cpu, None, taker, is_flexible=True))
 
 
 def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
@@ -71,10 +80,6 @@ def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) ->
         elif saved is not None:
             spec = tensor.spec._replace(shape=saved.shape)
             yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
-
-
-def _lenient(steps: Sequence[Step]) -> Iterator[Taker]:
-    return (step.taker for step in steps if step.taker is not None and step.taker.is_lenient)
 
 
 def _is_below(name: str, taker: Taker) -> bool:
@@ -108,12 +113,14 @@ class Taking:
         aside: What was saved beside tensors; ``None`` where nothing was.
         options: What may differ.
         rounds: How many modules of some rank take tensors, and one more; 0 where no rank has anything to do.
+        skips_empty: Whether a module of which there is nothing, such as a fresh head, is passed over.
     """
 
     steps: Sequence[Step]
     aside: SavedAside | None
     options: LoadOptions
     rounds: int
+    skips_empty: bool = False
 
     def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
         """Let the modules take their state, one by one. All ranks call.
@@ -138,7 +145,7 @@ class Taking:
             with group.together("installing the state of modules"):
                 without += self._install(steps, tensors)
         if without:
-            _LOG.warning("no state was saved for %s, which keep what they have", listed(without))
+            _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
         aside = self.aside
@@ -147,6 +154,7 @@ class Taking:
             None if aside is None else aside.values,
             {} if aside is None else aside.metadata,
             self.options.allow_missing,
+            self.skips_empty,
         )
         installing.run(steps)
         return installing.without
@@ -164,7 +172,9 @@ def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield group
 
 
-def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, options: LoadOptions) -> Taking:
+def open_taking(
+    steps: Sequence[Step], stems: Sequence[str], group: Group, options: LoadOptions, *, skips_empty: bool = False
+) -> Taking:
     """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
 
     Args:
@@ -172,6 +182,7 @@ def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, optio
         stems: Where there is state beside tensors.
         group: The ranks that load together.
         options: What may differ.
+        skips_empty: Whether a module of which there is nothing is passed over.
 
     Raises:
         UnexpectedTensorError: State was saved that no rank's model takes.
@@ -195,7 +206,7 @@ def open_taking(steps: Sequence[Step], stems: Sequence[str], group: Group, optio
             tensor=lost[0],
             hint="Build the model as it was when the checkpoint was saved.",
         )
-    return Taking(steps, found, options, max(rounds for rounds, _ in everyone))
+    return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
 
 
 def _takes(step: Step, name: str) -> bool:

@@ -95,6 +95,7 @@ class ModelState:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
 
+        Each tensor once: ``lm_head.weight`` is left out where it shares its memory with the embedding, and only there.
         They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
         `load_state_dict`. Each stands there once: ``lm_head.weight`` is left out where it shares its memory with the
         embedding, and only there. What modules have beside tensors (extra state) stands there under torch's names.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -14,29 +13,13 @@ from torch import nn
 from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
 from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
+from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
+from shardwise.stateful_wrappers.wrapping import unwrap as unwrap  # noqa: PLC0414
 
 #: What a module overrides to make or take its state in a way of its own.
 _WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
 
 _LOG = logging.getLogger(__name__)
-
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-
-
-def plain_name(name: str) -> str:
-    """Strip what torch.compile and activation checkpointing put into names."""
-    return _WRAPPERS.sub("", name) if "_mod." in name or "_wrapped_module." in name else name
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
 
 
 class NamedTensor(NamedTuple):

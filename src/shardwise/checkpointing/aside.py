@@ -129,6 +129,11 @@ def find_aside(path: Path) -> list[str]:
     return []
 
 
+def is_own_aside(path: Path, stems: Sequence[str]) -> bool:
+    """Whether what `find_aside` found is that of a model's directory, and not of the one around an export."""
+    return bool(stems) and Path(stems[0]).parent.parent == path
+
+
 def read_aside(stems: Sequence[str]) -> SavedAside | None:
     """Read what `aside_step` wrote; ``None`` where there is nothing. Local.
 

@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
+from shardwise.checkpointing.aside import is_own_aside
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
@@ -123,7 +124,9 @@ def open_model(
     there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
     # What was saved beside tensors every rank knows of.
     has_any = load.asked or bool(opened.aside)
-    taking = open_taking(steps, opened.aside, group, options) if has_any else Taking((), None, options, 0)
+    taking = Taking((), None, options, 0)
+    if has_any:
+        taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
     return OpenedModel(context, load, there, taking)
 
 

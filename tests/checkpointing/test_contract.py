@@ -243,6 +243,22 @@ def test_files_of_others_have_no_extra_state(tmp_path: Path, caplog: pytest.LogC
     assert "no state was saved for the module 'a' (ExtraTensor)" in caplog.text
 
 
+def test_extra_state_among_the_tensors_of_others(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)})
+    train_some(model)
+    (tmp_path / "one").mkdir()
+    save_file(model.state_dict(), tmp_path / "one" / "model.safetensors")
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for place in ("one", "dcp"):
+        restored = nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)})
+        with checkpointer(tmp_path / "x", EVERY) as reader:
+            reader.load_model(restored, tmp_path / place)
+        assert (restored["a"].amax, restored["a"].calls) == (3.25, 1)
+        assert torch.equal(restored["a"].weight, model["a"].weight)
+
+
 def test_normalisation_of_old_files(tmp_path: Path) -> None:
     model = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": nn.Linear(3, 3)})
     train_some(model)

@@ -70,6 +70,22 @@ def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorS
             yield held_whole(spec, Deferred(key, spec.shape, dtype, cpu, None, taker, is_flexible=True))
 
 
+def with_extra_in_files(steps: Sequence[Step], source: Source) -> tuple[list[Step], list[HeldTensor]]:
+    """The steps, and what they take of extra state that others' files have among their tensors. Local."""
+    own: list[Step] = []
+    held: list[HeldTensor] = []
+    for step in steps:
+        saved = source.tensors.get(plain_name(step.prefix + EXTRA)) if step.kind == "extra" else None
+        if saved is None:
+            own.append(step)
+            continue
+        taker = Taker(step.module, step.prefix, whole=False, is_lenient=False)
+        own.append(Step("take", step.module, step.prefix, taker))
+        dtype, cpu = torch_dtype(saved.spec.dtype), torch.device("cpu")
+        held.append(held_whole(saved.spec, Deferred(step.prefix + EXTRA, saved.spec.shape, dtype, cpu, None, taker)))
+    return own, held
+
+
 def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
     """What is to be loaded; what modules take in any shape in that of the files, as far as these have it. Local."""
     for tensor in held:

@@ -206,6 +206,29 @@ def test_what_does_not_fit_is_found_before_anything_is_written(tmp_path: Path) -
         assert differing(other.state_dict(), before) == []
 
 
+def test_extra_state_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+    saved(tmp_path, nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)}), EVERY)
+    other = nn.ModuleDict({"a": ExtraTensor(), "b": ExtraTensor()})
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with (
+        checkpointer(tmp_path, EVERY) as reader,
+        pytest.raises(MissingTensorError, match="no extra state for"),
+    ):
+        reader.restore(other)
+    assert differing(other.state_dict(), before) == []
+
+
+def test_an_export_loads_into_a_model_without_extra_state(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": ExtraTensor()})
+    path = saved(tmp_path, model, EVERY)
+    plain = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    with checkpointer(tmp_path, EVERY) as reader:
+        reader.load_model(plain, path / "model" / "consolidated")
+        assert torch.equal(plain["a"].weight, model["a"].weight)
+        with pytest.raises(UnexpectedTensorError, match="that no module of the model takes"):
+            reader.load_model(plain, path / "model")
+
+
 def test_files_of_others_have_no_extra_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)})
     train_some(model)
@@ -218,6 +241,22 @@ def test_files_of_others_have_no_extra_state(tmp_path: Path, caplog: pytest.LogC
     assert torch.equal(restored["a"].weight, model["a"].weight)
     assert (restored["a"].calls, restored["a"].amax) == (0, 0.0)
     assert "no state was saved for the module 'a' (ExtraTensor)" in caplog.text
+
+
+def test_extra_state_among_the_tensors_of_others(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)})
+    train_some(model)
+    (tmp_path / "one").mkdir()
+    save_file(model.state_dict(), tmp_path / "one" / "model.safetensors")
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for place in ("one", "dcp"):
+        restored = nn.ModuleDict({"a": ExtraTensor(), "b": nn.Linear(4, 4)})
+        with checkpointer(tmp_path / "x", EVERY) as reader:
+            reader.load_model(restored, tmp_path / place)
+        assert (restored["a"].amax, restored["a"].calls) == (3.25, 1)
+        assert torch.equal(restored["a"].weight, model["a"].weight)
 
 
 def test_normalisation_of_old_files(tmp_path: Path) -> None:

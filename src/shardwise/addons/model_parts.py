@@ -107,7 +107,7 @@ def has_quantized_parameters(model: nn.Module) -> bool:
         for parameter in module._parameters.values():
             if parameter is not None:
                 kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
-        for name in _PACKED_BUFFERS & module._buffers.keys():
+        for name in _PACKED_BUFFERS.intersection(module._buffers.keys()):
             buffer = module._buffers[name]
             if buffer is not None and not buffer.is_floating_point():
                 return True

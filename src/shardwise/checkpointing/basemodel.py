@@ -189,7 +189,7 @@ def fill_from_base(
     taking: Taking | None = None
     if asks.any or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
-        taking = open_taking(wanted.steps, stems, group, lenient, skips_empty=True)
+        taking = open_taking(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
     report = load_base_tensors(
         wanted.held,
         wanted.groups,

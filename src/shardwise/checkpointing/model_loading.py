@@ -12,12 +12,13 @@ from typing import cast
 from torch import nn
 
 from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
+from shardwise.checkpointing.aside import is_own_aside
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.saved_notes import read_notes
-from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of
+from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of, with_extra_in_files
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
@@ -121,14 +122,17 @@ def open_model(
             absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
             if absent:
                 _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
-        steps.extend(steps_of(state.model, hub.listing))
-        return own if hub.listing is None else as_owners_take(own, hub, computed, source)
+        own_steps, extra = with_extra_in_files(steps_of(state.model, hub.listing), source)
+        steps.extend(own_steps)
+        return own if hub.listing is None else [*as_owners_take(own, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
     there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
     # What was saved beside tensors every rank knows of.
     has_any = load.asked or bool(opened.aside)
-    taking = open_taking(steps, opened.aside, group, options) if has_any else Taking((), None, options, 0)
+    taking = Taking((), None, options, 0)
+    if has_any:
+        taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
     return OpenedModel(context, load, there, taking)
 
 

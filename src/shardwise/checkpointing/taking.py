@@ -16,14 +16,14 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.near_names import listed
-from shardwise.errors import UnexpectedTensorError
+from shardwise.errors import MissingTensorError, UnexpectedTensorError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.sources import Source
 from shardwise.plan.deferred import Deferred, held_whole, stands_alone
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
-from shardwise.stateful_wrappers.units import Step, Taker
+from shardwise.stateful_wrappers.units import Step, Taker, label
 from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.types import TensorSpec
 
@@ -68,6 +68,22 @@ def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorS
             key = taker.prefix + spec.name[len(plain_name(taker.prefix)) :]
             dtype, cpu = torch_dtype(spec.dtype), torch.device("cpu")
             yield held_whole(spec, Deferred(key, spec.shape, dtype, cpu, None, taker, is_flexible=True))
+
+
+def with_extra_in_files(steps: Sequence[Step], source: Source) -> tuple[list[Step], list[HeldTensor]]:
+    """The steps, and what they take of extra state that others' files have among their tensors. Local."""
+    own: list[Step] = []
+    held: list[HeldTensor] = []
+    for step in steps:
+        saved = source.tensors.get(plain_name(step.prefix + EXTRA)) if step.kind == "extra" else None
+        if saved is None:
+            own.append(step)
+            continue
+        taker = Taker(step.module, step.prefix, whole=False, is_lenient=False)
+        own.append(Step("take", step.module, step.prefix, taker))
+        dtype, cpu = torch_dtype(saved.spec.dtype), torch.device("cpu")
+        held.append(held_whole(saved.spec, Deferred(step.prefix + EXTRA, saved.spec.shape, dtype, cpu, None, taker)))
+    return own, held
 
 
 def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
@@ -173,7 +189,13 @@ def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def open_taking(
-    steps: Sequence[Step], stems: Sequence[str], group: Group, options: LoadOptions, *, skips_empty: bool = False
+    steps: Sequence[Step],
+    stems: Sequence[str],
+    group: Group,
+    options: LoadOptions,
+    *,
+    is_strict: bool,
+    skips_empty: bool = False,
 ) -> Taking:
     """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
 
@@ -182,9 +204,11 @@ def open_taking(
         stems: Where there is state beside tensors.
         group: The ranks that load together.
         options: What may differ.
+        is_strict: Whether it has to be just what the modules take: an export beside it is for other models, too.
         skips_empty: Whether a module of which there is nothing is passed over.
 
     Raises:
+        MissingTensorError: State was saved, and not that of a module that takes some.
         UnexpectedTensorError: State was saved that no rank's model takes.
         StateFormatError: It is damaged.
     """
@@ -194,19 +218,35 @@ def open_taking(
         nonlocal found
         found = read_aside(stems)
         names = [] if found is None else sorted(found.values)
+        if found is not None and is_strict and not options.allow_missing:
+            _require_extra(steps, found)
         return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
 
     everyone = cast("list[tuple[int, list[int]]]", group.gather(tell, "comparing what modules take"))
     counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
     names = [] if found is None else sorted(found.values)
     lost = [name for name, count in zip(names, counts, strict=True) if not count]
-    if lost and not options.allow_unexpected:
+    if lost and not is_strict:
+        if group.is_main:
+            _LOG.warning("the model does not take the state that was saved of modules: %s", listed(lost))
+    elif lost and not options.allow_unexpected:
         raise UnexpectedTensorError(
             f"the checkpoint holds state beside tensors that no module of the model takes: {listed(lost)}",
             tensor=lost[0],
             hint="Build the model as it was when the checkpoint was saved.",
         )
     return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
+
+
+def _require_extra(steps: Sequence[Step], saved: SavedAside) -> None:
+    for step in steps:
+        name = plain_name(step.prefix + EXTRA)
+        if step.kind == "extra" and name not in saved.values:
+            raise MissingTensorError(
+                f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
+                tensor=name,
+                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+            )
 
 
 def _takes(step: Step, name: str) -> bool:

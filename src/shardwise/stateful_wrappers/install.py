@@ -14,7 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.stateful_wrappers.names import plain_name
 from shardwise.stateful_wrappers.units import Step, Taker, label
-from shardwise.stateful_wrappers.ways import EXTRA, foreign
+from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
 
 _LOG = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class _WithMetadata(OrderedDict[str, object]):
 
 def post_steps(root: nn.Module) -> list[Step]:
     """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
-    if not any(module._load_state_dict_post_hooks for module in root.modules()):
+    if not any(module._load_state_dict_post_hooks for module in every_module([root])):
         return []
     found: list[Step] = []
 

@@ -194,7 +194,9 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         cls = type(module)
         plain = torchs.get(cls)
         if plain is None:
-            plain = torchs[cls] = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
+            plain = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
+            # A scripted module has no dictionaries that could be watched.
+            plain = torchs[cls] = plain and not issubclass(cls, torch.jit.ScriptModule)
         if not plain or not keeps_torchs_ways(module):
             return None
         modules.append(module)

@@ -20,6 +20,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.commits import Publication, check_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
@@ -63,6 +64,7 @@ class Checkpointer(ComponentCheckpointer):
     # Whether what interrupted saves left has been removed.
     _tidied = False
 
+    @outside_inference_mode
     def save(
         self,
         epoch: int,
@@ -136,6 +138,7 @@ class Checkpointer(ComponentCheckpointer):
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
+    @outside_inference_mode
     def restore(
         self,
         model: Model,
@@ -192,6 +195,7 @@ class Checkpointer(ComponentCheckpointer):
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 

@@ -24,6 +24,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
 from shardwise.plan.sharing import Replicas
+from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.types import Box
 
 _LOG = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ def plan_load(
         UnexpectedTensorError: The same.
         ShapeMismatchError: The same.
         DtypeMismatchError: The same.
+        TensorError: Several elements of a tensor are one memory.
     """
     tensors = source.tensors
     missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
@@ -152,6 +154,8 @@ def plan_load(
             continue
         if saved.spec != tensor.spec:
             _compare(tensor, source, options)
+        for fragment in tensor.fragments:
+            require_own_elements(tensor.spec.name, fragment.data)
         reads.add(saved, tensor, replicas)
     return reads, missing
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, list_state, plain_name
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
@@ -68,20 +69,22 @@ class ModelState:
         return held_tensors(((named.name, named.tensor) for named in self.tensors()), register)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Plain names to detached tensors that share the model's memory."""
-        return {named.name: named.tensor.detach() for named in self.tensors()}
+        """Plain names to detached tensors that share the model's memory.
+
+        Raises:
+            TensorError: A tensor's class wraps others, and no plain tensor has its elements.
+        """
+        return {named.name: plain_view(named.name, named.tensor) for named in self.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy values into the model, in place; tensors that already share its memory are left alone.
 
         Raises:
             KeyError: A name that the model does not have.
+            TensorError: As `state_dict`.
         """
         own = {name: named.tensor for named in self.tensors() for name in (named.name, *named.aliases)}
         with torch.no_grad():
             for name, value in state_dict.items():
-                target = own[plain_name(name)].detach()
-                local = getattr(target, "_local_tensor", target)
-                given = getattr(value, "_local_tensor", value)
-                if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-                    local.copy_(given)
+                plain = plain_name(name)
+                install(plain_view(plain, own[plain]), plain_view(plain, value))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import NameCollisionError, StateFormatError
+from shardwise.stateful_wrappers.memory import address, identity
 
 #: What a module overrides to make its state in a way of its own.
 _WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state")
@@ -107,7 +108,7 @@ def list_state(parts: Sequence[nn.Module]) -> Listing:
         for number, (low, high) in enumerate(pairwise(bounds))
         for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
     ]
-    if len(set(map(_address, found.values()))) < len(found):
+    if len(set(map(address, found.values()))) < len(found):
         listed = _merged(listed, declared_ties(parts))
     return Listing(tuple(listed), tuple(modules) if are_plain else None)
 
@@ -116,7 +117,7 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
     """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
-        groups.setdefault(_identity(named.tensor), []).append(named)
+        groups.setdefault(identity(named.tensor), []).append(named)
     out = []
     for alike in groups.values():
         kept = next((named for named in alike if named.name not in declared), alike[0])
@@ -189,19 +190,6 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
     hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
     return all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """A number that two tensors which are the same have in common: enough to see that no two are."""
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.data_ptr() or -id(tensor)
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    local = getattr(tensor, "_local_tensor", tensor)
-    if local.device.type == "meta" or local.numel() == 0:
-        return (id(tensor),)
-    return (local.device, local.data_ptr(), tuple(tensor.shape), local.stride(), tensor.dtype)
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from shardwise.errors import MissingTensorError, MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import promised_ties, state_tensors, undeclared_names
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
@@ -226,7 +227,8 @@ class OptimizerState:
             for param in cast(list[torch.Tensor], group["params"]):
                 for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, torch.Tensor):
-                        found[f"state.{self._name(param)}.{key}"] = value.detach()
+                        name = f"state.{self._name(param)}.{key}"
+                        found[name] = plain_view(name, value)
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -238,10 +240,7 @@ class OptimizerState:
         own = self.state_dict()
         with torch.no_grad():
             for name, value in state_dict.items():
-                local = getattr(own[name], "_local_tensor", own[name])
-                given = getattr(value, "_local_tensor", value)
-                if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-                    local.copy_(given)
+                install(own[name], plain_view(name, value))
 
     def prepare(self, record: OptimizerRecord) -> None:
         """Make the optimizers ready to be loaded: options set, state tensors allocated, no step taken.

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tests.zoo.rows import Right, Row, change
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -217,6 +218,8 @@ def copied(value: object) -> object:
 def _copied_tensor(value: torch.Tensor) -> object:
     if is_lazy(value):
         return ("lazy",)
+    if isinstance(value, ShardedTensor):
+        return ("shards", *(copied(shard.tensor) for shard in value.local_shards()))
     local = getattr(value, "_local_tensor", None)
     if local is not None:
         return ("local", tuple(value.shape), copied(local))

@@ -42,7 +42,8 @@ def sharded(module: nn.Module, **settings: object) -> nn.Module:
 
 
 def by_columns() -> nn.Module:
-    return sharded(net(), shard_placement_fn=lambda p: Shard(min(1, p.ndim - 1)))
+    module = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 4, bias=False), nn.Linear(4, 6))
+    return fully_shard(module, shard_placement_fn=lambda p: Shard(p.ndim - 1 if p.shape[-1] % 2 == 0 else 0))
 
 
 def ignoring() -> nn.Module:
@@ -74,7 +75,7 @@ def ddp(module: nn.Module) -> nn.Module:
 
 
 def averaged_sharded() -> nn.Module:
-    return AveragedModel(sharded(net()))
+    return sharded(AveragedModel(net()))
 
 
 ROWS: dict[str, Callable[[], nn.Module]] = {

@@ -1,4 +1,4 @@
-"""For every kind of module: what is restored is what ``load_state_dict(state_dict())`` gives, or an error names why not.
+"""For every kind of module: restored is what ``load_state_dict(state_dict())`` gives, or an error names why not.
 
 The rows say what is right; `docs/zoo.md`, written by ``python -m tools.zoo_table``, says what came of each.
 """

@@ -101,7 +101,7 @@ OBSERVERS: dict[str, Callable[[], nn.Module]] = {
     "ReuseInputObserver": ao.ReuseInputObserver,
     "RecordingObserver": ao.RecordingObserver,
     "FakeQuantize": ao.FakeQuantize,
-    "FakeQuantize, per channel": lambda: ao.default_per_channel_weight_fake_quant(),
+    "FakeQuantize, per channel": ao.default_per_channel_weight_fake_quant,
     "FixedQParamsFakeQuantize": lambda: ao.FixedQParamsFakeQuantize(
         ao.FixedQParamsObserver.with_args(scale=0.5, zero_point=1)
     ),

@@ -243,7 +243,7 @@ OWN_STATE: list[Row] = [
     Row("a state dict hook that clones", swapped_in, inputs=inputs((3, 4))),
     Row("a load hook that computes copies anew", Derived, inputs=inputs((3, 4)), spreads=("ddp",)),
     Row("a buffer that takes the size that is loaded", Growing, use=grow, inputs=inputs((3, 4))),
-    Row("state_dict of its own", Whole, spreads=("ddp",)),
+    Row("state_dict of its own", Whole, spreads=()),
 ]
 
 

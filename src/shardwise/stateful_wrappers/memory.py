@@ -182,10 +182,21 @@ def _behind(name: str, local: torch.Tensor) -> torch.Tensor:
         if inner is None or not _is_the_same(local, inner, context):
             raise _wrapping(name, cls, list(wrapped))
         return plain_memory(name, inner)
-    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    own = None if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ else _own_memory(local)
+    if own is None:
         raise _wrapping(name, cls, [])
-    # Memory of its own, whatever functions of torch the class overrides.
-    return local.as_subclass(torch.Tensor)
+    return own
+
+
+def _own_memory(local: torch.Tensor) -> torch.Tensor | None:
+    """The memory of a subclass that has some, whatever functions of torch it overrides."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            memory = local.detach()
+            has_some = memory.is_meta or memory.layout != torch.strided or not memory.numel() or memory.data_ptr()
+        except RuntimeError:  # FSDP1's sharded tensors
+            return None
+        return memory if has_some else None
 
 
 def _wrapping(name: str, cls: type, wrapped: list[str]) -> TensorError:

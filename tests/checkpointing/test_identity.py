@@ -270,6 +270,22 @@ def test_an_expanded_tensor_is_saved_and_not_loaded_into(tmp_path: Path, mode: M
         assert torch.equal(model.weight, before)
 
 
+def test_wrappers_are_initialised_as_what_they_wrap(tmp_path: Path) -> None:
+    def build(wraps: bool) -> nn.Sequential:
+        with torch.device("meta"):
+            made = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+        for layer in made if wraps else ():
+            layer.weight = nn.Parameter(Casting(layer.weight.detach()))
+        return made
+
+    with checkpointer(tmp_path, EVERY) as engine:
+        made = [build(wraps) for wraps in (False, True)]
+        for model in made:
+            engine.load_base_model(model, "cpu", None, None, load_base_model=False)
+    assert same(*map(values, made))
+    assert not torch.equal(made[1][0].weight, made[1][1].weight)
+
+
 def test_the_state_for_dcp_is_plain_memory() -> None:
     model, fresh = layers(0), layers(1)
     state = ModelState(model).state_dict()

@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 
@@ -57,13 +58,15 @@ def change(module: nn.Module) -> None:
     seen: set[int] = set()
     with torch.no_grad():
         for value in module.state_dict(keep_vars=True).values():
+            if isinstance(value, DTensor):
+                value = value._local_tensor
             if not isinstance(value, torch.Tensor) or is_lazy(value) or type(value) not in (torch.Tensor, nn.Parameter):
                 continue
             if id(value) in seen or value.layout != torch.strided or value.is_quantized:
                 continue
             seen.add(id(value))
             if value.is_floating_point():
-                value.add_(torch.rand(value.shape))
+                value.add_(torch.rand_like(value))
             elif value.dtype == torch.int64:
                 value.add_(1)
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.addons.model_parts import has_quantized_parameters
 from shardwise.errors import MisuseError, ShardwiseError, TensorError
 from shardwise.io.memory import flat_bytes
 from shardwise.stateful_wrappers import ModelState
@@ -284,6 +285,22 @@ def test_wrappers_are_initialised_as_what_they_wrap(tmp_path: Path) -> None:
             engine.load_base_model(model, "cpu", None, None, load_base_model=False)
     assert same(*map(values, made))
     assert not torch.equal(made[1][0].weight, made[1][1].weight)
+
+
+def test_training_in_float8_is_not_quantization() -> None:
+    pytest.importorskip("torchao")
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear_utils import convert_to_float8_training
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(32, 32))
+
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+    assert not has_quantized_parameters(convert_to_float8_training(build(), config=config))
+    quantized_for_good = build()
+    quantize_(quantized_for_good, Int8WeightOnlyConfig())
+    assert has_quantized_parameters(quantized_for_good)
 
 
 def test_the_state_for_dcp_is_plain_memory() -> None:

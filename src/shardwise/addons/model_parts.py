@@ -122,10 +122,15 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def _is_quantized(parameter: torch.Tensor) -> bool:
     import torch
 
+    from shardwise.stateful_wrappers.memory import stands_for_memory
+
     local = _local(parameter)
     for tensor in (parameter, local, getattr(local, "data", local)):
         cls = type(tensor)
-        if cls.__name__ in _BITSANDBYTES_PARAMETERS or cls.__module__.partition(".")[0] == "torchao":
+        if cls.__name__ in _BITSANDBYTES_PARAMETERS:
+            return True
+        # Float8 training's weights wrap plain ones, which are what is written.
+        if cls.__module__.partition(".")[0] == "torchao" and not stands_for_memory(local):
             return True
     if parameter.dtype in (torch.bool, torch.int64, torch.uint64) or parameter.is_complex():
         return False

@@ -20,6 +20,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
@@ -75,6 +76,7 @@ class Checkpointer(ComponentCheckpointer):
     def _line(self) -> RunLine:
         return RunLine()
 
+    @outside_inference_mode
     def save(
         self,
         epoch: int,
@@ -151,6 +153,7 @@ class Checkpointer(ComponentCheckpointer):
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
+    @outside_inference_mode
     def restore(
         self,
         model: Model,
@@ -236,6 +239,7 @@ class Checkpointer(ComponentCheckpointer):
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 

@@ -113,7 +113,8 @@ class HubNames:
         aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
         if known is None or known.names != names or known.aliases != aliases or not known.memory.is_of(own):
-            known = self._captured = _Captured(names, aliases, Memory(own), self._capture(state, tensors))
+            captured = self._capture(state, tensors)  # refuses what has no memory to remember
+            known = self._captured = _Captured(names, aliases, Memory(own), captured)
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)

@@ -12,6 +12,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns, Step
@@ -95,19 +96,19 @@ class ModelState:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
 
-        Each tensor once: ``lm_head.weight`` is left out where it shares its memory with the embedding, and only there.
         They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
         `load_state_dict`. Each stands there once: ``lm_head.weight`` is left out where it shares its memory with the
         embedding, and only there. What modules have beside tensors (extra state) stands there under torch's names.
 
         Raises:
             ModuleStateError: A module gives what cannot be described.
+            TensorError: A tensor's class wraps others, and no plain tensor has its elements.
         """
         listed = self.listing()
         found: dict[str, torch.Tensor] = {}
         try:
             for named in listed.tensors:
-                found[named.name] = _made(named.tensor)
+                found[named.name] = _made(named)
         finally:
             release()
         # DCP keeps values of other kinds, too, and its protocol says so nowhere.
@@ -121,6 +122,7 @@ class ModelState:
         Raises:
             KeyError: A name that the model does not have.
             ModuleStateError: A module refuses what it is given.
+            TensorError: As `state_dict`.
         """
         listed = self.listing(values=False)
         own = {name: named.tensor for named in listed.tensors for name in (named.name, *named.aliases)}
@@ -134,7 +136,7 @@ class ModelState:
                 if what is not None:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
-                    _copy(target.detach(), value)
+                    install(plain_view(name, target), plain_view(name, value))
                 elif self._may_take(listed, name):
                     aside[name] = value
                 else:
@@ -156,17 +158,10 @@ def _concerns(step: Step, names: Mapping[str, object]) -> bool:
     return any(name.startswith(plain_name(step.prefix)) for name in names)
 
 
-def _made(tensor: torch.Tensor) -> torch.Tensor:
+def _made(named: NamedTensor) -> torch.Tensor:
     """A tensor, detached; what is behind it, where it is a stand-in."""
-    what = deferred(getattr(tensor, "_local_tensor", tensor))
+    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
     if what is None:
-        return tensor.detach()
+        return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())
     return value if what.template is None else what.template.around(value)
-
-
-def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    local = getattr(target, "_local_tensor", target)
-    given = getattr(value, "_local_tensor", value)
-    if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-        local.copy_(given)

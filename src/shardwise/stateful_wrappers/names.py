@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import NameCollisionError
+from shardwise.stateful_wrappers.memory import address, identity
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
 from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
 from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
@@ -148,7 +149,7 @@ def _listed(found: Mapping[str, torch.Tensor], bounds: Sequence[int], parts: Seq
         for number, (low, high) in enumerate(pairwise(bounds))
         for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
     ]
-    if len(set(map(_address, found.values()))) < len(found):
+    if len(set(map(address, found.values()))) < len(found):
         listed = _merged(listed, declared_ties(parts))
     return listed
 
@@ -157,7 +158,7 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
     """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
-        groups.setdefault(_identity(named.tensor), []).append(named)
+        groups.setdefault(identity(named.tensor), []).append(named)
     out = []
     for alike in groups.values():
         # A head gives way to the embedding also where nothing is declared: that is the name that files have.
@@ -249,19 +250,6 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
     made = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
     return not foreign([*made, *module._load_state_dict_pre_hooks.values()])
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """A number that two tensors which are the same have in common: enough to see that no two are."""
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.data_ptr() or -id(tensor)
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    local = getattr(tensor, "_local_tensor", tensor)
-    if local.device.type == "meta" or local.numel() == 0:
-        return (id(tensor),)
-    return (local.device, local.data_ptr(), tuple(tensor.shape), local.stride(), tensor.dtype)
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from shardwise.format.dtypes import dtype_code
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
+from shardwise.stateful_wrappers.memory import plain_memory
 from shardwise.types import Box, TensorSpec
 
 
@@ -132,18 +133,14 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         meshes: Keys of the meshes seen so far on this rank.
 
     Raises:
-        TensorError: A partial or unknown placement.
-        MisuseError: A sparse or nested tensor, or one of FSDP1's sharded tensors.
+        TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
+        MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
     """
     # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
     # knows as well takes several times as long: this is done for every tensor of a model.
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
-    if local.layout != torch.strided or local.is_nested:
-        raise MisuseError(f"layout {local.layout} cannot be saved", tensor=name, hint="Make it a dense tensor.")
+    local = plain_memory(name, tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
     spread = meshes.spread(name, tensor)
     spec = TensorSpec(name, spread.part.native_shape, dtype_code(local.dtype, name))
-    if local.requires_grad:
-        local = local.detach()
     box = spread.box
     if box is not None and box.sizes == local.shape:
         held = HeldPart(spread.part, spread.coordinate, (Fragment(box, local),))

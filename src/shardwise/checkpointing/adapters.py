@@ -90,7 +90,7 @@ class AdapterSave:
         for file in captured.files:
             held: list[HeldTensor] = []
             with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
-                own = hold_adapter(file.entries, MeshRegister())
+                own = hold_adapter(file.entries, MeshRegister(context.may_differ.of_state(())))
                 held = context.staged(f"adapter/{file.adapter_name}", own)
             roster = RosterKeeper(group, context.stage).roster(held)
             plan: ExportPlan | None = None

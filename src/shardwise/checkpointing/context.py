@@ -25,6 +25,7 @@ from shardwise.format.manifest import KnownManifest
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.replicas import MayDiffer
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Context:
         storage: Where data goes.
         fs: Where names are made and renamed.
         stage: Pipeline rank.
+        may_differ: Of which tensors ranks may have different values.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
@@ -49,7 +51,7 @@ class Context:
     storage: Storage
     fs: FileSystem
     stage: int
-    names: HubNames = field(default_factory=HubNames)
+    names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
     _base_path: str | None = None
@@ -58,6 +60,8 @@ class Context:
     _base_read: bool = False
 
     def __post_init__(self) -> None:
+        self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
+        self.names = HubNames(self.may_differ)
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.quantized = Answer(self.group, "looking for quantization")

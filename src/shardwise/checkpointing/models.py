@@ -31,6 +31,7 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
@@ -42,6 +43,7 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import undeclared_names
+from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.types import TensorSpec
 
 CONSOLIDATED_DIR = "consolidated"
@@ -147,16 +149,20 @@ class ModelSave:
     def _distcp(self) -> list[Step]:
         context = self._context
         kept: dict[str, str] = {}
+        held: list[HeldTensor] = []
         with context.group.together("describing the model") as quantized:
             if context.group.is_main:
                 self._reserve()
-            require_memory(memory_of(self.state.held()), "values to save")
-            kept = undeclared_names(self.state.tensors(), self.state.model)
+            tensors = self.state.tensors()
+            held = self.state.held(MeshRegister(context.may_differ.of_model(tensors, self.state.model)))
+            require_memory(memory_of(held), "values to save")
+            kept = undeclared_names(tensors, self.state.model)
             quantized.flag = self._describes and is_quantized(self._args)
+        roster = context.model_roster.roster(held)
         with context.group.together("preparing the model's directory"):
             self._prepare_directory({}, (), quantized.any)
         self._before()
-        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group)]
+        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group, held, roster)]
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -334,7 +340,7 @@ class ModelSave:
             known = memo.get(
                 [*held, roster],
                 None,
-                lambda: ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster)),
+                lambda: self._shard_plan(held, roster, component),
             )
             nbytes = known.own_bytes
             if described is not None:
@@ -347,6 +353,11 @@ class ModelSave:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
         return lambda group: write_shards(plan, group, context.storage, later=True)
+
+    def _shard_plan(self, held: Sequence[HeldTensor], roster: Roster, component: str) -> ShardPlan:
+        # What stands beside an export is compared with it.
+        replicas = () if component == EXACT else (comparison(held, roster, self._context.group.rank),)
+        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:

@@ -17,6 +17,7 @@ from shardwise.comm import Group
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import Comparison, comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
@@ -26,6 +27,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
+from shardwise.stateful_wrappers.tensors import MeshRegister
 
 OPTIMIZER_STATE = "optimizer"
 SCHEDULER_STATE = "scheduler"
@@ -99,17 +101,21 @@ class OptimizerSave:
                         record += write_state(context.storage, self._directory / SCHEDULER_STATE, schedule)
             return record
 
-        if context.config.model_save_format == "torch_save":
-            held_state = state
-            return [write_states, lambda group: save_distcp(held_state, self._directory, group)]
+        is_torchs = context.config.model_save_format == "torch_save"
         held: list[HeldTensor] = []
         with group.together("describing the optimizer's tensors"):
-            held = context.staged("optim", state.held())
+            held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
+            held = held if is_torchs else context.staged("optim", held)
         roster = context.optimizer_roster.roster(held)
+        if is_torchs:
+            held_state = state
+            return [write_states, lambda group: save_distcp(held_state, self._directory, group, held, roster)]
         files: tuple[ShardFile, ...] = ()
+        replicas: tuple[Comparison, ...] = ()
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
-        plan = ShardPlan(self._directory, "optim", roster, files)
+            replicas = (comparison(held, roster, group.rank),)
+        plan = ShardPlan(self._directory, "optim", roster, files, replicas=replicas)
         return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,21 +12,40 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import Seen, comparison, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.io.regions import is_packed
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
+from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers import ModelState, OptimizerState
+from shardwise.stateful_wrappers.tensors import local_memory
 
 
-def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Group) -> ComponentRecord:
+def save_distcp(
+    state: ModelState | OptimizerState, directory: Path, group: Group, held: Sequence[HeldTensor], roster: Roster
+) -> ComponentRecord:
     """Write a state as a DCP directory. All ranks of the group call.
 
+    Args:
+        state: The state.
+        directory: Where the files go.
+        group: The ranks that save together.
+        held: What this rank holds, under the state's names.
+        roster: Who holds what.
+
     Raises:
+        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
         MisuseError: A tensor is sharded in a way that DCP's format describes wrongly.
         ShardwiseError: What DCP's writer failed with, on every rank.
     """
     tensors: dict[str, torch.Tensor] = {}
+    replicas = comparison((), roster, group.rank)
     with group.together("describing what DCP is to write"):
-        tensors = dict(state.state_dict())
+        replicas = comparison(held, roster, group.rank)
+        # DCP would choose between replicas by the bytes that each rank writes.
+        others = left_to_others(held, roster, group.rank)
+        tensors = {name: tensor for name, tensor in state.state_dict().items() if name not in others}
         for name, tensor in tensors.items():
             if is_packed(tensor):
                 raise MisuseError(
@@ -34,14 +54,18 @@ def save_distcp(state: ModelState | OptimizerState, directory: Path, group: Grou
                     hint='Set model_save_format to "safetensors".',
                 )
     failure: BaseException | None = None
+    seen = Seen()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
             save(tensors, storage_writer=writer, process_group=group.process_group)
-    except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+        seen = look_at([replicas.reading({name: local_memory(tensor) for name, tensor in tensors.items()})])
+    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
-    group.agree(failure, f"writing {directory}")
+    _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
+    if differ:
+        refuse(seen, group)
     return ComponentRecord()
 
 

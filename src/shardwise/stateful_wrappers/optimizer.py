@@ -229,6 +229,17 @@ class OptimizerState:
                         found[f"state.{self._name(param)}.{key}"] = value.detach()
         return found
 
+    def owners(self) -> list[tuple[str, str]]:
+        """The name of each state tensor, and its parameter's."""
+        return [
+            (f"state.{name}.{key}", name)
+            for optimizer, group in self._groups()
+            for param in cast(list[torch.Tensor], group["params"])
+            for name in [self._name(param)]
+            for key, value in optimizer.state.get(param, {}).items()
+            if isinstance(value, torch.Tensor)
+        ]
+
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
 

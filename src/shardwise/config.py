@@ -223,6 +223,16 @@ class CheckpointingConfig:
             )
 
     def _check_values(self) -> None:
+        if self.per_rank_state is not None:
+            if not self.per_rank_state or not all(self.per_rank_state):
+                raise ConfigError(
+                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
+                )
+            if self.is_peft:
+                raise ConfigError(
+                    "per_rank_state has no effect where only an adapter is saved",
+                    hint="Leave per_rank_state out, or set is_peft to false.",
+                )
         if not isinstance(self.allow_legacy_pickle_restore, bool):
             raise ConfigError(
                 f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",

@@ -72,6 +72,7 @@ class Context:
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
+        self.warned: set[Path] = set()
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""

@@ -13,6 +13,7 @@ from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.per_rank import find_model
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
@@ -43,7 +44,17 @@ def load_model(
     group = context.group
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(context, state, path, key_mapping, options)
-    source, hub, options = opened.source, opened.hub, opened.options
+    own = find_model(context, state, path, opened.ranks)
+    report = _load(context, state, opened)
+    if own is not None:
+        with group.together("reading each rank's own tensors"):
+            own.read(context)
+    return report
+
+
+def _load(context: Context, state: ModelState, opened: _Opened) -> LoadReport:
+    """Read what all ranks saved together. All ranks call."""
+    group, source, hub, options = context.group, opened.source, opened.hub, opened.options
     if opened.differs and _speaks_native(hub, source, group):
         return load_tensors(hub.native, source, group, context.storage, options)
     computed = [held for held in hub.groups if not _has_natives(held, source)]
@@ -67,12 +78,14 @@ class _Opened:
         hub: What this rank holds.
         options: What may differ between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
+        ranks: By how many ranks tensors were saved of which each has a value of its own.
     """
 
     source: Source
     hub: HubState
     options: LoadOptions
     differs: bool
+    ranks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +142,7 @@ def _opened(
     assert hub is not None
     if not differs.any:
         assert matched is not None
-        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False)
+        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False, notes.ranks)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
@@ -141,7 +154,8 @@ def _opened(
     source = untied(plain, everyone, group, context.storage)
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
-    return _Opened(source, matched.hub, replace(options, exact={**notes.exact, **kept}, ignored=ignored), True)
+    options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
+    return _Opened(source, matched.hub, options, True, notes.ranks)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

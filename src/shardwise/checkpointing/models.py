@@ -20,6 +20,7 @@ from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
 from shardwise.checkpointing.torch_format import save_distcp
@@ -127,7 +128,7 @@ class ModelSave:
 
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
-        steps = self._written()
+        steps = [*self._written(), *model_steps(self._context, self.state, self._directory)]
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:

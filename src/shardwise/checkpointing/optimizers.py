@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.torch_format import save_distcp
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
@@ -107,16 +109,17 @@ class OptimizerSave:
             held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
             held = held if is_torchs else context.staged("optim", held)
         roster = context.optimizer_roster.roster(held)
+        own_steps = optimizer_steps(context, state, self._directory)
         if is_torchs:
-            held_state = state
-            return [write_states, lambda group: save_distcp(held_state, self._directory, group, held, roster)]
+            write = partial(save_distcp, state, self._directory, held=held, roster=roster)
+            return [write_states, write, *own_steps]
         files: tuple[ShardFile, ...] = ()
         replicas: tuple[Comparison, ...] = ()
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
             replicas = (comparison(held, roster, group.rank),)
         plan = ShardPlan(self._directory, "optim", roster, files, replicas=replicas)
-        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
+        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
 
 def distinct(group: Group, own: dict[str, bytes]) -> list[dict[str, bytes]]:
@@ -161,7 +164,8 @@ def load_optimizer(
     group = context.group
     schedulers = as_list(scheduler)
     state: OptimizerState | None = None
-    with group.together(f"restoring the optimizer's groups from {directory}"):
+    own: OwnRead | None = None
+    with group.together(f"restoring the optimizer's groups from {directory}") as owns:
         state = OptimizerState(optimizer, model)
         if not os.path.lexists(directory):
             raise CheckpointNotFoundError(
@@ -171,6 +175,8 @@ def load_optimizer(
             )
         record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
         state.prepare(record)
+        own = find_optimizer(context, state, directory)
+        owns.flag = own is not None
         if schedulers:
             _load_schedulers(schedulers, directory)
     assert state is not None
@@ -184,6 +190,11 @@ def load_optimizer(
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
     load_tensors(held, source, group, context.storage, options)
+    if owns.any:
+        with group.together("reading the optimizer's state of each rank's own tensors"):
+            if own is not None:
+                own.read(context)
+                state.keep_only({saved.spec.name for saved, _ in own.pairs}, own.parameters)
 
 
 def _without_files(source: Source, names: set[str]) -> Source:

@@ -192,8 +192,8 @@ def _message(names: Sequence[str], digested: Digested, group: Group) -> str:
             values.setdefault(crc, []).append(ranks[rank])
     listed = "; ".join(f"{name!r} ({_values(sets)})" for name, sets in found.items())
     more = f"; and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    several = f"{len(names)} tensors have" if len(names) > 1 else "a tensor has"
-    return f"{several} different values on ranks that hold the same part of it: {listed}{more}"
+    several, it = (f"{len(names)} tensors have", "them") if len(names) > 1 else ("a tensor has", "it")
+    return f"{several} different values on ranks that hold the same part of {it}: {listed}{more}"
 
 
 def _values(sets: Mapping[tuple[int, int], Mapping[int, Sequence[int]]]) -> str:
@@ -202,7 +202,7 @@ def _values(sets: Mapping[tuple[int, int], Mapping[int, Sequence[int]]]) -> str:
         if len(values) > 1:
             first, *others = [_ranks(ranks) for ranks in values.values()]
             verb = "have" if first.startswith("ranks") else "has"
-            return f"{first} {verb} one value, {', '.join(others)} another"
+            return ", ".join([f"{first} {verb} one value", *(f"{ranks} another" for ranks in others)])
     # One rank takes others for replicas that hold the tensor in another way.
     return " and ".join(_ranks([rank]) for values in sets.values() for ranks in values.values() for rank in ranks)
 

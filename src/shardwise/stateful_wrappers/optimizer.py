@@ -229,6 +229,25 @@ class OptimizerState:
                         found[f"state.{self._name(param)}.{key}"] = value.detach()
         return found
 
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the optimizers update."""
+        return [self._name(param) for _, group in self._groups() for param in cast(list[torch.Tensor], group["params"])]
+
+    def keep_only(self, names: Collection[str], parameters: Collection[str]) -> None:
+        """Drop the state of ``parameters`` that is not among ``names``: this rank had none when it was saved."""
+        for optimizer, group in self._groups():
+            for param in cast(list[torch.Tensor], group["params"]):
+                name = self._name(param)
+                state = optimizer.state.get(param)
+                if name not in parameters or state is None:
+                    continue
+                kept = [key for key, value in state.items() if f"state.{name}.{key}" in names]
+                if not kept:
+                    optimizer.state.pop(param)
+                for key in [key for key, value in state.items() if isinstance(value, torch.Tensor)]:
+                    if key not in kept:
+                        del state[key]
+
     def owners(self) -> list[tuple[str, str]]:
         """The name of each state tensor, and its parameter's."""
         return [

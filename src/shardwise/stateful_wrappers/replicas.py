@@ -66,6 +66,11 @@ class MayDiffer:
             return []
         return [named for named in tensors if any(map(self.is_own, (named.name, *named.aliases)))]
 
+    @staticmethod
+    def matches(pattern: str, names: Iterable[str]) -> bool:
+        """Whether a pattern matches any of ``names``."""
+        return any(fnmatchcase(name, pattern) for name in names)
+
     def is_own(self, name: str) -> bool:
         """Whether each rank has a value of its own of the tensor called ``name``."""
         return any(fnmatchcase(name, pattern) for pattern in self.per_rank)

@@ -326,6 +326,44 @@ def test_few_of_many_tensors_are_named(tmp_path: Path) -> None:
     assert "; and 15 more" in str(text)
 
 
+class Adapted(nn.Module):
+    """A trained module saved beside LoRA factors, with statistics of each rank's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.proj = nn.Linear(4, 4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def save_adapter(root: Path) -> str:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Adapted(), LoraConfig(target_modules=["proj"], modules_to_save=["head"]))
+    dist.barrier()
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    for name, buffer in model.named_buffers():
+        buffer.fill_(dist.get_rank() + len(name))
+    theirs = of_every_rank(buffers(model))
+    with engine(root, {"is_peft": True}) as checkpointer:
+        checkpointer.save(0, 1, model)
+        for buffer in model.buffers():
+            buffer.fill_(77)
+        checkpointer.restore(model)
+        restored = {name: value for name, value in buffers(model).items() if "modules_to_save" in name}
+        assert restored
+        assert same(restored, {name: theirs[0][name] for name in restored})
+        factor = next(value for name, value in model.named_parameters() if "lora_B" in name)
+        factor.data.fill_(dist.get_rank())
+        return refused(lambda: checkpointer.save(0, 2, model))
+
+
+def test_adapters_are_compared_as_models_are(tmp_path: Path) -> None:
+    [text] = set(run(2, save_adapter, tmp_path))
+    assert "lora_B.weight' (rank 0 has one value, rank 1 another)" in str(text)
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
@@ -49,6 +50,13 @@ class MayDiffer:
         buffers = buffer_names(parts) if others else frozenset()
         found = {named.name for named in others if _is_kept_apart(named, buffers)}
         return found | {named.name for named in self.own(tensors)}
+
+    def of_adapter(self, tensors: Iterable[tuple[str, torch.Tensor]], parts: Sequence[nn.Module]) -> Container[str]:
+        """As `of_model`, for the tensors of an adapter by their names in its file."""
+        if self.all:
+            return _Everything()
+        buffers = {id(buffer) for part in parts for buffer in part.buffers()}
+        return {name for name, tensor in tensors if id(tensor) in buffers}
 
     def of_state(self, names: Iterable[tuple[str, str]]) -> Container[str]:
         """Names of an optimizer's state tensors whose replicas may differ.

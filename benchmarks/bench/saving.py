@@ -20,6 +20,7 @@ from bench.raw import raw_write
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
 from shardwise.engine.export import ExportOptions, plan_export, write_export
+from shardwise.engine.replicas import comparison, look_at
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
 from shardwise.io.storage import LocalStorage
@@ -155,7 +156,17 @@ def _replicated(rank: Rank) -> list[Row]:
             )
         what = "consolidated" if mode == "every" else "sharded"
         rows.append(samples.row(f"replicated, {what}, {replicas}", "raw write", None, total_bytes(model)))
-    return rows
+    return [*rows, _comparing(rank, model)]
+
+
+def _comparing(rank: Rank, model: nn.Module) -> Row:
+    """What comparing takes by itself: every rank digests all that it holds."""
+    group, held = Group.dedicated(None, 600), ModelState(model).held()
+    compared = [comparison(held, RosterKeeper(group).roster(held), group.rank)]
+    halves = _halves(model, rank)
+    samples = against_raw(rank, halves, lambda _: look_at(compared), lambda _: 0)
+    group.close()
+    return samples.row("replicated, comparing alone", "raw write", None, total_bytes(model))
 
 
 def _halves(model: nn.Module, rank: Rank) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise._version import __version__
-from shardwise.errors import FormatError, ShardwiseError
+from shardwise.errors import FormatError, IntegrityError, ShardwiseError, TensorError, UnverifiableError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -46,13 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except ShardwiseError as error:
         print(f"shardwise: {error}", file=sys.stderr)
-        return DAMAGED if isinstance(error, FormatError) else MISUSE
+        return _exit_code(error)
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output has left (`| head`); Python must not complain about it at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return MISUSE
+
+
+def _exit_code(error: ShardwiseError) -> int:
+    if isinstance(error, UnverifiableError):
+        return UNVERIFIABLE
+    return DAMAGED if isinstance(error, (FormatError, IntegrityError, TensorError)) else MISUSE
 
 
 def _path(text: str) -> Path:
@@ -84,10 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
 
     consolidate = commands.add_parser(
-        "consolidate", help="make the Hugging Face export of a checkpoint saved as shards", description=_CONSOLIDATE
+        "consolidate",
+        help="make the Hugging Face export of a checkpoint",
+        description=_CONSOLIDATE,
+        epilog=_CONSOLIDATE_EXITS,
     )
     consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
     consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
+    consolidate.add_argument(
+        "--prefix", help="what the model's names begin with in a DCP directory that does not tell; '' for all names"
+    )
+    consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
+    consolidate.add_argument(
+        "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
+    )
+    consolidate.add_argument(
+        "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
+    )
     consolidate.set_defaults(command=_consolidate)
     return parser
 
@@ -95,8 +114,13 @@ def _parser() -> argparse.ArgumentParser:
 _VERIFY = "Say whether a checkpoint is what was saved, and if not what is damaged, by file and tensor."
 _INSPECT_EXITS = "exit codes: 0 done, 1 the manifest or a header is damaged, 2 misuse (also: nothing there)"
 _CONSOLIDATE = (
-    "Write the files that transformers, vLLM and PEFT open from a checkpoint saved with save_consolidated: false. "
-    "One process, bounded memory; the shards stay."
+    "Write the files that transformers, vLLM and PEFT open from a checkpoint saved without them: as shards, with "
+    "torch_save, or by another tool's DCP. What verify refuses is refused. One process, bounded memory; the checkpoint "
+    "stays."
+)
+_CONSOLIDATE_EXITS = (
+    "exit codes: 0 written, 1 damaged, 2 misuse (also: nothing there, an interrupted save, no model), "
+    "3 nothing says whether it is whole"
 )
 
 
@@ -122,12 +146,16 @@ def _print_report(report: VerifyReport) -> None:
         print(f"extra    {name}")
     for name in report.undigested:
         print(f"no digest  {name}")
+    for what in report.checked:
+        print(f"checked  {what}")
+    for what in report.unchecked:
+        print(f"unchecked  {what}")
     counted = f"{report.files} files, {report.tensors} tensors"
     if report.status == "damaged":
         files = len({damage.file for damage in report.damages})
         print(f"{report.path} is damaged: {files} of {counted}")
     elif report.status == "unverifiable":
-        print(f"{report.path} has no manifest and cannot be verified; the headers of its {counted} are sound")
+        print(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in its {counted}")
     elif report.level == "sizes":
         print(f"{report.path} is complete: {counted}; sizes compared, digests not")
     else:
@@ -195,6 +223,8 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     for file in found.files:
         held = f"  {file.tensors} tensors" if file.tensors else ""
         print(f"    {file.path:<{width}}  {file.size:>14,}{held}")
+    for path, why in found.unread:
+        print(f"    not read: {path}: {why}")
     for tensor in found.tensors if tensors else ():
         spec = tensor.spec
         print(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
@@ -205,9 +235,19 @@ def _consolidate(options: argparse.Namespace) -> int:
 
     bar = _Bar()
     try:
-        report = consolidate(options.path, options.output, progress=bar.progress)
+        report = consolidate(
+            options.path,
+            options.output,
+            progress=bar.progress,
+            prefix=options.prefix,
+            base=options.base,
+            diffusers_compatible=options.diffusers,
+            assume_complete=options.assume_complete,
+        )
     finally:
         bar.close()
+    for note in report.notes:
+        print(f"note  {note}", file=sys.stderr)
     print(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {_size(report.nbytes)}")
     return WHOLE
 

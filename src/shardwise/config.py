@@ -28,12 +28,26 @@ __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 
 logger = logging.getLogger(__name__)
 
-_SAVE_FORMATS = ("safetensors", "torch_save")
 _METRIC_MODES = ("min", "max")
 _SHARING_MODES = ("auto", "always", "never")
 _REPLICAS = ("compare", "first")
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
+class SerializationFormat(enum.StrEnum):
+    """How tensors are written. Members compare equal to their text.
+
+    Attributes:
+        SAFETENSORS: safetensors files: shards, or the Hugging Face export.
+        TORCH_SAVE: DCP's ``.distcp`` files.
+    """
+
+    SAFETENSORS = "safetensors"
+    TORCH_SAVE = "torch_save"
+
+
+_SAVE_FORMATS = tuple(member.value for member in SerializationFormat)
 
 
 class SaveConsolidatedMode(enum.Enum):
@@ -92,24 +106,28 @@ class CheckpointingConfig:
     Attributes:
         enabled: Whether the training loop saves at all.
         checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
-        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files.
+        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files, which come without an export:
+            building a checkpointer with ``save_consolidated="every"`` besides is an error. A `SerializationFormat`,
+            which is text too, after construction.
         model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
         model_repo_id: Hub name or local directory of the base model.
         save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
         is_peft: Whether an adapter is trained: only the adapter is saved.
         model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
-        is_async: Write in the background. Needs torch 2.9 or newer; with an older one this is an error and not a
-            silent fall back to synchronous saves, whose stalls would go unexplained.
+        is_async: Write in the background. Needs torch 2.9 or newer; with an older one it becomes ``False``, with a
+            warning that says so.
         dequantize_base_checkpoint: Whether quantized base weights become ordinary floating point on loading; ``None``
             decides by what the base model's configuration says.
         original_model_root_dir: Root directory in which the base model lies, where that is not the cache.
         skip_task_head_prefixes_for_base_model: Parameters with these prefixes keep their fresh initialisation.
         single_rank_consolidation: Let one rank merge the export, for file systems without random writes.
-        staging_dir: Local directory in which the merging rank builds files before it copies them into place.
+        staging_dir: Local directory below which a merging rank builds files before it copies them into place. Several
+            runs may name the same one.
         v4_compatible: Export configurations (and expert adapters) that transformers 4 understands.
         diffusers_compatible: Name the weight index as diffusers expects it.
         best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
-        wait_for_staging: Return from an asynchronous save only when everything is staged.
+        wait_for_staging: Return from an asynchronous save only when everything is staged. Without it, copies from an
+            accelerator may still be queued then; later work of the loop runs behind them.
         cpu_offload: Move states to the CPU as they are captured.
         allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
         legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.
@@ -130,7 +148,8 @@ class CheckpointingConfig:
             multi-token-prediction heads, which the exported configuration still promises.
         keep_every_k_steps: Also keep checkpoints whose step is a multiple of this, so that a long run stays
             inspectable while ``max_recent_checkpoints`` is small.
-        keep_best: Also keep this many checkpoints with the best ``best_metric_key``.
+        keep_best: Also keep this many checkpoints with the best ``best_metric_key``. A save without that metric warns,
+            and nothing is deleted as long as no checkpoint has it.
         best_metric_mode: ``min`` where a lower metric is better, ``max`` where a higher one is; a loss and an accuracy
             differ in this.
         skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of
@@ -150,6 +169,9 @@ class CheckpointingConfig:
             of its own: experts kept by hand, statistics of a rank's own batches. They and their optimizer state are
             saved for each rank besides, and restored to it on the same number of ranks; what other tools and other
             numbers of ranks get is the lowest rank's. A pattern that matches nothing is an error.
+        allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
+            is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
+            scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.
     """
 
     enabled: bool = True
@@ -189,6 +211,7 @@ class CheckpointingConfig:
     share_replica_reads: str = "auto"
     replicas: str = "compare"
     per_rank_state: list[str] | None = None
+    allow_missing_base: bool = False
 
     def __post_init__(self) -> None:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.
@@ -200,7 +223,9 @@ class CheckpointingConfig:
             from huggingface_hub.constants import HF_HUB_CACHE
 
             self.model_cache_dir = HF_HUB_CACHE
-        self.model_save_format = _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        self.model_save_format = SerializationFormat(
+            _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        )
         self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
         self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
         self.replicas = _choice("replicas", self.replicas, _REPLICAS)
@@ -211,11 +236,12 @@ class CheckpointingConfig:
         self._check_values()
         self._check_remote()
         if self.is_async and not _is_geq_torch_2_9():
-            raise ConfigError("is_async needs torch 2.9 or newer", hint="Update torch, or set is_async to false.")
+            self.is_async = False
+            logger.warning("is_async needs torch 2.9 or newer: saves are synchronous (is_async becomes False).")
 
     def _apply_peft_constraints(self) -> None:
         if self.is_peft and self.model_save_format == "torch_save":
-            self.model_save_format = "safetensors"
+            self.model_save_format = SerializationFormat.SAFETENSORS
             self.save_consolidated = SaveConsolidatedMode.FINAL
             logger.warning(
                 "Adapters are saved as safetensors only: model_save_format 'torch_save' becomes 'safetensors' "

@@ -4,6 +4,7 @@
     |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
     |  `- UnknownSettingError  (TypeError)          there is no such setting; names the nearest
     |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
+    |  `- AmbiguousFilesError                       several files could be what is meant
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
     |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
     |- CheckpointExistsError   (FileExistsError)    a published checkpoint is never overwritten
@@ -15,6 +16,7 @@
     |  |- StateFormatError                          a JSON state file
     |  `- UnsafePickleError                         a pickle that names something outside the allow-list
     |- IntegrityError          (ValueError)         sizes or digests differ from what was written
+    |- UnverifiableError       (ValueError)         nobody can say whether what is there is all of it
     |- TensorError             (ValueError)         one tensor cannot be saved or loaded as asked
     |  |- ShapeMismatchError
     |  |- DtypeMismatchError
@@ -149,6 +151,10 @@ class MisuseError(ShardwiseError, ValueError):
     """A call that cannot be right, whatever the data."""
 
 
+class AmbiguousFilesError(MisuseError):
+    """Several files could be what is meant, and none is taken; the message lists them."""
+
+
 class StorageError(ShardwiseError, OSError):
     """The file system refused an operation. ``errno`` is the operating system's."""
 
@@ -224,6 +230,10 @@ class IntegrityError(ShardwiseError, ValueError):
     """A size or digest differs from the one recorded when the checkpoint was written."""
 
 
+class UnverifiableError(ShardwiseError, ValueError):
+    """Nothing says whether what is there is all of it: no manifest, no metadata and no configuration."""
+
+
 class TensorError(ShardwiseError, ValueError):
     """One tensor cannot be saved or loaded as asked."""
 
@@ -260,6 +270,10 @@ class NameCollisionError(TensorError):
     """Two different tensors claim the same name."""
 
 
+class ModuleStateError(ShardwiseError, ValueError):
+    """What a module's own methods make for its state, or do with it, cannot be saved or restored."""
+
+
 class ConversionError(ShardwiseError, ValueError):
     """Native names or tensors do not map to the hub's names and back."""
 
@@ -278,6 +292,15 @@ class AdapterError(ShardwiseError, ValueError):
 
 class PeerError(ShardwiseError, RuntimeError):
     """Another rank died, hung or left a collective."""
+
+    def after(self, failure: BaseException) -> PeerError:
+        """This error on a rank that had already failed by itself, which its text then says; raise it from ``failure``.
+
+        What is missing on another rank is often no more than a consequence.
+        """
+        own = str(failure) if isinstance(failure, ShardwiseError) else f"{type(failure).__name__}: {failure}"
+        message = f"{self.message}; before that, this rank had failed by itself: {own}"
+        return PeerError(message, path=self.path, tensor=self.tensor, rank=self.rank, hint=self.hint)
 
 
 class SaveInterruptedError(ShardwiseError, RuntimeError):

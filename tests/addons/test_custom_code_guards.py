@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.addons import _REMOVED_TRANSFORMERS_SYMBOLS, _apply_transformers_compat_guards
-from shardwise.errors import StorageError
 
 SYMBOL = "NEED_SETUP_CACHE_CLASSES_MAPPING"
 IMPORT = f"from transformers.generation.utils import {SYMBOL}\n"
@@ -168,6 +167,8 @@ def test_the_table_is_the_documented_one() -> None:
     assert _REMOVED_TRANSFORMERS_SYMBOLS == {SYMBOL: ("transformers.generation.utils", "{}")}
 
 
-def test_a_file_that_is_not_there_is_a_typed_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"absent\.py"):
-        _apply_transformers_compat_guards(str(tmp_path / "absent.py"))
+def test_what_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "folder.py").mkdir()
+    for name in ("absent.py", "folder.py", "absent/nested.py"):
+        _apply_transformers_compat_guards(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.py"]

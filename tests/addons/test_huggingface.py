@@ -563,12 +563,14 @@ class Exporter:
     def __init__(self, *, valid: bool) -> None:
         self.valid = valid
 
-    def validate(self) -> None:
+    def validate(self, *, tokenizer: object, original_model_path: object) -> None:
+        self.validated_with = (tokenizer, original_model_path)
         if not self.valid:
             raise ValueError("not exportable")
 
-    def save(self, directory: str) -> None:
-        Path(directory, "config.json").write_text('{"mine": true}')
+    def save(self, *, hf_metadata_dir: str, tokenizer: object, original_model_path: object) -> None:
+        self.saved_with = (tokenizer, original_model_path)
+        Path(hf_metadata_dir, "config.json").write_text('{"mine": true}')
 
 
 @pytest.fixture
@@ -594,13 +596,14 @@ def test_a_model_may_bring_its_own_exporter(with_exporter: type, tmp_path: Path)
     assert entries(directory) == {"mine": True}
     assert not (directory / "generation_config.json").exists()
     assert model.asked_with == (None, "some/model")
+    assert model.exporter.validated_with == model.exporter.saved_with == (None, "some/model")
     assert entries(tmp_path / "model" / ".hf_metadata", "fqn_to_file_index_mapping.json") == {"a": 1}
 
 
 def test_an_exporter_that_refuses_stops_before_anything_is_written(with_exporter: type, tmp_path: Path) -> None:
     model = with_exporter(small_config())
     model.exporter = Exporter(valid=False)
-    with pytest.raises(RemoteError, match="not exportable"):
+    with pytest.raises(ValueError, match="not exportable"):
         save(model, tmp_path, fqn_to_file_index_mapping={"a": 1})
     assert list(tmp_path.iterdir()) == []
 

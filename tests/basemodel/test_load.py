@@ -115,15 +115,18 @@ def test_hub_cache_with_references_and_revisions(tmp_path: Path) -> None:
         assert_same(fresh, expected)
 
 
-def test_snapshot_without_a_reference_is_the_newest(tmp_path: Path) -> None:
+def test_a_snapshot_without_a_reference_counts_if_it_is_the_only_one(tmp_path: Path) -> None:
     llama(1).save_pretrained(tmp_path / "a")
     old = hub_cache(tmp_path / "cache", "org/tiny", tmp_path / "a", "e" * 40, None)
+    assert find_base(tmp_path / "cache", "org/tiny") == old
     new = hub_cache(tmp_path / "cache", "org/tiny", tmp_path / "a", "a" * 40, None)
     os.utime(old, (1, 1))
-    assert find_base(tmp_path / "cache", "org/tiny") == new
+    with pytest.raises(CheckpointNotFoundError, match=f"no main; what was fetched: {'a' * 40}, {'e' * 40}"):
+        find_base(tmp_path / "cache", "org/tiny")
+    assert find_base(tmp_path / "cache", "org/tiny@aaaaaaa") == new
     (tmp_path / "home").mkdir()
     (tmp_path / "cache").rename(tmp_path / "home" / "hub")
-    assert find_base(tmp_path / "home", "org/tiny").name == new.name
+    assert find_base(tmp_path / "home", f"org/tiny@{old.name}").name == old.name
 
 
 def test_absent_bases_are_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tests.support.ranks import failure, run
 from torch import nn
 
@@ -204,8 +205,10 @@ def test_a_scheduler_without_its_optimizer(tmp_path: Path) -> None:
         engine(tmp_path).restore(model, optimizer)
 
 
-@pytest.mark.parametrize("model_save_format", ["safetensors", "torch_save"])
-@pytest.mark.parametrize("save_consolidated", ["every", "false"])
+@pytest.mark.parametrize(
+    ("save_consolidated", "model_save_format"),
+    [("every", "safetensors"), ("false", "safetensors"), ("false", "torch_save")],
+)
 def test_a_model_without_memory(tmp_path: Path, save_consolidated: str, model_save_format: str) -> None:
     checkpointer = engine(tmp_path, save_consolidated=save_consolidated, model_save_format=model_save_format)
     with pytest.raises(MisuseError, match="meta device") as caught:
@@ -263,6 +266,8 @@ def save_with_damaged_cache(root: Path, is_peft: bool) -> None:
     home = cache / "models--org--name"
     (home / "refs").mkdir(parents=True)
     (home / "refs" / "main").write_bytes(b"\xff" if dist.get_rank() == 1 else b"0123")
+    (home / "snapshots" / "0123").mkdir(parents=True)
+    save_file({}, home / "snapshots" / "0123" / "model.safetensors")
     settings = {"model_repo_id": "org/name", "model_cache_dir": cache, "collective_timeout_seconds": 20}
     with engine(root / "run", is_peft=is_peft, **settings) as checkpointer:
         checkpointer.save(0, 1, training()[0])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.comm import lost_ranks
-from tests.support.ranks import fresh
+from tests.support.ranks import fresh, run
 
+from shardwise.comm import Group
 from shardwise.comm.lost import Patience
+from shardwise.errors import PeerError
 
 
 @given(st.floats(0.01, 1e6))
@@ -47,3 +50,33 @@ def test_every_survivor_names_the_rank_that_is_missing(
     for survivor in seen[how, victim]:
         assert survivor is not None, "a survivor hung"
         assert (survivor["message"], survivor["rank"]) == (f"rank {victim} {cause} while saving", victim)
+
+
+def fail_alone() -> list[tuple[str, str]]:
+    """Rank 1 leaves; rank 0 fails by itself and then finds nobody to tell."""
+    seen: list[tuple[str, str]] = []
+    group = Group.dedicated(None, 3)
+    group.barrier()
+    if group.rank == 1:
+        group.close()
+        return seen
+    calls: list[Callable[[], object]] = [
+        lambda: group.agree(ValueError("the disk is full"), "saving"),
+        lambda: group.gather(lambda: int("not a number"), "saving"),
+        lambda: group.fold([], [1], "saving", ValueError("the disk is full")),
+    ]
+    for call in calls:
+        try:
+            call()
+        except PeerError as error:
+            seen.append((str(error), repr(error.__cause__)))
+    return seen
+
+
+def test_what_a_rank_failed_with_is_not_hidden_by_a_broken_exchange() -> None:
+    (first, cause), (second, other), (third, _) = run(2, fail_alone)[0]  # type: ignore[misc]
+    assert "while saving; before that, this rank had failed by itself: ValueError: the disk is full" in first
+    assert cause == "ValueError('the disk is full')"
+    assert "invalid literal for int()" in second
+    assert other.startswith("ValueError(")
+    assert third == first

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tests.format.builders import GOLDEN, entry, tensor_file
 
@@ -102,6 +102,34 @@ def test_library_opens_what_several_metadata_keys_wrote(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as reader:
         assert reader.metadata() == metadata
         assert reader.get_tensor("w").tolist() == [0.0, 0.0]
+
+
+NULLS = {
+    "null first": ('{"__metadata__":null,"w":%s}', True),
+    "null last": ('{"w":%s,"__metadata__":null}', True),
+    "null twice": ('{"__metadata__":null,"w":%s,"__metadata__":null}', False),
+    "a null value": ('{"__metadata__":{"k":null},"w":%s}', False),
+    "a null tensor": ('{"w":%s,"v":null}', False),
+    "a number": ('{"__metadata__":0,"w":%s}', False),
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_means_what_it_means_to_the_library(name: str, tmp_path: Path) -> None:
+    text, opens = NULLS[name]
+    data = (text % '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}').encode()
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(struct.pack("<Q", len(data)) + data + bytes(8))
+    if opens:
+        with safe_open(path, framework="pt") as reader:
+            assert reader.metadata() is None
+        header = read_header(path)
+        assert (header.names, dict(header.metadata)) == (("w",), {})
+        return
+    with pytest.raises(SafetensorError), safe_open(path, framework="pt"):
+        pass
+    with pytest.raises(HeaderError):
+        read_header(path)
 
 
 def test_unknown_name_is_named() -> None:
@@ -315,6 +343,8 @@ CHANGES = [
     ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":NaN},'),
     ('{"__metadata__":{"k":"v"},', '{"__metadata__":{"k":"\\ud800"},'),
     ('{"__metadata__":{"k":"v"},', '{"__metadata__":["v"],'),
+    ('{"__metadata__":{"k":"v"},', '{"__metadata__":null,'),
+    ("]}}", ']},"__metadata__":null}'),
     ('{"__metadata__":{"k":"v"},', '{"__metadata__": {"k":"v"},'),
 ]
 

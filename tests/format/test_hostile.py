@@ -83,7 +83,6 @@ HEADERS: dict[str, bytes] = {
     "duplicate dtype": tensor_file(b'{"w":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', 1),
     "duplicate metadata": tensor_file(b'{"__metadata__":{},"__metadata__":{}}'),
     "duplicate metadata key": tensor_file(b'{"__metadata__":{"a":"1","a":"2"}}'),
-    "metadata null": tensor_file({"__metadata__": None}),
     "metadata array": tensor_file({"__metadata__": []}),
     "metadata number": tensor_file({"__metadata__": {"a": 1}}),
     "metadata nested": tensor_file({"__metadata__": {"a": {"b": "c"}}}),

@@ -212,12 +212,13 @@ def test_what_does_not_fit_is_the_error_that_it_ever_was(
     assert found.tensor == tensor
 
 
-def write_again(directory: Path, layout: Layout, add: float, name: str) -> None:
-    """What somebody left beside the shards: the same tensors in a file of another name, with other values."""
-    for number, rows in enumerate(layout.ranks, start=1):
+def write_again(directory: Path, layout: Layout, add: float, first: int) -> None:
+    """What somebody left among the shards: the same tensors in files of further ranks, with other values."""
+    for number, rows in enumerate(layout.ranks, start=first):
         tensors = {tensor: whole(layout, tensor).narrow(0, *each) + add for tensor, each in rows.items() if each[1]}
         offsets = {tensor: (rows[tensor][0], *(0,) * (value.dim() - 1)) for tensor, value in tensors.items()}
-        save_file(tensors, directory / f"{name}-{number:05d}.safetensors", encode_sharding_metadata(offsets))
+        path = directory / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        save_file(tensors, path, encode_sharding_metadata(offsets))
 
 
 def load_all(directory: Path, layout: Layout) -> tuple[bool, dict[str, torch.Tensor]]:
@@ -237,7 +238,7 @@ def test_copies_of_a_model_read_one_file_together(tmp_path: Path, ranks: int) ->
     one = Layout(SHAPES, [WHOLE])
     write(tmp_path, one)
     for add in range(1, ranks):
-        write_again(tmp_path, one, add, f"shard-other{add}")
+        write_again(tmp_path, one, add, 10 + add)
     found = run(ranks, load_all, tmp_path, Layout(SHAPES, [WHOLE] * ranks))
     assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in SHAPES:
@@ -247,7 +248,7 @@ def test_copies_of_a_model_read_one_file_together(tmp_path: Path, ranks: int) ->
 def test_two_shard_sets_in_one_directory_are_not_one_model(tmp_path: Path) -> None:
     two = Layout(SHAPES, [{n: (0, s[0] - 1) for n, s in SHAPES.items()}, {n: (s[0] - 1, 1) for n, s in SHAPES.items()}])
     write(tmp_path, two)
-    write_again(tmp_path, two, 1, "shard-zz")
+    write_again(tmp_path, two, 1, 10)
     found = run(4, load_all, tmp_path, Layout(SHAPES, [*two.ranks, *two.ranks]))
     assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in SHAPES:
@@ -260,7 +261,7 @@ def test_ranks_that_hold_different_tensors_take_one_copy_of_a_common_one(tmp_pat
     first = Layout(SHAPES, [{name: WHOLE[name] for name in ("b", "c")}])
     second = Layout(SHAPES, [{name: WHOLE[name] for name in order}])
     write(tmp_path, first)
-    write_again(tmp_path, second, 1, "shard-zz")
+    write_again(tmp_path, second, 1, 10)
     found = run(2, load_all, tmp_path, Layout(SHAPES, [*first.ranks, *second.ranks]))
     assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in ("b", "c"):
@@ -309,7 +310,7 @@ def load_stale(directory: Path) -> None:
 def test_a_stale_file_beside_the_shards_is_refused(tmp_path: Path) -> None:
     """Two values for one row: which of them counts must not depend on how a rank slices."""
     write(tmp_path, EVEN)
-    write_again(tmp_path, Layout(SHAPES, [{"a": (0, 3)}]), 1, "a-stale")
+    write_again(tmp_path, Layout(SHAPES, [{"a": (0, 3)}]), 1, 10)
     found = failure(4, load_stale, tmp_path)
     assert isinstance(found, TensorError)
     assert found.tensor == "a"
@@ -325,9 +326,10 @@ def load_whole(directory: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_rows_that_are_there_twice_do_not_stand_in_for_such_as_are_not_there(tmp_path: Path, world: int) -> None:
     rows = torch.arange(16.0).view(8, 2)
-    for start, end in ((0, 4), (2, 4), (6, 8)):
+    for number, (start, end) in enumerate(((0, 4), (2, 4), (6, 8)), start=1):
         record = encode_sharding_metadata({"t": (start, 0)})
-        save_file({"t": rows[start:end].clone()}, tmp_path / f"shard-{start}-{end}.safetensors", record)
+        path = tmp_path / f"shard-{number:05d}-model-00001-of-00001.safetensors"
+        save_file({"t": rows[start:end].clone()}, path, record)
     found = failure(world, load_whole, tmp_path)
     assert isinstance(found, TensorError)
     assert "overlap" in str(found)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.ops.checkpoints import model, saved
+from tests.ops.damaged import gpt2, save_dcp
 
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError
 from shardwise.ops.consolidate import consolidate
@@ -64,3 +65,53 @@ def test_consolidating_elsewhere(tmp_path: Path) -> None:
     found = {name: t for file in report.files for name, t in load_file(report.path / file).items()}
     for name, tensor in model().named_parameters():
         assert found[name].shape == tensor.shape
+
+
+def test_a_hub_caches_snapshot(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"w": torch.ones(3, 2)}, blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    for place in (snapshot, snapshot / "model.safetensors"):
+        (tensor,) = inspect(place).tensors
+        assert (tensor.component, tensor.spec.shape, tensor.files) == ("model", (3, 2), ("model.safetensors",))
+    (tensor,) = inspect(tmp_path).tensors
+    assert tensor.files == ("snapshots/abc/model.safetensors",)
+
+
+def test_the_tensors_of_dcp(tmp_path: Path) -> None:
+    net = gpt2()
+    found = inspect(save_dcp({"model": net.state_dict(), "step": 3}, tmp_path / "dcp"))
+    told = {tensor.spec.name: tensor.spec.shape for tensor in found.tensors}
+    assert told == {f"model.{name}": tuple(value.shape) for name, value in net.state_dict().items()}
+    assert {file for tensor in found.tensors for file in tensor.files} == {"__0_0.distcp"}
+    counts = {file.path: file.tensors for file in found.files}
+    assert counts["__0_0.distcp"] == len(told)
+
+
+def test_the_tensors_of_torch_save(tmp_path: Path) -> None:
+    saved(tmp_path, save_consolidated="false", model_save_format="torch_save")
+    found = inspect(tmp_path)
+    assert found.verifiable
+    assert found.components == ("model", "optim")
+    assert found.dtypes("model") == {"F32": 60_007}
+
+
+def test_torch_files_and_what_cannot_be_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2, 3)}, tmp_path / "pytorch_model.bin")
+    torch.save({"f": print}, tmp_path / "model.pt")
+    found = inspect(tmp_path)
+    assert [(tensor.spec.name, tensor.spec.shape) for tensor in found.tensors] == [("w", (2, 3))]
+    ((path, why),) = found.unread
+    assert path == "model.pt"
+    assert "print" in why
+
+
+def test_a_pipelines_models_are_told_apart(tmp_path: Path) -> None:
+    for number, name in enumerate(("unet", "vae"), start=1):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.ones(number)}, tmp_path / name / "diffusion_pytorch_model.safetensors")
+    found = inspect(tmp_path)
+    assert [(tensor.component, tensor.spec.shape) for tensor in found.tensors] == [("unet", (1,)), ("vae", (2,))]
+    assert found.components == ("unet", "vae")

@@ -74,7 +74,8 @@ class CheckpointAddon(Protocol):
 
     1. `pre_save`, before the first byte of the weights is written, while the model may be read;
     2. `post_save`, when every byte of the weights is durable and before the checkpoint is published. In asynchronous
-       mode the model may have moved on by then, so this hook must not read it.
+       mode the model has moved on by then, so this hook must not read it: ``model_state`` has the modules, and raises
+       `MisuseError` where it is asked for values.
 
     Every rank has the same addons, in the same order. An addon writes on rank 0 of the group, inside
     ``group.together(...)``, so that all ranks leave together and a failure of one is raised on all.

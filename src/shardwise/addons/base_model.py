@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-#: Files of which at least one is in every model's folder of the hub cache.
+from shardwise.io.hub_cache import default_cache, find_snapshot, hub_name
+from shardwise.io.whereabouts import holds_model
+
+#: Files of which at least one is in every model's folder.
 _LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -13,38 +16,23 @@ def base_directory(original_model_path: str | None) -> Path | None:
     """The local directory of the base model, or ``None``. The network is never asked.
 
     Args:
-        original_model_path: A local directory; a hub id, whose snapshot is looked up in the hub cache; or a single
-            file, which has no directory of its own.
+        original_model_path: A local directory; a hub id, with or without a revision behind an ``@``, whose snapshot is
+            looked up in the hub cache; or a single file, which has no directory of its own.
     """
     if not original_model_path:
         return None
-    if os.path.isdir(original_model_path):
-        return Path(original_model_path)
-    if os.path.exists(original_model_path) or original_model_path.count("/") > 1:
+    directory = Path(original_model_path) if os.path.isdir(original_model_path) else None
+    if directory is not None and (directory.is_absolute() or _is_a_models(directory)):
+        return directory
+    if directory is None and os.path.exists(original_model_path):
         return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for name in _LANDMARKS:
-        try:
-            cached = try_to_load_from_cache(original_model_path, name)
-        except HFValidationError:
-            return None
-        if isinstance(cached, str):
-            return Path(cached).parent
-    return _only_snapshot(original_model_path)
+    # A stray folder of the model's name in the working directory does not hide the one in the cache.
+    name = hub_name(original_model_path)
+    return directory if name is None else find_snapshot(default_cache(), name).path or directory
 
 
-def _only_snapshot(hub_id: str) -> Path | None:
-    """The snapshot of a model that was fetched at one revision and never at ``main``.
-
-    A model in memory does not say which revision it is of, so among several there is no telling.
-    """
-    from huggingface_hub import constants
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "snapshots"
-    found = [path for path in snapshots.iterdir() if path.is_dir()] if snapshots.is_dir() else []
-    return found[0] if len(found) == 1 else None
+def _is_a_models(directory: Path) -> bool:
+    return any((directory / name).exists() for name in _LANDMARKS) or holds_model(directory)
 
 
 def is_inside(path: Path, base: Path) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import io
+import logging
 import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.errors import StorageError
+
+_LOG = logging.getLogger(__name__)
 
 #: Name that transformers no longer has -> the module that had it, and the expression that stands in for it.
 _REMOVED_TRANSFORMERS_SYMBOLS: dict[str, tuple[str, str]] = {
@@ -36,19 +39,21 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     `_REMOVED_TRANSFORMERS_SYMBOLS`, lines are inserted that define the symbol on the module if it is absent, so that
     the import resolves. They come after the module's docstring and its ``from __future__`` imports, in the file's own
     encoding and line ends. Any other file, and one that is no Python of this interpreter's, keeps every byte. Running
-    it again changes nothing. The file is parsed, never executed.
+    it again changes nothing. The file is parsed, never executed. A path that is absent or cannot be read has no import
+    to guard, and is left alone: who copies or imports the file meets that error.
 
     Args:
         py_path: A ``.py`` file.
 
     Raises:
-        StorageError: The file cannot be read or written.
+        StorageError: The guarded file cannot be written.
     """
     path = Path(py_path)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
+        _LOG.debug("no imports guarded in %s: %s", path, error)
+        return
     if not any(symbol.encode() in data for symbol in _REMOVED_TRANSFORMERS_SYMBOLS):
         return
     source = _parse(data)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import enum
 import json
 import logging
+import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -236,7 +239,10 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
 
 
 def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
-    """Let a model that is not transformers' write its own ``config.json``: diffusers', or a config that can.
+    """Write ``config.json`` of a model that is not transformers'.
+
+    The model or its config writes it where it can (diffusers, ``save_pretrained``); otherwise what the config's
+    ``to_dict()`` gives, a mapping's entries, or an object's public attributes (a namespace, a dataclass).
 
     Args:
         model: The model, out of its wrappers.
@@ -248,11 +254,14 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     """
     config: object = getattr(model, "config", None)
     save = getattr(model, "save_config", None) or getattr(config, "save_pretrained", None)
-    if config is None or not callable(save):
-        return False
-    with _spared(model, config):
-        cast(Callable[[str], object], save)(str(directory))
     path = directory / CONFIG
+    if config is None:
+        return False
+    if callable(save):
+        with _spared(model, config):
+            cast(Callable[[str], object], save)(str(directory))
+    else:
+        _write_entries(config, path)
     if not path.is_file():
         return True
     entries = read_json(path)
@@ -265,6 +274,43 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     if changed:
         write_json(path, entries)
     return True
+
+
+def _write_entries(config: object, path: Path) -> None:
+    """Write a config of any kind as JSON.
+
+    Raises:
+        MisuseError: It has no entries that could be written, or one that JSON cannot express.
+    """
+    to_dict: object = getattr(config, "to_dict", None)
+    entries: object = to_dict() if callable(to_dict) else config
+    if not isinstance(entries, Mapping):
+        entries = {name: value for name, value in getattr(entries, "__dict__", {}).items() if not name.startswith("_")}
+    try:
+        written = json.loads(json.dumps(dict(entries), default=_nested))
+    except (TypeError, ValueError) as error:
+        raise MisuseError(
+            f"the config {type(config).__name__} cannot be written as JSON: {error}",
+            path=path,
+            hint="Keep only numbers, strings, lists and dicts in the model's config.",
+        ) from error
+    write_json(path, written)
+
+
+def _nested(value: object) -> object:
+    """What JSON is to make of an object inside a config."""
+    to_dict: object = getattr(value, "to_dict", None)
+    if callable(to_dict):
+        return to_dict()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return dict(value)
+    if type(value).__module__ == "torch":  # a dtype
+        return str(value).removeprefix("torch.")
+    if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
+        return dict(vars(value))
+    raise TypeError(f"an entry is a {type(value).__name__}")
 
 
 @contextlib.contextmanager

@@ -38,16 +38,21 @@ class HFMetadataExporter(Protocol):
     """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
 
     The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
-    on rank 0 and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. `validate` is
-    called before anything is written, `save` afterwards.
+    and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. Then:
+
+    1. `validate`, on every rank, before any collective of the hook and before anything is written; what it raises is
+       raised as it is on that rank;
+    2. `save`, on rank 0.
     """
 
-    def validate(self) -> object:
-        """Raise (or return ``False``) if the metadata cannot be written as it should be."""
+    def validate(self, *, tokenizer: SavesPretrained | None, original_model_path: str | None) -> object:
+        """Raise (or return ``False``) if the metadata cannot be written as it should be. Every rank calls."""
         ...
 
-    def save(self, directory: str, /) -> object:
-        """Write config, tokenizer and whatever else the model needs into ``directory``, which exists."""
+    def save(
+        self, *, hf_metadata_dir: str, tokenizer: SavesPretrained | None, original_model_path: str | None
+    ) -> object:
+        """Write config, tokenizer and whatever else the model needs into ``hf_metadata_dir``, which exists. Rank 0."""
         ...
 
 
@@ -70,15 +75,17 @@ class ConsolidatedHFAddon:
 
         Raises:
             ShardwiseError: What failed on rank 0.
+            Exception: What the model's own exporter refuses the export with, on the rank where it does.
         """
         group = kwargs.get("group") or Group.current()
         if kwargs.get("hf_metadata_dir") is None:
             return
+        exporter = own_exporter(kwargs)
         with group.together("looking for quantization") as quantized:
             quantized.flag = is_quantized(kwargs)
         with group.together("writing the Hugging Face metadata"):
             if group.rank == 0:
-                write_metadata(kwargs, quantized.any)
+                write_metadata(kwargs, quantized.any, exporter)
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Copy the saved HF metadata to the consolidated directory. All ranks call.
@@ -109,16 +116,17 @@ def is_quantized(args: SaveHookArgs) -> bool:
     return any(has_quantized_parameters(unwrap(part)) for part in _parts(args))
 
 
-def write_metadata(args: SaveHookArgs, quantized: bool) -> None:
+def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
     """What `ConsolidatedHFAddon.pre_save` does on rank 0. Local.
 
     Args:
         args: See `SaveHookArgs`.
         quantized: Whether any rank holds quantized parameters.
+        exporter: What `own_exporter` gave.
     """
     directory = args.get("hf_metadata_dir")
     if directory is not None:
-        _write_metadata(Path(directory), _parts(args), quantized, args)
+        _write_metadata(Path(directory), _parts(args), quantized, args, exporter)
 
 
 def copy_metadata(args: SaveHookArgs) -> None:
@@ -128,16 +136,17 @@ def copy_metadata(args: SaveHookArgs) -> None:
         _copy_tree(Path(source), Path(target))
 
 
-def _write_metadata(directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs) -> None:
+def _write_metadata(
+    directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs, exporter: HFMetadataExporter | None
+) -> None:
     """Write everything into ``directory``."""
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")
-    exporter = _own_exporter(model, tokenizer, base_path)
     _write_mappings(directory, args)
     if exporter is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        exporter.save(str(directory))
+        exporter.save(hf_metadata_dir=str(directory), tokenizer=tokenizer, original_model_path=base_path)
         return
     described = model is not None and getattr(model, "config", None) is not None
     base = base_directory(base_path) if described else None
@@ -174,15 +183,20 @@ def _write_configs(
     write_generation_config(model, generation, base)
 
 
-def _own_exporter(
-    model: nn.Module | None, tokenizer: SavesPretrained | None, base_path: str | None
-) -> HFMetadataExporter | None:
-    """The model's own exporter, validated, or ``None``."""
+def own_exporter(args: SaveHookArgs) -> HFMetadataExporter | None:
+    """The model's own exporter, validated, or ``None``. Every rank calls, before any collective; local.
+
+    Raises:
+        ExportMismatchError: The exporter's ``validate`` returned ``False``.
+        Exception: What its ``validate`` raised.
+    """
+    model = described_part(_parts(args))
     make = getattr(model, "_get_consolidated_hf_metadata_exporter", None)
     if not callable(make):
         return None
+    tokenizer, base_path = args.get("tokenizer"), args.get("original_model_path")
     exporter = cast("HFMetadataExporter | None", make(tokenizer=tokenizer, original_model_path=base_path))
-    if exporter is not None and exporter.validate() is False:
+    if exporter is not None and exporter.validate(tokenizer=tokenizer, original_model_path=base_path) is False:
         raise ExportMismatchError(
             f"the metadata exporter of {type(model).__name__} refuses to export the model",
             hint="See what its validate() checks.",

@@ -27,7 +27,7 @@ from shardwise.addons.peft_hf import (
 )
 from shardwise.addons.peft_init import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_load import check_shared_factors, differing_settings
-from shardwise.addons.peft_own import ExpertSite, find_sites, is_qwen3_moe
+from shardwise.addons.peft_own import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.comm import Group
@@ -109,21 +109,29 @@ def _write_json(path: Path, values: object) -> None:
 def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> list[str]:
     """Names of the adapted modules, as adapter_config.json lists them, sorted.
 
-    Combined projections are expanded to those of the Hugging Face model, grouped expert factors to one name for each
-    expert and projection (unless `_extract_target_parameters` names them), and wrappers' prefixes are removed.
+    A module is adapted where a child of it has "lora" in its name, whatever class that is and whether or not it holds
+    parameters, or where it has LoRA parameters of its own. Combined projections are expanded to those of the Hugging
+    Face model, grouped expert factors to one name for each expert and projection (unless `_extract_target_parameters`
+    names them), and wrappers' prefixes are removed. A state-dict adapter of the model's that has
+    ``map_peft_target_module_to_hf(name)`` gives each entry its final name.
 
     Args:
         model: One part of the model.
         v4_compatible: Whether experts are written one by one.
     """
+    return hub_target_modules(model, _target_modules(model, v4_compatible))
+
+
+def _target_modules(model: nn.Module, v4_compatible: bool) -> list[str]:
     if is_peft_adapted([model]):
         experts: list[ExpertTargets] = []
         for name in adapter_configs([model], None) if v4_compatible else ():
             experts += expert_targets([model], name)
         expanded = {f"{t.module}.{e}.{p}" for t in experts for p in t.projections for e in range(t.experts)}
         return sorted(expanded.union(peft_target_modules(model)))
-    sites = find_sites(model, None, v4_compatible)
-    return sorted({t for s in sites if not (isinstance(s, ExpertSite) and s.fused) for t in s.targets})
+    sites = find_sites(model, None, v4_compatible, strict=False)
+    named = {t for s in sites if not (isinstance(s, ExpertSite) and s.fused) for t in s.targets}
+    return sorted(named.union(named_targets(model)))
 
 
 def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) -> list[str]:
@@ -160,8 +168,13 @@ def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compati
         model_state: The model's parts; those of a single process make up the model.
         v4_compatible: Whether experts are written one by one.
     """
-    settings = adapter_settings(list(model_state.model), peft_config, Group(None), v4_compatible=v4_compatible)
-    return settings.get("default", next(iter(settings.values())))
+    parts = list(model_state.model)
+    settings = adapter_settings(parts, peft_config, Group(None), v4_compatible=v4_compatible)
+    chosen = settings.get("default", next(iter(settings.values())))
+    if is_peft_adapted(parts, peft_config):
+        return chosen
+    targets = {name for part in parts for name in _extract_target_modules(part, v4_compatible)}
+    return {**chosen, "target_modules": sorted(targets)}
 
 
 def _is_qwen3_moe(model: nn.Module) -> bool:

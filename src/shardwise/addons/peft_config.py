@@ -22,6 +22,7 @@ from shardwise.addons.peft_own import (
     Site,
     find_sites,
     find_trained_modules,
+    hub_target_modules,
 )
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME
 from shardwise.comm import JsonValue
@@ -109,9 +110,9 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
         sites = find_sites(part, dim, v4_compatible)
         fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
         single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
-        ranks, alphas = _patterns(sites, dim, alpha, bool(getattr(peft_config, "use_rslora", False) is True))
+        ranks, alphas = _patterns(part, sites, dim, alpha, bool(getattr(peft_config, "use_rslora", False) is True))
         settings = OwnSettings(
-            tuple(sorted({t for s in single for t in s.targets})),
+            tuple(hub_target_modules(part, {t for s in single for t in s.targets})),
             tuple(sorted({f"{s.fqn}.{s.parameter}" for s in fused})),
             ranks,
             alphas,
@@ -123,12 +124,12 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
 
 
 def _patterns(
-    sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
+    part: nn.Module, sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
 ) -> tuple[dict[str, int], dict[str, float]]:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for site in sites:
-        keys = _pattern_keys(site)
+        keys = _pattern_keys(part, site)
         if dim is not None and site.rank != dim:
             ranks.update(dict.fromkeys(keys, site.rank))
         if alpha is None or site.scale is None:
@@ -140,10 +141,10 @@ def _patterns(
     return ranks, alphas
 
 
-def _pattern_keys(site: Site) -> tuple[str, ...]:
+def _pattern_keys(part: nn.Module, site: Site) -> Sequence[str]:
     """Keys of rank_pattern and alpha_pattern, which peft reads as regular expressions for the end of a name."""
     if isinstance(site, LinearSite):
-        return site.targets
+        return hub_target_modules(part, site.targets)
     if site.fused:
         return (f"{site.fqn}.{site.parameter}",)
     return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,13 +122,41 @@ def has_hub_names(model: nn.Module) -> bool:
     return own_class(unwrap(model)).__module__.partition(".")[0] in ("transformers", "transformers_modules")
 
 
-def find_sites(model: nn.Module, dim: int | None = None, v4_compatible: bool = False) -> list[Site]:
+def named_targets(model: nn.Module) -> list[str]:
+    """Modules that are adapted by the names of their children alone, combined projections expanded, sorted.
+
+    Args:
+        model: A part, wrapped or not.
+    """
+    root = unwrap(model)
+    expand = not has_hub_names(root)
+    paths = (name.rpartition(".") for name, _ in named_modules(root))
+    adapted = {parent for parent, _, child in paths if parent and "lora" in child and "lora" not in parent}
+    return sorted({target for fqn in adapted for target in expand_combined(fqn, expand)})
+
+
+def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names as the model's state-dict adapter maps them for adapter files, sorted; as they are where it does not.
+
+    Args:
+        model: A part, wrapped or not.
+        names: Adapted modules.
+    """
+    adapter = getattr(unwrap(model), "state_dict_adapter", None)
+    rename = getattr(adapter, "map_peft_target_module_to_hf", None)
+    return sorted({str(rename(name)) for name in names}) if callable(rename) else sorted(names)
+
+
+def find_sites(
+    model: nn.Module, dim: int | None = None, v4_compatible: bool = False, *, strict: bool = True
+) -> list[Site]:
     """All LoRA modules of a part, in the order of its modules.
 
     Args:
         model: A part, wrapped or not.
         dim: The configured rank, which decides where shapes do not.
         v4_compatible: Always write experts one by one.
+        strict: Whether a pair that no adapter file could hold is an error; otherwise it is left out.
 
     Raises:
         AdapterError: A pair is incomplete or its shapes do not fit.
@@ -142,10 +170,22 @@ def find_sites(model: nn.Module, dim: int | None = None, v4_compatible: bool = F
     sites: list[Site] = []
     for fqn, module in named_modules(root):
         sites += _expert_sites(fqn, module, dim, fuse, model_type(root))
-        site = _linear_site(fqn, module, dim, expand)
-        if site is not None:
-            sites.append(site)
+        if strict or _is_pair(module):
+            site = _linear_site(fqn, module, dim, expand)
+            if site is not None:
+                sites.append(site)
     return sites
+
+
+def _is_pair(module: nn.Module) -> bool:
+    """Whether both factors of a linear LoRA are there, and are matrices that fit together."""
+    a, b = _native("", module, "lora_A"), _native("", module, "lora_B")
+    if a is None or b is None:
+        return False
+    if a.tensor.dim() != 2 or b.tensor.dim() != 2:
+        return False
+    (rows_a, columns_a), (rows_b, columns_b) = a.tensor.shape, b.tensor.shape
+    return rows_a == columns_b or columns_a == rows_b
 
 
 def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> Native | None:

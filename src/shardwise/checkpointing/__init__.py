@@ -2,5 +2,6 @@
 
 from shardwise.checkpointing.checkpointer import Checkpointer
 from shardwise.checkpointing.records import RestoreRecord
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 
-__all__ = ["Checkpointer", "RestoreRecord"]
+__all__ = ["Checkpointer", "CheckpointingConfig", "RestoreRecord", "SaveConsolidatedMode"]

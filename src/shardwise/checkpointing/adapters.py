@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +19,11 @@ from shardwise.addons.peft_load import check_shared_factors, differing_settings
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hooks import run_hooks
+from shardwise.checkpointing.hooks import after_arguments, run_hooks
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, listed_anywhere, load_tensors
+from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.errors import AdapterError
@@ -60,7 +62,7 @@ class AdapterSave:
             "consolidated_path": None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path(),
+            "original_model_path": context.base_name(),
             "v4_compatible": context.config.v4_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
@@ -79,7 +81,7 @@ class AdapterSave:
             self._config,
             group,
             v4_compatible=context.config.v4_compatible,
-            original_model_path=context.base_path(),
+            original_model_path=context.base_name(),
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
@@ -108,7 +110,8 @@ class AdapterSave:
         return [*steps, self._after]
 
     def _after(self, group: Group) -> ComponentRecord:
-        run_hooks(self._addons, "post_save", self._args, group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
 
@@ -128,10 +131,22 @@ def _inventories(group: Group, captured: AdapterTensors) -> list[dict[str, tuple
     return [{path: tuple(indices) for path, indices in theirs.items()} for theirs in everyone]
 
 
-def load_adapter(
+@dataclass(frozen=True, slots=True)
+class OpenedAdapter:
+    """A model's adapters and a checkpoint's that are known to fit, on every rank; nothing has been read or written."""
+
+    loads: tuple[OpenedLoad, ...]
+
+    def fill(self) -> None:
+        """Fill the adapters. All ranks call, once."""
+        for load in self.loads:
+            load.read()
+
+
+def open_adapter(
     context: Context, model: nn.Module | Sequence[nn.Module], path: Path, peft_config: object | None = None
-) -> None:
-    """Fill a model's adapters in place, on any topology. All ranks call.
+) -> OpenedAdapter:
+    """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
     Args:
         context: Settings, ranks and storage.
@@ -161,6 +176,7 @@ def load_adapter(
     with group.together("comparing the adapter's settings"):
         for name, settings in saved.items():
             _refuse_other_meaning(name, differing_settings(settings, own[name]), path)
+    loads: list[OpenedLoad] = []
     for file in captured.files:
         held: tuple[HeldTensor, ...] = ()
         with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
@@ -170,7 +186,8 @@ def load_adapter(
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
         options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
-        load_tensors(held, source, group, context.storage, options)
+        loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
+    return OpenedAdapter(tuple(loads))
 
 
 def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:

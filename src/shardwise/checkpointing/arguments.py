@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
+from shardwise.stateful_wrappers.ways import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     """Check that each is what it is called, or a sequence of such.
 
     Raises:
-        MisuseError: One is something else.
+        MisuseError: One is something else, or a model that FSDP1 wraps.
     """
     for part in _several(model):
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
+    refuse_fsdp1(_several(model))
     for each in () if optimizer is None else _several(optimizer):
         if not isinstance(each, Optimizer):
             raise _not("optimizer", each, "a torch.optim.Optimizer, or a list of them")
@@ -54,37 +56,37 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
 
 
-def check_together(group: Group, model: object, optimizer: object = None, scheduler: object = None) -> None:
-    """As `check_arguments`, so that a mistake of one rank is an error on all. All ranks call."""
-    with group.together("looking at what is to be saved or loaded"):
-        check_arguments(model, optimizer, scheduler)
-
-
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
     """As `check_arguments`; returns ``name``, for `check_same_call`."""
     check_arguments(model, optimizer, scheduler)
     return name
 
 
-def check_same_settings(config: CheckpointingConfig, group: Group) -> None:
+def check_same_settings(config: CheckpointingConfig, group: Group) -> bool:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
     Paths, threads and time-outs may differ. All ranks call.
 
+    Returns:
+        Whether the settings of any rank name a base model.
+
     Raises:
         ConfigError: They differ.
     """
+    names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    everyone = group.gather_json(cast(JsonValue, own), "comparing settings")
-    for rank, theirs in enumerate(cast(list[dict[str, str]], everyone)):
-        for key, value in cast(list[dict[str, str]], everyone)[0].items():
+    told = group.gather_json([cast(JsonValue, own), names_base], "comparing settings")
+    everyone = [theirs for theirs, _ in cast(list[tuple[dict[str, str], bool]], told)]
+    for rank, theirs in enumerate(everyone):
+        for key, value in everyone[0].items():
             if theirs[key] != value:
                 raise ConfigError(
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
+    return any(named for _, named in cast(list[tuple[dict[str, str], bool]], told))
 
 
 def warn_if_alone(group: Group) -> None:

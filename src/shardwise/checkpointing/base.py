@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from shardwise.checkpointing.base_files import is_torch_base
+from shardwise.checkpointing.base_finding import configured, find
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointNotFoundError, FormatError
+from shardwise.io.bin_source import open_bin
 from shardwise.io.sources import Source, open_source
 from shardwise.types import TensorSpec
+
+_LOG = logging.getLogger(__name__)
+
+_STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-\d+-of-\d+)?\.bin")
 
 
 @dataclass(frozen=True)
@@ -20,15 +29,32 @@ class BaseModel:
 
     Attributes:
         directory: Where it is.
-        files: Tensor name -> file name.
+        files: Tensor name -> name of the safetensors file; of ``.bin`` files the name that it would have. Empty where
+            the base has no split that an export could follow.
         specs: Tensor name -> shape and dtype.
-        source: Its tensors, for reading.
+        source: Its tensors, for reading; without those of ``.bin`` files that no range of bytes holds.
     """
 
     directory: Path
     files: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
     source: Source
+
+    def check_readable(self, names: Iterable[str]) -> None:
+        """Check that bytes of tensors can be copied.
+
+        Raises:
+            FormatError: No range of bytes holds one of them.
+        """
+        for name in names:
+            if name not in self.source.tensors:
+                raise FormatError(
+                    "the base model ships this tensor in a .bin file of which no range of bytes holds it, so that it "
+                    "cannot be carried over",
+                    path=self.directory,
+                    tensor=name,
+                    hint="Save the base model as safetensors once, or set pass_through_unloaded=False.",
+                )
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -37,93 +63,83 @@ class BaseModel:
 
 
 def find_base_path(config: CheckpointingConfig) -> str | None:
-    """The base model as the configuration names it: a local path where there is one, else the hub id. Local."""
-    name, root = config.model_repo_id, config.original_model_root_dir
-    if root is not None:
-        candidates = [Path(root) / name] if name else []
-        for candidate in [*candidates, Path(root)]:
-            if _has_weights(candidate):
-                return str(candidate)
-    if name is None:
-        return None
-    if Path(name).exists():
-        return name
-    snapshot = snapshot_directory(Path(config.model_cache_dir or "."), name)
-    if snapshot is None and root is not None:
-        snapshot = snapshot_directory(Path(root), name)
-    return str(snapshot) if snapshot is not None else name
+    """The local path of the base model that the configuration names, or ``None`` where it names none. Local.
 
-
-def _has_weights(directory: Path) -> bool:
-    return directory.is_dir() and any(directory.glob("*.safetensors"))
-
-
-def snapshot_directory(cache: Path, repo_id: str, revision: str = "main") -> Path | None:
-    """The snapshot of a hub model in a cache directory (``models--org--name/snapshots/<commit>``), or ``None``.
-
-    Source of the layout: huggingface_hub, "Understand caching".
-
-    Args:
-        cache: The cache, or the directory above its ``hub``.
-        repo_id: ``org/name``.
-        revision: A branch or tag (a file below ``refs``) or a commit. Where ``main`` was never fetched, the only
-            snapshot stands for it, or the newest of several.
+    With ``allow_missing_base`` it is also ``None`` where the base is not there; and where adapters are trained, whose
+    checkpoints hold nothing of the base but its name.
 
     Raises:
-        FormatError: The file of a branch or tag is not text.
+        CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
+        FormatError: A file was named that is no model's, or a reference in a cache is damaged.
     """
-    folder = "models--" + repo_id.replace("/", "--")
-    home = next((h for h in (cache / folder, cache / "hub" / folder) if h.is_dir()), None)
-    if home is None:
+    search = configured(config)
+    if search is None:
         return None
-    reference = home / "refs" / revision
-    if reference.is_file():
-        commit = home / "snapshots" / _text(reference).strip()
-        if commit.is_dir():
-            return commit
-    if revision != "main":
-        commits = sorted(path for path in (home / "snapshots").glob(f"{revision}*") if path.is_dir())
-        return commits[0] if len(commits) == 1 or (commits and commits[0].name == revision) else None
-    snapshots = sorted(
-        (path for path in (home / "snapshots").glob("*") if path.is_dir()), key=lambda p: (p.stat().st_mtime, p.name)
-    )
-    return snapshots[-1] if snapshots else None
-
-
-def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"not text: {error}", path=file, hint="Download the model again.") from error
+        return str(find(search))
+    except CheckpointNotFoundError as error:
+        if not (config.allow_missing_base or config.is_peft):
+            raise
+        _LOG.warning("saving without a base model's files: %s", error)
+        return None
 
 
-def open_base(path: str | None, group: Group) -> BaseModel | None:
+def open_base(path: str | None, group: Group, allow_legacy_pickle: bool = False) -> BaseModel | None:
     """Read the base model's headers. All ranks of the group call.
 
     Args:
         path: The base model, which may lie elsewhere on each rank; rank 0's where this rank knows of none.
         group: The ranks that save together.
+        allow_legacy_pickle: Unpickle ``.bin`` files without restrictions.
 
     Returns:
-        ``None`` where rank 0 has no base model configured, or it has no safetensors files there.
+        ``None`` where rank 0 has no base model.
+
+    Raises:
+        FormatError: It is a DCP directory, or damaged.
     """
 
-    def find() -> JsonValue:
+    def look() -> JsonValue:
         if path is None:
             return None
         place = Path(path)
-        is_file = place.is_file() and place.suffix == ".safetensors"
-        return [path, is_file] if is_file or _has_weights(place) else None
+        if place.is_dir() and (place / ".metadata").exists():
+            raise FormatError(
+                "the base model is a DCP checkpoint, which does not say how its Hugging Face files are",
+                path=place,
+                hint="Name the Hugging Face model that it was made from, or convert it (shardwise consolidate) and "
+                "name that.",
+            )
+        return [path, place.is_file(), is_torch_base(place)]
 
-    told = group.tell(find, "looking for the base model")
+    told = group.tell(look, "looking at the base model")
     if told is None:
         return None
-    theirs, is_file = cast(tuple[str, bool], told)
-    path = path or theirs
-    try:
-        source = open_source(path, group)
-    except CheckpointNotFoundError:
-        return None
-    files = {name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items() if tensor.chunks}
-    specs = {name: tensor.spec for name, tensor in source.tensors.items()}
-    return BaseModel(Path(path).parent if is_file else Path(path), files, specs, source)
+    theirs, is_file, is_torch = cast(tuple[str, bool, bool], told)
+    place = Path(path or theirs)
+    directory = place.parent if is_file else place
+    loose: Mapping[str, TensorSpec] = {}
+    if is_torch:
+        bins = open_bin(place, group, allow_legacy_pickle)
+        source, loose = bins.source, {name: spec for name, (spec, _) in bins.loose.items()}
+        files = _safetensors_names(source, bins.loose)
+    else:
+        source = open_source(place, group)
+        files = {n: source.files[t.chunks[0].file].name for n, t in source.tensors.items() if t.chunks}
+        if any(name.startswith("shard-") for name in files.values()):
+            files = {}  # shards of tensors are no split that an export could follow
+    specs = {name: tensor.spec for name, tensor in source.tensors.items()} | dict(loose)
+    return BaseModel(directory, files, specs, source)
+
+
+def _safetensors_names(source: Source, loose: Mapping[str, tuple[TensorSpec, Path]]) -> dict[str, str]:
+    """Tensor name -> the file that would hold it if the same ``.bin`` files were safetensors; empty for odd names."""
+    places = {name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items()}
+    places |= {name: file.name for name, (_, file) in loose.items()}
+    found: dict[str, str] = {}
+    for name, file in places.items():
+        match = _STANDARD_BIN.fullmatch(file)
+        if match is None:
+            return {}
+        found[name] = f"{'diffusion_pytorch_model' if match[1] else 'model'}{match[2] or ''}.safetensors"
+    return found

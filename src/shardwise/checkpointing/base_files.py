@@ -3,84 +3,42 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from shardwise.checkpointing.base import snapshot_directory
+from shardwise.checkpointing.base_finding import asked_for, find
 from shardwise.comm import Group
 from shardwise.engine.load_base import BaseSource
-from shardwise.errors import CheckpointNotFoundError, FormatError
+from shardwise.errors import FormatError
+from shardwise.format.sniff import Kind, what_is_file
+from shardwise.format.weight_files import SAFETENSORS, TORCH, is_index
 from shardwise.io.bin_source import has_torch_files, open_bin
 from shardwise.io.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.io.sources import open_source
 
-#: A hub id, with a revision behind an ``@``.
-_HUB_ID = re.compile(r"^(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?$")
 #: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
 #: where the file does not name it.
 _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def find_base(root_dir: str | Path | None, model_name: str) -> Path:
+def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
     """The directory or file of a base model; the network is never asked.
 
     Args:
         root_dir: The hub cache, or a directory that models lie in; the hub's own cache if not given.
         model_name: A directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
             (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit).
+        cache: The hub cache where ``root_dir`` is not given.
 
     Raises:
-        CheckpointNotFoundError: It is not there.
-        FormatError: It is a GGUF file.
+        CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
+        FormatError: It is a file of another format.
     """
-    place = Path(model_name)
-    root = None if root_dir is None else Path(root_dir)
-    places = [place] if root is None else [place, root / model_name]
-    for candidate in places:
-        if candidate.is_file() and candidate.suffix == ".gguf":
-            raise FormatError(
-                "GGUF files cannot be loaded", path=candidate, hint="Use the model's safetensors or .bin files."
-            )
-        if candidate.is_file() or (candidate.is_dir() and _holds_weights(candidate)):
-            return candidate.absolute()
-        if candidate.name.startswith("models--") and (candidate / "snapshots").is_dir():
-            # The model's own directory in a hub cache.
-            root, model_name = candidate.absolute().parent, candidate.name.removeprefix("models--").replace("--", "/")
-            break
-    found = _HUB_ID.match(model_name)
-    if root is None:
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        root = Path(HF_HUB_CACHE)
-    snapshot = snapshot_directory(root, found["id"], found["revision"] or "main") if found else None
-    if snapshot is None or not _holds_weights(snapshot):
-        raise _not_there(model_name, [p for p in places if p.exists()], snapshot, root)
-    return snapshot.absolute()
-
-
-def _not_there(model_name: str, present: Sequence[Path], snapshot: Path | None, root: Path) -> CheckpointNotFoundError:
-    """The error that says which directory was looked into, and what else is in it."""
-    empty = snapshot if snapshot is not None else next(iter(present), None)
-    if empty is None:
-        return CheckpointNotFoundError(
-            f"the base model {model_name} is not there",
-            path=root,
-            hint="Download it first (hf download), or pass a directory or a file.",
-        )
-    other = next((path.name for path in sorted(empty.glob("*.gguf"))), None)
-    return CheckpointNotFoundError(
-        f"the base model {model_name} has no safetensors and no .bin weights" + (f", only {other}" if other else ""),
-        path=empty,
-        hint="Download its weights (hf download), or pass another directory or a file.",
-    )
-
-
-def _holds_weights(directory: Path) -> bool:
-    return any(directory.glob("*.safetensors")) or (directory / ".metadata").exists() or has_torch_files(directory)
+    return find(asked_for(root_dir, model_name, cache))
 
 
 def base_config(path: Path) -> dict[str, object]:
@@ -174,7 +132,7 @@ def open_base_source(
     Raises:
         CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
     """
-    if group.tell(lambda: _is_bin(path), "looking at the base model's files"):
+    if group.tell(lambda: is_torch_base(path), "looking at the base model's files"):
         bins = open_bin(path, group, allow_legacy_pickle)
         source = BaseSource(bins.source, bins)
     else:
@@ -193,9 +151,25 @@ def open_base_source(
         )
 
 
-def _is_bin(path: Path) -> bool:
+def is_torch_base(path: Path) -> bool:
+    """Whether a base's weights are files of ``torch.save``, as they are where it has no others. Local."""
     if path.is_file():
-        return path.suffix != ".safetensors" and has_torch_files(path)
+        if is_index(path.name):
+            return TORCH.index_stem(path.name) is not None
+        found = what_is_file(path)
+        if found is None:
+            return path.suffix != ".safetensors" and TORCH.stem_of(path.name) is not None
+        return found.kind is Kind.TORCH
     below = (path, path / "consolidated")
-    others = any(any(place.glob("*.safetensors")) for place in below) or (path / ".metadata").exists()
-    return not others and has_torch_files(path)
+    if (path / ".metadata").exists() or any(_has_safetensors(place) for place in below):
+        return False
+    return has_torch_files(path)
+
+
+def _has_safetensors(directory: Path) -> bool:
+    names = os.listdir(directory) if directory.is_dir() else []
+    return any(
+        SAFETENSORS.index_stem(name) is not None
+        or (SAFETENSORS.stem_of(name) is not None and not name.startswith("adapter_model."))
+        for name in names
+    )

@@ -22,9 +22,12 @@ from shardwise.convert import (
     to_hub,
 )
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, plain_name, state_tensors
+from shardwise.stateful_wrappers.install import post_steps
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state, plain_name
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.units import Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class BaseWanted:
         copies: ``(from, to)``: memory that gets what another one was filled with.
         tensors: The model's tensors behind all of these.
         conversions: For each part, its tensors and how they become those of the files.
+        steps: What modules do that take their state by methods of their own.
     """
 
     held: tuple[HeldTensor, ...]
@@ -44,6 +48,7 @@ class BaseWanted:
     copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     tensors: tuple[torch.Tensor, ...]
     conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +59,13 @@ class _Part:
         module: The part without wrappers and adapters.
         tensors: Its tensors.
         copies: Names of ``tensors``, and further tensors that begin as copies of them.
+        steps: What its modules do that take their state by methods of their own.
     """
 
     module: nn.Module
     tensors: tuple[NamedTensor, ...]
     copies: tuple[tuple[str, torch.Tensor], ...]
+    steps: tuple[Step, ...]
 
 
 @collector_paused()
@@ -95,6 +102,7 @@ def match_base(
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []
     tensors: list[torch.Tensor] = []
     conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
+    steps: list[Step] = []
     for number, module in enumerate(parts):
         part = _part(module)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
@@ -112,9 +120,11 @@ def match_base(
         groups += converted.groups
         by_name = {named.name: named.tensor for named in kept}
         copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
+        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in part.copies if name in by_name)
         tensors += by_name.values()
+        steps += part.steps
     own, doubled = _once(held)
-    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions))
+    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps))
 
 
 def _expected(
@@ -199,6 +209,9 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
         for part in tensor.parts:
             fresh = []
             for fragment in part.fragments:
+                if deferred(fragment.data) is not None:  # what a module takes itself is read for it
+                    fresh.append(fragment)
+                    continue
                 first = seen.setdefault((tensor.spec.name, tensor.grid, fragment.box), fragment.data)
                 if first is fragment.data:
                     fresh.append(fragment)
@@ -215,7 +228,8 @@ def _part(module: nn.Module) -> _Part:
     adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
     tensors: list[NamedTensor] = []
     copies: list[tuple[str, torch.Tensor]] = []
-    for named in state_tensors([inner]):
+    listing = list_state([inner], values=False)
+    for named in listing.tensors:
         if id(named.tensor) in adapters:
             continue
         names = [_base_name(name, wrapped, saved) for name in (named.name, *named.aliases)]
@@ -224,7 +238,8 @@ def _part(module: nn.Module) -> _Part:
             tensors.append(NamedTensor(own[0], named.tensor, tuple(dict.fromkeys(own[1:]))))
         else:
             copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
-    return _Part(inner, tuple(tensors), tuple(copies))
+    steps = listing.steps[0] or tuple(post_steps(inner))
+    return _Part(inner, tuple(tensors), tuple(copies), steps)
 
 
 def _peft_layers(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:

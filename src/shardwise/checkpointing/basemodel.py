@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -25,13 +26,16 @@ from torch.distributed.tensor import DTensor
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
+from shardwise.checkpointing.aside import find_aside
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
 from shardwise.checkpointing.base_init import initialise, recompute_buffers
 from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
+from shardwise.checkpointing.taking import Taking, in_shapes_of, open_taking
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.load_base import (
     BaseLoadReport,
     BaseOptions,
@@ -42,7 +46,9 @@ from shardwise.engine.load_base import (
 from shardwise.engine.near_names import listed
 from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import split
 from shardwise.stateful_wrappers.names import declared_ties
+from shardwise.stateful_wrappers.units import Step
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,19 +118,19 @@ def load_base_model(
     if not load:
         _materialise(context.group, parts, device, None)
         return None
-    path = _found(context.group, root_dir, model_name)
+    path = _found(context, root_dir, model_name)
     return fill_from_base(
         context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
     )
 
 
-def _found(group: Group, root_dir: str | Path | None, model_name: str | None) -> Path:
-    told = ""
+def _found(context: Context, root_dir: str | Path | None, model_name: str | None) -> Path:
+    group, told = context.group, ""
     with group.together(f"looking for the base model {model_name}"):
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         if group.is_main:
-            told = str(find_base(root_dir, model_name))
+            told = str(find_base(root_dir, model_name, context.config.model_cache_dir))
     return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
 
 
@@ -165,7 +171,7 @@ def fill_from_base(
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
     """
     group, config = context.group, context.config
-    told = _agreed_config(path, group)
+    told, stems = _agreed_config(path, group)
     source = open_base_source(
         path,
         group,
@@ -179,9 +185,22 @@ def fill_from_base(
         check_base(wanted.held, wanted.groups, source, group, options)
         before(wanted)
         wanted = _matched(context, parts, source, told, key_mapping, wanted)
-    with group.together("checking the model's memory"):
+    with group.together("checking the model's memory") as asks:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
-    report = load_base_tensors(wanted.held, wanted.groups, source, group, context.storage, options)
+        asks.flag = bool(wanted.steps)
+    taking: Taking | None = None
+    if asks.any or stems:
+        lenient = LoadOptions(allow_missing, allow_unexpected=True)
+        taking = open_taking(_wanted_steps(wanted), stems, group, lenient)
+    report = load_base_tensors(
+        wanted.held,
+        wanted.groups,
+        source,
+        group,
+        context.storage,
+        options,
+        None if taking is None else lambda values: taking.run(values, str(path), group),
+    )
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
             second.copy_(first)
@@ -196,10 +215,25 @@ def fill_from_base(
     return report
 
 
-def _agreed_config(path: Path, group: Group) -> dict[str, object]:
-    """The base's config as rank 0 finds it, since it decides which tensors there are. All ranks call."""
-    told = group.tell(lambda: cast(JsonValue, base_config(path)), "reading the base model's config")
-    return cast(dict[str, object], told)
+def _wanted_steps(wanted: BaseWanted) -> list[Step]:
+    """What modules do; those of which the base fills nothing, such as a fresh head, are not asked."""
+    owners: set[int] = set()
+    for tensor in wanted.held:
+        owners.update(id(owner) for owner, _ in split(tensor)[1])
+    return [step for step in wanted.steps if step.taker is None or id(step.taker) in owners]
+
+
+def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
+    """The base's config as rank 0 finds it, since it decides which tensors there are, and where it has more than these.
+
+    All ranks call.
+    """
+
+    def look() -> JsonValue:
+        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
+
+    config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
+    return config, stems
 
 
 def _matched(
@@ -221,7 +255,8 @@ def _matched(
             before=before,
         )
     assert found is not None
-    return found
+    specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
+    return replace(found, held=tuple(in_shapes_of(found.held, specs)))
 
 
 def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:

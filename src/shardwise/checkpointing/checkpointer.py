@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from shardwise._version import __version__
@@ -14,19 +15,21 @@ from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
-    checked,
     whole_number,
 )
-from shardwise.checkpointing.commits import Publication, check_metrics
+from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list
+from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.wholes import below, capture_extras, locate, restore_extras
+from shardwise.checkpointing.restoring import overwriting, undone_on_failure
+from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
+from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
+from shardwise.errors import StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,
@@ -34,6 +37,8 @@ from shardwise.lifecycle import (
     reserve,
     temporary_name,
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -55,13 +60,20 @@ class Checkpointer(ComponentCheckpointer):
             with ``is_peft``).
         storage: Where tensor data is written to and read from; the mounted file systems by default.
         file_system: Where names are made and renamed; likewise.
+        device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
+            own streams by default.
 
     Raises:
-        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it.
+        ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
+            an export with every save.
     """
 
     # Whether what interrupted saves left has been removed.
     _tidied = False
+
+    @cached_property
+    def _line(self) -> RunLine:
+        return RunLine()
 
     def save(
         self,
@@ -108,6 +120,7 @@ class Checkpointer(ComponentCheckpointer):
         def look() -> str:
             nonlocal numbers, epoch, step
             check_arguments(model, optimizer, scheduler)
+            self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             epoch, step = whole_number(epoch), whole_number(step)
@@ -116,6 +129,8 @@ class Checkpointer(ComponentCheckpointer):
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
         check_same_call(look, given | passed_addons(self.addons), context.group)
+        if context.group.is_main:
+            warn_of_metrics(numbers, self.config)
         name = checkpoint_name(epoch, step)
         temp, final = context.root / temporary_name(name), context.root / name
         publication = self._publication(temp, final, epoch, step, numbers)
@@ -148,13 +163,19 @@ class Checkpointer(ComponentCheckpointer):
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
+        Everything is opened, matched and compared on all ranks before anything is overwritten: what does not fit, or is
+        asked for and absent, is an error that leaves the run as it was. What the checkpoint has and was not asked for
+        is named in a warning and in `RestoreRecord.unrestored`. Another kind of optimizer than the saved one is an
+        error; to go on with another, restore without an optimizer and scheduler, and let them start afresh.
+
         Args:
             model: The model, or this rank's pipeline stages; its topology may differ from the one that saved.
             optimizer: The optimizer or optimizers, fresh or used.
             scheduler: The scheduler or schedulers.
             restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, or a path.
             extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
-                values are replaced in this mapping.
+                values are replaced in this mapping. Objects take their state in before model and optimizer have
+                theirs, since an object may refuse it.
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
@@ -166,13 +187,21 @@ class Checkpointer(ComponentCheckpointer):
             CheckpointNotFoundError: What ``restore_from`` names does not exist.
             IncompleteCheckpointError: It is an interrupted save.
             IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
-            ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged.
+            ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
+                could not be read although all fitted, the text says that the run's state is now partly overwritten.
         """
         context = self._context
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
-        check_same_call(lambda: checked(model, optimizer, scheduler, "checkpoint"), given, context.group)
+
+        def look() -> str:
+            check_mapping("extra_state", extra_state)
+            return self._looked(model, optimizer, scheduler, "checkpoint")
+
+        check_same_call(look, given, context.group)
+        if self.config.enabled:
+            context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)
@@ -183,12 +212,27 @@ class Checkpointer(ComponentCheckpointer):
         wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
-        self.load_model(model, path / "model")
-        if steers:
-            self.load_optimizer(optimizer or [], model, path, scheduler)
-        skipped = restore_extras(context, path, (extra_state or {}) if extras else None)
+        # Everything that can be refused comes before the first byte that is overwritten.
+        opened = self._open_model(model, path / "model")
+        steering = open_optimizer(context, optimizer or [], model, scheduler, path / "optim") if steers else None
+        found = find_extras(context, path, extra_state if extra_state is not None else {})
+        taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
+        taken += [*(extra_state or ()), *found.generators.values]
+        partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
+        left = unrestored(context, path, found, taken, partly)
+        with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
+            if steering is not None:
+                steering.take_in(undos)
+            found.extra.take_in(undos)
+        with overwriting("the run's state"):
+            opened.fill()
+            if steering is not None:
+                steering.fill()
+            with context.group.together("setting the random number generators"):
+                found.set_generators()
         self.allocate_staging(model, optimizer)
-        return replace(record, unrestored=skipped)
+        self._line.origin, self._line.restored = path, True
+        return replace(record, unrestored=left)
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -216,11 +260,15 @@ class Checkpointer(ComponentCheckpointer):
             "world_size": context.group.world_size,
             "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
         }
-        return Publication(context, temp, final, info, metrics)
+        return Publication(context, temp, final, info, metrics, self._line)
 
     def _reserve(self, name: str) -> None:
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
         if not self._tidied:
-            remove_leftovers(self._context.root, fs=self._fs)
-        reserve(self._context.root, name, fs=self._fs)
+            try:
+                remove_leftovers(self._context.root, fs=self._fs)
+            except StorageError as error:
+                # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
+                _LOG.warning("what an interrupted save left could not be removed: %s", error)
+        reserve(self._context.root, name, self._line.left_from, fs=self._fs)
         self._tidied = True

@@ -26,12 +26,16 @@ from shardwise.io.storage import Storage
 from shardwise.lifecycle import (
     BEST,
     LATEST,
+    LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     Retention,
     abandon,
     best_checkpoint,
+    lacks_metric,
     list_checkpoints,
+    next_lineage,
+    parse_checkpoint_name,
     prune,
     publish,
     set_pointer,
@@ -151,6 +155,20 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     return out
 
 
+def warn_of_metrics(metrics: Mapping[str, float], config: CheckpointingConfig) -> None:
+    """Say so before a save where ``keep_best`` cannot judge the checkpoint. One rank calls."""
+    key = config.best_metric_key
+    if config.keep_best is None or math.isfinite(metrics.get(key, math.nan)):
+        return
+    what = f"is {metrics[key]}" if key in metrics else f"is not among its metrics {sorted(metrics)}"
+    _LOG.warning(
+        "keep_best goes by the metric %r, which %s: this checkpoint cannot be kept as the best one. Pass it in "
+        "metrics, or set best_metric_key to one that is passed.",
+        key,
+        what,
+    )
+
+
 def write_run_files(
     storage: Storage, directory: Path, config: CheckpointingConfig, metrics: Mapping[str, float]
 ) -> None:
@@ -167,6 +185,24 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+@dataclasses.dataclass(slots=True)
+class RunLine:
+    """Which checkpoint a run goes on from.
+
+    Attributes:
+        origin: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0's counts.
+        restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
+    """
+
+    origin: Path | None = None
+    restored: bool = False
+
+    @property
+    def left_from(self) -> Path | None:
+        """The origin, where checkpoints that do not come from it may be ones that the run left behind."""
+        return self.origin if self.restored else None
+
+
 class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
@@ -176,6 +212,7 @@ class Publication:
         final: The name under which it is to be found.
         info: What the manifest says beside files and tensors.
         metrics: Metrics, for the best pointer.
+        line: Where the run came from.
     """
 
     def __init__(
@@ -185,12 +222,14 @@ class Publication:
         final: Path,
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
+        line: RunLine,
     ) -> None:
         self._context = context
         self._temp = temp
         self._final = final
         self._info = info
         self._metrics = metrics
+        self._line = line
         self._is_reserved = False
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
@@ -209,20 +248,53 @@ class Publication:
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
+                self._write_lineage()
                 known = context.manifests.setdefault("", KnownManifest())
                 write_manifest(context.storage, self._temp, union(), self._info, known)
-                publish(self._temp, self._final, fs=context.fs)
+                publish(self._temp, self._final, self._line.left_from, fs=context.fs)
+                self._line.origin = self._final
                 self._point()
+
+    def _write_lineage(self) -> None:
+        numbers = parse_checkpoint_name(self._final.name)
+        assert numbers is not None
+        root = self._context.root
+        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.origin)
+        write_plain(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
 
     def _point(self) -> None:
         context = self._context
         set_pointer(context.root, LATEST, self._final.name, fs=context.fs)
+        _LOG.info("published %s", self._final)
         policy = Retention.from_config(context.config)
-        best = best_checkpoint(list_checkpoints(context.root), policy)
+        # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
+        # and find its name taken.
+        try:
+            self._tidy(policy)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning(
+                "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
+                "again: %s",
+                self._final,
+                ShardwiseError.wrap(error),
+            )
+
+    def _tidy(self, policy: Retention) -> None:
+        """Set the pointer to the best checkpoint, and delete what is not to be kept."""
+        context = self._context
+        checkpoints = list_checkpoints(context.root)
+        best = best_checkpoint(checkpoints, policy)
         if best is not None:
             set_pointer(context.root, BEST, best, fs=context.fs)
-        doomed = prune(context.root, policy, fs=context.fs)
-        _LOG.info("published %s%s", self._final, f"; removed {', '.join(doomed)}" if doomed else "")
+        if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
+            _LOG.warning(
+                "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
+                context.root,
+                policy.metric_key,
+            )
+        deleted = prune(context.root, policy, fs=context.fs)
+        if deleted:
+            _LOG.info("removed %s", ", ".join(deleted))
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,25 +19,27 @@ from shardwise._version import __version__
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
-from shardwise.checkpointing.adapters import AdapterSave, load_adapter
+from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, open_adapter
 from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
-    check_together,
     checked,
     warn_if_alone,
 )
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import passed_addons
-from shardwise.checkpointing.model_loading import load_model
+from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.restoring import overwriting
 from shardwise.checkpointing.standalone import Replacement
+from shardwise.checkpointing.torch_format import tensors_alone
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.background import Background
+from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
@@ -70,6 +73,7 @@ class ComponentCheckpointer:
         addons: Sequence[CheckpointAddon] | None = None,
         storage: Storage | None = None,
         file_system: FileSystem | None = None,
+        device_streams: DeviceStreams | None = None,
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
@@ -82,6 +86,13 @@ class ComponentCheckpointer:
                 path=config.checkpoint_dir,
                 hint="Set checkpoint_dir to a local or mounted directory, or pass a storage and a file_system.",
             )
+        if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
+            raise ConfigError(
+                "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
+                hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
+                "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
+            )
+        self._device_streams = device_streams
         self._storage = storage or LocalStorage()
         self._fs = file_system or LOCAL
         self._made: Context | None = None
@@ -102,7 +113,7 @@ class ComponentCheckpointer:
         if not self.config.enabled or self._skip():
             return
         given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
-        check_same_call(lambda: checked(model), given, context.group)
+        check_same_call(lambda: self._looked(model, saves=True), given, context.group)
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
         try:
             save = self._model_save(model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
@@ -138,10 +149,7 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._context
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-        check_same_call(lambda: checked(model), given, context.group)
-        if self.config.is_peft and not is_init_step:
-            load_adapter(context, model, Path(model_path).absolute())
-            return
+        check_same_call(lambda: self._looked(model), given, context.group)
         path = Path(model_path).absolute()
         if is_init_step:
             parts = [model] if isinstance(model, nn.Module) else list(model)
@@ -149,8 +157,9 @@ class ComponentCheckpointer:
                 context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
             )
             return
-        options = LoadOptions(allow_checkpoint_key_subset, threads=context.threads, sharing=context.sharing)
-        load_model(context, model, path, key_mapping=key_mapping, options=options)
+        opened = self._open_model(model, path, key_mapping, allow_checkpoint_key_subset)
+        with overwriting("the model"):
+            opened.fill()
 
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
@@ -159,7 +168,8 @@ class ComponentCheckpointer:
         context = self._context
         if not self.config.enabled or self._skip():
             return
-        check_together(context.group, model, optimizer, scheduler)
+        with context.group.together("looking at what is to be saved"):
+            self._looked(model, optimizer, scheduler, saves=True)
         target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
         with context.group.together(f"preparing {weights_path}/optim"):
             if context.group.is_main:
@@ -176,7 +186,8 @@ class ComponentCheckpointer:
     ) -> None:
         """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
         self.async_wait()
-        check_together(self._context.group, model, optimizer, scheduler)
+        with self._context.group.together("looking at what is to be loaded"):
+            self._looked(model, optimizer, scheduler)
         load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
 
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -233,7 +244,7 @@ class ComponentCheckpointer:
         """
         context = self._context
         self.async_wait()
-        check_same_call(lambda: checked(model), {"load_base_model=True": load_base_model}, context.group)
+        check_same_call(lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         self.allocate_staging(model)
 
@@ -251,12 +262,25 @@ class ComponentCheckpointer:
             return
         self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
-            stager.allocate("model", context.names.capture(ModelState(model)).held)
+            if self.config.model_save_format == "torch_save":
+                stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
+                if optimizer is not None:
+                    stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
+                return
+            captured = context.names.capture(ModelState(model))
+            stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def maybe_wait_for_staging(self) -> None:
-        """Return when the model's and the optimizer's memory may be overwritten; call before ``optimizer.step()``."""
+        """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.
+
+        A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
+        thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
+        ``step()`` on any stream. Call it before the state is changed in another way: by kernels or a captured graph on
+        a stream that was not the current one, by another process that shares the memory, or by freeing memory that
+        torch does not manage.
+        """
         if self._background is not None:
             self._background.wait_for_staging()
 
@@ -296,17 +320,54 @@ class ComponentCheckpointer:
             seconds = self.config.collective_timeout_seconds
             group = Group.dedicated(self._process_group, seconds)
             try:
-                check_same_settings(self.config, group)
+                names_base = check_same_settings(self.config, group)
                 warn_if_alone(group)
-                made = Context(self.config, group, self._storage, self._fs, self.pp_rank)
+                made = Context(self.config, group, self._storage, self._fs, self.pp_rank, names_base=names_base)
                 if self.config.is_async:
-                    self._background = Background(Group.dedicated(self._process_group, seconds))
+                    self._background = Background(Group.dedicated(self._process_group, seconds), self._device_streams)
                     made.stager = self._background.stager
             except BaseException:
                 group.close()
                 raise
             self._made = made
         return self._made
+
+    def _looked(
+        self,
+        model: Model,
+        optimizer: object = None,
+        scheduler: object = None,
+        name: str = "model",
+        *,
+        saves: bool = False,
+    ) -> str:
+        """As `checked`; then the model's memory is ready for other threads. Local.
+
+        Args:
+            model: As in `checked`.
+            optimizer: Likewise.
+            scheduler: Likewise.
+            name: Likewise.
+            saves: Whether the model is to be saved: copying aside is ordered by itself, and nobody waits for it.
+        """
+        checked(model, optimizer, scheduler)
+        if not (saves and self.config.is_async):
+            self._settle(model)
+        return name
+
+    def _settle(self, model: Model) -> None:
+        """Wait for what this thread has queued on the model's devices, where other threads read or fill its memory.
+
+        What those threads queue goes to streams of their own.
+        """
+        if self._device_streams is None and not torch.accelerator.is_available():
+            return
+        streams = self._device_streams or AcceleratorStreams()
+        parts = [model] if isinstance(model, nn.Module) else model
+        tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
+        for device in {tensor.device for tensor in tensors}:
+            if streams.has_streams(device):
+                streams.settle(device)
 
     def _model_save(
         self,
@@ -328,6 +389,16 @@ class ComponentCheckpointer:
             is_final=is_final,
             reserve=reserve,
         )
+
+    def _open_model(
+        self, model: Model, path: Path, key_mapping: Mapping[str, str] | None = None, allow_missing: bool = False
+    ) -> OpenedModel | OpenedAdapter:
+        """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
+        context = self._context
+        if self.config.is_peft:
+            return open_adapter(context, model, path)
+        options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
+        return open_model(context, model, path, key_mapping=key_mapping, options=options)
 
     def _skip(self) -> bool:
         """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpointing.answers import Answer
+from shardwise.checkpointing.answers import Answers
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.recasts import RecastKeeper
@@ -44,6 +44,7 @@ class Context:
         model_roster: Who holds what of the model.
         optimizer_roster: Who holds what of the optimizer.
         sound: What was captured last, after it was looked through.
+        names_base: Whether any rank's settings name a base model.
     """
 
     config: CheckpointingConfig
@@ -54,6 +55,7 @@ class Context:
     names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
+    names_base: bool = False
     _base_path: str | None = None
     _base_found: bool = False
     _base: BaseModel | None = None
@@ -64,7 +66,7 @@ class Context:
         self.names = HubNames(self.may_differ)
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
-        self.quantized = Answer(self.group, "looking for quantization")
+        self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
@@ -84,17 +86,26 @@ class Context:
         return Path(self.config.checkpoint_dir).absolute()
 
     def base_path(self) -> str | None:
-        """The base model: a local path where there is one, else the hub id; looked for once. All ranks call."""
-        if not self._base_found:
+        """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
+
+        Raises:
+            CheckpointNotFoundError: One is named on some rank and is not there.
+        """
+        if self.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)
             self._base_found = True
         return self._base_path
 
+    def base_name(self) -> str | None:
+        """The base model as an adapter names it: its local path, or else the name in the settings. All ranks call."""
+        return self.base_path() or self.config.model_repo_id
+
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if not self._base_read:
-            self._base = open_base(self.base_path(), self.group)
+        if self.names_base and not self._base_read:
+            legacy = self.config.allow_legacy_pickle_restore
+            self._base = open_base(self.base_path(), self.group, legacy)
             self._base_read = True
         return self._base
 

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NoReturn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers import ModelState
+
+
+class MovedOnState(ModelState):
+    """What hooks that run in the background are given of the model: its modules, but no values.
+
+    Training goes on meanwhile, so that the values are those of a later step than the save's, or of two.
+    """
+
+    def _refuse(self) -> NoReturn:
+        raise MisuseError(
+            "post_save of an asynchronous save reads the model, whose values are those of a later step by now",
+            hint="Read what the hook needs in pre_save, or set is_async to false.",
+        )
+
+    def listing(self, stand_ins: object = None, *, values: bool = True, norms: bool = False) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def tensors(self) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def held(self, meshes: object = None) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def state_dict(self) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> NoReturn:
+        """Refuse."""
+        self._refuse()
+
+
+def after_arguments(args: SaveHookArgs, state: ModelState, *, in_background: bool) -> SaveHookArgs:
+    """What ``post_save`` hooks are given, for ``args`` of ``pre_save`` hooks and the model's state."""
+    return args | {"model_state": MovedOnState(state.model)} if in_background else args
 
 
 def run_hooks(

@@ -20,12 +20,14 @@ from shardwise.convert import (
 )
 from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import NamedTensor, loaders_ties, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, loaders_ties, unwrap
 from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.units import StandIns
 from shardwise.types import TensorSpec
 
 
@@ -42,6 +44,8 @@ class HubState:
         ties: Native names of tied tensors that are not kept -> the native name that is.
         copies: The further names in ``held`` of tensors that are there under another name already.
         kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
+        hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
+        listing: How it was listed, where modules make or take their state in a way of their own.
     """
 
     native: tuple[HeldTensor, ...]
@@ -51,6 +55,8 @@ class HubState:
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
+    hidden: tuple[HeldTensor, ...] = ()
+    listing: Listing | None = None
 
     @property
     def unwritten(self) -> dict[str, str]:
@@ -87,16 +93,24 @@ class HubNames:
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: _Captured | None = None
         self._last: tuple[Snapshot, HubState] | None = None
+        self._stand_ins = StandIns()
 
     @collector_paused()
-    def capture(self, state: ModelState) -> HubState:
+    def capture(self, state: ModelState, *, load: bool = False, norms: bool = False) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
         As long as the model's tensors are the same objects at the same addresses, the same result is given.
+
+        Args:
+            state: The model.
+            load: Whether it is to be loaded: extra state is not asked for, and how modules take their state is looked
+                at anew.
+            norms: Whether torch's normalisation layers take their state themselves.
         """
-        if state.is_whole and self._last is not None and self._last[0].holds(state.model):
+        if not load and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
-        tensors, modules = state.listing()
+        listing = state.listing(self._stand_ins, values=not load, norms=norms)
+        tensors, modules = listing.tensors, listing.modules
         names, own = [named.name for named in tensors], [named.tensor for named in tensors]
         aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
@@ -105,7 +119,7 @@ class HubNames:
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
-        return known.state
+        return known.state if modules is not None else replace(known.state, listing=listing)
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
@@ -115,6 +129,7 @@ class HubNames:
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
+        hidden: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
         expected = loaders_ties(state.model)
@@ -129,7 +144,9 @@ class HubNames:
                 converted = to_hub(conversion, own)
                 held += converted.held
                 groups += converted.groups
+                ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
+            hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [
                 (alias, tensor)
                 for named, tensor in ordered
@@ -142,7 +159,16 @@ class HubNames:
             kept |= further.kept
             absent += further.absent
         ties = {alias: named.name for named in tensors for alias in named.aliases}
-        return HubState(tuple(native), tuple(held), tuple(groups), tuple(absent), ties, frozenset(copies), kept)
+        return HubState(
+            tuple(native),
+            tuple(held),
+            tuple(groups),
+            tuple(absent),
+            ties,
+            frozenset(copies),
+            kept,
+            tuple(hidden),
+        )
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
@@ -177,7 +203,8 @@ def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: 
         MisuseError: One is.
     """
     for name, tensor in tensors:
-        if tensor.is_meta:
+        what = deferred(getattr(tensor, "_local_tensor", tensor)) if tensor.is_meta else None
+        if tensor.is_meta and (what is None or what.device.type == "meta"):
             raise MisuseError(
                 f"the model is on the meta device and has no {lacking}",
                 tensor=name,

@@ -13,17 +13,19 @@ from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.per_rank import find_model
+from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.saved_notes import read_notes
+from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of
 from shardwise.checkpointing.ties import under_saved_names, untied
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
-from shardwise.engine.computed import load_computed
-from shardwise.engine.load import LoadOptions, LoadReport, listed_anywhere, load_described, load_tensors
+from shardwise.engine.computed import OpenedComputed, open_computed
+from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
 from shardwise.io.sources import Source, open_source
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.units import Step
 
 
 def load_model(
@@ -41,32 +43,88 @@ def load_model(
         TensorError: Model and checkpoint do not fit.
         FormatError: The checkpoint is damaged.
     """
-    group = context.group
+    return open_model(
+        context, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
+    ).fill()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+
+    Attributes:
+        context: Settings, ranks and storage.
+        direct: What is read into the model's memory, and what there is for modules that take their state themselves.
+        computed: What is converted first; ``None`` where no rank's model has any.
+        taking: How modules take their state, where that is not all that there is to it.
+        own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
+    """
+
+    context: Context
+    direct: OpenedLoad
+    computed: OpenedComputed | None
+    taking: Taking
+    own: OwnRead | None = None
+
+    def fill(self) -> LoadReport:
+        """Fill the model. All ranks call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+            ModuleStateError: A module refuses its state.
+        """
+        report = self.direct.read()
+        if self.computed is not None:
+            self.computed.read(self.context.storage)
+        if self.own is not None:
+            with self.context.group.together("reading each rank's own tensors"):
+                self.own.read(self.context)
+        with self.direct.reading() as values:
+            self.taking.run(values, str(self.direct.source.path), self.context.group)
+        return report
+
+
+def open_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> OpenedModel:
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    group, storage = context.group, context.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(context, state, path, key_mapping, options)
     own = find_model(context, state, path, opened.ranks)
-    report = _load(context, state, opened)
-    if own is not None:
-        with group.together("reading each rank's own tensors"):
-            own.read(context)
-    return report
+    source, hub, options = opened.source, opened.hub, opened.options
+    speaks_native = opened.differs and _speaks_native(hub, source, group)
+    computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
 
-
-def _load(context: Context, state: ModelState, opened: _Opened) -> LoadReport:
-    """Read what all ranks saved together. All ranks call."""
-    group, source, hub, options = context.group, opened.source, opened.hub, opened.options
-    if opened.differs and _speaks_native(hub, source, group):
-        return load_tensors(hub.native, source, group, context.storage, options)
-    computed = [held for held in hub.groups if not _has_natives(held, source)]
+    steps: list[Step] = []
 
     def direct() -> list[HeldTensor]:
-        own = under_saved_names(state.model, hub.held, source.tensors.keys())
-        return [*own, *natives_of([held for held in hub.groups if held not in computed])]
+        if speaks_native:
+            held = list(hub.native)
+        else:
+            held = under_saved_names(state.model, hub.held, source.tensors.keys())
+            held += natives_of([group for group in hub.groups if group not in computed])
+            held += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+        steps.extend(steps_of(state.model, hub.listing))
+        return held if hub.listing is None else as_owners_take(held, hub, computed, source)
 
-    report = load_described(direct, source, group, context.storage, options)
-    if opened.differs:
-        load_computed(computed, source, group, context.storage, options)
-    return report
+    load = open_described(direct, source, group, storage, options, lambda: bool(steps))
+    there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
+    # What was saved beside tensors every rank knows of.
+    has_any = load.asked or bool(opened.aside)
+    taking = open_taking(steps, opened.aside, group, options) if has_any else Taking((), None, options, 0)
+    return OpenedModel(context, load, there, taking, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +137,7 @@ class _Opened:
         options: What may differ between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
         ranks: By how many ranks tensors were saved of which each has a value of its own.
+        aside: Where there is state beside ordinary tensors.
     """
 
     source: Source
@@ -86,6 +145,7 @@ class _Opened:
     options: LoadOptions
     differs: bool
     ranks: int
+    aside: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +174,10 @@ def _opened(
     group = context.group
 
     def held() -> Sequence[HeldTensor] | None:
-        hub = context.names.capture(state)
-        return None if hub.groups or hub.ties or hub.kept else hub.once.held
+        hub = context.names.capture(state, load=True)
+        # What modules take themselves, and what they take is their own affair.
+        is_known = hub.listing is None and not (hub.groups or hub.ties or hub.kept or hub.hidden)
+        return hub.once.held if is_known else None
 
     notes = read_notes(path, group)
     source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
@@ -125,10 +187,13 @@ def _opened(
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
-        hub = context.names.capture(state)
+        hub = context.names.capture(state, load=True)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
+        if hub.listing is None and not source.apart and _lacks_buffers(hub, source):
+            # Torch's normalisation layers know files that have not all of theirs.
+            hub = context.names.capture(state, load=True, norms=True)
         hub = hub.once
         plain = source
         if source.apart:
@@ -142,7 +207,8 @@ def _opened(
     assert hub is not None
     if not differs.any:
         assert matched is not None
-        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False, notes.ranks)
+        options = replace(options, exact=dict(notes.exact))
+        return _Opened(plain, matched.hub, options, False, notes.ranks, notes.aside)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
@@ -155,7 +221,13 @@ def _opened(
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, notes.ranks)
+    return _Opened(source, matched.hub, options, True, notes.ranks, notes.aside)
+
+
+def _lacks_buffers(hub: HubState, source: Source) -> bool:
+    """Whether the source lacks the counters that normalisation layers of old did not have."""
+    lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
+    return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:

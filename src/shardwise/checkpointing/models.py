@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
 from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.huggingface import copy_metadata, is_quantized, write_metadata
+from shardwise.addons.huggingface import HFMetadataExporter, copy_metadata, is_quantized, own_exporter, write_metadata
+from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hooks import leading_own, run_hooks
+from shardwise.checkpointing.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
-from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.checkpointing.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.engine.computed import ComputedPlan, declared
@@ -34,19 +37,23 @@ from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
+from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import EXPORT, EXPORT_KEYS, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import undeclared_names
-from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.stateful_wrappers.names import Listing, undeclared_names
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import TensorSpec
 
+_LOG = logging.getLogger(__name__)
 CONSOLIDATED_DIR = "consolidated"
 #: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
 EXACT = "model.exact"
@@ -63,14 +70,28 @@ class _Described:
         own: The same as it is to be written, and what of it is exported in other dtypes.
         roster: Who holds what.
         news: Whether any rank's tensors are others than last time.
-        quantized: Whether any rank holds quantized parameters.
+        any: What any rank has.
     """
 
     hub: HubState
     own: Recast
     roster: Roster
     news: bool
+    any: Peculiar
+
+
+class Peculiar(NamedTuple):
+    """What not every model has.
+
+    Attributes:
+        quantized: Quantized parameters.
+        hidden: Tensors that its class keeps out of its files.
+        aside: State beside ordinary tensors.
+    """
+
     quantized: bool
+    hidden: bool
+    aside: bool
 
 
 class ModelSave:
@@ -108,8 +129,12 @@ class ModelSave:
         own = leading_own(addons)
         # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
         self._describes, self._addons = bool(own), addons[own:]
+        self._exporter: HFMetadataExporter | None = None
+        self._refusal: Exception | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._exports = context.exports(is_final) and context.config.model_save_format == "safetensors"
+        self._wants_export = context.exports(is_final)
+        self._exports = self._wants_export and context.config.model_save_format == "safetensors"
+        self._carried: list[str] = []
         self.state = ModelState(model)
         self.base = context.base()
         self._args: SaveHookArgs = {
@@ -127,8 +152,20 @@ class ModelSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call."""
-        steps = [*self._written(), *model_steps(self._context, self.state, self._directory)]
+        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+
+        Raises:
+            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
+                tells of it on the other ranks.
+            ShardwiseError: What else failed, on any rank.
+        """
+        try:
+            steps = self._written()
+        except ShardwiseError:
+            if self._refusal is not None:
+                raise self._refusal from None
+            raise
+        steps += model_steps(self._context, self.state, self._directory)
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -143,27 +180,78 @@ class ModelSave:
         if self._exports:
             return self._exported()
         described = self._described()
+        # An export made later carries the same tensors over.
+        self._carried = self._prove(described.roster.specs, described.hub.absent)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [shards, _telling(described.hub.unwritten)]
+        return [shards, *self._aside(described.any, described.hub.listing), _telling(described.hub.unwritten)]
 
     def _distcp(self) -> list[Step]:
         context = self._context
+        if self._wants_export and context.group.is_main:
+            _LOG.warning(
+                "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
+                "`shardwise consolidate` makes one of it"
+            )
         kept: dict[str, str] = {}
         held: list[HeldTensor] = []
-        with context.group.together("describing the model") as quantized:
+        listed: Listing | None = None
+        quantized = False
+        tensors: dict[str, torch.Tensor] = {}
+        with context.group.together("describing the model"):
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
-            tensors = self.state.tensors()
-            held = self.state.held(MeshRegister(context.may_differ.of_model(tensors, self.state.model)))
-            require_memory(memory_of(held), "values to save")
-            kept = undeclared_names(tensors, self.state.model)
-            quantized.flag = self._describes and is_quantized(self._args)
+            listed = self.state.listing()
+            require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
+            kept = undeclared_names(listed.tensors, self.state.model)
+            meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
+            held = held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes)
+            tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
+            quantized = self._describes and is_quantized(self._args)
+        _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
+        found = Peculiar(bool(counts[0]), False, bool(counts[1]))
+        if self.base is not None and context.config.pass_through_unloaded:
+            self._carried = self._prove(*self._everyones_specs())
         roster = context.model_roster.roster(held)
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory({}, (), quantized.any)
+            self._prepare_directory({}, (), found.quantized)
         self._before()
-        return [_telling(kept), lambda group: save_distcp(self.state, self._directory, group, held, roster)]
+        rank = context.group.rank
+        replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
+        write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
+        return [_telling(kept), *self._aside(found, listed), write]
+
+    def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
+        """What is left to do for state beside ordinary tensors. All ranks call."""
+        if not found.aside:
+            return []
+        return [aside_step(listing, self._directory, self._context.group, self._context.storage)]
+
+    @staticmethod
+    def _release_after(step: Step) -> Step:
+        """The step; when it is over, what modules have made for it is let go."""
+
+        def run(group: Group) -> ComponentRecord:
+            try:
+                return step(group)
+            finally:
+                release()
+
+        return run
+
+    def _everyones_specs(self) -> tuple[list[TensorSpec], tuple[str, ...]]:
+        """All ranks' tensors under the names of an export, and the names that this rank's have besides."""
+        absent: list[str] = []
+
+        def describe() -> JsonValue:
+            hub = self._context.names.capture(self.state)
+            absent.extend(hub.absent)
+            return [[name, list(shape), dtype] for name, shape, dtype in (t.spec for t in _declared(hub))]
+
+        told = self._context.group.gather(describe, "naming what an export would have")
+        rows = {name: (shape, dtype) for theirs in cast(list[list[_SpecRow]], told) for name, shape, dtype in theirs}
+        return [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in rows.items()], tuple(absent)
 
     @collector_paused()
     def _exported(self) -> list[Step]:
@@ -184,7 +272,7 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-            self._prepare_directory(recasts.native, names, described.quantized)
+            self._prepare_directory(recasts.native, names, described.any.quantized)
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
@@ -193,19 +281,21 @@ class ModelSave:
         steps = [self._export(plan, roster)]
         if context.config.verify_export:
             self.closing.append(partial(read_back, plan))
-        if recasts.rounds:  # on any rank: a stage may have no such tensor where another does
-            exact = _uncomputed(own.exact, hub.groups)
-            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT))
-        return [*steps, _telling(hub.unwritten)]
+        if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
+            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
+            names_apart = {tensor.spec.name for tensor in hub.hidden}
+            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
+        return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
 
     def _described(self) -> _Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
-        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.quantized):
+        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.peculiar):
             keeper.begin()
         hub: HubState | None = None
         own: Recast | None = None
         with context.group.together("describing the model") as news:
+            self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             hub = self._captured()
@@ -215,16 +305,27 @@ class ModelSave:
                 computed = [context.computed_roster.look(natives)]
                 computed += [] if self.base is None else [context.recasts.look(own)]
             else:
-                own, computed = Recast.of([*hub.held, *natives], {}), []
+                own, computed = Recast.of([*hub.held, *natives, *hub.hidden], {}), []
             # As long as the same is captured, the parameters are the same.
             seen = [context.sound]
             quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
-            news.flag = any([context.model_roster.look(own.export), context.quantized.look(quantized), *computed])
+            peculiar = Peculiar(quantized, bool(hub.hidden), has_aside(hub.listing))
+            news.flag = any([context.model_roster.look(own.export), context.peculiar.look(peculiar), *computed])
         assert hub is not None
         assert own is not None
         # In one order on every rank: each may exchange something.
-        any_quantized = context.quantized.settle(news.any)
-        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, any_quantized)
+        found = Peculiar(*context.peculiar.settle(news.any))
+        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, found)
+
+    def _ask_exporter(self) -> None:
+        """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
+        if not self._describes:
+            return
+        try:
+            self._exporter = own_exporter(self._args)
+        except Exception as error:
+            self._refusal = error
+            raise
 
     def _captured(self) -> HubState:
         context = self._context
@@ -235,7 +336,9 @@ class ModelSave:
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
+        staged = context.staged("model", [*hub.held, *hub.hidden])
+        own = len(hub.held)
+        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
 
     def _options(self) -> ExportOptions:
         config = self._context.config
@@ -258,8 +361,9 @@ class ModelSave:
 
         def compare(base: BaseModel) -> JsonValue:
             proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export:
+            if config.verify_export and self._exports:
                 require(proof, base.directory)
+            base.check_readable(proof.passed)
             return list(proof.passed)
 
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
@@ -275,12 +379,23 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        for name, value in ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed))):
+        notes = ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed)), (EXPORT, self._export_note()))
+        for name, value in notes:
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
-            write_metadata(self._args, quantized)
+            write_metadata(self._args, quantized, self._exporter)
+
+    def _export_note(self) -> dict[str, object]:
+        """How an export made later is to be laid out; nothing where there is one."""
+        if self._exports:
+            return {}
+        options, base = self._options(), self.base
+        directory = None if base is None else str(base.directory.absolute())
+        files = [] if base is None else list(base.numbers)
+        values = (options.stem, options.max_file_bytes, directory, files, self._carried)
+        return dict(zip(EXPORT_KEYS, values, strict=True))
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
@@ -304,7 +419,8 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        run_hooks(self._addons, "post_save", self._args, group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
     @property
@@ -320,17 +436,22 @@ class ModelSave:
             options = MergeOptions(
                 config.single_rank_consolidation, Path(config.staging_dir) if config.staging_dir else None
             )
-            return lambda group: write_merged(plan, roster, group, context.storage, options)
+            return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
 
         def write(group: Group) -> ComponentRecord:
             record = write_export(plan, group, context.storage)
             # What every rank knows needs not travel.
             return record if group.is_main else ComponentRecord()
 
-        return write
+        return self._release_after(write)
 
     def _shards(
-        self, held: Sequence[HeldTensor], roster: Roster, component: str, described: _Described | None = None
+        self,
+        held: Sequence[HeldTensor],
+        roster: Roster,
+        component: str,
+        described: _Described | None = None,
+        hidden: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
         context = self._context
@@ -341,11 +462,11 @@ class ModelSave:
             known = memo.get(
                 [*held, roster],
                 None,
-                lambda: self._shard_plan(held, roster, component),
+                lambda: self._shard_plan(held, roster, component, hidden),
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, (), described.quantized)
+                self._prepare_directory({}, (), described.any.quantized)
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
@@ -353,11 +474,14 @@ class ModelSave:
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return lambda group: write_shards(plan, group, context.storage, later=True)
+        return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
 
-    def _shard_plan(self, held: Sequence[HeldTensor], roster: Roster, component: str) -> ShardPlan:
-        # What stands beside an export is compared with it.
-        replicas = () if component == EXACT else (comparison(held, roster, self._context.group.rank),)
+    def _shard_plan(
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
+    ) -> ShardPlan:
+        # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
+        compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
+        replicas = (comparison(compared, roster, self._context.group.rank),)
         return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
@@ -369,6 +493,13 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._context.group.rank, index)
+
+
+_SpecRow = tuple[str, list[int], str]
+
+
+def _declared(hub: HubState) -> list[HeldTensor]:
+    return [*hub.held, *declared(hub.groups)]
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

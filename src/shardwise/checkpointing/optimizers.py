@@ -5,50 +5,50 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.torch_format import save_distcp
+from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
+from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
+from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
-from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.replicas import Comparison, comparison
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
-from shardwise.errors import CheckpointNotFoundError, MisuseError
-from shardwise.io.sources import Source, open_source
+from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
+from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 OPTIMIZER_STATE = "optimizer"
-SCHEDULER_STATE = "scheduler"
-
-
-class HasState(Protocol):
-    """A scheduler, or anything with the two methods of a state."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The state, as plain containers."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the state in."""
-        ...
 
 
 Optimizers = Optimizer | Sequence[Optimizer]
 Schedulers = HasState | Sequence[HasState]
+
+
+def several(optimizer: Optimizers | None) -> list[Optimizer]:
+    """Optimizers as a list; none is an empty one."""
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
 
 
 def as_list(schedulers: Schedulers | None) -> list[HasState]:
@@ -79,19 +79,25 @@ class OptimizerSave:
         """Capture the state and return what is left to do. All ranks call."""
         context, group = self._context, self._context.group
         state: OptimizerState | None = None
-        own: dict[str, bytes] = {}
+        own = b""
         schedule: dict[str, bytes] = {}
-        with group.together("describing the optimizer"):
+        with group.together("describing the optimizer") as has_schedulers:
             state = OptimizerState(self._optimizer, self._model)
-            own = pack_state(state.record().to_state())
+            own = blob_of(pack_state(state.record([scheduler_kind(each) for each in self._schedulers]).to_state()))
+            has_schedulers.flag = bool(self._schedulers)
             if self._schedulers:
                 schedule = pack_state([scheduler.state_dict() for scheduler in self._schedulers])
         assert state is not None
         merged: dict[str, bytes] = {}
         theirs = distinct(group, own)
         with group.together("merging the optimizers' groups"):
-            records = [OptimizerRecord.from_state(unpack_state(packed)) for packed in theirs]
+            records = [OptimizerRecord.from_state(unpack_state(unblob(packed))) for packed in theirs]
             merged = pack_state(OptimizerRecord.merge(records).to_state())
+            if group.is_main and has_schedulers.any and not schedule:
+                raise MisuseError(
+                    "a scheduler was passed on another rank and not on rank 0, whose state is the one that is saved",
+                    hint="Pass the schedulers on every rank.",
+                )
 
         def write_states(group: Group) -> ComponentRecord:
             record = ComponentRecord()
@@ -104,40 +110,49 @@ class OptimizerSave:
             return record
 
         is_torchs = context.config.model_save_format == "torch_save"
+        tensors: dict[str, torch.Tensor] = {}
         held: list[HeldTensor] = []
         with group.together("describing the optimizer's tensors"):
             held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
-            held = held if is_torchs else context.staged("optim", held)
+            if is_torchs:
+                tensors = capture_distcp(context, "optim", state.state_dict())
+            else:
+                held = context.staged("optim", held)
         roster = context.optimizer_roster.roster(held)
         own_steps = optimizer_steps(context, state, self._directory)
+        replicas = comparison(held, roster, group.rank)
         if is_torchs:
-            write = partial(save_distcp, state, self._directory, held=held, roster=roster)
+            others = left_to_others(held, roster, group.rank)
+            write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
             return [write_states, write, *own_steps]
         files: tuple[ShardFile, ...] = ()
-        replicas: tuple[Comparison, ...] = ()
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
-            replicas = (comparison(held, roster, group.rank),)
-        plan = ShardPlan(self._directory, "optim", roster, files, replicas=replicas)
+        plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
         return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
 
-def distinct(group: Group, own: dict[str, bytes]) -> list[dict[str, bytes]]:
+def blob_of(packed: dict[str, bytes]) -> bytes:
+    """A packed state as one text."""
+    return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
+
+
+def distinct(group: Group, blob: bytes) -> list[bytes]:
     """Every different value among the ranks, in the order of the first rank that has it, on every rank.
 
     Ranks of one kind have the same value, so only their digests and one copy of each travel.
     """
-    blob = b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(own.items()))
     digests = cast(list[str], group.gather_json(hashlib.blake2b(blob, digest_size=16).hexdigest(), "comparing states"))
     out = []
     for digest in dict.fromkeys(digests):
         source = digests.index(digest)
         raw = group.broadcast_bytes(blob if group.rank == source else b"", source, "exchanging states")
-        out.append(_unblob(raw))
+        out.append(raw)
     return out
 
 
-def _unblob(raw: bytes) -> dict[str, bytes]:
+def unblob(raw: bytes) -> dict[str, bytes]:
+    """What `blob_of` put together."""
     found: dict[str, bytes] = {}
     position = 0
     while position < len(raw):
@@ -146,6 +161,101 @@ def _unblob(raw: bytes) -> dict[str, bytes]:
         found[key] = raw[position + 24 : position + 24 + size]
         position += 24 + size
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedOptimizer:
+    """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
+
+    Attributes:
+        context: Settings, ranks and storage.
+        plan: What the optimizers become.
+        schedulers: Each scheduler with its saved state.
+        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        own: State of which this rank has a value of its own; ``None`` where it has none.
+    """
+
+    context: Context
+    plan: OptimizerRestore
+    schedulers: tuple[tuple[HasState, dict[str, object]], ...]
+    tensors: OpenedLoad | None
+    own: OwnRead | None = None
+
+    @property
+    def unwanted(self) -> tuple[str, ...]:
+        """Parameters whose saved state no rank's optimizer wants."""
+        names = self.tensors.unexpected if self.tensors is not None else ()
+        return tuple(dict.fromkeys(name.removeprefix("state.").rpartition(".")[0] for name in names))
+
+    def take_in(self, undos: Undos) -> None:
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local.
+
+        Raises:
+            MisuseError: A scheduler refuses its state.
+        """
+        undos.add("the optimizer", self.plan.apply())
+        for scheduler, state in self.schedulers:
+            try:
+                undos.load("the scheduler", scheduler, state)
+            except Exception as error:
+                raise MisuseError(
+                    f"the saved scheduler does not fit: {type(scheduler).__name__} refuses it with "
+                    f"{type(error).__name__}: {error}",
+                    hint="Pass the same scheduler as when the checkpoint was saved, or restore without one.",
+                ) from error
+
+    def fill(self) -> None:
+        """Read the state tensors. All ranks call, after `take_in`."""
+        if self.tensors is None:
+            return
+        self.tensors.read()
+        if self.tensors.asked:
+            with self.context.group.together("reading the optimizer's state of each rank's own tensors"):
+                if self.own is not None:
+                    self.own.read(self.context)
+
+
+def open_optimizer(
+    context: Context,
+    optimizer: Optimizers,
+    model: nn.Module | Sequence[nn.Module],
+    scheduler: Schedulers | None,
+    directory: Path,
+) -> OpenedOptimizer:
+    """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
+        MisuseError: It is another optimizer's or scheduler's.
+        TensorError: The saved state does not fit the optimizer.
+    """
+    group = context.group
+    plan: OptimizerRestore | None = None
+    own: OwnRead | None = None
+    schedulers: list[tuple[HasState, dict[str, object]]] = []
+    with group.together(f"comparing the optimizer with {directory}") as has_tensors:
+        plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
+        own = find_optimizer(context, plan, directory)
+        if own is not None:
+            plan = plan.keeping({saved.spec.name for saved, _ in own.pairs}, own.parameters)
+        has_tensors.flag = bool(plan.tensors())
+    assert plan is not None
+    found = plan
+    if not has_tensors.any:
+        return OpenedOptimizer(context, found, tuple(schedulers), None)
+    states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
+    source = open_source(directory, group, spread=True, besides=states)
+    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
+    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
+    tensors = open_described(
+        lambda: found.held_as_saved(source.tensors.keys()),
+        source,
+        group,
+        context.storage,
+        options,
+        lambda: own is not None,
+    )
+    return OpenedOptimizer(context, found, tuple(schedulers), tensors, own)
 
 
 def load_optimizer(
@@ -158,72 +268,40 @@ def load_optimizer(
     """Restore optimizers (fresh or used) and schedulers in place. All ranks call.
 
     Raises:
-        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        TensorError: The saved state does not fit the optimizer.
+        ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
     group = context.group
-    schedulers = as_list(scheduler)
-    state: OptimizerState | None = None
-    own: OwnRead | None = None
-    with group.together(f"restoring the optimizer's groups from {directory}") as owns:
-        state = OptimizerState(optimizer, model)
-        if not os.path.lexists(directory):
-            raise CheckpointNotFoundError(
-                "the checkpoint was saved without an optimizer",
-                path=directory,
-                hint="Restore without an optimizer, or choose a checkpoint that has one.",
-            )
-        record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
-        state.prepare(record)
-        own = find_optimizer(context, state, directory)
-        owns.flag = own is not None
-        if schedulers:
-            _load_schedulers(schedulers, directory)
-    assert state is not None
-    if not group.any(bool(state.state_dict()), "comparing optimizer states"):
-        return
-    source = open_source(directory, group, spread=True)
-    source = _without_files(source, {f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE)})
-    held: list[HeldTensor] = []
-    with group.together("describing the optimizer"):
-        held = state.held_as_saved(source.tensors.keys())
-    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
-    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    load_tensors(held, source, group, context.storage, options)
-    if owns.any:
-        with group.together("reading the optimizer's state of each rank's own tensors"):
-            if own is not None:
-                own.read(context)
-                state.keep_only({saved.spec.name for saved, _ in own.pairs}, own.parameters)
+    opened = open_optimizer(context, optimizer, model, scheduler, directory)
+    with undone_on_failure() as undos, group.together("setting the optimizer's options"):
+        opened.take_in(undos)
+    with overwriting("the optimizer's state"):
+        opened.fill()
 
 
-def _without_files(source: Source, names: set[str]) -> Source:
-    drop = {number for number, file in enumerate(source.files) if file.name in names}
-    if not drop:
-        return source
-    return source.without(
-        name
-        for name, tensor in source.tensors.items()
-        if tensor.scattered is None and all(chunk.file in drop for chunk in tensor.chunks)
-    )
+def optimizer_components(directory: Path) -> list[str]:
+    """What there is in a checkpoint's ``optim`` directory: ``optimizer``, ``scheduler``. Local."""
+    if not os.path.lexists(directory):
+        return []
+    stem = directory / OPTIMIZER_STATE
+    # Without a record it is another tool's.
+    has_optimizer = not has_state(stem) or bool(OptimizerRecord.from_state(read_state(stem)).groups)
+    return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / SCHEDULER_STATE)
 
 
-def _load_schedulers(schedulers: Sequence[HasState], directory: Path) -> None:
-    stem = directory / SCHEDULER_STATE
-    if not has_state(stem):
+def _compared(
+    optimizer: Optimizers, model: nn.Module | Sequence[nn.Module], schedulers: Sequence[HasState], directory: Path
+) -> tuple[OptimizerRestore, list[tuple[HasState, dict[str, object]]]]:
+    state = OptimizerState(optimizer, model)
+    if not os.path.lexists(directory):
         raise CheckpointNotFoundError(
-            "the checkpoint was saved without a scheduler",
-            path=stem.with_name(f"{SCHEDULER_STATE}.json"),
-            hint="Restore without a scheduler, or choose a checkpoint that has one.",
-        )
-    states = cast(list[dict[str, object]], read_state(stem))
-    if len(states) == 1 and len(schedulers) > 1:
-        states = states * len(schedulers)
-    if len(states) < len(schedulers):
-        raise MisuseError(
-            f"{len(states)} schedulers were saved and {len(schedulers)} are to be restored",
+            "the checkpoint was saved without an optimizer",
             path=directory,
-            hint="Pass the same schedulers as when the checkpoint was saved.",
+            hint="Restore without an optimizer, or choose a checkpoint that has one.",
         )
-    for scheduler, saved in zip(schedulers, states, strict=False):
-        scheduler.load_state_dict(saved)
+    record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
+    try:
+        plan = plan_restore(state, record)
+    except ShardwiseError as error:
+        error.path = error.path or str(directory)
+        raise
+    return plan, saved_schedules(schedulers, record.schedulers, directory) if schedulers else []

@@ -18,9 +18,11 @@ from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, requi
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.header import read_header
+from shardwise.plan.deferred import refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def check_patterns(context: Context, state: ModelState) -> None:
     names: list[str] = []
 
     def look() -> JsonValue:
-        tensors = state.tensors()
+        tensors = state.listing(values=False).tensors
         _require_members(context.may_differ.own(tensors), state.model)
         names.extend([name for named in tensors for name in (named.name, *named.aliases)])
         return [context.may_differ.matches(pattern, names) for pattern in patterns]
@@ -86,7 +88,7 @@ def model_steps(context: Context, state: ModelState, directory: Path) -> list[St
     check_patterns(context, state)
     held: list[HeldTensor] = []
     with context.group.together("capturing each rank's own tensors"):
-        own = context.may_differ.own(state.tensors())
+        own = context.may_differ.own(state.listing(values=False).tensors)
         held = held_tensors(((named.name, named.tensor) for named in own), MeshRegister())
         require_whole(held)
         held = context.staged("model.per_rank", held)
@@ -165,16 +167,18 @@ def find_model(context: Context, state: ModelState, directory: Path, ranks: int)
 
 
 def _by_name(state: ModelState) -> dict[str, HeldTensor]:
-    tensors = state.tensors()
+    tensors = state.listing(values=False).tensors
     held = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
     return {name: tensor for named, tensor in zip(tensors, held, strict=True) for name in (named.name, *named.aliases)}
 
 
-def find_optimizer(context: Context, state: OptimizerState, directory: Path) -> OwnRead | None:
-    """As `find_model`, once the optimizer has state to read into. Local."""
+def find_optimizer(context: Context, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
+    """As `find_model`, for the state that optimizers are about to have. Local."""
     if not _is_for(context, directory, saved_ranks(directory)):
         return None
-    return _find(context, directory, lambda: {tensor.spec.name: tensor for tensor in state.held()})
+    return _find(
+        context, directory, lambda: {t.spec.name: t for t in held_tensors(plan.tensors().items(), MeshRegister())}
+    )
 
 
 def _find(context: Context, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
@@ -182,6 +186,7 @@ def _find(context: Context, directory: Path, held: Callable[[], dict[str, HeldTe
     if not path.exists():
         return OwnRead(path)
     pairs, metadata = match_own(path, held())
+    refuse_stand_ins(target for _, target in pairs)
     for saved, target in pairs:
         require_whole([target._replace(spec=saved.spec)])
     return OwnRead(path, pairs, _parameters(metadata.get(_PARAMETERS, "[]"), path))

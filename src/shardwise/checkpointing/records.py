@@ -16,8 +16,10 @@ class RestoreRecord:
         step: Step of the checkpoint; likewise.
         path: Its directory.
         metrics: The metrics it was saved with.
-        unrestored: Names of per-rank states (random number generators, entries of ``extra_state``) that were left as
-            they are, because they differed between ranks when they were saved on another number of ranks.
+        unrestored: What the checkpoint has and was left as it is in the run: ``optimizer``, ``scheduler``, ``rng`` and
+            names of extra state that `restore` was not given, and names of per-rank states (random number generators,
+            entries of ``extra_state``) that differed between ranks when they were saved on another number of ranks.
+            The same on every rank.
     """
 
     epoch: int | None

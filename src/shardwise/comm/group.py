@@ -4,7 +4,8 @@ Every collective of the library goes through `Group`. Two rules keep ranks from 
 
 * local work between collectives runs inside ``with group.together("what")``, which catches what goes wrong, tells every
   rank, and raises the same typed error on all of them;
-* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done.
+* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a
+  rank that had failed by itself before also that failure, as its cause.
 
 Values travel as JSON or as raw tensor bytes, never as pickles.
 """
@@ -96,7 +97,8 @@ class Group(Ranks):
             self._raise_alone(own, failure)
             return flag
         # Nearly always nobody has anything to say, which one number tells.
-        most = self._largest(_FAILED if own is not None else int(flag), what)
+        with self.keeping(failure):
+            most = self._largest(_FAILED if own is not None else int(flag), what)
         if most != _FAILED:
             return bool(most)
         self._raise_first(own, failure, what)
@@ -105,7 +107,9 @@ class Group(Ranks):
     def _raise_first(self, own: ShardwiseError | None, failure: BaseException | None, what: str) -> None:
         """Raise the failure of the lowest rank that has one; all ranks call where any has."""
         text = b"" if own is None else json.dumps(own.to_record()).encode()
-        for index, theirs in enumerate(self._gather_bytes(text, what)):
+        with self.keeping(failure):
+            everyone = self._gather_bytes(text, what)
+        for index, theirs in enumerate(everyone):
             if not theirs:
                 continue
             if index == self.rank:
@@ -150,7 +154,8 @@ class Group(Ranks):
         if self.world_size == 1:
             self._raise_alone(own, failure)
             return [value]
-        texts = self._gather_bytes(text, what)
+        with self.keeping(failure):
+            texts = self._gather_bytes(text, what)
         if not all(texts):
             self._raise_first(own, failure, what)
         return [json.loads(theirs[len(_MADE) :]) for theirs in texts]
@@ -166,7 +171,7 @@ class Group(Ranks):
         if self.world_size == 1:
             self._raise_alone(own, failure)
             return [value]
-        with self._guard(what):
+        with self.keeping(failure), self._guard(what):
             first = to_tensor(packet(text), PACKET_BYTES, self._device)
             packets = [unpacked(theirs) for theirs in self._all_gather(first)]
         if not all(size for size, _ in packets):
@@ -206,7 +211,9 @@ class Group(Ranks):
             except Exception as error:  # noqa: BLE001 - raised on every rank
                 failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
                 text = json.dumps([None, own.to_record()]).encode()
-        value, record = json.loads(self.broadcast_bytes(text, 0, what))
+        with self.keeping(failure):
+            told = self.broadcast_bytes(text, 0, what)
+        value, record = json.loads(told)
         self._raise_alone(own, failure)
         if record is not None:
             raise ShardwiseError.from_record(record)
@@ -244,12 +251,12 @@ class Group(Ranks):
             return list(xors), list(sums)
         counts = [*sums, int(own is not None)]
         if (len(xors) + len(counts)) * self.world_size <= _FEW:  # in one exchange what else takes two
-            with self._guard(what):
+            with self.keeping(failure), self._guard(what):
                 rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
             *added, failed = rows[:, len(xors) :].sum(0).tolist()
             bits = rows[:, : len(xors)]
         else:
-            with self._guard(what):
+            with self.keeping(failure), self._guard(what):
                 total = self._integers(counts)
                 dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._pg)
                 *added, failed = total.tolist()

@@ -218,6 +218,24 @@ class Ranks:
                     work.wait()
 
     @contextlib.contextmanager
+    def keeping(self, failure: BaseException | None) -> Iterator[None]:
+        """Exchanges of a rank that has failed before: should they break, what it failed with is not forgotten.
+
+        Args:
+            failure: What went wrong on this rank, or ``None``.
+
+        Raises:
+            PeerError: An exchange broke; with ``failure`` in its text and as its cause.
+        """
+        try:
+            yield
+        except PeerError as error:
+            # Not what a peer failed with, which every rank raises alike.
+            if failure is None or failure is error or error is not self._broken:
+                raise
+            raise error.after(failure) from failure
+
+    @contextlib.contextmanager
     def _guard(self, what: str) -> Iterator[None]:
         if self._broken is not None:
             raise self._broken

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 
 from shardwise.comm import Group
+from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
@@ -22,10 +23,11 @@ class Background:
 
     Args:
         group: The background's own group; closed with it.
+        streams: How copies from accelerators are ordered; torch's own if not given.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.stager = Stager()
+    def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:
+        self.stager = Stager(streams)
         self._group = group
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -42,8 +44,15 @@ class Background:
         The thread publishes as soon as every rank is durable; it waits for no later call.
         """
         self._what = job.what
-        self._thread = threading.Thread(target=self._run, args=(job,), name="shardwise-save", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(job,), name="shardwise-save", daemon=False)
+        # From here on, and not from when the thread comes to run: what was staged is the job's.
+        self.stager.lend()
+        try:
+            thread.start()
+        except BaseException:
+            self.stager.take_back()
+            raise
+        self._thread = thread
 
     def _run(self, job: SaveJob) -> None:
         try:
@@ -51,6 +60,8 @@ class Background:
         except BaseException as error:  # noqa: BLE001 - raised at the next call of the library
             _LOG.error("%s failed: %s", job.what, error)
             self._failure = error
+        finally:
+            self.stager.take_back()
 
     def _copied(self, group: Group) -> ComponentRecord:
         """Return when what was captured is there on every rank."""

@@ -14,12 +14,13 @@ import torch
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.engine.load import LoadOptions
-from shardwise.errors import ConversionError, MissingTensorError, PeerError
+from shardwise.errors import ConversionError, MissingTensorError, PeerError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import flat_bytes
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
+from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
 from shardwise.plan.reads import plan_reads
@@ -41,8 +42,21 @@ def declared(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     return [HeldTensor(spec, spec.shape, ()) for group in groups for spec in group.computed.hub]
 
 
-def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Callable[[Run], None]) -> Exception | None:
+def write_computed(
+    plan: ComputedPlan,
+    layout: Layout,
+    group: Group,
+    write: Callable[[Run], None],
+    failure: Exception | None = None,
+) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
+
+    Args:
+        plan: What to convert.
+        layout: Where it goes.
+        group: Whose ranks swap.
+        write: Writes one run.
+        failure: What this rank has failed with before, if it has: it takes part, and writes nothing.
 
     Returns:
         What failed locally first; the remaining groups are still swapped, so that no peer waits.
@@ -50,9 +64,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
     Raises:
         PeerError: A peer left.
     """
-    failure: Exception | None = None
     if plan.roster is None:
-        return None
+        return failure
     # In one order and by one owner for all who hold a group, whatever other groups they hold.
     for held in sorted(plan.groups, key=_name):
         members = sorted(
@@ -67,7 +80,8 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
         whole: dict[str, torch.Tensor] = {}
         for tensor in held.natives:
             try:
-                found = gather(tensor, plan.roster, group, owner)
+                with group.keeping(failure):
+                    found = gather(tensor, plan.roster, group, owner)
             except PeerError:
                 raise
             except Exception as error:  # noqa: BLE001 - raised once no peer waits
@@ -79,8 +93,6 @@ def write_computed(plan: ComputedPlan, layout: Layout, group: Group, write: Call
             continue
         try:
             _write_group(held, whole, layout, write)
-        except PeerError:
-            raise
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
     return failure
@@ -197,13 +209,13 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
     own = {fragment.box: fragment.data for fragment in tensor.fragments}
     dtype = next((data.dtype for data in own.values()), torch_dtype(tensor.spec.dtype))
     if rank != owner:
-        sends = [(owner, own[box].detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
+        sends = [(owner, resolve(own[box]).detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
         return _Prepared(sends, [], None)
     whole = torch.empty(tensor.grid, dtype=dtype)
     receives: list[tuple[int, torch.Tensor, Box]] = []
     for source, box in pieces:
         if source == owner:
-            _region(whole, box).copy_(own[box].detach())
+            _region(whole, box).copy_(resolve(own[box]).detach())
         else:
             receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
     return _Prepared([], receives, whole)
@@ -215,28 +227,68 @@ def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
-def load_computed(
-    groups: Sequence[HeldGroup], source: Source, group: Group, storage: Storage, options: LoadOptions
-) -> None:
-    """Fill the native tensors of groups from their hub tensors, one group at a time. All ranks of the group call.
+@dataclass(frozen=True)
+class OpenedComputed:
+    """Groups of which all is known to be there, on every rank, and nothing has been read."""
+
+    groups: Sequence[HeldGroup]
+    source: Source
+    group: Group
+    options: LoadOptions
+
+    def read(self, storage: Storage) -> None:
+        """Read, convert and install, one group at a time. All ranks of the group call."""
+        reader = Reader(storage, self.source.files, self.options.threads)
+        with self.group.together(f"converting tensors of {self.source.path}"):
+            try:
+                for held in self.groups:
+                    _load_group(held, self.source, reader)
+            finally:
+                reader.close()
+
+
+def open_computed(groups: Sequence[HeldGroup], source: Source, group: Group, options: LoadOptions) -> OpenedComputed:
+    """Look for the hub tensors of groups, before anything is read. All ranks of the group call.
 
     Raises:
-        MissingTensorError: A hub tensor of a group is absent.
+        MissingTensorError: One is absent.
+        ShapeMismatchError: One has another shape.
     """
+    wanted = [held for held in groups if held.natives]
 
     def wholes() -> dict[str, list[Box]]:
-        specs = (spec for held in groups if held.natives for spec in held.computed.hub)
+        specs = (spec for held in wanted for spec in held.computed.hub)
         return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source)}
 
     source = source.located(wholes, group)
-    reader = Reader(storage, source.files, options.threads)
-    with group.together(f"converting tensors of {source.path}"):
-        try:
-            for held in groups:
-                if held.natives:
-                    _load_group(held, source, reader, options)
-        finally:
-            reader.close()
+    found: list[HeldGroup] = []
+    with group.together(f"comparing tensors that have to be computed with {source.path}"):
+        found = [held for held in wanted if _compared(held, source, options)]
+        refuse_stand_ins(tensor for held in found for tensor in held.natives)
+    return OpenedComputed(found, source, group, options)
+
+
+def _compared(held: HeldGroup, source: Source, options: LoadOptions) -> bool:
+    """Whether a group's tensors are there; what does not fit is an error."""
+    for spec in held.computed.hub:
+        saved = source.tensors.get(spec.name)
+        if saved is None:
+            if options.allow_missing:
+                return False
+            raise MissingTensorError(
+                "the checkpoint lacks this tensor",
+                path=source.path,
+                tensor=spec.name,
+                hint="Build the model from the checkpoint's own config.json.",
+            )
+        if saved.spec.shape != spec.shape:
+            raise ShapeMismatchError(
+                f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
+                path=source.path,
+                tensor=spec.name,
+                hint="Build the model from the checkpoint's own config.json.",
+            )
+    return True
 
 
 def _fits(spec: TensorSpec, source: Source) -> bool:
@@ -244,21 +296,11 @@ def _fits(spec: TensorSpec, source: Source) -> bool:
     return saved is not None and saved.spec.shape == spec.shape
 
 
-def _load_group(held: HeldGroup, source: Source, reader: Reader, options: LoadOptions) -> None:
+def _load_group(held: HeldGroup, source: Source, reader: Reader) -> None:
     hub: dict[str, torch.Tensor] = {}
     for spec in held.computed.hub:
-        saved = source.tensors.get(spec.name)
-        if saved is None:
-            if options.allow_missing:
-                return
-            raise MissingTensorError(
-                "the checkpoint lacks this tensor",
-                path=source.path,
-                tensor=spec.name,
-                hint="Build the model from the checkpoint's own config.json.",
-            )
         hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-        reader.execute(list(plan_reads(saved, _destination(spec, hub[spec.name]))))
+        reader.execute(list(plan_reads(source.tensors[spec.name], _destination(spec, hub[spec.name]))))
     natives = held.computed.rule.backward(hub)
     with torch.no_grad():
         for tensor in held.natives:

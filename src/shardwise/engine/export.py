@@ -18,7 +18,7 @@ from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, ref
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
-from shardwise.io.exchange import exchange_rows
+from shardwise.io.exchange import exchange_rows, spare_memory
 from shardwise.io.reader import Reader
 from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import Storage
@@ -169,11 +169,11 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
     started = time.monotonic()
-    reserve(plan, group, storage)
+    spare = reserve(plan, group, storage)
     digests, seen = Digests(), Seen()
     failure: Exception | None = None
     try:
-        _write(plan, group, storage, digests, digest)
+        _write(plan, group, storage, digests, digest, spare)
         seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
@@ -191,24 +191,35 @@ def make_room(plan: ExportPlan, storage: Storage) -> None:
     storage.check_space(plan.directory, plan.layout.total_bytes)
 
 
-def reserve(plan: ExportPlan, group: Group, storage: Storage) -> None:
+def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
     The index is known by then as well, and written.
+
+    Returns:
+        Memory with which this rank takes part in exchanges of rows if it fails.
     """
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):
             if group.is_main:
                 make_room(plan, storage)
     with group.together(f"creating the files of {plan.directory}"):
-        for number, file in enumerate(plan.layout.files):
-            if number % group.world_size == group.rank:
-                storage.create(plan.directory / file.name, file.size, file.header)
+        for number in _created(plan, group):
+            file = plan.layout.files[number]
+            storage.create(plan.directory / file.name, file.size, file.header)
         if group.is_main and plan.options.index:
             write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
+        return spare_memory(plan.schedule.exchanges, plan.held, group.rank)
 
 
-def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest) -> None:
+def _created(plan: ExportPlan, group: Group) -> list[int]:
+    """The files that this rank creates."""
+    return list(range(group.rank, len(plan.layout.files), group.world_size))
+
+
+def _write(
+    plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
+) -> None:
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
 
     def write_rows(run: Run) -> None:
@@ -228,14 +239,18 @@ def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, d
             plan.held,
             plan.layout,
             group,
-            write_rows if failure is None else _drop,
+            write_rows,
+            failure=failure,
+            spare=spare,
         )
         failure = failure or refused
-        refused = write_computed(plan.computed, plan.layout, group, write_rows if failure is None else _drop)
+        refused = write_computed(plan.computed, plan.layout, group, write_rows, failure)
         failure = failure or refused
         if failure is not None:
             raise failure
         _copy(plan, group, storage, write_rows)
+        for number in _created(plan, group):
+            files.handle(number)  # its header was written by this rank, if nothing else in it
         files.sync()
         if group.is_main:  # every rank has created its files by now
             storage.sync_directory(plan.directory)
@@ -257,10 +272,6 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run
                 start += len(block)
     finally:
         reader.close()
-
-
-def _drop(_: Run) -> None:
-    """Take rows that cannot be written any more."""
 
 
 def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from shardwise.comm import Group
 from shardwise.engine.absent import absent_files_named
-from shardwise.engine.near_names import listed, nearest
+from shardwise.engine.near_names import Shapes, listed, nearest
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
     DtypeMismatchError,
@@ -21,8 +25,10 @@ from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
+from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.plan.sharing import Replicas
 from shardwise.types import Box
 
@@ -89,28 +95,127 @@ def load_described(
     options: LoadOptions,
 ) -> LoadReport:
     """As `load_tensors`, for tensors that ``describe`` gives; what it fails with on one rank is raised on all."""
-    started = time.monotonic()
-    held, unclaimed, remote = _described(describe, source, group, storage, options)
+    return open_described(describe, source, group, storage, options).read()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Later:
+    """What there is for a module that takes its state itself.
+
+    Attributes:
+        owner: The module, as `shardwise.plan.deferred.Deferred` names it.
+        tensors: What is saved, and which part of it is wanted.
+    """
+
+    owner: object
+    tensors: list[tuple[SourceTensor, HeldTensor]]
+
+
+@dataclass(frozen=True)
+class OpenedLoad:
+    """A load of which all is known to fit, on every rank, and nothing has been read.
+
+    Attributes:
+        source: Where it comes from.
+        group: The ranks that load together.
+        storage: Through what.
+        options: What may differ.
+        reads: What this rank reads into its memory.
+        later: What goes to modules that take their state themselves: each owner with what there is for it.
+        missing: Names that the source lacks.
+        unexpected: Names of the source that no rank wants.
+        asked: Whether any rank's answer to ``asks`` was yes.
+    """
+
+    source: Source
+    group: Group
+    storage: Storage
+    options: LoadOptions
+    reads: PlannedReads
+    later: Mapping[int, Later]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    asked: bool
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[object], dict[str, torch.Tensor]]]:
+        """Inside, what there is for a module that takes its state itself can be read, by its own names. Local."""
+        reader = Reader(self.storage, self.source.files, self.options.threads)
+
+        def values(owner: object) -> dict[str, torch.Tensor]:
+            later = self.later.get(id(owner))
+            buffers = Buffers()
+            for saved, tensor in () if later is None else later.tensors:
+                reader.execute(list(plan_reads(saved, buffers.behind(tensor))))
+            return buffers.values()
+
+        try:
+            yield values
+        finally:
+            reader.close()
+
+    def read(self) -> LoadReport:
+        """Fill what was described. All ranks of the group call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+        """
+        source, group = self.source, self.group
+        started = time.monotonic()
+        reader = Reader(self.storage, source.files, self.options.threads)
+        with group.together(f"reading {source.path}"):
+            try:
+                self.reads.execute(reader, group)
+            finally:
+                reader.close()
+        if group.is_main:
+            seconds = max(time.monotonic() - started, 1e-9)
+            rate = reader.counts.read / 1e9 / seconds
+            _LOG.info(
+                "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
+            )
+        return LoadReport(self.missing, self.unexpected, reader.counts)
+
+
+def open_described(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: Source,
+    group: Group,
+    storage: Storage,
+    options: LoadOptions,
+    asks: Callable[[], bool] = bool,
+) -> OpenedLoad:
+    """Compare what ``describe`` gives with ``source``, and plan what to read. All ranks of the group call.
+
+    Args:
+        describe: Gives what this rank holds. Local.
+        source: Where it comes from.
+        group: The ranks that load together.
+        storage: Through what.
+        options: What may differ.
+        asks: Something else to ask in the same exchange, once all is described. Local.
+
+    Raises:
+        TensorError: As `load_tensors`.
+    """
+    held, unclaimed, remote, asked = _described(describe, source, group, storage, options, asks)
     unexpected = [name for name in unclaimed if name not in options.ignored]
     source = source.located(lambda: _regions(held, source), group)
     replicas = None if source.apart else find_replicas(held, group, options.sharing, remote)
-    reads = PlannedReads()
-    missing: list[str] = []
+    planned: PlannedLoad | None = None
     with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
-        reads, missing = plan_load(held, source, options, unexpected, replicas)
-    reader = Reader(storage, source.files, options.threads)
-    with group.together(f"reading {source.path}"):
-        try:
-            reads.execute(reader, group)
-        finally:
-            reader.close()
-    if group.is_main:
-        seconds = max(time.monotonic() - started, 1e-9)
-        rate = reader.counts.read / 1e9 / seconds
-        _LOG.info(
-            "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
-        )
-    return LoadReport(tuple(missing), tuple(unexpected), reader.counts)
+        planned = plan_load(held, source, options, unexpected, replicas)
+    assert planned is not None
+    reads, later, missing = planned
+    return OpenedLoad(source, group, storage, options, reads, later, tuple(missing), tuple(unexpected), asked)
+
+
+class PlannedLoad(NamedTuple):
+    """What a rank has to do; see `OpenedLoad`."""
+
+    reads: PlannedReads
+    later: dict[int, Later]
+    missing: list[str]
 
 
 @collector_paused()
@@ -120,7 +225,7 @@ def plan_load(
     options: LoadOptions,
     unexpected: Sequence[str] = (),
     replicas: Replicas | None = None,
-) -> tuple[PlannedReads, list[str]]:
+) -> PlannedLoad:
     """Compare a model with a source and find this rank's reads. Local: no communication, and nothing is read.
 
     Args:
@@ -131,7 +236,7 @@ def plan_load(
         replicas: Ranks that want the same, where they share the reading.
 
     Returns:
-        The reads, and the names that the source lacks.
+        The reads, what modules take themselves, and the names that the source lacks.
 
     Raises:
         MissingTensorError: As for `load_tensors`, and so are the others.
@@ -142,18 +247,24 @@ def plan_load(
     tensors = source.tensors
     missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
     if missing and not options.allow_missing:
-        raise _missing(missing, unexpected, source)
+        raise _missing(missing, unexpected, source, _shapes(held))
     if unexpected and not options.allow_unexpected:
-        raise _unexpected_error(unexpected, [t.spec.name for t in held], source)
+        raise _unexpected_error(unexpected, _shapes(held), source)
     reads = PlannedReads()
+    later: dict[int, Later] = {}
     for tensor in held:
         saved = tensors.get(tensor.spec.name)
         if saved is None:
             continue
         if saved.spec != tensor.spec:
             _compare(tensor, source, options)
-        reads.add(saved, tensor, replicas)
-    return reads, missing
+        direct, theirs = split(tensor)
+        if direct is not None:
+            reads.add(saved, direct, replicas)
+        for owner, part in theirs:
+            later.setdefault(id(owner), Later(owner, [])).tensors.append((saved, part))
+    reads.rehearse()
+    return PlannedLoad(reads, later, missing)
 
 
 def listed_anywhere(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
@@ -172,21 +283,27 @@ def _described(
     group: Group,
     storage: Storage,
     options: LoadOptions,
-) -> tuple[Sequence[HeldTensor], list[str], bool]:
-    """What this rank holds; names that no rank wants; whether any rank's files are remote. In one exchange."""
+    asks: Callable[[], bool],
+) -> tuple[Sequence[HeldTensor], list[str], bool, bool]:
+    """What this rank holds; names that no rank wants; whether any rank's files are remote, and any asks.
+
+    In one exchange.
+    """
     names = [] if source.apart else sorted(source.tensors)  # of what is apart there is nothing but what is wanted
     held: Sequence[HeldTensor] = ()
-    wants, remote = [0] * len(names), False
+    wants, remote, asked = [0] * len(names), False, False
     failure: Exception | None = None
     try:
         held = describe()
         own = {tensor.spec.name for tensor in held} if names else set()
         wants = [int(name in own) for name in names]
         remote = finds_remote(source, group, storage, options.sharing)
+        asked = asks()
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = error
-    _, (*wanted, remotes) = group.fold([], [*wants, int(remote)], "comparing names", failure)
-    return held, [name for name, count in zip(names, wanted, strict=True) if not count], bool(remotes)
+    _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", failure)
+    unclaimed = [name for name, count in zip(names, wanted, strict=True) if not count]
+    return held, unclaimed, bool(remotes), bool(asks_any)
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
@@ -225,8 +342,21 @@ def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
         )
 
 
-def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> MissingTensorError:
-    close = nearest(names[0], unclaimed or source.tensors)
+def _shapes(held: Sequence[HeldTensor]) -> dict[str, tuple[int, ...]]:
+    return {tensor.spec.name: tensor.spec.shape for tensor in held}
+
+
+def _with_saved(name: str, own: Mapping[str, tuple[int, ...]], names: Sequence[str], source: Source) -> Shapes:
+    """Shapes of one name and of those that it is compared with."""
+    saved = {other: source.tensors[other].spec.shape for other in names if other in source.tensors}
+    return {**own, **saved, **({name: own[name]} if name in own else {})}
+
+
+def _missing(
+    names: Sequence[str], unclaimed: Sequence[str], source: Source, own: Mapping[str, tuple[int, ...]]
+) -> MissingTensorError:
+    shapes = _with_saved(names[0], own, unclaimed, source) if unclaimed else None
+    close = nearest(names[0], unclaimed or source.tensors, shapes)
     hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
     if close is not None and unclaimed:
         hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?"
@@ -240,8 +370,11 @@ def _missing(names: Sequence[str], unclaimed: Sequence[str], source: Source) -> 
     )
 
 
-def _unexpected_error(names: Sequence[str], own: Sequence[str], source: Source) -> UnexpectedTensorError:
-    close = nearest(names[0], [name for name in own if name not in source.tensors])
+def _unexpected_error(
+    names: Sequence[str], own: Mapping[str, tuple[int, ...]], source: Source
+) -> UnexpectedTensorError:
+    shapes = _with_saved(names[0], own, names[:1], source)
+    close = nearest(names[0], [name for name in own if name not in source.tensors], shapes)
     hint = "Build the model from the checkpoint's own config.json."
     if close is not None:
         hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -27,12 +28,16 @@ from shardwise.io.quantized import QuantSettings, dequantized_pieces, fitted, re
 from shardwise.io.reader import ReadCounts, Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
+from shardwise.plan.deferred import Buffers, refuse_stand_ins, split
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.quantized import Quantized
 from shardwise.plan.sharing import Replicas
 from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
+
+#: Lets modules take their state; is given a function that reads what there is for one of them, by its own names.
+Install: TypeAlias = Callable[[Callable[[object], dict[str, torch.Tensor]]], None]
 
 #: Dtypes between which values are cast without asking.
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -161,10 +166,11 @@ def check_base(
     missing: list[str] = []
     with group.together(f"comparing the model with {source.path}"):
         _refuse_unsupported(wanted, source)
+        refuse_stand_ins(tensor for each in groups for tensor in each.natives)
         available = set(source.names())
         missing = [spec.name for spec in wanted if spec.name not in available]
         if missing and not options.allow_missing:
-            raise _missing(missing, unexpected, source)
+            raise _missing([spec for spec in wanted if spec.name not in available], unexpected, source)
         for spec in wanted:
             if spec.name in available:
                 _compare(spec, source)
@@ -178,8 +184,11 @@ def load_base_tensors(
     group: Group,
     storage: Storage,
     options: BaseOptions,
+    install: Install | None = None,
 ) -> BaseLoadReport:
     """Fill every fragment of ``held`` and the natives of ``groups``. All ranks of the group call.
+
+    What modules take themselves is left to ``install``, which is given a way to read what there is for one of them.
 
     Each rank reads the byte ranges, blocks and scales that it needs and nothing more, but for small gaps between rows.
     With ``options.sharing`` replicas read each range once and pass it on, computed tensors excepted.
@@ -192,6 +201,7 @@ def load_base_tensors(
     """
     checked = check_base(held, groups, source, group, options)
     plan = _Plan()
+    later: dict[int, list[HeldTensor]] = {}
     progress: Progress | None = None
     started = time.monotonic()
     with group.together("looking where the files are") as remote:
@@ -201,7 +211,11 @@ def load_base_tensors(
         available = set(source.names())
         for tensor in held:
             if tensor.spec.name in available:
-                _plan_one(tensor, source, plan, replicas)
+                direct, theirs = split(tensor)
+                if direct is not None:
+                    _plan_one(direct, source, plan, replicas)
+                for owner, part in theirs:
+                    later.setdefault(id(owner), []).append(part)
         progress = Progress(f"loading {source.path.name}", plan.nbytes, group.is_main)
     assert progress is not None
     reader = Reader(storage, source.plain.files, options.threads, _both(progress.add, options.observe))
@@ -214,6 +228,12 @@ def load_base_tensors(
         finally:
             reader.close()
             progress.close()
+    if install is not None:
+        reader = Reader(storage, source.plain.files, options.threads, options.observe)
+        try:
+            install(lambda owner: _values(later.get(id(owner), ()), source, reader, group))
+        finally:
+            reader.close()
     return BaseLoadReport(
         source.path,
         checked.missing,
@@ -223,6 +243,15 @@ def load_base_tensors(
         reader.counts,
         time.monotonic() - started,
     )
+
+
+def _values(wanted: Iterable[HeldTensor], source: BaseSource, reader: Reader, group: Group) -> dict[str, torch.Tensor]:
+    """Read what there is for a module that takes its state itself. Local."""
+    buffers, plan = Buffers(), _Plan()
+    for tensor in wanted:
+        _plan_one(buffers.behind(tensor), source, plan, None)
+    _execute(plan, source, reader, group)
+    return buffers.values()
 
 
 def _both(
@@ -341,8 +370,15 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
     )
 
 
-def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
+def _missing(specs: Sequence[TensorSpec], unexpected: Sequence[str], source: BaseSource) -> MissingTensorError:
     """The error that lists what is missing, the first ones with the nearest name that nobody wants."""
+    names = [spec.name for spec in specs]
+    shapes = {spec.name: spec.shape for spec in specs}
+    for name in unexpected:
+        stored = source.stored(name)
+        # Of a quantized tensor the stored shape may be that of packed values.
+        if stored is not None and name not in source.quantized:
+            shapes.setdefault(name, stored.shape)
     prefix = names[0].split(".")[0] + "."
     hint = "Map names with key_mapping, or build the model from the base's own config.json"
     if not any(name.startswith(prefix) for name in source.names()):
@@ -353,7 +389,7 @@ def _missing(names: Sequence[str], unexpected: Sequence[str], source: BaseSource
         )
     return MissingTensorError(
         f"the base model lacks {len(names)} of the model's tensors: "
-        + listed(names, unexpected or source.names(), "the base has"),
+        + listed(names, unexpected or source.names(), "the base has", shapes),
         path=source.path,
         tensor=names[0],
         hint=f"{hint}.",

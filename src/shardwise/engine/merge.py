@@ -7,13 +7,14 @@ every byte is written, read and written again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
 from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.merge_computed import write_aside
+from shardwise.engine.private_directory import private_directory
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError, StorageError
@@ -30,6 +31,7 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 
 _BLOCK_BYTES = 8 * 2**20
+_STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class MergeOptions:
 
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
-        staging_dir: Local directory in which a file is finished before it is copied into place.
+        staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
     """
 
     single_rank: bool
@@ -75,10 +77,13 @@ def write_merged(
             storage.make_directory(plan.directory)
             storage.check_space(plan.directory, plan.layout.total_bytes)
     with group.together(f"merging shards into {plan.directory}"):
-        for number, file in enumerate(plan.layout.files):
-            if (0 if options.single_rank else number % group.world_size) == group.rank:
-                with locating(plan.directory / file.name):
-                    copied |= _merge_file(file, plan.directory / file.name, sources, paths, storage, options, digests)
+        merging = _Merging(plan.directory, sources, paths, storage, digests)
+        own = [
+            file
+            for number, file in enumerate(plan.layout.files)
+            if (0 if options.single_rank else number % group.world_size) == group.rank
+        ]
+        copied |= _merge_files(own, merging, options.staging_dir)
     digests |= dict(zip(copied, group.fold(list(copied.values()), [], "sharing digests")[0], strict=True))
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
@@ -100,32 +105,65 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
     return SourceTensor(tensor.spec, tuple(chunk._replace(file=chunk.file + by) for chunk in tensor.chunks))
 
 
-def _merge_file(
-    file: FileLayout,
-    target: Path,
-    sources: dict[str, SourceTensor],
-    paths: Sequence[Path],
-    storage: Storage,
-    options: MergeOptions,
-    digests: dict[str, int | None],
-) -> dict[str, int]:
-    """Write one final file from front to back; returns the digests of tensors that had none."""
+@dataclass(frozen=True, slots=True)
+class _Merging:
+    """What files are merged from, and where to.
+
+    Attributes:
+        directory: The final files' directory.
+        sources: Where each tensor lies in ``paths``.
+        paths: The files to read.
+        storage: Where data goes.
+        digests: The tensors' digests, as far as they are known.
+    """
+
+    directory: Path
+    sources: Mapping[str, SourceTensor]
+    paths: Sequence[Path]
+    storage: Storage
+    digests: Mapping[str, int | None]
+
+
+def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Path | None) -> dict[str, int]:
+    """Write final files one after the other; returns the digests of tensors that had none."""
     found: dict[str, int] = {}
-    place = target
-    if options.staging_dir is not None:
-        storage.make_directory(options.staging_dir)
-        storage.check_space(options.staging_dir, file.size)
-        place = options.staging_dir / f".shardwise-{target.name}"
-    reader = Reader(storage, paths)
+    storage, directory = merging.storage, merging.directory
+    if staging_dir is None or not files:
+        for file in files:
+            with locating(directory / file.name):
+                found |= _merge_file(file, directory / file.name, merging)[0]
+        return found
+    with private_directory(staging_dir) as private:
+        for file in files:
+            place, target = private / file.name, directory / file.name
+            with locating(place):
+                storage.check_space(private, file.size)
+                digests, crc = _merge_file(file, place, merging)
+                found |= digests
+            with locating(target):
+                _move(place, target, file.size, crc, storage)
+    return found
+
+
+def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[str, int], int]:
+    """Write one final file to ``place`` from front to back.
+
+    Returns:
+        The digests of tensors that had none, and the whole file's.
+    """
+    found: dict[str, int] = {}
+    storage, digests = merging.storage, merging.digests
+    reader = Reader(storage, merging.paths)
     storage.create(place, 0, b"")
     handle = storage.open(place, writable=True)
     try:
         storage.write(handle, file.header, 0)
-        offset = len(file.header)
+        offset, whole = len(file.header), crc32c(file.header)
         for entry in file.entries:
             crc = 0
-            for block in tensor_blocks(sources[entry.spec.name], reader):
+            for block in tensor_blocks(merging.sources[entry.spec.name], reader):
                 crc = crc32c(block, crc)
+                whole = crc32c(block, whole)
                 storage.write(handle, block, offset)
                 offset += len(block)
             if entry.spec.name not in digests:
@@ -133,7 +171,7 @@ def _merge_file(
             elif entry.spec.nbytes and crc != digests[entry.spec.name]:
                 raise IntegrityError(
                     "the bytes read back from the shards differ from those written",
-                    path=target,
+                    path=place,
                     tensor=entry.spec.name,
                     hint="The file system or the memory of this node is not reliable; save elsewhere.",
                 )
@@ -141,24 +179,43 @@ def _merge_file(
     finally:
         storage.close(handle)
         reader.close()
-    if place != target:
-        _copy(place, target, file.size, storage)
-    return found
+    return found, whole
 
 
-def _copy(place: Path, target: Path, size: int, storage: Storage) -> None:
-    """Copy a finished file to its place with large sequential writes."""
+def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
+    """Copy a finished file to its place with large sequential writes, compare what is copied, and remove the copy.
+
+    Args:
+        place: The finished file.
+        target: Its place.
+        size: Its bytes.
+        crc: The digest of what was written to it.
+        storage: Where data goes.
+
+    Raises:
+        IntegrityError: It has other bytes, or fewer.
+    """
     source = storage.open(place, writable=False)
     try:
         storage.create(target, 0, b"")
         handle = storage.open(target, writable=True)
         try:
             buffer = bytearray(_BLOCK_BYTES)
-            offset = 0
+            offset, found = 0, 0
             while offset < size:
-                got = storage.read(source, memoryview(buffer)[: min(len(buffer), size - offset)], offset)
-                storage.write(handle, memoryview(buffer)[:got], offset)
+                block = memoryview(buffer)[: min(len(buffer), size - offset)]
+                got = storage.read(source, block, offset)
+                if got != len(block):
+                    raise IntegrityError(
+                        f"the staged file ends after {offset + got} of {size} bytes", path=place, hint=_STAGE_ELSEWHERE
+                    )
+                found = crc32c(block, found)
+                storage.write(handle, block, offset)
                 offset += got
+            if found != crc:
+                raise IntegrityError(
+                    "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
+                )
             storage.sync(handle)
         finally:
             storage.close(handle)

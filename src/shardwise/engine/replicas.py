@@ -137,6 +137,10 @@ def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> Seen:
 def _crcs(own: Sequence[Replica], known: dict[tuple[object, ...], int], threads: int) -> tuple[int, ...]:
     keys = [tuple(map(_place, replica.data)) for replica in own]
     fresh = {key: replica.data for key, replica in zip(keys, own, strict=True) if key not in known}
+    # What modules make is made one module at a time.
+    made = {key: data for key, data in fresh.items() if any(tensor.is_meta for tensor in data)}
+    known.update((key, _crc(data)) for key, data in made.items())
+    fresh = {key: data for key, data in fresh.items() if key not in made}
     if threads > 1 and len(fresh) > 1:
         with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-compare") as pool:
             known.update(zip(fresh, pool.map(_crc, fresh.values()), strict=True))

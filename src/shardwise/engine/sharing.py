@@ -11,7 +11,7 @@ import torch
 from shardwise.comm import Group
 from shardwise.engine.rosters import roster_of_kind
 from shardwise.io.reader import Reader
-from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared, spare_memory
+from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared, rehearse, spare_memory
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
 from shardwise.plan.fragments import HeldPart, HeldTensor
@@ -108,6 +108,10 @@ class PlannedReads:
             self._wanted_by(members).made.append(partial(make, tensor._replace(parts=(part,))))
             self.made_bytes += sum(f.box.numel for f in part.fragments) // len(members)
         return tensor._replace(parts=tuple(alone))
+
+    def rehearse(self) -> None:
+        """Find out, where all ranks learn of it, whether this rank can tell what is to be passed on. Local."""
+        rehearse(self.shared)
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.

@@ -1,131 +1,291 @@
 """Copying state aside, so that training may go on while it is written.
 
-The memory belongs to the `Stager` and is reused by every save: one arena for each component, pinned where the source
-is on a GPU (the copy then runs on a stream of its own), and in huge pages on the CPU, whose first touch costs a
-fraction of that of small ones.
+The memory belongs to the `Stager` and is reused by every save: one arena for each component, pinned where a source is
+on an accelerator with streams (the copies then run on a stream of their own, see `shardwise.engine.device_streams`),
+and in huge pages on the CPU, whose first touch costs a fraction of that of small ones.
+
+A loop need not know of any of this. What is given to a device's current stream after `Stager.stage`, by the thread that
+called it, runs behind the copies, and so does what an optimizer's ``step`` gives to any stream of any thread. Nothing
+here keeps a source's memory alive.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from shardwise.engine.memo import Memo
+from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, DeviceStreams
+from shardwise.errors import MisuseError
+from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 
 #: Buffers start at multiples of this, a cache line.
 _ALIGN = 64
 
 
-@dataclass(frozen=True)
-class _Staged:
+@dataclass(frozen=True, slots=True)
+class _Plan:
     """Where a component's memory goes.
 
     Attributes:
+        layout: What the buffers were made for, as `_layout` describes it.
+        apart: The devices that copies are queued on.
         arena: Keeps the memory alive, as bytes.
-        pairs: Which buffer takes which source.
-        held: The tensors, with the buffers as their memory.
+        buffers: One for each source, contiguous.
+        held: The tensors with the buffers as their memory, where the component consists of held tensors.
     """
 
+    layout: object
+    apart: frozenset[torch.device]
     arena: torch.Tensor
-    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    buffers: tuple[torch.Tensor, ...]
     held: list[HeldTensor]
 
 
 class Stager:
-    """Owns the staging memory of one checkpointer."""
+    """Owns the staging memory of one checkpointer. Threads may share it.
 
-    def __init__(self) -> None:
-        self._memos: dict[str, Memo[_Staged]] = {}
+    Args:
+        streams: How copies from accelerators are ordered among their other work.
+    """
+
+    def __init__(self, streams: DeviceStreams | None = None) -> None:
+        self._streams: DeviceStreams = streams or AcceleratorStreams()
+        self._plans: dict[str, _Plan] = {}
         self._arenas: dict[str, torch.Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._event: torch.cuda.Event | None = None
+        self._pending: dict[torch.device, CopyEvent] = {}
+        self._before_steps: RemovableHandle | None = None
+        self._readers = 0
+        self._lock = threading.Lock()
+        self._unread = threading.Condition(self._lock)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arenas."""
-        return sum(arena.numel() for arena in self._arenas.values())
+        with self._lock:
+            return sum(arena.numel() for arena in self._arenas.values())
 
     def allocate(self, component: str, held: Sequence[HeldTensor]) -> None:
         """Make the memory for a component and touch its pages, so that the first save does not have to."""
-        staged = self._staged(component, held)
-        staged.arena.fill_(0)
+        with self._writable():
+            self._planned(component, held, _sources(held)).arena.fill_(0)
+
+    def allocate_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As `allocate`, for `stage_tensors`."""
+        with self._writable():
+            self._planned(component, (), [_local(name, tensor) for name, tensor in tensors.items()]).arena.fill_(0)
 
     def stage(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """Copy every fragment into the component's memory.
 
         Returns:
-            The same tensors, with that memory behind them. CPU sources are copied when this returns, GPU sources when
-            `wait` does.
+            The same tensors, with that memory behind them; the same objects as long as tensors of the same kind are
+            staged. What is on the CPU is copied when this returns, what is on an accelerator when `wait` does.
         """
-        staged = self._staged(component, held)
-        for buffer, source in staged.pairs:
-            self._copy(buffer, source)
-        if self._stream is not None:
-            self._event = self._stream.record_event()
-        return staged.held
+        sources = _sources(held)
+        with self._writable():
+            plan = self._planned(component, held, sources)
+            self._copy_all(plan, sources)
+        return plan.held
+
+    def stage_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy plain tensors and what this rank has of DTensors into the component's memory.
+
+        Returns:
+            As `stage`. DTensors are DTensors again, of the same mesh and placements, around that memory, which is the
+            CPU's whatever the mesh is of: they may be written, and not computed with.
+
+        Raises:
+            MisuseError: A tensor's class keeps its values in a way of its own.
+        """
+        sources = [_local(name, tensor) for name, tensor in tensors.items()]
+        with self._writable():
+            plan = self._planned(component, (), sources)
+            self._copy_all(plan, sources)
+        pairs = zip(tensors.items(), plan.buffers, strict=True)
+        return {name: _around(buffer, tensor) for (name, tensor), buffer in pairs}
 
     def wait(self) -> None:
-        """Return when the sources may be overwritten."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
+        """Return when the sources may be overwritten, by whatever stream. Any thread calls."""
+        with self._lock:
+            pending = dict(self._pending)
+        for event in pending.values():
+            event.synchronize()
+        with self._lock:
+            for device, event in pending.items():
+                if self._pending.get(device) is event:
+                    del self._pending[device]
+
+    def lend(self) -> None:
+        """What was staged will be read: staging again waits until it is taken back."""
+        with self._lock:
+            self._readers += 1
+
+    def take_back(self) -> None:
+        """Undo a `lend`."""
+        with self._unread:
+            self._readers -= 1
+            self._unread.notify_all()
 
     def clear(self) -> None:
-        """Release the memory."""
+        """Release the memory, and forget about optimizers."""
         self.wait()
-        self._memos.clear()
-        self._arenas.clear()
+        with self._lock:
+            self._plans.clear()
+            self._arenas.clear()
+            handle, self._before_steps = self._before_steps, None
+        if handle is not None:
+            handle.remove()
 
-    def _staged(self, component: str, held: Sequence[HeldTensor]) -> _Staged:
-        memo = self._memos.setdefault(component, Memo())
-        return memo.get(held, None, lambda: self._plan(component, held))
+    # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, component: str, held: Sequence[HeldTensor]) -> _Staged:
-        sources = [fragment.data.detach() for tensor in held for part in tensor.parts for fragment in part.fragments]
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """While the arenas are written: by one thread, and not while a save reads them.
+
+        Memory made inside ``torch.inference_mode()`` could not be written outside of it.
+        """
+        with self._unread:
+            self._unread.wait_for(lambda: self._readers == 0)
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+
+    def _planned(self, component: str, held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> _Plan:
+        apart = frozenset(filter(self._streams.has_streams, map(_device, sources)))
+        layout = (apart, _layout(held, sources))
+        known = self._plans.get(component)
+        if known is not None and known.layout == layout:
+            return known
         offsets, end = [], 0
         for source in sources:
             offsets.append(end)
             end += -(-source.numel() * source.element_size() // _ALIGN) * _ALIGN
-        arena = self._arena(component, end, any(source.device.type == "cuda" for source in sources))
+        # Without the old plan, whose buffers would keep an outgrown arena while the next one is made.
+        del known
+        self._plans.pop(component, None)
+        arena = self._arena(component, end, bool(apart))
         buffers = []
         for source, offset in zip(sources, offsets, strict=True):
             flat = arena[offset : offset + source.numel() * source.element_size()]
             buffers.append(flat.view(source.dtype).view(source.shape))
         remaining = iter(buffers)
-        tensors = [_rebuilt(tensor, remaining) for tensor in held]
-        return _Staged(arena, tuple(zip(buffers, sources, strict=True)), tensors)
+        plan = _Plan(layout, apart, arena, tuple(buffers), [_rebuilt(tensor, remaining) for tensor in held])
+        self._plans[component] = plan
+        return plan
 
     def _arena(self, component: str, nbytes: int, pinned: bool) -> torch.Tensor:
         """Memory of at least ``nbytes``; what the component has already, if that is enough."""
         known = self._arenas.get(component)
         if known is not None and known.numel() >= nbytes and (known.is_pinned() or not pinned):
             return known
-        made = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if pinned else _huge_pages(nbytes)
+        self._arenas.pop(component, None)
+        del known
+        made = self._streams.pinned(nbytes) if pinned else _huge_pages(nbytes)
         self._arenas[component] = made
         return made
 
-    def _copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
-        if source.device.type != "cuda":
+    def _copy_all(self, plan: _Plan, sources: Sequence[torch.Tensor]) -> None:
+        """Copy, and order whatever comes behind the copies, also where one of them fails."""
+        used: dict[torch.device, None] = {}
+        try:
+            for buffer, source in zip(plan.buffers, sources, strict=True):
+                self._copy(buffer, source, plan.apart, used)
+        finally:
+            release()
+            for device in used:
+                event = self._pending[device] = self._streams.mark(device)
+                self._streams.hold_back(device, event)
+            if used and self._before_steps is None:
+                self._before_steps = register_optimizer_step_pre_hook(self._before_step)
+
+    def _copy(
+        self,
+        buffer: torch.Tensor,
+        source: torch.Tensor,
+        apart: frozenset[torch.device],
+        used: dict[torch.device, None],
+    ) -> None:
+        """Copy one tensor: the only place where staging reads what it was given."""
+        source = resolve(source)
+        if not apart or source.device not in apart:
             buffer.copy_(source)
             return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(source.device))
-        with torch.cuda.stream(self._stream):
-            buffer.copy_(source, non_blocking=True)
-            source.record_stream(self._stream)
+        used[source.device] = None
+        self._streams.copy(buffer, source)
+
+    def _before_step(self, *_: object) -> None:
+        """Called before any optimizer's ``step``, which may run on another stream or thread than the save did."""
+        with self._lock:
+            pending = list(self._pending.items())
+        for device, event in pending:
+            self._streams.hold_back(device, event)
+
+
+def _sources(held: Sequence[HeldTensor]) -> list[torch.Tensor]:
+    return [fragment.data for tensor in held for part in tensor.parts for fragment in part.fragments]
+
+
+def _device(source: torch.Tensor) -> torch.device:
+    """Where a source is; of one that its module makes when it is asked, where it will be made."""
+    what = deferred(source) if source.is_meta else None
+    return source.device if what is None else what.device
+
+
+def _layout(held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> object:
+    """What buffers depend on, without a reference to any source: equal for tensors that can take each other's.
+
+    In flat lists, which are made and compared in a fraction of the time: this is done for every tensor of every save.
+    """
+    parts = [part for tensor in held for part in tensor.parts]
+    return (
+        [source.dtype for source in sources],
+        [source.shape for source in sources],
+        [tensor.spec for tensor in held],
+        [tensor.grid for tensor in held],
+        [len(tensor.parts) for tensor in held],
+        [part.part for part in parts],
+        [part.coordinate for part in parts],
+        [len(part.fragments) for part in parts],
+        [fragment.box for part in parts for fragment in part.fragments],
+    )
+
+
+def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor, as memory that can be copied byte by byte."""
+    local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+    if isinstance(local, AsyncCollectiveTensor):
+        local = local.trigger_wait()  # type: ignore[no-untyped-call]
+    if local.layout != torch.strided or type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise MisuseError(
+            f"a {type(local).__name__} of layout {local.layout} cannot be copied aside as it is",
+            tensor=name,
+            hint='Set model_save_format to "safetensors", or is_async to false.',
+        )
+    return local
+
+
+def _around(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``buffer`` in the place of what this rank has of ``tensor``."""
+    if not isinstance(tensor, DTensor):
+        return buffer
+    # Its own constructor, since from_local() would move the memory to the mesh's device.
+    return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _huge_pages(nbytes: int) -> torch.Tensor:
     """Anonymous memory, in huge pages where the system grants them."""
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel without huge pages refuses; small ones do as well, only slower at the first touch.

@@ -40,8 +40,11 @@ VerifyLevel = Literal["sizes", "digests"]
 #: ``absent``: no such file. ``kind``: not a regular file, or behind a link. ``size``: shorter or longer. ``header``:
 #: the header of a tensor file. ``digest``: a tensor's bytes, or any other file's. ``unreadable``: the device failed.
 #: ``manifest``: the manifest itself. ``unexpected``: no save wrote it, and a load would read it. ``index``: a weight
-#: index that does not describe its directory (looked at only where there is no manifest).
-DamageKind = Literal["absent", "kind", "size", "header", "digest", "unreadable", "manifest", "unexpected", "index"]
+#: index that does not describe its directory, ``incomplete``: pieces that do not make up their tensor (both looked at
+#: only where there is no manifest).
+DamageKind = Literal[
+    "absent", "kind", "size", "header", "digest", "unreadable", "manifest", "unexpected", "index", "incomplete"
+]
 
 #: Bytes that one thread takes up at a time, and the buffer through which it reads them.
 _TASK_BYTES = 32 * 2**20

@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn
 
 from shardwise.errors import HeaderError, MissingTensorError, MisuseError
 from shardwise.format.files import open_regular, read_exactly
+from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
 from shardwise.format.strict_json import (
     MAX_INT,
     MAX_NAME,
@@ -194,9 +195,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     with open_regular(path, HeaderError) as (stream, size):
         text = os.fspath(path)
-        start = read_exactly(stream, LENGTH_BYTES)
+        start = read_exactly(stream, FIRST_BYTES)
         length = _header_length(start, size, text)
-        buffer = start + read_exactly(stream, length)
+        buffer = start + read_exactly(stream, LENGTH_BYTES + length - len(start))
     return parse_header(buffer, size, text)
 
 
@@ -211,7 +212,7 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     Raises:
         HeaderError: The header is malformed, or the file is shorter or longer than it says.
     """
-    length = _header_length(buffer[:LENGTH_BYTES], file_size, path)
+    length = _header_length(buffer[:FIRST_BYTES], file_size, path)
     text = bytes(buffer[LENGTH_BYTES : LENGTH_BYTES + length])
 
     def fail(reason: str) -> NoReturn:
@@ -220,31 +221,41 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     if len(text) < length:
         fail(f"has {length} bytes, of which only {len(text)} are there")
     if not text.startswith(b"{"):
+        _refuse_other_formats(buffer, path)
         fail("does not start with '{'")
     plain = _plain_entries(text, path)
     if plain is not None:
         noted, entries = plain
     else:
         table = as_object(loads(text, fail=fail), "which", fail)
-        noted = table.pop(_METADATA_KEY, {})
+        noted = table.pop(_METADATA_KEY, None)
         entries = [_entry(name, value, path) for name, value in table.items()]
-    metadata = {
-        key: as_text(value, f"metadata {key!r}", fail) for key, value in as_object(noted, _METADATA_KEY, fail).items()
-    }
+    # The safetensors library takes null for an absent entry.
+    strings = {} if noted is None else as_object(noted, _METADATA_KEY, fail)
+    metadata = {key: as_text(value, f"metadata {key!r}", fail) for key, value in strings.items()}
     entries.sort(key=itemgetter(1, 2))
     data_start = LENGTH_BYTES + length
     _check_tiling(entries, file_size - data_start, path)
     return Header(tuple(entries), metadata, data_start)
 
 
+def _refuse_other_formats(start: bytes, path: str) -> None:
+    """Raise what names the format of a file that is none of safetensors, where it is a known one."""
+    found = what_is(start)
+    if found is not None and found.kind is not Kind.SAFETENSORS:
+        raise HeaderError(f"{path!r} is {found.name}, not a safetensors file", path=path, hint=found.hint)
+
+
 def _header_length(start: bytes, file_size: int, path: str) -> int:
     if len(start) < LENGTH_BYTES or file_size < LENGTH_BYTES:
+        _refuse_other_formats(start, path)
         missing = LENGTH_BYTES - min(len(start), file_size)
         raise HeaderError(
             f"{path!r} is truncated: {missing} bytes of the header's length are missing", path=path, hint=DAMAGED
         )
-    (length,) = struct.unpack("<Q", start)
+    (length,) = struct.unpack_from("<Q", start)
     if length > MAX_HEADER_BYTES:
+        _refuse_other_formats(start, path)
         raise HeaderError(
             f"{path!r} claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed",
             path=path,
@@ -252,6 +263,7 @@ def _header_length(start: bytes, file_size: int, path: str) -> int:
         )
     missing = LENGTH_BYTES + length - file_size
     if missing > 0:
+        _refuse_other_formats(start, path)
         raise HeaderError(
             f"{path!r} is truncated: {missing} of its header's {length} bytes are missing", path=path, hint=DAMAGED
         )

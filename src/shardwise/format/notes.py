@@ -16,6 +16,14 @@ FILE_DTYPES = "fqn_to_dtype_mapping.json"
 NATIVE_DTYPES = "native_dtypes.json"
 #: Names of the base model's tensors that were carried over.
 PASSED_THROUGH = "passed_through.json"
+#: What an export that is made later needs to be the one that the save would have made: see `EXPORT_KEYS`.
+EXPORT = "export.json"
+#: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, its ``files`` in the order of numbers, and
+#: the names of its tensors that are to be ``carried`` over.
+EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files", "carried")
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, EXPORT})
+
+#: Directory beside a model's tensors with what its modules have beside tensors.
+ASIDE_DIR = "module_state"

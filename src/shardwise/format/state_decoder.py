@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import collections
+import io
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -56,6 +57,8 @@ class Decoder:
             "$deque": self._deque,
             "$tensor": lambda value, depth: self._tensor(value),
             "$complex_tensor": self._complex_tensor,
+            "$quantized": self._quantized,
+            "$bytesio": lambda value, depth: io.BytesIO(self._bytes(value, depth)),
             "$size": self._size,
             "$dtype": self._dtype,
             "$npscalar": self._npscalar,
@@ -172,6 +175,29 @@ class Decoder:
         if real.dtype != torch.float64 or real.dim() < 1 or real.shape[-1] != 2:
             fail("has $complex_tensor that is not pairs of float64")
         return torch.view_as_complex(real.contiguous())
+
+    def _quantized(self, value: JsonValue, depth: int) -> torch.Tensor:
+        import torch
+
+        row = as_array(value, "$quantized", fail)
+        if len(row) not in (3, 4):
+            fail(f"has $quantized with {len(row)} fields where 3 or 4 belong")
+        integers = self._tensor(row[0])
+        if integers.dtype not in (torch.int8, torch.uint8, torch.int32):
+            fail("has $quantized whose integers are of another dtype")
+        if len(row) == 3:
+            scale, zero = self.decode(row[1], depth), row[2]
+            if type(scale) is not float or type(zero) is not int or not -(2**31) <= zero < 2**31:
+                fail("has $quantized whose scale or zero point is no number")
+            return torch._make_per_tensor_quantized_tensor(integers, scale, zero)
+        scales, zeros, axis = self._tensor(row[1]), self._tensor(row[2]), row[3]
+        is_axis = type(axis) is int and 0 <= axis < integers.dim()
+        if not is_axis or not (scales.dim() == zeros.dim() == 1):
+            fail("has $quantized whose axis, scales or zero points do not fit")
+        axis = cast("int", axis)
+        if not len(scales) == len(zeros) == integers.shape[axis]:
+            fail("has $quantized whose axis, scales or zero points do not fit")
+        return torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)
 
     def _size(self, value: JsonValue, depth: int) -> object:
         import torch

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import io
 import json
 import re
 import struct
@@ -114,6 +115,8 @@ class _Encoder:
             return {"$complex": [_encode_float(value.real), _encode_float(value.imag)]}
         elif type(value) is bytes:
             return {"$bytes": base64.b64encode(value).decode("ascii")}
+        elif type(value) is io.BytesIO:
+            return {"$bytesio": base64.b64encode(value.getvalue()).decode("ascii")}
         container = self._encode_container(value, path, depth + 1)
         return container if container is not None else self._encode_array(value, path)
 
@@ -190,7 +193,9 @@ class _Encoder:
     def _encode_tensor(self, value: torch.Tensor, path: str) -> JsonValue:
         import torch
 
-        if value.layout is not torch.strided or value.is_quantized or value.device.type == "meta":
+        if value.is_quantized and value.layout is torch.strided:
+            return self._encode_quantized(value, path)
+        if value.layout is not torch.strided or value.device.type == "meta":
             self._refuse(path, f"it is a tensor without ordinary dense data ({value.layout}, device {value.device})")
         name = self._names.get(id(value))
         plain = torch.view_as_real(value.detach().resolve_conj()) if value.dtype == torch.complex128 else value
@@ -205,6 +210,19 @@ class _Encoder:
             self._names[id(value)] = name
             self._alive.append(value)
         return {"$tensor": name} if plain is value else {"$complex_tensor": name}
+
+    def _encode_quantized(self, value: torch.Tensor, path: str) -> JsonValue:
+        import torch
+
+        if value.dtype not in (torch.qint8, torch.quint8, torch.qint32):
+            self._refuse(path, f"it is a quantized tensor of {value.dtype}")
+        with torch.no_grad():
+            integers = self._store(value.int_repr(), path)
+            if value.qscheme() is torch.per_tensor_affine:
+                return {"$quantized": [integers, _encode_float(value.q_scale()), value.q_zero_point()]}
+            scales = self._store(value.q_per_channel_scales(), path)
+            zeros = self._store(value.q_per_channel_zero_points(), path)
+            return {"$quantized": [integers, scales, zeros, value.q_per_channel_axis()]}
 
     def _store(self, tensor: torch.Tensor, path: str) -> str:
         import torch

@@ -50,6 +50,27 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     return not any(corners.values())
 
 
+def overlap(boxes: Sequence[Box]) -> bool:
+    """Whether two of these boxes, which are not empty, share an element."""
+    # Along the dimension that tells most of them apart.
+    dim = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
+    near: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        near = [other for other in near if other.ends[dim] > box.offsets[dim]]
+        if any(other.intersect(box) is not None for other in near):
+            return True
+        near.append(box)
+    return False
+
+
+def covers_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
+    """What `tiles` says, also of fine grids, of which it cannot tell: these are looked at box by box."""
+    if tiles(shape, boxes):
+        return True
+    solid = [box for box in boxes if box.numel]
+    return len(solid) > 1 and sum(box.numel for box in solid) == Box.whole(shape).numel and not overlap(solid)
+
+
 def _add_corners(corners: dict[tuple[int, ...], int], box: Box, split: Sequence[int], weight: int) -> None:
     for upper in product((0, 1), repeat=len(split)):
         corner = tuple([box.offsets[d] + side * box.sizes[d] for d, side in zip(split, upper, strict=True)])

@@ -15,25 +15,28 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError, WeightIndexError
+from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
 from shardwise.format.dtypes import dtype_code
 from shardwise.format.index import read_index
+from shardwise.format.sniff import Kind, what_is_file
+from shardwise.format.weight_files import TORCH, choose_weights, files_of_index
 from shardwise.io.memory import blocks
-from shardwise.io.sources import Source
+from shardwise.io.sources import Source, tell_unread
+from shardwise.io.torch_state import distributed_class, unwrapped
+from shardwise.io.whereabouts import torch_files
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
 
-_TORCH_FILE = re.compile(r"^(pytorch_model|model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin$")
-_SUFFIXES = (".bin", ".pt", ".pth")
 _COPY_ELEMENTS = 2**20
 
 
@@ -55,28 +58,30 @@ class BinSource:
 def has_torch_files(path: Path) -> bool:
     """Whether there are ``.bin`` weights at a path, which may be a file."""
     if path.is_file():
-        return path.suffix in _SUFFIXES
-    return path.is_dir() and any(_TORCH_FILE.match(name) for name in os.listdir(path))
+        return TORCH.index_stem(path.name) is not None or TORCH.stem_of(path.name) is not None
+    return path.is_dir() and bool(torch_files(path) or _indices(path))
 
 
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
     """Find the tensors of a ``.bin`` file, or of a directory of them. All ranks of the group call and see the same.
 
     Args:
-        path: A file, or a directory with ``pytorch_model.bin``, with several of them, or with an index.
+        path: A file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
         group: The ranks that load together; each file is looked into by one of them.
         allow_legacy_pickle: Unpickle without restrictions, which runs code from the file.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
+        AmbiguousFilesError: Several files in the directory could be meant.
         UnsafePickleError: A file names something outside torch's allow-list.
-        FormatError: A file is damaged, or holds no state dict.
+        FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
     """
     listed = group.tell(
-        lambda: cast(JsonValue, [path.name] if path.is_file() else _listing(path)), f"looking for .bin files at {path}"
+        lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
+        f"looking for .bin files at {path}",
     )
     names = cast(list[str], listed)
-    files = [path if path.is_file() else path / name for name in names]
+    files = [(path if path.is_dir() else path.parent) / name for name in names]
     own: dict[str, JsonValue] = {}
     with group.together(f"looking into the .bin files at {path}"):
         for number, file in enumerate(files):
@@ -97,30 +102,52 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
     return BinSource(Source(path, tuple(files), tensors), loose, allow_legacy_pickle)
 
 
-def _listing(directory: Path) -> list[str]:
-    names = sorted(os.listdir(directory))
-    plain = [name for name in names if _TORCH_FILE.match(name)]
-    for index in ("pytorch_model.bin.index.json", *(n for n in names if n.endswith(".bin.index.json"))):
-        if index not in names:
-            continue
-        listed = sorted(set(read_index(directory / index).weight_map.values()))
-        absent = [f for f in listed if f not in names]
-        if absent:
-            raise WeightIndexError(
-                f"the index names {absent[0]}, which is absent",
-                path=directory / index,
-                hint="Fetch or restore the missing file; the model is not whole without it.",
-            )
-        return listed
-    if not plain:
+def _is_weights(path: Path) -> bool:
+    return path.is_file() and TORCH.index_stem(path.name) is None
+
+
+def _indices(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if TORCH.index_stem(name) is not None]
+
+
+def _listing(path: Path) -> list[str]:
+    """Names of the files that an index lists, or that make up the model in a directory."""
+    read = cache(read_index)
+    if path.is_file():
+        return list(files_of_index(path, os.listdir(path.parent), read).files)
+    chosen = choose_weights(path, [*torch_files(path), *_indices(path)], TORCH, read)
+    if chosen is None:
         raise CheckpointNotFoundError(
-            "the directory holds no .bin weights", path=directory, hint="Point at a model directory."
+            "the directory holds no .bin weights", path=path, hint="Point at a model directory."
         )
-    return plain
+    if chosen.unread is not None:
+        tell_unread(path, chosen)
+    return list(chosen.files)
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Refuse what is not one of torch's files, and what holds one rank's part of a model, by name."""
+    found = what_is_file(file)
+    if found is not None and found.kind is Kind.SAFETENSORS:
+        raise FormatError(
+            "the file is a safetensors file, whatever its name says", path=file, hint="Rename it to *.safetensors."
+        )
+    if found is not None and found.kind is not Kind.TORCH and not zipfile.is_zipfile(file):
+        raise FormatError(f"the file is {found.name}, and none that torch.save wrote", path=file, hint=found.hint)
+    shards = distributed_class(file)
+    if shards is not None:
+        raise FormatError(
+            f"the file holds one rank's shards of a model and not its tensors: it names {shards}",
+            path=file,
+            hint="Name the base model that the run started from, or gather its state dict where it is saved "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True); a checkpoint of "
+            "shardwise or DCP is loaded from its directory.",
+        )
 
 
 def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
     """Name, shape, dtype code and byte offset of every tensor; no offset for one that has to be loaded."""
+    _refuse_other_formats(file)
     if not zipfile.is_zipfile(file):
         for name, tensor in load_file(file, legacy).items():
             yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
@@ -159,16 +186,17 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
             path=file,
             hint="If you trust whoever wrote it, set allow_legacy_pickle_restore, which runs the code in it.",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (
+        RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, OSError
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         # A file that is cut short makes torch seek to before its beginning.
         raise FormatError(f"the file is not a torch checkpoint: {error}", path=file, hint="Fetch it again.") from error
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict):
+    if not isinstance(found, Mapping):
         raise FormatError(f"the file holds a {type(found).__name__}", path=file, hint="It has to hold a state dict.")
-    return {str(name): value.detach() for name, value in found.items() if isinstance(value, torch.Tensor)}
+    state = unwrapped(found, file)
+    return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def fill_loose(source: BinSource, wanted: Sequence[HeldTensor]) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from shardwise.format.crc import crc32c, shift
 from shardwise.io.memory import as_bytes, blocks
+from shardwise.plan.deferred import resolve
 from shardwise.plan.runs import flat_offset, stride_of
 from shardwise.types import Box
 
@@ -42,7 +43,7 @@ def contribution(
     period = inner
     rows = box.sizes[how.outer - 1]
     found = 0
-    crcs = _row_crcs(data.detach().to("cpu", dtype), how.run, how.count).reshape(-1, rows)
+    crcs = _row_crcs(resolve(data).detach().to("cpu", dtype), how.run, how.count).reshape(-1, rows)
     leads = Box(box.offsets[: how.outer - 1], box.sizes[: how.outer - 1])
     tail = flat_offset(box.offsets[how.outer :], shape[how.outer :]) * itemsize + how.run * itemsize
     for number, row in enumerate(crcs):

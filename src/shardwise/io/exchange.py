@@ -14,6 +14,7 @@ import torch
 from shardwise.comm import Group
 from shardwise.errors import PeerError
 from shardwise.io.memory import flat_bytes
+from shardwise.plan.deferred import resolve
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout
 from shardwise.plan.ownership import cut
@@ -28,6 +29,9 @@ def exchange_rows(
     layout: Layout,
     group: Group,
     write: Callable[[Run], None],
+    *,
+    failure: Exception | None = None,
+    spare: torch.Tensor | None = None,
 ) -> Exception | None:
     """Turn column shards into rows and hand each range of rows to ``write``. The tensors' holders call.
 
@@ -37,6 +41,8 @@ def exchange_rows(
         layout: Where the tensors lie.
         group: Whose ranks swap.
         write: Writes one run; called on the calling thread.
+        failure: What this rank has failed with before, if it has: its rows are swapped, and none is written.
+        spare: From `spare_memory`, made where all ranks learn of it if one cannot; made here if not given.
 
     Returns:
         What failed first on this rank, if anything; later rows are then swapped and dropped.
@@ -44,11 +50,13 @@ def exchange_rows(
     Raises:
         PeerError: A peer left.
     """
-    failure: Exception | None = None
+    if spare is None:
+        spare = spare_memory(exchanges, held, group.rank)
     for exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
             try:
-                run = _round(exchange, turn, held[exchange.tensor], layout, group)
+                with group.keeping(failure):
+                    run = _round(exchange, turn, held[exchange.tensor], layout, group, spare)
                 if run is not None and failure is None:
                     write(run)
             except PeerError:
@@ -58,23 +66,41 @@ def exchange_rows(
     return failure
 
 
-def _round(exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group) -> Run | None:
+def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
+    """Memory for the messages of a rank that has failed, be it for lack of memory. Local; call while no peer waits.
+
+    As long as nothing fails it is not written to, and takes address space alone.
+    """
+    own = (exchange for exchange in exchanges if rank in exchange.members)
+    rounds = (e.rows_per_round * math.prod(e.row_shape) * _dtype(held[e.tensor]).itemsize for e in own)
+    return torch.empty(max(rounds, default=0), dtype=torch.uint8)
+
+
+def _dtype(tensor: HeldTensor) -> torch.dtype:
+    """In which its elements travel."""
+    return tensor.fragments[0].data.dtype
+
+
+def _round(
+    exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group, spare: torch.Tensor
+) -> Run | None:
     """Swap one round, whatever fails; returns the rows that this rank is to write, if any."""
     what = f"exchanging rows of {tensor.spec.name}"
-    dtype = tensor.fragments[0].data.dtype
+    dtype = _dtype(tensor)
     start, count = exchange.target(group.rank, turn)
     try:
         own, sends = _outgoing(exchange, turn, tensor.fragments, group.rank)
         receives = _incoming(exchange, turn, group.rank, dtype)
-    except Exception:
-        _swap_in_vain(exchange, turn, dtype.itemsize, group, what)
+    except Exception as error:
+        with group.keeping(error):
+            _swap_in_vain(exchange, turn, dtype.itemsize, group, what, spare)
         raise
     group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
     if not count:
         return None
     rows = torch.empty(count * math.prod(exchange.row_shape), dtype=dtype)
     for fragment in own:
-        _place(exchange, rows, fragment.box, start, count, fragment.data)
+        _place(exchange, rows, fragment.box, start, count, resolve(fragment.data))
     for _, buffer, boxes_in in receives:
         flat, position = buffer.view(dtype), 0
         for box in boxes_in:
@@ -99,7 +125,7 @@ def _incoming(
     return receives
 
 
-def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str) -> None:
+def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
     """Send and receive messages of the sizes that the peers expect, with nothing of use in them."""
     sizes: dict[tuple[int, int], int] = {}
     for target in exchange.members:
@@ -108,7 +134,6 @@ def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, wh
             nbytes = sum(box.numel for _, box in exchange.pieces(boxes, start, count)) * itemsize
             if nbytes and source != target and group.rank in (source, target):
                 sizes[source, target] = nbytes
-    spare = torch.zeros(max(sizes.values(), default=0), dtype=torch.uint8)
     group.swap(
         [(target, spare[:nbytes]) for (source, target), nbytes in sizes.items() if source == group.rank],
         [(source, spare[:nbytes]) for (source, target), nbytes in sizes.items() if target == group.rank],
@@ -144,7 +169,7 @@ def _cut_out(
 
 
 def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
-    flat = [piece.data.detach().to("cpu").reshape(-1) for piece in pieces]
+    flat = [resolve(piece.data).detach().to("cpu").reshape(-1) for piece in pieces]
     packed = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
     return flat_bytes(packed)
 

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from shardwise.plan.deferred import resolve
+
 #: Bytes that are converted, handed to the file system and digested at a time: they stay in a core's second-level cache
 #: between the copy into the page cache and the digest (measured: 512 KiB was best, 256 KiB within noise of it).
 BLOCK_BYTES = 2**19
@@ -79,6 +81,7 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
     """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
 
     Nothing is copied where the tensor lies contiguous in CPU memory in that dtype; otherwise one block at a time is.
+    What a stand-in stands for is made.
 
     Args:
         tensor: Any strides, any device.
@@ -89,6 +92,6 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
     if data is not None:
         yield from cut_bytes(data, block_bytes)
         return
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = resolve(tensor).detach().resolve_conj().resolve_neg()
     for block in blocks(tensor, max(1, block_bytes // max(tensor.element_size(), dtype.itemsize))):
         yield as_bytes(block.to(device="cpu", dtype=dtype).contiguous())

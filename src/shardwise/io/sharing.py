@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -166,8 +167,22 @@ def made_of(read: PackedRead, _: int) -> Iterator[Made]:
 
 
 def spare_memory() -> torch.Tensor:
-    """Memory for the messages of a rank that has failed, made before there is anybody who could be left waiting."""
-    return torch.empty(LIMITS.largest, dtype=torch.uint8)
+    """Memory for the messages of a rank that has failed, made before there is anybody who could be left waiting.
+
+    Enough for a share of single bytes, each at an aligned place. It is written to only after a failure, and takes
+    address space alone until then.
+    """
+    return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
+
+
+def rehearse(shared: Mapping[tuple[int, ...], Wanted], limits: Limits = LIMITS) -> None:
+    """Go through the rounds of `read_shared` without reading. Local.
+
+    A rank that cannot tell the sizes of its rounds could not take part in them at all; all ranks learn of it here.
+    """
+    for members in sorted(shared):
+        for _ in _rounds(members, shared[members], limits):
+            pass
 
 
 def read_shared(
@@ -200,18 +215,29 @@ def read_shared(
         return None
     arriving, slabs = _Slab(), itertools.cycle((_Slab(), _Slab()))
     with ThreadPoolExecutor(1, thread_name_prefix="shardwise-ahead") as ahead:
-        reading = ahead.submit(_read, current, next(slabs), reader, group.rank, idle=False)
+        reading = _begun(ahead, partial(_read, current, next(slabs), reader, group.rank, idle=False))
         while current is not None:
-            outcome = reading.result()
+            outcome = reading()
             failure = failure or outcome.failure
             following = next(upcoming, None)
             if following is not None:
                 # The slab of the round before this one, which has been passed on.
-                reading = ahead.submit(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
-            refused = _pass_on(current, outcome.parcels, arriving, reader, group, spare, idle=failure is not None)
+                read = partial(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
+                reading = _begun(ahead, read)
+            with group.keeping(failure):
+                refused = _pass_on(current, outcome.parcels, arriving, reader, group, spare, idle=failure is not None)
             failure = failure or refused
             current = following
     return failure
+
+
+def _begun(ahead: ThreadPoolExecutor, read: Callable[[], _Outcome]) -> Callable[[], _Outcome]:
+    """Start to read on another thread, or, where the system has none left, read at once: peers wait for the outcome."""
+    try:
+        return ahead.submit(read).result
+    except RuntimeError:
+        outcome = read()
+        return lambda: outcome
 
 
 def _rounds(members: tuple[int, ...], wanted: Wanted, limits: Limits) -> Iterator[tuple[Share[_Piece], ...]]:

@@ -7,6 +7,7 @@ Reading headers is shared between the ranks; each file's header is read by one o
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -18,17 +19,19 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import CheckpointNotFoundError, FormatError, WeightIndexError
+from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.crc import crc32c
 from shardwise.format.index import WeightIndex, read_index
+from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
 from shardwise.io.entries import Entry, assemble, decode_entry, encode_entry, just_held, read_entries
 from shardwise.io.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
+from shardwise.io.whereabouts import did_you_mean, instead, way_in
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.types import DTYPE_BYTES, Box
 
-_INDEX_SUFFIX = ".safetensors.index.json"
+_LOG = logging.getLogger(__name__)
 _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
 
 
@@ -89,29 +92,36 @@ def open_source(
     *,
     spread: bool = False,
     held: Callable[[], Sequence[HeldTensor] | None] | None = None,
+    besides: frozenset[str] = frozenset(),
 ) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same, unless each finds just what it holds.
 
     Args:
-        path: A safetensors file, or a directory: of safetensors files with or without an index, a ``model/`` directory
-            with ``consolidated/`` or shards in it, or a DCP directory.
+        path: A safetensors file, a weight index, or a directory: of safetensors files with or without an index, a
+            ``model/`` directory with ``consolidated/`` or shards in it, or a DCP directory.
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
         held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where that cannot be
             told by names and regions alone. Where every rank has read just that, and none has what another has, as in
             a run that goes on as it was, nothing is told to others (`Source.apart`). Local.
+        besides: Names of files in a directory that hold something else than the tensors that are meant.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
+        AmbiguousFilesError: Several files in it could be meant.
         WeightIndexError: The index names a file or a tensor that is absent.
         HeaderError: A file is truncated or damaged.
     """
     root = Path(path).absolute()
     read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
-    listed = cast(dict[str, list[str]], group.tell(lambda: _look(root, read), f"looking for a checkpoint at {root}"))
+    listed = cast(
+        dict[str, list[str]], group.tell(lambda: _look(root, read, besides), f"looking for a checkpoint at {root}")
+    )
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
+    if not listed["single"] and SAFETENSORS.index_stem(root.name) is not None:
+        root = root.parent  # an index was named, and stands for the files that it lists
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
     spread = spread and group.world_size > 1
     # An index, and an export beside shards, are about what other ranks read.
@@ -132,7 +142,7 @@ def open_source(
     return source
 
 
-def _look(root: Path, read: _ReadIndex) -> JsonValue:
+def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
     """List what is at a path.
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
@@ -142,54 +152,78 @@ def _look(root: Path, read: _ReadIndex) -> JsonValue:
             "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
         )
     if not root.is_dir():
-        return {"single": [root.name], "files": [], "index": [], "dcp": []}
+        return _look_at_file(root, read)
     if (root / ".metadata").exists():
+        _refuse_both(root)
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
-    own, index = _tensor_files(root, read)
+    own, index = _tensor_files(root, read, besides)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
         below, index_below = _tensor_files(root / "consolidated", read)
         merged = [f"consolidated/{name}" for name in below]
-        index = index or ([f"consolidated/{index_below[0]}"] if index_below else [])
+        index = index or [f"consolidated/{name}" for name in index_below]
     # A name in both is read from the shards, which hold it as it was in memory; so they come first.
     if not own and not merged:
-        raise CheckpointNotFoundError(
-            "the directory holds no safetensors file and no DCP metadata",
-            path=root,
-            hint="Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
-        )
+        raise nothing_to_open(root)
     return {"single": [], "files": [*own, *merged], "index": list(index), "dcp": []}
 
 
-def _tensor_files(directory: Path, read: _ReadIndex) -> tuple[list[str], list[str]]:
+def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
+    if SAFETENSORS.index_stem(file.name) is not None:
+        found = files_of_index(file, os.listdir(file.parent), read)
+        return {"single": [], "files": list(found.files), "index": [file.name], "dcp": []}
+    if file.suffix == ".distcp" or file.name == ".metadata":
+        raise FormatError(
+            "this is one file of a DCP directory", path=file, hint=f"Pass the directory: {str(file.parent)!r}."
+        )
+    return {"single": [file.name], "files": [], "index": [], "dcp": []}
+
+
+def nothing_to_open(root: Path) -> CheckpointNotFoundError:
+    """The error for a directory without a model: what is there instead, and where below it there is one."""
+    there = instead(root)
+    hint = did_you_mean(root) or way_in(root)
+    return CheckpointNotFoundError(
+        "the directory holds no safetensors file and no DCP metadata" + (f", {there}" if there else ""),
+        path=root,
+        hint=hint or "Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
+    )
+
+
+def _refuse_both(root: Path) -> None:
+    """Refuse a directory that is a DCP checkpoint and a Hugging Face model, which may be two different models."""
+    names = os.listdir(root)
+    standard = [name for name in SAFETENSORS.standard if name in names]
+    standard += [name for name in names if SAFETENSORS.index_stem(name) is not None]
+    if standard:
+        raise AmbiguousFilesError(
+            f"the directory holds a DCP checkpoint (.metadata) and a Hugging Face model ({standard[0]})",
+            path=root,
+            hint=f"Pass the path of {standard[0]} to load that, or move it away to load the DCP checkpoint.",
+        )
+
+
+def _tensor_files(
+    directory: Path, read: _ReadIndex, besides: frozenset[str] = frozenset()
+) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
-    names = sorted(os.listdir(directory))
-    indices = _without_variants([n for n in names if n.endswith(_INDEX_SUFFIX)], _INDEX_SUFFIX)
-    plain = _without_variants([n for n in names if n.endswith(".safetensors")], ".safetensors")
-    if not indices:
-        return plain, []
-    chosen = "model" + _INDEX_SUFFIX if "model" + _INDEX_SUFFIX in indices else indices[0]
-    weight_map = read(directory / chosen).weight_map
-    # A model without a tensor has an index that lists nothing, and a file with nothing but its header.
-    listed = sorted(set(weight_map.values())) or plain
-    for name in listed:
-        if not (directory / name).exists():
-            raise WeightIndexError(
-                f"the index names {name}, which is absent",
-                path=directory / chosen,
-                tensor=next(tensor for tensor, file in weight_map.items() if file == name),
-                hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
-            )
-    return listed, [chosen]
+    names = [name for name in os.listdir(directory) if name not in besides]
+    chosen = choose_weights(directory, names, SAFETENSORS, read)
+    if chosen is None:
+        return [], []
+    if chosen.unread is not None:
+        tell_unread(directory, chosen)
+    return list(chosen.files), [] if chosen.index is None else [chosen.index]
 
 
-def _without_variants(names: Sequence[str], suffix: str) -> list[str]:
-    """The names without other versions of a file: with ``model.safetensors`` there, ``model.fp16.safetensors`` is none.
-
-    They hold tensors of the same names, so that reading both would take either one's values.
-    """
-    stems = {name.removesuffix(suffix) for name in names}
-    return [n for n in names if not any(n.startswith(f"{stem}.") for stem in stems - {n.removesuffix(suffix)})]
+def tell_unread(directory: Path, chosen: WeightFiles) -> None:
+    """Say which of two was taken."""
+    _LOG.warning(
+        "%s holds %s and %s, which lists other files: the former is read, as transformers does",
+        directory,
+        chosen.files[0],
+        chosen.unread,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from shardwise.format.crc import crc32c, shift
 from shardwise.format.dtypes import torch_dtype
 from shardwise.io.memory import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
 from shardwise.io.storage import Storage
+from shardwise.plan.deferred import deferred
 from shardwise.plan.schedule import Run
 
 #: A run larger than this is cut, so that several threads can share it.
@@ -184,6 +185,11 @@ def write_all(
     """
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
+    made = [piece for piece in pieces if deferred(piece.data) is not None]
+    if threads > 1 and made:
+        # What modules make is made in order, on one thread: no more than one module's at a time.
+        pieces = [piece for piece in pieces if deferred(piece.data) is None]
+        write_all(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:
         for piece in pieces:
             digests.take(piece, write_prepared(piece, files, storage, digest))

@@ -54,7 +54,7 @@ class FileSystem(Protocol):
     def exchange(self, one: Path, other: Path) -> bool:
         """Swap two existing names in one atomic step; ``False``, with nothing done, where the system has no such step.
 
-        Only what replaces a component that stands alone calls it; a published checkpoint is never replaced.
+        Only what replaces a component that stands alone, or a checkpoint that was abandoned, calls it.
         """
         ...
 

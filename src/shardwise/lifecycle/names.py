@@ -17,6 +17,8 @@ BEST = "LOWEST_VAL"
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "losses.json"
+#: Who a checkpoint is and which ones it came from.
+LINEAGE_NAME = "lineage.json"
 
 #: Text file that names the checkpoint whose publication has begun and whose ``LATEST`` is not set yet.
 ANNOUNCEMENT_NAME = ".publishing"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, read_small_file, storage_errors
+from shardwise.lifecycle.lineage import Origin
 from shardwise.lifecycle.names import (
     ANNOUNCEMENT_NAME,
     LATEST,
@@ -114,22 +115,29 @@ def pointers(root: Path) -> dict[str, str]:
     return found
 
 
-def announce(root: Path, name: str, *, fs: FileSystem = LOCAL) -> None:
+def announce(root: Path, name: str, known_as: str = "", *, fs: FileSystem = LOCAL) -> None:
     """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
 
     Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
     checkpoint, and the next save of the same step would then find its name taken. With the record `announced` tells
     that case from a ``LATEST`` that somebody set back on purpose.
+
+    Args:
+        root: Directory of the checkpoints.
+        name: The checkpoint's name.
+        known_as: Its id, by which it is told from one that it replaces.
+        fs: Where to.
     """
     with storage_errors(root):
-        _replace_text(root, ANNOUNCEMENT_NAME, name, fs)
+        _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip(), fs)
 
 
-def announced(root: Path) -> str | None:
-    """Name of the checkpoint whose publication began and whose ``LATEST`` was not set; it may not exist."""
+def announced(root: Path) -> Origin | None:
+    """The checkpoint whose publication began and whose ``LATEST`` was not set; it may not exist."""
     with storage_errors(root):
-        target = _read_text(root / ANNOUNCEMENT_NAME)
-    return target if target is not None and is_plain(target) else None
+        text = _read_text(root / ANNOUNCEMENT_NAME)
+    name, _, known_as = (text or "").partition(" ")
+    return Origin(name, known_as) if is_plain(name) else None
 
 
 def _is_directory(path: Path) -> bool:

@@ -13,6 +13,7 @@ from shardwise.errors import (
     MisuseError,
 )
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.lifecycle.lineage import branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
     doomed_name,
@@ -23,20 +24,27 @@ from shardwise.lifecycle.names import (
     temporary_name,
 )
 from shardwise.lifecycle.pointers import announce
-from shardwise.lifecycle.resolve import is_complete, is_verifiable
+from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
 
-def reserve(root: Path, name: str, *, fs: FileSystem = LOCAL) -> Path:
+def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem = LOCAL) -> Path:
     """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
     name that could not be resumed from.
 
+    Args:
+        root: Directory of the checkpoints; it need not exist.
+        name: Name of the checkpoint.
+        origin: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
+            abandoned when the run was rolled back is replaced on publication.
+        fs: Where to.
+
     Returns:
         The temporary directory, to be handed to `publish` or `abandon`.
 
     Raises:
-        CheckpointExistsError: The checkpoint is already published.
+        CheckpointExistsError: The checkpoint is already published, and not one that the run left behind.
         MisuseError: ``name`` is not a plain name.
         StorageError: The root is a file, not writable, or the file system refused.
     """
@@ -45,7 +53,7 @@ def reserve(root: Path, name: str, *, fs: FileSystem = LOCAL) -> Path:
     final, temp = root / name, root / temporary_name(name)
     with storage_errors(root):
         _make_root(root, fs)
-        if os.path.lexists(final):
+        if os.path.lexists(final) and not is_abandoned(root, name, origin):
             _refuse_published(final)
             remove_checkpoint(root, name, fs=fs)
         fs.remove_tree(temp)
@@ -54,12 +62,37 @@ def reserve(root: Path, name: str, *, fs: FileSystem = LOCAL) -> Path:
     return temp
 
 
-def publish(temp: Path, final: Path, *, fs: FileSystem = LOCAL) -> None:
+def is_abandoned(root: Path, name: str, origin: Path | None) -> bool:
+    """Whether the complete checkpoint ``name`` was left behind when a run went back to ``origin``.
+
+    It came from a checkpoint that the run came from too, and is not itself one that the run came from. Where the origin
+    is not known, or the two have nothing in common, it is another run's and not abandoned.
+    """
+    checkpoints = {info.name: info for info in list_checkpoints(root) if info.complete}
+    found = checkpoints.get(name)
+    if found is None or origin is None:
+        return False
+    lineage = next_lineage(root, list(checkpoints.values()), "", found.epoch, found.step, origin)
+    line = [each.name for each in lineage.ancestors]
+    return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
+
+
+def publish(temp: Path, final: Path, origin: Path | None = None, *, fs: FileSystem = LOCAL) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
     The writers have synced the content of their files; this syncs the directories that list them, and then renames
     once. A crash before the rename leaves a temporary directory, one after it the whole checkpoint. Set ``LATEST``
     next, with `set_pointer`; until then resolving ``LATEST`` follows the announcement made here.
+
+    One that the run left behind when it went back to ``origin`` is replaced: the two directories swap their names in
+    one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
+    crash between the two renames leaves neither under its name, and the line that the run is on is whole without it.
+
+    Args:
+        temp: What `reserve` returned.
+        final: The checkpoint.
+        origin: As for `reserve`.
+        fs: Where to.
 
     Raises:
         CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
@@ -81,16 +114,35 @@ def publish(temp: Path, final: Path, *, fs: FileSystem = LOCAL) -> None:
             raise IncompleteCheckpointError(
                 f"The save has no {MANIFEST_NAME}", path=temp, hint="Write the manifest last, then publish."
             )
-        if os.path.lexists(final):
+        replaces = os.path.lexists(final)
+        if replaces and not is_abandoned(final.parent, final.name, origin):
             _refuse(final)
         for directory in _directories_bottom_up(temp):
             fs.fsync_path(directory)
-        announce(final.parent, final.name, fs=fs)
+        lineage = read_lineage(temp)
+        announce(final.parent, final.name, "" if lineage is None else lineage.own.id, fs=fs)
+        if replaces:
+            _replace(temp, final, fs)
+            return
         try:
             fs.rename_new(temp, final)
         except FileExistsError:
             _refuse(final)
         fs.fsync_path(final.parent)
+
+
+def _replace(temp: Path, final: Path, fs: FileSystem) -> None:
+    doomed = final.with_name(doomed_name(final.name))
+    fs.remove_tree(doomed)
+    if fs.exchange(temp, final):
+        fs.fsync_path(final.parent)
+        fs.rename_new(temp, doomed)
+    else:
+        fs.rename_new(final, doomed)
+        fs.rename_new(temp, final)
+    # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
+    fs.fsync_path(final.parent)
+    fs.remove_tree(doomed)
 
 
 def abandon(temp: Path, *, fs: FileSystem = LOCAL) -> None:

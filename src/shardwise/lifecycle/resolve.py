@@ -1,10 +1,11 @@
 """From what a user names to a checkpoint that may be resumed from; reading only, so every rank may call.
 
-Order is by name, never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest.
-Checkpoints order by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps;
-with one that starts again in every epoch, ordering by step alone would take the end of an old epoch for the newest and
-let retention delete the newest in its stead. The one case that this order gets wrong, epoch numbers that run backwards
-after a change of the data, is decided by ``LATEST``, which is set by publication and always comes first.
+Order is never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest. What was
+published later is newer (`shardwise.lifecycle.lineage`); checkpoints that do not tell, older than all that do, order by
+``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with one that starts
+again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let retention delete
+the newest in its stead. The one case that this order gets wrong, epoch numbers that run backwards after a change of the
+data, is decided by ``LATEST``, which is set by publication and always comes first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError
 from shardwise.lifecycle.filesystem import read_small_file, storage_errors
+from shardwise.lifecycle.lineage import Lineage, read_lineage
 from shardwise.lifecycle.names import (
     LATEST,
     MANIFEST_NAME,
@@ -47,6 +49,8 @@ class CheckpointInfo:
         complete: It may be resumed from.
         verifiable: It has a manifest. A complete one without (another tool's) cannot be checked.
         metrics: Finite numbers of its ``losses.json``.
+        measurable: Its ``losses.json`` is absent or what it should be; of a damaged one nobody knows what it said.
+        lineage: Where it came from; ``None`` where it was saved without one, by another tool or an older release.
     """
 
     name: str
@@ -55,11 +59,23 @@ class CheckpointInfo:
     complete: bool
     verifiable: bool = True
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    measurable: bool = True
+    lineage: Lineage | None = None
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: the larger, the newer."""
+        """Sort key by name."""
         return self.epoch, self.step
+
+    @property
+    def sequence(self) -> int:
+        """Number of its publication in its root, from 1; 0 where it has no lineage."""
+        return 0 if self.lineage is None else self.lineage.sequence
+
+    @property
+    def tree(self) -> str:
+        """What it has in common with all that have the same first ancestor."""
+        return "" if self.lineage is None else self.lineage.tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,7 @@ class ResolvedCheckpoint:
     Attributes:
         path: Its directory.
         name: Last component of ``path``.
-        epoch: From the name; ``None`` where the directory is not called ``epoch_E_step_S``.
+        epoch: From the name, or of a copy with another name from its lineage; ``None`` where neither tells.
         step: Likewise.
         verifiable: It has a manifest.
         metrics: Finite numbers of its ``losses.json``.
@@ -120,33 +136,38 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             if numbers is None or not entry.is_dir(follow_symlinks=False):
                 continue
             directory = root / entry.name
-            found.append(
-                CheckpointInfo(
-                    entry.name, *numbers, is_complete(directory), is_verifiable(directory), read_metrics(directory)
-                )
-            )
+            complete, verifiable = is_complete(directory), is_verifiable(directory)
+            metrics, lineage = _metrics(directory), read_lineage(directory)
+            measurable = metrics is not None
+            found.append(CheckpointInfo(entry.name, *numbers, complete, verifiable, metrics or {}, measurable, lineage))
     return tuple(sorted(found, key=lambda info: info.order))
 
 
 def newest(checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-    """The newest complete one."""
-    return max((info for info in checkpoints if info.complete), key=lambda info: info.order, default=None)
+    """The complete one that was published last."""
+    complete = (info for info in checkpoints if info.complete)
+    return max(complete, key=lambda info: (info.sequence, info.order), default=None)
 
 
 def read_metrics(directory: Path) -> dict[str, float]:
     """The finite numbers at the top level of ``losses.json``; none where it is absent or damaged."""
+    return _metrics(directory) or {}
+
+
+def _metrics(directory: Path) -> dict[str, float] | None:
+    """As `read_metrics`; ``None`` where something stands there that cannot be read."""
     path = directory / METRICS_NAME
     data = read_small_file(path, _METRICS_LIMIT)
     if data is None:
-        return {}
+        return None if os.path.lexists(path) else {}
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         # Metrics choose what is best, they are not needed to resume; verify reports the damage.
         logger.warning("%s is not JSON and is left out of account: %s", path, error)
-        return {}
+        return None
     if not isinstance(document, dict):
-        return {}
+        return None
     numbers = {}
     for key, value in document.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -190,8 +211,8 @@ def resolve(root: Path, restore_from: str | Path = LATEST) -> ResolvedCheckpoint
 
 
 def _latest(root: Path) -> ResolvedCheckpoint | None:
-    name = announced(root)
-    if name is not None and parse_checkpoint_name(name) and is_complete(root / name):
+    name = publication_begun(root)
+    if name is not None:
         return _describe(root / name)
     problem = None
     try:
@@ -215,6 +236,17 @@ def _latest(root: Path) -> ResolvedCheckpoint | None:
     if checkpoints:
         logger.warning("%s holds interrupted saves only: %s", root, ", ".join(info.name for info in checkpoints))
     return None
+
+
+def publication_begun(root: Path) -> str | None:
+    """Name of the checkpoint that was published and is not ``LATEST`` yet: a crash came between the two."""
+    found = announced(root)
+    if found is None or not parse_checkpoint_name(found.name) or not is_complete(root / found.name):
+        return None
+    if found.id:  # another one may still be there under this name, which was to be replaced
+        lineage = read_lineage(root / found.name)
+        return found.name if lineage is not None and lineage.own.id == found.id else None
+    return found.name
 
 
 def _named(root: Path, text: str) -> ResolvedCheckpoint:
@@ -265,7 +297,10 @@ def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
 
 def _describe(directory: Path) -> ResolvedCheckpoint:
     numbers = parse_checkpoint_name(directory.name)
-    epoch, step = numbers if numbers is not None else (None, None)
+    lineage = read_lineage(directory) if numbers is None else None
+    epoch, step = numbers or (None, None)
+    if lineage is not None:  # a copy under another name
+        epoch, step = lineage.epoch, lineage.step
     return ResolvedCheckpoint(directory, directory.name, epoch, step, is_verifiable(directory), read_metrics(directory))
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import ConfigError
+from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.lifecycle.lineage import branch_point, line_of
 from shardwise.lifecycle.names import is_doomed
 from shardwise.lifecycle.pointers import announced, pointers
 from shardwise.lifecycle.publish import remove_checkpoint
@@ -21,9 +22,10 @@ class Retention:
     """What to keep; a checkpoint stays if any rule wants it.
 
     Attributes:
-        max_recent: The newest so many; ``None`` keeps everything, whatever the other rules say.
+        max_recent: The newest so many of the present line; ``None`` keeps everything, whatever the other rules say.
         every_k_steps: Those whose step is a multiple of this.
-        best: So many with the best metric.
+        best: So many with the best metric. Where no checkpoint has it, `prune` deletes none, since any may be the best;
+            nor one whose metrics cannot be read.
         metric_mode: ``min`` where lower is better, ``max`` where higher is.
         metric_key: Key of the metric in ``losses.json``.
 
@@ -64,9 +66,16 @@ def rank_by_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> 
     return tuple(sorted(by_age, key=lambda info: sign * info.metrics[policy.metric_key]))
 
 
+def present_line(checkpoints: Sequence[CheckpointInfo]) -> tuple[str, ...]:
+    """Names of the complete checkpoints that the newest one came through, itself first."""
+    last = newest(checkpoints)
+    return () if last is None else line_of({info.name: info for info in checkpoints if info.complete}, last.name)
+
+
 def best_checkpoint(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> str | None:
-    """Name of the checkpoint that the best-metric pointer should lead to."""
-    ranked = rank_by_metric(checkpoints, policy)
+    """Name of the checkpoint that the best-metric pointer should lead to: the best of the present line."""
+    line = set(present_line(checkpoints))
+    ranked = rank_by_metric([info for info in checkpoints if info.name in line], policy)
     return ranked[0].name if ranked else None
 
 
@@ -75,43 +84,77 @@ def select_doomed(
 ) -> tuple[str, ...]:
     """Names to delete, oldest first. Pure.
 
-    Never among them: what a pointer names; the newest complete checkpoint; the newest complete one that has a manifest
-    (another tool's directory may be a save still under way); an incomplete directory (it is not known to be ours).
+    The rules count the present line: the newest checkpoint and those that it came from. What the run left behind when
+    it was rolled back is kept as long as the checkpoint at which it left is among the newest of the line, and goes with
+    it. A checkpoint that has nothing in common with the line is another run's, and stays.
+
+    Never deleted: what a pointer names; the newest complete checkpoint; the newest complete one of the line that has a
+    manifest (another tool's directory may be a save still under way); an incomplete directory (it is not known to be
+    ours); with ``policy.best``, one whose metrics are damaged. That `lacks_metric` is for the caller to see to.
     """
     if policy.max_recent is None:
         return ()
-    complete = sorted((info for info in checkpoints if info.complete), key=lambda info: info.order)
-    kept = {info.name for info in complete[-policy.max_recent :]} | set(pointed)
-    last_verifiable = newest([info for info in complete if info.verifiable])
+    complete = sorted((info for info in checkpoints if info.complete), key=lambda info: (info.sequence, info.order))
+    known = {info.name: info for info in complete}
+    line = present_line(complete)
+    present = [info for info in complete if info.name in set(line)]
+    kept = {*line[: policy.max_recent], *pointed}
+    last_verifiable = newest([info for info in present if info.verifiable])
     if last_verifiable is not None:
         kept.add(last_verifiable.name)
     if policy.every_k_steps is not None:
-        kept |= {info.name for info in complete if info.step % policy.every_k_steps == 0}
+        kept |= {info.name for info in present if info.step % policy.every_k_steps == 0}
     if policy.best is not None:
-        kept |= {info.name for info in rank_by_metric(complete, policy)[: policy.best]}
+        kept |= {info.name for info in rank_by_metric(present, policy)[: policy.best]}
+        kept |= {info.name for info in complete if not info.measurable}
+    for info in complete:
+        if info.name not in line:
+            left_at = branch_point(info, line, known)
+            if left_at is None or left_at < policy.max_recent:
+                kept.add(info.name)
     return tuple(info.name for info in complete if info.name not in kept)
+
+
+def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bool:
+    """Whether the best are to be kept and nobody can tell which they are: no checkpoint has the metric."""
+    return policy.best is not None and not rank_by_metric(checkpoints, policy)
 
 
 def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
-    deleted by the next.
+    deleted by the next. One that cannot be deleted does not keep the others.
 
     Returns:
         The names of the checkpoints that were deleted.
 
     Raises:
-        StorageError: The file system refused. What was kept is untouched.
+        StorageError: The file system refused, of several refusals the first, when everything was tried. What was to be
+            kept is untouched.
     """
+    refusals: list[StorageError] = []
     with storage_errors(root):
-        for leftover in sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else ():
-            fs.remove_tree(leftover)
+        leftovers = sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else []
+    for leftover in leftovers:
+        try:
+            with storage_errors(leftover):
+                fs.remove_tree(leftover)
+        except StorageError as error:
+            refusals.append(error)
     pointed = set(pointers(root).values())
     begun = announced(root)
     if begun is not None:
-        pointed.add(begun)
-    doomed = select_doomed(list_checkpoints(root), pointed, policy)
-    if doomed:
-        remove_checkpoint(root, *doomed, fs=fs)
-    return doomed
+        pointed.add(begun.name)
+    deleted: list[str] = []
+    checkpoints = list_checkpoints(root)
+    for name in () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy):
+        try:
+            remove_checkpoint(root, name, fs=fs)
+            deleted.append(name)
+        except StorageError as error:
+            error.path = error.path or str(root / name)
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+    return tuple(deleted)

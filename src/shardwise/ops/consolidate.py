@@ -1,19 +1,20 @@
-"""The Hugging Face export of a checkpoint that was saved as shards: one process, bounded memory, the shards stay."""
+"""The Hugging Face export of a checkpoint that was saved without: one process, bounded memory, the checkpoint stays.
+
+What `verify` refuses is refused here. Digests are compared with those of the save while the bytes are read for the
+export, so that damage ends in an error and not in an export with fresh digests.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from shardwise.comm import Group
 from shardwise.engine.absent import saved_aliases
-from shardwise.errors import CheckpointExistsError, MisuseError, StateFormatError
+from shardwise.errors import CheckpointExistsError, ConfigError
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import (
@@ -25,16 +26,19 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, METADATA_DIR, NOTES
-from shardwise.format.strict_json import JsonValue, loads
+from shardwise.format.notes import EXPORT, FILE_DTYPES, FILE_INDEX, METADATA_DIR
+from shardwise.format.strict_json import JsonValue
+from shardwise.io.checked import CheckedReader
 from shardwise.io.memory import as_bytes
-from shardwise.io.reader import Reader
-from shardwise.io.sources import Source, open_source
-from shardwise.io.statefiles import read_file, write_plain
+from shardwise.io.statefiles import write_plain
 from shardwise.io.storage import LocalStorage, Storage
-from shardwise.io.stream import tensor_blocks
-from shardwise.lifecycle import LATEST, LOCAL, list_checkpoints, resolve, temporary_name
+from shardwise.lifecycle import LOCAL, temporary_name
 from shardwise.lifecycle.filesystem import storage_errors
+from shardwise.ops.carried import carry_over
+from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.hub_blocks import hub_tensors
+from shardwise.ops.run_config import run_settings
+from shardwise.ops.side_content import side_files
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
 from shardwise.types import Box, TensorSpec
@@ -43,6 +47,11 @@ __all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_MAX_FILE_BYTES = 5_000_000_000
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+
+#: A tensor of the export, and its bytes as they are saved.
+Blocks = Callable[[], Iterator[memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,80 +63,160 @@ class ConsolidateReport:
         files: Names of its tensor files.
         tensors: Number of tensors.
         nbytes: Bytes of the tensor files.
+        verified: Every byte was compared with the digest that the checkpoint's manifest has of it.
+        notes: What was left out, or could not be checked, one sentence each.
     """
 
     path: Path
     files: tuple[str, ...]
     tensors: int
     nbytes: int
+    verified: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor to write: what it is as saved, and where its bytes come from."""
+
+    spec: TensorSpec
+    blocks: Blocks
 
 
 def consolidate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    max_file_bytes: int = 5_000_000_000,
+    max_file_bytes: int | None = None,
     progress: Progress | None = None,
     storage: Storage | None = None,
+    prefix: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    diffusers_compatible: bool | None = None,
+    assume_complete: bool = False,
 ) -> ConsolidateReport:
-    """Write the export of a checkpoint's shards, with the base model's file split and dtypes where they were recorded.
+    """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
     It is written beside its place and renamed into it, with a manifest of its own: that of a checkpoint is never
-    rewritten.
+    rewritten. What fails leaves nothing.
 
     Args:
-        path: A checkpoint's ``model`` directory, the checkpoint, or a root, whose ``LATEST`` is meant.
+        path: A checkpoint, its ``model`` directory, or a root, whose ``LATEST`` is meant: saved as shards or with
+            ``torch_save``. Others' too: a directory of shards, a DCP directory, a Hugging Face directory.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
-        max_file_bytes: Largest file where no base model's split was recorded.
+        max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
         progress: Told of bytes written and bytes to write.
         storage: Through what.
+        prefix: What the names of the model's tensors begin with in a DCP directory that holds more than a model, where
+            its structure does not tell; "" for all of them.
+        base: The base model, whose tensors that the model's class does not load are carried over; where the save found
+            it by default.
+        diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
+        assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
 
     Raises:
         CheckpointExistsError: There is an export already.
-        CheckpointNotFoundError: There are no shards.
-        FormatError: A shard is damaged.
+        CheckpointNotFoundError: There is nothing to export, or no base model to carry tensors over from.
+        IncompleteCheckpointError: The path is an interrupted save.
+        IntegrityError: A file is absent, too short, or has other bytes than were saved.
+        FormatError: A file, or the manifest, is damaged.
+        TensorError: A tensor is not whole, or not that of the class that ``config.json`` names.
+        MisuseError: It is no model (an optimizer, an adapter, a pipeline), or which part is the model is not clear.
+        UnverifiableError: Nothing says whether the tensors are whole.
     """
-    top = Path(path).absolute()
-    if top.is_dir() and not (top / "model").is_dir() and (list_checkpoints(top) or os.path.lexists(top / LATEST)):
-        found = resolve(top)
-        top = top if found is None else found.path
-    directory = top / "model" if (top / "model").is_dir() else top
-    target = Path(output).absolute() if output is not None else directory / _CONSOLIDATED
+    store = storage or LocalStorage()
+    found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)
+    target = Path(output).absolute() if output is not None else found.directory / _CONSOLIDATED
     if os.path.lexists(target):
         raise CheckpointExistsError(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
-    if not directory.is_dir():
-        raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
-    store = storage or LocalStorage()
-    source = open_source(directory, Group(None))
-    layout = _layout(directory, source, max_file_bytes)
+    found = replace(found, source=carry_over(found, base))
+    plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
+    reader = CheckedReader(store, found.source.files, found.ledger)
+    tensors = _tensors(found, reader)
+    export_note = _object(found, found.directory / METADATA_DIR / EXPORT)
+    stem = _stem(found, export_note.get("stem"), diffusers_compatible)
+    layout = _layout(found, tensors, export_note, stem, max_file_bytes)
+    plain[index_name(stem)] = layout.index
+    export = _Export(found, tensors, layout, plain, store, progress)
     aside = target.with_name(temporary_name(target.name))
+    made = _absent(target.parent)
     with storage_errors(aside):
         LOCAL.remove_tree(aside)
     try:
         store.make_directory(aside)
-        _write(source, layout, aside, directory / METADATA_DIR, store, progress)
+        export.write(aside)
         with storage_errors(target):
             LOCAL.rename_new(aside, target)
             LOCAL.fsync_path(target.parent)
     except BaseException:
         with storage_errors(aside):
             LOCAL.remove_tree(aside)
+            for directory in made:
+                if directory.is_dir() and not os.listdir(directory):
+                    directory.rmdir()
         raise
-    return ConsolidateReport(target, tuple(file.name for file in layout.files), len(source.tensors), layout.total_bytes)
+    finally:
+        reader.close()
+    names = tuple(file.name for file in layout.files)
+    return ConsolidateReport(target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes))
 
 
-def _layout(directory: Path, source: Source, max_file_bytes: int) -> Layout:
-    numbers = {n: i for n, i in _mapping(directory / METADATA_DIR / FILE_INDEX).items() if isinstance(i, int)}
-    dtypes = _mapping(directory / METADATA_DIR / FILE_DTYPES)
+def _absent(directory: Path) -> list[Path]:
+    """The directories that have to be made for this one to exist, the innermost first."""
+    absent = []
+    while not directory.exists():
+        absent.append(directory)
+        directory = directory.parent
+    return absent
+
+
+def _tensors(found: ModelInput, reader: CheckedReader) -> dict[str, _Tensor]:
+    if found.native and found.kind is not None:
+        hub = hub_tensors(found.kind, found.source.tensors, reader)
+        return {spec.name: _Tensor(spec, blocks) for spec, blocks in hub}
+
+    def one(name: str) -> Blocks:
+        return lambda: reader.blocks(found.source.tensors[name])
+
+    return {name: _Tensor(tensor.spec, one(name)) for name, tensor in found.source.tensors.items()}
+
+
+def _layout(
+    found: ModelInput,
+    tensors: Mapping[str, _Tensor],
+    export: Mapping[str, JsonValue],
+    stem: str,
+    max_file_bytes: int | None,
+) -> Layout:
+    notes = found.directory / METADATA_DIR
+    numbers = {n: i for n, i in _object(found, notes / FILE_INDEX).items() if isinstance(i, int)}
+    dtypes = _object(found, notes / FILE_DTYPES)
+    named = export.get("files")
+    names = [str(name) for name in named] if isinstance(named, list) else []
     count = max(numbers.values(), default=0)
-    files = {
-        name: "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        for name, number in numbers.items()
-    }
-    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in source.tensors.items()]
-    return lay_out(specs, base_files=files, max_file_bytes=max_file_bytes)
+    files = {name: _file_name(number, count, names) for name, number in numbers.items()}
+    recorded = export.get("max_file_bytes")
+    limit = max_file_bytes if max_file_bytes is not None else recorded if type(recorded) is int else _MAX_FILE_BYTES
+    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
+    return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
+
+
+def _file_name(number: int, count: int, names: Sequence[str]) -> str:
+    if len(names) >= number > 0:
+        return names[number - 1]
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _stem(found: ModelInput, noted: JsonValue, diffusers: bool | None) -> str:
+    if diffusers is None and isinstance(noted, str):
+        if os.sep in noted or noted.startswith("."):
+            raise ConfigError(f"the recorded stem of file names is {noted!r}", path=found.directory)
+        return noted
+    if diffusers is None:
+        diffusers = bool(run_settings(found).get("diffusers_compatible"))
+    return _DIFFUSERS_STEM if diffusers else "model"
 
 
 def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
@@ -136,87 +225,79 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-def _mapping(path: Path) -> Mapping[str, JsonValue]:
-    if not path.is_file():
-        return {}
-
-    def fail(reason: str) -> NoReturn:
-        raise StateFormatError(f"the record {reason}", path=path, hint="Restore the file.")
-
-    found = loads(read_file(path), fail=fail)
-    if not isinstance(found, dict):
-        raise StateFormatError("not a JSON object", path=path, hint="Restore the file.")
-    return found
+def _object(found: ModelInput, path: Path) -> Mapping[str, JsonValue]:
+    content = found.read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
-def _write(
-    source: Source, layout: Layout, aside: Path, metadata: Path, storage: Storage, progress: Progress | None
-) -> None:
-    storage.check_space(aside, layout.total_bytes)
-    files: list[FileRecord] = []
-    tensors: list[TensorRecord] = []
-    reader = Reader(storage, source.files)
-    done = 0
-    try:
+@dataclass(frozen=True)
+class _Export:
+    """An export that only waits for its bytes."""
+
+    found: ModelInput
+    tensors: Mapping[str, _Tensor]
+    layout: Layout
+    plain: Mapping[str, bytes]
+    storage: Storage
+    progress: Progress | None
+
+    def write(self, aside: Path) -> None:
+        """Write all files, the manifest last. The directory is there."""
+        storage, layout = self.storage, self.layout
+        storage.check_space(aside, layout.total_bytes)
+        files: list[FileRecord] = []
+        tensors: list[TensorRecord] = []
+        done, total = 0, layout.tensor_bytes
         for file in layout.files:
-            for record in _write_file(file, aside / file.name, source, reader, storage):
+            for record in self._file(file, aside / file.name):
                 tensors.append(record)
                 done += record.spec.nbytes
-                if progress is not None:
-                    progress(done, layout.tensor_bytes)
+                if self.progress is not None:
+                    self.progress(done, total)
             files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
-    finally:
-        reader.close()
-    plain = {index_name(): layout.index}
-    for place in sorted(p for p in metadata.rglob("*") if p.is_file()):
-        relative = place.relative_to(metadata).as_posix()
-        if relative not in NOTES:
-            plain[relative] = read_file(place)
-    for name, content in plain.items():
-        storage.make_directory((aside / name).parent)
-        write_plain(storage, aside / name, content)
-        storage.sync_directory((aside / name).parent)
-        files.append(FileRecord(name, len(content), crc32c(content), None))
-    manifest = Manifest(tuple(files), tuple(tensors), aliases=_aliases(source))
-    write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
-    storage.sync_directory(aside)
+        self.found.ledger.settle(storage)
+        for name, content in self.plain.items():
+            storage.make_directory((aside / name).parent)
+            write_plain(storage, aside / name, content)
+            storage.sync_directory((aside / name).parent)
+            files.append(FileRecord(name, len(content), crc32c(content), None))
+        manifest = Manifest(tuple(files), tuple(tensors), self._info(), self._aliases())
+        write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
+        storage.sync_directory(aside)
 
+    def _info(self) -> dict[str, JsonValue]:
+        return {} if self.found.manifest else {"source": "no manifest", "notes": list(self.found.notes)}
 
-def _aliases(source: Source) -> tuple[AliasRecord, ...]:
-    """Further names of the tensors, which the manifest of the shards tells."""
-    found = saved_aliases(source)
-    return tuple(
-        AliasRecord("model", name, kept)
-        for name, kept in found.items()
-        if kept in source.tensors and name not in source.tensors
-    )
+    def _aliases(self) -> tuple[AliasRecord, ...]:
+        """Further names of the tensors, which the manifest of the checkpoint tells."""
+        return tuple(
+            AliasRecord("model", name, kept)
+            for name, kept in saved_aliases(self.found.source).items()
+            if kept in self.tensors and name not in self.tensors
+        )
 
+    def _file(self, file: FileLayout, path: Path) -> Iterator[TensorRecord]:
+        self.storage.create(path, file.size, file.header)
+        handle = self.storage.open(path, writable=True)
+        try:
+            offset = len(file.header)
+            for entry in file.entries:
+                start, crc = offset, 0
+                for block in self._blocks(entry.spec):
+                    crc = crc32c(block, crc)
+                    self.storage.write(handle, block, offset)
+                    offset += len(block)
+                chunk = ChunkRecord(file.name, start, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
+                yield TensorRecord("model", entry.spec, crc, (chunk,))
+            self.storage.sync(handle)
+        finally:
+            self.storage.close(handle)
 
-def _write_file(
-    file: FileLayout, path: Path, source: Source, reader: Reader, storage: Storage
-) -> Iterator[TensorRecord]:
-    storage.create(path, file.size, file.header)
-    handle = storage.open(path, writable=True)
-    try:
-        offset = len(file.header)
-        for entry in file.entries:
-            start, crc = offset, 0
-            for block in _blocks(source, entry.spec, reader):
-                crc = crc32c(block, crc)
-                storage.write(handle, block, offset)
-                offset += len(block)
-            chunk = ChunkRecord(file.name, start, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
-            yield TensorRecord("model", entry.spec, crc, (chunk,))
-        storage.sync(handle)
-    finally:
-        storage.close(handle)
-
-
-def _blocks(source: Source, spec: TensorSpec, reader: Reader) -> Iterator[memoryview]:
-    saved = source.tensors[spec.name]
-    for block in tensor_blocks(saved, reader):
-        if saved.spec.dtype == spec.dtype or math.prod(spec.shape) == 0:
-            yield block
-        else:
-            values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
-            yield as_bytes(values.to(torch_dtype(spec.dtype)))
+    def _blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
+        saved = self.tensors[spec.name]
+        for block in saved.blocks():
+            if saved.spec.dtype == spec.dtype:
+                yield block
+            else:
+                values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
+                yield as_bytes(values.to(torch_dtype(spec.dtype)))

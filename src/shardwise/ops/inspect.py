@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardwise.engine.verify import files_below, load_manifest
-from shardwise.errors import CheckpointNotFoundError, FormatError
-from shardwise.format.header import read_header
+from shardwise.errors import CheckpointNotFoundError
 from shardwise.format.manifest import Manifest
-from shardwise.format.sharding import saved_offsets
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
+from shardwise.ops.described import DCP_SUFFIX, read_contents
 from shardwise.ops.targets import Target, find_targets
 from shardwise.types import TensorSpec
 
@@ -52,7 +51,9 @@ class CheckpointDescription:
         version: Release of shardwise that saved it, where known.
         metrics: Metrics it was saved with; only finite ones.
         files: Every file that belongs to it.
-        tensors: Every tensor.
+        tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
+            since each model of a pipeline has one of its own; ``model`` at the top.
+        unread: Files whose tensors could not be told, and why.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class CheckpointDescription:
     metrics: Mapping[str, float] = field(hash=False)
     files: tuple[FileDescription, ...] = ()
     tensors: tuple[TensorDescription, ...] = ()
+    unread: tuple[tuple[str, str], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +116,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
             for name, part in zip(names, parts, strict=True)
             for tensor in part.tensors
         ),
+        tuple((f"{name}/{file}", why) for name, part in zip(names, parts, strict=True) for file, why in part.unread),
     )
 
 
@@ -134,6 +137,13 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
         if places or not target.under:
             tensors.append(TensorDescription(tensor.component, tensor.spec, places))
             counts.update(places)
+    # Of DCP's files a manifest knows the bytes; what tensors these are their own metadata says.
+    described = read_contents(
+        target.directory, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], target.directory.name
+    )
+    for (component, _), (spec, held) in described.tensors.items():
+        tensors.append(TensorDescription(component, spec, tuple(held)))
+        counts.update(held)
     named = parse_checkpoint_name(target.directory.name) or (None, None)
     info = manifest.info
     version = info.get("shardwise")
@@ -147,6 +157,7 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
         read_metrics(target.directory),
         tuple(FileDescription(file.path, file.size, counts[file.path]) for file in files),
         tuple(tensors),
+        tuple(described.unread.items()),
     )
 
 
@@ -156,43 +167,34 @@ def _count(value: object) -> int | None:
 
 def _from_headers(target: Target) -> CheckpointDescription:
     top = target.directory / target.under
-    files = []
-    found: dict[str, TensorDescription] = {}
-    places = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file() and not p.is_symlink())
-    for place in places:
-        relative = place.relative_to(target.directory).as_posix()
-        entries: tuple[TensorSpec, ...] = ()
-        if place.suffix == ".safetensors":
-            header = read_header(place)
-            offsets = saved_offsets(header) or {}
-            entries = tuple(_placed(entry.spec, offsets.get(entry.spec.name)) for entry in header.entries)
-        files.append(FileDescription(relative, place.stat().st_size, len(entries)))
-        for spec in entries:
-            known = found.get(spec.name)
-            found[spec.name] = TensorDescription(
-                "model",
-                spec if known is None else _joined(known.spec, spec),
-                (relative,) if known is None else (*known.files, relative),
-            )
-    if not files:
+    found = read_contents(target.directory, _listed(target.directory, top), target.directory.name)
+    if not found.files:
         raise CheckpointNotFoundError("the directory holds no file", path=top, hint="Name a checkpoint's directory.")
     epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
-    metrics = read_metrics(target.directory)
-    return CheckpointDescription(top, False, epoch, step, None, None, metrics, tuple(files), tuple(found.values()))
+    return CheckpointDescription(
+        top,
+        False,
+        epoch,
+        step,
+        None,
+        None,
+        read_metrics(target.directory),
+        tuple(FileDescription(path, size, found.counts[path]) for path, size in found.files.items()),
+        tuple(
+            TensorDescription(component, spec, tuple(files)) for (component, _), (spec, files) in found.tensors.items()
+        ),
+        tuple(found.unread.items()),
+    )
 
 
-def _placed(spec: TensorSpec, offsets: tuple[int, ...] | None) -> TensorSpec:
-    """The least tensor that a piece at ``offsets`` can belong to."""
-    if offsets is None:
-        return spec
-    return TensorSpec(spec.name, tuple(o + n for o, n in zip(offsets, spec.shape, strict=True)), spec.dtype)
-
-
-def _joined(a: TensorSpec, b: TensorSpec) -> TensorSpec:
-    if len(a.shape) != len(b.shape):
-        raise FormatError(
-            "two files disagree about this tensor's dimensions",
-            tensor=a.name,
-            hint="The directory mixes files of different checkpoints; separate them.",
-        )
-    return TensorSpec(a.name, tuple(max(m, n) for m, n in zip(a.shape, b.shape, strict=True)), a.dtype)
+def _listed(root: Path, top: Path) -> list[str]:
+    """Every file, and links to files, of which a hub cache's snapshots consist."""
+    if top.is_file():
+        return [top.relative_to(root).as_posix()]
+    found: list[str] = []
+    for where, directories, names in os.walk(top):
+        if "snapshots" in directories and "blobs" in directories:
+            directories.remove("blobs")  # what the links of snapshots lead to
+        directories.sort()
+        found += [path.relative_to(root).as_posix() for name in sorted(names) if (path := Path(where) / name).is_file()]
+    return found

@@ -56,8 +56,11 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
             assert found is not None  # only LATEST of an empty root resolves to nothing
             return find_targets(found.path)
         real = Path(os.path.realpath(given, strict=True))
+        _refuse_unfinished(real)
         if not real.is_dir():
-            return (_above(real) or Target(real.parent, real.name),)
+            # A hub cache's snapshot consists of links to files whose names say nothing.
+            named = given if os.path.islink(given) and _above(real) is None else real
+            return (_above(real) or Target(Path(os.path.realpath(named.parent)), named.name),)
         os.listdir(real)  # an unreadable directory is the caller's mistake, not damage
         return _in_directory(real)
 
@@ -76,11 +79,20 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return tuple(found)
 
 
+def _refuse_unfinished(real: Path) -> None:
+    """Refuse an interrupted save, and what is in one."""
+    for place in (real, *list(real.parents)[:_CLIMB]):
+        if is_temporary(place.name) or is_doomed(place.name):
+            raise IncompleteCheckpointError(
+                "this is an interrupted save"
+                if place == real
+                else f"this is part of an interrupted save, {place.name}",
+                path=real,
+                hint="Name a published checkpoint, or the root.",
+            )
+
+
 def _in_directory(real: Path) -> tuple[Target, ...]:
-    if is_temporary(real.name) or is_doomed(real.name):
-        raise IncompleteCheckpointError(
-            "this is an interrupted save", path=real, hint="Name a published checkpoint, or the root."
-        )
     if Target(real).has_manifest:
         return (Target(real),)
     above = _above(real)

@@ -20,11 +20,11 @@ from shardwise.engine.verify import (
     load_manifest,
     tensors_by_file,
 )
-from shardwise.errors import FormatError, ManifestError, MisuseError, ShardwiseError
-from shardwise.format.header import read_header
-from shardwise.format.index import read_index
+from shardwise.errors import ManifestError, MisuseError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.io.storage import LocalStorage, Storage
+from shardwise.lifecycle.names import is_doomed, is_temporary
+from shardwise.ops.contents import check_contents
 from shardwise.ops.targets import Target, find_targets, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
@@ -46,7 +46,8 @@ class VerifyReport:
         requested: What was named.
         path: What was verified: for a root, its newest checkpoint; for a part of a checkpoint, that part.
         level: ``sizes`` or ``digests``.
-        verifiable: A manifest says what every byte must be. Without one, headers are checked and nothing else.
+        verifiable: A manifest says what every byte must be. Without one, files are compared with what others say of
+            them, and their bytes with nothing.
         files: Number of files looked at.
         tensors: Number of tensors in them.
         bytes_read: Bytes whose digest was computed.
@@ -54,6 +55,8 @@ class VerifyReport:
         damages: What is wrong; paths relative to ``path`` (to its checkpoint, where ``path`` is a part of one).
         extra: Files that no save wrote and no load reads (notes, a README); not damage.
         undigested: Files of the manifest without a digest: only their size could be compared.
+        checked: Without a manifest, what was compared with what.
+        unchecked: Without a manifest, what could not be.
     """
 
     requested: Path
@@ -67,6 +70,8 @@ class VerifyReport:
     damages: tuple[Damage, ...] = ()
     extra: tuple[str, ...] = ()
     undigested: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -167,25 +172,24 @@ class _Job:
         )
 
     def _without_manifest(self, report: VerifyReport, target: Target) -> VerifyReport:
-        files = tensors = 0
         damages: list[Damage] = []
+        listed: list[str] = []
         single = (target.directory / target.under).is_file()
-        listed = iter([(target.under, None)]) if single else _walk(target.directory, target.under)
-        for relative, problem in listed:
-            files += relative != MANIFEST_NAME
+        for relative, problem in iter([(target.under, None)]) if single else _walk(target.directory, target.under):
             if problem is not None:
                 damages.append(problem)
-            elif relative.endswith(".safetensors"):
-                try:
-                    tensors += len(read_header(target.directory / relative).entries)
-                except ShardwiseError as error:
-                    names = () if error.tensor is None else (error.tensor,)
-                    damages.append(Damage(relative, "header", error.message, "model" if names else None, names))
-            elif relative.endswith(_INDEX_SUFFIX):
-                damages += _check_index(target.directory, relative)
-            elif PurePosixPath(relative).name == ".metadata":
-                damages += _check_dcp(target.directory, relative)
-        return replace(report, files=files, tensors=tensors, damages=tuple(damages))
+            elif relative != MANIFEST_NAME and not _is_unfinished(relative):
+                listed.append(relative)
+        found = check_contents(target.directory, listed)
+        return replace(
+            report,
+            files=found.files,
+            tensors=found.tensors,
+            damages=(*damages, *found.damages),
+            extra=tuple(found.extra),
+            checked=found.checked,
+            unchecked=("digests: there is no manifest that has them", *found.unchecked),
+        )
 
 
 class _Counted:
@@ -220,45 +224,17 @@ def _walk(root: Path, under: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[
 def _is_read(relative: str) -> bool:
     """Whether a load takes in a file of this name though no manifest lists it: tensor files are found by listing."""
     path = PurePosixPath(relative)
+    if _is_unfinished(relative):
+        return False
     top = path.parts[0] if len(path.parts) > 1 else ""
     if path.name.endswith((".safetensors", _INDEX_SUFFIX, ".distcp")) or path.name == ".metadata":
         return top in ("model", "optim", "rng", "extra", "consolidated", "")
     return top in _STATE_DIRS and path.suffix == ".json"
 
 
-def _check_index(root: Path, relative: str) -> list[Damage]:
-    directory = (root / relative).parent
-    try:
-        weight_map = read_index(root / relative).weight_map
-    except ShardwiseError as error:
-        return [Damage(relative, "index", error.message)]
-    lost: dict[str, list[str]] = {}
-    held: dict[str, frozenset[str]] = {}
-    for tensor, file in weight_map.items():
-        if file not in held:
-            try:
-                held[file] = frozenset(read_header(directory / file).names)
-            except ShardwiseError:
-                held[file] = frozenset()
-        if tensor not in held[file]:
-            lost.setdefault(file, []).append(tensor)
-    return [
-        Damage(relative, "index", f"{file} does not hold what the index says", "model", tuple(names))
-        for file, names in lost.items()
-    ]
-
-
-def _check_dcp(root: Path, relative: str) -> list[Damage]:
-    from shardwise.comm import Group
-    from shardwise.io.sources import open_source
-
-    try:
-        open_source((root / relative).parent, Group(None))
-    except FormatError as error:
-        return [Damage(relative, "header", error.message)]
-    except ShardwiseError as error:
-        return [Damage(relative, "absent", error.message)]
-    return []
+def _is_unfinished(relative: str) -> bool:
+    """Whether a file is part of something that is being written or deleted, which nobody reads."""
+    return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
 
 
 def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
@@ -284,4 +260,6 @@ def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyRe
         tuple(damages),
         tuple(extra),
         tuple(undigested),
+        tuple(dict.fromkeys(each for report in reports for each in report.checked)),
+        tuple(dict.fromkeys(each for report in reports for each in report.unchecked)),
     )

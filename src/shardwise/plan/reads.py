@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.errors import MissingTensorError
-from shardwise.format.tiling import tiles
+from shardwise.format.tiling import overlap, tiles
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
@@ -155,7 +155,7 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
         covered == fragment.box.numel
         and len(regions) > 1
         and not tiles(fragment.box.sizes, regions)  # nearly always so; of fine grids it cannot tell
-        and _overlap(regions)
+        and overlap(regions)
     ):
         raise MissingTensorError(
             "pieces of this tensor overlap: the files hold some of its elements twice",
@@ -169,19 +169,6 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
             hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
         )
     return found
-
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether two of these boxes, which are not empty, share an element."""
-    # Along the dimension that tells most of them apart.
-    dim = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
-    near: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
-        near = [other for other in near if other.ends[dim] > box.offsets[dim]]
-        if any(other.intersect(box) is not None for other in near):
-            return True
-        near.append(box)
-    return False
 
 
 def _read_rows(rows: tuple[int, int], chunk: SourceChunk, spec: TensorSpec, fragment: Fragment) -> Read:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import Listing, NamedTensor, list_state, plain_name
+from shardwise.stateful_wrappers.install import Installing, post_steps
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.units import StandIns, Step
+from shardwise.stateful_wrappers.ways import EXTRA
 
 
 class ModelState:
@@ -27,6 +32,7 @@ class ModelState:
 
     Attributes:
         model: The parts, always a list.
+        is_peft: Whether only the adapter's parameters are meant.
     """
 
     def __init__(
@@ -40,14 +46,33 @@ class ModelState:
         self._skip = tuple(skip_prefixes)
 
     @property
+    def uses_tied_lm_head(self) -> bool:
+        """Whether the model's configuration ties head and embedding: ``tie_word_embeddings`` at its top level."""
+        configs = (getattr(unwrap(part), "config", None) for part in self.model)
+        return any(
+            bool(
+                config.get("tie_word_embeddings")
+                if isinstance(config, Mapping)
+                else getattr(config, "tie_word_embeddings", False)
+            )
+            for config in configs
+        )
+
+    @property
+    def has_local_tied_lm_head(self) -> bool:
+        """Whether a head, ``lm_head.weight``, shares its memory with another tensor of this rank's parts."""
+        shared = ((named.name, *named.aliases) for named in list_state(self.model).tensors if named.aliases)
+        return any(is_lm_head(name) for names in shared for name in names)
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing of the model is left out."""
         return not self.is_peft and not self._skip
 
     @collector_paused()
-    def listing(self) -> Listing:
-        """Parameters and persistent buffers, each tied tensor once, and the modules that have them."""
-        listed = list_state(self.model)
+    def listing(self, stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False) -> Listing:
+        """What the model's state holds, each tied tensor once, and the modules that have it; see `list_state`."""
+        listed = list_state(self.model, stand_ins, values=values, norms=norms)
         if self.is_whole:
             return listed
         tensors = (
@@ -63,25 +88,84 @@ class ModelState:
         return self.listing().tensors
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
-        """What this rank holds, under the model's own names, as views of its memory."""
+        """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
         register = meshes or MeshRegister()
         return held_tensors(((named.name, named.tensor) for named in self.tensors()), register)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Plain names to detached tensors that share the model's memory."""
-        return {named.name: named.tensor.detach() for named in self.tensors()}
+        """Plain names to detached tensors.
+
+        They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
+        `load_state_dict`. Each stands there once: ``lm_head.weight`` is left out where it shares its memory with the
+        embedding, and only there. What modules have beside tensors (extra state) stands there under torch's names.
+
+        Raises:
+            ModuleStateError: A module gives what cannot be described.
+        """
+        listed = self.listing()
+        found: dict[str, torch.Tensor] = {}
+        try:
+            for named in listed.tensors:
+                found[named.name] = _made(named.tensor)
+        finally:
+            release()
+        # DCP keeps values of other kinds, too, and its protocol says so nowhere.
+        return found | {name: cast(torch.Tensor, value) for name, (value, _) in listed.aside.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Copy values into the model, in place; tensors that already share its memory are left alone.
+        """Take values in, with the effect of the modules' own ``load_state_dict``.
+
+        Tensors that already share the model's memory are left alone. What is not named stays as it is.
 
         Raises:
             KeyError: A name that the model does not have.
+            ModuleStateError: A module refuses what it is given.
         """
-        own = {name: named.tensor for named in self.tensors() for name in (named.name, *named.aliases)}
+        listed = self.listing(values=False)
+        own = {name: named.tensor for named in listed.tensors for name in (named.name, *named.aliases)}
+        takers: dict[int, dict[str, torch.Tensor]] = {}
+        aside: dict[str, object] = {}
         with torch.no_grad():
-            for name, value in state_dict.items():
-                target = own[plain_name(name)].detach()
-                local = getattr(target, "_local_tensor", target)
-                given = getattr(value, "_local_tensor", value)
-                if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-                    local.copy_(given)
+            for key, value in state_dict.items():
+                name = plain_name(key)
+                target = own.get(name)
+                what = None if target is None else deferred(getattr(target, "_local_tensor", target))
+                if what is not None:
+                    takers.setdefault(id(what.owner), {})[what.key] = value
+                elif target is not None:
+                    _copy(target.detach(), value)
+                elif self._may_take(listed, name):
+                    aside[name] = value
+                else:
+                    raise KeyError(name)
+        metadata = {name: dict(noted) for name, noted in listed.metadata.items()}
+        installing = Installing(lambda taker: takers.get(id(taker), {}), aside, metadata, allow_missing=True)
+        for part, steps in zip(self.model, listed.steps, strict=True):
+            wanted = [s for s in steps if s.kind != "take" or id(s.taker) in takers or _concerns(s, aside)]
+            installing.run([*wanted, *(() if steps else post_steps(unwrap(part)))])
+
+    @staticmethod
+    def _may_take(listed: Listing, name: str) -> bool:
+        if name.rpartition(".")[2] == EXTRA:
+            return True
+        return any(step.taker is not None and step.taker.is_lenient for steps in listed.steps for step in steps)
+
+
+def _concerns(step: Step, names: Mapping[str, object]) -> bool:
+    return any(name.startswith(plain_name(step.prefix)) for name in names)
+
+
+def _made(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, detached; what is behind it, where it is a stand-in."""
+    what = deferred(getattr(tensor, "_local_tensor", tensor))
+    if what is None:
+        return tensor.detach()
+    value = resolve(what.stand_in())
+    return value if what.template is None else what.template.around(value)
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    local = getattr(target, "_local_tensor", target)
+    given = getattr(value, "_local_tensor", value)
+    if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
+        local.copy_(given)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from shardwise.errors import NameCollisionError, StateFormatError
+from shardwise.errors import NameCollisionError
+from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
+from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
 
-#: What a module overrides to make its state in a way of its own.
-_WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state")
+#: What a module overrides to make or take its state in a way of its own.
+_WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,12 +61,20 @@ class Listing(NamedTuple):
     """A model's state.
 
     Attributes:
-        tensors: Parameters and persistent buffers, each once, in the model's order.
-        modules: The modules that have them, some maybe twice; ``None`` where one makes its state in a way of its own.
+        tensors: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or
+            take what is saved in a way of their own.
+        modules: The modules that have them, some maybe twice; ``None`` where one makes or takes its state in a way of
+            its own.
+        aside: Plain name -> what the state holds beside ordinary tensors.
+        metadata: Plain module name -> what torch notes of modules with ways of their own.
+        steps: For each part, how it takes what is not read into its memory directly; empty for most models.
     """
 
     tensors: tuple[NamedTensor, ...]
     modules: tuple[nn.Module, ...] | None
+    aside: Mapping[str, Aside] = {}
+    metadata: Mapping[str, Mapping[str, object]] = {}
+    steps: tuple[tuple[Step, ...], ...] = ()
 
 
 def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
@@ -72,36 +82,84 @@ def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
     return list_state(parts).tensors
 
 
-def list_state(parts: Sequence[nn.Module]) -> Listing:
-    """Parameters and persistent buffers of a rank's model parts, each once, in the model's order.
+def list_state(
+    parts: Sequence[nn.Module], stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False
+) -> Listing:
+    """What ``state_dict()`` of a rank's model parts holds, each tensor once, in the model's order.
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
-    is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``), else
-    the first.
+    is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
+    that is no head's, else the first.
+
+    Args:
+        parts: The model's parts.
+        stand_ins: Those of last time, for what modules make on the fly.
+        values: Whether it is to be saved; otherwise extra state is not asked for.
+        norms: Whether torch's normalisation layers take their state themselves.
 
     Raises:
+        MisuseError: A module is wrapped by FSDP1.
         NameCollisionError: Two parts have different tensors of one name.
-        StateFormatError: A part's state holds something that is not a tensor.
+        ModuleStateError: A module gives what cannot be described.
     """
+    refuse_fsdp1(parts)
+    stand_ins = stand_ins or StandIns()
+    stand_ins.begin()
     found: dict[str, torch.Tensor] = {}
-    modules: list[nn.Module] = []
-    are_plain = True
+    modules: list[nn.Module] | None = []
+    aside: dict[str, Aside] = {}
+    metadata: dict[str, Mapping[str, object]] = {}
+    steps: list[tuple[Step, ...]] = []
     bounds = [0]
     for part in parts:
         module = unwrap(part)
-        plain = _plain_entries(module)
+        plain = _plain_entries(module, norms)
         if plain is None:
-            are_plain = False
+            modules = None
+            described = describe(module, stand_ins, plain_name, values=values, norms=norms)
+            aside |= {plain_name(name): value for name, value in described.aside.items()}
+            metadata |= {plain_name(f"{name}.")[:-1]: noted for name, noted in described.metadata.items()}
+            steps.append(tuple(described.steps))
+            entries: Mapping[str, torch.Tensor] = described.tensors
         else:
-            modules += plain.modules
-        for name, tensor in _tensors(module.state_dict(keep_vars=True) if plain is None else plain.entries):
-            if found.setdefault(name, tensor) is not tensor:
-                raise NameCollisionError(
-                    "two of this rank's model parts have different tensors of this name",
-                    tensor=name,
-                    hint="Give each stage's modules the names that they have in the whole model.",
-                )
+            entries = plain.entries
+            steps.append(())
+            if modules is not None:
+                modules += plain.modules
+        _add(found, entries)
         bounds.append(len(found))
+    listed = _listed(found, bounds, parts)
+    return Listing(tuple(listed), None if modules is None else tuple(modules), aside, metadata, tuple(steps))
+
+
+def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
+    """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked.
+
+    Raises:
+        NameCollisionError: Two parts have different tensors of one name.
+    """
+    refuse_fsdp1(parts)
+    found: dict[str, torch.Tensor] = {}
+    bounds = [0]
+    for part in parts:
+        _add(found, _own_entries(unwrap(part)))
+        bounds.append(len(found))
+    return tuple(_listed(found, bounds, parts))
+
+
+def _add(found: dict[str, torch.Tensor], entries: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in entries.items():
+        name = plain_name(key)
+        if found.setdefault(name, tensor) is not tensor:
+            raise NameCollisionError(
+                "two of this rank's model parts have different tensors of this name",
+                tensor=name,
+                hint="Give each stage's modules the names that they have in the whole model.",
+            )
+
+
+def _listed(found: Mapping[str, torch.Tensor], bounds: Sequence[int], parts: Sequence[nn.Module]) -> list[NamedTensor]:
+    """The tensors with the parts that have them, names of one tensor together."""
     listed = [
         NamedTensor(name, tensor, (), number, position)
         for number, (low, high) in enumerate(pairwise(bounds))
@@ -109,7 +167,7 @@ def list_state(parts: Sequence[nn.Module]) -> Listing:
     ]
     if len(set(map(_address, found.values()))) < len(found):
         listed = _merged(listed, declared_ties(parts))
-    return Listing(tuple(listed), tuple(modules) if are_plain else None)
+    return listed
 
 
 def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[NamedTensor]:
@@ -119,59 +177,76 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
         groups.setdefault(_identity(named.tensor), []).append(named)
     out = []
     for alike in groups.values():
-        kept = next((named for named in alike if named.name not in declared), alike[0])
+        # A head gives way to the embedding also where nothing is declared: that is the name that files have.
+        undeclared = [named for named in alike if named.name not in declared]
+        kept = next((named for named in undeclared if not is_lm_head(named.name)), (undeclared or alike)[0])
         out.append(kept._replace(aliases=tuple(named.name for named in alike if named is not kept)))
     return out
 
 
-def _tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, value in entries.items():
-        if isinstance(value, torch.Tensor):
-            yield plain_name(key), value
-        elif value is not None and value != {}:
-            raise StateFormatError(
-                f"the module's state holds a {type(value).__name__} under this name",
-                tensor=key,
-                hint="Pass it through extra_state, or let get_extra_state return a tensor.",
-            )
+def is_lm_head(name: str) -> bool:
+    """Whether a name is that of a language model's head: ``lm_head.weight``, at the top or inside a wrapper."""
+    return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
 class _Plain(NamedTuple):
-    entries: Mapping[str, object]
+    entries: Mapping[str, torch.Tensor]
     modules: Sequence[nn.Module]
 
 
-def _plain_entries(root: nn.Module) -> _Plain | None:
+def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
     """What torch's ``state_dict`` lists, in its order, in a third of its time; and the modules.
 
     Returns:
-        ``None`` where a module makes its state in a way of its own, or has somebody else's hook.
+        ``None`` where a module makes or takes its state in a way of its own, or has somebody else's hook.
     """
-    found: dict[str, object] = {}
+    found: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = []
     torchs: dict[type[nn.Module], bool] = {}
     pending = [("", root)]
+    if not has_torchs(root, "load_state_dict"):
+        return None
     while pending:
         prefix, module = pending.pop()
         cls = type(module)
         plain = torchs.get(cls)
         if plain is None:
-            plain = torchs[cls] = has_torchs_ways(cls)
-        if not plain or not keeps_torchs_ways(module) or module._state_dict_hooks:
+            plain = torchs[cls] = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
+        if not plain or not keeps_torchs_ways(module):
             return None
         modules.append(module)
         for hook in module._state_dict_pre_hooks.values():
             hook(module, prefix, True)
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found[prefix + name] = parameter
-        if module._buffers:
-            lost = module._non_persistent_buffers_set
-            found |= {prefix + n: b for n, b in module._buffers.items() if b is not None and n not in lost}
+        _take_own(found, module, prefix)
         if module._modules:
             children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
             pending.extend(reversed(children))
     return _Plain(found, modules)
+
+
+def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under the names that the modules have them under."""
+    found: dict[str, torch.Tensor] = {}
+    pending = [("", root)]
+    while pending:
+        prefix, module = pending.pop()
+        if module._state_dict_pre_hooks:  # FSDP2's, which puts sharded parameters back in place
+            for hook in module._state_dict_pre_hooks.values():
+                if not foreign([hook]):
+                    hook(module, prefix, True)
+        _take_own(found, module, prefix)
+        children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        pending.extend(reversed(children))
+    return found
+
+
+def _take_own(found: dict[str, torch.Tensor], module: nn.Module, prefix: str) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            found[prefix + name] = parameter
+    if module._buffers:
+        lost = module._non_persistent_buffers_set
+        found |= {prefix + n: b for n, b in module._buffers.items() if b is not None and n not in lost}
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:
@@ -180,15 +255,15 @@ def has_torchs_ways(cls: type[nn.Module]) -> bool:
 
 
 def keeps_torchs_ways(module: nn.Module) -> bool:
-    """Whether nothing was put into a module that makes its state in another way than its class does."""
+    """Whether nothing was put into a module that makes or takes its state in another way than its class does."""
     own = vars(module)  # looked into by hand, since every module of a model is asked
-    if "state_dict" in own or "_save_to_state_dict" in own or "get_extra_state" in own:
+    if "state_dict" in own or "_save_to_state_dict" in own or "_load_from_state_dict" in own:
         return False
-    if not module._state_dict_hooks and not module._state_dict_pre_hooks:
+    if not (module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks):
         return True
-    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+    made = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
-    return all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)
+    return not foreign([*made, *module._load_state_dict_pre_hooks.values()])
 
 
 def _address(tensor: torch.Tensor) -> int:

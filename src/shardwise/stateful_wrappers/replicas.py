@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
-
-#: How the name of a module's extra state ends in ``state_dict()``.
-_EXTRA_STATE = "_extra_state"
+from shardwise.stateful_wrappers.ways import EXTRA
 
 
 class _Everything:
@@ -87,7 +85,7 @@ class MayDiffer:
 def _is_kept_apart(named: NamedTensor, buffers: frozenset[str]) -> bool:
     """Whether a tensor that is no parameter is a buffer or extra state; others were made of parameters by a hook."""
     names = (named.name, *named.aliases)
-    return any(name in buffers or name.rpartition(".")[2] == _EXTRA_STATE for name in names)
+    return any(name in buffers or name.rpartition(".")[2] == EXTRA for name in names)
 
 
 def buffer_names(parts: Iterable[nn.Module]) -> frozenset[str]:

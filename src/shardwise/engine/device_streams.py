@@ -1,0 +1,153 @@
+"""The order of copies from an accelerator among its other work, as an interface, and torch's streams behind it.
+
+Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a stream of its
+own; what keeps it from reading values of a later step is order: it waits for what its device's current stream has been
+given so far, and whatever is given to that stream afterwards waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+
+
+class CopyEvent(Protocol):
+    """A point on a stream of copies: reached when all copies before it are done."""
+
+    def synchronize(self) -> None:
+        """Return when the point is reached; blocks the host. Any thread calls."""
+        ...
+
+
+class DeviceStreams(Protocol):
+    """What staging asks of accelerators.
+
+    For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
+    each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`
+    again. Before any other save, and before a load: `settle`.
+    """
+
+    def has_streams(self, device: torch.device) -> bool:
+        """Whether copies from ``device`` are queued; otherwise they are done when `torch.Tensor.copy_` returns."""
+        ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Host memory of ``nbytes`` bytes that devices copy into without the host."""
+        ...
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy behind all that the current stream of the source's device has been given.
+
+        The memory of ``source`` may be freed once this returns: it is not given to others before it was read.
+        """
+        ...
+
+    def mark(self, device: torch.device) -> CopyEvent:
+        """The point behind all copies that were queued from ``device``."""
+        ...
+
+    def hold_back(self, device: torch.device, event: CopyEvent) -> None:
+        """Let what this thread gives to the current stream of ``device`` from now on wait for ``event``.
+
+        The host does not wait.
+        """
+        ...
+
+    def settle(self, device: torch.device) -> None:
+        """Return when all that this thread gave to the current stream of ``device`` is done."""
+        ...
+
+
+class _Event(CopyEvent, Protocol):
+    """An event of a device module."""
+
+
+class _Stream(Protocol):
+    """A stream of a device module."""
+
+    def wait_stream(self, stream: _Stream, /) -> None: ...
+
+    def record_event(self) -> _Event: ...
+
+    def wait_event(self, event: CopyEvent, /) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@runtime_checkable
+class DeviceModule(Protocol):
+    """What ``torch.cuda``, ``torch.xpu`` and the modules of other accelerators with streams have in common."""
+
+    def Stream(self, device: torch.device) -> _Stream:  # noqa: N802 - torch's name
+        """A new stream."""
+        ...
+
+    def current_stream(self, device: torch.device) -> _Stream:
+        """The stream that this thread's work goes to."""
+        ...
+
+    def stream(self, stream: _Stream) -> AbstractContextManager[object]:
+        """Makes another stream the current one."""
+        ...
+
+
+class AcceleratorStreams:
+    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device.
+
+    Args:
+        module_of: Gives a device's module.
+    """
+
+    def __init__(self, module_of: Callable[[torch.device], object] = torch.get_device_module) -> None:
+        self._module_of = module_of
+        self._sides: dict[torch.device, _Stream] = {}
+        self._known: dict[torch.device, bool] = {}
+
+    def has_streams(self, device: torch.device) -> bool:
+        """Whether the device's module has streams; Apple's GPUs, for one, are waited for by the copy itself."""
+        known = self._known.get(device)
+        if known is None:
+            known = device.type not in ("cpu", "meta") and isinstance(self._module_of(device), DeviceModule)
+            self._known[device] = known
+        return known
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Page-locked memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue it on the side stream of the source's device."""
+        device = source.device
+        module = self._module(device)
+        side = self._sides.get(device)
+        if side is None:
+            side = self._sides[device] = module.Stream(device=device)
+        side.wait_stream(module.current_stream(device))
+        with module.stream(side):
+            buffer.copy_(source, non_blocking=True)
+            # The allocator, which knows only of the stream that the memory was made on, is told of this one.
+            source.record_stream(cast(torch.Stream, side))
+
+    def mark(self, device: torch.device) -> CopyEvent:
+        """Record an event on the device's side stream."""
+        return self._sides[device].record_event()
+
+    def hold_back(self, device: torch.device, event: CopyEvent) -> None:
+        """Let the device's current stream wait for the event.
+
+        Not while a graph is captured on it, which only records, and cannot wait for what is outside of it.
+        """
+        module = self._module(device)
+        is_capturing = getattr(module, "is_current_stream_capturing", None)
+        if is_capturing is None or not is_capturing():
+            module.current_stream(device).wait_event(event)
+
+    def settle(self, device: torch.device) -> None:
+        """Wait for the device's current stream."""
+        self._module(device).current_stream(device).synchronize()
+
+    def _module(self, device: torch.device) -> DeviceModule:
+        return cast(DeviceModule, self._module_of(device))

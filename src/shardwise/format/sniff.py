@@ -1,0 +1,262 @@
+"""What a file is by its first bytes, for messages: which format stands where another was expected, and the way in.
+
+Nothing is parsed and nothing trusted: a format is named where its signature is there, and no decision about values
+follows from it. Signatures are those of the formats' own specifications.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+#: How many of a file's first bytes tell all that is told: a tar archive's signature ends at byte 265.
+FIRST_BYTES = 512
+
+_LONGEST_HEADER = 100_000_000
+
+
+class Kind(StrEnum):
+    """Families of formats, as far as callers tell them apart."""
+
+    SAFETENSORS = "safetensors"
+    #: A zip archive, a tar archive or a bare pickle of ``torch.save``.
+    TORCH = "torch"
+    GGUF = "gguf"
+    #: A pointer that stands for a file which was not fetched.
+    POINTER = "pointer"
+    #: A page or a text that a server sent in the file's place.
+    TEXT = "text"
+    #: Weights of another framework.
+    FOREIGN = "foreign"
+    ARCHIVE = "archive"
+    #: Nothing, or nothing but zero bytes.
+    EMPTY = "empty"
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A format.
+
+    Attributes:
+        kind: Its family.
+        name: What it is, with its article, to stand behind "the file is": "a GGUF file (llama.cpp)".
+        hint: What to do about it where tensors in safetensors were expected, one sentence or two.
+    """
+
+    kind: Kind
+    name: str
+    hint: str
+
+
+_TORCH_HINT = (
+    "Load it as a base model (load_base_model, or load_model with is_init_step=True), which reads .bin, .pt and .pth "
+    "files, or save its state dict as safetensors."
+)
+_FETCH_AGAIN = "Fetch the file again."
+_SAFETENSORS = Recognised(Kind.SAFETENSORS, "a safetensors file", "Open it as such.")
+_EMPTY = Recognised(Kind.EMPTY, "an empty file", f"The copy or download failed. {_FETCH_AGAIN}")
+_ZEROS = Recognised(
+    Kind.EMPTY,
+    "nothing but zero bytes where it begins",
+    f"Its space was reserved and its content never arrived, or the disk lost it. {_FETCH_AGAIN}",
+)
+_TORCH_ZIP = Recognised(Kind.TORCH, "a zip archive as torch.save writes it (.pt, .pth, .ckpt, .bin)", _TORCH_HINT)
+_TORCH_LEGACY = Recognised(Kind.TORCH, "a pickle as torch.save wrote it before torch 1.6", _TORCH_HINT)
+_PICKLE = Recognised(
+    Kind.TORCH,
+    "a pickle",
+    "If it holds a state dict of torch, load it as a base model; otherwise save what it holds as safetensors yourself, "
+    "if you trust whoever wrote it.",
+)
+_TAR = Recognised(
+    Kind.ARCHIVE,
+    "a tar archive (a packed directory, a .nemo file, or torch.save before 0.2)",
+    "Unpack it and pass the file in it that holds the weights.",
+)
+_ZIP = Recognised(Kind.ARCHIVE, "a zip archive", "Unpack it and pass the file in it that holds the weights.")
+_NPZ = Recognised(
+    Kind.FOREIGN, "a zip archive of NumPy arrays (.npz)", "Save its arrays with safetensors.numpy.save_file."
+)
+_GGUF = Recognised(
+    Kind.GGUF,
+    "a GGUF file (llama.cpp)",
+    "GGUF cannot be loaded: use the model's safetensors or .bin files.",
+)
+_GGML = Recognised(
+    Kind.GGUF,
+    "a GGML file (llama.cpp before GGUF)",
+    "GGML cannot be loaded: use the model's safetensors or .bin files.",
+)
+_LFS = Recognised(
+    Kind.POINTER,
+    "a git LFS pointer, not the file that it stands for",
+    "Run `git lfs pull` in the repository, or download the file itself (hf download).",
+)
+_ANNEX = Recognised(
+    Kind.POINTER,
+    "a git-annex pointer, not the file that it stands for",
+    "Run `git annex get` for it in the repository.",
+)
+_HTML = Recognised(
+    Kind.TEXT,
+    "an HTML page",
+    "A server sent a page in the file's place (a login, an error, or a page about the file): download the file itself.",
+)
+_XML = Recognised(
+    Kind.TEXT, "an XML document", "A server sent it in the file's place, as buckets do for errors: download it again."
+)
+_JSON = Recognised(
+    Kind.TEXT,
+    "JSON text",
+    "It is a configuration, an index, or a server's error message: pass the file that holds the weights, or the "
+    "directory that an index lies in.",
+)
+_NPY = Recognised(Kind.FOREIGN, "a NumPy array (.npy)", "Save it with safetensors.numpy.save_file.")
+_HDF5 = Recognised(
+    Kind.FOREIGN,
+    "an HDF5 file (Keras, TensorFlow)",
+    "HDF5 cannot be loaded: use the model's safetensors or .bin files, or convert it with the tool that wrote it.",
+)
+_ONNX = Recognised(Kind.FOREIGN, "an ONNX model", "ONNX cannot be loaded: use the model's safetensors or .bin files.")
+_TFLITE = Recognised(
+    Kind.FOREIGN, "a TensorFlow Lite model", "It cannot be loaded: use the model's safetensors or .bin files."
+)
+_MSGPACK = Recognised(
+    Kind.FOREIGN, "MessagePack (Flax)", "Flax weights cannot be loaded: use the model's safetensors or .bin files."
+)
+_PARQUET = Recognised(Kind.FOREIGN, "a Parquet file", "It holds a table: pass the file that holds the weights.")
+_PDF = Recognised(Kind.TEXT, "a PDF document", "Pass the file that holds the weights.")
+
+
+def _packed(name: str) -> Recognised:
+    return Recognised(Kind.ARCHIVE, name, "Unpack it first.")
+
+
+_SIGNATURES: tuple[tuple[bytes, Recognised], ...] = (
+    (b"GGUF", _GGUF),
+    *((magic, _GGML) for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
+    (b"\x93NUMPY", _NPY),
+    (b"\x89HDF\r\n\x1a\n", _HDF5),
+    (b"version https://git-lfs.github.com/spec/", _LFS),
+    (b"version https://hawser.github.com/spec/", _LFS),
+    (b"/annex/objects/", _ANNEX),
+    (b"\x1f\x8b", _packed("a gzip file")),
+    (b"\x28\xb5\x2f\xfd", _packed("a Zstandard file")),
+    (b"\xfd7zXZ\x00", _packed("an xz file")),
+    (b"BZh", _packed("a bzip2 file")),
+    (b"\x04\x22\x4d\x18", _packed("an LZ4 file")),
+    (b"7z\xbc\xaf\x27\x1c", _packed("a 7-Zip archive")),
+    (b"Rar!\x1a\x07", _packed("a RAR archive")),
+    (b"PAR1", _PARQUET),
+    (b"%PDF-", _PDF),
+)
+#: torch's number of its own format before 1.6, as protocol 2 pickles it (torch.serialization.MAGIC_NUMBER).
+_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_PICKLE = re.compile(rb"[(}\]](?:[dl]p\d|q\x00|\.|c|X)|c(?:torch|collections|__builtin__|numpy)")
+_ONNX_START = re.compile(rb"\x08[\x01-\x20]\x12.[\x20-\x7e]{3}", re.DOTALL)
+_MSGPACK_START = re.compile(rb"(?:[\x81-\x8f]|\xde..)(?:[\xa1-\xbf]|\xd9.)[\x20-\x7e]{2}", re.DOTALL)
+
+
+def what_is(first_bytes: bytes) -> Recognised | None:
+    """Name a format.
+
+    Args:
+        first_bytes: The file's first `FIRST_BYTES` bytes, or all of it where it has fewer.
+
+    Returns:
+        ``None`` where no signature is there; damaged files and ones of unknown formats look like this. A file that
+        begins as safetensors does is named so, whatever comes behind.
+    """
+    start = first_bytes[:FIRST_BYTES]
+    if not start:
+        return _EMPTY
+    if _begins_as_safetensors(start):
+        return _SAFETENSORS
+    looks: tuple[Callable[[bytes], Recognised | None], ...] = (_signed, _zip, _pickle, _text)
+    return next((found for look in looks if (found := look(start)) is not None), None)
+
+
+def what_is_file(path: str | os.PathLike[str]) -> Recognised | None:
+    """Name a file's format; ``None`` also for what is no regular file, or cannot be read. Never raises."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with open(path, "rb") as stream:
+            return what_is(stream.read(FIRST_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+def _begins_as_safetensors(start: bytes) -> bool:
+    if len(start) < 9 or start[8:9] != b"{":
+        return False
+    return 2 <= int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
+
+
+def _signed(start: bytes) -> Recognised | None:
+    for magic, found in _SIGNATURES:
+        if start.startswith(magic):
+            return found
+    if start[257:262] == b"ustar":
+        return _TAR
+    if start[4:8] == b"TFL3":
+        return _TFLITE
+    if not start.strip(b"\0"):
+        return _ZEROS
+    return None
+
+
+def _zip(start: bytes) -> Recognised | None:
+    if not start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return None
+    # The first entry's name: its length is at byte 26, and it begins at byte 30 (APPNOTE.TXT, 4.3.7).
+    length = int.from_bytes(start[26:28], "little")
+    name = start[30 : 30 + length]
+    if re.search(rb"(?:^|/)(?:data\.pkl|data/\d+|version|byteorder)$", name):
+        return _TORCH_ZIP
+    return _NPZ if name.endswith(b".npy") else _ZIP
+
+
+def _pickle(start: bytes) -> Recognised | None:
+    if start.startswith(_TORCH_MAGIC):
+        return _TORCH_LEGACY
+    if len(start) > 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:3] in b"\x95}]()c\x8aXKMN\x8c":
+        return _PICKLE
+    if _OLD_PICKLE.match(start):
+        return _PICKLE
+    if _ONNX_START.match(start):
+        return _ONNX
+    return _MSGPACK if _MSGPACK_START.match(start) else None
+
+
+def _text(start: bytes) -> Recognised | None:
+    bare = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    low = bare[:15].lower()
+    if low.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")):
+        return _HTML
+    if low.startswith((b"<?xml", b"<error")):
+        return _XML
+    if low[:1] in (b"{", b"[") and _readable(bare) is not None:
+        return _JSON
+    text = _readable(bare)
+    if text is None:
+        return None
+    line = text.splitlines()[0][:60] if text else ""
+    return Recognised(
+        Kind.TEXT, f"plain text, which begins {line!r}", "It holds no weights: download or pass the file that does."
+    )
+
+
+def _readable(start: bytes) -> str | None:
+    """The bytes as text, a character cut at the end aside; ``None`` where they are none."""
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if len(start) - error.start > 3 or len(start) < FIRST_BYTES - 16:
+            return None
+        text = start[: error.start].decode("utf-8")
+    return text if text and all(char.isprintable() or char in "\t\r\n" for char in text) else None

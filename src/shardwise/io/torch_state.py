@@ -1,0 +1,129 @@
+"""The state dict in a file of ``torch.save``: below which entry it is, and whether it is one rank's part of one."""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from shardwise.errors import FormatError
+
+#: Entries under which training loops keep a model's state dict.
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "model_state",
+    "model_states",
+    "net",
+    "network",
+    "weights",
+    "params",
+)
+#: Entries that hold tensors and are no model's: those of optimizers, schedules and random number generators.
+_BESIDE = re.compile(
+    r"optim|sched|scaler|rng|random|loss|metric|stat(istic)?s$|sampler|dataloader|history", re.IGNORECASE
+)
+_SHOWN = 8
+_DISTRIBUTED = re.compile(r"^torch\.distributed\.\S* (DTensor|ShardedTensor|ShardedTensorMetadata)$")
+_PICKLES_BEFORE = 3  # magic number, protocol version and system information, before torch 1.6
+_MOST_PICKLE = 2**28
+
+
+def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, object]:
+    """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
+
+    Args:
+        found: What the file holds.
+        file: The file, for errors.
+
+    Raises:
+        FormatError: No entry holds tensors, or several do and there is no telling which is meant.
+    """
+    own = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    inner = {
+        str(name): value
+        for name, value in found.items()
+        if isinstance(value, Mapping) and _has_tensors(value) and not _BESIDE.search(str(name))
+    }
+    wrappers = [name for name in inner if name in _WRAPPERS]
+    if not wrappers and own:
+        return found
+    if not inner:
+        if not found:
+            return found
+        raise FormatError(
+            f"the file holds no state dict; its entries are {_listed([str(name) for name in found])}",
+            path=file,
+            hint="Save the model's state dict, and pass that file.",
+        )
+    # A step count may be a tensor too.
+    weights = [str(name) for name, value in own.items() if value.numel() > 1]
+    if len(inner) > 1 or weights or not wrappers:
+        raise FormatError(
+            f"the file holds tensors under {_listed([*inner, *weights])}, and nothing says which of them is the model",
+            path=file,
+            hint="Save the state dict that is meant by itself, and pass that file.",
+        )
+    return inner[wrappers[0]]
+
+
+def _has_tensors(value: Mapping[object, object]) -> bool:
+    return any(isinstance(each, torch.Tensor) for each in value.values())
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def distributed_class(file: Path) -> str | None:
+    """The class of distributed tensors that a file's pickle names, or ``None``; nothing is unpickled.
+
+    A file of which this cannot be told, a damaged one, say, is for the reader to judge.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
+                if name is None or archive.getinfo(name).file_size > _MOST_PICKLE:
+                    return None
+                data = archive.read(name)
+            return _scan(data) if b"torch.distributed" in data else None
+        with file.open("rb") as stream:
+            return _named_in_legacy(stream)
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError, IndexError):
+        return None
+
+
+def _named_in_legacy(stream: BinaryIO) -> str | None:
+    if b"torch.distributed" not in stream.read(2**20):
+        return None
+    stream.seek(0)
+    for _ in range(_PICKLES_BEFORE + 1):
+        found = _scan(stream)
+        if found is not None:
+            return found
+    return None
+
+
+def _scan(pickle: bytes | BinaryIO) -> str | None:
+    texts: list[str] = []
+    for opcode, argument, _ in pickletools.genops(pickle):
+        if opcode.name == "GLOBAL" and isinstance(argument, str):
+            named = argument
+        elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
+            named = f"{texts[-2]} {texts[-1]}"
+        else:
+            if isinstance(argument, str):
+                texts = [*texts[-1:], argument]
+            continue
+        if _DISTRIBUTED.match(named):
+            return named.replace(" ", ".")
+    return None

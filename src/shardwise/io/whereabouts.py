@@ -1,0 +1,144 @@
+"""What is at a path instead of a model, and where below it one is: for errors that say more than "not found"."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shardwise.format.sniff import Kind, Recognised, what_is_file
+from shardwise.format.weight_files import SAFETENSORS, TORCH
+
+#: Names by which tools keep weights; what else is in a directory is not mentioned.
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npz|npy|pkl|pickle|nemo|tar|zip|gz|tgz|zst|"
+    r"distcp|llamafile|tflite|pb)$"
+)
+#: What a training run keeps beside a model's weights in files of the same kind.
+_NO_MODEL = re.compile(
+    r"^(training_args|optimizer|optim|scheduler|scaler|sched|random_states|rng_state|trainer_state|dataloader|"
+    r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
+)
+#: Directories beside a model's, whose tensors are none of its.
+_BESIDE = frozenset({"optim", "optimizer", "rng", "extra", "extra_state", "dataloader", "scheduler"})
+_SHOWN, _DEPTH, _MOST_DIRECTORIES = 3, 3, 400
+
+
+def torch_files(directory: Path) -> list[str]:
+    """Names of the files of ``torch.save`` in a directory that may hold a model, sorted.
+
+    Standard names count whatever is in them, so that a damaged file is found damaged and not absent; other names where
+    the file begins as torch's do.
+    """
+    found = []
+    for name in sorted(os.listdir(directory)):
+        stem = TORCH.stem_of(name)
+        if stem is None or _NO_MODEL.match(name):
+            continue
+        standard = re.fullmatch(r"(pytorch_model|model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", name)
+        if standard or _is_torch(what_is_file(directory / name)):
+            found.append(name)
+    return found
+
+
+def holds_model(directory: Path) -> bool:
+    """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
+    try:
+        names = os.listdir(directory)
+    except NotADirectoryError:
+        return False
+    if ".metadata" in names or any(_is_weights(name) for name in names):
+        return True
+    merged = directory / "consolidated"
+    if "consolidated" in names and merged.is_dir() and any(_is_weights(name) for name in os.listdir(merged)):
+        return True
+    return bool(torch_files(directory))
+
+
+def _is_weights(name: str) -> bool:
+    if any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH)):
+        return True
+    return SAFETENSORS.stem_of(name) is not None and not name.startswith("adapter_model.")
+
+
+def _is_torch(found: Recognised | None) -> bool:
+    return found is not None and found.kind is Kind.TORCH
+
+
+def instead(directory: Path) -> str:
+    """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
+    weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
+    shown = []
+    for name in weights[:_SHOWN]:
+        found = what_is_file(directory / name)
+        shown.append(name if found is None or found.kind is Kind.SAFETENSORS else f"{name} ({found.name})")
+    more = len(weights) - len(shown)
+    return ("only " + ", ".join(shown) + (f" and {more} more" if more else "")) if shown else ""
+
+
+def way_in(directory: Path) -> str:
+    """What to do about the first of the files that `instead` lists; may be empty."""
+    for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
+        if name.startswith("adapter_model."):
+            return "It holds an adapter: set is_peft=True, or load its base model."
+        found = what_is_file(directory / name)
+        if found is not None and found.kind is not Kind.SAFETENSORS:
+            return found.hint
+    return ""
+
+
+def models_below(directory: Path) -> list[Path]:
+    """Directories with a model some levels below a directory, the nearest first, later numbers before earlier ones."""
+    found: list[Path] = []
+    level, seen = [directory], 0
+    for _ in range(_DEPTH):
+        below = [child for parent in level for child in _children(parent)]
+        level = []
+        for child in below:
+            seen += 1
+            if seen > _MOST_DIRECTORIES:
+                return found
+            if _holds_safely(child):
+                found.append(child)
+            else:
+                level.append(child)
+        if found:
+            return found
+    return found
+
+
+def did_you_mean(directory: Path) -> str:
+    """A sentence that names what is below a directory; empty where no model is."""
+    found = models_below(directory)
+    if not found:
+        return ""
+    others = found[1:_SHOWN]
+    text = f"Did you mean {str(found[0])!r}"
+    return text + (f", or {', '.join(repr(str(path)) for path in others)}?" if others else "?")
+
+
+def _holds_safely(directory: Path) -> bool:
+    try:
+        return holds_model(directory)
+    except OSError:
+        return False
+
+
+def _children(directory: Path) -> Sequence[Path]:
+    return sorted(_directories(directory), key=lambda path: _natural(path.name), reverse=True)
+
+
+def _directories(directory: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(directory) as entries:
+            named = [e for e in entries if not e.name.startswith(".") and e.name not in _BESIDE]
+            yield from [Path(e.path) for e in named if e.is_dir()]
+    except OSError:
+        return
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Names in an order in which step_10 comes after step_9."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -1,0 +1,93 @@
+"""Tensors of the base model that the model's class does not load, and that its export carries over as they are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from shardwise.checkpointing.base_files import find_base
+from shardwise.comm import Group
+from shardwise.errors import CheckpointNotFoundError, DtypeMismatchError, MissingTensorError
+from shardwise.format.notes import EXPORT, FILE_DTYPES, METADATA_DIR, PASSED_THROUGH
+from shardwise.io.sources import Source, open_source
+from shardwise.ops.consolidate_input import ModelInput
+from shardwise.ops.run_config import run_settings
+from shardwise.plan.reads import SourceTensor
+
+_HINT = "Say where the base model is: --base PATH (base=PATH)."
+
+
+def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
+    """The tensors of the export: the model's, and those that the save noted as carried over from its base.
+
+    Args:
+        found: The model.
+        base: Where the base model is; else where the save found it.
+
+    Raises:
+        CheckpointNotFoundError: The base model is not there.
+        MissingTensorError: It lacks such a tensor.
+        DtypeMismatchError: Its tensor has another dtype than when the model was saved.
+    """
+    notes = found.directory / METADATA_DIR
+    export = found.read_json(notes / EXPORT)
+    noted = (found.read_json(notes / PASSED_THROUGH), export.get("carried") if isinstance(export, dict) else None)
+    names = dict.fromkeys(str(name) for each in noted if isinstance(each, list) for name in each)
+    absent = [name for name in names if name not in found.source.tensors]
+    if not absent:
+        return found.source
+    path = _base_path(found, base, absent[0])
+    source = open_source(path, Group(None))
+    dtypes = found.read_json(notes / FILE_DTYPES)
+    tensors = dict(found.source.tensors)
+    first = len(found.source.files)
+    for name in absent:
+        known = source.tensors.get(name)
+        if known is None:
+            raise MissingTensorError(
+                "the export carries this tensor over from the base model, which has none of this name",
+                path=path,
+                tensor=name,
+                hint="It is another model than the one that was trained. " + _HINT,
+            )
+        recorded = dtypes.get(name) if isinstance(dtypes, dict) else None
+        if recorded is not None and recorded != known.spec.dtype:
+            raise DtypeMismatchError(
+                f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}",
+                path=path,
+                tensor=name,
+                hint="It is another model than the one that was trained. " + _HINT,
+            )
+        chunks = tuple(chunk._replace(file=chunk.file + first) for chunk in known.chunks)
+        tensors[name] = SourceTensor(known.spec, chunks)
+    return replace(found.source, files=(*found.source.files, *source.files), tensors=tensors)
+
+
+def _base_path(found: ModelInput, base: str | os.PathLike[str] | None, tensor: str) -> Path:
+    if base is not None:
+        return find_base(None, os.fspath(base))
+    note = found.read_json(found.directory / METADATA_DIR / EXPORT)
+    settings = run_settings(found)
+    tried: list[tuple[str | None, str]] = []
+    noted = note.get("base") if isinstance(note, dict) else None
+    if isinstance(noted, str):
+        tried.append((None, noted))
+    name = settings.get("model_repo_id")
+    roots = [settings.get(key) for key in ("original_model_root_dir", "model_cache_dir")]
+    tried += [(str(root), str(name)) for root in roots if root and name]
+    tried += [(None, str(root)) for root in roots[:1] if root]
+    tried += [(None, str(name))] if name else []
+    failures = []
+    for root, model in tried:
+        try:
+            return find_base(root, model)
+        except CheckpointNotFoundError as error:
+            failures.append(error)
+    raise CheckpointNotFoundError(
+        "the export carries this tensor over from the base model, which is not there"
+        + (f" (looked for {', '.join(dict.fromkeys(model for _, model in tried))})" if tried else ""),
+        path=failures[0].path if failures else found.directory,
+        tensor=tensor,
+        hint=_HINT,
+    )

@@ -1,0 +1,309 @@
+"""From the path that somebody names to the tensors of one model, each of them whole, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group
+from shardwise.engine.verify import extents_of, load_manifest
+from shardwise.errors import (
+    IncompleteTensorError,
+    IntegrityError,
+    ManifestError,
+    MisuseError,
+    StateFormatError,
+    UnverifiableError,
+)
+from shardwise.format.manifest import MANIFEST_NAME, Manifest
+from shardwise.format.notes import METADATA_DIR
+from shardwise.format.strict_json import JsonValue
+from shardwise.format.tiling import covers_once
+from shardwise.io.checked import Ledger, Recorded
+from shardwise.io.entries import read_entries
+from shardwise.io.sources import Source, open_source
+from shardwise.io.statefiles import read_file
+from shardwise.io.storage import Storage
+from shardwise.ops.dcp_model import find_model
+from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
+from shardwise.ops.targets import Target, find_targets, with_nested
+from shardwise.ops.verify import VerifyReport, verify
+from shardwise.plan.reads import SourceTensor
+from shardwise.types import TensorSpec
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_OPTIMIZER_STATE = "optimizer.json"
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model that is to be exported.
+
+    Attributes:
+        directory: Where its files are.
+        checkpoint: The checkpoint around it, where there is one.
+        manifest: Whether a manifest says what every byte must be.
+        source: Its tensors, under the names that the export is to have; each of their pieces once.
+        ledger: Recorded digests of the files.
+        notes: What a reader of the report should know.
+        kind: The class that the configuration names, where it was looked at.
+        native: Whether the names are the model's own, and not yet those of its files.
+    """
+
+    directory: Path
+    checkpoint: Path
+    manifest: bool
+    source: Source
+    ledger: Ledger
+    notes: list[str] = field(default_factory=list)
+    kind: ModelClass | None = None
+    native: bool = False
+
+    def read_json(self, path: Path) -> JsonValue:
+        """A JSON file of the input; ``None`` where there is none.
+
+        Raises:
+            StateFormatError: It is no JSON.
+            IntegrityError: It has changed since the save.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return cast(JsonValue, json.loads(self.read(path)))
+        except ValueError as error:
+            raise StateFormatError(f"not JSON: {error}", path=path, hint="Restore the file.") from error
+
+    def read(self, path: Path) -> bytes:
+        """A small file of the input.
+
+        Raises:
+            IntegrityError: It has changed since the save.
+        """
+        content = read_file(path)
+        self.ledger.content(path, content)
+        return content
+
+
+def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool) -> ModelInput:
+    """Find the model at a path, and make sure that it is whole.
+
+    Args:
+        path: A checkpoint, its ``model`` directory, a root, or another tool's directory.
+        storage: Through what headers are read.
+        prefix: What the names of the model's tensors begin with in a DCP directory.
+        assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path.
+        IncompleteCheckpointError: It is an interrupted save.
+        IntegrityError, ManifestError: It is damaged, as `verify` finds.
+        MisuseError: It is no model, or which part is the model is not clear.
+        TensorError: A tensor is not whole, or not that of the class that the configuration names.
+        UnverifiableError: Nothing says whether the tensors are whole.
+    """
+    targets = find_targets(path)
+    target = _model_target(targets, path)
+    directory = target.directory / target.under
+    if not target.under and (directory / "model").is_dir():
+        directory = directory / "model"
+    if not directory.is_dir():
+        raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
+    report = verify(path, digests=False)
+    _refuse_damaged(report, directory)
+    _refuse_others(directory)
+    manifests = _manifests(target)
+    ledger = Ledger(_recorded(manifests))
+    # Before anything in a header is believed.
+    ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
+    found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
+    if not manifests:
+        found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
+    if (directory / ".metadata").exists():
+        return _from_dcp(found, prefix)
+    if prefix is not None:
+        raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
+    return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete)
+
+
+def _model_target(targets: Sequence[Target], path: Path) -> Target:
+    models = [target for target in targets if target.directory.name != "optim" or target.under]
+    named = [target for target in models if target.under.split("/")[0] != "optim"]
+    if not named:
+        raise _optimizer(path)
+    by_name = [target for target in named if target.directory.name == "model"]
+    return by_name[0] if len(named) > 1 and by_name else named[0]
+
+
+def _optimizer(path: Path) -> MisuseError:
+    return MisuseError(
+        "this is an optimizer's state and no model", path=path, hint="Name the checkpoint, or its model directory."
+    )
+
+
+def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
+    """Raise for what `verify` calls damaged."""
+    if not report.damages:
+        return
+    first = report.damages[0]
+    more = f"; {len(report.damages) - 1} more are damaged" if len(report.damages) > 1 else ""
+    kind = ManifestError if first.kind == "manifest" else IntegrityError
+    elsewhere = not any((report.path / damage.file).is_relative_to(directory) for damage in report.damages)
+    raise kind(
+        f"the checkpoint is damaged: {first.describe()}{more}",
+        path=report.path / first.file,
+        tensor=first.tensors[0] if first.tensors else None,
+        hint=f"Its model is not: name {directory} to export that alone."
+        if elsewhere and kind is IntegrityError
+        else "`shardwise verify` lists everything; restore the file from a copy, or take another checkpoint.",
+    )
+
+
+def _refuse_others(directory: Path) -> None:
+    """Refuse what is no model, by name."""
+    for place in (directory, directory / METADATA_DIR):
+        if (place / _ADAPTER_CONFIG).is_file():
+            raise MisuseError(
+                "this is an adapter, which is saved in its final form: there is nothing to consolidate",
+                path=directory,
+                hint="Open it with PEFT as it is, or merge it into its base model there (merge_and_unload).",
+            )
+    names = sorted(os.listdir(directory))
+    if _OPTIMIZER_STATE in names or (directory.name == "optim" and not (directory / CONFIG_NAME).is_file()):
+        raise _optimizer(directory)
+    if "model_index.json" in names:
+        parts = [name for name in names if (directory / name / CONFIG_NAME).is_file()]
+        raise MisuseError(
+            "this is a pipeline of several models",
+            path=directory,
+            hint=f"Name one of its models' directories: {', '.join(parts) or 'none has a config.json'}.",
+        )
+
+
+def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
+    """The manifests that describe what is named: its own, and those of exports that were made later."""
+    found = []
+    for each in with_nested((target,)):
+        manifest = load_manifest(each.directory)
+        if manifest is not None:
+            found.append((each.directory, manifest))
+    return found
+
+
+def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[Recorded]]:
+    found: dict[Path, list[Recorded]] = {}
+    for directory, manifest in manifests:
+        for file, offset, nbytes, crc, tensor in (
+            (each.file, each.offset, each.nbytes, each.crc32c, each.tensor)
+            for each in extents_of(manifest, manifest.files)
+        ):
+            found.setdefault(directory / file, []).append(Recorded(offset, nbytes, crc, tensor))
+    return found
+
+
+# --- DCP -------------------------------------------------------------------------------------------------------------
+
+
+def _from_dcp(found: ModelInput, prefix: str | None) -> ModelInput:
+    from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
+
+    directory = found.directory
+    if found.manifest:
+        found.read(directory / DCP_METADATA_NAME)
+    metadata = read_dcp_metadata(directory)
+    kind = _class_beside(directory)
+    expected = () if kind is None else kind.native
+    model = find_model(metadata, directory, expected, prefix)
+    opened = open_source(directory, Group(None))
+    tensors = {name: _once(opened.tensors[dcp], name, directory) for name, dcp in model.names.items()}
+    if all(".lora_" in name or ".modules_to_save." in name for name in tensors):
+        raise MisuseError(
+            "this is an adapter's state, and nothing beside it says what its configuration is",
+            path=directory,
+            hint="Save the adapter with is_peft, which writes adapter_model.safetensors and adapter_config.json.",
+        )
+    if kind is not None:
+        kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=True)
+    if model.left:
+        found.notes.append(f"not exported, since it is no tensor: {', '.join(model.left[:_SHOWN])}")
+    if not any((place / CONFIG_NAME).is_file() for place in (directory, directory / METADATA_DIR)):
+        found.notes.append("there is no config.json: the export is weights alone")
+    native = kind is not None and kind.native.keys() <= tensors.keys() and kind.native.keys() != kind.hub.keys()
+    return replace(found, source=replace(opened, tensors=tensors), kind=kind, native=native)
+
+
+def _class_beside(directory: Path) -> ModelClass | None:
+    for place in (directory / METADATA_DIR, directory):
+        kind = model_class(place)
+        if kind is not None:
+            return kind
+    return None
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], assume_complete: bool) -> ModelInput:
+    directory = found.directory
+    source = open_source(directory, Group(None))
+    tensors = {name: _once(tensor, name, directory) for name, tensor in source.tensors.items()}
+    if manifests:
+        # Each file that was written is there, so all pieces are; a tensor's record has to agree.
+        recorded = {t.spec.name: t.spec.shape for m in manifests for t in m.tensors if t.component == "model"}
+        for name, tensor in tensors.items():
+            if name in recorded and recorded[name] != tensor.spec.shape:
+                raise IntegrityError(
+                    f"the files make up a tensor of {list(tensor.spec.shape)}, the manifest has {list(recorded[name])}",
+                    path=directory / MANIFEST_NAME,
+                    tensor=name,
+                    hint="The directory mixes files of different checkpoints; restore it from a copy.",
+                )
+        return replace(found, source=replace(source, tensors=tensors))
+    kind = _class_beside(directory)
+    unknown = _in_pieces(source, tensors)
+    if kind is not None:
+        kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=bool(unknown))
+        unknown = []
+    if unknown and not assume_complete:
+        raise UnverifiableError(
+            f"nothing says how large {len(unknown)} tensors in pieces were, {unknown[0]} among them: whether a file is "
+            "absent cannot be told",
+            path=directory,
+            tensor=unknown[0],
+            hint="Put the checkpoint's manifest back, or the model's config.json beside the files; or pass "
+            "--assume-complete (assume_complete=True) if you know that every rank's files are here.",
+        )
+    if unknown:
+        found.notes.append(f"{len(unknown)} tensors in pieces were taken to be complete, as was asked for")
+    return replace(found, source=replace(source, tensors=tensors), kind=kind)
+
+
+def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:
+    """Tensors that files say to be parts of, without an index that says that one file has all of it."""
+    indexed = {path.parent for path in source.files if any(path.parent.glob("*.safetensors.index.json"))}
+    parts: dict[str, None] = {}
+    for file in source.files:
+        if file.parent not in indexed:
+            parts |= {entry.name: None for entry in read_entries(file) if entry.saved is not None}
+    return [name for name in parts if name in tensors]
+
+
+def _once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:
+    """The tensor under its name in the export, with each of its pieces once.
+
+    Raises:
+        IncompleteTensorError: The pieces do not make it up.
+    """
+    chunks = tuple({chunk.box: chunk for chunk in reversed(tensor.chunks)}.values())[::-1]
+    if not covers_once(tensor.spec.shape, [chunk.box for chunk in chunks]):
+        raise IncompleteTensorError(
+            f"the {len(chunks)} pieces in the files do not make up the tensor of {list(tensor.spec.shape)}",
+            path=directory,
+            tensor=name,
+            hint="A file is absent, or the directory mixes files of different checkpoints.",
+        )
+    return SourceTensor(TensorSpec(name, tensor.spec.shape, tensor.spec.dtype), chunks)

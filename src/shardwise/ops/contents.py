@@ -1,0 +1,250 @@
+"""What can be said about a directory that has no manifest: each file against what other files say of it.
+
+A safetensors file is compared with its own header, its shards with each other, an index with its files, a DCP
+directory's files with ``.metadata``, a ``.bin`` with the directory at the end of its archive, and file names with each
+other (``-00001-of-00003``). Links to files are followed: a hub cache consists of them. Bytes of tensors are compared
+with nothing, for want of digests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from shardwise.engine.verify import Damage
+from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
+from shardwise.format.header import read_header
+from shardwise.format.index import read_index
+from shardwise.format.sharding import saved_offsets
+from shardwise.format.sniff import what_is_file
+from shardwise.format.tiling import covers_once
+from shardwise.ops.torch_archives import TORCH_SUFFIXES, check_torch_file
+from shardwise.types import Box
+
+_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.safetensors|\.bin)")
+_SHARD = re.compile(r"shard-\d{5,}-(?P<stem>.+)")
+_MOST_NUMBERED = 100_000
+#: Where a base model's split is recorded, shards of some of its files may rightly not exist.
+_SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
+
+
+@dataclass
+class Contents:
+    """What was found.
+
+    Attributes:
+        files: Number of files.
+        tensors: Number of tensors, pieces of one counted once.
+        damages: What is wrong.
+        extra: Files of tensors that no load reads.
+        checked: What was compared, one phrase for each kind of file.
+        unchecked: What could not be.
+    """
+
+    files: int = 0
+    tensors: int = 0
+    damages: list[Damage] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    _counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """What was compared."""
+        return tuple(f"{count} {what}" for what, count in self._counts.items())
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Note that so much of a kind was compared."""
+        if number:
+            self._counts[what] += number
+
+    def merge(self, damages: Sequence[Damage]) -> None:
+        """Add damages."""
+        self.damages += damages
+
+
+def check_contents(root: Path, listed: Sequence[str]) -> Contents:
+    """Compare what is in files with what other files say of them.
+
+    Args:
+        root: The directory.
+        listed: Every file to look at, relative to it (POSIX).
+    """
+    found = Contents(files=len(listed))
+    below: dict[str, list[str]] = {}
+    for relative in listed:
+        below.setdefault(PurePosixPath(relative).parent.as_posix(), []).append(relative)
+    for directory, names in below.items():
+        _check_directory(root, directory, names, found)
+    if not any(what for what in found.checked):
+        found.unchecked.append("no file of a format that says how long it is")
+    return found
+
+
+def _check_directory(root: Path, directory: str, names: Sequence[str], found: Contents) -> None:
+    pieces: dict[str, list[tuple[Box, str]]] = {}
+    whole: set[str] = set()
+    is_dcp = any(PurePosixPath(name).name == ".metadata" for name in names)
+    for relative in names:
+        path = root / relative
+        if relative.endswith(".safetensors"):
+            _check_safetensors(root, relative, pieces, whole, found)
+        elif relative.endswith(_INDEX_SUFFIXES):
+            found.merge(check_index(root, relative))
+            found.count("weight indices")
+        elif PurePosixPath(relative).name == ".metadata":
+            _check_dcp(root, relative, names, found)
+        elif relative.endswith(".distcp") and not is_dcp:
+            found.damages.append(
+                Damage(
+                    (PurePosixPath(directory) / ".metadata").as_posix(),
+                    "absent",
+                    f"the file is absent, and without it {PurePosixPath(relative).name} and its like cannot be read",
+                )
+            )
+            is_dcp = True  # said once
+        elif path.suffix in TORCH_SUFFIXES:
+            _check_torch(root, relative, found)
+    found.tensors += len(whole | pieces.keys())
+    _check_pieces(pieces, any(name.endswith(_INDEX_SUFFIXES) for name in names), found)
+    found.merge(list(_absent_of_sets(root, directory, names)))
+
+
+def _check_safetensors(
+    root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Contents
+) -> None:
+    try:
+        header = read_header(root / relative)
+        offsets = saved_offsets(header)
+    except CheckpointNotFoundError as error:
+        found.damages.append(Damage(relative, "absent", error.message))
+        return
+    except ShardwiseError as error:
+        names = () if error.tensor is None else (error.tensor,)
+        found.damages.append(Damage(relative, "header", error.message, "model" if names else None, names))
+        return
+    found.count("safetensors files: headers, and sizes against them")
+    if offsets is None:
+        whole.update(entry.spec.name for entry in header.entries)
+        return
+    for entry in header.entries:
+        box = Box(offsets[entry.spec.name], entry.spec.shape)
+        pieces.setdefault(entry.spec.name, []).append((box, relative))
+
+
+def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Contents) -> None:
+    """Compare pieces of one tensor with each other; how large it was nobody says, unless an index lists one file."""
+    lost: dict[str, list[str]] = {}
+    for name, held in pieces.items():
+        boxes = list({box: None for box, _ in held})
+        dims = {len(box.sizes) for box in boxes}
+        if len(dims) > 1:
+            found.damages.append(
+                Damage(held[0][1], "header", "files disagree about this tensor's dimensions", "model", (name,))
+            )
+            continue
+        shape = tuple(max(ends) for ends in zip(*(box.ends for box in boxes), strict=True))
+        if not covers_once(shape, boxes):
+            lost.setdefault(held[0][1], []).append(name)
+    for file, names in lost.items():
+        message = "the pieces in this file and those beside it do not make up the tensor: a file is absent"
+        found.damages.append(Damage(file, "incomplete", message, "model", tuple(names)))
+    found.count("tensors in pieces: whether these fit together", len(pieces))
+    if pieces and not indexed:
+        found.unchecked.append(
+            f"whether pieces are missing at the end of {'a tensor' if len(pieces) == 1 else f'{len(pieces)} tensors'}: "
+            "no file says how large they were"
+        )
+
+
+def _absent_of_sets(root: Path, directory: str, names: Sequence[str]) -> Iterator[Damage]:
+    """Files of which others' names say that they exist."""
+    sets: dict[tuple[str, str, int], set[int]] = {}
+    for relative in names:
+        name = _NUMBERED.fullmatch(PurePosixPath(relative).name)
+        if name is None:
+            continue
+        shard = _SHARD.fullmatch(name["stem"])
+        if shard is not None and (root / directory / _SPLIT_NOTE).exists():
+            continue
+        stem = name["stem"] if shard is None else f"shard-*-{shard['stem']}"
+        sets.setdefault((stem, name["suffix"], int(name["count"])), set()).add(int(name["number"]))
+    for (stem, suffix, count), numbers in sets.items():
+        missing = count if count > _MOST_NUMBERED else sorted(set(range(1, count + 1)) - numbers)
+        if isinstance(missing, int) or not missing:
+            continue
+        file = (PurePosixPath(directory) / f"{stem}-{missing[0]:05d}-of-{count:05d}{suffix}").as_posix()
+        more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield Damage(file, "absent", f"the names of the files beside it say that it exists; it is absent{more}")
+
+
+def check_index(root: Path, relative: str) -> list[Damage]:
+    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone."""
+    directory = (root / relative).parent
+    try:
+        weight_map = read_index(root / relative).weight_map
+    except CheckpointNotFoundError as error:
+        return [Damage(relative, "absent", error.message)]
+    except ShardwiseError as error:
+        return [Damage(relative, "index", error.message)]
+    lost: dict[str, list[str]] = {}
+    held: dict[str, frozenset[str] | None] = {}
+    for tensor, file in weight_map.items():
+        if file not in held:
+            held[file] = _names_in(directory / file)
+        names = held[file]
+        if names is not None and tensor not in names:
+            lost.setdefault(file, []).append(tensor)
+    return [
+        Damage(relative, "index", f"{file} does not hold what the index says", "model", tuple(names))
+        for file, names in lost.items()
+    ]
+
+
+def _names_in(path: Path) -> frozenset[str] | None:
+    """Names of a file's tensors; none of one that cannot be read, ``None`` of a sound one that does not tell."""
+    if path.suffix != ".safetensors":
+        return None if path.is_file() else frozenset()
+    try:
+        return frozenset(read_header(path).names)
+    except ShardwiseError:
+        return frozenset()  # its own check says what is wrong with it
+
+
+def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents) -> None:
+    from shardwise.io.dcp_extents import check_dcp_extents
+
+    try:
+        extents = check_dcp_extents((root / relative).parent)
+    except CheckpointNotFoundError as error:
+        found.damages.append(Damage(relative, "absent", error.message))
+        return
+    except FormatError as error:
+        tensors = () if error.tensor is None else (error.tensor,)
+        found.damages.append(Damage(relative, "header", error.message, "model" if tensors else None, tensors))
+        return
+    directory = PurePosixPath(relative).parent
+    found.tensors += extents.tensors
+    for wrong in extents.wrong:
+        file = (directory / (wrong.file or ".metadata")).as_posix()
+        found.damages.append(Damage(file, wrong.kind, wrong.message, "model" if wrong.tensors else None, wrong.tensors))
+    found.count("DCP directories: .metadata, and where each item lies in the .distcp files")
+    found.count("items of .distcp files: extent, first and last bytes", extents.items)
+    known = {(directory / file).as_posix() for file in extents.files}
+    found.extra += [name for name in names if name.endswith(".distcp") and name not in known]
+
+
+def _check_torch(root: Path, relative: str, found: Contents) -> None:
+    outcome = check_torch_file(root / relative)
+    if outcome.damage is not None:
+        kind, message = outcome.damage
+        found.damages.append(Damage(relative, kind, message))
+    elif outcome.unchecked is not None:
+        what = what_is_file(root / relative)
+        found.unchecked.append(f"{relative}: {outcome.unchecked if what is None else what.name}")
+    else:
+        found.count("torch archives: the directory at the end, and every entry's extent")

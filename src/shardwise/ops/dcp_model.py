@@ -1,0 +1,214 @@
+"""What of a DCP directory is the model: one state dict of several, told by structure and never by a guess.
+
+DCP flattens nested state dicts to names (``model.layers.0.weight``) and records the path of each
+(``("model", "layers.0.weight")``). Where a configuration names the model's class, the place is the one below which that
+class's own names lie; otherwise the one mapping that is called as a model's is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.errors import MisuseError, NameCollisionError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+#: What the mapping that holds the model is called, by those who write `{"model": ..., "optimizer": ...}`.
+MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")
+#: What mappings are called that are something else.
+_OTHER_KEYS = frozenset(
+    {
+        *("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict", "param_groups"),
+        *("scheduler", "lr_scheduler", "lr_schedulers", "schedulers", "scheduler_state_dict", "dataloader"),
+        *("train_state", "trainer", "rng", "rng_state", "scaler", "grad_scaler"),
+    }
+)
+_OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
+#: What wrappers of torch put into names: torch.compile, FSDP1, activation checkpointing.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DATA_PARALLEL = "module."
+_SHOWN = 12
+
+_Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DcpModel:
+    """The model in a DCP directory.
+
+    Attributes:
+        names: The model's name of each tensor -> DCP's.
+        prefix: What DCP's names of the model have in front.
+        left: Names, as DCP has them, of what is not a tensor and lies in the same place, such as extra state.
+    """
+
+    names: Mapping[str, str]
+    prefix: str
+    left: tuple[str, ...] = ()
+
+
+def find_model(
+    metadata: Metadata, directory: Path, expected: Collection[str] = (), prefix: str | None = None
+) -> DcpModel:
+    """Decide which tensors are the model.
+
+    Args:
+        metadata: Of the directory.
+        directory: For messages.
+        expected: Names that the model's class has, where it is known.
+        prefix: What the names of the model have in front, where the caller knows better; "" for all of them.
+
+    Raises:
+        MisuseError: There is no model, or more than one candidate; lists the top-level keys.
+        NameCollisionError: Two tensors would get one name.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    tensors = [n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
+    others = [n for n, item in metadata.state_dict_metadata.items() if not isinstance(item, TensorStorageMetadata)]
+    paths = _paths(metadata.planner_data, [*tensors, *others])
+    if prefix is not None:
+        place = _Place(prefix.rstrip("."))
+    else:
+        _refuse_optimizer(paths, tensors, directory)
+        places = _matching(tensors, expected)
+        if len(places) > 1:
+            raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_listed(places)}")
+        place = _Place(places[0], frozenset(expected)) if places else _by_structure(paths, tensors, directory)
+    found = {name.removeprefix(place.front): name for name in tensors if place.has(name, paths)}
+    if prefix is not None:
+        found = {name.removeprefix(place.front): name for name in tensors if name.startswith(place.front)}
+    if not found:
+        raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
+    left = tuple(name for name in others if place.has(name, paths))
+    return DcpModel(_unwrapped(found, directory), place.front, left)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the model is: what names have in front, and names that are the model's whatever they look like."""
+
+    head: str
+    expected: frozenset[str] = frozenset()
+
+    @property
+    def front(self) -> str:
+        return f"{self.head}." if self.head else ""
+
+    def has(self, name: str, paths: Mapping[str, _Path]) -> bool:
+        """Whether a name is the model's, and not that of an optimizer's state in the same place."""
+        if not name.startswith(self.front):
+            return False
+        rest = name.removeprefix(self.front)
+        if _WRAPPERS.sub("", rest) in self.expected:
+            return True
+        path = paths[name]
+        mappings = {str(part) for part in path[:-1]} - set(self.head.split("."))
+        return rest.split(".")[0] not in _OTHER_KEYS and _OTHER_KEYS.isdisjoint(mappings)
+
+
+def _paths(planner_data: object, names: Iterable[str]) -> dict[str, _Path]:
+    """The path of each name; a name of which nothing is recorded is one of a state dict that is not nested."""
+    known = planner_data if isinstance(planner_data, dict) else {}
+    found: dict[str, _Path] = {}
+    for name in names:
+        path: object = known.get(name)
+        parts = path if isinstance(path, tuple) else ()
+        found[name] = tuple(part for part in parts if isinstance(part, (str, int))) or (name,)
+    return found
+
+
+def _refuse_optimizer(paths: Mapping[str, _Path], tensors: Sequence[str], directory: Path) -> None:
+    tops = {path[0] for path in paths.values()}
+    alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
+    if alone and not tops & set(MODEL_KEYS):
+        raise MisuseError(
+            "this is an optimizer's state and no model",
+            path=directory,
+            hint="Name the checkpoint, or its model directory.",
+        )
+
+
+def _matching(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
+    """The places below which all of the names lie that the class has."""
+    if not expected:
+        return []
+    probe = max(expected, key=lambda name: (name.count("."), len(name), name))
+    plain = {_WRAPPERS.sub("", name): name for name in tensors}
+    heads = [name.removesuffix(probe).rstrip(".") for name in plain if name == probe or name.endswith(f".{probe}")]
+    found = []
+    for head in heads:
+        front = f"{head}." if head else ""
+        if _OTHER_KEYS.isdisjoint(head.split(".")) and all(front + name in plain for name in expected):
+            found.append(head)
+    # DataParallel's part of a name is the model's own way of naming, not a place: it is taken off later.
+    return found
+
+
+def _by_structure(paths: Mapping[str, _Path], tensors: Sequence[str], directory: Path) -> _Place:
+    """The place of the one mapping that is called as a model's is."""
+    at: _Path = ()
+    while True:
+        below = {name: path for name, path in paths.items() if path[: len(at)] == at and len(path) > len(at)}
+        leaves = [name for name in tensors if name in below and len(below[name]) == len(at) + 1]
+        keys = list(dict.fromkeys(path[len(at)] for path in below.values() if len(path) > len(at) + 1))
+        models = [key for key in keys if key in MODEL_KEYS]
+        rest = [key for key in keys if key not in MODEL_KEYS and key not in _OTHER_KEYS]
+        if len(models) == 1 and not rest:
+            at = (*at, models[0])
+        elif leaves and not models and not rest:
+            return _flat(paths, leaves, at, directory)
+        elif not leaves and not models and len(rest) == 1 and isinstance(rest[0], str):
+            at = (*at, rest[0])
+        else:
+            raise _ambiguous(paths, directory, "several of its parts may be it" if keys or leaves else "it is empty")
+
+
+def _flat(paths: Mapping[str, _Path], leaves: Sequence[str], at: _Path, directory: Path) -> _Place:
+    """The place of tensors that are in one mapping; some write theirs with whole paths for names."""
+    head = ".".join(map(str, at))
+    tops = {str(paths[name][-1]).split(".")[0] for name in leaves}
+    others = tops & _OTHER_KEYS
+    models = tops & set(MODEL_KEYS)
+    if len(models) == 1 and others and tops == others | models:
+        return _Place(".".join([*([head] if head else []), *models]))
+    if others:
+        raise _ambiguous(paths, directory, f"tensors of {_listed(sorted(tops))} stand in one state dict")
+    return _Place(head)
+
+
+def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The names without what torch's wrappers put into them."""
+    strip = all(_WRAPPERS.sub("", name).startswith(_DATA_PARALLEL) for name in found)
+    names: dict[str, str] = {}
+    for name, dcp in found.items():
+        plain = _WRAPPERS.sub("", name)
+        plain = plain.removeprefix(_DATA_PARALLEL) if strip else plain
+        if names.setdefault(plain, dcp) != dcp:
+            raise NameCollisionError(
+                f"{names[plain]} and {dcp} are both this tensor's name without what wrappers add",
+                path=directory,
+                tensor=plain,
+                hint="Name the one that is meant with --prefix.",
+            )
+    return names
+
+
+def _ambiguous(paths: Mapping[str, _Path], directory: Path, why: str) -> MisuseError:
+    tops = list(dict.fromkeys(str(path[0]) for path in paths.values()))
+    return MisuseError(
+        f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_listed(tops)}",
+        path=directory,
+        hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model'), or --prefix '' "
+        "(prefix='') where all tensors are the model's.",
+    )
+
+
+def _listed(names: Iterable[object]) -> str:
+    every = [repr(str(name)) for name in names]
+    return ", ".join(every[:_SHOWN]) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")

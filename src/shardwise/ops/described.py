@@ -1,0 +1,130 @@
+"""The tensors of files as the files themselves describe them: headers, DCP's metadata, archives of torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from shardwise.errors import FormatError, ShardwiseError
+from shardwise.format.header import read_header
+from shardwise.format.sharding import saved_offsets
+from shardwise.types import TensorSpec
+
+#: With what the name of DCP's metadata ends.
+DCP_SUFFIX = ".metadata"
+
+_TORCH_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
+#: What the tensors of files at the top are taken for; a folder is a component, or a pipeline's model, of its own.
+_TOP = "model"
+
+
+@dataclass
+class Described:
+    """What was found.
+
+    Attributes:
+        files: Path -> bytes.
+        counts: Path -> how many tensors have a part in it.
+        tensors: (component, name) -> what the tensor is, and the files that hold it.
+        unread: Path -> why its tensors could not be told.
+    """
+
+    files: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    tensors: dict[tuple[str, str], tuple[TensorSpec, list[str]]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+
+    def add(self, component: str, spec: TensorSpec, files: Sequence[str]) -> None:
+        """Add a tensor, or another piece of one."""
+        known = self.tensors.get((component, spec.name))
+        if known is None:
+            self.tensors[component, spec.name] = (spec, list(files))
+        else:
+            self.tensors[component, spec.name] = (_joined(known[0], spec), [*known[1], *files])
+        self.counts.update(files)
+
+
+def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
+    """Describe files.
+
+    Args:
+        root: The directory.
+        listed: The files, relative to it (POSIX).
+        top: The directory's own name: that of a component by itself says what its tensors are.
+
+    Raises:
+        FormatError: A safetensors header or DCP's metadata is damaged.
+    """
+    found = Described()
+    own = top if top == "optim" else _TOP
+    for relative in listed:
+        path = PurePosixPath(relative)
+        found.files[relative] = (root / relative).stat().st_size
+        component = path.parent.as_posix() if len(path.parts) > 1 else own
+        if path.suffix == ".safetensors":
+            _add_safetensors(root, relative, component, found)
+        elif path.name == DCP_SUFFIX:
+            _add_dcp(root, relative, component, found)
+        elif _TORCH_WEIGHTS.fullmatch(path.name):
+            _add_torch(root, relative, component, found)
+    return found
+
+
+def _add_safetensors(root: Path, relative: str, component: str, found: Described) -> None:
+    header = read_header(root / relative)
+    offsets = saved_offsets(header) or {}
+    for entry in header.entries:
+        found.add(component, _placed(entry.spec, offsets.get(entry.spec.name)), (relative,))
+
+
+def _add_dcp(root: Path, relative: str, component: str, found: Described) -> None:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from shardwise.format.dcp_metadata import read_dcp_metadata
+    from shardwise.format.dtypes import dtype_code
+
+    metadata = read_dcp_metadata(root / relative)
+    directory = PurePosixPath(relative).parent
+    places: dict[str, dict[str, None]] = {}
+    for index, info in (metadata.storage_data or {}).items():
+        places.setdefault(index.fqn, {})[(directory / str(info.relative_path)).as_posix()] = None
+    for name, item in metadata.state_dict_metadata.items():
+        if isinstance(item, TensorStorageMetadata):
+            spec = TensorSpec(name, tuple(item.size), dtype_code(item.properties.dtype, name))
+            found.add(component, spec, tuple(places.get(name, ())))
+
+
+def _add_torch(root: Path, relative: str, component: str, found: Described) -> None:
+    from shardwise.comm import Group
+    from shardwise.io.bin_source import open_bin
+
+    try:
+        opened = open_bin(root / relative, Group(None))
+    except ShardwiseError as error:
+        # Others' files are shown as far as they can be: what is in them is no news that inspecting could fail with.
+        found.unread[relative] = str(error)
+        return
+    for tensor in opened.source.tensors.values():
+        found.add(component, tensor.spec, (relative,))
+    for spec, _ in opened.loose.values():
+        found.add(component, spec, (relative,))
+
+
+def _placed(spec: TensorSpec, offsets: tuple[int, ...] | None) -> TensorSpec:
+    """The least tensor that a piece at ``offsets`` can belong to."""
+    if offsets is None:
+        return spec
+    return TensorSpec(spec.name, tuple(o + n for o, n in zip(offsets, spec.shape, strict=True)), spec.dtype)
+
+
+def _joined(a: TensorSpec, b: TensorSpec) -> TensorSpec:
+    if len(a.shape) != len(b.shape):
+        raise FormatError(
+            "two files disagree about this tensor's dimensions",
+            tensor=a.name,
+            hint="The directory mixes files of different checkpoints; separate them.",
+        )
+    return TensorSpec(a.name, tuple(max(m, n) for m, n in zip(a.shape, b.shape, strict=True)), a.dtype)

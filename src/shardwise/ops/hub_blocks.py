@@ -1,0 +1,114 @@
+"""Tensors under the model's own names, as its files have them: the views that the model's conversion looks through.
+
+The views were derived on a model without memory; here each is laid over a tensor that was read.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from shardwise.errors import ConversionError
+from shardwise.format.dtypes import torch_dtype
+from shardwise.io.checked import BLOCK_BYTES, CheckedReader
+from shardwise.io.memory import as_bytes
+from shardwise.ops.model_class import ModelClass
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceTensor
+from shardwise.types import TensorSpec
+
+#: So many native tensors are kept: those of one layer that a file's tensors take turns in.
+_MOST_KEPT = 4
+
+
+def hub_tensors(
+    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: CheckedReader
+) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
+    """What the files of a model have: each tensor, and its bytes in row-major order.
+
+    Tensors that the class does not know keep their names. Memory: the tensor, and a few of those that it is made of.
+
+    Args:
+        kind: The model's class.
+        tensors: Under the model's own names; all that the class has.
+        reader: Reads them.
+
+    Raises:
+        ConversionError: A tensor of the files has to be computed.
+    """
+    if kind.state.groups:
+        raise ConversionError(
+            f"tensors of the files of a {kind.name} have to be computed from those of the model",
+            path=kind.config,
+            tensor=kind.state.groups[0].computed.hub[0].name,
+            hint="Load the checkpoint into the model, and save it with save_consolidated.",
+        )
+    natives = {_memory(tensor): tensor.spec.name for tensor in kind.state.native}
+    whole = _Natives(tensors, reader)
+    found: list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]] = []
+    used: set[str] = set()
+    for held in kind.state.held:
+        names = [natives[fragment.data.untyped_storage()._cdata] for fragment in held.fragments]
+        used |= set(names)
+        dtype = tensors[names[0]].spec.dtype
+        spec = held.spec._replace(dtype=dtype)
+        if names == [held.spec.name] and held.grid == tensors[names[0]].spec.shape and len(held.fragments) == 1:
+            found.append((spec, _plain(tensors[names[0]], reader)))
+        else:
+            found.append((spec, _viewed(held, names, spec, whole)))
+    dropped = set(kind.others) | used
+    found += [(t.spec, _plain(t, reader)) for name, t in tensors.items() if name not in dropped]
+    return found
+
+
+def _memory(tensor: HeldTensor) -> int:
+    return int(tensor.fragments[0].data.untyped_storage()._cdata)
+
+
+def _plain(tensor: SourceTensor, reader: CheckedReader) -> Callable[[], Iterator[memoryview]]:
+    return lambda: reader.blocks(tensor)
+
+
+def _viewed(
+    held: HeldTensor, names: list[str], spec: TensorSpec, natives: _Natives
+) -> Callable[[], Iterator[memoryview]]:
+    def blocks() -> Iterator[memoryview]:
+        whole = torch.empty(held.grid, dtype=torch_dtype(spec.dtype))
+        for fragment, name in zip(held.fragments, names, strict=True):
+            target = whole
+            for dim, (low, size) in enumerate(zip(fragment.box.offsets, fragment.box.sizes, strict=True)):
+                target = target.narrow(dim, low, size)
+            view = fragment.data
+            target.copy_(natives.get(name).as_strided(view.shape, view.stride(), view.storage_offset()))
+        content = as_bytes(whole)
+        for start in range(0, len(content), BLOCK_BYTES):
+            yield content[start : start + BLOCK_BYTES]
+
+    return blocks
+
+
+@dataclass
+class _Natives:
+    """Native tensors that were read as a whole, the last few of them."""
+
+    tensors: Mapping[str, SourceTensor]
+    reader: CheckedReader
+    _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+
+    def get(self, name: str) -> torch.Tensor:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        while len(self._kept) >= _MOST_KEPT:
+            self._kept.popitem(last=False)
+        saved = self.tensors[name]
+        flat = torch.empty(max(1, saved.spec.numel), dtype=torch_dtype(saved.spec.dtype))
+        into, at = as_bytes(flat), 0
+        for block in self.reader.blocks(saved):
+            into[at : at + len(block)] = block
+            at += len(block)
+        self._kept[name] = flat
+        return flat

@@ -1,0 +1,190 @@
+"""Which tensors a model has by its configuration: the class that it names, built without memory.
+
+Classes are those that transformers and diffusers themselves have; no code of the checkpoint runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
+from shardwise.stateful_wrappers import ModelState
+from shardwise.types import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _Settings(Protocol):
+    """A class of transformers' configurations."""
+
+    def from_pretrained(self, directory: Path, *, local_files_only: bool) -> object:
+        """Read one."""
+        ...
+
+
+class _FromConfig(Protocol):
+    """A class of models: transformers' has the one, diffusers' the other."""
+
+    config_class: _Settings
+
+    def from_config(self, config: dict[str, object]) -> nn.Module:
+        """Build one."""
+        ...
+
+
+CONFIG_NAME = "config.json"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """The tensors of a class with a configuration.
+
+    Attributes:
+        name: The class.
+        config: The file that names it.
+        native: Name in the model -> shape, each tied tensor under one name.
+        hub: The same under the names of its files.
+        others: Further names of tied tensors, which files may have or not.
+        prefix: transformers' ``base_model_prefix``.
+        state: What would be captured of such a model, without memory.
+    """
+
+    name: str
+    config: Path
+    native: Mapping[str, tuple[int, ...]]
+    hub: Mapping[str, tuple[int, ...]]
+    others: Mapping[str, str]
+    prefix: str
+    state: HubState
+
+    def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
+        """Compare tensors with those that the class has.
+
+        Args:
+            specs: Tensors, under the model's names or those of its files.
+            path: Where they are, for messages.
+            whole: Whether all of the class's tensors have to be there.
+
+        Raises:
+            ShapeMismatchError: One has another shape.
+            MissingTensorError: One is not there.
+        """
+        names = {spec.name for spec in specs}
+        known = self._nearest(names)
+        for spec in specs:
+            shape = known.get(spec.name)
+            if shape is not None and shape != spec.shape:
+                raise ShapeMismatchError(
+                    f"the files make up a tensor of {list(spec.shape)}; by {self.config.name} that of a {self.name} "
+                    f"has {list(shape)}",
+                    path=path,
+                    tensor=spec.name,
+                    hint="A file is absent, or the configuration is another model's: restore the right one.",
+                )
+        missing = [name for name in known if name not in names] if whole else []
+        if missing:
+            raise MissingTensorError(
+                f"{len(missing)} of the {len(known)} tensors that a {self.name} has by {self.config.name} are not "
+                f"there: {', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
+                path=path,
+                tensor=missing[0],
+                hint="A file is absent, or the configuration is another model's: restore the right one.",
+            )
+
+    def _nearest(self, names: set[str]) -> Mapping[str, tuple[int, ...]]:
+        """The class's tensors under the names in use: its own or its files', with its prefix or without."""
+        prefix = f"{self.prefix}." if self.prefix else ""
+        ways = [self.hub, self.native]
+        if prefix:
+            ways.append({name.removeprefix(prefix): shape for name, shape in self.hub.items()})
+            ways.append({prefix + name: shape for name, shape in self.hub.items()})
+        return max(ways, key=lambda way: len(names & way.keys()))
+
+
+def model_class(directory: Path) -> ModelClass | None:
+    """The class that a directory's ``config.json`` names.
+
+    Returns:
+        ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
+        installed), or one whose tensors the configuration does not tell (quantized).
+
+    Raises:
+        FormatError: The configuration is damaged, or the class refuses it.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        found: object = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file.") from error
+    if not isinstance(found, dict) or found.get("quantization_config"):
+        return None
+    config = cast(dict[str, object], found)
+    kind = _class_of(config)
+    if kind is None:
+        return None
+    try:
+        with torch.device("meta"):
+            model = _build(kind, directory, config)
+    except Exception as error:
+        raise FormatError(
+            f"{kind.__name__} cannot be built from the configuration: {type(error).__name__}: {error}",
+            path=path,
+            hint="Restore the configuration that the model was saved with.",
+        ) from error
+    state = HubNames().capture(ModelState(model))
+    return ModelClass(
+        kind.__name__,
+        path,
+        {tensor.spec.name: tensor.spec.shape for tensor in state.native},
+        {
+            **{tensor.spec.name: tensor.spec.shape for tensor in state.held},
+            **{spec.name: spec.shape for group in state.groups for spec in group.computed.hub},
+        },
+        dict(state.ties),
+        str(getattr(model, "base_model_prefix", "") or ""),
+        state,
+    )
+
+
+def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
+    named = config.get("architectures")
+    own = config.get("_class_name")
+    if isinstance(own, str):
+        return _library_class("diffusers", own)
+    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and not config.get("auto_map"):
+        return _library_class("transformers", named[0])
+    return None
+
+
+def _library_class(library: str, name: str) -> type[nn.Module] | None:
+    try:
+        module = importlib.import_module(library)
+    except ImportError:
+        return None
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    found = getattr(module, name, None)
+    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+
+
+def _build(kind: type[nn.Module], directory: Path, config: Mapping[str, object]) -> nn.Module:
+    if "_class_name" in config:
+        return cast("_FromConfig", kind).from_config(dict(config))
+    settings = cast("_FromConfig", kind).config_class.from_pretrained(directory, local_files_only=True)
+    model = kind(settings)
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
+    return model

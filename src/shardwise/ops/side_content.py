@@ -1,0 +1,62 @@
+"""What stands beside a model's weights and belongs to it: configuration, tokenizer, code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from shardwise.format.manifest import MANIFEST_NAME
+from shardwise.format.notes import METADATA_DIR, NOTES
+
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx", ".tensors"),
+    *(".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
+)
+#: What saves and tools leave in such a directory and no reader of the model opens.
+_OTHERS = frozenset({MANIFEST_NAME, "consolidate.sh", "dcp_values.json", "losses.json", "config.yaml"})
+_TEMPLATES = "additional_chat_templates"
+
+
+def side_files(directory: Path) -> dict[str, Path]:
+    """Path in the export -> the file, of everything but weights that belongs to the model in a directory.
+
+    Where a save noted it apart (``.hf_metadata``), just that.
+    """
+    noted = directory / METADATA_DIR
+    if noted.is_dir():
+        places = sorted(path for path in noted.rglob("*") if path.is_file())
+        named = {path.relative_to(noted).as_posix(): path for path in places}
+        return {name: path for name, path in named.items() if name not in NOTES}
+    if not directory.is_dir():
+        return {}
+    found = {name: directory / name for name in sorted(os.listdir(directory)) if _belongs(directory, name)}
+    for folder in _folders(directory):
+        places = sorted(path for path in (directory / folder).rglob("*") if path.is_file())
+        found |= {path.relative_to(directory).as_posix(): path for path in places}
+    return found
+
+
+def _belongs(directory: Path, name: str) -> bool:
+    return (
+        not name.startswith(".")
+        and name not in _OTHERS
+        and not name.endswith(_WEIGHTS)
+        and (directory / name).is_file()  # a link to a file as well: a hub cache consists of them
+    )
+
+
+def _folders(directory: Path) -> Iterator[str]:
+    """Folders that belong to the model: chat templates, and the modules of a sentence-transformers model."""
+    if (directory / _TEMPLATES).is_dir():
+        yield _TEMPLATES
+    try:
+        modules = json.loads((directory / "modules.json").read_bytes())
+        paths = [str(module["path"]) for module in modules]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for path in paths:
+        parts = PurePosixPath(path).parts
+        if parts and not PurePosixPath(path).is_absolute() and ".." not in parts and (directory / path).is_dir():
+            yield path

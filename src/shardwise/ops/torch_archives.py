@@ -1,0 +1,81 @@
+"""Whether a file of ``torch.save`` is all there, without unpickling it: the zip archive's own directory says."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import struct
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shardwise.format.sniff import Kind, what_is_file
+
+#: What such files are called.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
+_ZIP = b"PK\x03\x04"
+_LOCAL_BYTES = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was found: a damage, why nothing can be said, or neither."""
+
+    damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
+    unchecked: str | None = None
+
+
+def check_torch_file(path: Path) -> Outcome:
+    """Compare a file with its archive's directory, which ``torch.save`` writes last. Imports no torch."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return Outcome(damage=("absent", error.strerror or str(error)))
+    if not stat.S_ISREG(info.st_mode):
+        return Outcome(damage=("kind", "not a regular file"))
+    try:
+        with path.open("rb") as stream:
+            is_zip = stream.read(4) == _ZIP
+        if not is_zip:
+            return _no_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            return _check_entries(archive, path)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, ValueError, NotImplementedError) as error:
+        message = (
+            f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
+        )
+        return Outcome(damage=("size", message))
+    except OSError as error:
+        return Outcome(damage=("unreadable", error.strerror or str(error)))
+
+
+def _no_archive(path: Path) -> Outcome:
+    what = what_is_file(path)
+    if what is not None and what.kind is Kind.TORCH:
+        return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
+    if _WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
+        name = "of no known format" if what is None else what.name
+        return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
+    return Outcome(unchecked="of no known format")
+
+
+def _check_entries(archive: zipfile.ZipFile, path: Path) -> Outcome:
+    end = archive.start_dir
+    position = 0
+    with path.open("rb") as stream:
+        for entry in sorted(archive.infolist(), key=lambda each: each.header_offset):
+            stream.seek(entry.header_offset)
+            local = stream.read(_LOCAL_BYTES)
+            if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
+                return Outcome(
+                    damage=("header", f"no entry begins where the archive's directory puts {entry.filename}")
+                )
+            name, extra = struct.unpack("<HH", local[26:30])
+            position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
+            if position > end:
+                return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
+    return Outcome()

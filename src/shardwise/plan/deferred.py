@@ -1,0 +1,234 @@
+"""Values that a module makes when its state is asked for: described now, made when they are written or loaded.
+
+A *stand-in* is a tensor on the meta device that takes the place of such a value. Planning looks at tensors only by
+views, and a view of a stand-in still has its storage, to which the description is attached. Whoever touches bytes asks
+`resolve` for the values, which are made again, one maker at a time: memory is that of the largest maker.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import torch
+
+from shardwise.errors import ModuleStateError
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.types import Box, TensorSpec
+
+_ATTRIBUTE = "_shardwise_deferred"
+
+
+class Maker(Protocol):
+    """Makes values, some at a time."""
+
+    @property
+    def label(self) -> str:
+        """What it is, for messages."""
+        ...
+
+    def make(self) -> Mapping[str, torch.Tensor]:
+        """Values by key, as this rank holds them, dense."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deferred:
+    """What is known of a value that is made when it is needed.
+
+    Attributes:
+        key: The maker's name for it.
+        shape: What this rank holds of it.
+        dtype: Likewise.
+        device: Where it is made.
+        maker: Makes it; ``None`` where it can only be loaded.
+        owner: Who takes it when it is loaded. Compared by identity.
+        template: Makes of this rank's part what the owner is given; a DTensor's.
+        is_flexible: Whether the owner says which shapes it takes.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    maker: Maker | None
+    owner: object
+    template: Template | None = None
+    is_flexible: bool = False
+
+    def empty(self) -> torch.Tensor:
+        """Memory for this rank's part."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def stand_in(self) -> torch.Tensor:
+        """A tensor without memory that takes the place of this rank's part."""
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        setattr(tensor.untyped_storage(), _ATTRIBUTE, self)
+        return tensor
+
+    def of_shape(self, shape: tuple[int, ...]) -> Deferred:
+        """The same in another shape."""
+        return replace(self, shape=shape)
+
+
+class Template(Protocol):
+    """Puts a whole tensor, of which a rank holds a part, around that part."""
+
+    def around(self, local: torch.Tensor) -> torch.Tensor:
+        """The tensor of which ``local`` is this rank's part."""
+        ...
+
+
+def deferred(tensor: torch.Tensor) -> Deferred | None:
+    """What a stand-in, or a view of one, stands for; ``None`` for any other tensor."""
+    if not tensor.is_meta:
+        return None
+    return cast(Deferred | None, getattr(tensor.untyped_storage(), _ATTRIBUTE, None))
+
+
+class _Last:
+    """The values of the maker that was asked last: tensors of one module are usually written one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.maker: Maker | None = None
+        self.values: dict[str, torch.Tensor] = {}
+
+    def value(self, what: Deferred) -> torch.Tensor:
+        with self.lock:
+            if self.maker is not what.maker:
+                self.clear()
+                assert what.maker is not None
+                self.values = dict(what.maker.make())
+                self.maker = what.maker
+            found = self.values.get(what.key)
+            if found is None or tuple(found.shape) != what.shape or found.dtype != what.dtype:
+                raise _other(what, found)
+            found = self.values[what.key] = found.detach().resolve_conj().resolve_neg().contiguous()
+            return found
+
+    def clear(self) -> None:
+        with self.lock:
+            self.maker, self.values = None, {}
+
+
+_LAST = _Last()
+
+
+def resolve(tensor: torch.Tensor) -> torch.Tensor:
+    """The values behind a stand-in or a view of one, made now; any other tensor as it is.
+
+    Raises:
+        ModuleStateError: They are not of the kind that was described.
+    """
+    what = deferred(tensor)
+    if what is None:
+        return tensor
+    if what.maker is None:
+        raise ModuleStateError("this value can be loaded, and not saved", tensor=what.key)
+    return bound(tensor, _LAST.value(what))
+
+
+def release() -> None:
+    """Let go of the values that were made last."""
+    _LAST.clear()
+
+
+def bound(view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The view of ``values``, contiguous, that ``view`` is of the stand-in for them."""
+    return values.as_strided(view.size(), view.stride(), values.storage_offset() + view.storage_offset())
+
+
+def split(tensor: HeldTensor) -> tuple[HeldTensor | None, list[tuple[object, HeldTensor]]]:
+    """Tell apart what is in memory of a tensor, and what goes to owners: ``(in memory, [(owner, theirs)])``."""
+    owners: dict[int, object] = {}
+    for part in tensor.parts:
+        for fragment in part.fragments:
+            if fragment.data.is_meta and (what := deferred(fragment.data)) is not None:
+                owners[id(what.owner)] = what.owner
+    if not owners:
+        return tensor, []
+    direct = _only(tensor, None)
+    has_memory = any(part.fragments for part in direct.parts)
+    return direct if has_memory else None, [(owner, _only(tensor, owner)) for owner in owners.values()]
+
+
+def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
+    def wanted(fragment: Fragment) -> bool:
+        what = deferred(fragment.data)
+        return what is None if owner is None else what is not None and what.owner is owner
+
+    parts = (part._replace(fragments=tuple(filter(wanted, part.fragments))) for part in tensor.parts)
+    return tensor._replace(parts=tuple(part for part in parts if part.fragments))
+
+
+def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
+    """Check that tensors are in memory that values can be copied into.
+
+    Raises:
+        ModuleStateError: One is taken by its module, by a method of its own.
+    """
+    for tensor in tensors:
+        for fragment in tensor.fragments:
+            if (what := deferred(fragment.data)) is not None:
+                raise ModuleStateError(
+                    "this tensor is computed from others of the files, and its module takes it by a method of its own",
+                    tensor=what.key,
+                    hint="Let the model's state_dict_adapter only rearrange it, or let the module load as torch does.",
+                )
+
+
+class Buffers:
+    """Memory for what one owner is about to take, behind its stand-ins."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Deferred, torch.Tensor]] = {}
+
+    def behind(self, tensor: HeldTensor) -> HeldTensor:
+        """The same tensor, with memory instead of stand-ins."""
+        parts = (
+            part._replace(fragments=tuple(Fragment(f.box, self._memory(f.data)) for f in part.fragments))
+            for part in tensor.parts
+        )
+        return tensor._replace(parts=tuple(parts))
+
+    def _memory(self, view: torch.Tensor) -> torch.Tensor:
+        what = deferred(view)
+        if what is None:
+            return view
+        _, made = self._made.setdefault(id(what), (what, what.empty()))
+        return bound(view, made)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """By key, what the owner is given."""
+        return {
+            what.key: made if what.template is None else what.template.around(made)
+            for what, made in self._made.values()
+        }
+
+
+def stands_alone(tensor: HeldTensor) -> Deferred | None:
+    """What a tensor of the file is, where it is just one value that its owner takes in any shape; else ``None``."""
+    if len(tensor.parts) != 1 or len(tensor.parts[0].fragments) != 1 or tensor.parts[0].part.view is not None:
+        return None
+    what = deferred(tensor.parts[0].fragments[0].data)
+    return what if what is not None and what.is_flexible else None
+
+
+def held_whole(spec: TensorSpec, what: Deferred) -> HeldTensor:
+    """A tensor of the file that is one value, whole."""
+    fragment = Fragment(Box.whole(spec.shape), what.stand_in())
+    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))
+
+
+def _other(what: Deferred, found: torch.Tensor | None) -> ModuleStateError:
+    made = "nothing" if found is None else f"{found.dtype} of shape {list(found.shape)}"
+    label = what.maker.label if what.maker is not None else "the module"
+    return ModuleStateError(
+        f"{label} gave {what.dtype} of shape {list(what.shape)} when its state was described, and {made} when it was "
+        "to be written",
+        tensor=what.key,
+        hint="What it gives in state_dict() has to be the same from call to call, as long as it is not trained.",
+    )

@@ -1,0 +1,212 @@
+"""Loading what was not read into memory directly: modules take their state by their own methods, in torch's order."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
+from shardwise.stateful_wrappers.names import plain_name
+from shardwise.stateful_wrappers.units import Step, Taker, label
+from shardwise.stateful_wrappers.ways import EXTRA, foreign
+
+_LOG = logging.getLogger(__name__)
+
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+@dataclass
+class Installing:
+    """What modules take, and what they say to it.
+
+    Attributes:
+        tensors: Gives what a module takes, by its name in `plain_name` form or as `state_dict` has it.
+        aside: Plain name -> other values of the state; ``None`` where nothing was saved of such.
+        metadata: Plain module name -> what torch noted of it.
+        allow_missing: Whether tensors may be absent.
+        without: Modules that found no extra state.
+    """
+
+    tensors: Callable[[Taker], Mapping[str, torch.Tensor]]
+    aside: Mapping[str, object] | None
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    allow_missing: bool = False
+    without: list[str] = field(default_factory=list)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Carry out steps. Local, unless a module's own methods communicate.
+
+        Raises:
+            ModuleStateError: A module's method or hook failed, or refused what it was given.
+            TensorError: It lacks something, or was given what it does not know.
+        """
+        for step in steps:
+            if step.kind == "take":
+                assert step.taker is not None
+                self._take(step.taker)
+            elif step.kind == "extra":
+                self._take_extra(step.module, step.prefix)
+            else:
+                said = _Said(step.module, step.prefix)
+                said.after(step.module)
+                self._judge(said)
+
+    def _take(self, taker: Taker) -> None:
+        values: dict[str, object] = OrderedDict(
+            (given_name(taker, key), value) for key, value in self.tensors(taker).items()
+        )
+        values |= self._aside_of(taker)
+        if not values and not taker.is_lenient:
+            return
+        said = _Said(taker.module, taker.prefix)
+        if taker.calls_root:
+            said.root(values, {name: dict(noted) for name, noted in self.metadata.items()})
+        elif taker.whole:
+            said.below(taker.module, values, taker.prefix, self._noted)
+        else:
+            if not taker.is_lenient:  # what was read directly already is copied onto itself
+                for name, tensor in (*taker.module._parameters.items(), *taker.module._buffers.items()):
+                    if tensor is not None and name not in taker.module._non_persistent_buffers_set:
+                        values.setdefault(taker.prefix + name, tensor.detach())
+            said.own(taker.module, values, taker.prefix, self._noted(taker.prefix))
+        self._judge(said)
+
+    def _noted(self, prefix: str) -> dict[str, object]:
+        return dict(self.metadata.get(plain_name(prefix)[:-1], {}))
+
+    def _aside_of(self, taker: Taker) -> dict[str, object]:
+        found: dict[str, object] = {}
+        prefix = plain_name(taker.prefix)
+        for name, value in (self.aside or {}).items():
+            rest = name.removeprefix(prefix)
+            is_own = name.startswith(prefix) and (taker.whole or rest.partition(".")[0] not in taker.module._modules)
+            if is_own:
+                found[taker.prefix + rest] = value
+        return found
+
+    def _take_extra(self, module: nn.Module, prefix: str) -> None:
+        name = plain_name(prefix + EXTRA)
+        if self.aside is None or name not in self.aside:
+            self.without.append(label(module, prefix))
+            return
+        with _failing(module, prefix, "set_extra_state"):
+            module.set_extra_state(self.aside[name])
+
+    def _judge(self, said: _Said) -> None:
+        where = label(said.module, said.prefix)
+        self.without += [where for key in said.missing if key.rpartition(".")[2] == EXTRA]
+        missing = [key for key in said.missing if key.rpartition(".")[2] != EXTRA]
+        if said.errors:
+            raise ModuleStateError(
+                f"{where} does not take the state that was saved: {'; '.join(said.errors)}",
+                hint="Build the model as it was when the checkpoint was saved.",
+            )
+        if said.unexpected:
+            raise UnexpectedTensorError(
+                f"{where} does not know what the checkpoint has for it: {', '.join(map(str, said.unexpected[:5]))}",
+                tensor=plain_name(str(said.unexpected[0])),
+                hint="Build the model as it was when the checkpoint was saved.",
+            )
+        if missing and not self.allow_missing:
+            raise MissingTensorError(
+                f"the checkpoint lacks what {where} needs: {', '.join(map(str, missing[:5]))}",
+                tensor=plain_name(str(missing[0])),
+                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+            )
+
+
+def given_name(taker: Taker, key: str) -> str:
+    """A name as ``load_state_dict`` gives it to a module: activation checkpointing's own hook adds its prefix."""
+    if key.startswith(taker.prefix):
+        return taker.prefix + key[len(taker.prefix) :].replace(_CHECKPOINTED, "")
+    return taker.prefix + plain_name(key).removeprefix(plain_name(taker.prefix))
+
+
+class _failing:  # noqa: N801 - a context manager
+    """Names the module whose own method failed."""
+
+    def __init__(self, module: nn.Module, prefix: str, method: str) -> None:
+        self._label, self._method = label(module, prefix), method
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            raise ModuleStateError(
+                f"{self._method} of {self._label} failed: {type(error).__name__}: {error}",
+                hint="What was restored before it stays; correct the module, and restore again.",
+            ) from error
+
+
+class _Said:
+    """What torch's loading keeps while modules take their state."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        self.module, self.prefix = module, prefix
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.errors: list[str] = []
+
+    def own(self, module: nn.Module, values: dict[str, object], prefix: str, noted: dict[str, object]) -> None:
+        """As ``load_state_dict`` does for one module."""
+        with _failing(module, prefix, "_load_from_state_dict"):
+            module._load_from_state_dict(values, prefix, noted, True, self.missing, self.unexpected, self.errors)
+
+    def below(
+        self, module: nn.Module, values: dict[str, object], prefix: str, noted: Callable[[str], dict[str, object]]
+    ) -> None:
+        """As ``load_state_dict`` does for a module and all below it."""
+        self.own(module, values, prefix, noted(prefix))
+        for name, child in module._modules.items():
+            if child is not None:
+                start = f"{prefix}{name}."
+                theirs = {key: value for key, value in values.items() if key.startswith(start)}
+                self.below(child, theirs, start, noted)
+        self.after(module)
+
+    def after(self, module: nn.Module) -> None:
+        """Call a module's post-hooks."""
+        keys = _IncompatibleKeys(self.missing, self.unexpected)
+        for hook in module._load_state_dict_post_hooks.values():
+            with _failing(module, self.prefix, "a load_state_dict post-hook"):
+                hook(module, keys)
+
+    def root(self, values: dict[str, object], metadata: dict[str, dict[str, object]]) -> None:
+        """Call the model's own ``load_state_dict``."""
+        given = _WithMetadata(values)
+        if metadata:
+            given._metadata = metadata
+        with _failing(self.module, self.prefix, "load_state_dict"):
+            found: object = self.module.load_state_dict(given)
+        if isinstance(found, _IncompatibleKeys):
+            self.missing += found.missing_keys
+            self.unexpected += found.unexpected_keys
+
+
+class _WithMetadata(OrderedDict[str, object]):
+    _metadata: dict[str, dict[str, object]]
+
+
+def post_steps(root: nn.Module) -> list[Step]:
+    """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
+    if not any(module._load_state_dict_post_hooks for module in root.modules()):
+        return []
+    found: list[Step] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+        # FSDP2's own put sharded parameters back in place, which have not been away.
+        if foreign(module._load_state_dict_post_hooks.values()):
+            found.append(Step("post", module, prefix))
+
+    visit(root, "")
+    return found

@@ -1,0 +1,478 @@
+"""What ``state_dict()`` gives, told apart: parameters and buffers themselves, and what modules make on the fly.
+
+Names here are those of ``state_dict()``, with what wrappers put into them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwise.errors import ModuleStateError
+from shardwise.plan.deferred import Deferred
+from shardwise.stateful_wrappers.ways import (
+    EXTRA,
+    gives_extra,
+    has_torchs,
+    makes_own,
+    makes_subtree,
+    reaches_below,
+    takes_extra,
+    takes_itself,
+)
+
+
+def label(module: nn.Module, prefix: str) -> str:
+    """A module for messages: its name and class."""
+    name = prefix.removesuffix(".")
+    return f"the module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """A module whose own methods make entries of the state.
+
+    Attributes:
+        module: The module.
+        prefix: What stands before its names.
+        whole: Whether it makes those of the modules below it too.
+    """
+
+    module: nn.Module
+    prefix: str
+    whole: bool
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return label(self.module, self.prefix)
+
+    def entries(self) -> Mapping[str, object]:
+        """Ask for the entries; they have torch's ``_metadata``.
+
+        Raises:
+            ModuleStateError: The module failed, or gave names that are not below its own.
+        """
+        module, prefix = self.module, self.prefix
+        made: Mapping[str, object] = _Entries()
+        try:
+            with torch.no_grad():
+                if not self.whole:
+                    cast(_Entries, made)._metadata[prefix[:-1]] = {"version": module._version}
+                    module._save_to_state_dict(cast("dict[str, object]", made), prefix, False)
+                elif prefix:
+                    # As its parent calls it, which does not look at what is returned.
+                    module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
+                else:
+                    made = module.state_dict()
+        except ModuleStateError:
+            raise
+        except Exception as error:
+            raise ModuleStateError(
+                f"{self.label} failed to give its state: {type(error).__name__}: {error}",
+                hint="state_dict() of the model has to succeed on every rank.",
+            ) from error
+        stray = next((key for key in made if not str(key).startswith(prefix)), None)
+        if stray is not None:
+            raise ModuleStateError(
+                f"{self.label} puts {stray!r} into the state, which is not below its own name",
+                hint="Let the module (or the hook on it) make names that start with the prefix that it is given.",
+            )
+        return made
+
+    def make(self) -> Mapping[str, torch.Tensor]:
+        """The tensors among the entries, as far as this rank holds them."""
+        return {key: local_of(value) for key, value in self.entries().items() if isinstance(value, torch.Tensor)}
+
+
+class _Entries(OrderedDict[str, object]):
+    """What torch makes for a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metadata: dict[str, dict[str, object]] = OrderedDict()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneTensor:
+    """A parameter or buffer that is saved as it is and loaded by its module's own methods."""
+
+    key: str
+    tensor: torch.Tensor
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return repr(self.key)
+
+    def make(self) -> Mapping[str, torch.Tensor]:
+        """The tensor."""
+        return {self.key: local_of(self.tensor)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taker:
+    """A module whose own methods take entries of the state.
+
+    Attributes:
+        module: The module.
+        prefix: What stands before its names.
+        whole: Whether it takes those of the modules below it too.
+        is_lenient: Whether names and shapes are its own affair: it has methods or hooks of its own for loading.
+        calls_root: Whether the model's own ``load_state_dict`` is what takes them.
+    """
+
+    module: nn.Module
+    prefix: str
+    whole: bool
+    is_lenient: bool
+    calls_root: bool = False
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return label(self.module, self.prefix)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpreadAs:
+    """Makes a DTensor of this rank's part, spread as another one is."""
+
+    spec: DTensorSpec
+
+    def around(self, local: torch.Tensor) -> torch.Tensor:
+        """The DTensor of which ``local`` is this rank's part."""
+        return DTensor(local, self.spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+class Step(NamedTuple):
+    """One step of loading, in torch's order.
+
+    Attributes:
+        kind: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
+        module: The module.
+        prefix: What stands before its names.
+        taker: Who takes, where entries are taken.
+    """
+
+    kind: str
+    module: nn.Module
+    prefix: str
+    taker: Taker | None = None
+
+
+class Aside(NamedTuple):
+    """A value of the state that is no ordinary tensor, and the module that gives it."""
+
+    value: object
+    label: str
+
+
+@dataclass
+class Described:
+    """The state of one part.
+
+    Attributes:
+        tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
+        aside: Name -> what else the state holds.
+        metadata: Module name -> what torch notes of modules that make or take their state in a way of their own.
+        steps: How it is loaded, but for what is read into memory directly.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    aside: dict[str, Aside] = field(default_factory=dict)
+    metadata: dict[str, dict[str, object]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, detached."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.detach().as_subclass(torch.Tensor) if _is_ordinary(local) else local.detach()
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own that is its values: its class does not say otherwise."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+class StandIns:
+    """Gives equal stand-ins for equal values from save to save, so that nothing is planned anew."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[torch.Tensor, object]] = {}
+        self._used: dict[tuple[object, ...], tuple[torch.Tensor, object]] = {}
+        self._takers: dict[tuple[object, ...], Taker] = {}
+
+    def begin(self) -> None:
+        """Forget what the last listing did not use."""
+        self._known, self._used = self._used, {}
+
+    def of(
+        self, value: torch.Tensor, key: str, maker: Unit | OneTensor, taker: Taker, needs_grad: bool
+    ) -> torch.Tensor:
+        """The stand-in for ``value``; a DTensor where that is one."""
+        whose = maker.tensor if isinstance(maker, OneTensor) else maker.module
+        is_lazy = nn.parameter.is_lazy(value)
+        local = torch.empty(0, dtype=value.dtype, device="meta") if is_lazy else local_of(value)
+        spread = (value._spec.mesh, value.placements, value.shape) if isinstance(value, DTensor) else ()
+        how = (local.shape, local.dtype, value.device, spread, needs_grad)
+        seen = (key, id(whose), id(taker), *how)
+        known = self._known.get(seen) or self._used.get(seen)
+        if known is None:
+            template = SpreadAs(value._spec) if isinstance(value, DTensor) else None
+            is_flexible = taker.is_lenient and template is None
+            what = Deferred(key, tuple(local.shape), local.dtype, value.device, maker, taker, template, is_flexible)
+            stand_in = what.stand_in() if template is None else template.around(what.stand_in())
+            if needs_grad and stand_in.dtype.is_floating_point:
+                stand_in.requires_grad_(True)
+            # What the key names by identity is kept alive.
+            known = (stand_in, (whose, taker))
+        self._used[seen] = known
+        return known[0]
+
+    def taker(self, module: nn.Module, prefix: str, whole: bool, is_lenient: bool, calls_root: bool = False) -> Taker:
+        """Equal takers are one, too."""
+        seen = ("taker", id(module), prefix, whole, is_lenient, calls_root)
+        known = self._takers.get(seen)
+        if known is None:
+            known = self._takers[seen] = Taker(module, prefix, whole, is_lenient, calls_root)
+        return known
+
+
+def describe(
+    root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], *, values: bool, norms: bool = False
+) -> Described:
+    """Look at a model's state, following torch. Local.
+
+    Args:
+        root: The model, without wrappers.
+        stand_ins: Those of last time.
+        plain: Strips what wrappers put into names.
+        values: Whether it is to be saved; otherwise extra state is not asked for.
+        norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
+
+    Raises:
+        ModuleStateError: A module gives what cannot be described.
+    """
+    return _Describing(root, stand_ins, plain, values, norms).described()
+
+
+class _Owned(NamedTuple):
+    tensor: torch.Tensor
+    taker: Taker | None
+
+
+class _Describing:
+    def __init__(
+        self, root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], values: bool, norms: bool
+    ) -> None:
+        self._root, self._stand_ins, self._values, self._norms = root, stand_ins, values, norms
+        self._plain = plain
+        # By plain name: a module's own hook may have stripped what a wrapper puts into it.
+        self._owned: dict[str, _Owned] = {}
+        self._modules: dict[str, tuple[nn.Module, str, Taker | None]] = {}
+        self._steps: list[Step] = []
+        self._default: dict[str, Taker] = {}
+        self._memory: dict[tuple[object, ...], torch.Tensor] = {}
+        self.found = Described()
+
+    def described(self) -> Described:
+        root = None
+        if not has_torchs(self._root, "load_state_dict"):
+            root = self._stand_ins.taker(self._root, "", True, True, True)
+        self._look_at_takers(self._root, "", root)
+        self._look_at_makers(self._root, "")
+        for kind, module, prefix, taker in self._steps:
+            if kind != "take" or taker is not None:
+                self.found.steps.append(Step(kind, module, prefix, taker))
+            elif (default := self._default.get(self._plain(prefix))) is not None and default.module is module:
+                self.found.steps.append(Step(kind, module, prefix, default))
+        return self.found
+
+    # --- who takes --------------------------------------------------------------------------------------------------
+
+    def _look_at_takers(self, module: nn.Module, prefix: str, taker: Taker | None) -> None:
+        is_first = taker is None
+        own = taker
+        if taker is None and takes_itself(module, norms=self._norms):
+            own = self._stand_ins.taker(module, prefix, reaches_below(module), True)
+        below = own if own is not None and own.whole else None
+        if is_first or (own is not None and own.calls_root and module is self._root):
+            self._steps.append(Step("take", module, prefix, own))
+        if own is None and takes_extra(module):
+            self._steps.append(Step("extra", module, prefix))
+        if own is not None:
+            self.found.metadata.setdefault(prefix[:-1], {"version": module._version})
+        self._modules[self._plain(prefix)] = (module, prefix, own)
+        for name, tensor in _tensors_of(module):
+            self._owned[self._plain(prefix + name)] = _Owned(tensor, own)
+            self._memory.setdefault(_memory(tensor), tensor)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._look_at_takers(child, f"{prefix}{name}.", below)
+        if below is None and module._load_state_dict_post_hooks:
+            self._steps.append(Step("post", module, prefix))
+
+    def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
+        """The module that a name is below: its plain prefix, itself, its prefix and who takes what is its."""
+        where = self._plain(key)
+        while where:
+            where = where.rpartition(".")[0]
+            known = self._modules.get(f"{where}." if where else "")
+            if known is not None:
+                return (f"{where}." if where else ""), known
+        return "", self._modules[""]
+
+    def _taker_of(self, key: str) -> Taker:
+        """Who takes a name that is not read into memory directly."""
+        where, (module, prefix, taker) = self._nearest(key)
+        if taker is not None:
+            return taker
+        return self._default.setdefault(where, self._stand_ins.taker(module, prefix, False, False))
+
+    # --- who makes --------------------------------------------------------------------------------------------------
+
+    def _look_at_makers(self, module: nn.Module, prefix: str) -> None:
+        if makes_subtree(module):
+            self._add_made(Unit(module, prefix, whole=True))
+            return
+        for hook in module._state_dict_pre_hooks.values():  # FSDP2's
+            hook(module, prefix, True)
+        if makes_own(module):
+            self._add_made(Unit(module, prefix, whole=False))
+        else:
+            for name, tensor in _tensors_of(module):
+                self._add(prefix + name, tensor, None)
+            if self._values and gives_extra(module):
+                self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
+                self.found.metadata.setdefault(prefix[:-1], {"version": module._version})
+        for name, child in module._modules.items():
+            if child is not None:
+                self._look_at_makers(child, f"{prefix}{name}.")
+
+    def _add_made(self, unit: Unit) -> None:
+        with _NoMessages(unit.label) if _has_peers() else nullcontext():
+            entries = unit.entries()
+        for name, noted in getattr(entries, "_metadata", {}).items():
+            self.found.metadata[name] = dict(noted)
+        for key, value in entries.items():
+            is_extra = key.rpartition(".")[2] == EXTRA
+            if isinstance(value, torch.Tensor) and not is_extra and _is_dense(value):
+                self._add(key, value, unit)
+            else:
+                self._add_aside(key, value, unit.label)
+
+    def _add_aside(self, key: str, value: object, whose: str) -> None:
+        if self._values:
+            self.found.aside[key] = Aside(value, whose)
+
+    def _add(self, key: str, value: torch.Tensor, unit: Unit | None) -> None:
+        owned = self._owned.get(self._plain(key))
+        own: torch.Tensor | None
+        taker: Taker | None
+        if owned is not None:
+            own, taker = owned
+        else:
+            # A wrapper may rename what it gives out; where nobody takes it in another way, it is still that tensor.
+            taker = self._nearest(key)[1][2]
+            own = self._memory.get(_memory(value))
+        if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
+            self.found.tensors[key] = own
+            return
+        if nn.parameter.is_lazy(value) and self._values:
+            raise ModuleStateError(
+                "this parameter has no values yet: its module makes it at the first forward pass",
+                tensor=key,
+                hint="Call the model once before it is saved.",
+            )
+        taker = taker or self._taker_of(key)
+        if not _is_ordinary(value._local_tensor if isinstance(value, DTensor) else value):
+            raise ModuleStateError(
+                f"{taker.label} makes or takes its state in a way of its own, and gives a {type(value).__name__}, "
+                "which cannot be described",
+                tensor=key,
+                hint="Give out a plain tensor in state_dict(), and take one.",
+            )
+        maker = OneTensor(key, value) if unit is None else unit
+        needs_grad = own is not None and own.requires_grad
+        self.found.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's parameters and persistent buffers."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _extra_of(module: nn.Module, prefix: str) -> object:
+    try:
+        with torch.no_grad():
+            return module.get_extra_state()
+    except Exception as error:
+        raise ModuleStateError(
+            f"get_extra_state of {label(module, prefix)} failed: {type(error).__name__}: {error}",
+            hint="state_dict() of the model has to succeed on every rank.",
+        ) from error
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a value is one that files of tensors can hold; others are kept beside."""
+    if nn.parameter.is_lazy(value):
+        return True
+    return value.layout is torch.strided and not value.is_nested and not value.is_quantized
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors that read the same memory in the same way have in common, as long as both are alive."""
+    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+        return (id(tensor),)
+    local, spread = tensor, None
+    if isinstance(tensor, DTensor):
+        local, spread = tensor._local_tensor, (tensor._spec.mesh, tensor._spec.placements, tensor.shape)
+    if not _is_ordinary(local):
+        return (id(tensor),)
+    storage = local.untyped_storage()._cdata
+    how = (local.dtype, local.shape, local.stride(), local.storage_offset(), local.is_conj(), local.is_neg())
+    return (storage, how, spread)
+
+
+def _has_peers() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what sends messages between ranks: a rank makes a module's values when it writes them, alone."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._label = label
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        if any(issubclass(kind, DTensor) for kind in cast("tuple[type, ...]", types)):
+            return NotImplemented
+        if getattr(func, "namespace", "") in _MESSAGES:
+            raise ModuleStateError(
+                f"{self._label} sends messages between ranks to give its state ({func})",
+                hint="Give out what this rank holds, as a DTensor, and convert without gathering.",
+            )
+        return cast("torch._ops.OpOverload", func)(*args, **(kwargs or {}))
+
+
+_MESSAGES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})

@@ -1,0 +1,108 @@
+"""How modules make and take their state: as torch does, or in a way of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from shardwise.errors import MisuseError
+
+EXTRA = "_extra_state"
+
+#: Whose hooks convert nothing: FSDP2 puts sharded parameters back in place, activation checkpointing strips its prefix.
+_HARMLESS = ("torch.distributed.fsdp.", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+
+
+def has_torchs(module: nn.Module, name: str) -> bool:
+    """Whether a method is that of ``nn.Module``."""
+    return getattr(type(module), name) is getattr(nn.Module, name) and name not in vars(module)
+
+
+def foreign(hooks: Iterable[object]) -> bool:
+    """Whether one of the hooks is not known to convert nothing."""
+    return not all((getattr(hook, "__module__", None) or "").startswith(_HARMLESS) for hook in hooks)
+
+
+def makes_subtree(module: nn.Module) -> bool:
+    """Whether what is saved of a module and all below it is made by the module, or by somebody's hook on it."""
+    if not has_torchs(module, "state_dict"):
+        return True
+    return foreign([*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()])
+
+
+def makes_own(module: nn.Module) -> bool:
+    """Whether a module makes what is saved of itself, but for extra state."""
+    return not has_torchs(module, "_save_to_state_dict")
+
+
+def gives_extra(module: nn.Module) -> bool:
+    """Whether a module has state beside parameters and buffers, as torch asks."""
+    return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
+
+
+def takes_extra(module: nn.Module) -> bool:
+    """Whether a module takes such state, as torch asks."""
+    return getattr(type(module), "set_extra_state", nn.Module.set_extra_state) is not nn.Module.set_extra_state
+
+
+def takes_itself(module: nn.Module, *, norms: bool = False) -> bool:
+    """Whether a module takes what is loaded in a way of its own, or somebody's hook changes it before.
+
+    Args:
+        module: The module.
+        norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
+    """
+    return not loads_as_torch(module, norms=norms) or foreign(module._load_state_dict_pre_hooks.values())
+
+
+def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
+    """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
+    if has_torchs(module, "_load_from_state_dict"):
+        return True
+    if norms or "_load_from_state_dict" in vars(module):
+        return False
+    return getattr(type(module), "_load_from_state_dict") is _NormBase._load_from_state_dict  # noqa: B009
+
+
+def reaches_below(module: nn.Module) -> bool:
+    """Whether what takes a module's state may also change that of the modules below it.
+
+    Hooks and methods are given the whole subtree's state. Torch's own methods look at the module's own alone.
+    """
+    if not any(child is not None for child in module._modules.values()):
+        return False
+    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+        return True
+    return not type(module)._load_from_state_dict.__module__.startswith("torch.")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module makes and takes its state as torch does, load post-hooks aside."""
+    return not (
+        makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module) or takes_itself(module)
+    )
+
+
+def refuse_fsdp1(parts: Iterable[object]) -> None:
+    """Check that no module is wrapped by FSDP1, whose ``state_dict()`` depends on modes and gathers.
+
+    Raises:
+        MisuseError: One is; it is named.
+    """
+    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    cls = cast("type[nn.Module] | None", getattr(loaded, "FullyShardedDataParallel", None))
+    if cls is None:
+        return
+    for part in parts:
+        for name, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            if isinstance(module, cls):
+                raise MisuseError(
+                    f"the module {name or type(module.module).__name__!r} is wrapped by FSDP1 "
+                    "(FullyShardedDataParallel), which keeps its parameters in flat tensors without names",
+                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which takes the same "
+                    "policies; a checkpoint that FSDP1 wrote through torch.distributed.checkpoint can be loaded then.",
+                )

@@ -92,7 +92,9 @@ class AdapterSave:
         for file in captured.files:
             held: list[HeldTensor] = []
             with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
-                own = hold_adapter(file.entries, MeshRegister())
+                named = [(entry.spec.name, entry.tensor) for entry in file.entries]
+                meshes = MeshRegister(context.may_differ.of_adapter(named, self.state.model))
+                own = hold_adapter(file.entries, meshes)
                 held = context.staged(f"adapter/{file.adapter_name}", own)
             roster = RosterKeeper(group, context.stage).roster(held)
             plan: ExportPlan | None = None

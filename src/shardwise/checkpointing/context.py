@@ -26,6 +26,7 @@ from shardwise.format.manifest import KnownManifest
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.replicas import MayDiffer
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Context:
         storage: Where data goes.
         fs: Where names are made and renamed.
         stage: Pipeline rank.
+        may_differ: Of which tensors ranks may have different values.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
@@ -51,7 +53,7 @@ class Context:
     storage: Storage
     fs: FileSystem
     stage: int
-    names: HubNames = field(default_factory=HubNames)
+    names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
     names_base: bool = False
@@ -61,6 +63,8 @@ class Context:
     _base_read: bool = False
 
     def __post_init__(self) -> None:
+        self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
+        self.names = HubNames(self.may_differ)
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
@@ -77,6 +81,7 @@ class Context:
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
+        self.warned: set[Path] = set()
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""

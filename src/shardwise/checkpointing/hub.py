@@ -26,6 +26,7 @@ from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, unwrap
+from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
@@ -85,9 +86,14 @@ class _Captured:
 
 
 class HubNames:
-    """Derives a model's conversion once and applies it at every save and load."""
+    """Derives a model's conversion once and applies it at every save and load.
 
-    def __init__(self) -> None:
+    Args:
+        may_differ: Of which tensors ranks may have different values.
+    """
+
+    def __init__(self, may_differ: MayDiffer | None = None) -> None:
+        self._may_differ = may_differ or MayDiffer()
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: _Captured | None = None
         self._last: tuple[Snapshot, HubState] | None = None
@@ -121,7 +127,8 @@ class HubNames:
         return known.state if modules is not None else replace(known.state, listing=listing)
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
-        native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
+        meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
+        native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
         # In the order of the model's names, of which a tied tensor keeps not always the first.
         ordered = sorted(zip(tensors, native, strict=True), key=_position)
         parts = [as_exported(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]

@@ -17,6 +17,7 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.inside import exported_modules
+from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.saved_notes import read_notes
 from shardwise.checkpointing.taking import Taking, as_owners_take, open_taking, steps_of, with_extra_in_files
 from shardwise.checkpointing.ties import under_saved_names, untied
@@ -66,12 +67,14 @@ class OpenedModel:
         direct: What is read into the model's memory, and what there is for modules that take their state themselves.
         computed: What is converted first; ``None`` where no rank's model has any.
         taking: How modules take their state, where that is not all that there is to it.
+        own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
     """
 
     context: Context
     direct: OpenedLoad
     computed: OpenedComputed | None
     taking: Taking
+    own: OwnRead | None = None
 
     def fill(self) -> LoadReport:
         """Fill the model. All ranks call, once.
@@ -83,6 +86,9 @@ class OpenedModel:
         report = self.direct.read()
         if self.computed is not None:
             self.computed.read(self.context.storage)
+        if self.own is not None:
+            with self.context.group.together("reading each rank's own tensors"):
+                self.own.read(self.context)
         with self.direct.reading() as values:
             self.taking.run(values, str(self.direct.source.path), self.context.group)
         return report
@@ -106,6 +112,7 @@ def open_model(
     group, storage = context.group, context.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(context, state, path, key_mapping, options)
+    own = find_model(context, state, path, opened.ranks)
     source, hub, options = opened.source, opened.hub, opened.options
     speaks_native = opened.differs and _speaks_native(hub, source, group)
     computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
@@ -114,17 +121,17 @@ def open_model(
 
     def direct() -> list[HeldTensor]:
         if speaks_native:
-            own = list(hub.native)
+            held = list(hub.native)
         else:
-            own = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
-            own += natives_of([held for held in hub.groups if held not in computed])
-            own += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+            held = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
+            held += natives_of([group for group in hub.groups if group not in computed])
+            held += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
             absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
             if absent:
                 _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
         own_steps, extra = with_extra_in_files(steps_of(state.model, hub.listing), source)
         steps.extend(own_steps)
-        return own if hub.listing is None else [*as_owners_take(own, hub, computed, source), *extra]
+        return held if hub.listing is None else [*as_owners_take(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
     there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
@@ -133,7 +140,7 @@ def open_model(
     taking = Taking((), None, options, 0)
     if has_any:
         taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
-    return OpenedModel(context, load, there, taking)
+    return OpenedModel(context, load, there, taking, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,7 @@ class _Opened:
         hub: What this rank holds.
         options: What may differ between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
+        ranks: By how many ranks tensors were saved of which each has a value of its own.
         aside: Where there is state beside ordinary tensors.
     """
 
@@ -152,6 +160,7 @@ class _Opened:
     hub: HubState
     options: LoadOptions
     differs: bool
+    ranks: int
     aside: tuple[str, ...]
 
 
@@ -216,7 +225,8 @@ def _opened(
     assert hub is not None
     if not differs.any:
         assert matched is not None
-        return _Opened(plain, matched.hub, replace(options, exact=dict(notes.exact)), False, notes.aside)
+        options = replace(options, exact=dict(notes.exact))
+        return _Opened(plain, matched.hub, options, False, notes.ranks, notes.aside)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
@@ -229,7 +239,7 @@ def _opened(
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, notes.aside)
+    return _Opened(source, matched.hub, options, True, notes.ranks, notes.aside)
 
 
 def _lacks_buffers(hub: HubState, source: Source) -> bool:

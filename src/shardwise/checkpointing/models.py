@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.opens import refuse_whole_adapter
+from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
 from shardwise.checkpointing.torch_format import capture_distcp, tensors_alone, write_distcp
@@ -45,6 +46,7 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ExportMismatchError, ShardwiseError
 from shardwise.format.manifest import AliasRecord
@@ -63,10 +65,12 @@ from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.wrapping import is_hub_mixin
 from shardwise.types import TensorSpec
 
@@ -188,6 +192,7 @@ class ModelSave:
             if self._refusal is not None:
                 raise self._refusal from None
             raise
+        steps += model_steps(self._context, self.state, self._directory)
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -216,6 +221,7 @@ class ModelSave:
                 "`shardwise consolidate` makes one of it"
             )
         kept: dict[str, str] = {}
+        held: list[HeldTensor] = []
         listed: Listing | None = None
         quantized = False
         tensors: dict[str, torch.Tensor] = {}
@@ -226,16 +232,21 @@ class ModelSave:
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept = undeclared_names(listed.tensors, self.state.model)
+            meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
+            held = held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes)
             tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
             quantized = self._describes and is_quantized(self._args)
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         if self.base is not None and context.config.pass_through_unloaded:
             self._carried = self._prove(*self._everyones_specs())
+        roster = context.model_roster.roster(held)
         with context.group.together("preparing the model's directory"):
             self._prepare_directory(Recasts({}, False), (), (), found.quantized)
         self._before()
-        write = partial(write_distcp, tensors, self._directory)
+        rank = context.group.rank
+        replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
+        write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
         return [_telling(kept), *self._aside(found, listed), write]
 
     def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
@@ -301,7 +312,8 @@ class ModelSave:
             self.closing.append(partial(read_back, plan))
         if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
             exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
-            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT))
+            names_apart = {tensor.spec.name for tensor in hub.hidden}
+            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
         return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
 
     def _described(self) -> _Described:
@@ -550,7 +562,12 @@ class ModelSave:
         return self._release_after(write)
 
     def _shards(
-        self, held: Sequence[HeldTensor], roster: Roster, component: str, described: _Described | None = None
+        self,
+        held: Sequence[HeldTensor],
+        roster: Roster,
+        component: str,
+        described: _Described | None = None,
+        hidden: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
         context = self._context
@@ -561,7 +578,7 @@ class ModelSave:
             known = memo.get(
                 [*held, roster],
                 None,
-                lambda: ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster)),
+                lambda: self._shard_plan(held, roster, component, hidden),
             )
             nbytes = known.own_bytes
             if described is not None:
@@ -576,6 +593,14 @@ class ModelSave:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
         return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
+
+    def _shard_plan(
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
+    ) -> ShardPlan:
+        # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
+        compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
+        replicas = (comparison(compared, roster, self._context.group.rank),)
+        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:

@@ -199,7 +199,7 @@ def _pieces(tensor: HeldTensor, roster: Roster, owner: int) -> list[tuple[int, B
     for held in tensor.parts:
         mesh = held.part.mesh
         for ranks in roster.shard_set(tensor.spec.name, held.part).replicas.values():
-            source = owner if owner in ranks else ranks[0]
+            source = owner if owner in ranks and not held.part.may_differ else ranks[0]
             boxes = held.part.boxes(() if mesh is None else roster.coordinates[source][mesh])
             found += [(source, box) for box in boxes]
     return found

@@ -5,6 +5,9 @@ from __future__ import annotations
 #: The directory of notes, in a checkpoint's ``model``.
 METADATA_DIR = ".hf_metadata"
 
+#: The directory of files of single ranks, in a component's. Whoever opens the component does not look into it.
+PER_RANK_DIR = "per_rank"
+
 #: Name in the file -> number of the base model's file that has the tensor.
 FILE_INDEX = "fqn_to_file_index_mapping.json"
 #: Name in the file -> dtype in the base model.

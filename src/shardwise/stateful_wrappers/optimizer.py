@@ -257,6 +257,21 @@ class OptimizerState:
                         found[name] = plain_view(name, value)
         return found
 
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the optimizers update."""
+        return [self._name(param) for _, group in self.groups() for param in cast(list[torch.Tensor], group["params"])]
+
+    def owners(self) -> list[tuple[str, str]]:
+        """The name of each state tensor, and its parameter's."""
+        return [
+            (f"state.{name}.{key}", name)
+            for optimizer, group in self.groups()
+            for param in cast(list[torch.Tensor], group["params"])
+            for name in [self._name(param)]
+            for key, value in optimizer.state.get(param, {}).items()
+            if isinstance(value, torch.Tensor)
+        ]
+
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
 

@@ -106,8 +106,7 @@ def refuse_fsdp1(parts: Iterable[object]) -> None:
                 raise MisuseError(
                     f"the module {name or type(module.module).__name__!r} is wrapped by FSDP1 "
                     "(FullyShardedDataParallel), which keeps its parameters in flat tensors without names",
-                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which takes the same "
-                    "policies; a checkpoint that FSDP1 wrote through torch.distributed.checkpoint can be loaded then.",
+                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead.",
                 )
 
 

@@ -163,6 +163,17 @@ def test_a_module_that_fails_to_give_its_state_is_named(tmp_path: Path) -> None:
         writer.save(0, 0, nn.ModuleDict({"odd": Odd(2, 2)}))
 
 
+def test_hooks_on_a_wrapper_that_is_taken_off_are_refused(tmp_path: Path) -> None:
+    model = torch.compile(nn.Linear(2, 2))
+    assert isinstance(model, nn.Module)
+    handle = model.register_load_state_dict_pre_hook(lambda *_: None)
+    with checkpointer(tmp_path, EVERY) as both:
+        with pytest.raises(ModuleStateError, match="the OptimizedModule around the model has state_dict hooks"):
+            both.save(0, 0, model)
+        handle.remove()
+        both.save(0, 0, model)
+
+
 def test_a_module_that_fails_to_take_its_state_is_named(tmp_path: Path) -> None:
     class Odd(nn.Linear):
         def _load_from_state_dict(self, *args: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
-from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
+from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
 
 #: What a module overrides to make or take its state in a way of its own.
 _WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
@@ -113,6 +113,7 @@ def list_state(
     bounds = [0]
     for part in parts:
         module = unwrap(part)
+        refuse_hooks_around(part, module)
         plain = _plain_entries(module, norms)
         if plain is None:
             modules = None

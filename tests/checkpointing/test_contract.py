@@ -163,6 +163,17 @@ def test_a_module_that_fails_to_give_its_state_is_named(tmp_path: Path) -> None:
         writer.save(0, 0, nn.ModuleDict({"odd": Odd(2, 2)}))
 
 
+def test_hooks_on_a_wrapper_that_is_taken_off_are_refused(tmp_path: Path) -> None:
+    model = torch.compile(nn.Linear(2, 2))
+    assert isinstance(model, nn.Module)
+    handle = model.register_load_state_dict_pre_hook(lambda *_: None)
+    with checkpointer(tmp_path, EVERY) as both:
+        with pytest.raises(ModuleStateError, match="the OptimizedModule around the model has state_dict hooks"):
+            both.save(0, 0, model)
+        handle.remove()
+        both.save(0, 0, model)
+
+
 def test_a_module_that_fails_to_take_its_state_is_named(tmp_path: Path) -> None:
     class Odd(nn.Linear):
         def _load_from_state_dict(self, *args: Any) -> None:
@@ -259,18 +270,19 @@ def test_extra_state_among_the_tensors_of_others(tmp_path: Path) -> None:
         assert torch.equal(restored["a"].weight, model["a"].weight)
 
 
-def test_normalisation_of_old_files(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": nn.Linear(3, 3)})
+@pytest.mark.parametrize("is_init_step", [False, True], ids=["checkpoint", "base"])
+def test_normalisation_of_old_files(tmp_path: Path, is_init_step: bool) -> None:
+    model = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": HalfOnDisk()})
     train_some(model)
     old = {name: t for name, t in model.state_dict().items() if "num_batches" not in name}
     save_file(old, tmp_path / "model.safetensors")
-    restored = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": nn.Linear(3, 3)})
-    reference = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": nn.Linear(3, 3)})
+    restored = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": HalfOnDisk()})
+    reference = nn.ModuleDict({"n": nn.BatchNorm1d(3), "b": HalfOnDisk()})
     for each in (restored, reference):
         each["n"].num_batches_tracked.fill_(9)
     reference.load_state_dict(old)
     with checkpointer(tmp_path / "x", EVERY) as reader:
-        reader.load_model(restored, tmp_path)
+        reader.load_model(restored, tmp_path, is_init_step=is_init_step)
     assert differing(effect(restored), effect(reference)) == []
 
 

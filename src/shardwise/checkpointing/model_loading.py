@@ -188,8 +188,10 @@ def _opened(
 ) -> _Opened:
     """Look at the checkpoint and at the model. All ranks call."""
     group = context.group
+    hub: HubState | None = None
 
     def held() -> Sequence[HeldTensor] | None:
+        nonlocal hub
         hub = context.names.capture(state, load=True)
         # What modules take themselves, and what they take is their own affair.
         is_known = hub.listing is None and not (hub.groups or hub.ties or hub.kept or hub.hidden)
@@ -198,16 +200,15 @@ def _opened(
     notes = read_notes(path, group)
     source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
     lacking: list[str] = []
-    hub: HubState | None = None
     matched: _Matched | None = None
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
-        hub = context.names.capture(state, load=True)
+        hub = hub or context.names.capture(state, load=True)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
-        if hub.listing is None and not source.apart and _lacks_buffers(hub, source):
+        if not source.apart and _lacks_buffers(hub, source):
             # Torch's normalisation layers know files that have not all of theirs.
             hub = context.names.capture(state, load=True, norms=True)
         if not source.apart and _has_wrappers_prefix(source, hub):

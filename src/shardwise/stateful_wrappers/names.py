@@ -13,7 +13,7 @@ from torch import nn
 from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.memory import address, identity
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
-from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
+from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
 from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
 from shardwise.stateful_wrappers.wrapping import unwrap as unwrap  # noqa: PLC0414
 
@@ -97,6 +97,7 @@ def list_state(
     bounds = [0]
     for part in parts:
         module = unwrap(part)
+        refuse_hooks_around(part, module)
         plain = _plain_entries(module, norms)
         if plain is None:
             modules = None

@@ -9,7 +9,7 @@ from typing import cast
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from shardwise.errors import MisuseError
+from shardwise.errors import MisuseError, ModuleStateError
 
 EXTRA = "_extra_state"
 
@@ -87,6 +87,24 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
+    """Check that nobody's hooks are on the wrappers around a model, which are taken off before anything is looked at.
+
+    Raises:
+        ModuleStateError: There are.
+    """
+    wrapper: object = part
+    while isinstance(wrapper, nn.Module) and wrapper is not inner:
+        made = [*wrapper._state_dict_hooks.values(), *wrapper._state_dict_pre_hooks.values()]
+        taken = [*wrapper._load_state_dict_pre_hooks.values(), *wrapper._load_state_dict_post_hooks.values()]
+        if foreign([*made, *taken]):
+            raise ModuleStateError(
+                f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
+                hint="Register them on the module inside.",
+            )
+        wrapper = wrapper._modules.get("module", wrapper._modules.get("_orig_mod"))
+
+
 def refuse_fsdp1(parts: Iterable[object]) -> None:
     """Check that no module is wrapped by FSDP1, whose ``state_dict()`` depends on modes and gathers.
 
@@ -106,8 +124,7 @@ def refuse_fsdp1(parts: Iterable[object]) -> None:
                 raise MisuseError(
                     f"the module {name or type(module.module).__name__!r} is wrapped by FSDP1 "
                     "(FullyShardedDataParallel), which keeps its parameters in flat tensors without names",
-                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2), which takes the same "
-                    "policies; a checkpoint that FSDP1 wrote through torch.distributed.checkpoint can be loaded then.",
+                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead.",
                 )
 
 

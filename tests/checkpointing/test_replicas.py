@@ -326,6 +326,51 @@ def test_few_of_many_tensors_are_named(tmp_path: Path) -> None:
     assert "; and 15 more" in str(text)
 
 
+class Transposed(nn.BatchNorm1d):
+    """Gives and takes its state in a way of its own: a weight of two columns, lying the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        torch.manual_seed(2)
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}matrix"] = self.matrix.detach().T
+
+    def _load_from_state_dict(self, state_dict: State, prefix: str, *others: object) -> None:
+        state_dict[f"{prefix}matrix"] = state_dict[f"{prefix}matrix"].T
+        super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[arg-type]
+
+
+def save_transposed(root: Path, settings: dict[str, object]) -> str:
+    model = nn.Sequential(Transposed(), nn.Linear(8, 8))
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    train_apart(model)
+    theirs = of_every_rank(local(model))
+    with engine(root, settings) as checkpointer:
+        checkpointer.save(0, 1, model)
+        for value in (*model.parameters(), *model.buffers()):
+            value.data.fill_(7)
+        checkpointer.restore(model)
+        assert same(local(model), theirs[0])
+        model[0].matrix.data[0, 0] = dist.get_rank()
+
+        def save() -> None:
+            checkpointer.save(0, 2, model)
+            checkpointer.async_wait()
+
+        return refused(save)
+
+
+@pytest.mark.parametrize("settings", MODES)
+def test_what_modules_make_in_ways_of_their_own_is_no_exception(tmp_path: Path, settings: dict[str, object]) -> None:
+    [text] = set(run(2, save_transposed, tmp_path, settings))
+    assert "a tensor has different values" in str(text)
+    assert "'0.matrix' (rank 0 has one value, rank 1 another)" in str(text)
+
+
 class Adapted(nn.Module):
     """A trained module saved beside LoRA factors, with statistics of each rank's own."""
 

@@ -15,7 +15,7 @@ from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import StandIns, Step
+from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
 
 
@@ -85,13 +85,16 @@ class ModelState:
         return listed._replace(tensors=tuple(tensors))
 
     def tensors(self) -> tuple[NamedTensor, ...]:
-        """The tensors of `listing`."""
-        return self.listing().tensors
+        """The tensors of `listing`, but parameters and values instead of stand-ins for them."""
+        try:
+            return tuple([named._replace(tensor=_behind(named)) for named in self.listing().tensors])
+        finally:
+            release()
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
         register = meshes or MeshRegister()
-        return held_tensors(((named.name, named.tensor) for named in self.tensors()), register)
+        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), register)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
@@ -156,6 +159,14 @@ class ModelState:
 
 def _concerns(step: Step, names: Mapping[str, object]) -> bool:
     return any(name.startswith(plain_name(step.prefix)) for name in names)
+
+
+def _behind(named: NamedTensor) -> torch.Tensor:
+    """A parameter or buffer; what is behind it, where it is a stand-in."""
+    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
+    if what is None:
+        return named.tensor
+    return what.maker.tensor if isinstance(what.maker, OneTensor) else _made(named)
 
 
 def _made(named: NamedTensor) -> torch.Tensor:

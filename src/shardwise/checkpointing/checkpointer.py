@@ -20,6 +20,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.optimizers import (
     Changes,
     OpenedOptimizer,
@@ -84,6 +85,7 @@ class Checkpointer(ComponentCheckpointer):
     def _line(self) -> RunLine:
         return RunLine()
 
+    @outside_inference_mode
     def save(
         self,
         epoch: int,
@@ -162,6 +164,7 @@ class Checkpointer(ComponentCheckpointer):
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
+    @outside_inference_mode
     def restore(
         self,
         model: Model,
@@ -268,6 +271,7 @@ class Checkpointer(ComponentCheckpointer):
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 

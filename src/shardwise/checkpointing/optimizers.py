@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
 from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
@@ -23,17 +25,20 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, NameCollisionError, ShardwiseError
 from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.tensors import MeshRegister
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,20 +121,27 @@ class OptimizerSave:
                         record += write_state(context.storage, self._directory / SCHEDULER_STATE, schedule)
             return record
 
-        if context.config.model_save_format == "torch_save":
-            tensors: dict[str, torch.Tensor] = {}
-            with group.together("describing the optimizer's tensors"):
-                tensors = capture_distcp(context, "optim", state.state_dict())
-            return [write_states, lambda group: write_distcp(tensors, self._directory, group)]
+        is_torchs = context.config.model_save_format == "torch_save"
+        tensors: dict[str, torch.Tensor] = {}
         held: list[HeldTensor] = []
         with group.together("describing the optimizer's tensors"):
-            held = context.staged("optim", state.held())
+            held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
+            if is_torchs:
+                tensors = capture_distcp(context, "optim", state.state_dict())
+            else:
+                held = context.staged("optim", held)
         roster = context.optimizer_roster.roster(held)
+        own_steps = optimizer_steps(context, state, self._directory)
+        replicas = comparison(held, roster, group.rank)
+        if is_torchs:
+            others = left_to_others(held, roster, group.rank)
+            write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
+            return [write_states, write, *own_steps]
         files: tuple[ShardFile, ...] = ()
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
-        plan = ShardPlan(self._directory, "optim", roster, files)
-        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
+        plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
+        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
 
 def blob_of(packed: dict[str, bytes]) -> bytes:
@@ -168,15 +180,19 @@ class OpenedOptimizer:
     """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
 
     Attributes:
+        context: Settings, ranks and storage.
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        own: State of which this rank has a value of its own; ``None`` where it has none.
         is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
+    context: Context
     plan: OptimizerRestore
     schedulers: tuple[tuple[HasState, dict[str, object]], ...]
     tensors: OpenedLoad | None
+    own: OwnRead | None = None
     is_aside: bool = False
 
     @property
@@ -187,8 +203,8 @@ class OpenedOptimizer:
 
     def read_aside(self) -> None:
         """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
-        if self.is_aside and self.tensors is not None:
-            self.tensors.read()
+        if self.is_aside:
+            self._read()
 
     def take_in(self, undos: Undos) -> None:
         """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_aside`.
@@ -209,8 +225,17 @@ class OpenedOptimizer:
 
     def fill(self) -> None:
         """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
-        if self.tensors is not None and not self.is_aside:
-            self.tensors.read()
+        if not self.is_aside:
+            self._read()
+
+    def _read(self) -> None:
+        if self.tensors is None:
+            return
+        self.tensors.read()
+        if self.tensors.asked:
+            with self.context.group.together("reading the optimizer's state of each rank's own tensors"):
+                if self.own is not None:
+                    self.own.read(self.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +269,7 @@ def open_optimizer(
     group = context.group
     state: OptimizerState | None = None
     plan: OptimizerRestore | None = None
+    own: OwnRead | None = None
     schedulers: list[tuple[HasState, dict[str, object]]] = []
     with group.together("looking at the optimizer") as aside:
         state = OptimizerState(optimizer, model)
@@ -251,6 +277,9 @@ def open_optimizer(
     with group.together(f"comparing the optimizer with {directory}") as has_tensors:
         assert state is not None
         plan, schedulers = _compared(state, as_list(scheduler), directory, changes or Changes(), aside.any)
+        own = find_optimizer(context, plan, directory)
+        if own is not None:
+            plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         has_tensors.flag = bool(plan.targets)
     assert plan is not None
     found = plan
@@ -260,13 +289,13 @@ def open_optimizer(
             listed(found.fresh),
         )
     if not has_tensors.any:
-        return OpenedOptimizer(found, tuple(schedulers), None)
+        return OpenedOptimizer(context, found, tuple(schedulers), None)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    tensors = open_described(found.held_as_saved, source, group, context.storage, options)
-    return OpenedOptimizer(found, tuple(schedulers), tensors, aside.any)
+    tensors = open_described(found.held_as_saved, source, group, context.storage, options, lambda: own is not None)
+    return OpenedOptimizer(context, found, tuple(schedulers), tensors, own, aside.any)
 
 
 def load_optimizer(

@@ -6,6 +6,7 @@ export, so that damage ends in an error and not in an export with fresh digests.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from shardwise.addons.files import as_text
+from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.checkpointing.config_ties import differing_ties
 from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, ConfigError
 from shardwise.format.crc import crc32c
@@ -26,7 +30,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import EXPORT, FILE_DTYPES, FILE_INDEX, METADATA_DIR
+from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.io.checked import CheckedReader
 from shardwise.io.memory import as_bytes
@@ -132,6 +136,8 @@ def consolidate(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
     found = replace(found, source=carry_over(found, base))
+    notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
+    found = replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
     reader = CheckedReader(store, found.source.files, found.ledger)
     tensors = _tensors(found, reader)
@@ -230,6 +236,11 @@ def _object(found: ModelInput, path: Path) -> Mapping[str, JsonValue]:
     return content if isinstance(content, dict) else {}
 
 
+def _names(found: ModelInput, path: Path) -> list[str]:
+    content = found.read_json(path)
+    return [str(name) for name in content] if isinstance(content, list) else []
+
+
 @dataclass(frozen=True)
 class _Export:
     """An export that only waits for its bytes."""
@@ -256,7 +267,7 @@ class _Export:
                     self.progress(done, total)
             files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
         self.found.ledger.settle(storage)
-        for name, content in self.plain.items():
+        for name, content in self._plain(tensors).items():
             storage.make_directory((aside / name).parent)
             write_plain(storage, aside / name, content)
             storage.sync_directory((aside / name).parent)
@@ -264,6 +275,14 @@ class _Export:
         manifest = Manifest(tuple(files), tuple(tensors), self._info(), self._aliases())
         write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
         storage.sync_directory(aside)
+
+    def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
+        """What stands beside the tensors; the configuration says of ties what was written."""
+        note = _object(self.found, self.found.directory / METADATA_DIR / LOOSE_TIES)
+        if not differing_ties({name: str(kept) for name, kept in note.items()}, tensors):
+            return self.plain
+        configs = {name: json.loads(self.plain[name]) for name in (CONFIG, CONFIG_V5) if name in self.plain}
+        return {**self.plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
 
     def _info(self) -> dict[str, JsonValue]:
         return {} if self.found.manifest else {"source": "no manifest", "notes": list(self.found.notes)}

@@ -28,6 +28,7 @@ from shardwise.stateful_wrappers.inner_optimizers import (
     members,
 )
 from shardwise.stateful_wrappers.kinds import equal
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
 from shardwise.stateful_wrappers.own_state import StateView, gives_own_way
 from shardwise.stateful_wrappers.state_tensors import (
@@ -529,11 +530,20 @@ class OptimizerState:
         for entry in self.entries():
             for key, value in self._apart(entry).tensors.items():
                 name = entry.tensor_name(key)
-                tensor = value.detach()
+                tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
         for loose in self.loose():
-            found |= {f"state.{loose.label}.{key}": value.detach() for key, value in loose.tensors.items()}
+            names = {f"state.{loose.label}.{key}": value for key, value in loose.tensors.items()}
+            found |= {name: plain_view(name, value) for name, value in names.items()}
         return found
+
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the optimizers update."""
+        return [self.name(param) for _, group in self.groups() for param in members(group)]
+
+    def owners(self) -> list[tuple[str, str]]:
+        """The name of each state tensor, and its parameter's."""
+        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._apart(entry).tensors]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
@@ -544,10 +554,7 @@ class OptimizerState:
         own = self.state_dict()
         with torch.no_grad():
             for name, value in state_dict.items():
-                local = getattr(own[name], "_local_tensor", own[name])
-                given = getattr(value, "_local_tensor", value)
-                if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-                    local.copy_(given)
+                install(own[name], plain_view(name, value))
 
 
 def _digest(tensor: torch.Tensor) -> str:

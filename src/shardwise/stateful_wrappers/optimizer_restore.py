@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -57,6 +57,7 @@ class _Param:
 
     optimizer: Optimizer
     param: torch.Tensor
+    name: str
     state: dict[object, object] | None
 
 
@@ -98,6 +99,21 @@ class OptimizerRestore:
     targets: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     params_of: dict[str, str] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state tensors to be filled, under the names of the checkpoint."""
+        return {name: tensor.detach() for name, tensor in self.targets}
+
+    def keep(self, names: Collection[str], parameters: Collection[str]) -> None:
+        """Drop state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
+        dropped = {name for name, _ in self.targets if self.params_of.get(name) in parameters and name not in names}
+        for number, each in enumerate(self.params):
+            if each.name not in parameters or each.state is None:
+                continue
+            state = {key: v for key, v in each.state.items() if f"state.{each.name}.{key}" not in dropped}
+            has_any = any(isinstance(value, torch.Tensor) for value in state.values())
+            self.params[number] = replace(each, state=state if has_any else None)
+        self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
         """What this rank holds of the state tensors, under the names of the checkpoint.
@@ -267,11 +283,11 @@ class _Planner:
         for param, name, saved_name in zip(members(group), names, saved_as, strict=True):
             if saved_name in absent:
                 self.found.fresh.append(name)
-                self.found.params.append(_Param(keeper.optimizer, param, None))
+                self.found.params.append(_Param(keeper.optimizer, param, saved_name, None))
             elif saved is not None:
                 entry = Entry(keeper, param, name, {})
                 planned = self._planned(entry, label_of(keeper.slot, saved_name), options)
-                self.found.params.append(_Param(keeper.optimizer, param, planned))
+                self.found.params.append(_Param(keeper.optimizer, param, saved_name, planned))
 
     def _mirror(self, keeper: Keeper, group: Options, saved: SavedGroup | None) -> None:
         """The outer group takes the same options; those of a rank without parameters of the group come from it."""

@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, Protocol, cast
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import MisuseError, StateFormatError
+from shardwise.stateful_wrappers.memory import PLAIN
 from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
 
 Tree = list[object]
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {*PLAIN, AsyncCollectiveTensor}
 
 
 class _Flattens(Protocol):

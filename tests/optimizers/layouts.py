@@ -404,5 +404,3 @@ def lookahead(params) -> Lookahead:
 
 def averaged(params) -> Averaged:
     return Averaged(torch.optim.SGD(params, lr=1e-2, momentum=0.9))
-
-

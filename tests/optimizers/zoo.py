@@ -164,6 +164,12 @@ def build(name: str, spread: str) -> tuple[nn.Module, object]:
 
 def train(name: str, model: nn.Module, optimizer: object, steps: Iterable[int]) -> None:
     """Some steps, each on a batch of its own."""
+    # torchao compiles its step, and torch's cache of compiled code takes one of its tensor classes for another.
+    with torch.compiler.set_stance("force_eager"):
+        _train(name, model, optimizer, steps)
+
+
+def _train(name: str, model: nn.Module, optimizer: object, steps: Iterable[int]) -> None:
     several = optimizer if isinstance(optimizer, list) else [optimizer]
     for step in steps:
         generator = torch.Generator().manual_seed(100 * step + (dist.get_rank() if dist.is_initialized() else 0))

@@ -139,8 +139,14 @@ class OptimizerRestore:
         keyed = [(each, _had_keys(each)) for each in self.keyed]
         rests = [(each, [(path, cloned(value)) for path, value in each.view().rest()]) for each in self.own]
 
+        # torch's own class makes new groups as it takes a state dict in.
+        owners = {id(each.optimizer): (each.optimizer, each.optimizer.param_groups) for each in self.params}
+
         @torch.no_grad()
         def undo() -> None:
+            for optimizer, had in owners.values():
+                if "param_groups" in vars(optimizer):
+                    optimizer.param_groups = had
             for group, options, tensors in groups:
                 group.clear()
                 group.update(options)

@@ -23,7 +23,7 @@ from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
+from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.near_names import listed
@@ -160,6 +160,7 @@ class Checkpointer(ComponentCheckpointer):
         restore_from: str | Path = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
+        key_mapping: Mapping[str, str] | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -179,6 +180,8 @@ class Checkpointer(ComponentCheckpointer):
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of tensors, and to a DCP
+                directory's names of parameters; first match.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -194,6 +197,7 @@ class Checkpointer(ComponentCheckpointer):
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
+        given |= {f"key_mapping={key_mapping}": bool(key_mapping)}
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
@@ -213,8 +217,10 @@ class Checkpointer(ComponentCheckpointer):
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
-        opened = self._open_model(model, path / "model")
-        steering = open_optimizer(context, optimizer or [], model, scheduler, path / "optim") if steers else None
+        opened = self._open_model(model, model_place(path, context.group), key_mapping)
+        steering = (
+            open_optimizer(context, optimizer or [], model, scheduler, path / "optim", key_mapping) if steers else None
+        )
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += [*(extra_state or ()), *found.generators.values]

@@ -20,6 +20,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
@@ -225,7 +226,8 @@ class Checkpointer(ComponentCheckpointer):
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-        left = unrestored(context, path, found, taken, partly)
+        below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
+        left = unrestored(context, path, found, taken, partly, below_name)
         with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
             if steering is not None:
                 steering.take_in(undos)

@@ -116,4 +116,4 @@ def _only(source: Source, model: DcpModel) -> Source:
         name: source.tensors[known]._replace(spec=source.tensors[known].spec._replace(name=name))
         for name, known in model.names.items()
     }
-    return replace(source, tensors=tensors)
+    return replace(source, tensors=tensors, below=model.prefix.removesuffix("."))

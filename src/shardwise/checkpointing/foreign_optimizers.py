@@ -254,13 +254,33 @@ def open_foreign(
     assert plan is not None
     planned = plan
     source = found.agreed(names, group)
-    if not has_tensors.any:
-        return OpenedForeign(planned, tuple(fitting), None)
-    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    tensors = open_described(
-        lambda: planned.held_as_saved(source.tensors.keys()), source, group, context.storage, options
-    )
+    tensors: OpenedLoad | None = None
+    if has_tensors.any:
+        options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
+        tensors = open_described(
+            lambda: planned.held_as_saved(source.tensors.keys()), source, group, context.storage, options
+        )
+    _count_in_tensors(planned)
     return OpenedForeign(planned, tuple(fitting), tensors)
+
+
+def _count_in_tensors(plan: OptimizerRestore) -> None:
+    """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
+    options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
+    for each in plan.params:
+        step = (each.state or {}).get("step")
+        kind = type(each.optimizer)
+        if (
+            each.state is None
+            or type(step) not in (int, float)
+            or kind is not getattr(torch.optim, kind.__name__, None)
+        ):
+            continue
+        group = options[id(each.param)]
+        on_device = bool(group.get("capturable")) or bool(group.get("fused"))
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        device = each.param.device if on_device else "cpu"
+        each.state["step"] = torch.tensor(float(cast(float, step)), dtype=dtype, device=device)
 
 
 def under_names(source: Source, names: Mapping[str, str]) -> Source:

@@ -172,9 +172,14 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
     return cast("dict[str, object]", _told(read, group, f"reading extra state of {directory}"))
 
 
-def foreign_components(directory: Path) -> list[str]:
-    """What others have put into a DCP directory beside a model; nothing where it is none. Local."""
-    return components(DcpValues(directory)) if is_dcp(directory) else []
+def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
+    """What others have put into a DCP directory beside a model; nothing where it is none. Local.
+
+    Args:
+        directory: Of a checkpoint, or of its optimizer.
+        model_place: What DCP's names of the model have in front, where that is known.
+    """
+    return components(DcpValues(directory), model_place) if is_dcp(directory) else []
 
 
 def torch_leftovers(directory: Path) -> list[str]:

@@ -116,7 +116,12 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
 
 
 def unrestored(
-    context: Context, directory: Path, found: FoundExtras, given: Sequence[str], partly: Sequence[str]
+    context: Context,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
 ) -> tuple[str, ...]:
     """What the checkpoint has and stays as it is in this run, by name; said once, in the log of rank 0. All ranks call.
 
@@ -126,11 +131,12 @@ def unrestored(
         found: What was found of extra state and generators.
         given: What this rank restores: ``optimizer``, ``scheduler``, ``rng``, and names of extra state.
         partly: What no rank wants of what is restored; the same on every rank.
+        model_place: In a DCP directory with more than a model: what the model's names have in front there.
     """
     group = context.group
 
     def tell() -> JsonValue:
-        has: list[JsonValue] = [*_components(directory)] if group.is_main else []
+        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
         return [has, [*found.skipped], [*given]]
 
     rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(tell, "comparing what is restored"))
@@ -144,9 +150,11 @@ def unrestored(
     return tuple(dict.fromkeys([*left, *skipped]))
 
 
-def _components(directory: Path) -> list[str]:
+def _components(directory: Path, model_place: str | None) -> list[str]:
     """What a checkpoint has beside its model."""
-    others = [] if is_verifiable(directory) else [*foreign_components(directory), *torch_leftovers(directory)]
+    others = (
+        [] if is_verifiable(directory) else [*foreign_components(directory, model_place), *torch_leftovers(directory)]
+    )
     return [
         *others,
         *optimizer_components(directory / "optim"),

@@ -124,7 +124,7 @@ def _by_torch(data: bytes, path: str, name: str, legacy: bool) -> object:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not legacy)
     except UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|Unsupported global:|class) (\S+)", str(error))
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise UnsafePickleError(
             f"this value is more than numbers, text and tensors: it names {named[1] if named else 'something else'}",
             path=path,

@@ -217,7 +217,7 @@ class _Reading:
 
     def _groups(self, value: object) -> tuple[list[DcpGroup], bool, Mapping[str, str]]:
         """Groups, whether their parameters are numbers, and the names of numbers where they are told."""
-        if not isinstance(value, list) or not all(isinstance(group, dict) for group in value):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(group, dict) for group in value):
             self._refuse(self._found.items["param_groups"][0].name, "is no list of parameter groups")
         groups: list[DcpGroup] = []
         names: dict[str, str] = {}

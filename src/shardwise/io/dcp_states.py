@@ -6,7 +6,7 @@ import re
 
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.io.dcp_bytes import DcpValues
-from shardwise.io.dcp_model import DcpPath, find_model
+from shardwise.io.dcp_model import DcpPath, find_model, model_below
 from shardwise.io.dcp_nested import nested
 from shardwise.io.dcp_optimizers import optimizer_places
 
@@ -89,14 +89,22 @@ def _outermost(places: list[DcpPath]) -> list[DcpPath]:
     return [p for p in places if not any(p[:length] in every for length in range(len(p)))]
 
 
-def components(values: DcpValues) -> list[str]:
-    """What there is beside a model: ``optimizer``, ``scheduler``, and the places of all else. Reads no item."""
+def components(values: DcpValues, model_place: str | None = None) -> list[str]:
+    """What there is beside a model: ``optimizer``, ``scheduler``, and the places of all else. Reads no item.
+
+    Args:
+        values: Of the directory.
+        model_place: What DCP's names of the model have in front, where that is known.
+    """
     optimizers = optimizer_places(values)
     schedulers = scheduler_places(values)
     known = {name for names in optimizers.values() for name in names}
     try:
-        model = find_model(values.metadata, values.directory)
-        known |= {*model.names.values(), *model.left}
+        if model_place is None:
+            model = find_model(values.metadata, values.directory)
+        else:
+            model = model_below(values.metadata, values.directory, model_place, ())
+        known |= {*model.names.values()}
     except MisuseError:
         pass  # there is none, or it is for whoever loads it to say which part it is
     paths = list(values.paths.values())

@@ -46,6 +46,7 @@ class Source:
         keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
         apart: Whether each rank knows only of what it is about to load, which is just what its own files hold.
         dcp: Whether it is a DCP directory, which may hold more than a model.
+        below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Source:
     keeper: Keeper | None = None
     apart: bool = False
     dcp: bool = False
+    below: str = ""
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""

@@ -225,15 +225,17 @@ def open_foreign(
         UnsafePickleError: A value could run code.
     """
     group, legacy = context.group, context.config.allow_legacy_pickle_restore
+    told = group.tell(lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}")
+    if not told:
+        return None
+    place = Path(cast(str, told))
     state: OptimizerState | None = None
     with group.together("describing the optimizer") as steers:
         state = OptimizerState(optimizer, model)
         steers.flag = bool(state.optimizers)
     assert state is not None
     own = state
-    found = find_foreign(directory, group, legacy, steers.any)
-    if found is None:
-        return None
+    found = find_foreign(place, group, legacy, steers.any)
     schedules: ForeignSchedules | None = None
     if group.any(bool(schedulers), "comparing schedulers"):
         schedules = read_schedules(found.directory, group, legacy)
@@ -299,11 +301,11 @@ def foreign_place(directory: Path) -> Path | None:
     return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
 
 
-def find_foreign(directory: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers | None:
-    """Look for optimizers that others saved; ``None`` where there is no such directory. All ranks call.
+def find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
+    """Read what a DCP directory has of optimizers. All ranks call.
 
     Args:
-        directory: Where a checkpoint of ours would have its optimizer.
+        place: The directory.
         group: The ranks that restore.
         legacy: Whether to unpickle without restrictions what cannot be read otherwise.
         steers: Whether any rank has an optimizer to restore.
@@ -314,10 +316,6 @@ def find_foreign(directory: Path, group: Group, legacy: bool, steers: bool) -> F
         FormatError: It is damaged.
         UnsafePickleError: A value of it could run code.
     """
-    told = group.tell(lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}")
-    if not told:
-        return None
-    place = Path(cast(str, told))
     packed = b""
     with group.together(f"reading the optimizers of {place}"):
         if group.is_main:

@@ -215,15 +215,12 @@ def open_optimizer(
     group = context.group
     plan: OptimizerRestore | None = None
     schedulers: list[tuple[HasState, dict[str, object]]] = []
-    try:
-        with group.together(f"comparing the optimizer with {directory}") as has_tensors:
-            plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
-            has_tensors.flag = bool(plan.tensors())
-    except CheckpointNotFoundError:  # of all ranks alike
-        foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, key_mapping)
-        if foreign is None:
-            raise
+    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, key_mapping)
+    if foreign is not None:
         return OpenedOptimizer(foreign.plan, foreign.schedulers, foreign.tensors)
+    with group.together(f"comparing the optimizer with {directory}") as has_tensors:
+        plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
+        has_tensors.flag = bool(plan.tensors())
     assert plan is not None
     found = plan
     if not has_tensors.any:

@@ -35,9 +35,25 @@ def test_automodels_checkpoint_is_restored(tmp_path: Path, readers: int) -> None
         assert json.loads(json.dumps(found)) == saved
 
 
+class Position:
+    """A dataloader's state."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, object] = {}
+
+    def state_dict(self) -> dict[str, object]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.state = state_dict
+
+
 def load_parts(path: Path) -> object:
     model, optimizer, scheduler = build(seed=1)
+    loader = Position()
     with checkpointer(path) as engine:
+        engine.load_on_dp_ranks(loader, "dataloader", path)
+        assert loader.state == {"position": 7}
         engine.load_model(model, path / "model")
         engine.load_optimizer(optimizer, model, path, scheduler)
     return everything(model, optimizer)

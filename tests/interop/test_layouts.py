@@ -8,12 +8,15 @@ from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.engine.setups import checkpointer
+from tests.engine.setups import checkpointer, digest
 from tests.interop.runs import Net, Run, adamw
 from tests.support.ranks import run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from shardwise import CheckpointingConfig
 
 State = dict[str, object]
 
@@ -29,10 +32,6 @@ def named(net: nn.Module) -> torch.optim.Optimizer:
 def backwards(net: nn.Module) -> torch.optim.Optimizer:
     """By name, in another order than the run that saved."""
     return torch.optim.AdamW([*net.named_parameters()][::-1], lr=0.05)
-
-
-def lbfgs(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(net.parameters())
 
 
 def nested(there: Run) -> State:
@@ -243,3 +242,68 @@ def test_extra_state_is_taken_by_its_owner(tmp_path: Path) -> None:
     run(1, save_extra, tmp_path / "epoch=2-step=40")
     taken = {"seen": {0: 5, 3: [1, 2]}, "empty": {}}
     assert run(1, load_extra, tmp_path / "epoch=2-step=40") == [(taken, 0.5, 2, 40)]
+
+
+# --- models beside other things, and parts of models ----------------------------------------------------------------
+
+
+def save_model(path: Path) -> object:
+    there = Run(seed=0)
+    there.steps(0, 2)
+    named = get_optimizer_state_dict(there.net, there.optimizer)
+    dcp.save({"model": there.net.state_dict(), "optimizer": named}, checkpoint_id=str(path))
+    return there.everything()
+
+
+def load_model(path: Path, key_mapping: dict[str, str] | None) -> object:
+    here = Run(seed=1)
+    with checkpointer(path.parent) as engine:
+        engine.load_model(here.net, path, key_mapping=key_mapping)
+    return {name: value for name, value in here.everything().items() if name in here.net.state_dict()}
+
+
+@pytest.mark.parametrize("key_mapping", [None, {r"^model\.": ""}, {"^nothing": ""}])
+def test_a_model_is_found_beside_an_optimizer(tmp_path: Path, key_mapping: dict[str, str] | None) -> None:
+    saved = cast("list[State]", run(1, save_model, tmp_path / "dcp"))[0]
+    loaded = cast("list[State]", run(1, load_model, tmp_path / "dcp", key_mapping))[0]
+    assert loaded == {name: value for name, value in saved.items() if name in loaded}
+    assert "head.weight" in loaded
+
+
+def load_stage(path: Path) -> object:
+    """A rank has the layers, the other one the rest."""
+    torch.manual_seed(1)
+    net = Net()
+    if dist.get_rank():
+        del net.layers
+    else:
+        del net.norm, net.head, net.seen
+    options = [{"params": [p for p in net.parameters() if p.ndim == 1], "lr": 0.5}]
+    options += [{"params": [p for p in net.parameters() if p.ndim > 1], "lr": 0.5}]
+    optimizer = torch.optim.AdamW(options)
+    config = CheckpointingConfig(checkpoint_dir=path.parent)
+    with config.build(dp_rank=0, tp_rank=0, pp_rank=dist.get_rank()) as engine:
+        engine.restore(net, optimizer, restore_from=path)
+    found: State = {name: digest(value) for name, value in net.state_dict().items()}
+    for name, param in net.named_parameters():
+        found |= {f"{name}/{key}": digest(cast(torch.Tensor, v)) for key, v in optimizer.state[param].items()}
+    return found
+
+
+def test_pipeline_stages_take_their_parts_by_name(tmp_path: Path) -> None:
+    saved = cast("list[State]", run(2, save_whole, tmp_path / "dcp"))[0]
+    first, second = cast("list[State]", run(2, load_stage, tmp_path / "dcp"))
+    assert first | second == saved
+    assert not first.keys() & second.keys()
+
+
+def save_whole(path: Path) -> object:
+    """Sharded on the ranks that save."""
+    there = Run(seed=0)
+    there.steps(0, 2)
+    named = get_optimizer_state_dict(there.net, there.optimizer)
+    dcp.save({"model": there.net.state_dict(), "optimizer": named}, checkpoint_id=str(path))
+    found: State = {name: digest(value) for name, value in there.net.state_dict().items()}
+    for name, param in there.net.named_parameters():
+        found |= {f"{name}/{key}": digest(cast(torch.Tensor, v)) for key, v in there.optimizer.state[param].items()}
+    return found

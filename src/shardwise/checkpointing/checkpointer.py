@@ -21,10 +21,11 @@ from shardwise.checkpointing.commits import Publication, RunLine, check_metrics,
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
+from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
+from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.near_names import listed
@@ -163,6 +164,7 @@ class Checkpointer(ComponentCheckpointer):
         restore_from: str | Path = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
+        key_mapping: Mapping[str, str] | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -182,6 +184,8 @@ class Checkpointer(ComponentCheckpointer):
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of tensors, and to a DCP
+                directory's names of parameters; first match.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -197,6 +201,7 @@ class Checkpointer(ComponentCheckpointer):
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
+        given |= {f"key_mapping={key_mapping}": bool(key_mapping)}
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
@@ -216,13 +221,16 @@ class Checkpointer(ComponentCheckpointer):
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
-        opened = self._open_model(model, path / "model")
-        steering = open_optimizer(context, optimizer or [], model, scheduler, path / "optim") if steers else None
+        opened = self._open_model(model, model_place(path, context.group), key_mapping)
+        steering = (
+            open_optimizer(context, optimizer or [], model, scheduler, path / "optim", key_mapping) if steers else None
+        )
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-        left = unrestored(context, path, found, taken, partly)
+        below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
+        left = unrestored(context, path, found, taken, partly, below_name)
         with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
             if steering is not None:
                 steering.take_in(undos)

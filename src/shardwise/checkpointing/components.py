@@ -187,13 +187,29 @@ class ComponentCheckpointer:
 
     @outside_inference_mode
     def load_optimizer(
-        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+        self,
+        optimizer: Optimizers,
+        model: Model,
+        weights_path: str | Path,
+        scheduler: Schedulers | None = None,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
     ) -> None:
-        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call."""
+        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call.
+
+        Args:
+            optimizer: One, or several.
+            model: The model, or this rank's pipeline stages.
+            weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
+                with an optimizer's state in any of torch's layouts.
+            scheduler: One, or several.
+            key_mapping: Regular expression -> replacement, applied to the names that a DCP directory has for
+                parameters; first match.
+        """
         self.async_wait()
         with self._context.group.together("looking at what is to be loaded"):
             self._looked(model, optimizer, scheduler)
-        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
+        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", key_mapping)
 
     @outside_inference_mode
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:

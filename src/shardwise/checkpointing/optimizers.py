@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.foreign_optimizers import open_foreign
+from shardwise.checkpointing.foreign_states import foreign_components
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
@@ -27,6 +29,7 @@ from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
+from shardwise.io.dcp_bytes import is_dcp
 from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
@@ -221,6 +224,7 @@ def open_optimizer(
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> OpenedOptimizer:
     """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
 
@@ -233,6 +237,9 @@ def open_optimizer(
     plan: OptimizerRestore | None = None
     own: OwnRead | None = None
     schedulers: list[tuple[HasState, dict[str, object]]] = []
+    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, key_mapping)
+    if foreign is not None:
+        return OpenedOptimizer(context, foreign.plan, foreign.schedulers, foreign.tensors)
     with group.together(f"comparing the optimizer with {directory}") as has_tensors:
         plan, schedulers = _compared(optimizer, model, as_list(scheduler), directory)
         own = find_optimizer(context, plan, directory)
@@ -264,6 +271,7 @@ def load_optimizer(
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
+    key_mapping: Mapping[str, str] | None = None,
 ) -> None:
     """Restore optimizers (fresh or used) and schedulers in place. All ranks call.
 
@@ -271,7 +279,7 @@ def load_optimizer(
         ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
     group = context.group
-    opened = open_optimizer(context, optimizer, model, scheduler, directory)
+    opened = open_optimizer(context, optimizer, model, scheduler, directory, key_mapping)
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
     with overwriting("the optimizer's state"):
@@ -283,6 +291,8 @@ def optimizer_components(directory: Path) -> list[str]:
     if not os.path.lexists(directory):
         return []
     stem = directory / OPTIMIZER_STATE
+    if not has_state(stem) and is_dcp(directory):
+        return [name for name in foreign_components(directory) if name in ("optimizer", "scheduler")]
     # Without a record it is another tool's.
     has_optimizer = not has_state(stem) or bool(OptimizerRecord.from_state(read_state(stem)).groups)
     return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / SCHEDULER_STATE)

@@ -62,8 +62,7 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
         AdapterError: peft cannot begin this method without the eager model, or a tensor would be left without values.
     """
     configs = adapter_configs(parts, peft_config)
-    for name, config in configs.items():
-        _refuse_unknown(name, config)
+    check_can_begin(parts, peft_config)
     for part in parts:
         slots = _adapter_slots(part)
         for _, tensor in slots:
@@ -81,6 +80,16 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
                 tensor=unfilled[0],
                 hint="Build and adapt this model on a real device instead of the meta device.",
             )
+
+
+def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = None) -> None:
+    """Check that peft can give the parts' adapters their first values after the model has been built.
+
+    Raises:
+        AdapterError: A method keeps its tensors elsewhere than in the adapted layers, or ties them by views.
+    """
+    for name, config in adapter_configs(parts, peft_config).items():
+        _refuse_unknown(name, config)
 
 
 def refuse_changed_base(parts: Sequence[nn.Module]) -> None:

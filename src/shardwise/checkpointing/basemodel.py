@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
-from shardwise.addons.peft_fresh import adapter_tensors, initialise_peft, refuse_changed_base
+from shardwise.addons.peft_fresh import adapter_tensors, check_can_begin, initialise_peft, refuse_changed_base
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.aside import find_aside
@@ -67,6 +67,8 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
         MisuseError: A tensor has no values and no code that gives it any.
     """
     seed = _agreed_seed(model)
+    if is_peft_adapted([model]):
+        check_can_begin([model])
     slots = slots_of(model)
     initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
@@ -126,16 +128,17 @@ def load_base_model(
         TensorError, QuantizationError: Model and base do not fit.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
+    fresh: list[nn.Module] = []
+    with context.group.together("looking at the adapters"):
+        fresh += [part for part in parts if has_meta(slots_of(part))]
+        for part in parts:
+            if is_peft_adapted([part]):
+                (check_can_begin if part in fresh else refuse_changed_base)([part])
     if not load:
         _materialise(context.group, parts, device, None)
-        _begin_peft(context.group, parts, parts)
+        _begin_peft(context.group, parts, fresh)
         return None
     path = _found(context, root_dir, model_name)
-    fresh = [part for part in parts if has_meta(slots_of(part))]
-    with context.group.together("looking at the adapters"):
-        for part in parts:
-            if part not in fresh and is_peft_adapted([part]):
-                refuse_changed_base([part])
     report = fill_from_base(
         context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
     )

@@ -117,6 +117,8 @@ def _refuse_unknown(name: str, config: PeftConfig) -> None:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if config.is_prompt_learning or tuner is None or not issubclass(tuner, BaseTuner):
         reason = "does not live in layers"
+    elif str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
+        reason = "looks at gradients that have to be measured before the model is adapted"
     elif getattr(config, "target_modules_to_tie", None):
         reason = "with ensure_weight_tying ties factors by views, and memory of views is not kept on the meta device"
     if reason:

@@ -84,6 +84,7 @@ class AdapterSave:
             group,
             v4_compatible=context.config.v4_compatible,
             original_model_path=context.base_name(),
+            legacy_layout=context.config.legacy_paramwrapper_layout,
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
@@ -174,7 +175,13 @@ def open_adapter(
             if group.is_main:
                 check_shared_factors(file, path)
     assert captured is not None
-    own = adapter_settings(parts, config, group, v4_compatible=context.config.v4_compatible)
+    own = adapter_settings(
+        parts,
+        config,
+        group,
+        v4_compatible=context.config.v4_compatible,
+        legacy_layout=context.config.legacy_paramwrapper_layout,
+    )
     with group.together("comparing the adapter's settings"):
         for name, settings in saved.items():
             _refuse_other_meaning(name, differing_settings(settings, own[name]), path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,12 +19,13 @@ import torch
 import torch.nn as nn
 
 from shardwise.addons.model_parts import own_class, unwrap
-from shardwise.addons.peft_names import clean, join, named_modules
+from shardwise.addons.peft_names import join, named_modules
 from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.names import own_tensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -134,15 +135,34 @@ class _StandIn:
             return None
 
 
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under clean names; tied ones under each of their names, as in a state dict."""
-    out: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = clean(name)
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and leaf not in module._non_persistent_buffers_set:
-                out[join(prefix, leaf)] = tensor
+def adapters_prefixes(model: nn.Module) -> dict[str, str]:
+    """Where peft's layers keep their adapters: beginning of the tensors' names -> the adapter's name.
+
+    Known from the modules, since an adapter may be called as anything, a layer's number among them.
+    """
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    out: dict[str, str] = {}
+    for name, module in named_modules(model):
+        if not isinstance(module, kinds):
+            continue
+        for leaf, child in module.named_children():
+            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or type(child).__name__ == "BufferDict":
+                keys = {*child._modules, *child._parameters, *child._buffers}
+                out |= {join(name, leaf, key): key for key in keys}
     return out
+
+
+def is_below(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The adapter whose tensor has this name; ``None`` where it is no adapter's."""
+    cut = len(name)
+    while cut > 0:
+        if (found := prefixes.get(name[:cut])) is not None:
+            return found
+        cut = name.rfind(".", 0, cut)
+    return None
 
 
 def capture_peft(
@@ -173,10 +193,12 @@ def capture_peft(
     if adapter_name not in configs:
         raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
     model = outer(part)
-    state = _state(model)
+    owners = adapters_prefixes(model)
+    # peft would look for the other adapters' names anywhere in a tensor's, where one may be a layer's number.
+    state = {n: t for n, t in own_tensors(model).items() if is_below(n, owners) in (None, adapter_name)}
     placeholders = {name: torch.empty(0, device="meta") for name in state}
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
-    local = {name: _with_local_base(config) for name, config in configs.items()}
+    local = {adapter_name: _with_local_base(configs[adapter_name])}
     if configs[adapter_name].is_prompt_learning:
         raise AdapterError(
             f"adapter {adapter_name!r} ({configs[adapter_name].peft_type}) is computed from a prompt encoder",
@@ -201,7 +223,27 @@ def capture_peft(
                 hint="Use LoraConfig, or another method whose adapters live in the layers.",
             )
         out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
+    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, configs[adapter_name])
     return out
+
+
+def _require_whole(
+    adapter_name: str,
+    state: Mapping[str, torch.Tensor],
+    owners: Mapping[str, str],
+    found: Collection[str],
+    config: PeftConfig,
+) -> None:
+    """Check that each of the adapter's tensors that the modules have is in its file: of LoRA, all are."""
+    if str(config.peft_type).rpartition(".")[2] != "LORA":
+        return
+    for name in state:
+        if name not in found and is_below(name, owners) == adapter_name and ".lora_" in f".{name}":
+            raise AdapterError(
+                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
+                tensor=name,
+                hint="Give the adapter, or the module, another name.",
+            )
 
 
 def _prefixed(name: str) -> str:

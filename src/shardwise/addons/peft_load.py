@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def is_legacy_version(version: str) -> bool:
     return numbers <= [int(n) for n in LEGACY_LAYOUT_VERSION.split(".")]
 
 
-def check_shared_factors(file: AdapterFile, model_directory: str | os.PathLike[str]) -> None:
+def check_shared_factors(
+    file: AdapterFile, model_directory: str | os.PathLike[str], renamed: Callable[[str], str] = str
+) -> None:
     """Check that tensors which share memory in the model are equal in the file. One rank calls.
 
     A model with a combined projection has one A factor for all of its parts; an adapter trained with one factor each
@@ -136,7 +138,8 @@ def check_shared_factors(file: AdapterFile, model_directory: str | os.PathLike[s
 
     Args:
         file: One adapter of the model.
-        model_directory: The checkpoint's ``model`` directory.
+        model_directory: The checkpoint's ``model`` directory, or the adapter's file.
+        renamed: From a name of the file to the model's.
 
     Raises:
         AdapterError: Two such tensors differ.
@@ -148,15 +151,18 @@ def check_shared_factors(file: AdapterFile, model_directory: str | os.PathLike[s
     import torch
     from safetensors import safe_open
 
-    path = Path(model_directory) / file.path
+    path = Path(model_directory)
+    path = path if path.is_file() else path / file.path
     if not path.is_file():
         raise CheckpointNotFoundError(
             f"no {path.name}", path=path, hint="Pass the model directory of an adapter checkpoint."
         )
     with safe_open(path, framework="pt") as reader:
-        names = set(reader.keys())
+        names = {renamed(name): name for name in reader.keys()}  # noqa: SIM118 - the reader cannot be iterated over
         for name, first in shared:
-            if name in names and first in names and not torch.equal(reader.get_tensor(name), reader.get_tensor(first)):
+            if not (name in names and first in names):
+                continue
+            if not torch.equal(reader.get_tensor(names[name]), reader.get_tensor(names[first])):
                 raise AdapterError(
                     f"{name!r} differs from {first!r}, and both are one parameter of this model",
                     path=path,

@@ -19,6 +19,7 @@ from shardwise.addons.peft_hf import (
     v4_config,
 )
 from shardwise.addons.peft_load import LEGACY_LAYOUT_VERSION, is_legacy_version
+from shardwise.addons.peft_stages import part_settings, united
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import AdapterError
 
@@ -86,7 +87,8 @@ def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_c
             values = dataclasses.asdict(target)
             rows.append({**values, "projections": list(target.projections)})
         found[name] = rows
-    return {"experts": found, "adapters": cast(JsonValue, names)}
+    own = {name: part_settings(config) for name, config in adapter_configs(parts, peft_config).items()}
+    return {"experts": found, "adapters": cast(JsonValue, names), "settings": cast(JsonValue, own)}
 
 
 def _merged(
@@ -118,8 +120,9 @@ def _merged(
             )
     out: dict[str, Settings] = {}
     for name, config in adapter_configs(parts, peft_config).items():
-        saved = config_as_saved(described_part(parts), config)
+        saved = config_as_saved(described_part(parts), config, original_model_path)
         saved = {key: jsonable(value, key) for key, value in saved.items()}
+        saved |= united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
         out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
     return out
 

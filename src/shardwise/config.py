@@ -261,6 +261,12 @@ class CheckpointingConfig:
                     "per_rank_state has no effect where only an adapter is saved",
                     hint="Leave per_rank_state out, or set is_peft to false.",
                 )
+        if self.is_peft and self.diffusers_compatible:
+            raise ConfigError(
+                "diffusers_compatible has no effect where only an adapter is saved: adapters are written as peft's "
+                "adapter_model.safetensors, and not as diffusers' pytorch_lora_weights.safetensors",
+                hint="Leave diffusers_compatible out; diffusers' save_lora_weights converts what peft opens.",
+            )
         if not isinstance(self.allow_legacy_pickle_restore, bool):
             raise ConfigError(
                 f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.addons.model_parts import unwrap
-from shardwise.addons.peft_hf import adapter_configs, outer
+from shardwise.addons.peft_hf import adapter_configs, method_of, outer
 from shardwise.addons.peft_names import clean, join, named_modules
 from shardwise.errors import AdapterError, ShardwiseError
 from shardwise.stateful_wrappers.markers import has_mark, mark
@@ -101,9 +101,9 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
     for name, config in adapter_configs(parts, None).items():
         begin = getattr(config, "init_lora_weights", None)
         changing = str(begin).lower().partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")
-        if (isinstance(begin, str) and changing) or _kind(config) == "OSF":
+        if (isinstance(begin, str) and changing) or method_of(config) == "OSF":
             raise AdapterError(
-                f"the adapter {name!r} began with {begin if isinstance(begin, str) else _kind(config)!r}, which took a "
+                f"the adapter {name!r} began with {begin if isinstance(begin, str) else method_of(config)!r}, which took a "
                 "part of the base weights out of the model; loading the base over it would add that part once more",
                 hint="Build and adapt the model on the meta device: then base weights and adapter begin together.",
             )
@@ -128,13 +128,9 @@ def _refuse_unknown(name: str, config: PeftConfig) -> None:
         )
 
 
-def _kind(config: PeftConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
 def _method(config: PeftConfig) -> str:
     begin = getattr(config, "init_lora_weights", None)
-    return f"{_kind(config)} ({begin})" if isinstance(begin, str) else _kind(config)
+    return f"{method_of(config)} ({begin})" if isinstance(begin, str) else method_of(config)
 
 
 def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -256,12 +252,7 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     real_layers = dict(named_modules(unwrap(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
     adapted = _watched(tuner_class, copier)
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    layers = [path for path, module in real_layers.items() if _has_adapter(module, name)]
-    if not layers and not any(isinstance(m, AuxiliaryTrainingWrapper) for m in real_layers.values()):
-        return
-    if not layers:
+    if not any(_has_adapter(module, name) for module in real_layers.values()):
         return
     torch.manual_seed(_seed(seed, name, ""))
     try:
@@ -421,7 +412,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def _needs_base(config: PeftConfig) -> bool:
     """Whether the method may look at base weights; where that is not known, it may."""
-    if _kind(config) != "LORA" or getattr(config, "init_lora_weights", True) not in _LOOKS_AT_FACTORS:
+    if method_of(config) != "LORA" or getattr(config, "init_lora_weights", True) not in _LOOKS_AT_FACTORS:
         return True
     variants = {f.name for f in fields(config) if f.metadata.get("is_lora_variant")}
     return any(getattr(config, name, None) for name in variants.union(_VARIANTS))

@@ -71,6 +71,11 @@ def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
     return any(isinstance(module, kinds) for part in parts for module in part.modules())
 
 
+def method_of(config: PeftConfig) -> str:
+    """The name of an adapter's method, as ``peft_type`` says it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def outer(part: nn.Module) -> nn.Module:
     """The part inside of what only wraps it, with its ``PeftModel``; of a SentenceTransformer the adapted model."""
     inner = wrapping.unwrap(part)
@@ -218,7 +223,7 @@ def capture_peft(
             continue
         if fqn is None:
             raise AdapterError(
-                f"{config.peft_type.value}: peft computes {name!r} instead of naming a parameter, which a sharded "
+                f"{method_of(config)}: peft computes {name!r} instead of naming a parameter, which a sharded "
                 "model cannot do",
                 tensor=name,
                 hint="Use LoraConfig, or another method whose adapters live in the layers.",
@@ -253,7 +258,7 @@ def _named_by_peft(
             )
     except Exception as error:  # peft's own code, on placeholders that it does not expect
         raise AdapterError(
-            f"adapter {adapter_name!r} ({config.peft_type.value}) cannot be described: peft looks at values to name "
+            f"adapter {adapter_name!r} ({method_of(config)}) cannot be described: peft looks at values to name "
             f"its tensors ({type(error).__name__}: {error})",
             hint="Use LoraConfig, or another method whose adapters live in the layers.",
         ) from error
@@ -268,10 +273,10 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
     out = _with_local_base(config, base)
     if getattr(config, "save_only_topk_weights", False):
         raise AdapterError(
-            f"{config.peft_type.value} with save_only_topk_weights saves a selection that training cannot resume from",
+            f"{method_of(config)} with save_only_topk_weights saves a selection that training cannot resume from",
             hint="Set save_only_topk_weights=False; peft can make the selection from the saved adapter later.",
         )
-    if config.peft_type.value == "ADALORA":
+    if method_of(config) == "ADALORA":
         # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.
         out.rank_pattern = None  # type: ignore[attr-defined]
     return out
@@ -298,7 +303,7 @@ def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Ten
         AdapterError: They are computed by an encoder.
     """
     name = f"prompt_encoder.{adapter_name}.embedding.weight"
-    kind = config.peft_type.value
+    kind = method_of(config)
     plain = kind == "PROMPT_TUNING" or (kind == "PREFIX_TUNING" and not getattr(config, "prefix_projection", False))
     if not plain or name not in state:
         raise AdapterError(
@@ -457,7 +462,7 @@ def config_as_saved(
         out["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
     if not out.get("base_model_name_or_path") and original_model_path:
         out["base_model_name_or_path"] = original_model_path
-    if config.peft_type.value == "ADALORA":
+    if method_of(config) == "ADALORA":
         out["rank_pattern"] = None  # the tensors are whole: `_for_placeholders`
     if config.task_type is None and model is not None:
         cls = own_class(model)

@@ -53,7 +53,9 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "patterns": lambda: _lora(rank_pattern={"layers.1.self_attn.q_proj": 2}, exclude_modules=["layers.0.*q_proj"]),
     "saved": lambda: _lora(modules_to_save=["lm_head"], trainable_token_indices=[1, 5]),
     "replication": lambda: _lora(layer_replication=[(0, 2), (1, 2)]),
-    "ia3": lambda: peft.IA3Config(**{**_ALL, "target_modules": ["k_proj", "down_proj"]}, feedforward_modules=["down_proj"]),
+    "ia3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "loha": lambda: peft.LoHaConfig(r=4, **_ALL),
     "lokr": lambda: peft.LoKrConfig(r=4, **_ALL),
     "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, **_ALL),
@@ -131,6 +133,8 @@ def test_a_model_with_memory_keeps_no_part_of_the_base_twice(tmp_path: Path) -> 
         if refused:
             with pytest.raises(AdapterError, match="took a part of the base weights out"):
                 checkpointer(tmp_path / "run").load_base_model(model, "cpu", None, str(base))
+            with pytest.raises(AdapterError, match="took a part of the base weights out"):
+                checkpointer(tmp_path / "run").load_model(model, str(base), is_init_step=True)
         else:
             checkpointer(tmp_path / "run").load_base_model(model, "cpu", None, str(base))
 

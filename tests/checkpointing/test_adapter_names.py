@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.addons.peft_models import causal, logits, randomise
+from tests.clients.test_wrappers import encoder
 from torch import nn
 
 from shardwise.checkpointing import Checkpointer
@@ -62,8 +63,8 @@ def test_methods_beside_lora_are_saved_as_peft_does_and_opened(method: str, tmp_
 
 
 def test_an_adapter_whose_ranks_were_allocated_is_saved_whole(tmp_path: Path) -> None:
-    config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=4, **_ALL)
-    model = _adapted(config)
+    settings = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 4, **_ALL}
+    model = _adapted(peft.AdaLoraConfig(**settings))
     for step in range(5):
         model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
         model.base_model.update_and_allocate(step)
@@ -71,7 +72,9 @@ def test_an_adapter_whose_ranks_were_allocated_is_saved_whole(tmp_path: Path) ->
     assert model.peft_config["default"].rank_pattern
     with _saver(tmp_path) as saver:
         saver.save_model(model, str(tmp_path / "out"))
-        again = _adapted(peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=4, **_ALL), seed=2)
+        again = _adapted(
+            peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=4, **_ALL), seed=2
+        )
         saver.load_model(again, str(tmp_path / "out/model"))
     assert _same(again, model)
     opened = peft.PeftModel.from_pretrained(causal("llama"), str(tmp_path / "out/model"))
@@ -173,3 +176,26 @@ def test_a_second_adapter_is_named_where_it_is_missing(tmp_path: Path) -> None:
         again.add_adapter("ref", peft.LoraConfig(r=4, **_ALL))
         saver.load_model(again, str(tmp_path / "two/model"))
     assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in model.named_parameters() if "lora" in n)
+
+
+def test_a_whole_sentence_transformer_has_the_adapter_of_its_model(tmp_path: Path) -> None:
+    def built(seed: int) -> tuple[nn.Module, Any]:
+        model = encoder(tmp_path / "bert")
+        inner: Any = next(iter(model[0].children()))  # type: ignore[operator]
+        inner.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION"))
+        torch.manual_seed(0)
+        randomise(inner, seed)
+        return model, inner
+
+    model, inner = built(1)
+    with _saver(tmp_path) as saver:
+        saver.save_model(model, str(tmp_path / "out"))
+        inner.save_pretrained(tmp_path / "theirs")
+        ours = load_file(tmp_path / "out/model/adapter_model.safetensors")
+        theirs = load_file(tmp_path / "theirs/adapter_model.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], t) for n, t in theirs.items())
+        again, inner_again = built(2)
+        saver.load_model(again, str(tmp_path / "out/model"))
+    fresh = dict(inner_again.named_parameters())
+    assert all(torch.equal(p, fresh[n]) for n, p in inner.named_parameters() if "lora" in n)

@@ -1,10 +1,10 @@
 """Fresh values for the adapters of a model that was built on the meta device: peft's own, layer by layer.
 
 What an adapter begins with is peft's to say, and some of it follows from the base weights (DoRA's magnitudes, PiSSA,
-OLoRA, tokens that are trained) or from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies). So
-the base is loaded first, and then peft adapts a stand-in for the model: the adapted modules alone, without memory, each
-of which is given its base weights just before peft replaces it. What peft made is copied into the model's shards and let
-go, so that memory is that of the largest adapted module.
+OLoRA, tokens that are trained) or from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies).
+So the base is loaded first, and then peft adapts a stand-in for the model: the adapted modules alone, without memory,
+each of which is given its base weights just before peft replaces it. What peft made is copied into the model's shards
+and let go, so that memory is that of the largest adapted module.
 """
 
 from __future__ import annotations
@@ -92,6 +92,21 @@ def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = Non
         _refuse_unknown(name, config)
 
 
+def check_method(parts: Sequence[nn.Module], method: str) -> None:
+    """Check that LoRA factors may begin otherwise than their configuration says.
+
+    Raises:
+        AdapterError: It names a beginning that the base weights, or magnitudes, follow from.
+    """
+    for name, config in adapter_configs(parts, None).items():
+        begin = getattr(config, "init_lora_weights", True)
+        if begin not in (True, None, "gaussian"):
+            raise AdapterError(
+                f"the adapter {name!r} has init_lora_weights={begin!r}, and peft_init_method is {method!r}",
+                hint="Leave one of them out.",
+            )
+
+
 def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
     """Refuse to load base weights into an adapted model that has memory where its adapters began by changing these.
 
@@ -103,8 +118,8 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
         changing = str(begin).lower().partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")
         if (isinstance(begin, str) and changing) or method_of(config) == "OSF":
             raise AdapterError(
-                f"the adapter {name!r} began with {begin if isinstance(begin, str) else method_of(config)!r}, which took a "
-                "part of the base weights out of the model; loading the base over it would add that part once more",
+                f"the adapter {name!r} began with {_method(config)}, which took a part of the base weights out of the "
+                "model; loading the base over it would add that part once more",
                 hint="Build and adapt the model on the meta device: then base weights and adapter begin together.",
             )
 
@@ -289,7 +304,7 @@ def _watched(tuner_class: type[BaseTuner], copier: _Copier) -> Callable[..., nn.
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         target, parent, leaf, path = (given[n] for n in ("target", "parent", "target_name", "current_key"))
         copier.before(target, path)
-        super(watched, self)._create_and_replace(*args, **kwargs)
+        tuner_class._create_and_replace(self, *args, **kwargs)
         copier.after(target, parent._modules[leaf], path)
 
     watched = type(tuner_class.__name__, (tuner_class,), {"_create_and_replace": create})

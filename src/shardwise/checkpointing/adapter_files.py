@@ -70,7 +70,7 @@ def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool 
             hint="Load it before the model gets that adapter, or pass allow_checkpoint_key_subset=True to load_model: "
             "then the adapter keeps its values.",
         )
-    left = {weights for weights in there.values()} - {saved.weights for saved in found.values()}
+    left = set(there.values()) - {saved.weights for saved in found.values()}
     if left:
         _LOG.warning("%s has adapters that the model lacks: %s", path, ", ".join(sorted(str(p.parent) for p in left)))
     return found

@@ -131,7 +131,9 @@ def match_base(
         filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
         steps += part.steps
     own, doubled = _once(held)
-    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled))
+    return BaseWanted(
+        own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
+    )
 
 
 def _expected(

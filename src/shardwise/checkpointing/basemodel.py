@@ -24,7 +24,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
-from shardwise.addons.peft_fresh import adapter_tensors, check_can_begin, initialise_peft, refuse_changed_base
+from shardwise.addons.peft_fresh import (
+    adapter_tensors,
+    check_can_begin,
+    check_method,
+    initialise_peft,
+    refuse_changed_base,
+)
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.aside import find_aside
@@ -91,6 +97,8 @@ def _agreed_seed(model: nn.Module) -> int:
 def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
     """Begin the adapters of models with memory: peft's as peft does, and a model's own LoRA factors."""
     if is_peft_adapted(parts):
+        if method is not None:
+            check_method(parts, method)
         initialise_peft(parts, seed=seed)
         if method is not None:
             initialise_adapters(parts, None, method, seed=seed)
@@ -126,6 +134,7 @@ def load_base_model(
     Raises:
         CheckpointNotFoundError: The base is not there.
         TensorError, QuantizationError: Model and base do not fit.
+        AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
     fresh: list[nn.Module] = []
@@ -203,8 +212,14 @@ def fill_from_base(
 
     Raises:
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
+        AdapterError: An adapter of a model with memory began with a part of the base weights.
     """
     group, config = context.group, context.config
+    if before is None:
+        with group.together("looking at the adapters"):
+            for part in parts:
+                if is_peft_adapted([part]):
+                    refuse_changed_base([part])
     told, stems = _agreed_config(path, group)
     source = open_base_source(
         path,

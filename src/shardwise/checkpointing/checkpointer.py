@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
@@ -210,6 +211,8 @@ class Checkpointer(ComponentCheckpointer):
         check_same_call(look, given, context.group)
         if self.config.enabled:
             context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
+            if self.config.is_peft:
+                check_before_training(context, model, is_adapted=True)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)

@@ -19,7 +19,7 @@ from shardwise._version import __version__
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
-from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, open_adapter
+from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
@@ -268,11 +268,14 @@ class ComponentCheckpointer:
             CheckpointNotFoundError: The base is not there.
             TensorError: Model and base do not fit.
             QuantizationError: The base is quantized in a way that cannot be undone.
+            AdapterError: With ``is_peft``, the model has an adapter that no save could write.
         """
         context = self._context
         self.async_wait()
         check_same_call(lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
+        if self.config.is_peft and self.config.enabled:
+            check_before_training(context, model, is_adapted=False)
         self.allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------
@@ -426,7 +429,7 @@ class ComponentCheckpointer:
         """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
         context = self._context
         if self.config.is_peft:
-            return open_adapter(context, model, path)
+            return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
         return open_model(context, model, path, key_mapping=key_mapping, options=options)
 

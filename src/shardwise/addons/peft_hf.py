@@ -206,12 +206,19 @@ def capture_peft(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_peft_model_state_dict(
-            cast("Any", _StandIn(model, local)),
-            state_dict=placeholders,
-            adapter_name=adapter_name,
-            save_embedding_layers=save_embedding_layers,
-        )
+        try:
+            found = get_peft_model_state_dict(
+                cast("Any", _StandIn(model, local)),
+                state_dict=placeholders,
+                adapter_name=adapter_name,
+                save_embedding_layers=save_embedding_layers,
+            )
+        except Exception as error:
+            raise AdapterError(
+                f"peft cannot say which tensors the adapter {adapter_name!r} ({configs[adapter_name].peft_type}) has "
+                f"without computing on them: {type(error).__name__}: {error}",
+                hint="Use LoraConfig, or another method whose adapters live in the layers.",
+            ) from error
     wrappers = _param_wrappers(model)
     out: list[AdapterEntry] = []
     for name, placeholder in found.items():

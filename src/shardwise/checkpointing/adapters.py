@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, run_hooks
+from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -57,6 +58,7 @@ class AdapterSave:
         peft_config: object | None,
         is_final: bool,
         reserve: Callable[[], None],
+        optimizer: Optimizers | None = None,
     ) -> None:
         self._context = context
         self._reserve = reserve
@@ -65,6 +67,7 @@ class AdapterSave:
         self._addons = addons
         self.state = ModelState(model)
         self._config = peft_config
+        self._stepped = stepped(optimizer)
         self._args: SaveHookArgs = {
             "model_state": self.state,
             "model_path": str(directory),
@@ -96,7 +99,7 @@ class AdapterSave:
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
-            captured = capture(context, self.state.model, self._config)
+            captured = capture(context, self.state.model, self._config, self._stepped)
         assert captured is not None
         declared = declare(context, captured)
         steps: list[Step] = []
@@ -146,13 +149,22 @@ class AdapterSave:
         return ComponentRecord()
 
 
-def capture(context: Context, parts: Sequence[nn.Module], config: object | None) -> AdapterTensors:
+def stepped(optimizer: Optimizers | None) -> frozenset[int]:
+    """Identities of the parameters that the optimizers have state of: what has been trained, frozen by now or not."""
+    states = [each.state for each in several(optimizer)]
+    return frozenset(id(parameter) for state in states for parameter in state if state[parameter])
+
+
+def capture(
+    context: Context, parts: Sequence[nn.Module], config: object | None, stepped: Collection[int] = ()
+) -> AdapterTensors:
     """The adapters of this rank's parts, in the layout that the settings promise. Local."""
     return capture_adapter(
         list(parts),
         config,
         v4_compatible=context.config.v4_compatible,
         legacy_paramwrapper_layout=context.config.legacy_paramwrapper_layout,
+        stepped=stepped,
     )
 
 

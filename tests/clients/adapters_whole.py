@@ -155,8 +155,10 @@ def staged(rank: int, **settings: object) -> nn.Module:
 
 
 def save_stages(root: str, ranks: list[int]) -> None:
-    """Each stage with the rank of LoRA that is given for it."""
+    """Each stage with the rank of LoRA that is given for it; the last one trains its norm as well."""
     number = dist.get_rank()
     model = staged(number, r=ranks[number])
-    with CheckpointingConfig(checkpoint_dir=root, is_peft=True).build(0, 0, number) as saver:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("model.norm.weight"))
+    with CheckpointingConfig(checkpoint_dir=root, is_peft=True, is_async=True).build(0, 0, number) as saver:
         saver.save(0, 1, [model])

@@ -256,6 +256,7 @@ def test_stages_that_were_adapted_one_by_one(tmp_path: Path) -> None:
         assert not whole.load_state_dict(parts, strict=False).unexpected_keys
     whole.save_pretrained(tmp_path / "reference")
     saved = tmp_path / "LATEST/model"
+    assert set(load_file(saved / EXTRA)) == {"model.norm.weight"}
     assert (saved / WEIGHTS).read_bytes() == (tmp_path / "reference" / WEIGHTS).read_bytes()
     # The last stage has no embeddings, and peft does not know the head for one there; it is in exclude_modules.
     targets = set(peft.LoraConfig.from_pretrained(saved).target_modules)
@@ -285,6 +286,12 @@ def hooked() -> nn.Module:
     return model
 
 
+def hooked_around() -> nn.Module:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.model.model.layers[0].register_state_dict_post_hook(lambda *state: None)
+    return model
+
+
 def half() -> nn.Module:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     del model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]
@@ -293,6 +300,7 @@ def half() -> nn.Module:
 
 UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]] = {
     "a hook": (hooked, ModuleStateError, "in a way of its own"),
+    "a hook around it": (hooked_around, ModuleStateError, r"layers.0.* in a way of its own"),
     "half a pair": (half, AdapterError, "has no lora_B"),
     "no adapter": (llama, AdapterError, "the model has no adapter, and is_peft is true"),
 }

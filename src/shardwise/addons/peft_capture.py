@@ -21,7 +21,14 @@ from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
-from shardwise.stateful_wrappers.ways import foreign, gives_extra, makes_own, makes_subtree, takes_extra
+from shardwise.stateful_wrappers.ways import (
+    foreign,
+    gives_extra,
+    makes_own,
+    makes_subtree,
+    refuse_hooks_around,
+    takes_extra,
+)
 
 
 def capture_adapter(
@@ -178,9 +185,13 @@ def _is_plain(module: nn.Module) -> bool:
 def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
     """Check that what is saved of each module is its parameters and buffers, and that it takes them as they are."""
     owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
+    around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
     for part in parts:
+        refuse_hooks_around(part, outer(part))
         for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
-            if name in owners and not _is_plain(module):
+            hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+            # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
+            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
                 raise ModuleStateError(
                     f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
                     "parameters and buffers as they are",

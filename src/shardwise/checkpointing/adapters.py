@@ -151,8 +151,10 @@ class AdapterSave:
 
 def stepped(optimizer: Optimizers | None) -> frozenset[int]:
     """Identities of the parameters that the optimizers have state of: what has been trained, frozen by now or not."""
-    states = [each.state for each in several(optimizer)]
-    return frozenset(id(parameter) for state in states for parameter in state if state[parameter])
+    states = [getattr(each, "state", None) for each in several(optimizer)]
+    return frozenset(
+        id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
+    )
 
 
 def capture(

@@ -64,6 +64,11 @@ def as_one_value(there: Run) -> State:
     return {"optimizer": {**state, "param_groups": tuple(state["param_groups"])}}
 
 
+def beside_its_name(there: Run) -> State:
+    """What is called so need not be one."""
+    return {"config": {"optimizer": "adamw", "optim_steps": 3}, "optimizer": there.optimizer.state_dict()}
+
+
 def wrapped(there: Run) -> State:
     """Names as torch.compile makes them."""
     state = get_optimizer_state_dict(there.net, there.optimizer)
@@ -116,6 +121,7 @@ def load(path: Path, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) ->
         (adamw, listed, adamw),
         (adamw, plain_steps, adamw),
         (adamw, as_one_value, adamw),
+        (adamw, beside_its_name, adamw),
         (adamw, wrapped, adamw),
         (adamw, unflattened, adamw),
         (tensor_rate, nested, tensor_rate),

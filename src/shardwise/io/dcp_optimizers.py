@@ -20,7 +20,7 @@ from shardwise.io.dcp_nested import nested
 
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
 _KINDS = ("state", "param_groups")
-_OPTIMIZER_NAME = re.compile(r"optim", re.IGNORECASE)
+_OPTIMIZER_NAME = re.compile(r"optim(izer)?s?(_state(_dict)?)?", re.IGNORECASE)
 _PARAMS, _NAMES = "params", "param_names"
 
 
@@ -118,7 +118,13 @@ def read_optimizers(values: DcpValues) -> list[DcpOptimizer]:
         FormatError: A value is damaged.
         UnsafePickleError: A value could run code.
     """
-    return [_Reading(values, found).optimizer() for found in _find(values)]
+    read = []
+    for found in _find(values):
+        value = None if found.whole is None else values.value(found.whole)
+        # What is called so may be anything: the optimizer's name in a configuration, say.
+        if found.whole is None or (isinstance(value, dict) and "param_groups" in value):
+            read.append(_Reading(values, found).optimizer())
+    return read
 
 
 def _find(values: DcpValues) -> list[_Found]:
@@ -126,7 +132,7 @@ def _find(values: DcpValues) -> list[_Found]:
     for name, path in values.paths.items():
         at = _locate(path)
         if at is None:
-            if name not in values.tensors and _OPTIMIZER_NAME.search(str(path[-1])):
+            if name not in values.tensors and _OPTIMIZER_NAME.fullmatch(str(path[-1])):
                 found.setdefault(path, _Found(path)).whole = name
             continue
         head, kind, rest, flat = at

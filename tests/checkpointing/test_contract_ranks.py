@@ -164,6 +164,7 @@ def fails_on_one(root: Path) -> str:
         def get_extra_state(self) -> int:
             return 1
 
+    torch.manual_seed(0)  # the ranks hold the same
     model = nn.ModuleDict({"a": Odd(2, 2), "b": TransposedOnDisk()})
     with checkpointer(root, EVERY) as both:
         both.save(0, 0, model)

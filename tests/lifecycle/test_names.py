@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from shardwise.errors import MisuseError
 from shardwise.lifecycle import checkpoint_name, doomed_name, parse_checkpoint_name, temporary_name
+from shardwise.lifecycle.names import foreign_numbers
 
 COUNTS = st.integers(0, 10**12)
 
@@ -54,3 +55,22 @@ def test_other_names(name: str) -> None:
 def test_only_counts_make_names(epoch: int, step: int) -> None:
     with pytest.raises(MisuseError):
         checkpoint_name(epoch, step)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("step-1000", (None, 1000)),
+        ("epoch_0_step_20", (0, 20)),
+        ("checkpoint-500", (None, 500)),
+        ("global_step10", (None, 10)),
+        ("epoch=2-step=40", (2, 40)),
+        ("iter_0000100", (None, 100)),
+        ("epoch_3", (3, None)),
+        ("stepwise", (None, None)),
+        ("run-7", (None, None)),
+        ("step-5-copy", (None, None)),
+    ],
+)
+def test_numbers_in_other_tools_names(name: str, numbers: tuple[int | None, int | None]) -> None:
+    assert foreign_numbers(name) == numbers

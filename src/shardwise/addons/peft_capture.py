@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch.nn as nn
 
 from shardwise.addons.model_parts import unwrap
 from shardwise.addons.peft_config import rank_setting
+from shardwise.addons.peft_extra import extra_entries
 from shardwise.addons.peft_hf import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
-from shardwise.addons.peft_names import named_modules, text_config
+from shardwise.addons.peft_names import clean, join, named_modules, text_config
 from shardwise.addons.peft_own_capture import capture_own
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
-from shardwise.errors import MisuseError, NameCollisionError
+from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 from shardwise.plan.views import AxisView, hub_views
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-
-_NUMBERED = re.compile(r"(?P<container>.+)\.(?P<index>\d+)")
+from shardwise.stateful_wrappers.units import label
+from shardwise.stateful_wrappers.ways import (
+    foreign,
+    gives_extra,
+    makes_own,
+    makes_subtree,
+    refuse_hooks_around,
+    takes_extra,
+)
 
 
 def capture_adapter(
@@ -30,6 +39,8 @@ def capture_adapter(
     legacy_paramwrapper_layout: bool,
     adapter_name: str | None = None,
     save_embedding_layers: SaveEmbeddings = "auto",
+    base: str | None = None,
+    stepped: Collection[int] = (),
 ) -> AdapterTensors:
     """Describe the adapters of a model, for saving and for loading alike. Local: no rank communicates.
 
@@ -45,10 +56,13 @@ def capture_adapter(
         legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
         adapter_name: Only this adapter; all if not given.
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
+        base: The base model, for an adapter that does not name it.
+        stepped: Identities of parameters that an optimizer has state of: trained, if they are frozen by now.
 
     Raises:
         AdapterError: The adapter cannot be described.
         MisuseError: There is no adapter of that name.
+        ModuleStateError: A module that is to be saved makes or takes its state in a way of its own.
         NameCollisionError: Two parts have a tensor of one name.
     """
     if is_peft_adapted(parts, peft_config):
@@ -65,11 +79,15 @@ def capture_adapter(
                     v4_compatible=v4_compatible,
                     legacy_layout=legacy_paramwrapper_layout,
                     save_embedding_layers=save_embedding_layers,
+                    base=base,
                 )
                 for part in parts
             ]
             files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
     else:
+        for part in parts:
+            # What reads the modules below is to find shards, and not what a forward pass has left gathered.
+            own_tensors(outer(part))
         if adapter_name not in (None, "default"):
             raise MisuseError(
                 f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
@@ -77,7 +95,10 @@ def capture_adapter(
         dim = rank_setting(peft_config)
         own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
         files = [AdapterFile("default", "", _joined(own))]
-    return AdapterTensors(tuple(files), _inventory(parts), _layers(parts))
+    _refuse_own_ways(parts, files)
+    inventory, cut = _inventory(parts)
+    extra = extra_entries(parts, files, stepped) if adapter_name is None else ()
+    return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
 
 
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
@@ -130,11 +151,52 @@ def _layers(parts: Sequence[nn.Module]) -> int | None:
     return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
-def _inventory(parts: Sequence[nn.Module]) -> dict[str, tuple[int, ...]]:
+def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """The outermost lists and dictionaries of numbered layers, and which of them are no whole lists.
+
+    A layer is a module with modules in it. Heads by number are none, and neither is what an adapter's name keys.
+    """
     found: dict[str, set[int]] = {}
+    cut: set[str] = set()
     for part in parts:
-        for name, _ in named_modules(outer(part)):
-            match = _NUMBERED.fullmatch(name.removeprefix(PEFT_PREFIX))
-            if match:
-                found.setdefault(match["container"], set()).add(int(match["index"]))
-    return {container: tuple(sorted(indices)) for container, indices in sorted(found.items())}
+        pending = [("", outer(part))]
+        while pending:
+            path, module = pending.pop()
+            children = {name: child for name, child in module._modules.items() if child is not None}
+            numbered = bool(children) and all(name.isdecimal() for name in children)
+            layered = any(any(True for _ in wrapping.unwrap(child).children()) for child in children.values())
+            kept = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            if kept and numbered and layered:
+                name = clean(path).removeprefix(PEFT_PREFIX)
+                found.setdefault(name, set()).update(map(int, children))
+                if isinstance(module, nn.ModuleDict) or len(children) < len(module._modules):
+                    cut.add(name)
+                continue
+            pending.extend((join(path, name), child) for name, child in children.items())
+    return {name: tuple(sorted(indices)) for name, indices in sorted(found.items())}, frozenset(cut)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
+    if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
+        return False
+    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+        return False
+    return type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+
+
+def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
+    """Check that what is saved of each module is its parameters and buffers, and that it takes them as they are."""
+    owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
+    around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
+    for part in parts:
+        refuse_hooks_around(part, outer(part))
+        for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
+            hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+            # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
+            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
+                raise ModuleStateError(
+                    f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
+                    "parameters and buffers as they are",
+                    hint="Remove its state_dict hooks, or leave it out of modules_to_save.",
+                )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from shardwise.addons.peft_tensors import PEFT_PREFIX
 from shardwise.errors import AdapterError
@@ -11,9 +11,6 @@ from shardwise.types import TensorSpec
 
 #: The factors of a pair: side A, side B. Source: the names under which peft saves LoRA of linear layers and embeddings.
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
-
-#: Last components of the paths under which models keep their transformer layers.
-_LAYER_CONTAINERS = frozenset({"layers", "layer", "h", "blocks", "block"})
 
 _SHOWN = 8
 
@@ -23,6 +20,8 @@ def check_adapter(
     config: Mapping[str, object],
     inventories: Sequence[Mapping[str, Sequence[int]]] = (),
     layers: int | None = None,
+    *,
+    declared: bool = False,
 ) -> None:
     """Check the tensors that all ranks together are about to write as one adapter.
 
@@ -31,8 +30,12 @@ def check_adapter(
     Args:
         specs: The union of all ranks' tensors.
         config: What ``adapter_config.json`` will say.
-        inventories: Each rank's `shardwise.addons.peft_tensors.AdapterTensors.inventory`.
+        inventories: Each rank's `shardwise.addons.peft_tensors.AdapterTensors.inventory`, where the ranks have parts
+            of a model; nothing where each has a whole one.
         layers: Number of transformer layers that the model's configuration promises.
+        declared: Whether each rank has compared its tensors with its modules, as `capture_adapter` does. Then which
+            modules are adapted is known, and the settings' names, which peft matches by rules of its own, say nothing.
+            A file by itself has to have what its settings name.
 
     Raises:
         AdapterError: The adapter has no tensor, a factor lacks its counterpart, shapes contradict each other or the
@@ -46,13 +49,14 @@ def check_adapter(
         pairs = dict(_pairs(by_name))
         faults += _pair_faults(pairs, config)
         faults += _magnitude_faults(by_name, pairs, config)
-        faults += _target_faults(pairs, config)
+        faults += [] if declared else _target_faults(pairs, config)
     faults += _layer_faults(inventories, layers)
     if faults:
         more = f" (and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
         raise AdapterError(
             f"the adapter is not complete: {'; '.join(faults[:_SHOWN])}{more}",
-            hint="Save with a process group that holds every pipeline stage, from the model as it was adapted.",
+            hint="Save with a process group that holds every pipeline stage, from the model as it was adapted; where "
+            "layers were removed on purpose, let the model's config say how many there are.",
         )
 
 
@@ -77,7 +81,7 @@ def _pair_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> Ite
         if a is None or b is None:
             yield f"{owner} has no lora_{'A' if a is None else 'B'}"
             continue
-        if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1]:
+        if len(a.shape) < 2 or len(b.shape) < 2 or not _commensurate(a.shape[0], b.shape[1]):
             yield f"{owner} has lora_A {a.shape} and lora_B {b.shape}, which do not fit together"
             continue
         rank, configured = a.shape[0], _configured_rank(owner, config)
@@ -86,8 +90,18 @@ def _pair_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> Ite
             yield f"{owner} has rank {rank}, configured is {configured}"
 
 
+def _commensurate(rank: int, columns: int) -> bool:
+    """Whether factors may fit: B of a grouped convolution, or either of BD-LoRA, has a block of the rank alone."""
+    return min(rank, columns) > 0 and max(rank, columns) % min(rank, columns) == 0
+
+
+def _adapted(owner: str) -> str:
+    """The module that is adapted: parts of it, or several of its parameters, are called after peft's inner layers."""
+    return owner.removeprefix(PEFT_PREFIX).partition(".base_layer")[0]
+
+
 def _configured_rank(owner: str, config: Mapping[str, object]) -> int | None:
-    module = owner.removeprefix(PEFT_PREFIX)
+    module = _adapted(owner)
     patterns = config.get("rank_pattern")
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
         if re.match(rf"(.*\.)?({key})$", module) and isinstance(value, int):
@@ -117,10 +131,12 @@ def _target_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> I
     targets = config.get("target_modules")
     if not isinstance(targets, (list, tuple, set)) or not targets:
         return
-    modules = {owner.removeprefix(PEFT_PREFIX) for owner in pairs}
+    modules = {_adapted(owner) for owner in pairs}
     # Only a path with a layer number means one module; a suffix may match modules of some layers.
     whole = [t for t in targets if isinstance(t, str) and re.search(r"(^|\.)\d+\.", t)]
-    yield from (f"{target} is a target and has no tensors" for target in whole if target not in modules)
+    if not config.get("exclude_modules"):
+        lost = (t for t in whole if not any(f".{module}".endswith(f".{t}") for module in modules))
+        yield from (f"{target} is a target and has no tensors" for target in lost)
     if config.get("target_parameters"):
         return
     known = set(targets)
@@ -131,14 +147,34 @@ def _target_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> I
 
 
 def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: int | None) -> Iterator[str]:
+    """What the ranks lack of the layers that the model's configuration promises."""
     union: dict[str, set[int]] = {}
     for inventory in inventories:
         for container, indices in inventory.items():
             union.setdefault(container, set()).update(indices)
+    most = max(map(len, union.values()), default=0)
+    if layers is None or not most or most >= layers:
+        return
+    yield f"the ranks have {most} of {layers} layers"
     for container, found in union.items():
-        missing = sorted(set(range(max(found) + 1)) - found)
-        if missing:
+        missing = sorted(set(range(layers)) - found)
+        if len(found) == most and missing:
             yield f"no rank has {container}.{missing[0]}"
-    counts = [len(found) for container, found in union.items() if container.rpartition(".")[2] in _LAYER_CONTAINERS]
-    if layers is not None and counts and max(counts) < layers:
-        yield f"the ranks have {max(counts)} of {layers} layers"
+
+
+def check_stages(stages: Collection[int]) -> None:
+    """Check that the ranks that save together have each pipeline stage below their last.
+
+    Args:
+        stages: The ranks' stages.
+
+    Raises:
+        AdapterError: One is missing.
+    """
+    missing = sorted(set(range(max(stages, default=0))) - set(stages))
+    if missing:
+        raise AdapterError(
+            f"the adapter is not complete: the ranks have the pipeline stages {sorted(set(stages))}, and not "
+            f"{missing[0]}",
+            hint="Save with a process group that holds every pipeline stage, from the model as it was adapted.",
+        )

@@ -16,6 +16,9 @@ from shardwise.types import TensorSpec
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
+#: Tensors that are trained beside an adapter and that peft does not count to it; this library's own file.
+ADAPTER_EXTRA_NAME = "adapter_extra.safetensors"
+
 #: Prefix of every tensor that peft saves: ``PeftModel`` holds a tuner, ``base_model``, and that the model, ``model``.
 PEFT_PREFIX = "base_model.model."
 
@@ -72,14 +75,18 @@ class AdapterTensors:
 
     Attributes:
         files: One for each adapter, in the model's order.
-        inventory: Which numbered children this rank's parts have, for `shardwise.addons.peft_check.check_adapter`:
-            path of the container -> indices.
+        inventory: Which layers this rank's parts have, for `shardwise.addons.peft_check.check_adapter`: path of a list
+            or dictionary of numbered modules -> their numbers.
         layers: Number of transformer layers that the model's configuration promises, where it does.
+        cut: Those of `inventory` that are no whole list: dictionaries, and lists with holes, as pipeline stages have.
+        extra: What else changes while the adapter is trained: `shardwise.addons.peft_extra`.
     """
 
     files: tuple[AdapterFile, ...]
     inventory: dict[str, tuple[int, ...]]
     layers: int | None = None
+    cut: frozenset[str] = frozenset()
+    extra: tuple[AdapterEntry, ...] = ()
 
 
 def entry(

@@ -170,6 +170,6 @@ def _has_safetensors(directory: Path) -> bool:
     names = os.listdir(directory) if directory.is_dir() else []
     return any(
         SAFETENSORS.index_stem(name) is not None
-        or (SAFETENSORS.stem_of(name) is not None and not name.startswith("adapter_model."))
+        or (SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra.")))
         for name in names
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
@@ -19,10 +20,11 @@ from shardwise.checkpointing.arguments import (
 )
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
+from shardwise.checkpointing.foreign_optimizers import Changes
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
+from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import (
-    Changes,
     OpenedOptimizer,
     Optimizers,
     OptimizerSave,
@@ -33,7 +35,7 @@ from shardwise.checkpointing.optimizers import (
 )
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
+from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.near_names import listed
@@ -148,7 +150,13 @@ class Checkpointer(ComponentCheckpointer):
         make_room = partial(self._reserve, name)
         try:
             save = self._model_save(
-                model, temp / "model", tokenizer, peft_config, is_final_checkpoint, publication.reserved(make_room)
+                model,
+                temp / "model",
+                tokenizer,
+                peft_config,
+                is_final_checkpoint,
+                publication.reserved(make_room),
+                optimizer,
             )
             steps = below("model", save.steps())
             if steers:
@@ -196,7 +204,7 @@ class Checkpointer(ComponentCheckpointer):
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
-                of the optimizer's parameters; first match.
+                of the optimizer's parameters, in a DCP directory too; first match.
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
                 error.
@@ -231,6 +239,8 @@ class Checkpointer(ComponentCheckpointer):
         check_same_call(look, given, context.group)
         if self.config.enabled:
             context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
+            if self.config.is_peft:
+                check_before_training(context, model, is_adapted=True)
         record = locate(context, restore_from)
         if record is None:
             self.allocate_staging(model, optimizer)
@@ -242,7 +252,7 @@ class Checkpointer(ComponentCheckpointer):
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
-        opened = self._open_model(model, path / "model", key_mapping)
+        opened = self._open_model(model, model_place(path, context.group), key_mapping)
         steering: OpenedOptimizer | None = None
         if steers:
             changes = Changes(key_mapping, allow_new_parameters)
@@ -252,7 +262,8 @@ class Checkpointer(ComponentCheckpointer):
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-        left = unrestored(context, path, found, taken, partly)
+        below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
+        left = unrestored(context, path, found, taken, partly, below_name)
         if steering is not None:
             steering.read_aside()
         with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):

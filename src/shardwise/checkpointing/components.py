@@ -19,7 +19,7 @@ from shardwise._version import __version__
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
-from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, open_adapter
+from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.arguments import (
     check_same_call,
     check_same_settings,
@@ -28,11 +28,12 @@ from shardwise.checkpointing.arguments import (
 )
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
+from shardwise.checkpointing.foreign_optimizers import Changes
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
-from shardwise.checkpointing.optimizers import Changes, Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
 from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.restoring import overwriting
 from shardwise.checkpointing.standalone import Replacement
@@ -201,7 +202,8 @@ class ComponentCheckpointer:
         Args:
             optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
             model: The model, or this rank's pipeline stages.
-            weights_path: The directory that ``optim`` is in.
+            weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
+                with an optimizer's state in any of torch's layouts.
             scheduler: The scheduler or schedulers.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
                 match.
@@ -274,11 +276,14 @@ class ComponentCheckpointer:
             CheckpointNotFoundError: The base is not there.
             TensorError: Model and base do not fit.
             QuantizationError: The base is quantized in a way that cannot be undone.
+            AdapterError: With ``is_peft``, the model has an adapter that no save could write.
         """
         context = self._context
         self.async_wait()
         check_same_call(lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
+        if self.config.is_peft and self.config.enabled:
+            check_before_training(context, model, is_adapted=False)
         self.allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------
@@ -413,8 +418,9 @@ class ComponentCheckpointer:
         peft_config: object | None,
         is_final: bool,
         reserve: Callable[[], None],
+        optimizer: Optimizers | None = None,
     ) -> ModelSave | AdapterSave:
-        kind = AdapterSave if self.config.is_peft else ModelSave
+        kind = partial(AdapterSave, optimizer=optimizer) if self.config.is_peft else ModelSave
         return kind(
             self._context,
             model,
@@ -432,7 +438,7 @@ class ComponentCheckpointer:
         """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
         context = self._context
         if self.config.is_peft:
-            return open_adapter(context, model, path)
+            return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
         return open_model(context, model, path, key_mapping=key_mapping, options=options)
 

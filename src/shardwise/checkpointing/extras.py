@@ -167,6 +167,11 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
     return FoundValues(values, states, tuple(skipped))
 
 
+def state_of(value: object) -> object:
+    """The state that a named value has now."""
+    return value.state_dict() if isinstance(value, Stateful) else value
+
+
 _RANK_FILE = re.compile(r"(.+)_rank_(\d{5,})_of_(\d{5,})\.json")
 
 

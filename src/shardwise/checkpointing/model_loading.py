@@ -15,6 +15,7 @@ from shardwise.checkpointing.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.aside import is_own_aside
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.foreign import in_names_of_files, in_vain
+from shardwise.checkpointing.foreign_model import OwnNames, model_part
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.per_rank import OwnRead, find_model
@@ -199,6 +200,16 @@ def _opened(
 
     notes = read_notes(path, group)
     source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
+
+    def own_names() -> OwnNames:
+        hub = context.names.capture(state, load=True)
+        computed = {spec.name for each in hub.groups for spec in each.computed.hub}
+        return OwnNames(
+            frozenset(tensor.spec.name for tensor in hub.native),
+            frozenset({tensor.spec.name for tensor in hub.held} | computed),
+        )
+
+    source = model_part(source, own_names, key_mapping, group)
     lacking: list[str] = []
     matched: _Matched | None = None
     with group.together("describing the model") as differs:

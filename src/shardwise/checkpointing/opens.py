@@ -135,20 +135,49 @@ class OpeningCheck:
         except _CannotCheckError as why:
             self._tell(f"the export's names are not checked against a class: {why}")
         else:
-            if misfit.count:
-                raise ExportMismatchError(
-                    f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
-                    path=directory / CONFIG,
-                    hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or "
-                    "merged, and what the class does not know in a module around it; let the config say what the model "
-                    "is. Nothing is published. Set verify_export to false if this is what you want.",
-                )
+            _require_fit(name, misfit, directory / CONFIG)
         self._sound.get([roster, type(model)], (entries, passed), lambda: None)
 
     def _tell(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
             _LOG.info("%s", text)
+
+
+def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
+    """Check tensors against the class of transformers' that a configuration names, without a model at hand. Local.
+
+    Args:
+        entries: The content of config.json.
+        specs: The tensors, under the names that the files are to have.
+        path: Where the configuration is, for messages.
+
+    Returns:
+        Why nothing could be checked; ``None`` where the class would load them.
+
+    Raises:
+        ExportMismatchError: The class would not load them.
+    """
+    classes = _named(entries)
+    if entries.get("quantization_config") or entries.get("auto_map") or not classes:
+        return "config.json names no class of transformers' whose tensors it tells"
+    try:
+        found = [(cls.__name__, _by_transformers(cls, cast(Any, cls).config_class, entries, specs)) for cls in classes]
+    except _CannotCheckError as why:
+        return str(why)
+    _require_fit(*min(found, key=lambda pair: pair[1].count), path)
+    return None
+
+
+def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
+    if misfit.count:
+        raise ExportMismatchError(
+            f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
+            path=path,
+            hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or merged, "
+            "and what the class does not know in a module around it; let the config say what the model is. Nothing is "
+            "published. Set verify_export to false (consolidate --no-class-check) if this is what you want.",
+        )
 
 
 def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> tuple[str, Misfit]:
@@ -173,7 +202,7 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
     found = [
         (cls.__name__, _by_transformers(cls, type(config), entries, specs)) for cls in classes[: len(named) or None]
     ]
-    return min(found, key=lambda pair: len(pair[1].missing) + len(pair[1].unexpected) + len(pair[1].shapes))
+    return min(found, key=lambda pair: pair[1].count)
 
 
 def _named(entries: Mapping[str, object]) -> list[type]:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.foreign_optimizers import Changes, open_foreign
+from shardwise.checkpointing.foreign_states import foreign_components
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
@@ -29,6 +31,7 @@ from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
+from shardwise.io.dcp_bytes import is_dcp
 from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
@@ -238,17 +241,12 @@ class OpenedOptimizer:
                     self.own.read(self.context)
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What is meant to be other than when the optimizer was saved; the same on every rank.
-
-    Attributes:
-        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
-        allow_new: Parameters that the saved optimizer did not update start without state.
-    """
-
-    key_mapping: Mapping[str, str] | None = None
-    allow_new: bool = False
+def _tell_fresh(plan: OptimizerRestore) -> None:
+    if plan.fresh:
+        _LOG.warning(
+            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
+            listed(plan.fresh),
+        )
 
 
 def open_optimizer(
@@ -271,6 +269,10 @@ def open_optimizer(
     plan: OptimizerRestore | None = None
     own: OwnRead | None = None
     schedulers: list[tuple[HasState, dict[str, object]]] = []
+    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, changes or Changes())
+    if foreign is not None:
+        _tell_fresh(foreign.plan)
+        return OpenedOptimizer(context, foreign.plan, foreign.schedulers, foreign.tensors, is_aside=foreign.is_aside)
     with group.together("looking at the optimizer") as aside:
         state = OptimizerState(optimizer, model)
         aside.flag = state.has_own_ways
@@ -283,11 +285,7 @@ def open_optimizer(
         has_tensors.flag = bool(plan.targets)
     assert plan is not None
     found = plan
-    if found.fresh:
-        _LOG.warning(
-            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
-            listed(found.fresh),
-        )
+    _tell_fresh(found)
     if not has_tensors.any:
         return OpenedOptimizer(context, found, tuple(schedulers), None)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
@@ -325,6 +323,8 @@ def optimizer_components(directory: Path) -> list[str]:
     if not os.path.lexists(directory):
         return []
     stem = directory / OPTIMIZER_STATE
+    if not has_state(stem) and is_dcp(directory):
+        return [name for name in foreign_components(directory) if name in ("optimizer", "scheduler")]
     # Without a record it is another tool's.
     has_optimizer = not has_state(stem) or bool(OptimizerRecord.from_state(read_state(stem)).groups)
     return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / SCHEDULER_STATE)

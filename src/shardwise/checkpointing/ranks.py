@@ -10,7 +10,8 @@ from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
-from shardwise.io.statefiles import pack_state
+from shardwise.format.torch_value import read_torch_value
+from shardwise.io.statefiles import pack_state, read_file
 
 
 def _stem(path: Path, state_name: str, rank: str) -> Path:
@@ -31,10 +32,16 @@ def save_rank_state(context: Context, state: Stateful, state_name: str, path: Pa
 
 
 def load_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str) -> None:
-    """Read what `save_rank_state` wrote for ``rank``. All ranks call."""
+    """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
     with context.group.together(f"reading {state_name} of every rank"):
         check_stateful(state)
         stem = _stem(path, state_name, rank)
+        theirs = stem.with_name(f"{stem.name}.pt")
+        if not has_state(stem) and theirs.is_file():
+            legacy = context.config.allow_legacy_pickle_restore
+            found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
+            state.load_state_dict(cast("dict[str, object]", found))
+            return
         if not has_state(stem):
             raise CheckpointNotFoundError(
                 f"no {state_name} was saved for {rank.replace('_', ' ')}",

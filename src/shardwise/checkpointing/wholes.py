@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,12 +16,16 @@ from shardwise.checkpointing.extras import (
     check_generators,
     find_values,
     saved_names,
+    state_of,
 )
+from shardwise.checkpointing.foreign_states import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.comm import JsonValue
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
+from shardwise.io.dcp_bytes import is_dcp
 from shardwise.lifecycle import resolve
+from shardwise.lifecycle.resolve import is_verifiable
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +42,15 @@ def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
     return RestoreRecord(epoch, step, Path(path), metrics)
+
+
+def model_place(directory: Path, group: Group) -> Path:
+    """Where a checkpoint has its model: in ``model``, or, of DCP's with everything in one directory, in itself.
+
+    All ranks call.
+    """
+    is_one = group.tell(lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}")
+    return directory if is_one else directory / "model"
 
 
 def capture_extras(context: Context, directory: Path, extra_state: Mapping[str, object]) -> list[Step]:
@@ -81,8 +94,16 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
     """
     group = context.group
     found: FoundExtras | None = None
+    # Of others' checkpoints; ours have a directory for it.
+    foreign: Mapping[str, object] = {}
+    if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
+        legacy = context.config.allow_legacy_pickle_restore
+        foreign = read_states(directory, extra_state, group, legacy)
     with group.together("looking for extra state"):
-        extra = find_values(extra_state, directory / "extra", group.rank, group.world_size)
+        own = {name: value for name, value in extra_state.items() if name not in foreign}
+        extra = find_values(own, directory / "extra", group.rank, group.world_size)
+        states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
+        extra = replace(extra, values=extra_state, states={**extra.states, **states})
         wanted: dict[str, object] = {}
         if context.config.save_rng and "rng" in saved_names(directory / "rng"):
             wanted = {"rng": RandomState()}
@@ -95,7 +116,12 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
 
 
 def unrestored(
-    context: Context, directory: Path, found: FoundExtras, given: Sequence[str], partly: Sequence[str]
+    context: Context,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
 ) -> tuple[str, ...]:
     """What the checkpoint has and stays as it is in this run, by name; said once, in the log of rank 0. All ranks call.
 
@@ -105,11 +131,12 @@ def unrestored(
         found: What was found of extra state and generators.
         given: What this rank restores: ``optimizer``, ``scheduler``, ``rng``, and names of extra state.
         partly: What no rank wants of what is restored; the same on every rank.
+        model_place: In a DCP directory with more than a model: what the model's names have in front there.
     """
     group = context.group
 
     def tell() -> JsonValue:
-        has: list[JsonValue] = [*_components(directory)] if group.is_main else []
+        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
         return [has, [*found.skipped], [*given]]
 
     rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(tell, "comparing what is restored"))
@@ -123,9 +150,13 @@ def unrestored(
     return tuple(dict.fromkeys([*left, *skipped]))
 
 
-def _components(directory: Path) -> list[str]:
+def _components(directory: Path, model_place: str | None) -> list[str]:
     """What a checkpoint has beside its model."""
+    others = (
+        [] if is_verifiable(directory) else [*foreign_components(directory, model_place), *torch_leftovers(directory)]
+    )
     return [
+        *others,
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),
         *saved_names(directory / "rng"),

@@ -22,7 +22,7 @@ _SHOWN = 8
 _SHARD = re.compile(r"shard-(?:\d{5,}-(?P<stem>.+)-\d{5,}-of-(?P<total>\d{5,})|[\d-]+)")
 #: Files of a set: ``model-00001-of-00002``, ``model.fp16-00001-of-00002``, ``model-00001-of-00002.fp16``.
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d{2,})-of-(?P<total>\d{2,})(?P<variant>\.[\w-]+)?")
-_ADAPTER_STEMS = ("adapter_model", "adapter")
+_ADAPTER_STEMS = ("adapter_model", "adapter", "adapter_extra")
 
 
 @dataclass(frozen=True, slots=True)

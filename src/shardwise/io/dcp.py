@@ -58,6 +58,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
+from shardwise.io.dcp_bytes import DcpValues
 from shardwise.io.dcp_items import (
     Task,
     Totals,
@@ -65,6 +66,7 @@ from shardwise.io.dcp_items import (
     tensors_and_values,
     union,
 )
+from shardwise.io.dcp_records import RECORD_TENSORS, has_record, read_record
 from shardwise.io.dcp_values import (
     VALUES_NAME,
     as_stream,
@@ -249,16 +251,28 @@ def _add_layout(totals: Totals, layout: Layout) -> None:
 class SafetensorsReader(StorageReader):
     """Reads any checkpoint that shardwise can open into a DCP load, each rank reading only what it needs.
 
-    Values that are not tensors are there where `SafetensorsWriter` wrote some. No pickle is read from disk.
+    Values that are not tensors are there where `SafetensorsWriter` wrote some, in a DCP directory, and in the ``optim``
+    directory of a checkpoint of ours (``param_groups``). What DCP pickled is read as data, or by an unpickler with an
+    allow-list; a value that this refuses is an error when it is asked for.
 
     Args:
         path: See `shardwise.io.sources.open_source`.
         threads: Reads at once on this rank.
         storage: Where from; the mounted file systems by default.
+        allow_legacy_pickle_restore: Unpickle such values without restrictions, which runs code from the files.
     """
 
-    def __init__(self, path: PathLike, *, threads: int = 1, storage: Storage | None = None) -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        threads: int = 1,
+        storage: Storage | None = None,
+        allow_legacy_pickle_restore: bool = False,
+    ) -> None:
         self._path = Path(path).absolute()
+        self._legacy = allow_legacy_pickle_restore
+        self._pickled: DcpValues | None = None
         self._threads = threads
         self._storage = storage or LocalStorage()
         self._source: Source | None = None
@@ -269,7 +283,7 @@ class SafetensorsReader(StorageReader):
         """Start anew, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._source, self._values, self._failure = None, {}, None
+        self._source, self._values, self._failure, self._pickled = None, {}, None, None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """Read the headers and the values that are not tensors. Every rank calls, by itself.
@@ -284,8 +298,9 @@ class SafetensorsReader(StorageReader):
             return Metadata({})
         self._failure = None
         try:
-            self._values = read_values(self._path)
+            self._values = read_values(self._path) or read_record(self._path)
             self._source = self._open()
+            self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
         except ShardwiseError as error:
             self._failure = error
             raise
@@ -298,20 +313,28 @@ class SafetensorsReader(StorageReader):
             for name, tensor in self._source.tensors.items()
         }
         described |= {name: BytesStorageMetadata() for name in self._values}
-        return Metadata(described, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
+        planner_data = None
+        if self._pickled is not None:
+            planner_data = self._pickled.metadata.planner_data
+            described |= {
+                name: BytesStorageMetadata() for name in self._pickled.paths if name not in self._pickled.tensors
+            }
+        return Metadata(described, planner_data, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
 
     def _open(self) -> Source:
         try:
-            source = open_source(self._path, Group(None))
+            besides = RECORD_TENSORS if has_record(self._path) else frozenset()
+            source = open_source(self._path, Group(None), besides=besides)
         except CheckpointNotFoundError:
             if not self._values:
                 raise
             source = Source(self._path, (), {})  # a state dict without a tensor
+        values_name = VALUES_NAME if (self._path / VALUES_NAME).exists() else "optimizer.json"
         both = self._values.keys() & source.tensors.keys()
         if both:
             raise StateFormatError(
-                f"{VALUES_NAME} has a value under the name of a tensor",
-                path=self._path / VALUES_NAME,
+                f"{values_name} has a value under the name of a tensor",
+                path=self._path / values_name,
                 tensor=min(both),
                 hint="The file belongs to another save: restore the right one, or remove it.",
             )
@@ -372,6 +395,9 @@ class SafetensorsReader(StorageReader):
 
     def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         name = item.storage_index.fqn
+        if self._pickled is not None and name in self._pickled.paths:
+            planner.load_bytes(item, as_stream(self._pickled.value(name)))
+            return
         if name not in self._values:
             raise MissingTensorError(
                 "the checkpoint has no value of this name",

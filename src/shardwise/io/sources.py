@@ -45,6 +45,8 @@ class Source:
         tensors: By name.
         keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
         apart: Whether each rank knows only of what it is about to load, which is just what its own files hold.
+        dcp: Whether it is a DCP directory, which may hold more than a model.
+        below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
     """
 
     path: Path
@@ -52,6 +54,8 @@ class Source:
     tensors: Mapping[str, SourceTensor]
     keeper: Keeper | None = None
     apart: bool = False
+    dcp: bool = False
+    below: str = ""
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
@@ -343,7 +347,7 @@ def _open_dcp(root: Path, group: Group, spread: bool) -> Source:
     else:
         files, found = cast(tuple[list[str], list[JsonValue]], group.tell(lambda: [*_describe_dcp(root)], what))
         tensors = [tensor_of_row(row) for row in found]
-    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, keeper)
+    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, keeper, dcp=True)
 
 
 def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:

@@ -59,7 +59,7 @@ def holds_model(directory: Path) -> bool:
 def _is_weights(name: str) -> bool:
     if any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH)):
         return True
-    return SAFETENSORS.stem_of(name) is not None and not name.startswith("adapter_model.")
+    return SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra."))
 
 
 def _is_torch(found: Recognised | None) -> bool:

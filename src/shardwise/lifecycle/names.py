@@ -50,6 +50,17 @@ def parse_checkpoint_name(name: str) -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
+#: How other tools call a checkpoint of a step: ``step-1000``, ``checkpoint-500``, ``epoch=3-step=1000``.
+_STEP = re.compile(r"(?:^|[-_=])(?:global_?)?(?:step|checkpoint|iter)s?[-_=]?(\d+)$", re.IGNORECASE)
+_EPOCH = re.compile(r"(?:^|[-_=])epoch[-_=](\d+)(?=[-_]|$)", re.IGNORECASE)
+
+
+def foreign_numbers(name: str) -> tuple[int | None, int | None]:
+    """Epoch and step as the name of another tool's checkpoint says them; ``None`` for what it does not say."""
+    step, epoch = _STEP.search(name), _EPOCH.search(name)
+    return None if epoch is None else int(epoch[1]), None if step is None else int(step[1])
+
+
 def temporary_name(name: str) -> str:
     """Name under which the checkpoint ``name`` is written until it is published."""
     return _SAVING + name

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.lifecycle.filesystem import read_small_file, storage_errors
 from shardwise.lifecycle.lineage import Lineage, read_lineage
 from shardwise.lifecycle.names import (
     LATEST,
     MANIFEST_NAME,
     METRICS_NAME,
+    foreign_numbers,
     is_doomed,
     is_temporary,
     parse_checkpoint_name,
@@ -85,7 +87,8 @@ class ResolvedCheckpoint:
     Attributes:
         path: Its directory.
         name: Last component of ``path``.
-        epoch: From the name, or of a copy with another name from its lineage; ``None`` where neither tells.
+        epoch: From the name, also in the forms that other tools use, or of a copy with another name from its lineage;
+            ``None`` where neither tells.
         step: Likewise.
         verifiable: It has a manifest.
         metrics: Finite numbers of its ``losses.json``.
@@ -108,8 +111,11 @@ def is_verifiable(directory: Path) -> bool:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the directory may be resumed from: a manifest, or (another tool's) a ``model/`` with something in it."""
-    if is_verifiable(directory):
+    """Whether the directory may be resumed from.
+
+    It has a manifest, or is another tool's: a ``model/`` with something in it, or DCP's ``.metadata``, written last.
+    """
+    if is_verifiable(directory) or (directory / DCP_METADATA_NAME).is_file():
         return True
     try:
         return any(os.scandir(directory / "model"))
@@ -288,7 +294,7 @@ def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
         raise CheckpointNotFoundError(f"{label} is not a directory", path=directory, hint=_what_is_there(root))
     if not is_complete(directory):
         raise IncompleteCheckpointError(
-            f"{label} has neither {MANIFEST_NAME} nor model/: an interrupted save, or not a checkpoint",
+            f"{label} has neither {MANIFEST_NAME} nor model/ nor .metadata: an interrupted save, or not a checkpoint",
             path=directory,
             hint=_what_is_there(root),
         )
@@ -301,6 +307,8 @@ def _describe(directory: Path) -> ResolvedCheckpoint:
     epoch, step = numbers or (None, None)
     if lineage is not None:  # a copy under another name
         epoch, step = lineage.epoch, lineage.step
+    elif numbers is None and not is_verifiable(directory):
+        epoch, step = foreign_numbers(directory.name)
     return ResolvedCheckpoint(directory, directory.name, epoch, step, is_verifiable(directory), read_metrics(directory))
 
 

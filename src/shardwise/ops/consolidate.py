@@ -17,6 +17,7 @@ import torch
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
 from shardwise.checkpointing.config_ties import differing_ties
+from shardwise.checkpointing.opens import check_described
 from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, ConfigError
 from shardwise.format.crc import crc32c
@@ -98,6 +99,7 @@ def consolidate(
     base: str | os.PathLike[str] | None = None,
     diffusers_compatible: bool | None = None,
     assume_complete: bool = False,
+    verify_export: bool | None = None,
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
@@ -117,9 +119,12 @@ def consolidate(
             it by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        verify_export: Whether the class that ``config.json`` names has to load the export; as the save was configured
+            by default, which is yes.
 
     Raises:
         CheckpointExistsError: There is an export already.
+        ExportMismatchError: The class that ``config.json`` names would not load the export.
         CheckpointNotFoundError: There is nothing to export, or no base model to carry tensors over from.
         IncompleteCheckpointError: The path is an interrupted save.
         IntegrityError: A file is absent, too short, or has other bytes than were saved.
@@ -145,6 +150,7 @@ def consolidate(
     stem = _stem(found, export_note.get("stem"), diffusers_compatible)
     layout = _layout(found, tensors, export_note, stem, max_file_bytes)
     plain[index_name(stem)] = layout.index
+    _require_opens(found, tensors, plain, verify_export)
     export = _Export(found, tensors, layout, plain, store, progress)
     aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
@@ -167,6 +173,19 @@ def consolidate(
         reader.close()
     names = tuple(file.name for file in layout.files)
     return ConsolidateReport(target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes))
+
+
+def _require_opens(
+    found: ModelInput, tensors: Mapping[str, _Tensor], plain: Mapping[str, bytes], verify_export: bool | None
+) -> None:
+    """Check what is to be written against the class that its configuration names, before a tensor is."""
+    if verify_export is None:
+        verify_export = run_settings(found).get("verify_export") is not False
+    if not verify_export or CONFIG not in plain:
+        return
+    why = check_described(json.loads(plain[CONFIG]), [t.spec for t in tensors.values()], found.directory / CONFIG)
+    if why is not None:
+        found.notes.append(f"not compared with a model class: {why}")
 
 
 def _absent(directory: Path) -> list[Path]:

@@ -24,11 +24,11 @@ from shardwise.format.notes import METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.format.tiling import covers_once
 from shardwise.io.checked import Ledger, Recorded
+from shardwise.io.dcp_model import find_model
 from shardwise.io.entries import read_entries
 from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import read_file
 from shardwise.io.storage import Storage
-from shardwise.ops.dcp_model import find_model
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
 from shardwise.ops.verify import VerifyReport, verify

@@ -132,6 +132,15 @@ def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
     return tuple(_listed(found, bounds, parts))
 
 
+def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of a module under their plain names, a tied one under each of its names.
+
+    As `list_parameters`, FSDP2's hooks are called first: what a forward pass has left gathered, in memory that FSDP2
+    frees when it likes, gives way to the shards that training owns.
+    """
+    return {plain_name(name): tensor for name, tensor in _own_entries(root).items()}
+
+
 def _add(found: dict[str, torch.Tensor], entries: Mapping[str, torch.Tensor]) -> None:
     for key, tensor in entries.items():
         name = plain_name(key)

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.plan.fragments import HeldTensor
@@ -404,6 +405,11 @@ class OptimizerState:
         """The state dict of one of the optimizers that were passed, beside its keepers."""
         inside = [keeper for keeper in self.keepers if keeper.passed == number]
         return StateView(self.passed[number], inside, self.name)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The innermost optimizers, one for each parameter."""
+        return [keeper.optimizer for keeper in self.keepers if not keeper.slot]
 
     @property
     def has_own_ways(self) -> bool:

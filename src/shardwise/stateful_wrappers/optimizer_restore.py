@@ -134,6 +134,24 @@ class OptimizerRestore:
         Raises:
             MisuseError: An optimizer's own code refuses its state.
         """
+        undo = self._undo()
+        try:
+            with torch.no_grad():
+                for each in self.groups:
+                    _set_options(each.group, each.options)
+            for param in self.params:
+                _set_state(param.optimizer, param.param, param.state)
+            for every in self.keyed:
+                _set_keyed(every.optimizer, every.state)
+            for own in self.own:
+                self._hand_over(own)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    def _undo(self) -> Undo:
+        """What puts everything back as it is now."""
         groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
         states = [(each, _had(each.optimizer, each.param)) for each in self.params]
         keyed = [(each, _had_keys(each)) for each in self.keyed]
@@ -159,19 +177,6 @@ class OptimizerRestore:
             for own, rest in rests:
                 own.view().take(rest)
 
-        try:
-            with torch.no_grad():
-                for each in self.groups:
-                    _set_options(each.group, each.options)
-            for param in self.params:
-                _set_state(param.optimizer, param.param, param.state)
-            for every in self.keyed:
-                _set_keyed(every.optimizer, every.state)
-            for own in self.own:
-                self._hand_over(own)
-        except BaseException:
-            undo()
-            raise
         return undo
 
     def _hand_over(self, own: _Own) -> None:
@@ -242,6 +247,8 @@ class _Planner:
         for label, found in record.tensors.items():
             name = label.rpartition(">")[2] or label[1:-1].partition(".")[0]
             self.found.params_of |= {f"state.{record.file_label(label)}.{key}": name for key in found}
+        # Around others there may be what keeps no state, as containers do.
+        kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
         for keeper in state.keepers:
@@ -250,7 +257,7 @@ class _Planner:
             position = counts[keeper.slot] = counts.get(keeper.slot, -1) + 1
             if keeper.slot in ("", *slots):
                 self._plan_group(keeper, group, position)
-        for slot in sorted(slots - {keeper.slot for keeper in state.keepers}) if self.params else ():
+        for slot in sorted((slots & kept) - {keeper.slot for keeper in state.keepers}) if self.params else ():
             raise MisuseError(
                 f"the checkpoint has the state of a {slot} around the optimizer, and none is to be restored",
                 hint=f"Build the {slot} that the checkpoint was saved with, or restore without the optimizer.",

@@ -34,7 +34,8 @@ _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wr
 _DATA_PARALLEL = "module."
 _SHOWN = 12
 
-_Path = tuple[str | int, ...]
+#: The place of an item in the state dict that DCP flattened.
+DcpPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,12 @@ def find_model(
 
     tensors = [n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
     others = [n for n, item in metadata.state_dict_metadata.items() if not isinstance(item, TensorStorageMetadata)]
-    paths = _paths(metadata.planner_data, [*tensors, *others])
+    paths = item_paths(metadata)
     if prefix is not None:
         place = _Place(prefix.rstrip("."))
     else:
         _refuse_optimizer(paths, tensors, directory)
-        places = _matching(tensors, expected)
+        places = places_of(tensors, expected)
         if len(places) > 1:
             raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_listed(places)}")
         place = _Place(places[0], frozenset(expected)) if places else _by_structure(paths, tensors, directory)
@@ -86,6 +87,29 @@ def find_model(
     if not found:
         raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
     left = tuple(name for name in others if place.has(name, paths))
+    return DcpModel(_unwrapped(found, directory), place.front, left)
+
+
+def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
+    """The tensors below a place, without an optimizer's state and other things in the same place.
+
+    Args:
+        metadata: Of the directory.
+        directory: For messages.
+        head: The place.
+        expected: DCP's names of what is the model's, whatever they look like.
+
+    Raises:
+        NameCollisionError: Two tensors would get one name.
+    """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    paths = item_paths(metadata)
+    place = _Place(head)
+    own = {name for name in paths if name in expected or place.has(name, paths)}
+    tensors = {n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    found = {name.removeprefix(place.front): name for name in paths if name in own and name in tensors}
+    left = tuple(name for name in paths if name in own and name not in tensors)
     return DcpModel(_unwrapped(found, directory), place.front, left)
 
 
@@ -100,7 +124,7 @@ class _Place:
     def front(self) -> str:
         return f"{self.head}." if self.head else ""
 
-    def has(self, name: str, paths: Mapping[str, _Path]) -> bool:
+    def has(self, name: str, paths: Mapping[str, DcpPath]) -> bool:
         """Whether a name is the model's, and not that of an optimizer's state in the same place."""
         if not name.startswith(self.front):
             return False
@@ -112,18 +136,18 @@ class _Place:
         return rest.split(".")[0] not in _OTHER_KEYS and _OTHER_KEYS.isdisjoint(mappings)
 
 
-def _paths(planner_data: object, names: Iterable[str]) -> dict[str, _Path]:
-    """The path of each name; a name of which nothing is recorded is one of a state dict that is not nested."""
-    known = planner_data if isinstance(planner_data, dict) else {}
-    found: dict[str, _Path] = {}
-    for name in names:
+def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
+    """The path of each item; a name of which nothing is recorded is one of a state dict that is not nested."""
+    known = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    found: dict[str, DcpPath] = {}
+    for name in metadata.state_dict_metadata:
         path: object = known.get(name)
         parts = path if isinstance(path, tuple) else ()
         found[name] = tuple(part for part in parts if isinstance(part, (str, int))) or (name,)
     return found
 
 
-def _refuse_optimizer(paths: Mapping[str, _Path], tensors: Sequence[str], directory: Path) -> None:
+def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> None:
     tops = {path[0] for path in paths.values()}
     alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
     if alone and not tops & set(MODEL_KEYS):
@@ -134,8 +158,8 @@ def _refuse_optimizer(paths: Mapping[str, _Path], tensors: Sequence[str], direct
         )
 
 
-def _matching(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
-    """The places below which all of the names lie that the class has."""
+def places_of(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
+    """The places below which there are all of the names that a model has; none where it has no names."""
     if not expected:
         return []
     probe = max(expected, key=lambda name: (name.count("."), len(name), name))
@@ -150,9 +174,9 @@ def _matching(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
     return found
 
 
-def _by_structure(paths: Mapping[str, _Path], tensors: Sequence[str], directory: Path) -> _Place:
+def _by_structure(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> _Place:
     """The place of the one mapping that is called as a model's is."""
-    at: _Path = ()
+    at: DcpPath = ()
     while True:
         below = {name: path for name, path in paths.items() if path[: len(at)] == at and len(path) > len(at)}
         leaves = [name for name in tensors if name in below and len(below[name]) == len(at) + 1]
@@ -169,7 +193,7 @@ def _by_structure(paths: Mapping[str, _Path], tensors: Sequence[str], directory:
             raise _ambiguous(paths, directory, "several of its parts may be it" if keys or leaves else "it is empty")
 
 
-def _flat(paths: Mapping[str, _Path], leaves: Sequence[str], at: _Path, directory: Path) -> _Place:
+def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, directory: Path) -> _Place:
     """The place of tensors that are in one mapping; some write theirs with whole paths for names."""
     head = ".".join(map(str, at))
     tops = {str(paths[name][-1]).split(".")[0] for name in leaves}
@@ -199,7 +223,7 @@ def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
     return names
 
 
-def _ambiguous(paths: Mapping[str, _Path], directory: Path, why: str) -> MisuseError:
+def _ambiguous(paths: Mapping[str, DcpPath], directory: Path, why: str) -> MisuseError:
     tops = list(dict.fromkeys(str(path[0]) for path in paths.values()))
     return MisuseError(
         f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_listed(tops)}",

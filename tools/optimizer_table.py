@@ -90,8 +90,8 @@ def main() -> None:
     PAGE.write_text(
         "".join(lines)
         + "\n-: does not run there, whatever is saved: torch 2.13 has no DTensor rules for what Adafactor and Rprop "
-        "compute, LBFGS, Prodigy's slices and transformers' Adafactor mix tensors and DTensors, and ZeroRedundancyOptimizer and "
-        "PostLocalSGDOptimizer are made for DDP.\n"
+        "compute, LBFGS, Prodigy's slices and transformers' Adafactor mix tensors and DTensors, and "
+        "ZeroRedundancyOptimizer and PostLocalSGDOptimizer are made for DDP.\n"
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tests.optimizers import layouts
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.errors import ConversionError, MissingTensorError, MisuseError
@@ -21,6 +26,15 @@ ASYNC = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"]
 def engine(root: Path, is_async: bool = False) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="false", is_async=is_async)
     return config.build(0, 0, 0)
+
+
+@contextlib.contextmanager
+def single_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def net(first: str = "first", second: str = "second") -> nn.Module:
@@ -215,3 +229,24 @@ def test_state_in_a_narrow_parameters_wider_dtype_stays_wide(tmp_path: Path) -> 
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(optimizer.state[a]["exp_avg"], fresh.state[b]["exp_avg"]) for a, b in pairs)
     assert fresh.seen == 1
+
+
+def test_what_cannot_be_told_is_refused() -> None:
+    """A row of a process is to go to shards: in the whole, as each rank's part, or as a DTensor?"""
+    model = net()
+    optimizer = layouts.Factored(list(model.parameters()))
+    step(model, optimizer)
+    record = OptimizerRecord.from_state(OptimizerState(optimizer, model).record().to_state())
+    other = net()
+    with single_rank():
+        for part in other.children():
+            fully_shard(part)
+        fresh = layouts.Factored(list(other.parameters()))
+        with pytest.raises(MisuseError, match=r"the saved state of shape \[4\] was a plain tensor") as caught:
+            plan_restore(OptimizerState(fresh, other), record)
+        assert "take one step before restoring" in (caught.value.hint or "")
+        for param in other.parameters():
+            param.grad = torch.ones_like(param)
+        fresh.step()
+        plan_restore(OptimizerState(fresh, other), record).apply()
+        assert isinstance(fresh.state[other["first"].weight]["row"], DTensor)

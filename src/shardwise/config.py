@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _METRIC_MODES = ("min", "max")
 _SHARING_MODES = ("auto", "always", "never")
+_REPLICAS = ("compare", "first")
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
@@ -159,6 +160,15 @@ class CheckpointingConfig:
             so where the files are on a network or FUSE file system. There, many replicas that read the same are what a
             restart waits for; on a local disk the page cache is faster than passing on. Conversions that have to be
             computed are always read by each rank.
+        replicas: What is saved of a tensor that several ranks hold whole, or as the same shard: ``compare`` compares
+            their bytes, and an error that names tensor and ranks is raised before anything is published where they
+            differ, since saving one would lose the others; ``first`` saves the value of the lowest rank and compares
+            nothing, for those who mean that. Of buffers and extra state it is always the lowest rank's, as in
+            DistributedDataParallel's own broadcast. Comparing reads each replica's bytes once more.
+        per_rank_state: Patterns of names (``*.experts.*``, as for file names) of tensors of which each rank has a value
+            of its own: experts kept by hand, statistics of a rank's own batches. They and their optimizer state are
+            saved for each rank besides, and restored to it on the same number of ranks; what other tools and other
+            numbers of ranks get is the lowest rank's. A pattern that matches nothing is an error.
         allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
             is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
             scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.
@@ -199,6 +209,8 @@ class CheckpointingConfig:
     skip_save_while_busy: bool = False
     save_rng: bool = True
     share_replica_reads: str = "auto"
+    replicas: str = "compare"
+    per_rank_state: list[str] | None = None
     allow_missing_base: bool = False
 
     def __post_init__(self) -> None:
@@ -216,6 +228,7 @@ class CheckpointingConfig:
         )
         self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
         self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
+        self.replicas = _choice("replicas", self.replicas, _REPLICAS)
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
         for field in fields(self):
             setattr(self, field.name, checked(field, getattr(self, field.name)))
@@ -236,6 +249,16 @@ class CheckpointingConfig:
             )
 
     def _check_values(self) -> None:
+        if self.per_rank_state is not None:
+            if not self.per_rank_state or not all(self.per_rank_state):
+                raise ConfigError(
+                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
+                )
+            if self.is_peft:
+                raise ConfigError(
+                    "per_rank_state has no effect where only an adapter is saved",
+                    hint="Leave per_rank_state out, or set is_peft to false.",
+                )
         if not isinstance(self.allow_legacy_pickle_restore, bool):
             raise ConfigError(
                 f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",

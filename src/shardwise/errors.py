@@ -23,6 +23,7 @@
     |  |- MissingTensorError   (KeyError)           the model wants it, the checkpoint lacks it
     |  |- UnexpectedTensorError (KeyError)          the checkpoint has it, the model lacks it
     |  |- IncompleteTensorError                     the ranks together do not hold all of it
+    |  |- ReplicasDifferError                       ranks that hold it as replicas have different values of it
     |  `- NameCollisionError                        two different tensors claim one name
     |- ConversionError         (ValueError)         native names or tensors do not map to the hub's and back
     |- QuantizationError       (ValueError)         a quantization method that is not supported
@@ -259,6 +260,10 @@ class UnexpectedTensorError(TensorError, KeyError):
 
 class IncompleteTensorError(TensorError):
     """The ranks together do not hold every element of a tensor."""
+
+
+class ReplicasDifferError(TensorError):
+    """Ranks that hold a tensor as replicas have different values of it: saving one would lose the others."""
 
 
 class NameCollisionError(TensorError):

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.adapters import OpenedAdapter
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
     whole_number,
 )
+from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, unrestored
-from shardwise.comm import JsonValue
-from shardwise.engine.jobs import SaveJob
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
@@ -88,6 +91,7 @@ class Checkpointer(ComponentCheckpointer):
         metrics: Mapping[str, float] | None = None,
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
+        ema: Model | None = None,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
@@ -100,8 +104,12 @@ class Checkpointer(ComponentCheckpointer):
             tokenizer: A tokenizer or processor to put beside the weights.
             peft_config: The adapter's configuration, for a model with LoRA modules of its own.
             metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
-            extra_state: Name -> a ``Stateful`` object or plain values; see `restore`.
+            extra_state: Name -> a ``Stateful`` object, a module, a random generator or plain values; see `restore`.
+                DTensors in it, and modules, are saved as they are sharded.
             is_final_checkpoint: Whether this is the run's last save (``save_consolidated="final"`` exports it).
+            ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
+                of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
+                configuration and tokenizer, and an export where the model has one.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -123,11 +131,14 @@ class Checkpointer(ComponentCheckpointer):
             self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
+            if ema is not None:
+                self._looked(ema, saves=True)
             epoch, step = whole_number(epoch), whole_number(step)
             numbers = check_metrics(metrics)
             return checkpoint_name(epoch, step)
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
+        given["an ema"] = ema is not None
         check_same_call(look, given | passed_addons(self.addons), context.group)
         if context.group.is_main:
             warn_of_metrics(numbers, self.config)
@@ -140,6 +151,10 @@ class Checkpointer(ComponentCheckpointer):
                 model, temp / "model", tokenizer, peft_config, is_final_checkpoint, publication.reserved(make_room)
             )
             steps = below("model", save.steps())
+            closing = [*save.closing]
+            if ema is not None:
+                own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
+                steps, closing = steps + own, closing + theirs
             if steers:
                 saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
                 steps += below("optim", saving.steps())
@@ -147,7 +162,7 @@ class Checkpointer(ComponentCheckpointer):
         except BaseException:
             publication.abandon(context.group)
             raise
-        commit = partial(publication.commit, closing=save.closing)
+        commit = partial(publication.commit, closing=closing)
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
@@ -160,6 +175,7 @@ class Checkpointer(ComponentCheckpointer):
         restore_from: str | Path = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
+        ema: Model | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -179,6 +195,7 @@ class Checkpointer(ComponentCheckpointer):
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
+            ema: The average that `save` was given, to be filled in place; its topology may differ as well.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -194,9 +211,12 @@ class Checkpointer(ComponentCheckpointer):
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
+        given["an ema"] = ema is not None
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
+            if ema is not None:
+                self._looked(ema)
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(look, given, context.group)
@@ -210,13 +230,16 @@ class Checkpointer(ComponentCheckpointer):
         # As in a save, a rank may have a state that others have not.
         extras = context.group.any(bool(extra_state), "comparing what is to be restored")
         wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
+        wanted[MODEL_EMA] = ema is not None
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
         opened = self._open_model(model, path / "model")
+        averaged = self._open_ema(ema, path / MODEL_EMA) if ema is not None else None
         steering = open_optimizer(context, optimizer or [], model, scheduler, path / "optim") if steers else None
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
+        taken += ["ema"] * (ema is not None)
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         left = unrestored(context, path, found, taken, partly)
@@ -224,8 +247,12 @@ class Checkpointer(ComponentCheckpointer):
             if steering is not None:
                 steering.take_in(undos)
             found.extra.take_in(undos)
+            if averaged is not None:
+                averaged[1].take_in(undos)
         with overwriting("the run's state"):
             opened.fill()
+            if averaged is not None:
+                averaged[0].fill()
             if steering is not None:
                 steering.fill()
             with context.group.together("setting the random number generators"):
@@ -250,6 +277,35 @@ class Checkpointer(ComponentCheckpointer):
         return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _ema_steps(
+        self, ema: Model, directory: Path, tokenizer: SavesPretrained | None, peft_config: object | None, is_final: bool
+    ) -> tuple[list[Step], list[Callable[[Group], None]]]:
+        """Capture the average; what is left to do, and with what it ends. All ranks call."""
+        context = self._context
+        average: Average | None = None
+        beside: list[Step] = []
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            beside = average.capture(directory, context.storage)
+        assert average is not None
+        further = context.further(MODEL_EMA)
+        saving = self._model_save(
+            average.model, directory, tokenizer, peft_config, is_final, lambda: None, context=further
+        )
+        return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
+
+    def _open_ema(self, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+        """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
+        context = self._context
+        average: Average | None = None
+        found: FoundAveraging | None = None
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            found = average.find(directory)
+        assert average is not None
+        assert found is not None
+        return self._open_model(average.model, directory, context=context.further(MODEL_EMA)), found
 
     def _publication(self, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]) -> Publication:
         context = self._context

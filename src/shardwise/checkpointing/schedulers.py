@@ -145,7 +145,7 @@ class _Match:
         """
         numbered = self._ordered(scheduler, own, self._of_kind(scheduler, own, self._steering(own)))
         entries = [entry for _, entry in numbered]
-        exact = [entry for entry in entries if entry.of.names == own.names]
+        exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
         mine = [entry for entry in exact if self.rank in entry.ranks]
         differing: list[str] = []
         if mine:
@@ -157,9 +157,8 @@ class _Match:
                 sources.append(min(same, key=lambda entry: entry.ranks[0]))
                 differing += _differing(same)
         used = {number for number, entry in numbered if any(entry.of.names == each.of.names for each in sources)}
-        if isinstance(scheduler, LRScheduler):
+        if isinstance(scheduler, LRScheduler) and own.names:
             state = composed(sources, own.groups, scheduler.state_dict())
-            _check_fit(scheduler, state, sources[0].of.kind, self.path)
         else:
             state = sources[0].state
             for other in sources[1:]:
@@ -170,17 +169,23 @@ class _Match:
                         path=self.path,
                         hint=_BUILD,
                     )
+        if isinstance(scheduler, LRScheduler):
+            _check_fit(scheduler, state, sources[0].of.kind, self.path)
         return state, used, differing
 
     def _steering(self, own: Attached) -> list[tuple[int, SavedSchedule]]:
-        """The entries that steer any of a scheduler's parameters; of one that steers none, those that steer none."""
+        """The entries that steer any of a scheduler's parameters.
+
+        Of one that steers none, those that steer none; or all of them, to be told by class and order.
+        """
         everything = list(enumerate(self.saved.entries))
         names = own.names
-        found = [each for each in everything if not (names.isdisjoint(each[1].of.names) if names else each[1].of.names)]
+        if not names:
+            return [each for each in everything if not each[1].of.names] or everything
+        found = [each for each in everything if not names.isdisjoint(each[1].of.names)]
         if not found:
-            what = f"steers {min(names)}" if names else "belongs to no optimizer of the model"
             raise MisuseError(
-                f"no scheduler in the checkpoint {what}, as the {own.kind} to be restored does",
+                f"no scheduler in the checkpoint steers {min(names)}, as the {own.kind} to be restored does",
                 path=self.path,
                 hint="Build schedulers for the optimizers that the checkpoint was saved with.",
             )

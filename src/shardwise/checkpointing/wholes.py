@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import (
     FoundValues,
@@ -126,16 +127,17 @@ def unrestored(
 def _components(directory: Path) -> list[str]:
     """What a checkpoint has beside its model."""
     return [
+        *["ema"] * (directory / MODEL_EMA).is_dir(),
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),
         *saved_names(directory / "rng"),
     ]
 
 
-def below(prefix: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps with the paths of their records put below ``prefix``."""
+def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]:
+    """The steps with the paths of their records put below ``prefix``; see `ComponentRecord.below`."""
 
     def moved(step: Step) -> Step:
-        return lambda group: step(group).below(prefix)
+        return lambda group: step(group).below(prefix, component)
 
     return [moved(step) for step in steps]

@@ -24,6 +24,7 @@ CASES: dict[str, Callable[[Settings], list[Row]]] = {
     "sharded": saving.sharded_save,
     "with-base": saving.with_base,
     "digests": saving.digests,
+    "replicated": saving.replicated,
     "load": loading.resharding,
     "base-model": loading.base_model,
     "stall": background.async_stall,

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from bench.measure import Row, tree_bytes
-from bench.models import sharded, total_bytes
+from bench.models import local_tensors, sharded, total_bytes
 from bench.ranks import Rank, Settings, run_ranks
 from bench.saving import against_raw
 from shardwise.plan.layout import lay_out
@@ -39,7 +39,7 @@ def _torch_writer(rank: Rank) -> list[Row]:
         on_disk = tree_bytes(path)
         return on_disk
 
-    samples = against_raw(rank, model, save, check)
+    samples = against_raw(rank, local_tensors(model), save, check)
     nbytes = total_bytes(model)
     return [samples.row("torch HuggingFaceStorageWriter", "raw write", None, nbytes, disk_ratio=on_disk / nbytes)]
 
@@ -61,7 +61,7 @@ def _gather(rank: Rank) -> list[Row]:
             with (path / "model.safetensors").open("rb") as file:
                 os.fsync(file.fileno())
 
-    samples = against_raw(rank, model, save, tree_bytes)
+    samples = against_raw(rank, local_tensors(model), save, tree_bytes)
     return [samples.row("gather on rank 0, save_file", "raw write", None, total_bytes(model))]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
@@ -18,6 +20,7 @@ from bench.raw import raw_write
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
 from shardwise.engine.export import ExportOptions, plan_export, write_export
+from shardwise.engine.replicas import comparison, look_at
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
 from shardwise.io.storage import LocalStorage
@@ -33,14 +36,15 @@ def removed(rank: Rank, path: Path) -> None:
     dist.barrier()
 
 
-def against_raw(rank: Rank, model: nn.Module, save: Callable[[Path], object], check: Callable[[Path], int]) -> Samples:
-    """Take turns at a raw parallel write of the model's bytes and ``save`` of them, each into fresh files.
+def against_raw(
+    rank: Rank, tensors: list[torch.Tensor], save: Callable[[Path], object], check: Callable[[Path], int]
+) -> Samples:
+    """Take turns at a raw parallel write of this rank's part and ``save`` of the whole, each into fresh files.
 
     One unmeasured turn comes first; its memory counts.
     """
     samples = Samples()
     raw, target = rank.directory / "raw", rank.directory / "target"
-    tensors = local_tensors(model)
     own_bytes = sum(tensor.nbytes for tensor in tensors)
     for turn in range(rank.settings.repeats + 1):
         if rank.rank == 0:
@@ -71,7 +75,7 @@ def _saves(rank: Rank, name: str, config: CheckpointingConfig, size: float, targ
         return on_disk
 
     with Checkpointer(config, rank.rank, 0, 0) as checkpointer:
-        samples = against_raw(rank, model, lambda path: checkpointer.save_model(model, path), check)
+        samples = against_raw(rank, local_tensors(model), lambda path: checkpointer.save_model(model, path), check)
     return samples.row(
         name, "raw write", target, nbytes, disk_ratio=on_disk / nbytes, note=f"{files} files; peak includes the first"
     )
@@ -139,6 +143,40 @@ def _sharded(rank: Rank) -> list[Row]:
 def sharded_save(settings: Settings) -> list[Row]:
     """``save_model`` without export: files that no two ranks share."""
     return run_ranks(_sharded, settings)
+
+
+def _replicated(rank: Rank) -> list[Row]:
+    model = sharded(rank.settings.size, None)
+    rows = []
+    for mode, replicas in itertools.product(("every", "false"), ("compare", "first")):
+        config = CheckpointingConfig(checkpoint_dir=rank.directory, save_consolidated=mode, replicas=replicas)
+        with Checkpointer(config, rank.rank, 0, 0) as checkpointer:
+            samples = against_raw(
+                rank, _halves(model, rank), lambda path, engine=checkpointer: engine.save_model(model, path), tree_bytes
+            )
+        what = "consolidated" if mode == "every" else "sharded"
+        rows.append(samples.row(f"replicated, {what}, {replicas}", "raw write", None, total_bytes(model)))
+    return [*rows, _comparing(rank, model)]
+
+
+def _comparing(rank: Rank, model: nn.Module) -> Row:
+    """What comparing takes by itself: every rank digests all that it holds."""
+    group, held = Group.dedicated(None, 600), ModelState(model).held()
+    compared = [comparison(held, RosterKeeper(group).roster(held), group.rank)]
+    halves = _halves(model, rank)
+    samples = against_raw(rank, halves, lambda _: look_at(compared), lambda _: 0)
+    group.close()
+    return samples.row("replicated, comparing alone", "raw write", None, total_bytes(model))
+
+
+def _halves(model: nn.Module, rank: Rank) -> list[torch.Tensor]:
+    """This rank's share of what all ranks hold."""
+    return [tensor.view(-1).chunk(rank.world_size)[rank.rank] for tensor in local_tensors(model)]
+
+
+def replicated(settings: Settings) -> list[Row]:
+    """``save_model`` of a model that both ranks hold whole, its replicas compared, or not."""
+    return run_ranks(_replicated, settings)
 
 
 def _digests(rank: Rank) -> list[Row]:

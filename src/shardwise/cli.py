@@ -107,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     consolidate.add_argument(
         "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
     )
+    consolidate.add_argument(
+        "--no-class-check",
+        dest="verify_export",
+        action="store_false",
+        default=None,
+        help="write the export even if the class that config.json names would not load it",
+    )
     consolidate.set_defaults(command=_consolidate)
     return parser
 
@@ -243,6 +250,7 @@ def _consolidate(options: argparse.Namespace) -> int:
             base=options.base,
             diffusers_compatible=options.diffusers,
             assume_complete=options.assume_complete,
+            verify_export=options.verify_export,
         )
     finally:
         bar.close()

@@ -142,8 +142,10 @@ class CheckpointingConfig:
         collective_timeout_seconds: Within how long a rank raises that a peer is lost: a hung peer must end as an error
             that names it, and only the user knows how slow an honest one may be. A quarter, at most 12 s, of it is kept
             for finding out which one it is.
-        verify_export: Compare names, shapes, dtypes and ties of an export with the base model (or the model itself)
-            before publishing: a wrong export is otherwise found weeks later, by someone else's tool.
+        verify_export: Compare names, shapes, dtypes and ties of an export with the base model, and let the class that
+            its config.json describes load it on the meta device, before a tensor is written; refuse to export a model
+            that has an adapter of peft's in it. A wrong export is otherwise found weeks later, by someone else's tool.
+            False writes it all the same.
         pass_through_unloaded: Carry over tensors that the base model ships and the model class does not load, such as
             multi-token-prediction heads, which the exported configuration still promises.
         keep_every_k_steps: Also keep checkpoints whose step is a multiple of this, so that a long run stays

@@ -418,6 +418,7 @@ def test_a_base_model_is_cast_and_task_heads_keep_their_values(tmp_path: Path) -
 
 
 def meta_model(root: Path) -> None:
+    torch.manual_seed(0)
     with checkpointer(root) as engine:
         engine.save_model(torch.nn.Linear(2, 2), root)
         with torch.device("meta"):

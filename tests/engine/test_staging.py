@@ -14,8 +14,9 @@ from tests.support.streams import FakeStreams
 from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, DeviceStreams
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError
-from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.format.dtypes import dtype_code
+from shardwise.plan.fragments import HeldTensor, Part, hold
+from shardwise.types import TensorSpec
 
 
 class First(torch.Tensor):
@@ -31,7 +32,10 @@ class Second(torch.Tensor):
 
 
 def held(**tensors: torch.Tensor) -> list[HeldTensor]:
-    return [held_tensor(name, tensor, MeshRegister()) for name, tensor in tensors.items()]
+    """As they are: `held_tensor` would take the memory behind a class, which is the CPU's here."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(name, shapes[name], dtype_code(tensor.dtype)) for name, tensor in tensors.items()}
+    return [hold(specs[name], Part(shapes[name]), (), tensor.detach()) for name, tensor in tensors.items()]
 
 
 def data(staged: list[HeldTensor]) -> list[torch.Tensor]:
@@ -301,7 +305,7 @@ def test_the_calls_of_a_device_module() -> None:
     streams: DeviceStreams = Unpinned(lambda device: Module(log))
     stager = Stager(streams)
     tensor = torch.ones(3).as_subclass(Recorded)
-    tensors = [held_tensor("x", tensor, MeshRegister())]
+    tensors = held(x=tensor)
     [staged] = data(stager.stage("model", tensors))
     stager.wait()
     stager.clear()

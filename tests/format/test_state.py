@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import math
 import random
@@ -109,6 +110,23 @@ def test_tensors_come_back(tensor: torch.Tensor) -> None:
     expected = tensor.detach().resolve_conj().contiguous()
     assert isinstance(back, dict)
     assert same(back["t"][0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_quantized_tensors_and_buffers_of_bytes_come_back() -> None:
+    values = torch.randn(3, 4)
+    scales, zeros = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1, 2, 3])
+    for tensor in (
+        torch.quantize_per_tensor(values, 0.1, 3, torch.qint8),
+        torch.quantize_per_tensor(values, 0.1, 3, torch.quint8),
+        torch.quantize_per_channel(values, scales, zeros, 0, torch.qint8),
+        torch.quantize_per_channel(values, scales, zeros.float() + 0.5, 0, torch.quint8),
+    ):
+        back = round_trip((tensor, io.BytesIO(b"seven")))
+        assert isinstance(back, tuple)
+        assert str(back[0]) == str(tensor)
+        assert back[0].qscheme() == tensor.qscheme()
+        assert back[1].getvalue() == b"seven"
 
 
 def test_shared_storage_and_repeated_tensors() -> None:
@@ -255,6 +273,14 @@ HOSTILE: list[Callable[[], bytes]] = [
     lambda: text_of({"$deque": [[], -1]}),
     lambda: text_of({"$deque": [[], True]}),
     lambda: text_of({"$deque": [[], 2**70]}),
+    lambda: text_of({"$quantized": ["t", 1.0]}),
+    lambda: text_of({"$quantized": ["t", "1", 0]}),
+    lambda: text_of({"$quantized": ["t", 1.0, 2**40]}),
+    lambda: text_of({"$quantized": ["t", "t", "t", 0]}),
+    lambda: text_of({"$quantized": ["absent", 1.0, 0]}),
+    lambda: text_of({"$quantized": 7}),
+    lambda: text_of({"$bytesio": "?"}),
+    lambda: text_of({"$bytesio": 7}),
     lambda: text_of({"$size": [-1]}),
     lambda: text_of({"$size": [True]}),
     lambda: text_of({"$dtype": "load"}),
@@ -297,6 +323,8 @@ def test_hostile_state(number: int) -> None:
             st.dictionaries(
                 st.sampled_from(
                     [
+                        "$quantized",
+                        "$bytesio",
                         "$int",
                         "$float",
                         "$complex",

@@ -78,6 +78,18 @@ def test_tensors_that_everybody_holds_are_shared_out() -> None:
     assert [len(own(case.everyone[rank], case.roster, rank)) for rank in range(3)] == [3, 3, 3]
 
 
+@given(simulations())
+def test_what_may_differ_is_written_by_the_lowest_rank_that_holds_it(case: Simulation) -> None:
+    for rank, held in enumerate(case.everyone):
+        lowest = {
+            number: case.roster.shard_set(held[number].spec.name, part.part).replicas_of(rank)[0]
+            for number, part, _ in case.roster.holders(held)
+            if part.part.may_differ
+        }
+        written = {number for number, _ in own(held, case.roster, rank)} & lowest.keys()
+        assert all(lowest[number] == rank for number in written)
+
+
 def test_ranks_start_in_different_files() -> None:
     specs = [TensorSpec(f"w{i}", (12,), "F32") for i in range(8)]
     case = Simulation((4,), tuple(Spread(spec, (Sharded(0),)) for spec in specs))

@@ -83,6 +83,7 @@ class Spread:
 
     spec: TensorSpec
     placements: tuple[Placement, ...] | None
+    may_differ: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,11 @@ class Simulation:
         for tensor, whole in zip(self.tensors, self.wholes, strict=True):
             source = torch.zeros_like(whole) if empty else whole
             if tensor.placements is None:
-                out.append(hold(tensor.spec, Part(tensor.spec.shape), (), source.clone()))
+                part = Part(tensor.spec.shape, may_differ=tensor.may_differ)
+                out.append(hold(tensor.spec, part, (), source.clone()))
                 continue
             where = self.coordinate(rank)
-            part = Part(tensor.spec.shape, key, tensor.placements)
+            part = Part(tensor.spec.shape, key, tensor.placements, may_differ=tensor.may_differ)
             out.append(hold(tensor.spec, part, where, local_tensor(source, self.mesh, tensor.placements, where)))
         return out
 
@@ -165,7 +167,8 @@ def simulations(
     for number in range(draw(st.integers(1, most))):
         spec = TensorSpec(f"t{number}", draw(shape), draw(st.sampled_from(dtypes)))
         plain = draw(st.booleans()) and draw(st.booleans())
-        tensors.append(Spread(spec, None if plain else draw(placements(len(spec.shape), mesh, strided))))
+        kinds = None if plain else draw(placements(len(spec.shape), mesh, strided))
+        tensors.append(Spread(spec, kinds, draw(st.booleans())))
     return Simulation(mesh, tuple(tensors))
 
 

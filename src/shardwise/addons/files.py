@@ -31,7 +31,12 @@ def read_json(path: Path) -> dict[str, JsonValue]:
 
 def write_json(path: Path, entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> None:
     """Write a JSON object, its entries in the order given."""
-    write_text(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_text(entries))
+
+
+def as_text(entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> str:
+    """A JSON object as `write_json` writes it."""
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.base_model import base_directory
+from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, read_json, write_json, write_text
 from shardwise.addons.model_parts import has_quantized_parameters, own_class, unwrap
@@ -29,7 +30,10 @@ _LOG = logging.getLogger(__name__)
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
+CONFIG_V5 = "config.v5.json"
+
 _QUANTIZATION = "quantization_config"
+_TIE = "tie_word_embeddings"
 
 #: Entries of a generation config that say where it came from and not how to generate.
 _GENERATION_ORIGIN = frozenset({"transformers_version", "_from_model_config"})
@@ -37,7 +41,7 @@ _GENERATION_ORIGIN = frozenset({"transformers_version", "_from_model_config"})
 #: Metadata files in which transformers looks for an ``auto_map``.
 _AUTO_MAP_FILES = (
     CONFIG,
-    "config.v5.json",
+    CONFIG_V5,
     "tokenizer_config.json",
     "processor_config.json",
     "preprocessor_config.json",
@@ -171,22 +175,16 @@ def write_config(
     """
     from transformers import PreTrainedModel
 
-    exported = copy.deepcopy(cast(_Config, model.config))
     cls = own_class(model)
-    if isinstance(model, PreTrainedModel) or not exported.architectures:
-        exported.architectures = [cls.__name__]
-    if dtype is not None:
-        _set_dtype(exported, dtype)
-    if not keep_quantization:
-        _strip(exported)
-    try:
+    with naming_entries(model, model.config):
+        exported = copy.deepcopy(cast(_Config, model.config))
+        if isinstance(model, PreTrainedModel) or not exported.architectures:
+            exported.architectures = [cls.__name__]
+        if dtype is not None:
+            _set_dtype(exported, dtype)
+        if not keep_quantization:
+            _strip(exported)
         entries = json.loads(exported.to_json_string(use_diff=False))
-    except (TypeError, ValueError) as error:
-        raise MisuseError(
-            f"the config of {cls.__name__} cannot be written as JSON: {error}",
-            path=path,
-            hint="Keep only numbers, strings, lists and dicts on model.config.",
-        ) from error
     _drop_origin(entries)
     if v4_names:
         _add_v4_rope(entries)
@@ -236,6 +234,37 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
     if settings.get("rope_type", "default") != "default":
         scaling = {k: v for k, v in settings.items() if k not in ("rope_theta", "partial_rotary_factor")}
         entries.setdefault("rope_scaling", scaling)
+
+
+def untie_configs(directory: Path) -> None:
+    """Let the configurations in a directory say that no two of the model's tensors are one, in sub-configs too.
+
+    Args:
+        directory: Where ``config.json`` is, and in v4 mode ``config.v5.json``.
+    """
+    for path in (directory / CONFIG, directory / CONFIG_V5):
+        if path.is_file():
+            write_json(path, untied(read_json(path)))
+
+
+def untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The entries of a configuration with ``tie_word_embeddings: false``, at the top and wherever else it may be.
+
+    It is true by default in some classes, whose files do not mention it.
+    """
+    out = _untied(entries)
+    for name in ("text_config", None):
+        below = out if name is None else out.get(name)
+        if isinstance(below, dict):
+            below[_TIE] = False
+    return out
+
+
+def _untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return {
+        key: False if key == _TIE else _untied(value) if isinstance(value, dict) else value
+        for key, value in entries.items()
+    }
 
 
 def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
@@ -311,6 +340,27 @@ def _nested(value: object) -> object:
     if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
         return dict(vars(value))
     raise TypeError(f"an entry is a {type(value).__name__}")
+
+
+def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
+    """Write the ``config.json`` of a model with huggingface_hub's ``PyTorchModelHubMixin``, as the mixin does.
+
+    Args:
+        model: The model, out of its wrappers.
+        directory: Directory to write to.
+
+    Returns:
+        Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
+        express them.
+    """
+    config: object = getattr(model, "_hub_mixin_config", None)
+    if config is None:
+        return False
+    with naming_entries(model, config):
+        entries = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+        text = json.dumps(entries, sort_keys=True, indent=2)
+    write_text(directory / CONFIG, text)
+    return True
 
 
 @contextlib.contextmanager

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
 from shardwise.addons.base_model import base_directory
 from shardwise.addons.compat import _apply_transformers_compat_guards
+from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
 from shardwise.addons.files import write_json
 from shardwise.addons.hf_config import (
     CONFIG,
+    CONFIG_V5,
     GENERATION_CONFIG,
     copy_config,
     is_transformers_config,
     localize_auto_maps,
     write_config,
     write_generation_config,
+    write_hub_mixin_config,
     write_own_config,
 )
-from shardwise.addons.model_parts import described_part, has_quantized_parameters, unwrap, written_dtype
-from shardwise.addons.side_files import write_sentence_transformers, write_tokenizer, write_tokenizer_for_v4
+from shardwise.addons.model_parts import (
+    config_of,
+    described_part,
+    has_quantized_parameters,
+    own_class,
+    unwrap,
+    written_dtype,
+)
+from shardwise.addons.side_files import (
+    write_sentence_model,
+    write_sentence_transformers,
+    write_tokenizer,
+    write_tokenizer_for_v4,
+)
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin, is_sentence_transformer, outermost_pretrained
 
 if TYPE_CHECKING:
     import torch.nn as nn
 
-_CONFIG_V5 = "config.v5.json"
 _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 
@@ -148,25 +165,52 @@ def _write_metadata(
         directory.mkdir(parents=True, exist_ok=True)
         exporter.save(hf_metadata_dir=str(directory), tokenizer=tokenizer, original_model_path=base_path)
         return
-    described = model is not None and getattr(model, "config", None) is not None
-    base = base_directory(base_path) if described else None
+    config = None if model is None else config_of(model)
+    describes_itself = config is not None or (model is not None and is_hub_mixin(model))
+    base = base_directory(base_path) if describes_itself else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:
         write_tokenizer_for_v4(directory, base)
-    if model is None or not described:
+    if model is None or not describes_itself:
         return
     directory.mkdir(parents=True, exist_ok=True)
     _maybe_save_custom_model_code(base_path, str(directory), model)
-    if is_transformers_config(model.config):
+    if is_transformers_config(config):
         dtype = written_dtype([unwrap(part) for part in parts], args.get("fqn_to_dtype_mapping"))
         _write_configs(model, directory, base, dtype, keep_quantization=quantized, v4=v4)
+    elif is_hub_mixin(model):
+        write_hub_mixin_config(model, directory)
     else:
-        write_own_config(model, directory, keep_quantization=quantized)
-    write_sentence_transformers(base, directory)
+        with naming_entries(model, config):
+            write_own_config(model, directory, keep_quantization=quantized)
+    around = next((each for part in parts if is_sentence_transformer(each := wrapping.unwrap(part))), None)
+    if around is None:
+        write_sentence_transformers(base, directory)
+    else:
+        write_sentence_model(around, directory, with_tokenizer=tokenizer is None)
     localize_auto_maps(directory)
     for path in sorted(directory.rglob("*.py")):
         _apply_transformers_compat_guards(str(path))
+
+
+def why_no_config(parts: Sequence[nn.Module]) -> str:
+    """What to say where a model's export has no ``config.json``: why, and what to do."""
+    model = described_part(parts)
+    if model is None:
+        return "this rank has no part of the model"
+    cls = own_class(model).__name__
+    inside = [
+        f"{path} ({own_class(inner).__name__})" for part in parts for path, inner in outermost_pretrained(unwrap(part))
+    ]
+    if inside:
+        return (
+            f"{cls} has no config, but a model inside it has one: {', '.join(inside[:3])}. Save that model by itself, "
+            f"or give {cls} a property `config` that returns its config"
+        )
+    return (
+        f"{cls} has no config that could be written. Give it one, as `model.config`, if others are to open the export"
+    )
 
 
 def _write_configs(
@@ -176,7 +220,7 @@ def _write_configs(
     theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and (base / name).is_file()]
     for name in theirs:
         copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
-    config = directory / (_CONFIG_V5 if CONFIG in theirs else CONFIG)
+    config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)
     generation = directory / (_GENERATION_CONFIG_V5 if GENERATION_CONFIG in theirs else GENERATION_CONFIG)
     v4_names = v4 and CONFIG not in theirs
     write_config(model, config, dtype, keep_quantization=keep_quantization, v4_names=v4_names)

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from shardwise.convert.skeleton import unwrapped
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.wrapping import inner_model, original_class
+
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
-
-#: Attributes under which ``torch.compile`` and activation checkpointing keep the module that they wrap.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 #: safetensors codes of the dtypes that a model computes in, and torch's names for them.
 _COMPUTE_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -24,37 +25,43 @@ _BITSANDBYTES_PARAMETERS = frozenset({"Params4bit", "Int8Params"})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DDP, FSDP1, activation-checkpoint and peft wrappers."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
-
+    """The model inside of everything that only wraps it, of FSDP1 and of peft."""
     while True:
-        inner: object = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
-        if inner is None and isinstance(model, (DistributedDataParallel, DataParallel, FullyShardedDataParallel)):
-            inner = model.module
-        if inner is None and hasattr(type(model), "get_base_model") and hasattr(model, "peft_config"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        if inner is None or inner is model:
+        model = unwrapped(model)
+        if not (hasattr(type(model), "get_base_model") and hasattr(model, "peft_config")):
             return model
-        model = cast("nn.Module", inner)
+        inner = cast("nn.Module", model.get_base_model())  # type: ignore[operator]
+        if inner is model:
+            return model
+        model = inner
 
 
 def described_part(parts: Sequence[nn.Module]) -> nn.Module | None:
-    """The unwrapped part that describes the model: the first with a config, else the first, else ``None``."""
-    unwrapped = [unwrap(part) for part in parts]
-    with_config = (part for part in unwrapped if getattr(part, "config", None) is not None)
+    """The part that describes the model, as `inner_model` finds it: the first with a config, else the first."""
+    unwrapped = [unwrap(inner_model(part).module) for part in parts]
+    with_config = (part for part in unwrapped if config_of(part) is not None)
     return next(with_config, unwrapped[0] if unwrapped else None)
+
+
+def config_of(model: nn.Module) -> object | None:
+    """A model's configuration, or ``None`` where it has none.
+
+    Raises:
+        MisuseError: It is a property, and that fails.
+    """
+    try:
+        found: object = getattr(model, "config", None)
+    except Exception as error:
+        raise MisuseError(
+            f"the config of {own_class(model).__name__} cannot be read: {type(error).__name__}: {error}",
+            hint="Correct the property: the export's config.json is made of it.",
+        ) from error
+    return found
 
 
 def own_class(model: nn.Module) -> type:
     """The model's class as its author wrote it: FSDP2 puts a generated ``FSDP<Name>`` class in front of it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    cls = type(model)
-    if issubclass(cls, FSDPModule):
-        # fully_shard makes type("FSDP" + name, (FSDPModule, name), ...), so the author's class is another base.
-        return next((base for base in cls.__bases__ if not issubclass(base, FSDPModule)), cls)
-    return cls
+    return original_class(model)
 
 
 def written_dtype(parts: Iterable[nn.Module], mapping: Mapping[str, str] | None) -> str | None:
@@ -100,7 +107,7 @@ def has_quantized_parameters(model: nn.Module) -> bool:
         for parameter in module._parameters.values():
             if parameter is not None:
                 kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
-        for name in _PACKED_BUFFERS & module._buffers.keys():
+        for name in _PACKED_BUFFERS.intersection(module._buffers.keys()):
             buffer = module._buffers[name]
             if buffer is not None and not buffer.is_floating_point():
                 return True
@@ -115,10 +122,15 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def _is_quantized(parameter: torch.Tensor) -> bool:
     import torch
 
+    from shardwise.stateful_wrappers.memory import stands_for_memory
+
     local = _local(parameter)
     for tensor in (parameter, local, getattr(local, "data", local)):
         cls = type(tensor)
-        if cls.__name__ in _BITSANDBYTES_PARAMETERS or cls.__module__.partition(".")[0] == "torchao":
+        if cls.__name__ in _BITSANDBYTES_PARAMETERS:
+            return True
+        # Float8 training's weights wrap plain ones, which are what is written.
+        if cls.__module__.partition(".")[0] == "torchao" and not stands_for_memory(local):
             return True
     if parameter.dtype in (torch.bool, torch.int64, torch.uint64) or parameter.is_complex():
         return False

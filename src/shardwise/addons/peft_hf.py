@@ -24,6 +24,7 @@ from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.plan.views import AxisView
+from shardwise.stateful_wrappers import wrapping
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -53,17 +54,24 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
     return known and not any(find_sites(part) for part in parts)
 
 
-def outer(part: nn.Module) -> nn.Module:
-    """The part inside DDP and torch.compile, with its ``PeftModel``."""
-    from torch.nn.parallel import DataParallel, DistributedDataParallel
+def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
+    """Whether peft's layers, or a ``PeftModel``, are in the model itself.
 
-    while True:
-        inner = part._modules.get("_orig_mod") or part._modules.get("_checkpoint_wrapped_module")
-        if inner is None and isinstance(part, (DistributedDataParallel, DataParallel)):
-            inner = cast("nn.Module", part.module)
-        if inner is None:
-            return part
-        part = inner
+    A configuration alone is not enough: peft leaves it on a model whose adapters were merged and unloaded.
+    """
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(module, kinds) for part in parts for module in part.modules())
+
+
+def outer(part: nn.Module) -> nn.Module:
+    """The part inside of what only wraps it, with its ``PeftModel``."""
+    return wrapping.unwrap(part)
 
 
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from shardwise.errors import AdapterError
+from shardwise.stateful_wrappers.wrapping import plain_path
 
 if TYPE_CHECKING:
     import torch.nn as nn
-
-#: Path components that torch.compile, activation checkpointing and FSDP1 put between a module and its parent.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
 
 #: Projections that share one matrix, and the projections of the Hugging Face model that they stand for, in row order.
 COMBINED_PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -37,7 +35,7 @@ _EXPERT_NAMES: dict[str, dict[str, str]] = {
 
 def clean(name: str) -> str:
     """A module or parameter name without what wrappers add to it."""
-    return _WRAPPERS.sub("", name).rstrip(".")
+    return plain_path(name)
 
 
 def join(*parts: str) -> str:

@@ -6,10 +6,16 @@ import json
 import logging
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.files import copy_file, read_json, write_json
+from shardwise.addons.files import copy_file, read_json, write_json, write_text
+from shardwise.addons.model_parts import own_class
+from shardwise.comm import JsonValue
 from shardwise.errors import FormatError, StorageError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,6 +130,50 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
         files = sorted(p for p in (base / folder).rglob("*") if p.is_file() and p.name.lower() != "readme.md")
         for path in files:
             copy_file(path, directory / path.relative_to(base))
+
+
+def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> bool:
+    """Write what makes a directory with a transformer's files the sentence-transformers model around it.
+
+    Args:
+        model: The ``SentenceTransformer``, out of its wrappers.
+        directory: Directory to write to.
+        with_tokenizer: Whether its tokenizer or processor is to be written too.
+
+    Returns:
+        Whether it was written. A module with weights besides the transformer (``Dense``) has files of its own, which an
+        export has not: then the directory is the transformer's alone, as the log says.
+    """
+    modules = list(model.named_children())
+    others = [f"{name} ({own_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
+    first = cast(Any, modules[0][1]) if modules else None
+    if first is None or others or not callable(getattr(first, "save_config", None)):
+        _LOG.warning(
+            "the export is that of the transformer alone, without the sentence-transformers model around it: %s",
+            f"{', '.join(others)} have weights outside of it" if others else "its first module writes no config",
+        )
+        return False
+    first.save_config(str(directory))
+    processor = getattr(first, "processor", None) or getattr(first, "tokenizer", None)
+    if with_tokenizer and processor is not None:
+        processor.save_pretrained(str(directory))
+    listed: list[JsonValue] = []
+    for number, (name, module) in enumerate(modules):
+        cls = own_class(module)
+        folder = f"{number}_{cls.__name__}" if number else ""
+        if number:
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+            cast(Any, module).save(str(directory / folder))
+        listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
+    write_text(directory / "modules.json", json.dumps(listed, indent=2))
+    settings = getattr(model, "_get_model_config", None)
+    if callable(settings):
+        write_json(directory / "config_sentence_transformers.json", cast(Any, settings()))
+    return True
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(iter(module.state_dict(keep_vars=True)), None) is not None
 
 
 def _module_folders(path: Path) -> list[str] | None:

@@ -31,6 +31,7 @@ from shardwise.io.sources import open_source
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.stateful_wrappers.ways import refuse_fsdp1
 
 
 class AdapterSave:
@@ -72,6 +73,7 @@ class AdapterSave:
         """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
         context, group = self._context, self._context.group
         with group.together("preparing the adapter's directory"):
+            refuse_fsdp1(self.state.model)
             if group.is_main:
                 self._reserve()
                 context.storage.make_directory(self._directory)
@@ -92,7 +94,9 @@ class AdapterSave:
         for file in captured.files:
             held: list[HeldTensor] = []
             with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
-                own = hold_adapter(file.entries, MeshRegister())
+                named = [(entry.spec.name, entry.tensor) for entry in file.entries]
+                meshes = MeshRegister(context.may_differ.of_adapter(named, self.state.model))
+                own = hold_adapter(file.entries, meshes)
                 held = context.staged(f"adapter/{file.adapter_name}", own)
             roster = RosterKeeper(group, context.stage).roster(held)
             plan: ExportPlan | None = None

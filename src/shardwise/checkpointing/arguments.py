@@ -42,12 +42,11 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     """Check that each is what it is called, or a sequence of such.
 
     Raises:
-        MisuseError: One is something else, or a model that FSDP1 wraps.
+        MisuseError: One is something else.
     """
     for part in _several(model):
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
-    refuse_fsdp1(_several(model))
     for each in () if optimizer is None else _several(optimizer):
         if not isinstance(each, Optimizer):
             raise _not("optimizer", each, "a torch.optim.Optimizer, or a list of them")
@@ -57,8 +56,12 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 
 
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """As `check_arguments`; returns ``name``, for `check_same_call`."""
+    """As `check_arguments`; also that FSDP1 wraps no module. Returns ``name``, for `check_same_call`.
+
+    `Checkpointer.save` looks for FSDP1 where it lists the model, which later saves need not do.
+    """
     check_arguments(model, optimizer, scheduler)
+    refuse_fsdp1(_several(model))
     return name
 
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord
@@ -83,13 +87,13 @@ def aside_step(listing: Listing | None, directory: Path, group: Group, storage: 
 
 
 def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, object]]) -> dict[str, bytes]:
-    plain = {name: value for name, (value, _) in values.items()}
+    plain = {name: _plain(value) for name, (value, _) in values.items()}
     try:
         return pack_state({"version": _VERSION, "values": plain, "metadata": metadata})
     except StateFormatError as failure:
         for name, (value, label) in values.items():  # which of them it is
             try:
-                pack_state(value)
+                pack_state(_plain(value))
             except StateFormatError as error:
                 raise ModuleStateError(
                     f"{label} gives for its state what cannot be stored without pickle: {error.message}",
@@ -102,6 +106,19 @@ def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, obj
         ) from failure
 
 
+def _plain(value: object) -> object:
+    """A value with parameters in it as tensors: what gives them out means their values."""
+    if isinstance(value, nn.Parameter) and not isinstance(value, DTensor):
+        return value.detach().as_subclass(torch.Tensor)
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    if type(value) is list:
+        return list(map(_plain, value))
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
 def find_aside(path: Path) -> list[str]:
     """The stems of files with state beside the model at ``path``; none beside others' checkpoints. Local."""
     places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
@@ -110,6 +127,11 @@ def find_aside(path: Path) -> list[str]:
         if found:
             return [str(file.with_suffix("")) for file in found]
     return []
+
+
+def is_own_aside(path: Path, stems: Sequence[str]) -> bool:
+    """Whether what `find_aside` found is that of a model's directory, and not of the one around an export."""
+    return bool(stems) and Path(stems[0]).parent.parent == path
 
 
 def read_aside(stems: Sequence[str]) -> SavedAside | None:

@@ -104,7 +104,7 @@ def match_base(
     conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
     steps: list[Step] = []
     for number, module in enumerate(parts):
-        part = _part(module)
+        part = _part(module, names)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
         kept = list(_present(part.module, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
@@ -222,13 +222,15 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
     return tuple(out), doubled
 
 
-def _part(module: nn.Module) -> _Part:
+def _part(module: nn.Module, there: Sequence[str]) -> _Part:
     inner = unwrap_adapted(module)
     wrapped, saved = _peft_layers(inner)
     adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
     tensors: list[NamedTensor] = []
     copies: list[tuple[str, torch.Tensor]] = []
-    listing = list_state([inner], values=False)
+    # Torch's normalisation layers know files from before they counted.
+    counts = any(name.rpartition(".")[2] == "num_batches_tracked" for name in there)
+    listing = list_state([inner], values=False, norms=not counts)
     for named in listing.tensors:
         if id(named.tensor) in adapters:
             continue

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.plan.fragments import Fragment
+from shardwise.stateful_wrappers.memory import PLAIN, plain_memory, stands_for_memory
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "log_normal_"})
@@ -97,6 +98,10 @@ def _place(tensor: torch.Tensor) -> tuple[str, int] | None:
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     if local.numel() == 0 or local.device.type == "meta":
         return None
+    if type(local) not in PLAIN:  # a wrapper's own storage is nowhere
+        if not stands_for_memory(local):
+            return None
+        local = plain_memory("", local)
     return (str(local.device), local.untyped_storage().data_ptr())
 
 

@@ -33,7 +33,7 @@ from shardwise.checkpointing.base_names import BaseWanted, match_base
 from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.taking import Taking, in_shapes_of, open_taking
+from shardwise.checkpointing.taking import Taking, claimed, in_shapes_of, open_taking
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.load_base import (
@@ -46,9 +46,7 @@ from shardwise.engine.load_base import (
 from shardwise.engine.near_names import listed
 from shardwise.errors import MisuseError
 from shardwise.plan.collector import collector_paused
-from shardwise.plan.deferred import split
 from shardwise.stateful_wrappers.names import declared_ties
-from shardwise.stateful_wrappers.units import Step
 
 _LOG = logging.getLogger(__name__)
 
@@ -191,7 +189,7 @@ def fill_from_base(
     taking: Taking | None = None
     if asks.any or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
-        taking = open_taking(_wanted_steps(wanted), stems, group, lenient)
+        taking = open_taking(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
     report = load_base_tensors(
         wanted.held,
         wanted.groups,
@@ -213,14 +211,6 @@ def fill_from_base(
             own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
             _tell(report, parts, own_names)
     return report
-
-
-def _wanted_steps(wanted: BaseWanted) -> list[Step]:
-    """What modules do; those of which the base fills nothing, such as a fresh head, are not asked."""
-    owners: set[int] = set()
-    for tensor in wanted.held:
-        owners.update(id(owner) for owner, _ in split(tensor)[1])
-    return [step for step in wanted.steps if step.taker is None or id(step.taker) in owners]
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
@@ -256,7 +246,9 @@ def _matched(
         )
     assert found is not None
     specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
-    return replace(found, held=tuple(in_shapes_of(found.held, specs)))
+    own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
+    theirs = [spec for name, spec in specs.items() if name not in source.behind]
+    return replace(found, held=(*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)))
 
 
 def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
@@ -78,6 +79,7 @@ class Checkpointer(ComponentCheckpointer):
     def _line(self) -> RunLine:
         return RunLine()
 
+    @outside_inference_mode
     def save(
         self,
         epoch: int,
@@ -166,6 +168,7 @@ class Checkpointer(ComponentCheckpointer):
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
+    @outside_inference_mode
     def restore(
         self,
         model: Model,
@@ -263,6 +266,7 @@ class Checkpointer(ComponentCheckpointer):
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 

@@ -29,6 +29,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.hooks import leading_own, passed_addons
+from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
@@ -100,6 +101,7 @@ class ComponentCheckpointer:
 
     # --- components -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def save_model(
         self,
         model: Model,
@@ -124,6 +126,7 @@ class ComponentCheckpointer:
         commit = partial(target.commit, closing=save.closing)
         self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), commit, target.abandon))
 
+    @outside_inference_mode
     def load_model(
         self,
         model: Model,
@@ -161,6 +164,7 @@ class ComponentCheckpointer:
         with overwriting("the model"):
             opened.fill()
 
+    @outside_inference_mode
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
@@ -181,6 +185,7 @@ class ComponentCheckpointer:
             raise
         self._run(SaveJob(f"saving {weights_path}/optim", tuple(steps), target.commit, target.abandon))
 
+    @outside_inference_mode
     def load_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
@@ -190,20 +195,24 @@ class ComponentCheckpointer:
             self._looked(model, optimizer, scheduler)
         load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim")
 
+    @outside_inference_mode
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""
         writes = self.tp_rank == 0 and self.pp_rank == 0
         save_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
 
+    @outside_inference_mode
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call."""
         load_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
 
+    @outside_inference_mode
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
         rank = f"rank_{self._context.group.global_rank}"
         save_rank_state(self._context, state, state_name, Path(path).absolute(), rank, True)
 
+    @outside_inference_mode
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
         rank = f"rank_{self._context.group.global_rank}"
@@ -212,12 +221,14 @@ class ComponentCheckpointer:
     # --- base models ------------------------------------------------------------------------------------------------
 
     @staticmethod
+    @outside_inference_mode
     def initialize_model_weights(
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
         basemodel.initialize_model_weights(model, torch.device(device), peft_init_method)
 
+    @outside_inference_mode
     def load_base_model(
         self,
         model: Model,
@@ -250,6 +261,7 @@ class ComponentCheckpointer:
 
     # --- background -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
@@ -267,7 +279,7 @@ class ComponentCheckpointer:
                 if optimizer is not None:
                     stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
                 return
-            captured = context.names.capture(ModelState(model))
+            captured = context.names.capture(ModelState(model), load=True)
             stager.allocate("model", [*captured.held, *captured.hidden])
             if optimizer is not None:
                 stager.allocate("optim", OptimizerState(optimizer, model).held())
@@ -284,11 +296,13 @@ class ComponentCheckpointer:
         if self._background is not None:
             self._background.wait_for_staging()
 
+    @outside_inference_mode
     def async_wait(self) -> None:
         """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
         if self._background is not None:
             self._background.wait()
 
+    @outside_inference_mode
     def finalize(self) -> None:
         """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
         try:

@@ -12,6 +12,7 @@ import torch
 from shardwise.checkpointing.answers import Answers
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.opens import OpeningCheck
 from shardwise.checkpointing.recasts import RecastKeeper
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
@@ -25,6 +26,7 @@ from shardwise.format.manifest import KnownManifest
 from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.replicas import MayDiffer
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Context:
         storage: Where data goes.
         fs: Where names are made and renamed.
         stage: Pipeline rank.
+        may_differ: Of which tensors ranks may have different values.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
@@ -51,7 +54,7 @@ class Context:
     storage: Storage
     fs: FileSystem
     stage: int
-    names: HubNames = field(default_factory=HubNames)
+    names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
     names_base: bool = False
@@ -62,16 +65,25 @@ class Context:
     _base_read: bool = False
 
     def __post_init__(self) -> None:
+        self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
+        self.names = HubNames(self.may_differ)
         self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
+        self.opening = OpeningCheck()
+        self.opening_untied = OpeningCheck()
+        self.no_config: Memo[str] = Memo()
+        self.told: set[str] = set()
+        self.without_adapter: Memo[None] = Memo()
+        self.ties: Memo[dict[str, str]] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.manifests: dict[str, KnownManifest] = {}
         self.exact_roster = RosterKeeper(self.group, self.stage)
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
+        self.warned: set[Path] = set()
         self.further_rosters: dict[str, RosterKeeper] = {}
         self._further: dict[str, Context] = {}
 
@@ -133,6 +145,12 @@ class Context:
         """Whether a save writes the consolidated export."""
         mode = self.config.save_consolidated
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def may_export(self) -> bool:
+        """Whether some save of this run writes an export."""
+        config = self.config
+        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
 
     @property
     def sharing(self) -> Sharing:

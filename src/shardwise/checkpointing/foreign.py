@@ -51,8 +51,7 @@ def in_names_of_files(
     found_ties = dict(ties)
     for part in parts:
         module = unwrap(part)
-        state = [plain_name(name) for name in module.state_dict(keep_vars=True)]
-        own = [by_name.pop(name) for name in state if name in by_name]
+        own = [by_name.pop(name) for name in _names_of(part, parts, hub) if name in by_name]
         specs = tuple(tensor.spec for tensor in own)
         if not is_pretrained(part):
             converted = to_hub(conversion_of(module, specs), own)
@@ -63,6 +62,13 @@ def in_names_of_files(
         held += _copies_of_ties(module, converted.held, names)
         groups += converted.groups
     return replace(hub, held=tuple(held), groups=tuple(groups)), found_ties
+
+
+def _names_of(part: nn.Module, parts: Sequence[nn.Module], hub: HubState) -> list[str]:
+    """The names of a part's tensors, in its order."""
+    if len(parts) == 1:
+        return [tensor.spec.name for tensor in hub.native]
+    return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
 
 
 def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:

@@ -10,7 +10,6 @@ therefore written under every name: transformers would give those that are not t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from torch import nn
 from shardwise.convert import Conversion, HubTensor, adapter_of, derive, to_hub
 from shardwise.errors import ConversionError
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.names import unwrap
 
 
@@ -78,15 +78,10 @@ def _views(tensors: Sequence[HubTensor]) -> list[object]:
 
 
 def is_pretrained(part: nn.Module) -> bool:
-    """Whether a model is one of transformers' classes."""
-    return _is_of(part, "transformers.modeling_utils", "PreTrainedModel")
+    """Whether a model, out of its wrappers, is one of transformers' classes."""
+    return wrapping.is_pretrained(unwrap(part))
 
 
 def _is_loaded_by_others(module: nn.Module) -> bool:
-    return is_pretrained(module) or _is_of(module, "diffusers.models.modeling_utils", "ModelMixin")
-
-
-def _is_of(part: nn.Module, module: str, name: str) -> bool:
-    """Whether a model is of a class of a library, which is not imported for this: it could not exist without."""
-    cls: object = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(unwrap(part), cls)
+    # huggingface_hub's mixin loads into a model that shares what it shares.
+    return wrapping.is_loaded_by_others(module) and not wrapping.is_hub_mixin(module)

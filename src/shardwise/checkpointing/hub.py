@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from shardwise.checkpointing.config_ties import expected_ties
 from shardwise.checkpointing.further_names import further_names
+from shardwise.checkpointing.inside import as_exported, check_apart, outer_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
@@ -23,7 +25,8 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import Listing, NamedTensor, loaders_ties, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor, unwrap
+from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
@@ -43,6 +46,7 @@ class HubState:
         ties: Native names of tied tensors that are not kept -> the native name that is.
         copies: The further names in ``held`` of tensors that are there under another name already.
         kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
+        apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
         hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
         listing: How it was listed, where modules make or take their state in a way of their own.
     """
@@ -54,6 +58,7 @@ class HubState:
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
     hidden: tuple[HeldTensor, ...] = ()
     listing: Listing | None = None
 
@@ -81,9 +86,14 @@ class _Captured:
 
 
 class HubNames:
-    """Derives a model's conversion once and applies it at every save and load."""
+    """Derives a model's conversion once and applies it at every save and load.
 
-    def __init__(self) -> None:
+    Args:
+        may_differ: Of which tensors ranks may have different values.
+    """
+
+    def __init__(self, may_differ: MayDiffer | None = None) -> None:
+        self._may_differ = may_differ or MayDiffer()
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         self._captured: _Captured | None = None
         self._last: tuple[Snapshot, HubState] | None = None
@@ -109,57 +119,60 @@ class HubNames:
         aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
         if known is None or known.names != names or known.aliases != aliases or not known.memory.is_of(own):
-            known = self._captured = _Captured(names, aliases, Memory(own), self._capture(state, tensors))
+            captured = self._capture(state, tensors)  # refuses what has no memory to remember
+            known = self._captured = _Captured(names, aliases, Memory(own), captured)
         # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
         return known.state if modules is not None else replace(known.state, listing=listing)
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
-        native = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
+        meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
+        native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
         # In the order of the model's names, of which a tied tensor keeps not always the first.
         ordered = sorted(zip(tensors, native, strict=True), key=_position)
+        parts = [as_exported(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
+        expected = expected_ties(parts)
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
         hidden: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
-        expected = loaders_ties(state.model)
-        for number, part in enumerate(state.model):
-            own = [tensor for named, tensor in ordered if named.part == number]
-            ignored = _kept_out(part)
+        ties = {alias: named.name for named in tensors for alias in named.aliases}
+        for part in parts:
+            own = [tensor for _, tensor in part.own]
+            ignored = _kept_out(part.module)
             if ignored is not None:
                 held += [tensor for tensor in own if tensor.spec.name not in ignored]
                 absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
             else:
-                conversion = self._conversion(part, own)
+                conversion = self._conversion(part.module, own)
                 converted = to_hub(conversion, own)
                 held += converted.held
                 groups += converted.groups
                 ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
             hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
-            tied = [
-                (alias, tensor)
-                for named, tensor in ordered
-                if named.aliases and named.part == number
-                for alias in named.aliases
-            ]
-            further = further_names(part, tied, expected)
+            tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
+            further = further_names(part.module, tied, expected)
             held += further.copies
             copies += [tensor.spec.name for tensor in further.copies]
             kept |= further.kept
             absent += further.absent
-        ties = {alias: named.name for named in tensors for alias in named.aliases}
+            ties |= part.ties
+        apart = [tensor for part in parts for tensor in part.apart]
+        kept |= outer_names(parts, held)
+        check_apart(apart, held, absent)
         return HubState(
             tuple(native),
-            tuple(held),
+            (*held, *apart),
             tuple(groups),
             tuple(absent),
             ties,
             frozenset(copies),
             kept,
+            frozenset(tensor.spec.name for tensor in apart),
             tuple(hidden),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,13 +16,25 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.huggingface import HFMetadataExporter, copy_metadata, is_quantized, own_exporter, write_metadata
+from shardwise.addons.hf_config import CONFIG
+from shardwise.addons.huggingface import (
+    HFMetadataExporter,
+    copy_metadata,
+    is_quantized,
+    own_exporter,
+    why_no_config,
+    write_metadata,
+)
+from shardwise.addons.model_parts import config_of, described_part
 from shardwise.checkpointing.aside import aside_step, has_aside
 from shardwise.checkpointing.base import BaseModel
 from shardwise.checkpointing.commits import Closing
+from shardwise.checkpointing.config_ties import loose_ties, settle_ties
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.opens import refuse_whole_adapter
+from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.proof import promise_of, prove, read_back, require
 from shardwise.checkpointing.recasts import Recast, Recasts
 from shardwise.checkpointing.torch_format import capture_distcp, tensors_alone, write_distcp
@@ -34,19 +46,32 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ExportMismatchError, ShardwiseError
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import EXPORT, EXPORT_KEYS, METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.format.notes import (
+    APART,
+    EXPORT,
+    EXPORT_KEYS,
+    KEPT_OUT,
+    LOOSE_TIES,
+    METADATA_DIR,
+    NATIVE_DTYPES,
+    PASSED_THROUGH,
+)
 from shardwise.io.statefiles import write_plain
 from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin
 from shardwise.types import TensorSpec
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +92,8 @@ class _Described:
         roster: Who holds what.
         news: Whether any rank's tensors are others than last time.
         any: What any rank has.
+        recasts: What the ranks write otherwise than they hold it, or beside the export.
+        hidden: Names of tensors of any rank that its class keeps out of its files.
     """
 
     hub: HubState
@@ -74,6 +101,8 @@ class _Described:
     roster: Roster
     news: bool
     any: Peculiar
+    recasts: Recasts
+    hidden: tuple[str, ...]
 
 
 class Peculiar(NamedTuple):
@@ -127,6 +156,8 @@ class ModelSave:
         self._describes, self._addons = bool(own), addons[own:]
         self._exporter: HFMetadataExporter | None = None
         self._refusal: Exception | None = None
+        self._loose_ties: dict[str, str] = {}
+        self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
         self._wants_export = context.exports(is_final)
         self._exports = self._wants_export and context.config.model_save_format == "safetensors"
@@ -161,6 +192,7 @@ class ModelSave:
             if self._refusal is not None:
                 raise self._refusal from None
             raise
+        steps += model_steps(self._context, self.state, self._directory)
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -189,6 +221,7 @@ class ModelSave:
                 "`shardwise consolidate` makes one of it"
             )
         kept: dict[str, str] = {}
+        held: list[HeldTensor] = []
         listed: Listing | None = None
         quantized = False
         tensors: dict[str, torch.Tensor] = {}
@@ -199,16 +232,21 @@ class ModelSave:
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept = undeclared_names(listed.tensors, self.state.model)
+            meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
+            held = held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes)
             tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
             quantized = self._describes and is_quantized(self._args)
         _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
         found = Peculiar(bool(counts[0]), False, bool(counts[1]))
         if self.base is not None and context.config.pass_through_unloaded:
             self._carried = self._prove(*self._everyones_specs())
+        roster = context.model_roster.roster(held)
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory({}, (), found.quantized)
+            self._prepare_directory(Recasts({}, False), (), (), found.quantized)
         self._before()
-        write = partial(write_distcp, tensors, self._directory)
+        rank = context.group.rank
+        replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
+        write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
         return [_telling(kept), *self._aside(found, listed), write]
 
     def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
@@ -247,13 +285,13 @@ class ModelSave:
         """Plan an export and prepare its directory; all ranks call."""
         context, described = self._context, self._described()
         hub, own, roster = described.hub, described.own, described.roster
-        recasts = context.recasts.settle(own, described.news) if self.base is not None else Recasts({}, False)
+        recasts = described.recasts
         names = self._prove(roster.specs, hub.absent)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
         natives = natives_of(hub.groups)
         computed = ComputedPlan(hub.groups, context.computed_roster.settle(natives, described.news))
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
-        options, directory = self._options(), self._directory / CONSOLIDATED_DIR
+        options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
         plan: ExportPlan | None = None
         with context.group.together("planning the export and preparing its directory"):
             known = context.model_plan.get(
@@ -261,18 +299,21 @@ class ModelSave:
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
-            self._prepare_directory(recasts.native, names, described.any.quantized)
+            self._look_at_ties(roster)
+            self._prepare_directory(recasts, names, described.hidden, described.any.quantized)
+            self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
         assert plan is not None
         self._before()
-        steps = [self._export(plan, roster)]
+        steps = [self._settling_ties(self._export(plan, roster))]
         if context.config.verify_export:
             self.closing.append(partial(read_back, plan))
         if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
             exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
-            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT))
+            names_apart = {tensor.spec.name for tensor in hub.hidden}
+            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
         return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
 
     def _described(self) -> _Described:
@@ -288,12 +329,10 @@ class ModelSave:
                 self._reserve()
             hub = self._captured()
             natives = natives_of(hub.groups)
-            if self._exports:
-                own = context.recasts.recast([*hub.held, *declared(hub.groups)], base)
-                computed = [context.computed_roster.look(natives)]
-                computed += [] if self.base is None else [context.recasts.look(own)]
-            else:
-                own, computed = Recast.of([*hub.held, *natives, *hub.hidden], {}), []
+            held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
+            own = context.recasts.recast(held, base, hub.apart, exports=self._exports)
+            computed = [context.recasts.look(own)]
+            computed += [context.computed_roster.look(natives)] if self._exports else []
             # As long as the same is captured, the parameters are the same.
             seen = [context.sound]
             quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
@@ -303,7 +342,9 @@ class ModelSave:
         assert own is not None
         # In one order on every rank: each may exchange something.
         found = Peculiar(*context.peculiar.settle(news.any))
-        return _Described(hub, own, context.model_roster.settle(own.export, news.any), news.any, found)
+        roster = context.model_roster.settle(own.export, news.any)
+        recasts = context.recasts.settle(own, news.any)
+        return _Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
 
     def _ask_exporter(self) -> None:
         """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
@@ -315,12 +356,20 @@ class ModelSave:
             self._refusal = error
             raise
 
+    def _hidden(self, hub: HubState) -> tuple[str, ...]:
+        """Names of what the ranks' classes keep out of their files. All ranks call."""
+        own: JsonValue = [tensor.spec.name for tensor in hub.hidden]
+        everyone = cast(list[list[str]], self._context.group.gather_json(own, "comparing what is in no export"))
+        return tuple(sorted({name for theirs in everyone for name in theirs}))
+
     def _captured(self) -> HubState:
         context = self._context
         hub = context.names.capture(self.state)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "values to save")
             context.sound = hub
+        if context.may_export and context.config.verify_export:
+            context.without_adapter.get([hub], None, lambda: refuse_whole_adapter(self.state.model))
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
@@ -328,10 +377,14 @@ class ModelSave:
         own = len(hub.held)
         return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
 
-    def _options(self) -> ExportOptions:
-        config = self._context.config
+    def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
+        config, described = self._context.config, described_part(self.state.model)
+        files = dict(self.base.files) if self.base is not None else {}
+        if described is not None and is_hub_mixin(described):
+            # huggingface_hub's mixin opens this one file, whatever there is beside it.
+            files = dict.fromkeys((spec.name for spec in specs), "model.safetensors")
         return ExportOptions(
-            base_files=dict(self.base.files) if self.base is not None else {},
+            base_files=files,
             max_file_bytes=config.max_file_bytes,
             stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
             threads=self._context.writing_threads,
@@ -357,7 +410,9 @@ class ModelSave:
         passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
         return cast(list[str], passed)
 
-    def _prepare_directory(self, native: Mapping[str, str], passed: Sequence[str], quantized: bool) -> None:
+    def _prepare_directory(
+        self, recasts: Recasts, passed: Sequence[str], hidden: Sequence[str], quantized: bool
+    ) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
         context = self._context
         if self.base is not None:
@@ -367,19 +422,92 @@ class ModelSave:
         if not context.group.is_main:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
-        notes = ((NATIVE_DTYPES, dict(native)), (PASSED_THROUGH, list(passed)), (EXPORT, self._export_note()))
-        for name, value in notes:
+        notes = {
+            NATIVE_DTYPES: dict(recasts.native),
+            PASSED_THROUGH: list(passed),
+            KEPT_OUT: list(hidden),
+            APART: sorted(recasts.apart),
+            LOOSE_TIES: self._loose_ties,
+            EXPORT: self._export_note(),
+        }
+        for name, value in notes.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, quantized, self._exporter)
+            self._tell_of_config(recasts)
+
+    def _tell_of_config(self, recasts: Recasts) -> None:
+        """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
+        context = self._context
+        if context.may_export and recasts.apart:
+            names = sorted(recasts.apart)
+            said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
+            if said not in context.told:
+                context.told.add(said)
+                _LOG.info("%s", said)
+        config = self._directory / METADATA_DIR / CONFIG
+        if context.may_export and self._exporter is None and not config.is_file():
+            why = context.no_config.get([context.sound], None, lambda: why_no_config(self.state.model))
+            if why not in context.told:
+                context.told.add(why)
+                _LOG.warning("the export has no config.json: %s", why)
+
+    def _look_at_ties(self, roster: Roster) -> None:
+        """Find out what the configuration ties and the files have twice. Local."""
+        if self._context.group.is_main and self._describes:
+            self._loose_ties = self._context.ties.get(
+                [roster], self._tie_settings(), lambda: loose_ties(self.state.model, {s.name for s in roster.specs})
+            )
+
+    def _tie_settings(self) -> list[object]:
+        """What may be changed of ties while the tensors stay the same."""
+        model = described_part(self.state.model)
+        config = None if model is None else config_of(model)
+        below = getattr(config, "text_config", None)
+        return [getattr(each, "tie_word_embeddings", None) for each in (config, below)]
+
+    def _settling_ties(self, step: Step) -> Step:
+        """The step, after which the configuration says of ties what was written."""
+        written: list[ComponentRecord] = []
+
+        def settle(group: Group) -> None:
+            if group.is_main and self._loose_ties:
+                is_untied = settle_ties(self._loose_ties, written[0].tensors, self._directory / METADATA_DIR)
+                if is_untied and self._untied_misfit is not None:
+                    raise self._untied_misfit
+
+        def run(group: Group) -> ComponentRecord:
+            written[:] = [step(group)]
+            return written[0]
+
+        self.closing.append(settle)
+        return run
+
+    def _check_opening(self, described: _Described, passed: Sequence[TensorSpec]) -> None:
+        """Check that what config.json describes would load the export, this one or a later one. Local."""
+        context = self._context
+        if not (context.group.is_main and context.may_export and context.config.verify_export):
+            return
+        if not self._exports and described.hub.groups:
+            return  # shards hold what their names are computed from
+        directory, apart = self._directory / METADATA_DIR, {*described.recasts.apart, *described.hidden}
+        context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
+        if self._exports and self._loose_ties:
+            # What it would be if the two turn out to differ, which is known when they are written.
+            try:
+                context.opening_untied.check(
+                    self.state.model, directory, described.roster, passed=passed, apart=apart, untie=True
+                )
+            except ExportMismatchError as misfit:
+                self._untied_misfit = misfit
 
     def _export_note(self) -> dict[str, object]:
         """How an export made later is to be laid out; nothing where there is one."""
         if self._exports:
             return {}
-        options, base = self._options(), self.base
+        options, base = self._options(()), self.base
         directory = None if base is None else str(base.directory.absolute())
         files = [] if base is None else list(base.numbers)
         values = (options.stem, options.max_file_bytes, directory, files, self._carried)
@@ -434,7 +562,12 @@ class ModelSave:
         return self._release_after(write)
 
     def _shards(
-        self, held: Sequence[HeldTensor], roster: Roster, component: str, described: _Described | None = None
+        self,
+        held: Sequence[HeldTensor],
+        roster: Roster,
+        component: str,
+        described: _Described | None = None,
+        hidden: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
         context = self._context
@@ -445,11 +578,13 @@ class ModelSave:
             known = memo.get(
                 [*held, roster],
                 None,
-                lambda: ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster)),
+                lambda: self._shard_plan(held, roster, component, hidden),
             )
             nbytes = known.own_bytes
             if described is not None:
-                self._prepare_directory({}, (), described.any.quantized)
+                self._look_at_ties(roster)
+                self._prepare_directory(described.recasts, (), described.hidden, described.any.quantized)
+                self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
         _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
@@ -458,6 +593,14 @@ class ModelSave:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
         return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
+
+    def _shard_plan(
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
+    ) -> ShardPlan:
+        # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
+        compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
+        replicas = (comparison(compared, roster, self._context.group.rank),)
+        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.distinct import blob_of, distinct, unblob
+from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedule_records import attached, capture_schedules, merge_schedules
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, saved_schedules
@@ -25,17 +26,20 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.io.sources import open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
 from shardwise.stateful_wrappers.replicated_options import RankRecord, agreed
+from shardwise.stateful_wrappers.tensors import MeshRegister
 
 _LOG = logging.getLogger(__name__)
 OPTIMIZER_STATE = "optimizer"
@@ -105,25 +109,32 @@ class OptimizerSave:
                         record += write_state(context.storage, self._directory / SCHEDULER_STATE, schedule)
             return record
 
-        if context.config.model_save_format == "torch_save":
-            tensors: dict[str, torch.Tensor] = {}
-            with group.together("describing the optimizer's tensors"):
-                tensors = capture_distcp(context, "optim", state.state_dict())
-            return [write_states, lambda group: write_distcp(tensors, self._directory, group)]
+        is_torchs = context.config.model_save_format == "torch_save"
+        tensors: dict[str, torch.Tensor] = {}
         held: list[HeldTensor] = []
         with group.together("describing the optimizer's tensors"):
-            held = context.staged("optim", state.held())
+            held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
+            if is_torchs:
+                tensors = capture_distcp(context, "optim", state.state_dict())
+            else:
+                held = context.staged("optim", held)
         roster = context.optimizer_roster.roster(held)
+        own_steps = optimizer_steps(context, state, self._directory)
+        replicas = comparison(held, roster, group.rank)
+        if is_torchs:
+            others = left_to_others(held, roster, group.rank)
+            write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
+            return [write_states, write, *own_steps]
         files: tuple[ShardFile, ...] = ()
         with group.together("planning the optimizer's files"):
             files = plan_shards(held, roster, group.rank, stem="optim")
-        plan = ShardPlan(self._directory, "optim", roster, files)
-        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True)]
+        plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
+        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved."""
-        config = self._context.config
-        return config.replicas == "first" or any(fnmatchcase(name, each) for each in config.per_rank_state or ())
+        may_differ = self._context.may_differ
+        return may_differ.all or may_differ.is_own(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +142,18 @@ class OpenedOptimizer:
     """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
 
     Attributes:
+        context: Settings, ranks and storage.
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        own: State of which this rank has a value of its own; ``None`` where it has none.
     """
 
+    context: Context
     plan: OptimizerRestore
     schedulers: FoundSchedules
     tensors: OpenedLoad | None
+    own: OwnRead | None = None
 
     @property
     def unwanted(self) -> tuple[str, ...]:
@@ -167,8 +182,13 @@ class OpenedOptimizer:
 
     def fill(self) -> None:
         """Read the state tensors. All ranks call, after `take_in`."""
-        if self.tensors is not None:
-            self.tensors.read()
+        if self.tensors is None:
+            return
+        self.tensors.read()
+        if self.tensors.asked:
+            with self.context.group.together("reading the optimizer's state of each rank's own tensors"):
+                if self.own is not None:
+                    self.own.read(self.context)
 
 
 def open_optimizer(
@@ -187,11 +207,15 @@ def open_optimizer(
     """
     group = context.group
     plan: OptimizerRestore | None = None
+    own: OwnRead | None = None
     schedulers = FoundSchedules()
 
     def compare() -> JsonValue:
-        nonlocal plan, schedulers
+        nonlocal plan, schedulers, own
         plan, schedulers = _compared(context, optimizer, model, as_list(scheduler), directory)
+        own = find_optimizer(context, plan, directory)
+        if own is not None:
+            plan = plan.keeping({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         return [bool(plan.tensors()), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
 
     rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
@@ -202,15 +226,20 @@ def open_optimizer(
             schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
     if not any(row[0] for row in rows):
-        return OpenedOptimizer(found, schedulers, None)
+        return OpenedOptimizer(context, found, schedulers, None)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
     tensors = open_described(
-        lambda: found.held_as_saved(source.tensors.keys()), source, group, context.storage, options
+        lambda: found.held_as_saved(source.tensors.keys()),
+        source,
+        group,
+        context.storage,
+        options,
+        lambda: own is not None,
     )
-    return OpenedOptimizer(found, schedulers, tensors)
+    return OpenedOptimizer(context, found, schedulers, tensors, own)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]

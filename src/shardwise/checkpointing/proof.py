@@ -16,8 +16,9 @@ from typing import cast
 
 from torch import nn
 
-from shardwise.addons.model_parts import own_class
+from shardwise.addons.model_parts import config_of, own_class
 from shardwise.checkpointing.base import BaseModel
+from shardwise.checkpointing.inside import exported_modules
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError
@@ -97,8 +98,8 @@ def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
     """What this rank's parts say, as a `_Row`; nothing where it has none."""
     if not parts:
         return None
-    module = unwrap(parts[0])
-    config = getattr(module, "config", None)
+    module = exported_modules(parts)[0]
+    config = config_of(module)
     text = getattr(config, "text_config", None) or config
     size = getattr(text, "vocab_size", None)
     computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}

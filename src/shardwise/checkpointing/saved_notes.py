@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 from shardwise.checkpointing.aside import find_aside
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import StateFormatError
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.io.statefiles import read_file
@@ -22,11 +23,13 @@ class SavedNotes:
     Attributes:
         exact: Name in the file -> dtype in memory, where the export has another.
         passed: Names of the base model's tensors that were carried over.
+        ranks: By how many ranks tensors were saved of which each has a value of its own; 0 where there are none.
         aside: Where there is state beside ordinary tensors.
     """
 
     exact: Mapping[str, str]
     passed: tuple[str, ...]
+    ranks: int = 0
     aside: tuple[str, ...] = ()
 
 
@@ -41,14 +44,14 @@ def read_notes(path: Path, group: Group) -> SavedNotes:
         StateFormatError: One of them is damaged.
     """
     told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
-    exact, passed, aside = cast(tuple[dict[str, str], list[str], list[str]], told)
-    return SavedNotes(exact, tuple(passed), tuple(aside))
+    exact, passed, ranks, aside = cast(tuple[dict[str, str], list[str], int, list[str]], told)
+    return SavedNotes(exact, tuple(passed), ranks, tuple(aside))
 
 
 def _noted(path: Path) -> JsonValue:
     exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
-    passed: JsonValue = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
-    return [cast(JsonValue, exact), passed, cast(JsonValue, find_aside(path))]
+    passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
+    return [cast(JsonValue, exact), cast(JsonValue, passed), saved_ranks(path), cast(JsonValue, find_aside(path))]
 
 
 _Note = TypeVar("_Note", dict[str, str], list[str])

@@ -38,9 +38,9 @@ def under_saved_names(
     found: dict[str, str] = {}
     for part in parts if lacking else ():
         for name, other in promised_ties([part]).items():
-            own = _file_name(part, name)
+            own = file_name(part, name)
             if own in lacking:
-                found[own] = _file_name(part, other)
+                found[own] = file_name(part, other)
     return [
         tensor._replace(spec=tensor.spec._replace(name=found[tensor.spec.name]))
         if found.get(tensor.spec.name) in available
@@ -49,7 +49,7 @@ def under_saved_names(
     ]
 
 
-def _file_name(part: nn.Module, name: str) -> str:
+def file_name(part: nn.Module, name: str) -> str:
     """What a tensor that is only renamed is called in the model's files."""
     made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
     return made.hub[0].name if len(made.hub) == 1 else name

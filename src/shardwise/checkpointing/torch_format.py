@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -13,8 +13,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from shardwise.checkpointing.context import Context
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.io.regions import is_packed
+from shardwise.stateful_wrappers.tensors import local_memory
 from shardwise.stateful_wrappers.ways import EXTRA
 
 
@@ -41,21 +43,37 @@ def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch
     )
 
 
-def write_distcp(tensors: Mapping[str, torch.Tensor], directory: Path, group: Group) -> ComponentRecord:
+def write_distcp(
+    tensors: Mapping[str, torch.Tensor], directory: Path, group: Group, *, replicas: Comparison, others: Collection[str]
+) -> ComponentRecord:
     """Write what `capture_distcp` captured as a DCP directory. All ranks of the group call.
 
+    Args:
+        tensors: What was captured.
+        directory: Where the files go.
+        group: The ranks that save together.
+        replicas: What this rank holds that others hold too, under the same names.
+        others: Names of the tensors that a lower rank writes, since replicas may have other values of them. (DCP would
+            choose by the bytes that each rank writes.)
+
     Raises:
+        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
         ShardwiseError: What DCP's writer failed with, on every rank.
     """
     failure: BaseException | None = None
+    seen = Seen()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
-            save(dict(tensors), storage_writer=writer, process_group=group.process_group)
-    except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
+            own = {name: tensor for name, tensor in tensors.items() if name not in others}
+            save(own, storage_writer=writer, process_group=group.process_group)
+        seen = look_at([replicas.reading({name: local_memory(tensor) for name, tensor in tensors.items()})])
+    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
-    group.agree(failure, f"writing {directory}")
+    _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
+    if differ:
+        refuse(seen, group)
     return ComponentRecord()
 
 

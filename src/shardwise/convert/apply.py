@@ -95,7 +95,8 @@ def _part(native: HeldPart, view: AxisView | None) -> HeldPart:
         return native
     fragments = tuple(_through(view, native.fragments))
     part = native.part
-    return HeldPart(Part(part.native_shape, part.mesh, part.placements, view), native.coordinate, fragments)
+    seen = Part(part.native_shape, part.mesh, part.placements, view, part.may_differ)
+    return HeldPart(seen, native.coordinate, fragments)
 
 
 def _through(view: AxisView, fragments: Iterable[Fragment]) -> Iterable[Fragment]:

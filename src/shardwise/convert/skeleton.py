@@ -8,34 +8,18 @@ original classes and without those modules; it shares every parameter, and the m
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
-#: Where a wrapper keeps the module that it wraps, by the wrapper's class name (DDP's attribute is too common a name).
-_INNER = {"CheckpointWrapper": "_checkpoint_wrapped_module", "OptimizedModule": "_orig_mod"}
-_INNER |= {"DistributedDataParallel": "module", "FullyShardedDataParallel": "_fsdp_wrapped_module"}
-
-
-def original_class(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The module's class before FSDP2 replaced it."""
-    return _original(type(module))  # type: ignore[arg-type]
-
-
-@cache  # a model has few classes, and asking abstract ones what they are is slow
-def _original(own: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    from torch.distributed.fsdp import FSDPModule
-
-    for cls in own.__mro__:
-        if not issubclass(cls, FSDPModule) and issubclass(cls, torch.nn.Module):
-            return cls
-    return own
+from shardwise.stateful_wrappers.wrapping import original_class as original_class  # noqa: PLC0414
+from shardwise.stateful_wrappers.wrapping import wrapped
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside of wrappers, or the module itself."""
+    """The module inside of wrappers, FSDP1's among them, or the module itself."""
     while True:
-        inner = module._modules.get(_INNER.get(type(module).__name__, ""))
+        inner = wrapped(module)
+        if inner is None:  # not by truth: a module may have a length, and a compiled one asks the model's
+            inner = module._modules.get("_fsdp_wrapped_module")
         if inner is None:
             return module
         module = inner

@@ -16,7 +16,7 @@ from shardwise.convert import HeldGroup
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConversionError, MissingTensorError, PeerError, ShapeMismatchError
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import flat_bytes
+from shardwise.io.memory import flat_bytes, stored
 from shardwise.io.reader import Reader
 from shardwise.io.sources import Source
 from shardwise.io.storage import Storage
@@ -142,7 +142,7 @@ def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made:
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(flat_bytes(a.detach().to(b.dtype).contiguous()), flat_bytes(b.detach().contiguous()))
+    return torch.equal(flat_bytes(stored(a.to(b.dtype))), flat_bytes(stored(b)))
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
@@ -199,7 +199,7 @@ def _pieces(tensor: HeldTensor, roster: Roster, owner: int) -> list[tuple[int, B
     for held in tensor.parts:
         mesh = held.part.mesh
         for ranks in roster.shard_set(tensor.spec.name, held.part).replicas.values():
-            source = owner if owner in ranks else ranks[0]
+            source = owner if owner in ranks and not held.part.may_differ else ranks[0]
             boxes = held.part.boxes(() if mesh is None else roster.coordinates[source][mesh])
             found += [(source, box) for box in boxes]
     return found
@@ -209,7 +209,7 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
     own = {fragment.box: fragment.data for fragment in tensor.fragments}
     dtype = next((data.dtype for data in own.values()), torch_dtype(tensor.spec.dtype))
     if rank != owner:
-        sends = [(owner, resolve(own[box]).detach().to("cpu").contiguous()) for source, box in pieces if source == rank]
+        sends = [(owner, stored(resolve(own[box]).to("cpu"))) for source, box in pieces if source == rank]
         return _Prepared(sends, [], None)
     whole = torch.empty(tensor.grid, dtype=dtype)
     receives: list[tuple[int, torch.Tensor, Box]] = []

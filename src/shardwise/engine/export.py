@@ -14,6 +14,7 @@ from shardwise.comm import Group
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, check_written
+from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.format.crc import crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -92,6 +93,7 @@ class ExportPlan:
         held: What this rank holds.
         computed: What is computed while writing.
         copies: What is carried over.
+        replicas: What this rank holds that others hold too, to be compared before anything is published.
         within: The directory, as paths in the manifest name it; empty for the component's own.
         has_room: Whether `make_room` was called, and has succeeded.
         prepared: What one writing finds is kept for the next.
@@ -104,6 +106,7 @@ class ExportPlan:
     held: Sequence[HeldTensor]
     computed: ComputedPlan
     copies: Copies
+    replicas: tuple[Comparison, ...] = ()
     within: str = ""
     has_room: bool = False
     prepared: Memo[tuple[Prepared, ...]] = field(default_factory=Memo, repr=False, compare=False)
@@ -137,7 +140,12 @@ def plan_export(
         stem=options.stem,
     )
     work = schedule(held, layout, roster, group.rank)
-    return ExportPlan(directory, options, layout, work, held, computed or ComputedPlan(), copies or Copies())
+    computed = computed or ComputedPlan()
+    replicas = [comparison(held, roster, group.rank)]
+    if computed.roster is not None:
+        natives = [tensor for each in computed.groups for tensor in each.natives]
+        replicas.append(comparison(natives, computed.roster, group.rank))
+    return ExportPlan(directory, options, layout, work, held, computed, copies or Copies(), tuple(replicas))
 
 
 def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Digest = crc32c) -> ComponentRecord:
@@ -158,16 +166,18 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
         IncompleteTensorError: The ranks together did not write every byte of a tensor.
+        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
     started = time.monotonic()
     spare = reserve(plan, group, storage)
-    digests = Digests()
+    digests, seen = Digests(), Seen()
     failure: Exception | None = None
     try:
         _write(plan, group, storage, digests, digest, spare)
+        seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
-    record = _fold(plan, group, digests, failure)
+    record = _fold(plan, group, digests, seen, failure)
     if group.is_main:
         seconds = time.monotonic() - started
         nbytes = plan.layout.total_bytes
@@ -264,9 +274,12 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run
         reader.close()
 
 
-def _fold(plan: ExportPlan, group: Group, digests: Digests, failure: Exception | None) -> ComponentRecord:
+def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
-    crcs, counts = group.fold(*totals(names, digests), f"writing {plan.directory}", failure)
+    xors, own_counts = totals(names, digests)
+    crcs, (*counts, differ) = group.fold(xors, [*own_counts, seen.share], f"writing {plan.directory}", failure)
+    if differ:
+        refuse(seen, group)
     written = dict(zip(names, counts, strict=True))
     for file in plan.layout.files:
         path = plan.directory / file.name

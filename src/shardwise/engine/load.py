@@ -30,6 +30,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
 from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.plan.sharing import Replicas
+from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.types import Box
 
 _LOG = logging.getLogger(__name__)
@@ -243,6 +244,7 @@ def plan_load(
         UnexpectedTensorError: The same.
         ShapeMismatchError: The same.
         DtypeMismatchError: The same.
+        TensorError: Several elements of a tensor are one memory.
     """
     tensors = source.tensors
     missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
@@ -260,6 +262,8 @@ def plan_load(
             _compare(tensor, source, options)
         direct, theirs = split(tensor)
         if direct is not None:
+            for fragment in direct.fragments:
+                require_own_elements(tensor.spec.name, fragment.data)
             reads.add(saved, direct, replicas)
         for owner, part in theirs:
             later.setdefault(id(owner), Later(owner, [])).tensors.append((saved, part))

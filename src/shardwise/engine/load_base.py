@@ -32,6 +32,7 @@ from shardwise.plan.deferred import Buffers, refuse_stand_ins, split
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.quantized import Quantized
 from shardwise.plan.sharing import Replicas
+from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.types import Box, TensorSpec
 
 _LOG = logging.getLogger(__name__)
@@ -285,6 +286,8 @@ def _plan_one(tensor: HeldTensor, source: BaseSource, plan: _Plan, replicas: Rep
             if alone.parts:
                 plan.quantized.append((quantized, alone))
         return
+    for fragment in tensor.fragments:
+        require_own_elements(name, fragment.data)
     stored = source.stored(name)
     if stored is not None and stored.dtype != tensor.spec.dtype:
         plan.cast += 1

@@ -60,7 +60,8 @@ def write_merged(
     files: tuple[ShardFile, ...] = ()
     with group.together("planning the shards"):
         files = plan_shards(plan.held, roster, group.rank)
-    shards = ShardPlan(aside, plan.options.component, computed.others(roster), files)
+    component = plan.options.component
+    shards = ShardPlan(aside, component, computed.others(roster), files, replicas=plan.replicas)
     record = write_shards(shards, group, storage, everywhere=True)
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias, cast
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, FileRow, Told, check_written, file_row
+from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.format.crc import combine, crc32c
 from shardwise.format.dtypes import torch_dtype
 from shardwise.format.header import encode_header
@@ -51,11 +52,12 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class _Written:
-    """What a rank has written: contributions to digests, the digests of its pieces, and with what it failed."""
+    """What a rank has written: contributions to digests, those of its pieces, with what it failed; its replicas."""
 
     digests: Digests
     crcs: list[int]
     failure: Exception | None
+    seen: Seen
 
 
 _ChunkRow: TypeAlias = tuple[str, str, int, int, list[int], list[int]]
@@ -82,6 +84,7 @@ class ShardPlan:
         roster: Who holds what.
         files: This rank's files.
         all_bytes: Bytes of all ranks' files, if they have been added up.
+        replicas: What this rank holds that others hold too, to be compared before anything is published.
         kept: What one writing leaves for the next.
     """
 
@@ -90,6 +93,7 @@ class ShardPlan:
     roster: Roster
     files: tuple[ShardFile, ...]
     all_bytes: int | None = None
+    replicas: tuple[Comparison, ...] = ()
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
     @property
@@ -134,6 +138,7 @@ def write_shards(
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
+        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
     pieces: tuple[_Piece, ...] = ()
     digests, own_crcs = Digests(), list[int]()
@@ -149,6 +154,7 @@ def write_shards(
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     failure: Exception | None = None
+    seen = Seen()
     files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     try:
         try:
@@ -160,9 +166,10 @@ def write_shards(
             storage.sync_directory(plan.directory)
         finally:
             files.close()
+        seen = look_at(plan.replicas)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
-    told = _fold(plan, group, _Written(digests, own_crcs, failure), None if everywhere else most_chunks)
+    told = _fold(plan, group, _Written(digests, own_crcs, failure, seen), None if everywhere else most_chunks)
     if later:
         return ComponentRecord(told=(told,))
     rows = (group.gather if everywhere else group.collect)(told.own, "gathering records")
@@ -198,8 +205,10 @@ def _fold(plan: ShardPlan, group: Group, written: _Written, most_chunks: int | N
     """Combine digests and check that every byte was written; returns what there is to tell of files and chunks."""
     specs, own_crcs = plan.roster.specs, written.crcs
     xors, own_counts = totals([spec.name for spec in specs], written.digests)
-    sums = [*own_counts, len(own_crcs)]
-    crcs, (*counts, all_chunks) = group.fold(xors, sums, f"writing {plan.directory}", written.failure)
+    sums = [*own_counts, len(own_crcs), written.seen.share]
+    crcs, (*counts, all_chunks, differ) = group.fold(xors, sums, f"writing {plan.directory}", written.failure)
+    if differ:
+        refuse(written.seen, group)
     for spec, count in zip(specs, counts, strict=True):
         check_written(spec, count, plan.directory)
     is_listed = most_chunks is None or all_chunks <= most_chunks

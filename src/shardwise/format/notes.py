@@ -5,6 +5,9 @@ from __future__ import annotations
 #: The directory of notes, in a checkpoint's ``model``.
 METADATA_DIR = ".hf_metadata"
 
+#: The directory of files of single ranks, in a component's. Whoever opens the component does not look into it.
+PER_RANK_DIR = "per_rank"
+
 #: Name in the file -> number of the base model's file that has the tensor.
 FILE_INDEX = "fqn_to_file_index_mapping.json"
 #: Name in the file -> dtype in the base model.
@@ -13,6 +16,12 @@ FILE_DTYPES = "fqn_to_dtype_mapping.json"
 NATIVE_DTYPES = "native_dtypes.json"
 #: Names of the base model's tensors that were carried over.
 PASSED_THROUGH = "passed_through.json"
+#: Names of tensors that shards hold for a resume and the model's class keeps out of its files.
+KEPT_OUT = "kept_out.json"
+#: Names of saved tensors that are no part of the exported model: a value head around it, a running average's counter.
+APART = "apart.json"
+#: Ties by configuration of which both tensors are saved, each by a name of its own: name -> the name it is tied to.
+LOOSE_TIES = "loose_ties.json"
 #: What an export that is made later needs to be the one that the save would have made: see `EXPORT_KEYS`.
 EXPORT = "export.json"
 #: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, its ``files`` in the order of numbers, and
@@ -20,7 +29,7 @@ EXPORT = "export.json"
 EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files", "carried")
 
 #: What readers of an export have no use for.
-NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, EXPORT})
+NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, KEPT_OUT, APART, LOOSE_TIES, EXPORT})
 
 #: Directory beside a model's tensors with what its modules have beside tensors.
 ASIDE_DIR = "module_state"

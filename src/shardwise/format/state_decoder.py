@@ -189,7 +189,7 @@ class Decoder:
             scale, zero = self.decode(row[1], depth), row[2]
             if type(scale) is not float or type(zero) is not int or not -(2**31) <= zero < 2**31:
                 fail("has $quantized whose scale or zero point is no number")
-            return torch._make_per_tensor_quantized_tensor(integers, scale, zero)
+            return self._made(torch._make_per_tensor_quantized_tensor, integers, scale, zero)
         scales, zeros, axis = self._tensor(row[1]), self._tensor(row[2]), row[3]
         is_axis = type(axis) is int and 0 <= axis < integers.dim()
         if not is_axis or not (scales.dim() == zeros.dim() == 1):
@@ -197,7 +197,16 @@ class Decoder:
         axis = cast("int", axis)
         if not len(scales) == len(zeros) == integers.shape[axis]:
             fail("has $quantized whose axis, scales or zero points do not fit")
-        return torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)
+        if not scales.dtype.is_floating_point or zeros.dtype not in (torch.int32, torch.int64, torch.float32):
+            fail("has $quantized whose scales or zero points are of another dtype")
+        return self._made(torch._make_per_channel_quantized_tensor, integers, scales, zeros, axis)
+
+    @staticmethod
+    def _made(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:
+        try:
+            return make(*args)
+        except RuntimeError as error:
+            fail(f"has $quantized of which torch makes no tensor: {str(error)[:200]}")
 
     def _size(self, value: JsonValue, depth: int) -> object:
         import torch

@@ -83,6 +83,7 @@ from shardwise.io.storage import LocalStorage, Storage
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
+from shardwise.stateful_wrappers.memory import plain_memory, require_own_elements
 from shardwise.types import Box, TensorSpec
 
 PathLike = str | os.PathLike[str]
@@ -354,7 +355,9 @@ class SafetensorsReader(StorageReader):
             saved = source.tensors[item.storage_index.fqn]
             origin = _origin(item.storage_index)
             offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
-            fragment = Fragment(Box(offsets, tuple(item.lengths)), getattr(target, "_local_tensor", target))
+            memory = plain_memory(saved.spec.name, getattr(target, "_local_tensor", target))
+            require_own_elements(saved.spec.name, memory)
+            fragment = Fragment(Box(offsets, tuple(item.lengths)), memory)
             wanted = HeldTensor(saved.spec, saved.spec.shape, (HeldPart(Part(saved.spec.shape), (), (fragment,)),))
             reads += plan_reads(saved, wanted)
         try:

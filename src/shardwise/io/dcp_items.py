@@ -16,6 +16,7 @@ from shardwise.io.dcp_values import PackedValue
 from shardwise.io.regions import is_packed
 from shardwise.io.writer import Digests
 from shardwise.plan.layout import Layout
+from shardwise.stateful_wrappers.memory import plain_memory
 from shardwise.types import Box, TensorSpec
 
 
@@ -100,10 +101,11 @@ def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
 
     Raises:
         IncompleteTensorError: It is not of the shape that the plan says.
+        TensorError: Its class wraps other tensors (`plain_memory`).
     """
     data = planner.resolve_data(item)
     assert isinstance(data, torch.Tensor)
-    local: torch.Tensor = getattr(data, "_local_tensor", data).detach()
+    local = plain_memory(item.index.fqn, getattr(data, "_local_tensor", data))
     if tuple(local.shape) != box.sizes:
         raise IncompleteTensorError(
             f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from shardwise.format.crc import crc32c, shift
-from shardwise.io.memory import as_bytes, blocks
+from shardwise.io.memory import as_bytes, blocks, stored
 from shardwise.plan.deferred import resolve
 from shardwise.plan.runs import flat_offset, stride_of
 from shardwise.types import Box
@@ -59,7 +59,7 @@ def _row_crcs(data: torch.Tensor, run: int, count: int) -> np.ndarray[tuple[int]
     width = run * data.element_size()
     at = 0
     for block in blocks(data.reshape(count, run), max(run, _ROWS_AT_ONCE // data.element_size() // run * run)):
-        view = as_bytes(block.contiguous())
+        view = as_bytes(stored(block))
         for start in range(0, len(view), width):
             crcs[at] = crc32c(view[start : start + width])
             at += 1

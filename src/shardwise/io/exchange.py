@@ -13,7 +13,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.errors import PeerError
-from shardwise.io.memory import flat_bytes
+from shardwise.io.memory import flat_bytes, stored
 from shardwise.plan.deferred import resolve
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout
@@ -171,7 +171,7 @@ def _cut_out(
 def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
     flat = [resolve(piece.data).detach().to("cpu").reshape(-1) for piece in pieces]
     packed = flat[0].contiguous() if len(flat) == 1 else torch.cat(flat)
-    return flat_bytes(packed)
+    return flat_bytes(stored(packed))
 
 
 def _place(exchange: Exchange, rows: torch.Tensor, box: Box, start: int, count: int, data: torch.Tensor) -> None:

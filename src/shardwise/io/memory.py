@@ -29,7 +29,17 @@ def bytes_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview | Non
     """A tensor's memory, where that is the row-major bytes of its elements in ``dtype``; else ``None``."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
         return None
-    return None if tensor.is_conj() or tensor.is_neg() else as_bytes(tensor)
+    return as_bytes(tensor) if is_as_stored(tensor) else None
+
+
+def is_as_stored(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements are what its memory holds: it is no conjugate or negative view of others."""
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor whose memory holds the elements; the tensor itself where it is one."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import as_bytes, blocks
+from shardwise.io.memory import as_bytes, blocks, is_as_stored
 from shardwise.io.storage import ReadsRows, Storage
 from shardwise.io.writer import located
 from shardwise.plan.collector import collector_paused
@@ -158,7 +158,7 @@ class Reader:
         dest = read.dest.detach()
         dtype = torch_dtype(read.spec.dtype)
         whole = read.rows == 1 or read.period == read.width
-        if whole and dest.is_contiguous() and dest.dtype == dtype and dest.device.type == "cpu":
+        if whole and dest.is_contiguous() and dest.dtype == dtype and dest.device.type == "cpu" and is_as_stored(dest):
             self._fill(read, as_bytes(dest), read.offset)
         elif whole:
             offset = read.offset
@@ -281,7 +281,9 @@ def _ends_early(where: str) -> IntegrityError:
 
 def _has_whole_rows(dest: torch.Tensor) -> bool:
     """Whether each row is consecutive in CPU memory, and the rows stand one behind the other."""
-    return dest.device.type == "cpu" and dest[0].is_contiguous() and dest.stride(0) >= dest[0].numel()
+    if dest.device.type != "cpu" or not is_as_stored(dest):
+        return False
+    return dest[0].is_contiguous() and dest.stride(0) >= dest[0].numel()
 
 
 def _spanning(rows: torch.Tensor) -> memoryview:

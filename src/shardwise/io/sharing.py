@@ -21,7 +21,7 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import flat_bytes
+from shardwise.io.memory import flat_bytes, is_as_stored
 from shardwise.io.reader import Reader, cut_read
 from shardwise.io.storage import Storage, file_system_type
 from shardwise.plan.reads import AnyRead, PackedRead, Read
@@ -272,7 +272,9 @@ def _aligned(nbytes: int) -> int:
 def _fits(piece: _Piece) -> bool:
     """Whether the bytes that travel are those of the destination's memory."""
     dest = piece.dest
-    return dest.device.type == "cpu" and dest.dtype == _memory_of(piece)[0] and dest.is_contiguous()
+    return (
+        dest.device.type == "cpu" and dest.dtype == _memory_of(piece)[0] and dest.is_contiguous() and is_as_stored(dest)
+    )
 
 
 def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:

@@ -6,6 +6,7 @@ export, so that damage ends in an error and not in an export with fresh digests.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+from shardwise.addons.files import as_text
+from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.checkpointing.config_ties import differing_ties
+from shardwise.checkpointing.opens import check_described
 from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, ConfigError
 from shardwise.format.crc import crc32c
@@ -26,7 +31,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     encode_manifest,
 )
-from shardwise.format.notes import EXPORT, FILE_DTYPES, FILE_INDEX, METADATA_DIR
+from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.io.checked import CheckedReader
 from shardwise.io.memory import as_bytes
@@ -94,6 +99,7 @@ def consolidate(
     base: str | os.PathLike[str] | None = None,
     diffusers_compatible: bool | None = None,
     assume_complete: bool = False,
+    verify_export: bool | None = None,
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
@@ -113,9 +119,12 @@ def consolidate(
             it by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        verify_export: Whether the class that ``config.json`` names has to load the export; as the save was configured
+            by default, which is yes.
 
     Raises:
         CheckpointExistsError: There is an export already.
+        ExportMismatchError: The class that ``config.json`` names would not load the export.
         CheckpointNotFoundError: There is nothing to export, or no base model to carry tensors over from.
         IncompleteCheckpointError: The path is an interrupted save.
         IntegrityError: A file is absent, too short, or has other bytes than were saved.
@@ -132,6 +141,8 @@ def consolidate(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
     found = replace(found, source=carry_over(found, base))
+    notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
+    found = replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
     reader = CheckedReader(store, found.source.files, found.ledger)
     tensors = _tensors(found, reader)
@@ -139,6 +150,7 @@ def consolidate(
     stem = _stem(found, export_note.get("stem"), diffusers_compatible)
     layout = _layout(found, tensors, export_note, stem, max_file_bytes)
     plain[index_name(stem)] = layout.index
+    _require_opens(found, tensors, plain, verify_export)
     export = _Export(found, tensors, layout, plain, store, progress)
     aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
@@ -161,6 +173,19 @@ def consolidate(
         reader.close()
     names = tuple(file.name for file in layout.files)
     return ConsolidateReport(target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes))
+
+
+def _require_opens(
+    found: ModelInput, tensors: Mapping[str, _Tensor], plain: Mapping[str, bytes], verify_export: bool | None
+) -> None:
+    """Check what is to be written against the class that its configuration names, before a tensor is."""
+    if verify_export is None:
+        verify_export = run_settings(found).get("verify_export") is not False
+    if not verify_export or CONFIG not in plain:
+        return
+    why = check_described(json.loads(plain[CONFIG]), [t.spec for t in tensors.values()], found.directory / CONFIG)
+    if why is not None:
+        found.notes.append(f"not compared with a model class: {why}")
 
 
 def _absent(directory: Path) -> list[Path]:
@@ -230,6 +255,11 @@ def _object(found: ModelInput, path: Path) -> Mapping[str, JsonValue]:
     return content if isinstance(content, dict) else {}
 
 
+def _names(found: ModelInput, path: Path) -> list[str]:
+    content = found.read_json(path)
+    return [str(name) for name in content] if isinstance(content, list) else []
+
+
 @dataclass(frozen=True)
 class _Export:
     """An export that only waits for its bytes."""
@@ -256,7 +286,7 @@ class _Export:
                     self.progress(done, total)
             files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
         self.found.ledger.settle(storage)
-        for name, content in self.plain.items():
+        for name, content in self._plain(tensors).items():
             storage.make_directory((aside / name).parent)
             write_plain(storage, aside / name, content)
             storage.sync_directory((aside / name).parent)
@@ -264,6 +294,14 @@ class _Export:
         manifest = Manifest(tuple(files), tuple(tensors), self._info(), self._aliases())
         write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
         storage.sync_directory(aside)
+
+    def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
+        """What stands beside the tensors; the configuration says of ties what was written."""
+        note = _object(self.found, self.found.directory / METADATA_DIR / LOOSE_TIES)
+        if not differing_ties({name: str(kept) for name, kept in note.items()}, tensors):
+            return self.plain
+        configs = {name: json.loads(self.plain[name]) for name in (CONFIG, CONFIG_V5) if name in self.plain}
+        return {**self.plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
 
     def _info(self) -> dict[str, JsonValue]:
         return {} if self.found.manifest else {"source": "no manifest", "notes": list(self.found.notes)}

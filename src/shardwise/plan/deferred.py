@@ -185,6 +185,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Deferred, torch.Tensor]] = {}
+        self._regions: dict[int, dict[tuple[object, ...], int]] = {}
 
     def behind(self, tensor: HeldTensor) -> HeldTensor:
         """The same tensor, with memory instead of stand-ins."""
@@ -198,14 +199,18 @@ class Buffers:
         what = deferred(view)
         if what is None:
             return view
-        _, made = self._made.setdefault(id(what), (what, what.empty()))
-        return bound(view, made)
+        if id(what) not in self._made:
+            self._made[id(what)] = (what, what.empty())
+        region = (view.storage_offset(), view.size(), view.stride())
+        self._regions.setdefault(id(what), {})[region] = view.numel()
+        return bound(view, self._made[id(what)][1])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """By key, what the owner is given."""
+        """By key, what the owner is given; what was asked for only in part is not there."""
         return {
             what.key: made if what.template is None else what.template.around(made)
-            for what, made in self._made.values()
+            for number, (what, made) in self._made.items()
+            if sum(self._regions[number].values()) == made.numel()
         }
 
 

@@ -38,18 +38,23 @@ class Part:
         mesh: The mesh that it is spread over; ``None`` for a plain tensor, which every holder holds whole.
         placements: One for each mesh dimension.
         view: How the file's tensor looks into it; ``None`` where both are the same.
+        may_differ: Whether replicas may have different values, as buffers do: what is saved is then the value of the
+            lowest of the ranks that hold it, whole. Replicas of other tensors are compared.
     """
 
     native_shape: tuple[int, ...]
     mesh: MeshKey | None = None
     placements: tuple[Placement, ...] = ()
     view: AxisView | None = None
+    may_differ: bool = False
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # A part is the key under which planning remembers what tensors have in common: it is hashed far more often
         # than it is made.
-        object.__setattr__(self, "_hash", hash((self.native_shape, self.mesh, self.placements, self.view)))
+        object.__setattr__(
+            self, "_hash", hash((self.native_shape, self.mesh, self.placements, self.view, self.may_differ))
+        )
 
     def __hash__(self) -> int:
         return self._hash

@@ -3,6 +3,9 @@
 Ranks that hold the same bytes (replicas under HSDP, DDP or plain tensors) share the writing: a large region is cut into
 rows, one piece for each replica; small ones go whole to the replica that has the least so far. Replicas see the same
 tensors in the same order, so each computes the whole assignment by itself.
+
+Where replicas may have different values (`Part.may_differ`) nothing is shared out: the lowest of them writes all that
+it holds, so that what is published is one rank's value, and that of tensors which belong together the same rank's.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[i
         if len(replicas) == 1:
             mine.extend([Owned(number, fragment) for fragment in part.fragments])
             continue
+        if part.part.may_differ:
+            if replicas[0] == rank:
+                mine.extend([Owned(number, fragment) for fragment in part.fragments])
+            continue
         load = loads.setdefault(replicas, [0] * len(replicas))
         position = replicas.index(rank)
         for fragment in part.fragments:
@@ -60,6 +67,15 @@ def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[i
             if taken is not None:
                 mine.append(Owned(number, taken))
     return mine
+
+
+def left_to_others(held: Sequence[HeldTensor], roster: Roster, rank: int) -> frozenset[str]:
+    """Names of the tensors that replicas may have other values of, and a lower rank than ``rank`` writes."""
+    return frozenset(
+        held[number].spec.name
+        for number, part, shard_set in roster.holders(held)
+        if part.part.may_differ and shard_set.replicas_of(rank)[0] != rank
+    )
 
 
 def _share(fragment: Fragment, itemsize: int, load: list[int], position: int) -> Fragment | None:

@@ -31,7 +31,8 @@ def _placement_code(placement: Placement) -> str:
 
 def _part_code(part: Part) -> str:
     mesh = "" if part.mesh is None else f"{part.mesh.names}{part.mesh.shape}{part.mesh.ordinal}"
-    return f"{part.native_shape}|{mesh}|{','.join(map(_placement_code, part.placements))}|{part.view}"
+    differs = "~" if part.may_differ else ""
+    return f"{part.native_shape}|{mesh}|{','.join(map(_placement_code, part.placements))}|{part.view}{differs}"
 
 
 @dataclass(frozen=True)

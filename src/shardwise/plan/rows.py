@@ -248,7 +248,8 @@ class ExchangePlanner:
     def _exchange(self, tensor: HeldTensor, outer: int) -> Exchange:
         # A rank whose shard is empty takes no part: it has no memory that would tell the elements' dtype.
         pieces = tuple(
-            (ranks, boxes)
+            # Of replicas that may differ the lowest takes part alone.
+            (ranks[:1] if held.part.may_differ else ranks, boxes)
             for held in tensor.parts
             for ranks, coordinate in self._holders(tensor, held.part)
             if (boxes := held.part.boxes(coordinate))

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.stateful_wrappers.names import plain_name
 from shardwise.stateful_wrappers.units import Step, Taker, label
-from shardwise.stateful_wrappers.ways import EXTRA, foreign
+from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Installing:
         aside: Plain name -> other values of the state; ``None`` where nothing was saved of such.
         metadata: Plain module name -> what torch noted of it.
         allow_missing: Whether tensors may be absent.
+        skips_empty: Whether a module of which there is nothing at all is passed over.
         without: Modules that found no extra state.
     """
 
@@ -37,6 +38,7 @@ class Installing:
     aside: Mapping[str, object] | None
     metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     allow_missing: bool = False
+    skips_empty: bool = False
     without: list[str] = field(default_factory=list)
 
     def run(self, steps: Sequence[Step]) -> None:
@@ -62,7 +64,7 @@ class Installing:
             (given_name(taker, key), value) for key, value in self.tensors(taker).items()
         )
         values |= self._aside_of(taker)
-        if not values and not taker.is_lenient:
+        if not values and (self.skips_empty or not taker.is_lenient):
             return
         said = _Said(taker.module, taker.prefix)
         if taker.calls_root:
@@ -196,7 +198,7 @@ class _WithMetadata(OrderedDict[str, object]):
 
 def post_steps(root: nn.Module) -> list[Step]:
     """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
-    if not any(module._load_state_dict_post_hooks for module in root.modules()):
+    if not any(module._load_state_dict_post_hooks for module in every_module([root])):
         return []
     found: list[Step] = []
 

@@ -12,9 +12,10 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import StandIns, Step
+from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
 
 
@@ -84,13 +85,16 @@ class ModelState:
         return listed._replace(tensors=tuple(tensors))
 
     def tensors(self) -> tuple[NamedTensor, ...]:
-        """The tensors of `listing`."""
-        return self.listing().tensors
+        """The tensors of `listing`, but parameters and values instead of stand-ins for them."""
+        try:
+            return tuple([named._replace(tensor=_behind(named)) for named in self.listing().tensors])
+        finally:
+            release()
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
         register = meshes or MeshRegister()
-        return held_tensors(((named.name, named.tensor) for named in self.tensors()), register)
+        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), register)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
@@ -101,12 +105,13 @@ class ModelState:
 
         Raises:
             ModuleStateError: A module gives what cannot be described.
+            TensorError: A tensor's class wraps others, and no plain tensor has its elements.
         """
         listed = self.listing()
         found: dict[str, torch.Tensor] = {}
         try:
             for named in listed.tensors:
-                found[named.name] = _made(named.tensor)
+                found[named.name] = _made(named)
         finally:
             release()
         # DCP keeps values of other kinds, too, and its protocol says so nowhere.
@@ -120,6 +125,7 @@ class ModelState:
         Raises:
             KeyError: A name that the model does not have.
             ModuleStateError: A module refuses what it is given.
+            TensorError: As `state_dict`.
         """
         listed = self.listing(values=False)
         own = {name: named.tensor for named in listed.tensors for name in (named.name, *named.aliases)}
@@ -133,7 +139,7 @@ class ModelState:
                 if what is not None:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
-                    _copy(target.detach(), value)
+                    install(plain_view(name, target), plain_view(name, value))
                 elif self._may_take(listed, name):
                     aside[name] = value
                 else:
@@ -155,17 +161,18 @@ def _concerns(step: Step, names: Mapping[str, object]) -> bool:
     return any(name.startswith(plain_name(step.prefix)) for name in names)
 
 
-def _made(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, detached; what is behind it, where it is a stand-in."""
-    what = deferred(getattr(tensor, "_local_tensor", tensor))
+def _behind(named: NamedTensor) -> torch.Tensor:
+    """A parameter or buffer; what is behind it, where it is a stand-in."""
+    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
     if what is None:
-        return tensor.detach()
+        return named.tensor
+    return what.maker.tensor if isinstance(what.maker, OneTensor) else _made(named)
+
+
+def _made(named: NamedTensor) -> torch.Tensor:
+    """A tensor, detached; what is behind it, where it is a stand-in."""
+    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
+    if what is None:
+        return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())
     return value if what.template is None else what.template.around(value)
-
-
-def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    local = getattr(target, "_local_tensor", target)
-    given = getattr(value, "_local_tensor", value)
-    if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-        local.copy_(given)

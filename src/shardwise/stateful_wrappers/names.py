@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -12,31 +11,16 @@ import torch
 from torch import nn
 
 from shardwise.errors import NameCollisionError
+from shardwise.stateful_wrappers.memory import address, identity
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
-from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1
+from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
+from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
+from shardwise.stateful_wrappers.wrapping import unwrap as unwrap  # noqa: PLC0414
 
 #: What a module overrides to make or take its state in a way of its own.
 _WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
 
 _LOG = logging.getLogger(__name__)
-
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-
-
-def plain_name(name: str) -> str:
-    """Strip what torch.compile and activation checkpointing put into names."""
-    return _WRAPPERS.sub("", name) if "_mod." in name or "_wrapped_module." in name else name
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
 
 
 class NamedTensor(NamedTuple):
@@ -113,6 +97,7 @@ def list_state(
     bounds = [0]
     for part in parts:
         module = unwrap(part)
+        refuse_hooks_around(part, module)
         plain = _plain_entries(module, norms)
         if plain is None:
             modules = None
@@ -165,7 +150,7 @@ def _listed(found: Mapping[str, torch.Tensor], bounds: Sequence[int], parts: Seq
         for number, (low, high) in enumerate(pairwise(bounds))
         for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
     ]
-    if len(set(map(_address, found.values()))) < len(found):
+    if len(set(map(address, found.values()))) < len(found):
         listed = _merged(listed, declared_ties(parts))
     return listed
 
@@ -174,7 +159,7 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
     """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
-        groups.setdefault(_identity(named.tensor), []).append(named)
+        groups.setdefault(identity(named.tensor), []).append(named)
     out = []
     for alike in groups.values():
         # A head gives way to the embedding also where nothing is declared: that is the name that files have.
@@ -211,7 +196,9 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         cls = type(module)
         plain = torchs.get(cls)
         if plain is None:
-            plain = torchs[cls] = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
+            plain = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
+            # A scripted module has no dictionaries that could be watched.
+            plain = torchs[cls] = plain and not issubclass(cls, torch.jit.ScriptModule)
         if not plain or not keeps_torchs_ways(module):
             return None
         modules.append(module)
@@ -264,19 +251,6 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
     made = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
     return not foreign([*made, *module._load_state_dict_pre_hooks.values()])
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """A number that two tensors which are the same have in common: enough to see that no two are."""
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.data_ptr() or -id(tensor)
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    local = getattr(tensor, "_local_tensor", tensor)
-    if local.device.type == "meta" or local.numel() == 0:
-        return (id(tensor),)
-    return (local.device, local.data_ptr(), tuple(tensor.shape), local.stride(), tensor.dtype)
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:

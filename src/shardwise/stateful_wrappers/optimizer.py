@@ -20,6 +20,7 @@ from shardwise.errors import MisuseError, StateFormatError
 from shardwise.format.dtypes import dtype_code
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.kinds import kind_of
+from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
@@ -252,8 +253,24 @@ class OptimizerState:
             for param in cast(list[torch.Tensor], group["params"]):
                 for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, torch.Tensor):
-                        found[f"state.{self._name(param)}.{key}"] = value.detach()
+                        name = f"state.{self._name(param)}.{key}"
+                        found[name] = plain_view(name, value)
         return found
+
+    def parameters(self) -> list[str]:
+        """Names of the parameters that the optimizers update."""
+        return [self._name(param) for _, group in self.groups() for param in cast(list[torch.Tensor], group["params"])]
+
+    def owners(self) -> list[tuple[str, str]]:
+        """The name of each state tensor, and its parameter's."""
+        return [
+            (f"state.{name}.{key}", name)
+            for optimizer, group in self.groups()
+            for param in cast(list[torch.Tensor], group["params"])
+            for name in [self._name(param)]
+            for key, value in optimizer.state.get(param, {}).items()
+            if isinstance(value, torch.Tensor)
+        ]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
@@ -264,10 +281,7 @@ class OptimizerState:
         own = self.state_dict()
         with torch.no_grad():
             for name, value in state_dict.items():
-                local = getattr(own[name], "_local_tensor", own[name])
-                given = getattr(value, "_local_tensor", value)
-                if local.data_ptr() != given.data_ptr() or local.stride() != given.stride():
-                    local.copy_(given)
+                install(own[name], plain_view(name, value))
 
 
 def describe(tensor: torch.Tensor) -> SavedTensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -68,6 +68,22 @@ class OptimizerRestore:
                 if isinstance(value, torch.Tensor):
                     found[f"state.{each.name}.{key}"] = value.detach()
         return found
+
+    def keeping(self, names: Collection[str], parameters: Collection[str]) -> OptimizerRestore:
+        """The same without state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
+
+        def kept(each: _Param) -> _Param:
+            if each.name not in parameters or each.state is None:
+                return each
+            state = {
+                key: value
+                for key, value in each.state.items()
+                if not isinstance(value, torch.Tensor) or f"state.{each.name}.{key}" in names
+            }
+            has_any = any(isinstance(value, torch.Tensor) for value in state.values())
+            return replace(each, state=state if has_any else None)
+
+        return replace(self, params=tuple(map(kept, self.params)))
 
     def held_as_saved(self, names: Collection[str]) -> list[HeldTensor]:
         """What this rank holds of the state tensors, under the names of a checkpoint.

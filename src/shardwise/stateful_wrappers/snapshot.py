@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardwise.plan.collector import collector_paused
+from shardwise.stateful_wrappers.memory import PLAIN, identity
 from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
 
 _Kept: TypeAlias = dict[str, object]
@@ -57,16 +58,27 @@ class Memory:
         self._tensors = list(tensors)
         self._plain: list[torch.Tensor] = []
         self._sharded: list[torch.Tensor] = []
+        wrappers: list[torch.Tensor] = []
         for tensor in tensors:
-            (self._sharded if hasattr(tensor, "_local_tensor") else self._plain).append(tensor)
+            local = getattr(tensor, "_local_tensor", None)
+            if local is not None:
+                self._sharded.append(tensor)
+            if type(local if local is not None else tensor) not in PLAIN:
+                wrappers.append(tensor)
+            elif local is None:
+                self._plain.append(tensor)
+        # What is behind another class may be replaced inside of it. Keeping what there is keeps its addresses taken.
+        self._wrappers = [(tensor, tensor.detach(), identity(tensor)) for tensor in wrappers]
         # What a DTensor has on this rank is an object of its own, which nobody turns into another dtype or layout.
         self._locals = list(map(_LOCAL, self._sharded))
         # Asking for strides takes as long as all else; those of a contiguous tensor follow from its shape.
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
+        # A real tensor is never a conjugate.
+        self._complex = [tensor for tensor in (*self._plain, *self._locals) if tensor.is_complex()]
         self._places = self._now()
 
     def _now(self) -> tuple[object, ...]:
-        """Addresses of all; dtypes, layouts and shapes of those that may be given other memory in place."""
+        """Addresses of all; how those are read that may be given other memory in place."""
         return (
             list(map(torch.Tensor.data_ptr, self._plain)),
             list(map(torch.Tensor.data_ptr, self._locals)),
@@ -74,12 +86,18 @@ class Memory:
             list(map(torch.Tensor.is_contiguous, self._plain)),
             list(map(_SHAPE, self._plain)),
             list(map(torch.Tensor.stride, self._strided)),
+            list(map(torch.Tensor.is_neg, self._plain)),
+            list(map(torch.Tensor.is_conj, self._complex)),
         )
 
     @property
     def unmoved(self) -> bool:
         """Whether the tensors still have the memory, the dtypes, the shapes and the strides that they had."""
-        return all(map(is_, map(_LOCAL, self._sharded), self._locals)) and self._now() == self._places
+        return (
+            all(map(is_, map(_LOCAL, self._sharded), self._locals))
+            and self._now() == self._places
+            and all(identity(tensor) == known for tensor, _, known in self._wrappers)
+        )
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether ``tensors`` are these, at their addresses."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from shardwise.format.dtypes import dtype_code
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
+from shardwise.stateful_wrappers.memory import plain_memory
 from shardwise.types import Box, TensorSpec
 
 
@@ -42,9 +43,14 @@ class Spread:
 
 
 class MeshRegister:
-    """Gives each mesh of this rank a key that means the same on every rank: names and shape, and an ordinal."""
+    """Gives each mesh of this rank a key that means the same on every rank: names and shape, and an ordinal.
 
-    def __init__(self) -> None:
+    Args:
+        differing: Names of the tensors whose replicas may have different values (`Part.may_differ`).
+    """
+
+    def __init__(self, differing: Container[str] = frozenset()) -> None:
+        self._differing = differing
         self._known: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]], MeshKey] = {}
         self._used: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
         # Listing a mesh's ranks takes longer than all else that a tensor needs, and most tensors share a mesh object,
@@ -69,17 +75,18 @@ class MeshRegister:
             MisuseError: This rank is not part of the tensor's mesh.
         """
         if not isinstance(tensor, DTensor):
-            shape = tensor.shape
-            plain = self._spreads.get(shape)
+            alike = (tensor.shape, name in self._differing)
+            plain = self._spreads.get(alike)
             if plain is None:
-                plain = self._spreads[shape] = Spread.of(Part(tuple(shape)), ())
+                plain = self._spreads[alike] = Spread.of(Part(tuple(alike[0]), may_differ=alike[1]), ())
             return plain
         # Its own attributes take a tenth of the time of the public ones, which ask the tensor.
         spec = tensor._spec
         mesh, placements, meta = spec.mesh, spec.placements, spec.tensor_meta
         shape = tensor.shape if meta is None else meta.shape
         # The types belong to the key: to torch a strided shard may equal a plain one of the same dimension.
-        key = (id(mesh), shape, placements, *map(type, placements))
+        may_differ = name in self._differing
+        key = (id(mesh), shape, placements, may_differ, *map(type, placements))
         known = self._spreads.get(key)
         if known is None:
             mesh_key, coordinate = self.place(mesh)
@@ -89,7 +96,8 @@ class MeshRegister:
                     tensor=name,
                     hint="Leave the tensor out of this rank's model.",
                 )
-            part = Part(tuple(shape), mesh_key, tuple(_placement(p, name) for p in placements))
+            kinds = tuple(_placement(p, name) for p in placements)
+            part = Part(tuple(shape), mesh_key, kinds, may_differ=may_differ)
             known = self._spreads[key] = Spread.of(part, coordinate)
         return known
 
@@ -123,6 +131,13 @@ def _placement(placement: object, name: str) -> Placement:
     raise TensorError(f"placement {placement!r} is not known", tensor=name, hint="Redistribute it before saving.")
 
 
+def local_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, without a copy."""
+    # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
+    # knows as well takes several times as long: this is done for every tensor of a model.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
     """Describe what this rank holds of ``tensor``, as views of its memory.
 
@@ -132,18 +147,14 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         meshes: Keys of the meshes seen so far on this rank.
 
     Raises:
-        TensorError: A partial or unknown placement.
-        MisuseError: A sparse or nested tensor, or one of FSDP1's sharded tensors.
+        TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
+        MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
     """
     # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
     # knows as well takes several times as long: this is done for every tensor of a model.
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
-    if local.layout != torch.strided or local.is_nested:
-        raise MisuseError(f"layout {local.layout} cannot be saved", tensor=name, hint="Make it a dense tensor.")
+    local = plain_memory(name, tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
     spread = meshes.spread(name, tensor)
     spec = TensorSpec(name, spread.part.native_shape, dtype_code(local.dtype, name))
-    if local.requires_grad:
-        local = local.detach()
     box = spread.box
     if box is not None and box.sizes == local.shape:
         held = HeldPart(spread.part, spread.coordinate, (Fragment(box, local),))

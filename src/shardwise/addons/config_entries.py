@@ -1,0 +1,87 @@
+"""Which entry of a configuration it is that cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from shardwise.addons.model_parts import own_class
+from shardwise.errors import MisuseError, ShardwiseError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+_DEEPEST = 20
+
+
+@contextlib.contextmanager
+def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
+    """Turn what writing a configuration fails with into an error that names the entry.
+
+    Raises:
+        MisuseError: A property raises, or a value is none that JSON has.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(error, ShardwiseError) and not isinstance(error, MisuseError):
+            raise
+        entry = offending_entry(config)
+        where = f"its entry {entry}" if entry else f"{type(error).__name__}: {error}"
+        raise MisuseError(
+            f"the config of {own_class(model).__name__} cannot be written as JSON: {where}",
+            hint="Keep only numbers, strings, lists and dicts in model.config, and let its properties return them.",
+        ) from error
+
+
+def offending_entry(config: object) -> str:
+    """Path and kind of the first entry that raises when it is read or that JSON cannot express; empty if all can be."""
+    return _in_properties(config) or _in_value(_entries(config), "", 0)
+
+
+def _in_properties(config: object) -> str:
+    for cls in type(config).__mro__:
+        for name, member in vars(cls).items():
+            if not isinstance(member, property) or name.startswith("__"):
+                continue
+            try:
+                getattr(config, name)
+            except NotImplementedError:
+                continue  # an abstract one, which nobody reads
+            except Exception as error:  # noqa: BLE001 - what it raises is what is told
+                return f"{name}, a property that raises {type(error).__name__}: {error}"
+    return ""
+
+
+def _entries(config: object) -> object:
+    return config if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
+
+
+def _in_value(value: object, path: str, depth: int) -> str:
+    if depth > _DEEPEST:
+        return f"{path}, which is nested without an end"
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                return f"{where}, whose key is a {type(key).__name__}"
+            found = _in_value(below, where, depth + 1)
+            if found:
+                return found
+        return ""
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, (_in_value(v, f"{path}[{n}]", depth + 1) for n, v in enumerate(value))), "")
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return ""  # its name is written
+    if hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type):
+        below = _in_properties(value)
+        return f"{path}.{below}" if below else _in_value(_entries(value), path, depth + 1)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return f"{path}, a {type(value).__name__}"
+    return ""

@@ -1,0 +1,232 @@
+"""``per_rank_state``: tensors of which each rank has a value of its own, under names that all ranks have."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from shardwise.checkpointing.context import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import Step
+from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import ConfigError, MisuseError, StateFormatError
+from shardwise.format.header import read_header
+from shardwise.plan.deferred import refuse_stand_ins
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers import ModelState, OptimizerState
+from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+
+_LOG = logging.getLogger(__name__)
+#: What a rank's file of optimizer state says besides: the parameters whose state is the rank's own.
+_PARAMETERS = "parameters"
+
+
+def check_patterns(context: Context, state: ModelState) -> None:
+    """Check that each pattern in ``per_rank_state`` names a tensor of some rank. All ranks call.
+
+    Raises:
+        ConfigError: One does not.
+        MisuseError: It names what is neither a parameter nor a buffer.
+    """
+    patterns = context.may_differ.per_rank
+    if not patterns:
+        return
+    names: list[str] = []
+
+    def look() -> JsonValue:
+        tensors = state.listing(values=False).tensors
+        _require_members(context.may_differ.own(tensors), state.model)
+        names.extend([name for named in tensors for name in (named.name, *named.aliases)])
+        return [context.may_differ.matches(pattern, names) for pattern in patterns]
+
+    rows = cast(list[list[bool]], context.group.gather(look, "looking for the tensors of per_rank_state"))
+    for number, pattern in enumerate(patterns):
+        if not any(row[number] for row in rows):
+            raise ConfigError(
+                f"per_rank_state has {pattern!r}, which matches no tensor of the model on any rank",
+                hint="Patterns are as of file names ('*.experts.*') and match whole names, those of state_dict() "
+                "without what wrappers add.",
+            )
+
+
+def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> None:
+    """Check that tensors are parameters or buffers themselves, into which can be read."""
+    members = {
+        id(tensor)
+        for part in parts
+        for module in unwrap(part).modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
+    for named in own:
+        if id(named.tensor) not in members:
+            raise MisuseError(
+                "per_rank_state names what is neither a parameter nor a buffer of the model",
+                tensor=named.name,
+                hint="Pass such state through extra_state, which is kept for each rank where it differs.",
+            )
+
+
+def model_steps(context: Context, state: ModelState, directory: Path) -> list[Step]:
+    """Capture this rank's own tensors of a model now, and return what is left to do. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        state: The model.
+        directory: The component's.
+    """
+    if not context.may_differ.per_rank:
+        return []
+    check_patterns(context, state)
+    held: list[HeldTensor] = []
+    with context.group.together("capturing each rank's own tensors"):
+        own = context.may_differ.own(state.listing(values=False).tensors)
+        held = held_tensors(((named.name, named.tensor) for named in own), MeshRegister())
+        require_whole(held)
+        held = context.staged("model.per_rank", held)
+    return [_writing(context, held, directory, {}, bool(held))]
+
+
+def optimizer_steps(context: Context, state: OptimizerState, directory: Path) -> list[Step]:
+    """As `model_steps`, for the state of the optimizers of such parameters. All ranks call."""
+    if not context.may_differ.per_rank:
+        return []
+    held: list[HeldTensor] = []
+    parameters: list[str] = []
+    with context.group.together("capturing the optimizer's state of each rank's own tensors"):
+        parameters = [name for name in state.parameters() if context.may_differ.is_own(name)]
+        own = {name for name, parameter in state.owners() if context.may_differ.is_own(parameter)}
+        held = [tensor for tensor in state.held() if tensor.spec.name in own]
+        require_whole(held)
+        held = context.staged("optim.per_rank", held)
+    return [_writing(context, held, directory, {_PARAMETERS: json.dumps(parameters)}, bool(parameters))]
+
+
+def _writing(
+    context: Context, held: Sequence[HeldTensor], directory: Path, metadata: dict[str, str], has_any: bool
+) -> Step:
+    def write(group: Group) -> ComponentRecord:
+        record = ComponentRecord()
+        with group.together("writing each rank's own tensors"):
+            if has_any:
+                path = own_file(directory, group.rank, group.world_size)
+                record = write_own(held, path, context.storage, metadata)
+        return record
+
+    return write
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRead:
+    """This rank's own tensors in a checkpoint, found and compared, but not yet read.
+
+    Attributes:
+        path: The rank's file.
+        pairs: What is to be read into what.
+        parameters: Of an optimizer's: the parameters whose state is the rank's own.
+    """
+
+    path: Path
+    pairs: Sequence[Pair] = ()
+    parameters: tuple[str, ...] = ()
+
+    def read(self, context: Context) -> None:
+        """Read them. Local."""
+        if self.pairs:
+            read_own(self.path, self.pairs, context.storage, context.threads)
+
+
+def find_model(context: Context, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
+    """Find this rank's own tensors of a model, before anything is overwritten. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        state: The model.
+        directory: What is loaded.
+        ranks: By how many ranks such tensors were saved, as all ranks know.
+
+    Returns:
+        What is to be read; ``None`` on all ranks where there is nothing for as many ranks as there are.
+
+    Raises:
+        TensorError: The rank's file does not fit the model.
+    """
+    check_patterns(context, state)
+    if not _is_for(context, directory, ranks):
+        return None
+    with context.group.together("looking for each rank's own tensors"):
+        return _find(context, directory, lambda: _by_name(state))
+
+
+def _by_name(state: ModelState) -> dict[str, HeldTensor]:
+    tensors = state.listing(values=False).tensors
+    held = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
+    return {name: tensor for named, tensor in zip(tensors, held, strict=True) for name in (named.name, *named.aliases)}
+
+
+def find_optimizer(context: Context, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
+    """As `find_model`, for the state that optimizers are about to have. Local."""
+    if not _is_for(context, directory, saved_ranks(directory)):
+        return None
+    return _find(
+        context, directory, lambda: {t.spec.name: t for t in held_tensors(plan.tensors().items(), MeshRegister())}
+    )
+
+
+def _find(context: Context, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
+    path = own_file(directory, context.group.rank, context.group.world_size)
+    if not path.exists():
+        return OwnRead(path)
+    pairs, metadata = match_own(path, held())
+    refuse_stand_ins(target for _, target in pairs)
+    for saved, target in pairs:
+        require_whole([target._replace(spec=saved.spec)])
+    return OwnRead(path, pairs, _parameters(metadata.get(_PARAMETERS, "[]"), path))
+
+
+def _parameters(text: str, path: Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise StateFormatError(f"{_PARAMETERS} is not JSON: {error}", path=path, hint="Restore the file.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StateFormatError(f"{_PARAMETERS} is not a list of names", path=path, hint="Restore the file.")
+    return tuple(names)
+
+
+def _is_for(context: Context, directory: Path, ranks: int) -> bool:
+    """Whether a checkpoint has tensors of each rank for as many ranks as there are; says so where it has not."""
+    world_size = context.group.world_size
+    if ranks == world_size:
+        return True
+    whole = directory.parent
+    if not context.group.is_main or whole in context.warned:
+        return False
+    context.warned.add(whole)  # of model and optimizer together once
+    if ranks:
+        names = _names(own_file(directory, 0, ranks))
+        _LOG.warning(
+            "%s has tensors of each of %d ranks, and these are %d: every rank takes the lowest rank's values%s",
+            directory,
+            ranks,
+            world_size,
+            f" of {names}" if names else "",
+        )
+    elif context.may_differ.per_rank:
+        _LOG.warning(
+            "%s has no tensors of each rank, which per_rank_state asks for: every rank takes the same values", directory
+        )
+    return False
+
+
+def _names(path: Path) -> str:
+    names = [entry.spec.name for entry in read_header(path).entries] if path.exists() else []
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,155 @@
+"""Tensors of which each rank has a value of its own: one file for each rank, beside what all ranks save together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import (
+    DtypeMismatchError,
+    MisuseError,
+    ShapeMismatchError,
+    StateFormatError,
+    UnexpectedTensorError,
+)
+from shardwise.format.crc import combine, crc32c
+from shardwise.format.header import arrange, encode_header, read_header
+from shardwise.format.manifest import FileRecord
+from shardwise.format.notes import PER_RANK_DIR
+from shardwise.io.reader import Reader
+from shardwise.io.storage import Storage
+from shardwise.io.writer import FileSet, write_run
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
+from shardwise.plan.schedule import Run
+from shardwise.types import Box, TensorSpec
+
+#: What a file has, and the memory that it is read into.
+Pair: TypeAlias = tuple[SourceTensor, HeldTensor]
+
+_NAME = re.compile(r"rank_\d{5,}_of_(\d{5,})\.safetensors")
+
+
+def own_file(directory: Path, rank: int, world_size: int) -> Path:
+    """The file of one rank. The number of ranks is part of its name, since its content means nothing on another."""
+    return directory / PER_RANK_DIR / f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
+
+
+def saved_ranks(directory: Path) -> int:
+    """By how many ranks a component's own tensors were saved; 0 where there are none. Local.
+
+    Raises:
+        StateFormatError: There are files of several saves.
+    """
+    place = directory / PER_RANK_DIR
+    if not place.is_dir():
+        return 0
+    counts = {int(found[1]) for path in place.iterdir() if (found := _NAME.fullmatch(path.name))}
+    if len(counts) > 1:
+        raise StateFormatError(
+            f"there are files of {' and of '.join(map(str, sorted(counts)))} ranks",
+            path=place,
+            hint="They are of several saves; remove those that do not belong here.",
+        )
+    return counts.pop() if counts else 0
+
+
+def require_whole(held: Sequence[HeldTensor]) -> None:
+    """Check that each tensor is held whole.
+
+    Raises:
+        MisuseError: One is spread over ranks.
+    """
+    for tensor in held:
+        boxes = [fragment.box for fragment in tensor.fragments]
+        if boxes != [Box.whole(tensor.spec.shape)]:
+            raise MisuseError(
+                "per_rank_state names this tensor, which is spread over several ranks: each saves its shard anyway",
+                tensor=tensor.spec.name,
+                hint="Let the patterns in per_rank_state match only what each rank holds whole.",
+            )
+
+
+def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata: Mapping[str, str]) -> ComponentRecord:
+    """Write a rank's file, durable. Local.
+
+    Args:
+        held: The tensors, each held whole.
+        path: As `own_file` gives it.
+        storage: Through what.
+        metadata: What the file says besides.
+
+    Returns:
+        The file, with its path in the component's directory.
+    """
+    data = {tensor.spec.name: tensor.fragments[0].data for tensor in held}
+    entries = arrange([tensor.spec for tensor in held])
+    header = encode_header(entries, metadata)
+    size = len(header) + (entries[-1].end if entries else 0)
+    storage.make_directory(path.parent)
+    storage.check_space(path.parent, size)
+    storage.create(path, size, header)
+    files, crc = FileSet(storage, [path]), crc32c(header)
+    try:
+        files.handle(0)
+        for spec, begin, _ in entries:
+            found = write_run(Run(0, len(header) + begin, -1, spec, 0, data[spec.name]), files, storage)
+            crc = combine(crc, found, spec.nbytes) if spec.nbytes else crc
+        files.sync()
+        storage.sync_directory(path.parent)
+    finally:
+        files.close()
+    return ComponentRecord((FileRecord(f"{PER_RANK_DIR}/{path.name}", size, crc, None),))
+
+
+def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:
+    """Compare a rank's file with what the rank holds, before anything is overwritten. Local.
+
+    Args:
+        path: The file.
+        held: What the rank holds, by the names that files have.
+
+    Returns:
+        What is to be read into what, and what the file says besides.
+
+    Raises:
+        TensorError: They do not fit.
+        HeaderError: The file is damaged.
+    """
+    header = read_header(path)
+    found: list[Pair] = []
+    for spec, begin, _ in header.entries:
+        target = held.get(spec.name)
+        if target is None:
+            raise UnexpectedTensorError(
+                "this rank's file has a tensor that the rank does not hold",
+                path=path,
+                tensor=spec.name,
+                hint="Build the model and its optimizer as when the checkpoint was saved.",
+            )
+        _compare(spec, target.spec, path)
+        chunk = SourceChunk(Box.whole(spec.shape), 0, header.data_start + begin)
+        found.append((SourceTensor(spec, (chunk,)), target._replace(spec=spec)))
+    return found, header.metadata or {}
+
+
+def _compare(saved: TensorSpec, own: TensorSpec, path: Path) -> None:
+    hint = "Build the model and its optimizer as when the checkpoint was saved."
+    if saved.shape != own.shape:
+        message = f"this rank saved it with shape {list(saved.shape)}, here it has {list(own.shape)}"
+        raise ShapeMismatchError(message, path=path, tensor=saved.name, hint=hint)
+    if saved.dtype != own.dtype:
+        message = f"this rank saved it as {saved.dtype}, here it is {own.dtype}"
+        raise DtypeMismatchError(message, path=path, tensor=saved.name, hint=hint)
+
+
+def read_own(path: Path, pairs: Sequence[Pair], storage: Storage, threads: int) -> None:
+    """Read what `match_own` found. Local."""
+    reader = Reader(storage, [path], threads)
+    try:
+        reader.execute([read for saved, target in pairs for read in plan_reads(saved, target)])
+    finally:
+        reader.close()

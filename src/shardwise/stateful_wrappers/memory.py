@@ -1,0 +1,295 @@
+"""Where a tensor's elements lie: whether two tensors are the same, and what memory is behind a tensor's class.
+
+A tensor subclass that wraps others has no memory of its own: its address is 0, as every other one's is, and what its
+elements are is for its class to say. So nothing here goes by addresses alone, and a wrapper's memory is used only where
+it was tried that the wrapper reads and writes exactly the one tensor that it wraps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from shardwise.errors import MisuseError, TensorError
+
+#: Classes that say nothing about how memory is read.
+PLAIN: frozenset[type] = frozenset({torch.Tensor, nn.Parameter})
+
+#: A wrapper is tried with at most so many elements in each dimension.
+_TRIED = 16
+
+#: Class, context, dtype, dimensions and device of wrappers -> whether they read and write the one tensor they wrap.
+_KNOWN: dict[tuple[object, ...], bool] = {}
+_MOST_KNOWN = 1000
+
+
+class Wrapper(Protocol):
+    """What torch asks of a subclass that wraps other tensors (``is_traceable_wrapper_subclass``)."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], object]:
+        """The attributes that hold the inner tensors, and everything else that the wrapper consists of."""
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    return type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """A number that two tensors which are the same have in common: enough to see that no two are."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if _is_wrapper(local):
+        return hash(identity(tensor))
+    try:
+        return local.data_ptr() or -id(tensor)
+    except (RuntimeError, ValueError):  # a sparse tensor, a parameter whose shape is not known yet
+        return -id(tensor)
+
+
+def identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors have in common if and only if they are the same memory, read in the same way.
+
+    That is device, address, layout, shape, strides, dtype, conjugate and negative bits; of a wrapper its class, its
+    context and the identities of what it wraps; of a DTensor also how it is spread. What has no memory to go by is the
+    same as itself alone.
+    """
+    if isinstance(tensor, DTensor):
+        spec = tensor._spec
+        local = identity(tensor._local_tensor)
+        return (spec.mesh, spec.placements, *map(type, spec.placements), tuple(tensor.shape), local)
+    if is_lazy(tensor):
+        return (id(tensor),)
+    cls = type(tensor)
+    if _is_wrapper(tensor):
+        wrapped, context = _flattened(tensor)
+        inner = [(name, identity(value)) for name, value in wrapped.items()]
+        return (cls, tuple(tensor.shape), tensor.stride(), tensor.dtype, _comparable(context), *inner)
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_nested
+        or tensor.is_meta
+        or tensor.is_quantized
+        or tensor.numel() == 0
+        or tensor.data_ptr() == 0
+    ):
+        return (id(tensor),)
+    return (
+        None if cls in PLAIN else cls,
+        tensor.device,
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
+    """The plain tensor, detached, whose memory holds a local tensor's elements.
+
+    Args:
+        name: Name of the tensor, for errors.
+        local: A tensor that is no DTensor.
+
+    Raises:
+        MisuseError: It is sparse, nested or not initialized.
+        TensorError: Its class wraps other tensors in another way than by being the one that it wraps.
+    """
+    if isinstance(local, AsyncCollectiveTensor):
+        local = local.trigger_wait()  # type: ignore[no-untyped-call]
+    if type(local) not in PLAIN:
+        local = _behind(name, local)
+    if local.layout != torch.strided or local.is_nested:
+        raise MisuseError(
+            f"layout {'nested' if local.is_nested else local.layout} cannot be saved",
+            tensor=name,
+            hint="Make it a dense tensor.",
+        )
+    if local.requires_grad or type(local) is not torch.Tensor:
+        local = local.detach()
+    return _outside_inference(local) if local.is_inference() else local
+
+
+def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor or DTensor as one whose local tensor is plain; it shares the memory.
+
+    Raises:
+        MisuseError: As `plain_memory`.
+        TensorError: The same.
+    """
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if type(local) in PLAIN and not local.is_inference():
+        return tensor.detach()
+    memory = plain_memory(name, local)
+    if not isinstance(tensor, DTensor):
+        return memory
+    return DTensor(memory, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def install(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a tensor's local elements into another's, unless the two are one memory. Both come from `plain_view`."""
+    pair = [getattr(tensor, "_local_tensor", tensor) for tensor in (target, value)]
+    if identity(pair[0]) != identity(pair[1]):
+        pair[0].copy_(pair[1])
+
+
+def stands_for_memory(tensor: torch.Tensor) -> bool:
+    """Whether `plain_view` has a form for a tensor's class: it is plain, or wraps one tensor that it reads as it is."""
+    try:
+        plain_view("", tensor)
+    except (MisuseError, TensorError):
+        return False
+    return True
+
+
+def require_own_elements(name: str, memory: torch.Tensor) -> None:
+    """Check that each element of a tensor that is to be loaded has memory of its own, as torch's ``copy_`` does.
+
+    Raises:
+        TensorError: Several elements are one and the same memory: an expanded tensor.
+    """
+    if memory.is_contiguous():
+        return
+    if any(stride == 0 and size > 1 for size, stride in zip(memory.shape, memory.stride(), strict=True)):
+        raise TensorError(
+            f"several elements of this expanded tensor (shape {list(memory.shape)}, strides {list(memory.stride())}) "
+            "are one memory: it cannot hold the values of a checkpoint",
+            tensor=name,
+            hint="Give it memory of its own (tensor.clone() in the place of tensor.expand(...)) before loading.",
+        )
+
+
+def _behind(name: str, local: torch.Tensor) -> torch.Tensor:
+    cls = type(local)
+    if is_lazy(local):
+        raise MisuseError(
+            "this parameter has no shape yet: its module is lazy and has not run",
+            tensor=name,
+            hint="Run the model once on an example, or build it with its sizes, before saving or loading.",
+        )
+    if _is_wrapper(local):
+        if local.is_nested:
+            return local
+        wrapped, context = _flattened(local)
+        inner = next(iter(wrapped.values())) if len(wrapped) == 1 else None
+        if inner is None or not _is_the_same(local, inner, context):
+            raise _wrapping(name, cls, list(wrapped))
+        return plain_memory(name, inner)
+    own = None if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ else _own_memory(local)
+    if own is None:
+        raise _wrapping(name, cls, [])
+    return own
+
+
+def _own_memory(local: torch.Tensor) -> torch.Tensor | None:
+    """The memory of a subclass that has some, whatever functions of torch it overrides."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            memory = local.detach()
+            has_some = memory.is_meta or memory.layout != torch.strided or not memory.numel() or memory.data_ptr()
+        except RuntimeError:  # FSDP1's sharded tensors
+            return None
+        return memory if has_some else None
+
+
+def _wrapping(name: str, cls: type, wrapped: list[str]) -> TensorError:
+    of = f"around {', '.join(wrapped)}" if wrapped else "without memory of its own"
+    return TensorError(
+        f"a {cls.__module__}.{cls.__qualname__} {of} has no exact form in a file of plain tensors",
+        tensor=name,
+        hint="Save and load the model before it is quantized or otherwise wrapped, or dequantize it first; of a model "
+        "with adapters, is_peft saves the adapter alone.",
+    )
+
+
+def _flattened(tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], object]:
+    """A wrapper's inner tensors by attribute, and its context.
+
+    Detached, which leaves out what a wrapper keeps for the next step alone (float8 training's precomputed scale).
+    """
+    detached = tensor.detach()
+    names, context = cast(Wrapper, detached).__tensor_flatten__()
+    return {name: cast(torch.Tensor, getattr(detached, name)) for name in names}, context
+
+
+def _is_the_same(outer: torch.Tensor, inner: torch.Tensor, context: object) -> bool:
+    """Whether a wrapper's elements are, one by one, those of the one tensor that it wraps, to read and to write."""
+    if isinstance(inner, DTensor) or (outer.shape, outer.dtype) != (inner.shape, inner.dtype):
+        return False
+    device = "cpu" if inner.is_meta else inner.device
+    shape = tuple(min(size, _TRIED) for size in inner.shape)
+    key = (type(outer), type(inner), _comparable(context), inner.dtype, shape, str(device))
+    if key not in _KNOWN:
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        with torch.no_grad():
+            _KNOWN[key] = _reads_and_writes(outer, inner, context, shape, device)
+    return _KNOWN[key]
+
+
+def _reads_and_writes(
+    outer: torch.Tensor, inner: torch.Tensor, context: object, shape: tuple[int, ...], device: torch.device | str
+) -> bool:
+    """Try it on a small tensor of the same class and context."""
+    if 0 in shape:
+        shape = tuple(max(size, 1) for size in shape)
+    values = (torch.arange(torch.Size(shape).numel()) % 97 + 1).view(shape).to(device=device, dtype=inner.dtype)
+    (attribute,) = cast(Wrapper, outer.detach()).__tensor_flatten__()[0]
+    try:
+        source, target = values.clone(), torch.zeros_like(values)
+        read = torch.zeros_like(values)
+        read.copy_(_wrapped(outer, inner, attribute, source, context))
+        _wrapped(outer, inner, attribute, target, context).copy_(values)
+    except Exception:  # noqa: BLE001 - whatever it is, it is not known to be exact
+        return False
+    return all(torch.equal(_bits(values), _bits(found)) for found in (read, target))
+
+
+def _wrapped(
+    outer: torch.Tensor, inner: torch.Tensor, attribute: str, values: torch.Tensor, context: object
+) -> torch.Tensor:
+    """A wrapper as ``outer`` around values, which a wrapper as ``inner`` is around where that is one as well."""
+    if _is_wrapper(inner):
+        wrapped, own = _flattened(inner)
+        ((name, innermost),) = wrapped.items()
+        values = _wrapped(inner, innermost, name, values, own)
+    unflatten = cast(Callable[..., torch.Tensor], type(outer).__tensor_unflatten__)  # type: ignore[attr-defined]
+    return unflatten({attribute: values}, context, values.shape, values.stride())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _outside_inference(local: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same memory that may be written to outside of ``torch.inference_mode``."""
+    with torch.inference_mode(False):
+        conj, neg = local.is_conj(), local.is_neg()
+        local = local.conj() if conj else local
+        local = torch._neg_view(local) if neg else local
+        made = torch.empty(0, dtype=local.dtype, device=local.device)
+        made.set_(local.untyped_storage(), local.storage_offset(), local.shape, local.stride())
+        made = torch._neg_view(made) if neg else made
+        return made.conj() if conj else made
+
+
+def _comparable(context: object) -> object:
+    """A wrapper's context as something that can be hashed; what cannot equals nothing."""
+    if isinstance(context, torch.Tensor):
+        return object()
+    if isinstance(context, Mapping):
+        return tuple((str(key), _comparable(context[key])) for key in sorted(context, key=str))
+    if isinstance(context, (list, tuple)):
+        return (type(context), *map(_comparable, context))
+    try:
+        hash(context)
+    except TypeError:
+        return object()
+    return context

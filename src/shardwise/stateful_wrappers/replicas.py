@@ -1,0 +1,95 @@
+"""Which tensors ranks may hold with different values, though each holds them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
+from shardwise.stateful_wrappers.ways import EXTRA
+
+
+class _Everything:
+    """Contains every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class MayDiffer:
+    """What the settings say about values that differ between ranks which hold a tensor as replicas.
+
+    Parameters are compared. Buffers and extra state are kept by each rank for itself while it trains (statistics of its
+    own batches), and the lowest rank's stand for all, as in DistributedDataParallel's own broadcast.
+
+    Attributes:
+        all: Whether nothing is compared: the lowest rank's value stands for all (``replicas="first"``).
+        per_rank: Patterns of the names of tensors that each rank has a value of its own of (``per_rank_state``).
+    """
+
+    all: bool = False
+    per_rank: tuple[str, ...] = ()
+
+    def of_model(self, tensors: Sequence[NamedTensor], parts: Sequence[nn.Module]) -> Container[str]:
+        """Names of the model's tensors whose replicas may differ.
+
+        Args:
+            tensors: The model's state.
+            parts: The modules that it is of.
+        """
+        if self.all:
+            return _Everything()
+        others = [named for named in tensors if not isinstance(named.tensor, nn.Parameter)]
+        buffers = buffer_names(parts) if others else frozenset()
+        found = {named.name for named in others if _is_kept_apart(named, buffers)}
+        return found | {named.name for named in self.own(tensors)}
+
+    def of_adapter(self, tensors: Iterable[tuple[str, torch.Tensor]], parts: Sequence[nn.Module]) -> Container[str]:
+        """As `of_model`, for the tensors of an adapter by their names in its file."""
+        if self.all:
+            return _Everything()
+        buffers = {id(buffer) for part in parts for buffer in part.buffers()}
+        return {name for name, tensor in tensors if id(tensor) in buffers}
+
+    def of_state(self, names: Iterable[tuple[str, str]]) -> Container[str]:
+        """Names of an optimizer's state tensors whose replicas may differ.
+
+        Args:
+            names: Pairs of a state tensor's name and its parameter's.
+        """
+        if self.all:
+            return _Everything()
+        return {name for name, parameter in names if self.is_own(parameter)} if self.per_rank else frozenset()
+
+    def own(self, tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
+        """The tensors that each rank has a value of its own of."""
+        if not self.per_rank:
+            return []
+        return [named for named in tensors if any(map(self.is_own, (named.name, *named.aliases)))]
+
+    @staticmethod
+    def matches(pattern: str, names: Iterable[str]) -> bool:
+        """Whether a pattern matches any of ``names``."""
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    def is_own(self, name: str) -> bool:
+        """Whether each rank has a value of its own of the tensor called ``name``."""
+        return any(fnmatchcase(name, pattern) for pattern in self.per_rank)
+
+
+def _is_kept_apart(named: NamedTensor, buffers: frozenset[str]) -> bool:
+    """Whether a tensor that is no parameter is a buffer or extra state; others were made of parameters by a hook."""
+    names = (named.name, *named.aliases)
+    return any(name in buffers or name.rpartition(".")[2] == EXTRA for name in names)
+
+
+def buffer_names(parts: Iterable[nn.Module]) -> frozenset[str]:
+    """Plain names of the buffers of a rank's model parts."""
+    return frozenset(
+        plain_name(name) for part in parts for name, _ in unwrap(part).named_buffers(remove_duplicate=False)
+    )

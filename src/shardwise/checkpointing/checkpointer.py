@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
@@ -21,6 +22,7 @@ from shardwise.checkpointing.arguments import (
 from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
+from shardwise.checkpointing.data_order import DataOrder
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel
@@ -43,6 +45,7 @@ from shardwise.lifecycle import (
 )
 
 _LOG = logging.getLogger(__name__)
+_Batch = TypeVar("_Batch")
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -74,6 +77,10 @@ class Checkpointer(ComponentCheckpointer):
 
     # Whether what interrupted saves left has been removed.
     _tidied = False
+
+    @cached_property
+    def _order(self) -> DataOrder:
+        return DataOrder()
 
     @cached_property
     def _line(self) -> RunLine:
@@ -160,7 +167,7 @@ class Checkpointer(ComponentCheckpointer):
             if steers:
                 saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
                 steps += below("optim", saving.steps())
-            steps += capture_extras(context, temp, extra_state or {})
+            steps += capture_extras(context, temp, extra_state or {}, self._order)
         except BaseException:
             publication.abandon(context.group)
             raise
@@ -259,10 +266,54 @@ class Checkpointer(ComponentCheckpointer):
             if steering is not None:
                 steering.fill()
             with context.group.together("setting the random number generators"):
-                found.set_generators()
+                found.set_generators(self._order)
         self.allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left)
+
+    # --- random numbers and data ------------------------------------------------------------------------------------
+
+    def batches(self, loader: Iterable[_Batch], epoch: int, *, name: str = "train") -> Iterator[_Batch]:
+        """The batches of an epoch that the loop has not had yet. Each rank calls for itself.
+
+        for epoch in range(resumed.epoch if resumed else 0, epochs):
+            for batch in checkpointer.batches(loader, epoch):
+                train_step(batch)
+                checkpointer.save(epoch, step, model, optimizer)
+
+        Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
+        is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
+        generators are then set to what they were when the checkpoint was saved: order, workers' seeds and dropout are
+        those of a run that was never stopped. Of any other epoch it is ``iter(loader)``. A loop that has taken a batch
+        has had it: save after the step, not before.
+
+        Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
+        position and skips nothing; pass it in ``extra_state`` as well. Positions are restored on the same number of
+        ranks only; on another, `restore` names ``batches`` among what it left.
+
+        Args:
+            loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.
+            epoch: Number of the epoch.
+            name: Tells the loaders apart where there are several.
+
+        Returns:
+            An iterator over what is left.
+
+        Raises:
+            MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
+                restored.
+        """
+        return self._order.batches(loader, epoch, name)
+
+    def resume_rng(self) -> None:
+        """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
+
+        For loops without `batches`: call it in the middle of an epoch, when the iterator is there and the batches that
+        the loop has had are skipped, right before the first step. What making the iterator has drawn is then forgotten.
+        Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
+        checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
+        """
+        self._order.set_generators()
 
     # --- preemption -------------------------------------------------------------------------------------------------
 

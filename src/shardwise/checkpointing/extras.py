@@ -7,9 +7,7 @@ and restored only on the same number of ranks; on another it stays as it is, and
 from __future__ import annotations
 
 import hashlib
-import random
 import re
-import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 from urllib.parse import quote, unquote
 
-import torch
-
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.extra_values import as_stateful
+from shardwise.checkpointing.generators import RandomState
 from shardwise.checkpointing.restoring import Undos
 from shardwise.comm import Group
 from shardwise.engine.jobs import Step
@@ -56,6 +54,7 @@ def capture_steps(context: Context, values: Mapping[str, object], directory: Pat
         for name, value in values.items():
             if not isinstance(name, str) or name in ("", "."):
                 raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
+            value = as_stateful(value)
             try:
                 packed[name] = pack_state(value.state_dict() if isinstance(value, Stateful) else value)
             except StateFormatError as error:
@@ -121,7 +120,7 @@ class FoundValues:
             MisuseError: An object refuses its state.
         """
         for name, state in self.states.items():
-            value = self.values[name]
+            value = as_stateful(self.values[name])
             if isinstance(value, Stateful):
                 try:
                     undos.load(f"extra state {name!r}", value, cast(dict[str, object], state))
@@ -200,30 +199,3 @@ def check_generators(state: object) -> None:
         ) from error
     finally:
         generators.load_state_dict(had)
-
-
-class RandomState:
-    """The random number generators of this process: torch's (CPU and CUDA), Python's, and numpy's if it is in use."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The generators' states."""
-        state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        if "numpy" in sys.modules:
-            import numpy as np
-
-            state["numpy"] = np.random.get_state()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Set the generators."""
-        torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
-        random.setstate(cast(tuple[object, ...], state_dict["python"]))
-        if "cuda" in state_dict and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cast(torch.Tensor, state_dict["cuda"]))
-        if "numpy" in state_dict:
-            import numpy as np
-
-            np.random.set_state(cast("tuple[str, np.ndarray[tuple[int], np.dtype[np.uint32]], int, int, float]",
-                                     state_dict["numpy"]))  # fmt: skip

@@ -10,14 +10,15 @@ from typing import cast
 
 from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.data_order import DataOrder
 from shardwise.checkpointing.extras import (
     FoundValues,
-    RandomState,
     capture_steps,
     check_generators,
     find_values,
     saved_names,
 )
+from shardwise.checkpointing.generators import RandomState
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.comm import JsonValue
@@ -25,6 +26,8 @@ from shardwise.engine.jobs import Step
 from shardwise.lifecycle import resolve
 
 _LOG = logging.getLogger(__name__)
+#: What is saved of positions in data, beside the generators.
+BATCHES = "batches"
 
 
 def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
@@ -41,9 +44,14 @@ def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
     return RestoreRecord(epoch, step, Path(path), metrics)
 
 
-def capture_extras(context: Context, directory: Path, extra_state: Mapping[str, object]) -> list[Step]:
+def capture_extras(
+    context: Context, directory: Path, extra_state: Mapping[str, object], order: DataOrder
+) -> list[Step]:
     """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
-    generators = {"rng": RandomState()} if context.config.save_rng else {}
+    generators: dict[str, object] = {"rng": RandomState()} if context.config.save_rng else {}
+    positions = order.state(context.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
     return [
         *below("rng", capture_steps(context, generators, directory / "rng")),
         *below("extra", capture_steps(context, extra_state, directory / "extra")),
@@ -67,10 +75,14 @@ class FoundExtras:
         """What stays as it is on this rank, because it was saved for each of another number of ranks."""
         return self.extra.skipped + self.generators.skipped
 
-    def set_generators(self) -> None:
+    def set_generators(self, order: DataOrder) -> None:
         """Set the generators, after everything else: what others do may draw numbers. Local."""
-        for state in self.generators.states.values():
-            RandomState().load_state_dict(cast(dict[str, object], state))
+        state = cast("dict[str, object] | None", self.generators.states.get("rng"))
+        if state is not None:
+            RandomState().load_state_dict(state)
+        positions = self.generators.states.get(BATCHES)
+        found = {} if positions is None else order.parsed(positions)
+        order.resume(state, found, [self.extra.values[name] for name in self.extra.states])
 
 
 def find_extras(context: Context, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
@@ -85,11 +97,13 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
     with group.together("looking for extra state"):
         extra = find_values(extra_state, directory / "extra", group.rank, group.world_size)
         wanted: dict[str, object] = {}
-        if context.config.save_rng and "rng" in saved_names(directory / "rng"):
-            wanted = {"rng": RandomState()}
+        if context.config.save_rng:
+            wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
-        for state in generators.states.values():
-            check_generators(state)
+        if "rng" in generators.states:
+            check_generators(generators.states["rng"])
+        if BATCHES in generators.states:
+            DataOrder.parsed(generators.states[BATCHES])
         found = FoundExtras(extra, generators)
     assert found is not None
     return found

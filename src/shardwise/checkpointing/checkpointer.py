@@ -265,6 +265,7 @@ class Checkpointer(ComponentCheckpointer):
                 averaged[0].fill()
             if steering is not None:
                 steering.fill()
+            found.spread.fill(context.group)
             with context.group.together("setting the random number generators"):
                 found.set_generators(self._order)
         self.allocate_staging(model, optimizer)

@@ -11,11 +11,13 @@ from typing import cast
 from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.data_order import DataOrder
+from shardwise.checkpointing.extra_sharded import OpenedSharded
 from shardwise.checkpointing.extras import (
     FoundValues,
     capture_steps,
     check_generators,
     find_values,
+    open_spread,
     saved_names,
 )
 from shardwise.checkpointing.generators import RandomState
@@ -65,10 +67,12 @@ class FoundExtras:
     Attributes:
         extra: Extra state.
         generators: The generators' states.
+        spread: Extra state that is spread over the ranks.
     """
 
     extra: FoundValues
     generators: FoundValues
+    spread: OpenedSharded
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -93,7 +97,8 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
         StateFormatError: A state is damaged.
     """
     group = context.group
-    found: FoundExtras | None = None
+    extra: FoundValues | None = None
+    generators: FoundValues | None = None
     with group.together("looking for extra state"):
         extra = find_values(extra_state, directory / "extra", group.rank, group.world_size)
         wanted: dict[str, object] = {}
@@ -104,9 +109,9 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
             check_generators(generators.states["rng"])
         if BATCHES in generators.states:
             DataOrder.parsed(generators.states[BATCHES])
-        found = FoundExtras(extra, generators)
-    assert found is not None
-    return found
+    assert extra is not None
+    assert generators is not None
+    return FoundExtras(extra, generators, open_spread(context, extra, directory / "extra"))
 
 
 def unrestored(

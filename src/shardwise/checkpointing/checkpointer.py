@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.adapters import check_before_training
+from shardwise.checkpointing.adapters import OpenedAdapter, check_before_training
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     check_same_call,
     whole_number,
 )
+from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
+from shardwise.checkpointing.data_order import DataOrder
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel
@@ -27,8 +30,8 @@ from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedu
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
-from shardwise.comm import JsonValue
-from shardwise.engine.jobs import SaveJob
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
@@ -42,6 +45,7 @@ from shardwise.lifecycle import (
 )
 
 _LOG = logging.getLogger(__name__)
+_Batch = TypeVar("_Batch")
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -75,6 +79,10 @@ class Checkpointer(ComponentCheckpointer):
     _tidied = False
 
     @cached_property
+    def _order(self) -> DataOrder:
+        return DataOrder()
+
+    @cached_property
     def _line(self) -> RunLine:
         return RunLine()
 
@@ -92,6 +100,7 @@ class Checkpointer(ComponentCheckpointer):
         metrics: Mapping[str, float] | None = None,
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
+        ema: Model | None = None,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
@@ -104,8 +113,12 @@ class Checkpointer(ComponentCheckpointer):
             tokenizer: A tokenizer or processor to put beside the weights.
             peft_config: The adapter's configuration, for a model with LoRA modules of its own.
             metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
-            extra_state: Name -> a ``Stateful`` object or plain values; see `restore`.
+            extra_state: Name -> a ``Stateful`` object, a module, a random generator or plain values; see `restore`.
+                DTensors in it, and modules, are saved as they are sharded.
             is_final_checkpoint: Whether this is the run's last save (``save_consolidated="final"`` exports it).
+            ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
+                of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
+                configuration and tokenizer, and an export where the model has one.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -127,11 +140,14 @@ class Checkpointer(ComponentCheckpointer):
             self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
+            if ema is not None:
+                self._looked(ema, saves=True)
             epoch, step = whole_number(epoch), whole_number(step)
             numbers = check_metrics(metrics)
             return checkpoint_name(epoch, step)
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
+        given["an ema"] = ema is not None
         check_same_call(look, given | passed_addons(self.addons), context.group)
         if context.group.is_main:
             warn_of_metrics(numbers, self.config)
@@ -150,14 +166,18 @@ class Checkpointer(ComponentCheckpointer):
                 optimizer,
             )
             steps = below("model", save.steps())
+            closing = [*save.closing]
+            if ema is not None:
+                own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
+                steps, closing = steps + own, closing + theirs
             if steers:
                 saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
                 steps += below("optim", saving.steps())
-            steps += capture_extras(context, temp, extra_state or {})
+            steps += capture_extras(context, temp, extra_state or {}, self._order)
         except BaseException:
             publication.abandon(context.group)
             raise
-        commit = partial(publication.commit, closing=save.closing)
+        commit = partial(publication.commit, closing=closing)
         self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
@@ -172,6 +192,7 @@ class Checkpointer(ComponentCheckpointer):
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
         key_mapping: Mapping[str, str] | None = None,
+        ema: Model | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -193,6 +214,7 @@ class Checkpointer(ComponentCheckpointer):
                 warning.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names of tensors, and to a DCP
                 directory's names of parameters; first match.
+            ema: The average that `save` was given, to be filled in place; its topology may differ as well.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -208,10 +230,12 @@ class Checkpointer(ComponentCheckpointer):
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
-        given |= {f"key_mapping={key_mapping}": bool(key_mapping)}
+        given |= {f"key_mapping={key_mapping}": bool(key_mapping), "an ema": ema is not None}
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
+            if ema is not None:
+                self._looked(ema)
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(look, given, context.group)
@@ -227,15 +251,18 @@ class Checkpointer(ComponentCheckpointer):
         # As in a save, a rank may have a state that others have not.
         extras = context.group.any(bool(extra_state), "comparing what is to be restored")
         wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
+        wanted[MODEL_EMA] = ema is not None
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
         opened = self._open_model(model, model_place(path, context.group), key_mapping)
+        averaged = self._open_ema(ema, path / MODEL_EMA) if ema is not None else None
         steering = (
             open_optimizer(context, optimizer or [], model, scheduler, path / "optim", key_mapping) if steers else None
         )
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
+        taken += ["ema"] * (ema is not None)
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
@@ -244,15 +271,64 @@ class Checkpointer(ComponentCheckpointer):
             if steering is not None:
                 steering.take_in(undos)
             found.extra.take_in(undos)
+            if averaged is not None:
+                averaged[1].take_in(undos)
         with overwriting("the run's state"):
             opened.fill()
+            if averaged is not None:
+                averaged[0].fill()
             if steering is not None:
                 steering.fill()
+            found.spread.fill(context.group)
             with context.group.together("setting the random number generators"):
-                found.set_generators()
+                found.set_generators(self._order)
         self.allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left)
+
+    # --- random numbers and data ------------------------------------------------------------------------------------
+
+    def batches(self, loader: Iterable[_Batch], epoch: int, *, name: str = "train") -> Iterator[_Batch]:
+        """The batches of an epoch that the loop has not had yet. Each rank calls for itself.
+
+        for epoch in range(resumed.epoch if resumed else 0, epochs):
+            for batch in checkpointer.batches(loader, epoch):
+                train_step(batch)
+                checkpointer.save(epoch, step, model, optimizer)
+
+        Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
+        is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
+        generators are then set to what they were when the checkpoint was saved: order, workers' seeds and dropout are
+        those of a run that was never stopped. Of any other epoch it is ``iter(loader)``. A loop that has taken a batch
+        has had it: save after the step, not before.
+
+        Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
+        position and skips nothing; pass it in ``extra_state`` as well. Positions are restored on the same number of
+        ranks only; on another, `restore` names ``batches`` among what it left.
+
+        Args:
+            loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.
+            epoch: Number of the epoch.
+            name: Tells the loaders apart where there are several.
+
+        Returns:
+            An iterator over what is left.
+
+        Raises:
+            MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
+                restored.
+        """
+        return self._order.batches(loader, epoch, name)
+
+    def resume_rng(self) -> None:
+        """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
+
+        For loops without `batches`: call it in the middle of an epoch, when the iterator is there and the batches that
+        the loop has had are skipped, right before the first step. What making the iterator has drawn is then forgotten.
+        Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
+        checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
+        """
+        self._order.set_generators()
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -271,6 +347,35 @@ class Checkpointer(ComponentCheckpointer):
         return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _ema_steps(
+        self, ema: Model, directory: Path, tokenizer: SavesPretrained | None, peft_config: object | None, is_final: bool
+    ) -> tuple[list[Step], list[Callable[[Group], None]]]:
+        """Capture the average; what is left to do, and with what it ends. All ranks call."""
+        context = self._context
+        average: Average | None = None
+        beside: list[Step] = []
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            beside = average.capture(directory, context.storage)
+        assert average is not None
+        further = context.further(MODEL_EMA)
+        saving = self._model_save(
+            average.model, directory, tokenizer, peft_config, is_final, lambda: None, context=further
+        )
+        return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
+
+    def _open_ema(self, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+        """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
+        context = self._context
+        average: Average | None = None
+        found: FoundAveraging | None = None
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            found = average.find(directory)
+        assert average is not None
+        assert found is not None
+        return self._open_model(average.model, directory, context=context.further(MODEL_EMA)), found
 
     def _publication(self, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]) -> Publication:
         context = self._context

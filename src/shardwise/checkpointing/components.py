@@ -28,7 +28,7 @@ from shardwise.checkpointing.arguments import (
 )
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
-from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.hooks import leading_own, passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
@@ -411,13 +411,16 @@ class ComponentCheckpointer:
         is_final: bool,
         reserve: Callable[[], None],
         optimizer: Optimizers | None = None,
+        context: Context | None = None,
     ) -> ModelSave | AdapterSave:
         kind = partial(AdapterSave, optimizer=optimizer) if self.config.is_peft else ModelSave
+        # A hook of others' is for the model: it may write to one place.
+        addons = self.addons if context is None or self.config.is_peft else self.addons[: leading_own(self.addons)]
         return kind(
-            self._context,
+            context or self._context,
             model,
             directory,
-            self.addons,
+            addons,
             tokenizer=tokenizer,
             peft_config=peft_config,
             is_final=is_final,
@@ -425,10 +428,15 @@ class ComponentCheckpointer:
         )
 
     def _open_model(
-        self, model: Model, path: Path, key_mapping: Mapping[str, str] | None = None, allow_missing: bool = False
+        self,
+        model: Model,
+        path: Path,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_missing: bool = False,
+        context: Context | None = None,
     ) -> OpenedModel | OpenedAdapter:
         """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
-        context = self._context
+        context = context or self._context
         if self.config.is_peft:
             return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)

@@ -46,6 +46,7 @@ class Context:
         optimizer_roster: Who holds what of the optimizer.
         sound: What was captured last, after it was looked through.
         names_base: Whether any rank's settings name a base model.
+        prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
 
     config: CheckpointingConfig
@@ -57,6 +58,7 @@ class Context:
     stager: Stager | None = None
     sound: HubState | None = None
     names_base: bool = False
+    prefix: str = ""
     _base_path: str | None = None
     _base_found: bool = False
     _base: BaseModel | None = None
@@ -82,10 +84,33 @@ class Context:
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
         self.warned: set[Path] = set()
+        self.further_rosters: dict[str, RosterKeeper] = {}
+        self._further: dict[str, Context] = {}
+
+    def further(self, name: str, config: CheckpointingConfig | None = None) -> Context:
+        """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
+
+        Args:
+            name: The model's name, always the same for the same model.
+            config: Settings of its own; those of the checkpointer by default.
+        """
+        known = self._further.get(name)
+        if known is None:
+            known = self._further[name] = Context(
+                config or self.config,
+                self.group,
+                self.storage,
+                self.fs,
+                self.stage,
+                stager=self.stager,
+                names_base=self.names_base and config is None,
+                prefix=f"{self.prefix}{name}/",
+            )
+        return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
-        return list(held) if self.stager is None else self.stager.stage(component, held)
+        return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     @property
     def root(self) -> Path:

@@ -112,7 +112,7 @@ class CheckpointingConfig:
         model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
         model_repo_id: Hub name or local directory of the base model.
         save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
-        is_peft: Whether an adapter is trained: only the adapter is saved.
+        is_peft: Whether an adapter is trained: it is saved, with what is trained beside it, and not the base model.
         model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
         is_async: Write in the background. Needs torch 2.9 or newer; with an older one it becomes ``False``, with a
             warning that says so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch.nn as nn
@@ -21,7 +21,14 @@ from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
-from shardwise.stateful_wrappers.ways import is_plain
+from shardwise.stateful_wrappers.ways import (
+    foreign,
+    gives_extra,
+    makes_own,
+    makes_subtree,
+    refuse_hooks_around,
+    takes_extra,
+)
 
 
 def capture_adapter(
@@ -33,6 +40,7 @@ def capture_adapter(
     adapter_name: str | None = None,
     save_embedding_layers: SaveEmbeddings = "auto",
     base: str | None = None,
+    stepped: Collection[int] = (),
 ) -> AdapterTensors:
     """Describe the adapters of a model, for saving and for loading alike. Local: no rank communicates.
 
@@ -49,6 +57,7 @@ def capture_adapter(
         adapter_name: Only this adapter; all if not given.
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
         base: The base model, for an adapter that does not name it.
+        stepped: Identities of parameters that an optimizer has state of: trained, if they are frozen by now.
 
     Raises:
         AdapterError: The adapter cannot be described.
@@ -88,7 +97,7 @@ def capture_adapter(
         files = [AdapterFile("default", "", _joined(own))]
     _refuse_own_ways(parts, files)
     inventory, cut = _inventory(parts)
-    extra = extra_entries(parts, files) if adapter_name is None else ()
+    extra = extra_entries(parts, files, stepped) if adapter_name is None else ()
     return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
 
 
@@ -167,12 +176,25 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
     return {name: tuple(sorted(indices)) for name, indices in sorted(found.items())}, frozenset(cut)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
+    if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
+        return False
+    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+        return False
+    return type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+
+
 def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
     """Check that what is saved of each module is its parameters and buffers, and that it takes them as they are."""
     owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
+    around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
     for part in parts:
+        refuse_hooks_around(part, outer(part))
         for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
-            if name in owners and not is_plain(module):
+            hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+            # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
+            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
                 raise ModuleStateError(
                     f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
                     "parameters and buffers as they are",

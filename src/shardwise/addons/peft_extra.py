@@ -7,7 +7,7 @@ with its state of them. They stand in a file of this library's own beside the ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -25,12 +25,15 @@ def extra_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX)
 
 
-def extra_entries(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> tuple[AdapterEntry, ...]:
-    """Parameters that require a gradient, and buffers that training may change, that no adapter's file holds. Local.
+def extra_entries(
+    parts: Sequence[nn.Module], files: Sequence[AdapterFile], stepped: Collection[int] = ()
+) -> tuple[AdapterEntry, ...]:
+    """Parameters that are trained, and buffers that training may change, that no adapter's file holds. Local.
 
     Args:
         parts: This rank's parts.
         files: All of their adapters.
+        stepped: Identities of parameters that an optimizer has state of. Others are trained if they require a gradient.
 
     Raises:
         NameCollisionError: Two parts have a tensor of one name.
@@ -38,7 +41,7 @@ def extra_entries(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> t
     taken = {id(item.tensor) for file in files for item in file.entries}
     out: dict[str, AdapterEntry] = {}
     for part in parts:
-        for named in _changing(part):
+        for named in _changing(part, stepped):
             name = extra_name(named.name)
             if id(named.tensor) in taken:
                 continue
@@ -59,15 +62,15 @@ def base_tensors(parts: Sequence[nn.Module]) -> Iterator[tuple[tuple[str, ...], 
             yield tuple(extra_name(name) for name in (named.name, *named.aliases)), named.tensor
 
 
-def _changing(part: nn.Module) -> Iterator[NamedTensor]:
+def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor]:
     model = outer(part)
     listed = list_parameters([model])
     if not _is_prepared(model, listed):
         return
     buffers = _statistics(model)
     for named in listed:
-        trained = isinstance(named.tensor, nn.Parameter) and named.tensor.requires_grad
-        if trained or named.name in buffers:
+        trained = named.tensor.requires_grad or id(named.tensor) in stepped
+        if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in buffers:
             yield named
 
 

@@ -8,6 +8,7 @@ the base model on the hub do not matter.
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 SaveEmbeddings = bool | Literal["auto"]
+
+_FACTOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.")
 
 #: Projections behind a fused expert parameter, in row order, for models whose v4 files hold experts one by one.
 _FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -258,8 +261,8 @@ def _named_by_peft(
             )
     except Exception as error:  # peft's own code, on placeholders that it does not expect
         raise AdapterError(
-            f"adapter {adapter_name!r} ({method_of(config)}) cannot be described: peft looks at values to name "
-            f"its tensors ({type(error).__name__}: {error})",
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({config.peft_type}) has without computing on "
+            f"them: {type(error).__name__}: {error}",
             hint="Use LoraConfig, or another method whose adapters live in the layers.",
         ) from error
     return found
@@ -337,11 +340,11 @@ def _require_whole(
     found: Collection[str],
     config: PeftConfig,
 ) -> None:
-    """Check that each of the adapter's tensors that the modules have is in its file: of LoRA, all are."""
+    """Check that each factor that the modules have for the adapter is in its file, whatever peft's filters did."""
     if str(config.peft_type).rpartition(".")[2] != "LORA":
         return
     for name in state:
-        if name not in found and is_below(name, owners) == adapter_name and ".lora_" in f".{name}":
+        if name not in found and is_below(name, owners) == adapter_name and _FACTOR.search(name):
             raise AdapterError(
                 f"peft leaves {name!r} out of the adapter {adapter_name!r}",
                 tensor=name,

@@ -21,6 +21,8 @@ _SAME = ("peft_type", "r", "lora_alpha", "bias", "use_dora", "use_rslora")
 def part_settings(config: PeftConfig) -> dict[str, object]:
     """What the stages of one adapter have to agree on or to unite, as values that can travel."""
     values = config.to_dict()
+    if str(values.get("target_modules")).lower() == "all-linear":
+        values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
     return {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
 
 

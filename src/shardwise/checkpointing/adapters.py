@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAM
 from shardwise.checkpointing.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, run_hooks
+from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -58,6 +59,7 @@ class AdapterSave:
         peft_config: object | None,
         is_final: bool,
         reserve: Callable[[], None],
+        optimizer: Optimizers | None = None,
     ) -> None:
         self._context = context
         self._reserve = reserve
@@ -66,6 +68,7 @@ class AdapterSave:
         self._addons = addons
         self.state = ModelState(model)
         self._config = peft_config
+        self._stepped = stepped(optimizer)
         self._args: SaveHookArgs = {
             "model_state": self.state,
             "model_path": str(directory),
@@ -98,7 +101,7 @@ class AdapterSave:
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
-            captured = capture(context, self.state.model, self._config)
+            captured = capture(context, self.state.model, self._config, self._stepped)
         assert captured is not None
         declared = declare(context, captured)
         steps: list[Step] = []
@@ -148,7 +151,17 @@ class AdapterSave:
         return ComponentRecord()
 
 
-def capture(context: Context, parts: Sequence[nn.Module], config: object | None) -> AdapterTensors:
+def stepped(optimizer: Optimizers | None) -> frozenset[int]:
+    """Identities of the parameters that the optimizers have state of: what has been trained, frozen by now or not."""
+    states = [getattr(each, "state", None) for each in several(optimizer)]
+    return frozenset(
+        id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
+    )
+
+
+def capture(
+    context: Context, parts: Sequence[nn.Module], config: object | None, stepped: Collection[int] = ()
+) -> AdapterTensors:
     """The adapters of this rank's parts, in the layout that the settings promise. Local."""
     return capture_adapter(
         list(parts),
@@ -156,6 +169,7 @@ def capture(context: Context, parts: Sequence[nn.Module], config: object | None)
         v4_compatible=context.config.v4_compatible,
         legacy_paramwrapper_layout=context.config.legacy_paramwrapper_layout,
         base=context.base_name(),
+        stepped=stepped,
     )
 
 

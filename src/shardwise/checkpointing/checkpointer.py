@@ -140,7 +140,13 @@ class Checkpointer(ComponentCheckpointer):
         make_room = partial(self._reserve, name)
         try:
             save = self._model_save(
-                model, temp / "model", tokenizer, peft_config, is_final_checkpoint, publication.reserved(make_room)
+                model,
+                temp / "model",
+                tokenizer,
+                peft_config,
+                is_final_checkpoint,
+                publication.reserved(make_room),
+                optimizer,
             )
             steps = below("model", save.steps())
             if steers:

@@ -394,8 +394,9 @@ class ComponentCheckpointer:
         peft_config: object | None,
         is_final: bool,
         reserve: Callable[[], None],
+        optimizer: Optimizers | None = None,
     ) -> ModelSave | AdapterSave:
-        kind = AdapterSave if self.config.is_peft else ModelSave
+        kind = partial(AdapterSave, optimizer=optimizer) if self.config.is_peft else ModelSave
         return kind(
             self._context,
             model,

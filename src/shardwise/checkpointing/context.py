@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shardwise.checkpointing.answers import Answers
+from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.recasts import RecastKeeper
@@ -37,12 +38,14 @@ class Context:
         storage: Where data goes.
         fs: Where names are made and renamed.
         stage: Pipeline rank.
+        root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
+        met: What the ranks have told each other when they met.
+        staging_dir: Where files are built before they are copied into place; likewise.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
         optimizer_roster: Who holds what of the optimizer.
         sound: What was captured last, after it was looked through.
-        names_base: Whether any rank's settings name a base model.
     """
 
     config: CheckpointingConfig
@@ -50,10 +53,12 @@ class Context:
     storage: Storage
     fs: FileSystem
     stage: int
+    root: Path
+    met: Met
+    staging_dir: Path | None = None
     names: HubNames = field(default_factory=HubNames)
     stager: Stager | None = None
     sound: HubState | None = None
-    names_base: bool = False
     _base_path: str | None = None
     _base_found: bool = False
     _base: BaseModel | None = None
@@ -75,18 +80,13 @@ class Context:
         """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
         return list(held) if self.stager is None else self.stager.stage(component, held)
 
-    @property
-    def root(self) -> Path:
-        """The directory of checkpoints and pointers."""
-        return Path(self.config.checkpoint_dir).absolute()
-
     def base_path(self) -> str | None:
         """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
 
         Raises:
             CheckpointNotFoundError: One is named on some rank and is not there.
         """
-        if self.names_base and not self._base_found:
+        if self.met.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)
             self._base_found = True
@@ -98,9 +98,10 @@ class Context:
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.names_base and not self._base_read:
+        if self.met.names_base and not self._base_read:
             legacy = self.config.allow_legacy_pickle_restore
-            self._base = open_base(self.base_path(), self.group, legacy)
+            path = self.base_path()
+            self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)
             self._base_read = True
         return self._base
 

@@ -34,7 +34,7 @@ def restored(root: Path, name: str = LATEST) -> tuple[int | None, float]:
     model = nn.Linear(2, 2)
     record = engine(root).restore(model, restore_from=name, verify="digests")
     assert record is not None
-    return record.step, float(model.weight[0, 0])
+    return record.step, float(model.weight.detach()[0, 0])
 
 
 def every_file(root: Path) -> None:
@@ -87,7 +87,7 @@ def test_links_are_as_good_as_files(root: Path, kind: object) -> None:
     assert infos[NAME].lineage is not None
     assert restored(root) == (3, 3.0)
     assert restored(root, NAME) == (3, 3.0)
-    assert verify(root / NAME, level="digests").status == "whole"
+    assert verify(root / NAME).status == "whole"
     with pytest.raises(CheckpointExistsError):
         engine(root).save(0, 3, filled(-1.0))
     assert restored(root, NAME) == (3, 3.0)
@@ -102,7 +102,7 @@ def test_retention_deletes_nothing_through_links(root: Path, kind: object) -> No
     run.save(0, 4, filled(4.0))
     assert {path for path in before if path.is_file()} == before
     left = [info.step for info in list_checkpoints(root)]
-    assert left == ([3, 4] if kind is directory else [4])
+    assert left == ([1, 3, 4] if kind is directory else [1, 4])  # 1 is the best
 
 
 def test_a_file_behind_a_link_that_has_changed_is_damage(root: Path) -> None:

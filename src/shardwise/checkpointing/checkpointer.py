@@ -16,7 +16,6 @@ from shardwise.checkpointing.adapters import OpenedAdapter, check_before_trainin
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
-    check_same_call,
     whole_number,
 )
 from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
@@ -29,6 +28,7 @@ from shardwise.checkpointing.model_loading import OpenedModel
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
+from shardwise.checkpointing.turns import check_same_call
 from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import SaveJob, Step
@@ -69,6 +69,8 @@ class Checkpointer(ComponentCheckpointer):
         file_system: Where names are made and renamed; likewise.
         device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
             own streams by default.
+        absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
+            that have not come.
 
     Raises:
         ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
@@ -125,12 +127,15 @@ class Checkpointer(ComponentCheckpointer):
             disabled or the save was skipped by ``skip_save_while_busy``.
 
         Raises:
+            CheckpointBusyError: Another checkpointer is saving this very checkpoint; the message names its process.
             CheckpointExistsError: This checkpoint is already published.
-            ShardwiseError: What failed, on any rank; nothing that was published is touched.
+            ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
+                earlier asynchronous save: this one is made all the same before that is raised, as the text says.
         """
-        context = self._context
-        if not self.config.enabled or self._skip():
+        context = self._begin(call := f"save(epoch {epoch}, step {step})")
+        if not self.config.enabled:
             return None
+        self._ends = self._ends or is_final_checkpoint
         steers = optimizer is not None or bool(as_list(scheduler))
         numbers: dict[str, float] = {}
 
@@ -148,37 +153,40 @@ class Checkpointer(ComponentCheckpointer):
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
         given["an ema"] = ema is not None
-        check_same_call(look, given | passed_addons(self.addons), context.group)
+        turn = self._turn(call, look, given | passed_addons(self.addons))
+        if turn.skipped:
+            return None
         if context.group.is_main:
             warn_of_metrics(numbers, self.config)
         name = checkpoint_name(epoch, step)
         temp, final = context.root / temporary_name(name), context.root / name
-        publication = self._publication(temp, final, epoch, step, numbers)
-        make_room = partial(self._reserve, name)
-        try:
-            save = self._model_save(
-                model,
-                temp / "model",
-                tokenizer,
-                peft_config,
-                is_final_checkpoint,
-                publication.reserved(make_room),
-                optimizer,
-            )
-            steps = below("model", save.steps())
-            closing = [*save.closing]
-            if ema is not None:
-                own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
-                steps, closing = steps + own, closing + theirs
-            if steers:
-                saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
-                steps += below("optim", saving.steps())
-            steps += capture_extras(context, temp, extra_state or {}, self._order)
-        except BaseException:
-            publication.abandon(context.group)
-            raise
-        commit = partial(publication.commit, closing=closing)
-        self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
+        with turn.telling(name, self.async_wait):
+            publication = self._publication(temp, final, epoch, step, numbers)
+            make_room = partial(self._reserve, name)
+            try:
+                save = self._model_save(
+                    model,
+                    temp / "model",
+                    tokenizer,
+                    peft_config,
+                    is_final_checkpoint,
+                    publication.reserved(make_room),
+                    optimizer,
+                )
+                steps = below("model", save.steps())
+                closing = [*save.closing]
+                if ema is not None:
+                    own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
+                    steps, closing = steps + own, closing + theirs
+                if steers:
+                    saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
+                    steps += below("optim", saving.steps())
+                steps += capture_extras(context, temp, extra_state or {}, self._order)
+            except BaseException:
+                publication.abandon(context.group)
+                raise
+            commit = partial(publication.commit, closing=closing)
+            self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
     @outside_inference_mode
@@ -226,7 +234,7 @@ class Checkpointer(ComponentCheckpointer):
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
         """
-        context = self._context
+        context = self._begin(call := f"restore({restore_from})")
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
@@ -238,14 +246,14 @@ class Checkpointer(ComponentCheckpointer):
                 self._looked(ema)
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
-        check_same_call(look, given, context.group)
+        check_same_call(call, look, given, context.group)
         if self.config.enabled:
             context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
             if self.config.is_peft:
                 check_before_training(context, model, is_adapted=True)
         record = locate(context, restore_from)
         if record is None:
-            self.allocate_staging(model, optimizer)
+            self._allocate_staging(model, optimizer)
             return None
         path = record.path
         # As in a save, a rank may have a state that others have not.
@@ -282,7 +290,7 @@ class Checkpointer(ComponentCheckpointer):
             found.spread.fill(context.group)
             with context.group.together("setting the random number generators"):
                 found.set_generators(self._order)
-        self.allocate_staging(model, optimizer)
+        self._allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left)
 
@@ -344,7 +352,14 @@ class Checkpointer(ComponentCheckpointer):
                     checkpointer.finalize()
                     break
         """
-        return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
+        context = self._begin(call := "asked_to_stop()")
+
+        def ask(asked: bool) -> bool:
+            return any(check_same_call(call, lambda: "who is to leave", {}, context.group, asked))
+
+        # From then on no save is skipped for one that is being written: the next one is the last.
+        self._leaves = guard.should_save(ask) or self._leaves
+        return self._leaves
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -392,7 +407,8 @@ class Checkpointer(ComponentCheckpointer):
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
         if not self._tidied:
             try:
-                remove_leftovers(self._context.root, fs=self._fs)
+                active = [self._context.root / temporary_name(name)]  # whose claim is this very save's
+                remove_leftovers(self._context.root, active=active, fs=self._fs)
             except StorageError as error:
                 # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
                 _LOG.warning("what an interrupted save left could not be removed: %s", error)

@@ -22,7 +22,7 @@ from shardwise.checkpointing.foreign_states import foreign_components
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.schedule_records import attached, capture_schedules, merge_schedules
-from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, saved_schedules
+from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
@@ -215,7 +215,12 @@ def open_optimizer(
     schedulers = FoundSchedules()
     foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, key_mapping)
     if foreign is not None:
-        return OpenedOptimizer(context, foreign.plan, FoundSchedules(foreign.schedulers), foreign.tensors)
+        return OpenedOptimizer(
+            context,
+            foreign.plan,
+            FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers)),
+            foreign.tensors,
+        )
 
     def compare() -> JsonValue:
         nonlocal plan, schedulers, own

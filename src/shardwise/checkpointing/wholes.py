@@ -41,13 +41,18 @@ def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
 
     def find() -> JsonValue:
         found = resolve(context.root, restore_from)
-        return None if found is None else [str(found.path), found.epoch, found.step, dict(found.metrics)]
+        if found is None:
+            return None
+        inside = found.path.is_relative_to(context.root)
+        path = found.path.relative_to(context.root) if inside else found.path
+        return [str(path), found.epoch, found.step, dict(found.metrics)]
 
     told = context.group.tell(find, f"looking for {restore_from}")
     if told is None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
-    return RestoreRecord(epoch, step, Path(path), metrics)
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, context.root / path, metrics)
 
 
 def model_place(directory: Path, group: Group) -> Path:

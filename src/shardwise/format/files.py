@@ -7,10 +7,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+
+#: The file that says what a save wrote.
+MANIFEST_NAME = "manifest.json"
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -129,6 +132,30 @@ def why_not_relative(relative: str) -> str | None:
     if len(relative) > 4096 or any(len(part.encode()) > 255 for part in parts):
         return "is longer than file systems take"
     return None
+
+
+#: Directories of tools that keep content by its digest and put links in the files' places: git-annex, hub caches.
+_STORES = ("annex", "blobs")
+
+
+def is_made_of_links(directory: Path) -> bool:
+    """Whether a directory's files are links to what keeps their content, as its manifest is one.
+
+    git-annex and hub caches put links in the files' places. There a link is as good as a file; in a directory whose
+    manifest is a file, one link among files is something that no save wrote.
+    """
+    return os.path.islink(directory / MANIFEST_NAME)
+
+
+def is_followed(path: Path, made_of_links: bool) -> bool:
+    """Whether a link in a file's place stands for the file: as all others do, or since it leads into a known store."""
+    if made_of_links:
+        return True
+    try:
+        target = os.readlink(path)
+    except OSError:
+        return False
+    return any(part in _STORES for part in PurePosixPath(target).parts)
 
 
 def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[FormatError] = FormatError) -> Path:

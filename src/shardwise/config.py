@@ -251,16 +251,7 @@ class CheckpointingConfig:
             )
 
     def _check_values(self) -> None:
-        if self.per_rank_state is not None:
-            if not self.per_rank_state or not all(self.per_rank_state):
-                raise ConfigError(
-                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
-                )
-            if self.is_peft:
-                raise ConfigError(
-                    "per_rank_state has no effect where only an adapter is saved",
-                    hint="Leave per_rank_state out, or set is_peft to false.",
-                )
+        self._check_adapters()
         if not isinstance(self.allow_legacy_pickle_restore, bool):
             raise ConfigError(
                 f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",
@@ -284,6 +275,24 @@ class CheckpointingConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"{key} is {value!r}", hint="Use a number greater than 0.")
+
+    def _check_adapters(self) -> None:
+        if self.per_rank_state is not None:
+            if not self.per_rank_state or not all(self.per_rank_state):
+                raise ConfigError(
+                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
+                )
+            if self.is_peft:
+                raise ConfigError(
+                    "per_rank_state has no effect where only an adapter is saved",
+                    hint="Leave per_rank_state out, or set is_peft to false.",
+                )
+        if self.is_peft and self.diffusers_compatible:
+            raise ConfigError(
+                "diffusers_compatible has no effect where only an adapter is saved: adapters are written as peft's "
+                "adapter_model.safetensors, and not as diffusers' pytorch_lora_weights.safetensors",
+                hint="Leave diffusers_compatible out; diffusers' save_lora_weights converts what peft opens.",
+            )
 
     def _check_remote(self) -> None:
         if not self.is_remote:

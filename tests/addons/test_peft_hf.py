@@ -339,7 +339,7 @@ def test_a_captured_adapter_is_whole_and_a_smaller_one_is_not() -> None:
 
 
 def test_prompt_learning_is_refused() -> None:
-    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    config = peft.PromptEncoderConfig(num_virtual_tokens=2, task_type="CAUSAL_LM", encoder_hidden_size=8)
     model = peft.get_peft_model(causal("llama"), config)
     with pytest.raises(AdapterError):
         capture_adapter([model], config, v4_compatible=False, legacy_paramwrapper_layout=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn as nn
@@ -54,12 +55,51 @@ def test_unequal_factors_do_not_fit_a_combined_projection(tmp_path: Path) -> Non
         ({}, {"use_dora": False, "alpha_pattern": None, "peft_type": "LORA"}, set()),
         ({"use_rslora": True}, {"use_dora": True}, {"use_rslora", "use_dora"}),
         ({"alpha_pattern": {"q_proj": 2}}, {}, {"alpha_pattern"}),
+        ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": {"embed_tokens": [1, 5]}}, set()),
+        ({"trainable_token_indices": [1, 5]}, {"trainable_token_indices": [5, 1]}, {"trainable_token_indices"}),
+        ({"layer_replication": [[0, 2]]}, {"layer_replication": [(0, 2)]}, set()),
+        ({"layer_replication": [[0, 2]]}, {}, {"layer_replication"}),
+        ({"alora_invocation_tokens": [3]}, {"alora_invocation_tokens": [4]}, {"alora_invocation_tokens"}),
+        ({"init_lora_weights": "pissa"}, {"init_lora_weights": True}, {"init_lora_weights"}),
+        ({"init_lora_weights": "gaussian", "lora_dropout": 0.1}, {"init_lora_weights": True}, set()),
+        ({"a_setting_of_tomorrow": 3}, {}, {"a_setting_of_tomorrow"}),
+        ({"a_setting_of_tomorrow": None}, {}, set()),
+        (
+            {"target_parameters": ["down_proj"], "peft_version": "0.18.0"},
+            {"target_parameters": ["down_proj"], "peft_version": "0.21.2"},
+            {"legacy_paramwrapper_layout"},
+        ),
     ],
 )
 def test_settings_that_change_the_meaning(
     saved: Mapping[str, object], current: Mapping[str, object], keys: set[str]
 ) -> None:
     assert set(differing_settings(saved, current)) == keys
+
+
+@pytest.mark.parametrize(
+    ("config", "changed"),
+    [
+        (peft.VeraConfig(r=4), {"projection_prng_key": 7}),
+        (peft.RandLoraConfig(r=4), {"projection_prng_key": 7, "randlora_alpha": 3, "sparse": True}),
+        (peft.FourierFTConfig(), {"random_loc_seed": 5, "scaling": 2.0}),
+        (peft.OFTConfig(oft_block_size=4, r=0), {"coft": True, "eps": 1.0, "block_share": True}),
+        (peft.LoHaConfig(), {"alpha": 3}),
+        (peft.TrainableTokensConfig(token_indices=[1, 2]), {"token_indices": [2, 1]}),
+        (peft.HRAConfig(), {"apply_GS": True, "r": 3}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_settings_of_every_method_are_compared(config: peft.PeftConfig, changed: dict[str, object]) -> None:
+    own = config.to_dict()
+    unlike = {"peft_version": "0.1", "revision": "x", "inference_mode": True, "base_model_name_or_path": "y"}
+    assert differing_settings(own, own | unlike) == {}
+    for key, value in changed.items():
+        assert differing_settings(own, own | {key: value}) == {key: (own[key], value)}
+        assert key in own
+        if key not in ("token_indices",):  # which has no default
+            older = {k: v for k, v in own.items() if k != key}  # of a release that had no such setting
+            assert differing_settings(older, own) == {}
 
 
 @pytest.mark.parametrize("method", [None, "kaiming", "xavier", "gaussian"])

@@ -381,3 +381,65 @@ def test_pipeline_stages_in_one_process() -> None:
     captured = capture_adapter(stages, OwnConfig(), v4_compatible=False, legacy_paramwrapper_layout=False)
     assert {e.spec.name for e in captured.files[0].entries} == names
     assert captured.inventory == {"model.layers": (0, 1)}
+
+
+class AppliedLoRA(LoRALinear):
+    """With the forward pass that its factors mean."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.lora_B(self.lora_A(x)) * self.scale
+
+
+def _applied(family: str, config: OwnConfig) -> nn.Module:
+    model = causal(family).requires_grad_(False)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        old = layer.self_attn.q_proj
+        new = AppliedLoRA(old.in_features, old.out_features, config.dim, config.alpha / config.dim)
+        new.weight.data.copy_(old.weight)
+        layer.self_attn.q_proj = new.to(old.weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_trained_embedding_brings_the_head_that_is_tied_to_it(family: str, tmp_path: Path) -> None:
+    model = _applied(family, OwnConfig())
+    embedding = model.model.embed_tokens.weight.requires_grad_(True)
+    embedding.data.add_(torch.ones_like(embedding) * 0.1)
+    save(model, tmp_path, OwnConfig())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    tied = ["lm_head"] if family == "llama-tied" else []
+    assert settings["modules_to_save"] == [*tied, "model.embed_tokens"]
+    loaded = peft.PeftModel.from_pretrained(causal(family), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_factors_of_half_precision_are_computed_as_trained(tmp_path: Path) -> None:
+    """peft casts such factors to float32 unless told otherwise, and only that changes a bit of the result."""
+    model = _applied("llama-bf16", OwnConfig())
+    save(model, tmp_path, OwnConfig())
+    loaded = peft.PeftModel.from_pretrained(causal("llama-bf16"), tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "use_rslora"])
+def test_settings_in_a_dictionary_are_those_of_the_object(setting: str, tmp_path: Path) -> None:
+    from shardwise import CheckpointingConfig
+
+    settings: dict[str, object] = {"dim": 4, "alpha": 8, setting: True, "target_modules": ["*_proj"]}
+    model = dense(OwnConfig(use_dora=setting == "use_dora"))
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and setting == "use_rslora":
+            module.scale = 8 / 4**0.5
+    with torch.no_grad():
+        before = {n: p.clone() for n, p in model.named_parameters()}
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True).build(0, 0, 0) as saver:
+        saver.save_model(model, str(tmp_path / "out"), peft_config=settings)
+        saved = read_adapter_config(tmp_path / "out/model")
+        assert saved[setting] is True
+        assert "alpha_pattern" not in saved
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        saver.load_model(model, str(tmp_path / "out/model"))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -78,6 +78,7 @@ class PeftAddon:
             group,
             v4_compatible=kwargs.get("v4_compatible", False),
             original_model_path=kwargs.get("original_model_path"),
+            legacy_layout=kwargs.get("legacy_paramwrapper_layout", False),
         )
         with group.together("writing the adapter's settings"):
             if group.is_main and path is not None:
@@ -93,7 +94,7 @@ def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], k
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / ADAPTER_CONFIG_NAME, values)
     config = kwargs.get("peft_config")
-    if config is None or isinstance(config, Mapping):
+    if is_peft_adapted(parts, config) and (config is None or isinstance(config, Mapping)):
         configs = adapter_configs(parts, config)
         config = configs.get("default", next(iter(configs.values())))
     _write_json(path / AUTOMODEL_CONFIG_NAME, _get_automodel_peft_metadata(config))

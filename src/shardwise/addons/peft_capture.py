@@ -39,6 +39,7 @@ def capture_adapter(
     legacy_paramwrapper_layout: bool,
     adapter_name: str | None = None,
     save_embedding_layers: SaveEmbeddings = "auto",
+    base: str | None = None,
     stepped: Collection[int] = (),
 ) -> AdapterTensors:
     """Describe the adapters of a model, for saving and for loading alike. Local: no rank communicates.
@@ -55,6 +56,7 @@ def capture_adapter(
         legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
         adapter_name: Only this adapter; all if not given.
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
+        base: The base model, for an adapter that does not name it.
         stepped: Identities of parameters that an optimizer has state of: trained, if they are frozen by now.
 
     Raises:
@@ -77,6 +79,7 @@ def capture_adapter(
                     v4_compatible=v4_compatible,
                     legacy_layout=legacy_paramwrapper_layout,
                     save_embedding_layers=save_embedding_layers,
+                    base=base,
                 )
                 for part in parts
             ]

@@ -110,7 +110,7 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
         sites = find_sites(part, dim, v4_compatible)
         fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
         single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
-        ranks, alphas = _patterns(part, sites, dim, alpha, bool(getattr(peft_config, "use_rslora", False) is True))
+        ranks, alphas = _patterns(part, sites, dim, alpha, _setting(peft_config, "use_rslora") is True)
         settings = OwnSettings(
             tuple(hub_target_modules(part, {t for s in single for t in s.targets})),
             tuple(sorted({f"{s.fqn}.{s.parameter}" for s in fused})),
@@ -186,7 +186,7 @@ def own_config(
         "task_type": task,
         "r": rank_setting(peft_config),
         "lora_alpha": alpha_setting(peft_config),
-        "use_dora": bool(getattr(peft_config, "use_dora", False)),
+        "use_dora": bool(_setting(peft_config, "use_dora")),
         "target_modules": list(settings.target_modules),
         "bias": "none",
         "base_model_name_or_path": base_model_name(parts) or original_model_path,
@@ -204,7 +204,7 @@ def own_config(
         out["modules_to_save"] = list(settings.modules_to_save)
     if settings.lora_bias:
         out["lora_bias"] = True
-    if getattr(peft_config, "use_rslora", False) is True:
+    if _setting(peft_config, "use_rslora") is True:
         out["use_rslora"] = True
     return out
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.addons.model_parts import own_class, unwrap
+from shardwise.addons.peft_load import is_legacy_version
 from shardwise.addons.peft_names import join, named_modules
 from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
@@ -73,9 +74,15 @@ def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
     return any(isinstance(module, kinds) for part in parts for module in part.modules())
 
 
+def method_of(config: PeftConfig) -> str:
+    """The name of an adapter's method, as ``peft_type`` says it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def outer(part: nn.Module) -> nn.Module:
-    """The part inside of what only wraps it, with its ``PeftModel``."""
-    return wrapping.unwrap(part)
+    """The part inside of what only wraps it, with its ``PeftModel``; of a SentenceTransformer the adapted model."""
+    inner = wrapping.unwrap(part)
+    return wrapping.inner_model(inner).module if wrapping.is_sentence_transformer(inner) else inner
 
 
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
@@ -176,6 +183,7 @@ def capture_peft(
     v4_compatible: bool,
     legacy_layout: bool,
     save_embedding_layers: SaveEmbeddings,
+    base: str | None = None,
 ) -> list[AdapterEntry]:
     """The tensors of one adapter that a part has, as peft itself would name them.
 
@@ -186,55 +194,143 @@ def capture_peft(
         v4_compatible: Write adapters of fused expert parameters as one pair for each expert and projection.
         legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
+        base: The base model, for an adapter that does not name it: its vocabulary tells whether embeddings were
+            resized.
 
     Raises:
-        AdapterError: peft computes the tensors instead of naming parameters (prompt learning).
+        AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
         MisuseError: There is no such adapter.
     """
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
     if adapter_name not in configs:
         raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
     model = outer(part)
+    config = configs[adapter_name]
+    if v4_compatible and getattr(config, "target_parameters", None):
+        _require_new_layout()
     owners = adapters_prefixes(model)
     # peft would look for the other adapters' names anywhere in a tensor's, where one may be a layer's number.
     state = {n: t for n, t in own_tensors(model).items() if is_below(n, owners) in (None, adapter_name)}
+    if config.is_prompt_learning:
+        return [_prompt(adapter_name, config, state)]
     placeholders = {name: torch.empty(0, device="meta") for name in state}
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
-    local = {adapter_name: _with_local_base(configs[adapter_name])}
-    if configs[adapter_name].is_prompt_learning:
-        raise AdapterError(
-            f"adapter {adapter_name!r} ({configs[adapter_name].peft_type}) is computed from a prompt encoder",
-            hint="Use LoraConfig, or another method whose adapters live in the layers.",
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = get_peft_model_state_dict(
-                cast("Any", _StandIn(model, local)),
-                state_dict=placeholders,
-                adapter_name=adapter_name,
-                save_embedding_layers=save_embedding_layers,
-            )
-        except Exception as error:
-            raise AdapterError(
-                f"peft cannot say which tensors the adapter {adapter_name!r} ({configs[adapter_name].peft_type}) has "
-                f"without computing on them: {type(error).__name__}: {error}",
-                hint="Use LoraConfig, or another method whose adapters live in the layers.",
-            ) from error
+    found = _named_by_peft(model, adapter_name, _for_placeholders(config, base), placeholders, save_embedding_layers)
+    # SHiRA's indices are in no state dict; peft takes them from its layers, and they are what is saved and filled.
+    kept = _kept_tensors(model)
     wrappers = _param_wrappers(model)
     out: list[AdapterEntry] = []
     for name, placeholder in found.items():
         fqn = names.get(id(placeholder))
+        if fqn is None and id(placeholder) in kept:
+            out.append(entry(_prefixed(name), kept[id(placeholder)], placeholder))
+            continue
         if fqn is None:
             raise AdapterError(
-                f"peft computes {name!r} instead of naming a parameter, which a sharded model cannot do",
+                f"{method_of(config)}: peft computes {name!r} instead of naming a parameter, which a sharded "
+                "model cannot do",
                 tensor=name,
                 hint="Use LoraConfig, or another method whose adapters live in the layers.",
             )
         out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
-    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, configs[adapter_name])
+    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, config)
     return out
+
+
+def _named_by_peft(
+    model: nn.Module,
+    adapter_name: str,
+    config: PeftConfig,
+    placeholders: dict[str, torch.Tensor],
+    save_embedding_layers: SaveEmbeddings,
+) -> dict[str, torch.Tensor]:
+    """What peft takes from a state dict, under the names that it writes.
+
+    Raises:
+        AdapterError: peft looks at values, which placeholders do not have.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+                cast("Any", _StandIn(model, {adapter_name: config})),
+                state_dict=placeholders,
+                adapter_name=adapter_name,
+                save_embedding_layers=save_embedding_layers,
+            )
+    except Exception as error:  # peft's own code, on placeholders that it does not expect
+        raise AdapterError(
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({config.peft_type}) has without computing on "
+            f"them: {type(error).__name__}: {error}",
+            hint="Use LoraConfig, or another method whose adapters live in the layers.",
+        ) from error
+    return found
+
+
+def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
+    """A copy with which peft only names tensors.
+
+    Raises:
+        AdapterError: What is saved with these settings is computed, and training could not go on from it.
+    """
+    out = _with_local_base(config, base)
+    if getattr(config, "save_only_topk_weights", False):
+        raise AdapterError(
+            f"{method_of(config)} with save_only_topk_weights saves a selection that training cannot resume from",
+            hint="Set save_only_topk_weights=False; peft can make the selection from the saved adapter later.",
+        )
+    if method_of(config) == "ADALORA":
+        # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.
+        setattr(out, "rank_pattern", None)  # noqa: B010 - a field of this method alone
+    return out
+
+
+def _kept_tensors(model: nn.Module) -> dict[int, str]:
+    """Tensors that peft's layers keep in plain dictionaries: id -> name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    out: dict[int, str] = {}
+    for path, module in named_modules(model):
+        if isinstance(module, BaseTunerLayer):
+            for key in module.other_param_names:
+                value = vars(module).get(key)
+                items = value.items() if isinstance(value, dict) else ()
+                out |= {id(item): join(path, key, name) for name, item in items if isinstance(item, torch.Tensor)}
+    return out
+
+
+def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> AdapterEntry:
+    """Virtual tokens that are an embedding's rows as they are.
+
+    Raises:
+        AdapterError: They are computed by an encoder.
+    """
+    name = f"prompt_encoder.{adapter_name}.embedding.weight"
+    kind = method_of(config)
+    plain = kind == "PROMPT_TUNING" or (kind == "PREFIX_TUNING" and not getattr(config, "prefix_projection", False))
+    if not plain or name not in state:
+        raise AdapterError(
+            f"adapter {adapter_name!r} ({kind}) is computed from a prompt encoder",
+            hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
+        )
+    return entry("prompt_embeddings", name, state[name])
+
+
+def _require_new_layout() -> None:
+    """Check that peft lays out adapters of expert parameters so that single experts can be told.
+
+    Raises:
+        AdapterError: It is a release up to 0.19.0.
+    """
+    from importlib.metadata import version
+
+    if is_legacy_version(version("peft")):
+        raise AdapterError(
+            f"peft {version('peft')} keeps adapters of expert parameters in its legacy layout, which v4_compatible "
+            "cannot split into single experts",
+            hint="Install peft 0.19.1 or newer, or save without v4_compatible.",
+        )
 
 
 def _require_whole(
@@ -261,10 +357,10 @@ def _prefixed(name: str) -> str:
     return name if name.startswith("base_model.") else f"{PEFT_PREFIX}{name}"
 
 
-def _with_local_base(config: PeftConfig) -> PeftConfig:
+def _with_local_base(config: PeftConfig, named: str | None) -> PeftConfig:
     """A copy whose base model is a local directory or none: peft compares the vocabulary's size, and asks the hub."""
     out = copy.copy(config)
-    base = config.base_model_name_or_path
+    base = out.base_model_name_or_path = config.base_model_name_or_path or named
     if base and not (Path(base) / "config.json").exists():
         out.base_model_name_or_path = _cached_directory(base)
     return out
@@ -354,17 +450,24 @@ def _single_experts(
     return out
 
 
-def config_as_saved(model: nn.Module | None, config: PeftConfig) -> dict[str, object]:
+def config_as_saved(
+    model: nn.Module | None, config: PeftConfig, original_model_path: str | None = None
+) -> dict[str, object]:
     """An adapter's settings as ``PeftModel.save_pretrained`` writes them; sets become sorted lists.
 
     Args:
         model: The part that describes the base model, without wrappers.
         config: The adapter's configuration; it is not changed.
+        original_model_path: The base model, for a model that does not name it.
     """
     out: dict[str, object] = dict(config.to_dict())
     out["inference_mode"] = True
     if out.get("base_model_name_or_path") is None and model is not None:
         out["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+    if not out.get("base_model_name_or_path") and original_model_path:
+        out["base_model_name_or_path"] = original_model_path
+    if method_of(config) == "ADALORA":
+        out["rank_pattern"] = None  # the tensors are whole: `_for_placeholders`
     if config.task_type is None and model is not None:
         cls = own_class(model)
         out["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

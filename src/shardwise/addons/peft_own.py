@@ -304,7 +304,14 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
                 tensor=next(name for name in trained if name.startswith(owner)),
                 hint="Freeze them (requires_grad_(False)), or train the whole model without adapters.",
             )
-    return [TrainedModule(owner, tuple(_state(owner, modules[owner]))) for owner in top]
+    out = [TrainedModule(owner, tuple(_state(owner, modules[owner]))) for owner in top]
+    # A head that is tied to a trained embedding is trained with it; peft's copies are not tied, so each has its values.
+    ours = {id(native.tensor) for module in out for native in module.state}
+    for fqn, module in modules.items():
+        tied = [p for p in module._parameters.values() if p is not None and id(p) in ours]
+        if tied and not any(fqn == owner or fqn.startswith(f"{owner}.") for owner in top):
+            out.append(TrainedModule(fqn, tuple(_state(fqn, module))))
+    return out
 
 
 def natives(site: Site) -> Iterator[Native]:

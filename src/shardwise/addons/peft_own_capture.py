@@ -41,8 +41,9 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
             out += _fused(site, _depth(site, sites), legacy_layout)
         else:
             out += _per_expert(site)
+    first: dict[int, str] = {}
     for module in find_trained_modules(model, sites):
-        out += _trained(module)
+        out += _trained(module, first)
     return out
 
 
@@ -123,6 +124,9 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
     yield entry(f"{base}.lora_B.weight", native.fqn, native.tensor, view, shape)
 
 
-def _trained(module: TrainedModule) -> Iterator[AdapterEntry]:
+def _trained(module: TrainedModule, first: dict[int, str]) -> Iterator[AdapterEntry]:
+    """A trained module's tensors; ``first`` has the names under which tied ones were written before."""
     for native in module.state:
-        yield entry(f"{PEFT_PREFIX}{native.fqn}", native.fqn, native.tensor)
+        name = f"{PEFT_PREFIX}{native.fqn}"
+        known = first.setdefault(id(native.tensor), name)
+        yield entry(name, native.fqn, native.tensor, alias_of=known if known != name else None)

@@ -18,6 +18,7 @@ from shardwise.addons.peft_hf import (
     is_peft_adapted,
     v4_config,
 )
+from shardwise.addons.peft_load import LEGACY_LAYOUT_VERSION, is_legacy_version
 from shardwise.addons.peft_stages import part_settings, united
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import AdapterError
@@ -32,6 +33,7 @@ def adapter_settings(
     *,
     v4_compatible: bool = False,
     original_model_path: str | None = None,
+    legacy_layout: bool = False,
 ) -> dict[str, Settings]:
     """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
 
@@ -42,6 +44,8 @@ def adapter_settings(
         group: The ranks that hold the model together, all pipeline stages among them.
         v4_compatible: The tensors are written expert by expert.
         original_model_path: The base model, for a model that does not name it.
+        legacy_layout: Adapters of fused expert parameters are laid out as peft up to 0.19.0 does, which
+            ``peft_version`` then says.
 
     Raises:
         AdapterError: The adapter cannot be described.
@@ -54,7 +58,22 @@ def adapter_settings(
     with group.together("describing the adapter"):
         rows = [cast("dict[str, JsonValue]", row) for row in gathered]
         out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path)
+        for settings in out.values():
+            _record_layout(settings, legacy_layout)
     return out
+
+
+def _record_layout(settings: Settings, legacy: bool) -> None:
+    """Let ``peft_version`` be one that lays out adapters of expert parameters as the tensors are."""
+    if not settings.get("target_parameters"):
+        return
+    if legacy:
+        settings["peft_version"] = LEGACY_LAYOUT_VERSION
+    elif is_legacy_version(str(settings.get("peft_version") or "1")):
+        # The settings came with an adapter of an older release, and the layers are those of the installed one.
+        from importlib.metadata import version
+
+        settings["peft_version"] = version("peft")
 
 
 def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
@@ -101,7 +120,7 @@ def _merged(
             )
     out: dict[str, Settings] = {}
     for name, config in adapter_configs(parts, peft_config).items():
-        saved = config_as_saved(described_part(parts), config)
+        saved = config_as_saved(described_part(parts), config, original_model_path)
         saved = {key: jsonable(value, key) for key, value in saved.items()}
         saved |= united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
         out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved

@@ -19,10 +19,11 @@ from shardwise.addons.peft_check import check_adapter, check_stages
 from shardwise.addons.peft_config import read_adapter_config
 from shardwise.addons.peft_extra import base_tensors
 from shardwise.addons.peft_hf import is_peft_adapted
-from shardwise.addons.peft_load import check_shared_factors, differing_settings
+from shardwise.addons.peft_load import differing_settings
 from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
+from shardwise.checkpointing.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, run_hooks
 from shardwise.checkpointing.optimizers import Optimizers, several
@@ -96,6 +97,7 @@ class AdapterSave:
             group,
             v4_compatible=context.config.v4_compatible,
             original_model_path=context.base_name(),
+            legacy_layout=context.config.legacy_paramwrapper_layout,
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
@@ -166,6 +168,7 @@ def capture(
         config,
         v4_compatible=context.config.v4_compatible,
         legacy_paramwrapper_layout=context.config.legacy_paramwrapper_layout,
+        base=context.base_name(),
         stepped=stepped,
     )
 
@@ -238,6 +241,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         ShardwiseError: What the first save would raise.
     """
     group = context.group
+    context.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
     kind = ""
     with group.together("looking at the adapter"):
@@ -291,6 +295,7 @@ def open_adapter(
     path: Path,
     peft_config: object | None = None,
     *,
+    key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
 ) -> OpenedAdapter:
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
@@ -298,44 +303,54 @@ def open_adapter(
     Args:
         context: Settings, ranks and storage.
         model: The adapted model, or this rank's pipeline stages.
-        path: A checkpoint's ``model`` directory, or another adapter's directory.
+        path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
         peft_config: The adapter's configuration, for parts that do not carry one; the checkpoint's own if not given.
-        allow_missing: What is trained beside the adapter and is not in the checkpoint keeps its values.
+        key_mapping: Regular expressions and replacements, from the file's names to the model's; first match.
+        allow_missing: Adapters, their tensors, and what is trained beside them and is not in the checkpoint keep
+            their values.
 
     Raises:
         AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
         TensorError: Model and adapter do not fit.
     """
     group = context.group
+    context.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
     captured: AdapterTensors | None = None
-    saved: dict[str, dict[str, object]] = {}
+    saved: dict[str, SavedAdapter] = {}
+    directory = path.parent if path.is_file() else path
     with group.together("describing the adapter"):
-        config = peft_config or (read_adapter_config(path) if (path / ADAPTER_CONFIG_NAME).is_file() else None)
+        has_config = (directory / ADAPTER_CONFIG_NAME).is_file()
+        config = peft_config or (read_adapter_config(directory) if has_config else None)
         captured = capture(context, parts, config)
+        saved |= find_saved(path, captured.files, allow_missing=allow_missing)
         for file in captured.files:
-            directory = (path / file.path).parent
-            if (directory / ADAPTER_CONFIG_NAME).is_file():
-                saved[file.adapter_name] = read_adapter_config(directory)
-            if group.is_main:
-                check_shared_factors(file, path)
+            if group.is_main and file.adapter_name in saved:
+                check_shared(file, saved[file.adapter_name], key_mapping)
     assert captured is not None
-    own = adapter_settings(parts, config, group, v4_compatible=context.config.v4_compatible)
+    own = adapter_settings(
+        parts,
+        config,
+        group,
+        v4_compatible=context.config.v4_compatible,
+        legacy_layout=context.config.legacy_paramwrapper_layout,
+    )
     with group.together("comparing the adapter's settings"):
-        for name, settings in saved.items():
-            _refuse_other_meaning(name, differing_settings(settings, own[name]), path)
+        for name, adapter in saved.items():
+            if adapter.settings is not None:
+                _refuse_other_meaning(name, differing_settings(adapter.settings, own[name]), path)
     loads: list[OpenedLoad] = []
-    for file in captured.files:
+    for file in (file for file in captured.files if file.adapter_name in saved):
         held: tuple[HeldTensor, ...] = ()
         with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
             # Entries that share memory are equal in the file, as was checked; one of them is enough.
             held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
-        source = open_source(path / file.path, group)
+        source = open_saved(context, saved[file.adapter_name], key_mapping)
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
-        options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
+        options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing, ignored=ignored)
         loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
-    extra = _open_extra(context, parts, captured, path, allow_missing)
+    extra = _open_extra(context, parts, captured, directory, allow_missing)
     return OpenedAdapter((*loads, *extra))
 
 

@@ -25,6 +25,7 @@ from shardwise.checkpointing.base_rebuild import rebuilt
 from shardwise.checkpointing.base_slots import Slot, slots_of
 from shardwise.errors import MisuseError
 from shardwise.io.memory import prefer_huge_pages
+from shardwise.stateful_wrappers.markers import is_untouched, mark
 from shardwise.stateful_wrappers.names import unwrap
 
 _LOG = logging.getLogger(__name__)
@@ -59,16 +60,16 @@ def initialise(
     _materialise(module, slots, device)
     open_slots = [slot for slot in fresh if slot.name not in loaded]
     before = {slot.name: slot.tensor.clone() for slot in doubtful}
-    marked = {slot.name: _mark(slot.tensor) for slot in (*open_slots, *doubtful)}
+    marked = {slot.name: mark(slot.tensor) for slot in (*open_slots, *doubtful)}
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
     with _seeded(seed), torch.no_grad():
         seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
         with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
             _run_own_code(inner, device)
         _tie(inner)
-        left = [slot for slot in open_slots if not marked[slot.name] or _untouched(slot.tensor)]
+        left = [slot for slot in open_slots if not marked[slot.name] or is_untouched(slot.tensor)]
         left = rebuilt(inner, left)
-        untold = [slot for slot in doubtful if not marked[slot.name] or _untouched(slot.tensor)]
+        untold = [slot for slot in doubtful if not marked[slot.name] or is_untouched(slot.tensor)]
         for slot in rebuilt(inner, untold, with_weights=False):
             slot.tensor.copy_(before[slot.name])
     unknown = [slot for slot in left if marked[slot.name]]
@@ -95,6 +96,26 @@ def recompute_buffers(module: nn.Module) -> None:
     changed = [n for slot in doubtful if (n := slot.name) not in kept and not torch.equal(before[n], slot.tensor)]
     if changed:
         _LOG.info("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
+
+
+def check_attributes(module: nn.Module) -> None:
+    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it.
+
+    Raises:
+        MisuseError: One does.
+    """
+    for path, inner in unwrap(module).named_modules():
+        for key, value in vars(inner).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if any(isinstance(item, torch.Tensor) and item.device.type == "meta" for item in items):
+                name = f"{path}.{key}" if path else key
+                raise MisuseError(
+                    f"{name!r} holds tensors on the meta device, which no code fills",
+                    tensor=name,
+                    hint="Register them as buffers, or build the model on a real device.",
+                )
 
 
 def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
@@ -159,34 +180,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _signal(dtype: torch.dtype) -> float | int | None:
-    """A value that no initialisation leaves everywhere; ``None`` where there is no such value."""
-    if dtype == torch.bool:
-        return None
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan") if dtype not in (torch.float8_e8m0fnu,) else None
-    info = torch.iinfo(dtype)
-    return info.max if info.min == 0 else info.min
-
-
-def _mark(tensor: torch.Tensor) -> bool:
-    signal = _signal(tensor.dtype)
-    if signal is not None:
-        _local(tensor).fill_(signal)
-    return signal is not None
-
-
-def _untouched(tensor: torch.Tensor) -> bool:
-    local, signal = _local(tensor), _signal(tensor.dtype)
-    if local.numel() == 0 or signal is None:
-        return False
-    if isinstance(signal, float):
-        wide = local.to(torch.float32) if local.dtype.itemsize == 1 else local
-        # Looking at one element settles it for all but tensors that were never touched.
-        return bool(wide.flatten()[0].isnan()) and bool(wide.isnan().all())
-    return bool((local == signal).all())
-
-
 @contextlib.contextmanager
 def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Collection[str]) -> Iterator[None]:
     """Tell transformers' initialisation what is loaded and that nothing else is initialised yet."""
@@ -244,5 +237,17 @@ def _call(method: Callable[..., object], device: torch.device) -> None:
 def _tie(module: nn.Module) -> None:
     """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
     tie = getattr(module, "tie_weights", None)
-    if callable(tie) and not any(isinstance(p, DTensor) for p in module.parameters()):
+    if not callable(tie) or any(isinstance(p, DTensor) for p in module.parameters()):
+        return
+    if not _hides_embedding(module):
         tie()
+
+
+def _hides_embedding(module: nn.Module) -> bool:
+    """Whether the embedding is adapted: then ties were made before, and the model's code would not find the weight."""
+    embedding = getattr(module, "get_input_embeddings", None)
+    try:
+        found = embedding() if callable(embedding) else None
+    except (AttributeError, NotImplementedError):  # a pipeline stage without one
+        return False
+    return isinstance(found, nn.Module) and "weight" not in found._parameters

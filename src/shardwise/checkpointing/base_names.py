@@ -39,8 +39,10 @@ class BaseWanted:
         groups: Native tensors that have to be computed from the base's.
         copies: ``(from, to)``: memory that gets what another one was filled with.
         tensors: The model's tensors behind all of these.
+        filled: Those of them that the files fill; the others are not expected to be there.
         conversions: For each part, its tensors and how they become those of the files.
         steps: What modules do that take their state by methods of their own.
+        filled: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
     """
 
     held: tuple[HeldTensor, ...]
@@ -49,6 +51,7 @@ class BaseWanted:
     tensors: tuple[torch.Tensor, ...]
     conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
     steps: tuple[Step, ...] = ()
+    filled: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +106,7 @@ def match_base(
     tensors: list[torch.Tensor] = []
     conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
     steps: list[Step] = []
+    filled: list[torch.Tensor] = []
     for number, module in enumerate(parts):
         part = _part(module, names)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
@@ -116,15 +120,20 @@ def match_base(
         conversions.append((specs, conversion))
         converted = to_hub(conversion, natives)
         embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
-        held += _expected(part.module, conversion, converted.held, available, embedded)
+        expected = list(_expected(part.module, conversion, converted.held, available, embedded))
+        held += expected
+        unfilled = _unfilled(conversion, converted.held, expected)
         groups += converted.groups
         by_name = {named.name: named.tensor for named in kept}
         copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
         refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in part.copies if name in by_name)
         tensors += by_name.values()
+        filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
         steps += part.steps
     own, doubled = _once(held)
-    return BaseWanted(own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps))
+    return BaseWanted(
+        own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
+    )
 
 
 def _expected(
@@ -144,6 +153,14 @@ def _expected(
             yield tensor._replace(spec=tensor.spec._replace(name=embedded[native]))
         elif not _matches(ignorable, tensor.spec.name):
             yield tensor
+
+
+def _unfilled(conversion: Conversion, held: Iterable[HeldTensor], expected: Iterable[HeldTensor]) -> frozenset[str]:
+    """Native tensors of which the files are not expected to have anything."""
+    kept = {id(part) for tensor in expected for part in tensor.parts}
+    dropped = [tensor.spec.name for tensor in held if not any(id(part) in kept for part in tensor.parts)]
+    natives = {part.native for name in dropped for part in conversion.by_hub(name).parts}
+    return frozenset(natives.union(conversion.ignored))
 
 
 def _native_of(conversion: Conversion, name: str) -> str:
@@ -276,7 +293,7 @@ def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tupl
                 copy = True
                 position += 2
                 continue
-            if piece != "original_module":
+            if piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
                 return "", False
             position += 1
             continue

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.checkpointing.base_slots import Slot
 from shardwise.convert.skeleton import original_class
+from shardwise.stateful_wrappers.markers import has_mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 _LOG = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ _LOG = logging.getLogger(__name__)
 #: What a constructor may raise when it is called with arguments that turn out not to be its own.
 _CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError,
                        TypeError, ValueError)  # fmt: skip
+
+#: Attributes of every module: no constructor's arguments, though a ``ParameterDict`` takes some called ``parameters``.
+_MODULES_OWN = frozenset(vars(nn.Module()))
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -97,7 +101,8 @@ def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: 
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in ("device", "dtype"):
             continue
-        value = next((vars(module)[key] for key in (name, f"_{name}") if key in vars(module)), parameter.empty)
+        kept = (key for key in (name, f"_{name}") if key in vars(module) and key not in _MODULES_OWN)
+        value = next((vars(module)[key] for key in kept), parameter.empty)
         if value is parameter.empty and name == "config" and config is not None:
             value = config
         known = value is not parameter.empty and not isinstance(value, torch.Tensor)
@@ -115,6 +120,8 @@ def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
     if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.shape != slot.tensor.shape:
         return False
     whole = value.detach()
+    if has_mark(whole):  # it holds what was to be filled, or memory that nobody has filled
+        return False
     for fragment in held_tensor(slot.name, slot.tensor, MeshRegister()).fragments:
         box = fragment.box
         fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])

@@ -24,13 +24,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
+from shardwise.addons.peft_fresh import (
+    adapter_tensors,
+    check_can_begin,
+    check_method,
+    initialise_peft,
+    refuse_changed_base,
+)
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_own import find_sites
 from shardwise.checkpointing.aside import find_aside
 from shardwise.checkpointing.base_files import base_config, find_base, open_base_source, ties_head
-from shardwise.checkpointing.base_init import initialise, recompute_buffers
+from shardwise.checkpointing.base_init import check_attributes, initialise, recompute_buffers
 from shardwise.checkpointing.base_names import BaseWanted, match_base
-from shardwise.checkpointing.base_slots import has_meta, names_of, slots_of
+from shardwise.checkpointing.base_slots import Slot, has_meta, names_of, slots_of
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hub import require_memory
 from shardwise.checkpointing.taking import Taking, claimed, in_shapes_of, open_taking
@@ -66,8 +73,12 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
         MisuseError: A tensor has no values and no code that gives it any.
     """
     seed = _agreed_seed(model)
-    initialise(model, device, seed)
+    if is_peft_adapted([model]):
+        check_can_begin([model])
+    slots = slots_of(model)
+    initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
+    check_attributes(model)
 
 
 def _agreed_seed(model: nn.Module) -> int:
@@ -84,10 +95,22 @@ def _agreed_seed(model: nn.Module) -> int:
 
 
 def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
-    if is_peft_adapted(parts) or any(find_sites(part) for part in parts):
+    """Begin the adapters of models with memory: peft's as peft does, and a model's own LoRA factors."""
+    if is_peft_adapted(parts):
+        if method is not None:
+            check_method(parts, method)
+        initialise_peft(parts, seed=seed)
+        if method is not None:
+            initialise_adapters(parts, None, method, seed=seed)
+    elif any(find_sites(part) for part in parts):
         initialise_adapters(parts, None, method, seed=seed)
     elif method is not None:
         _LOG.info("peft_init_method is %s and the model has no adapter", method)
+
+
+def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
+    """Names of tensors that peft begins by itself when the base weights are there."""
+    return names_of(slots, adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
 
 
 def load_base_model(
@@ -111,15 +134,36 @@ def load_base_model(
     Raises:
         CheckpointNotFoundError: The base is not there.
         TensorError, QuantizationError: Model and base do not fit.
+        AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
+    fresh: list[nn.Module] = []
+    with context.group.together("looking at the adapters"):
+        fresh += [part for part in parts if has_meta(slots_of(part))]
+        for part in parts:
+            if is_peft_adapted([part]):
+                (check_can_begin if part in fresh else refuse_changed_base)([part])
     if not load:
         _materialise(context.group, parts, device, None)
+        _begin_peft(context.group, parts, fresh)
         return None
     path = _found(context, root_dir, model_name)
-    return fill_from_base(
+    report = fill_from_base(
         context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
     )
+    _begin_peft(context.group, parts, fresh)
+    return report
+
+
+def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
+    """Give the adapters of parts that were on the meta device their first values. All ranks call."""
+    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
+        for part in fresh:
+            if is_peft_adapted([part]):
+                initialise_peft([part], seed=seed)
+        for part in parts:
+            check_attributes(part)
 
 
 def _found(context: Context, root_dir: str | Path | None, model_name: str | None) -> Path:
@@ -141,9 +185,10 @@ def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device,
                 part.to(device)
                 recompute_buffers(part)
                 continue
-            loaded = names_of(slots, wanted.tensors) if wanted is not None else frozenset()
-            initialise(part, device, seed, loaded, slots)
-            _fresh_adapters([part], None, seed)
+            loaded = names_of(slots, wanted.filled) if wanted is not None else frozenset()
+            initialise(part, device, seed, loaded | _of_adapters(part, slots), slots)
+            if not is_peft_adapted([part]):
+                _fresh_adapters([part], None, seed)
 
 
 def fill_from_base(
@@ -167,8 +212,14 @@ def fill_from_base(
 
     Raises:
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
+        AdapterError: An adapter of a model with memory began with a part of the base weights.
     """
     group, config = context.group, context.config
+    if before is None:
+        with group.together("looking at the adapters"):
+            for part in parts:
+                if is_peft_adapted([part]):
+                    refuse_changed_base([part])
     told, stems = _agreed_config(path, group)
     source = open_base_source(
         path,

@@ -414,7 +414,7 @@ class ComponentCheckpointer:
         """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
         context = self._context
         if self.config.is_peft:
-            return open_adapter(context, model, path, allow_missing=allow_missing)
+            return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
         return open_model(context, model, path, key_mapping=key_mapping, options=options)
 

@@ -231,6 +231,7 @@ class Checkpointer(ComponentCheckpointer):
             CheckpointNotFoundError: What ``restore_from`` names does not exist.
             IncompleteCheckpointError: It is an interrupted save.
             IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
+            AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
         """

@@ -1,7 +1,7 @@
 """A second model in a checkpoint: the moving average of the first, saved and exported as the first is.
 
 It stands in ``model_ema/`` as the model stands in ``model/``, under the same names. What a wrapper such as torch's
-``AveragedModel`` keeps beside the model, ``n_averaged`` above all, is in ``model_ema/averaging.json``.
+``AveragedModel`` keeps beside the model, ``n_averaged`` above all, is in ``model_ema/averaging``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class Average:
             record = ComponentRecord()
             with group.together("writing what is kept of the averaging"):
                 if packed and group.is_main:
-                    record = write_state(storage, directory / _AVERAGING, packed)
+                    own = directory / _AVERAGING  # apart: files of tensors beside a model's would be taken for its own
+                    storage.make_directory(own)
+                    record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
+                    storage.sync_directory(own)
             return record
 
         return [write]
@@ -99,7 +102,7 @@ class Average:
                 path=directory,
                 hint="Restore without ema and start the average from the model, or choose a checkpoint that has one.",
             )
-        stem = directory / _AVERAGING
+        stem = directory / _AVERAGING / _AVERAGING
         if not self.beside:
             return FoundAveraging({}, {})
         if not has_state(stem):

@@ -1,6 +1,6 @@
 """Extra state that is spread over the ranks: modules, and DTensors anywhere in plain containers.
 
-Each rank writes its shards, as of a model; nothing is gathered. A module's directory is ``extra/<name>/``, as
+Each rank writes its shards, as of a model; nothing is gathered. A module's directory is ``extra/<name>.shards/``, as
 ``model/`` without an export. Of other values the DTensors are there, named by the keys that lead to them, and the rest
 is in ``extra/<name>.json``.
 """
@@ -35,6 +35,8 @@ from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 #: What stands in a saved tree where a DTensor was.
 _HOLE = None
+#: How the name of a directory ends that holds a value's shards; no file of a state's ends so.
+SHARDS = ".shards"
 
 
 def split_tree(value: object) -> tuple[object, dict[str, DTensor]]:
@@ -84,7 +86,7 @@ def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "")
 
 def directory_of(directory: Path, name: str) -> Path:
     """Where the shards of a value are."""
-    return directory / quote(name, safe="")
+    return directory / f"{quote(name, safe='')}{SHARDS}"
 
 
 def further(context: Context, name: str) -> Context:
@@ -109,7 +111,7 @@ def module_steps(context: Context, name: str, module: nn.Module, directory: Path
         further(context, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
     )
     steps = save.steps()
-    prefix = quote(name, safe="")
+    prefix = own.name
 
     def moved(step: Step) -> Step:
         return lambda group: step(group).below(prefix, f"extra/{name}")
@@ -136,7 +138,7 @@ def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], di
     with context.group.together(f"planning the files of {name!r}"):
         files = plan_shards(held, roster, context.group.rank, stem="extra")
     plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, context.group.rank),))
-    prefix = quote(name, safe="")
+    prefix = own.name
 
     def write(group: Group) -> ComponentRecord:
         with group.together(f"making {own}"):

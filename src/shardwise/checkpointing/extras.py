@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extra_modules import shared_modules
 from shardwise.checkpointing.extra_sharded import (
+    SHARDS,
     OpenedSharded,
     directory_of,
     fill_tree,
@@ -278,7 +279,7 @@ def saved_names(directory: Path) -> list[str]:
     files = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     of_ranks = {match[0]: match[1] for match in _rank_files(directory)}
     stems = [of_ranks.get(file, file.removesuffix(".json")) for file in files if file.endswith(".json")]
-    stems += [path.name for path in sorted(directory.iterdir()) if path.is_dir()] if directory.is_dir() else []
+    stems += [file.removesuffix(SHARDS) for file in files if file.endswith(SHARDS)]
     return list(dict.fromkeys(map(unquote, stems)))
 
 

@@ -135,9 +135,12 @@ class OptimizerSave:
         return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
     def _may_differ(self, name: str) -> bool:
-        """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved."""
+        """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.
+
+        Not of a parameter whose tensors are saved for each rank: its state would be a mix of two ranks'.
+        """
         may_differ = self._context.may_differ
-        return may_differ.all or may_differ.is_own(name)
+        return may_differ.all and not may_differ.is_own(name)
 
 
 @dataclass(frozen=True, slots=True)

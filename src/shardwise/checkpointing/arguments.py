@@ -14,6 +14,7 @@ from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.places import Place, check_places
 from shardwise.comm import Group, JsonValue
@@ -51,8 +52,10 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
     for each in () if optimizer is None else _several(optimizer):
-        if not isinstance(each, Optimizer):
-            raise _not("optimizer", each, "a torch.optim.Optimizer, or a list of them")
+        has_methods = hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
+        is_other = isinstance(each, (nn.Module, LRScheduler, type))
+        if not isinstance(each, Optimizer) and (not has_methods or is_other):
+            raise _not("optimizer", each, "a torch.optim.Optimizer, or what has its methods, or a list of them")
     for each in () if scheduler is None else _several(scheduler):
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")

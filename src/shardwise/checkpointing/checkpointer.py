@@ -22,10 +22,19 @@ from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.data_order import DataOrder
+from shardwise.checkpointing.foreign_optimizers import Changes
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, as_list, open_optimizer, several
+from shardwise.checkpointing.optimizers import (
+    OpenedOptimizer,
+    Optimizers,
+    OptimizerSave,
+    Schedulers,
+    as_list,
+    open_optimizer,
+    several,
+)
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.turns import check_same_call
@@ -179,8 +188,8 @@ class Checkpointer(ComponentCheckpointer):
                     own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
                     steps, closing = steps + own, closing + theirs
                 if steers:
-                    saving = OptimizerSave(context, optimizer or [], model, scheduler, temp / "optim")
-                    steps += below("optim", saving.steps())
+                    chosen = [] if optimizer is None else optimizer
+                    steps += below("optim", OptimizerSave(context, chosen, model, scheduler, temp / "optim").steps())
                 steps += capture_extras(context, temp, extra_state or {}, self._order)
             except BaseException:
                 publication.abandon(context.group)
@@ -201,6 +210,7 @@ class Checkpointer(ComponentCheckpointer):
         verify: VerifyLevel = "sizes",
         key_mapping: Mapping[str, str] | None = None,
         ema: Model | None = None,
+        allow_new_parameters: bool = False,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -220,9 +230,12 @@ class Checkpointer(ComponentCheckpointer):
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
-            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of tensors, and to a DCP
-                directory's names of parameters; first match.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
+                of the optimizer's parameters, in a DCP directory too; first match.
             ema: The average that `save` was given, to be filled in place; its topology may differ as well.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
+                since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
+                error.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -238,11 +251,17 @@ class Checkpointer(ComponentCheckpointer):
         context = self._begin(call := f"restore({restore_from})")
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
-        given = {"an optimizer or scheduler": steers, "verify='digests'": verify == "digests"}
-        given |= {f"key_mapping={key_mapping}": bool(key_mapping), "an ema": ema is not None}
+        given = {
+            "an optimizer or scheduler": steers,
+            "verify='digests'": verify == "digests",
+            f"key_mapping={key_mapping}": bool(key_mapping),
+            "an ema": ema is not None,
+            "allow_new_parameters=True": allow_new_parameters,
+        }
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
+            check_mapping("key_mapping", key_mapping)
             if ema is not None:
                 self._looked(ema)
             return self._looked(model, optimizer, scheduler, "checkpoint")
@@ -266,9 +285,11 @@ class Checkpointer(ComponentCheckpointer):
         # Everything that can be refused comes before the first byte that is overwritten.
         opened = self._open_model(model, model_place(path, context.group), key_mapping)
         averaged = self._open_ema(ema, path / MODEL_EMA) if ema is not None else None
-        steering = (
-            open_optimizer(context, optimizer or [], model, scheduler, path / "optim", key_mapping) if steers else None
-        )
+        steering: OpenedOptimizer | None = None
+        if steers:
+            changes = Changes(key_mapping, allow_new_parameters)
+            chosen = [] if optimizer is None else optimizer
+            steering = open_optimizer(context, chosen, model, scheduler, path / "optim", changes)
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
         taken += ["ema"] * (ema is not None)
@@ -276,6 +297,8 @@ class Checkpointer(ComponentCheckpointer):
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
         left = unrestored(context, path, found, taken, partly, below_name)
+        if steering is not None:
+            steering.read_aside()
         with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
             if steering is not None:
                 steering.take_in(undos)
@@ -293,7 +316,7 @@ class Checkpointer(ComponentCheckpointer):
                 found.set_generators(self._order)
         self._allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
-        return replace(record, unrestored=left)
+        return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
 
     # --- random numbers and data ------------------------------------------------------------------------------------
 

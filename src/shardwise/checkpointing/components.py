@@ -23,6 +23,7 @@ from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, check_b
 from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
+from shardwise.checkpointing.foreign_optimizers import Changes
 from shardwise.checkpointing.hooks import leading_own, passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
@@ -204,22 +205,30 @@ class ComponentCheckpointer:
         scheduler: Schedulers | None = None,
         *,
         key_mapping: Mapping[str, str] | None = None,
+        allow_new_parameters: bool = False,
     ) -> None:
         """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call.
 
         Args:
-            optimizer: One, or several.
+            optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
             model: The model, or this rank's pipeline stages.
             weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
                 with an optimizer's state in any of torch's layouts.
-            scheduler: One, or several.
-            key_mapping: Regular expression -> replacement, applied to the names that a DCP directory has for
-                parameters; first match.
+            scheduler: The scheduler or schedulers.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
+                match.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
+                since, start without state; otherwise they are an error.
         """
         self.async_wait()
         context = self._begin(call := f"load_optimizer({weights_path})")
-        check_same_call(call, lambda: self._looked(model, optimizer, scheduler), {}, context.group)
-        load_optimizer(context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", key_mapping)
+        given = {
+            f"key_mapping={key_mapping}": bool(key_mapping),
+            "allow_new_parameters=True": allow_new_parameters,
+        }
+        check_same_call(call, lambda: self._looked(model, optimizer, scheduler), given, context.group)
+        changes = Changes(key_mapping, allow_new_parameters)
+        load_optimizer(context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
 
     @outside_inference_mode
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:

@@ -33,9 +33,11 @@ from shardwise.io.sources import Source, open_source
 from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.reads import SourceTensor
 from shardwise.stateful_wrappers import OptimizerState
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.names import plain_name
-from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, SavedTensor
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
+from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.state_tensors import SavedTensor
 
 _FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
 _SHOWN = 5
@@ -95,7 +97,7 @@ class ForeignOptimizers:
                 dcp_names |= {f"state.{param}.{key}": name for key, name in keys.items()}
             for param in each.values:
                 tensors.setdefault(param, {})
-        return OptimizerRecord(tuple(groups), tensors, values), dcp_names
+        return OptimizerRecord(tuple(groups), tensors, values, is_old=True), dcp_names
 
     def _saved(self, name: str) -> SavedTensor:
         spec = self.source.tensors[name].spec
@@ -186,6 +188,19 @@ class ForeignOptimizers:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """What is meant to be other than when the optimizer was saved; the same on every rank.
+
+    Attributes:
+        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
+        allow_new: Parameters that the saved optimizer did not update start without state.
+    """
+
+    key_mapping: Mapping[str, str] | None = None
+    allow_new: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedForeign:
     """Optimizers and schedulers that fit what others saved, on every rank; nothing of theirs has been changed.
 
@@ -193,20 +208,22 @@ class OpenedForeign:
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
     plan: OptimizerRestore
     schedulers: tuple[tuple[HasState, dict[str, object]], ...]
     tensors: OpenedLoad | None
+    is_aside: bool
 
 
 def open_foreign(
     context: Context,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: AnyOptimizer | Sequence[AnyOptimizer],
     model: nn.Module | Sequence[nn.Module],
     schedulers: Sequence[HasState],
     directory: Path,
-    key_mapping: Mapping[str, str] | None,
+    changes: Changes,
 ) -> OpenedForeign | None:
     """Compare optimizers and schedulers with what others saved; ``None`` where there is nothing. All ranks call.
 
@@ -216,7 +233,7 @@ def open_foreign(
         model: Their model.
         schedulers: The schedulers.
         directory: Where a checkpoint of ours would have its optimizer.
-        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters.
+        changes: What is meant to be other than when it was saved.
 
     Raises:
         CheckpointNotFoundError: There is no optimizer or scheduler in it.
@@ -235,6 +252,7 @@ def open_foreign(
         steers.flag = bool(state.optimizers)
     assert state is not None
     own = state
+    is_aside = group.any(own.has_own_ways, "asking how optimizers take their state")
     found = find_foreign(place, group, legacy, steers.any)
     schedules: ForeignSchedules | None = None
     if group.any(bool(schedulers), "comparing schedulers"):
@@ -243,27 +261,25 @@ def open_foreign(
     names: dict[str, str] = {}
     fitting: list[tuple[HasState, dict[str, object]]] = []
     with group.together(f"comparing the optimizer with {found.directory}") as has_tensors:
-        record, names = found.matched(own, key_mapping)
+        record, names = found.matched(own, changes.key_mapping)
         try:
-            plan = plan_restore(own, record)
+            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_aside))
         except ShardwiseError as error:
             error.path = error.path or str(found.directory)
             _add_names(error, record)
             raise
         if schedulers and schedules is not None:
             fitting = foreign_schedules(schedulers, schedules)
-        has_tensors.flag = bool(plan.tensors())
+        has_tensors.flag = bool(plan.targets)
     assert plan is not None
     planned = plan
     source = found.agreed(names, group)
     tensors: OpenedLoad | None = None
     if has_tensors.any:
         options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-        tensors = open_described(
-            lambda: planned.held_as_saved(source.tensors.keys()), source, group, context.storage, options
-        )
+        tensors = open_described(planned.held_as_saved, source, group, context.storage, options)
     _count_in_tensors(planned)
-    return OpenedForeign(planned, tuple(fitting), tensors)
+    return OpenedForeign(planned, tuple(fitting), tensors, is_aside)
 
 
 def _count_in_tensors(plan: OptimizerRestore) -> None:

@@ -13,11 +13,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.distinct import blob_of, distinct, unblob
-from shardwise.checkpointing.foreign_optimizers import open_foreign
+from shardwise.checkpointing.foreign_optimizers import Changes, open_foreign
 from shardwise.checkpointing.foreign_states import foreign_components
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
@@ -25,8 +24,10 @@ from shardwise.checkpointing.schedule_records import attached, capture_schedules
 from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group, JsonValue
+from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
@@ -39,8 +40,9 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import OptimizerState
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
 from shardwise.stateful_wrappers.replicated_options import RankRecord, agreed
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
@@ -48,15 +50,15 @@ _LOG = logging.getLogger(__name__)
 OPTIMIZER_STATE = "optimizer"
 
 
-Optimizers = Optimizer | Sequence[Optimizer]
+Optimizers = AnyOptimizer | Sequence[AnyOptimizer]
 Schedulers = HasState | Sequence[HasState]
 
 
-def several(optimizer: Optimizers | None) -> list[Optimizer]:
+def several(optimizer: Optimizers | None) -> list[AnyOptimizer]:
     """Optimizers as a list; none is an empty one."""
     if optimizer is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
 
 
 def as_list(schedulers: Schedulers | None) -> list[HasState]:
@@ -88,11 +90,18 @@ class OptimizerSave:
         context, group = self._context, self._context.group
         state: OptimizerState | None = None
         own, attachments, states = b"", b"", b""
-        with group.together("describing the optimizer"):
+        unsettled: dict[str, list[object]] = {}
+        with group.together("looking at the optimizer") as is_unsettled:
             state = OptimizerState(self._optimizer, self._model)
+            unsettled = state.unsettled()
+            is_unsettled.flag = bool(unsettled)
+        assert state is not None
+        if is_unsettled.any:
+            told = group.gather_json(cast(JsonValue, unsettled), "comparing state that each rank keeps as it likes")
+            state.settle(cast("list[dict[str, list[object]]]", told))
+        with group.together("describing the optimizer"):
             own = blob_of(pack_state(state.record().to_state()))
             attachments, states = capture_schedules(self._schedulers, self._model)
-        assert state is not None
         merged: dict[str, bytes] = {}
         schedule: dict[str, bytes] = {}
         theirs = distinct(group, [own, attachments, states])
@@ -153,6 +162,7 @@ class OpenedOptimizer:
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
         own: State of which this rank has a value of its own; ``None`` where it has none.
+        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
     context: Context
@@ -160,15 +170,21 @@ class OpenedOptimizer:
     schedulers: FoundSchedules
     tensors: OpenedLoad | None
     own: OwnRead | None = None
+    is_aside: bool = False
 
     @property
     def unwanted(self) -> tuple[str, ...]:
         """Parameters whose saved state no rank's optimizer wants."""
         names = self.tensors.unexpected if self.tensors is not None else ()
-        return tuple(dict.fromkeys(name.removeprefix("state.").rpartition(".")[0] for name in names))
+        return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
+
+    def read_aside(self) -> None:
+        """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
+        if self.is_aside:
+            self._read()
 
     def take_in(self, undos: Undos) -> None:
-        """Set options and schedulers, and put the memory in place that `fill` fills. Local.
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_aside`.
 
         Raises:
             MisuseError: A scheduler refuses its state.
@@ -187,7 +203,11 @@ class OpenedOptimizer:
                 ) from error
 
     def fill(self) -> None:
-        """Read the state tensors. All ranks call, after `take_in`."""
+        """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
+        if not self.is_aside:
+            self._read()
+
+    def _read(self) -> None:
         if self.tensors is None:
             return
         self.tensors.read()
@@ -197,13 +217,21 @@ class OpenedOptimizer:
                     self.own.read(self.context)
 
 
+def _tell_fresh(plan: OptimizerRestore) -> None:
+    if plan.fresh:
+        _LOG.warning(
+            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
+            listed(plan.fresh),
+        )
+
+
 def open_optimizer(
     context: Context,
     optimizer: Optimizers,
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
-    key_mapping: Mapping[str, str] | None = None,
+    changes: Changes | None = None,
 ) -> OpenedOptimizer:
     """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
 
@@ -213,48 +241,44 @@ def open_optimizer(
         TensorError: The saved state does not fit the optimizer.
     """
     group = context.group
+    state: OptimizerState | None = None
     plan: OptimizerRestore | None = None
     own: OwnRead | None = None
     schedulers = FoundSchedules()
-    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, key_mapping)
+    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, changes or Changes())
     if foreign is not None:
-        return OpenedOptimizer(
-            context,
-            foreign.plan,
-            FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers)),
-            foreign.tensors,
-        )
+        _tell_fresh(foreign.plan)
+        schedulers = FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers))
+        return OpenedOptimizer(context, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
+    with group.together("looking at the optimizer") as aside:
+        state = OptimizerState(optimizer, model)
+        aside.flag = state.has_own_ways
 
     def compare() -> JsonValue:
         nonlocal plan, schedulers, own
-        plan, schedulers = _compared(context, optimizer, model, as_list(scheduler), directory)
+        assert state is not None
+        plan, schedulers = _compared(context, state, model, as_list(scheduler), directory, changes, aside.any)
         own = find_optimizer(context, plan, directory)
         if own is not None:
-            plan = plan.keeping({saved.spec.name for saved, _ in own.pairs}, own.parameters)
-        return [bool(plan.tensors()), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
+            plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
+        return [bool(plan.targets), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
 
     rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
     assert plan is not None
     found = plan
+    _tell_fresh(found)
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
             schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
     if not any(row[0] for row in rows):
-        return OpenedOptimizer(context, found, schedulers, None)
+        return OpenedOptimizer(context, found, schedulers, None, is_aside=aside.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    tensors = open_described(
-        lambda: found.held_as_saved(source.tensors.keys()),
-        source,
-        group,
-        context.storage,
-        options,
-        lambda: own is not None,
-    )
-    return OpenedOptimizer(context, found, schedulers, tensors, own)
+    tensors = open_described(found.held_as_saved, source, group, context.storage, options, lambda: own is not None)
+    return OpenedOptimizer(context, found, schedulers, tensors, own, aside.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]
@@ -276,7 +300,7 @@ def load_optimizer(
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
     directory: Path,
-    key_mapping: Mapping[str, str] | None = None,
+    changes: Changes | None = None,
 ) -> None:
     """Restore optimizers (fresh or used) and schedulers in place. All ranks call.
 
@@ -284,7 +308,8 @@ def load_optimizer(
         ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
     group = context.group
-    opened = open_optimizer(context, optimizer, model, scheduler, directory, key_mapping)
+    opened = open_optimizer(context, optimizer, model, scheduler, directory, changes)
+    opened.read_aside()
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
     with overwriting("the optimizer's state"):
@@ -305,12 +330,14 @@ def optimizer_components(directory: Path) -> list[str]:
 
 def _compared(
     context: Context,
-    optimizer: Optimizers,
+    state: OptimizerState,
     model: nn.Module | Sequence[nn.Module],
     schedulers: Sequence[HasState],
     directory: Path,
+    changes: Changes | None,
+    is_aside: bool,
 ) -> tuple[OptimizerRestore, FoundSchedules]:
-    state = OptimizerState(optimizer, model)
+    changes = changes or Changes()
     if not os.path.lexists(directory):
         raise CheckpointNotFoundError(
             "the checkpoint was saved without an optimizer",
@@ -319,17 +346,29 @@ def _compared(
         )
     record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
     try:
-        plan = plan_restore(state, record)
+        if changes.key_mapping:
+            record = _renamed(record, changes.key_mapping)
+        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_aside))
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise
     if not schedulers:
         return plan, FoundSchedules()
-    group = context.group
+    group, key_mapping = context.group, changes.key_mapping
+    other = {**record.aliases, **state.saved_under}
 
     def renamed(name: str, saved: frozenset[str]) -> str:
-        return name if name in saved else plan.saved_under.get(name, name)
+        if name in saved:
+            return name
+        known = sorted(saved) if key_mapping else []
+        mapped = dict(zip(rename(known, key_mapping or {}), known, strict=True))
+        return mapped.get(name, other.get(name, name))
 
     own = attached(schedulers, model)
     found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, group.rank, group.world_size)
     return plan, found
+
+
+def _renamed(record: OptimizerRecord, key_mapping: Mapping[str, str]) -> OptimizerRecord:
+    names = list(dict.fromkeys([name for group in record.groups for name in group.params]))
+    return record.under(dict(zip(names, rename(names, key_mapping), strict=True)))

@@ -20,6 +20,8 @@ class RestoreRecord:
             names of extra state that `restore` was not given, and names of per-rank states (random number generators,
             entries of ``extra_state``) that differed between ranks when they were saved on another number of ranks.
             The same on every rank.
+        fresh: Parameters of this rank's optimizers that the saved one did not update, and that start without state
+            (``allow_new_parameters``).
     """
 
     epoch: int | None
@@ -27,3 +29,4 @@ class RestoreRecord:
     path: Path
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     unrestored: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shardwise.checkpointing.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.optimizer import equal
+from shardwise.stateful_wrappers.kinds import equal
 
 #: What torch's schedulers have one of for each parameter group. Source: ``torch.optim.lr_scheduler``.
 _OF_GROUPS = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})

@@ -18,7 +18,7 @@ from shardwise.checkpointing.schedule_groups import composed
 from shardwise.checkpointing.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
 from shardwise.engine.statefiles import has_state, read_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
-from shardwise.stateful_wrappers.optimizer import equal
+from shardwise.stateful_wrappers.kinds import equal
 
 SCHEDULER_STATE = "scheduler"
 #: Of torch's schedulers, and gone from newer releases.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.optim import Optimizer
@@ -30,8 +30,13 @@ _FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decou
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """Name of the optimizer's class; of one that only passes on to another (accelerate's), the other's."""
-    return type(_inner(optimizer)).__name__
+    """Name of the optimizer's class."""
+    return type(optimizer).__name__
+
+
+def is_torchs_own(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's class is one of torch's."""
+    return type(optimizer) is getattr(torch.optim, kind_of(optimizer), None)
 
 
 def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
@@ -43,26 +48,25 @@ def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[
         keys: Names under which parameters of the group have state in the checkpoint.
         own: Names under which they have some now.
     """
-    inner = _inner(optimizer)
-    name = type(inner).__name__
-    is_torchs = type(inner) is getattr(torch.optim, name, None)
+    name, is_torchs = kind_of(optimizer), is_torchs_own(optimizer)
     known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
     has, expects = {*keys} - _COMMON, known - _COMMON
     if has and expects and not has & expects:
         return True
-    return is_torchs and bool(set(inner.defaults) - _FLAGS - {*options})
+    return is_torchs and bool(set(optimizer.defaults) - _FLAGS - {*options})
 
 
 def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
     """Whether the state ``key`` is known to have its parameter's shape."""
-    inner = _inner(optimizer)
-    name = type(inner).__name__
-    is_torchs = type(inner) is getattr(torch.optim, name, None)
-    return is_torchs and key in _STATE_KEYS.get(name, set()) - _OF_NO_SHAPE
+    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(kind_of(optimizer), set()) - _OF_NO_SHAPE
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer) and inner.param_groups is optimizer.param_groups and inner is not optimizer:
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer
+def equal(a: object, b: object) -> bool:
+    """Whether two options, or two dictionaries of them, are the same."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

@@ -8,24 +8,45 @@ and comes back without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.format.dtypes import dtype_code
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.kinds import kind_of
+from shardwise.stateful_wrappers.inner_optimizers import (
+    AnyOptimizer,
+    Keeper,
+    Options,
+    SharedParameterError,
+    find_keepers,
+    members,
+)
+from shardwise.stateful_wrappers.kinds import equal
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
+from shardwise.stateful_wrappers.own_state import StateView, gives_own_way
+from shardwise.stateful_wrappers.state_tensors import (
+    LOCAL,
+    PLAIN,
+    UNCLEAR,
+    Kind,
+    SavedTensor,
+    as_shard_of,
+    describe,
+    is_sharded,
+    local_of,
+)
+from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 StateValue = object
-Options = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -36,19 +57,13 @@ class SavedGroup:
         options: Everything but the parameters.
         params: Names of the parameters.
         kind: Name of the optimizer's class; empty where the checkpoint does not say, as older ones do not.
+        slot: Empty; of an optimizer around another one of the same parameters, its class's name.
     """
 
     options: Mapping[str, object]
     params: tuple[str, ...]
     kind: str = ""
-
-
-@dataclass(frozen=True)
-class SavedTensor:
-    """What a state tensor was when it was saved: enough to make one to load into."""
-
-    dtype: str
-    shape: tuple[int, ...]
+    slot: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,11 @@ class OptimizerRecord:
         aliases: Further name of a shared parameter, unless it is declared -> the name that it has here.
         shapes: Parameter name -> its shape, in the whole; older checkpoints do not say.
         schedulers: The schedulers' classes, in order; likewise.
+        trees: Parameter name, or a name in angle brackets for what belongs to no parameter -> how its tensors and
+            values are nested (`shardwise.stateful_wrappers.state_trees`), where they are.
+        is_old: Whether it was written before anything but the state of parameters was saved.
+        renamed: Name in the checkpoint -> the parameter's name here, where they differ.
+        files: What a state is called here -> what the files call it, where they differ.
     """
 
     groups: tuple[SavedGroup, ...]
@@ -70,21 +90,56 @@ class OptimizerRecord:
     aliases: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     schedulers: tuple[str, ...] = ()
+    trees: Mapping[str, Tree] = field(default_factory=dict)
+    is_old: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def file_label(self, label: str) -> str:
+        """What the files call the state of a parameter."""
+        return self.files.get(label, label)
+
+    def under(self, names: Mapping[str, str]) -> OptimizerRecord:
+        """The same with other names of parameters; the files have the old ones.
+
+        Args:
+            names: Old name -> new name, of every parameter.
+        """
+        labels = {label: _label_under(label, names) for label in {**self.tensors, **self.shapes, **self.trees}}
+        groups = [replace(g, params=tuple(names.get(name, name) for name in g.params)) for g in self.groups]
+        return replace(
+            self,
+            groups=tuple(groups),
+            tensors={labels[label]: found for label, found in self.tensors.items()},
+            values={_label_under(label, names): found for label, found in self.values.items()},
+            aliases={names.get(a, a): names.get(b, b) for a, b in self.aliases.items()},
+            shapes={labels[label]: shape for label, shape in self.shapes.items()},
+            trees={labels[label]: tree for label, tree in self.trees.items()},
+            renamed=dict(names),
+            files={new: old for old, new in labels.items()},
+        )
 
     def to_state(self) -> dict[str, object]:
         """As plain containers, for `shardwise.format.state_json`."""
         state: dict[str, object] = {
-            "version": 1,
-            "groups": [{"options": dict(g.options), "params": list(g.params), "kind": g.kind} for g in self.groups],
+            "version": 2 if self.trees or any(g.slot for g in self.groups) or self._has_kinds() else 1,
+            "groups": [
+                {"options": dict(g.options), "params": list(g.params), "kind": g.kind, "slot": g.slot}
+                for g in self.groups
+            ],
             "tensors": {
-                name: {key: [saved.dtype, list(saved.shape)] for key, saved in found.items()}
-                for name, found in self.tensors.items()
+                name: {key: saved.to_state() for key, saved in found.items()} for name, found in self.tensors.items()
             },
             "values": {name: dict(found) for name, found in self.values.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "schedulers": list(self.schedulers),
         }
-        return {**state, "aliases": dict(self.aliases)} if self.aliases else state
+        state |= {"aliases": dict(self.aliases)} if self.aliases else {}
+        return state | ({"trees": dict(self.trees)} if self.trees else {})
+
+    def _has_kinds(self) -> bool:
+        """Whether a release that knows of no kinds would make something else of a tensor."""
+        return any(saved.kind != Kind() for found in self.tensors.values() for saved in found.values())
 
     @staticmethod
     def from_state(state: object) -> OptimizerRecord:
@@ -95,15 +150,21 @@ class OptimizerRecord:
         """
         try:
             fields = cast(dict[str, object], state)
-            if fields["version"] != 1:
-                raise StateFormatError(f"optimizer state of version {fields['version']!r}; this release reads 1")
+            if fields["version"] not in (1, 2):
+                raise StateFormatError(
+                    f"optimizer state of version {fields['version']!r}; this release reads 1 and 2",
+                    hint="Use the release of shardwise that wrote the checkpoint, or a newer one.",
+                )
+            rows = cast(list[dict[str, dict[str, object]]], fields["groups"])
             groups = tuple(
-                SavedGroup(dict(g["options"]), tuple(str(p) for p in g["params"]), str(g.get("kind", "")))
-                for g in cast(list[dict[str, dict[str, object]]], fields["groups"])
+                SavedGroup(
+                    dict(g["options"]), tuple(map(str, g["params"])), str(g.get("kind", "")), str(g.get("slot", ""))
+                )
+                for g in rows
             )
             tensors = {
-                name: {key: SavedTensor(str(row[0]), tuple(int(n) for n in row[1])) for key, row in found.items()}
-                for name, found in cast(dict[str, dict[str, tuple[str, list[int]]]], fields["tensors"]).items()
+                name: {key: SavedTensor.from_state(row) for key, row in found.items()}
+                for name, found in cast(dict[str, dict[str, list[object]]], fields["tensors"]).items()
             }
             values = cast(dict[str, dict[str, object]], fields["values"])
             aliases = {str(k): str(v) for k, v in cast(dict[str, str], fields.get("aliases", {})).items()}
@@ -111,7 +172,9 @@ class OptimizerRecord:
             shapes = {name: tuple(int(n) for n in shape) for name, shape in told.items()}
             schedulers = tuple(str(kind) for kind in cast(list[object], fields.get("schedulers", [])))
             held = {name: dict(found) for name, found in values.items()}
-            return OptimizerRecord(groups, tensors, held, aliases, shapes, schedulers)
+            trees = {name: list(tree) for name, tree in cast(dict[str, Tree], fields.get("trees", {})).items()}
+            is_old = bool(rows) and not any("slot" in g for g in rows)
+            return OptimizerRecord(groups, tensors, held, aliases, shapes, schedulers, trees, is_old)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, StateFormatError):
                 raise
@@ -128,8 +191,9 @@ class OptimizerRecord:
             MisuseError: Ranks have different numbers of schedulers.
         """
         groups: list[tuple[SavedGroup, dict[str, None]]] = []
-        tensors: dict[str, Mapping[str, SavedTensor]] = {}
+        tensors: dict[str, dict[str, SavedTensor]] = {}
         values: dict[str, Mapping[str, StateValue]] = {}
+        trees: dict[str, Tree] = {}
         aliases: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         schedulers: tuple[str, ...] = ()
@@ -139,7 +203,10 @@ class OptimizerRecord:
                 index = _same_options(groups, group, matched)
                 matched.add(index)
                 groups[index][1].update(dict.fromkeys(group.params))
-            tensors.update(record.tensors)
+            for name, found in record.tensors.items():
+                tensors.setdefault(name, {}).update(found)
+            for name, tree in record.trees.items():
+                trees[name] = _one_tree(name, trees[name], tree) if name in trees else tree
             values.update(record.values)
             aliases.update(record.aliases)
             shapes.update(record.shapes)
@@ -149,52 +216,159 @@ class OptimizerRecord:
                     hint="The state of one rank's schedulers is saved for all: pass as many on every rank.",
                 )
             schedulers = schedulers or record.schedulers
-        merged = tuple(SavedGroup(g.options, tuple(params), g.kind) for g, params in groups)
-        return OptimizerRecord(merged, tensors, values, aliases, shapes, schedulers)
+        together = tuple(SavedGroup(g.options, tuple(params), g.kind, g.slot) for g, params in groups)
+        return OptimizerRecord(together, tensors, values, aliases, shapes, schedulers, trees)
+
+
+def _one_tree(name: str, known: Tree, tree: Tree) -> Tree:
+    """What two ranks have under one name.
+
+    Raises:
+        MisuseError: It belongs to no parameter, and they have different values.
+    """
+    if name.startswith("<") and name.endswith(">") and not equal(known, tree):
+        raise MisuseError(
+            f"ranks have different state of their {name[1:-1].partition('.')[0]} beside that of its parameters, and "
+            "one is saved for all",
+            tensor=name,
+            hint="Keep it the same on every rank; what is a rank's own goes into extra_state.",
+        )
+    return cast(Tree, merged(known, tree))
 
 
 def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: SavedGroup, used: set[int]) -> int:
     """Index of the group that ``group`` is a part of; two groups of one record are never folded into one."""
     for index, (known, _) in enumerate(groups):
-        if index not in used and known.kind == group.kind and equal(known.options, group.options):
+        if (
+            index not in used
+            and (known.kind, known.slot) == (group.kind, group.slot)
+            and equal(known.options, group.options)
+        ):
             return index
     groups.append((group, {}))
     return len(groups) - 1
 
 
-def equal(a: object, b: object) -> bool:
-    """Whether two options, or two dictionaries of them, are the same."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """A state taken apart.
+
+    Attributes:
+        tensors: Key -> tensor.
+        values: Key -> what is none, where nothing is nested.
+        tree: How it is nested; ``None`` where nothing is.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, StateValue]
+    tree: Tree | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Loose:
+    """State that belongs to no parameter, taken apart, and what it is saved under."""
+
+    label: str
+    tree: Tree
+    tensors: Mapping[str, torch.Tensor]
+
+
+def _label_under(label: str, names: Mapping[str, str]) -> str:
+    if label.endswith(">"):
+        return label
+    slot, end, name = label.rpartition(">")
+    return f"{slot}{end}{names.get(name, name)}"
+
+
+def label_of(slot: str, name: str) -> str:
+    """What the state of a parameter is saved under."""
+    return f"<{slot}>{name}" if slot else name
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter with the state that an optimizer keeps of it."""
+
+    keeper: Keeper
+    param: torch.Tensor
+    name: str
+    state: Mapping[object, object]
+
+    @property
+    def label(self) -> str:
+        """What it is saved under."""
+        return label_of(self.keeper.slot, self.name)
+
+    def tensor_name(self, key: str) -> str:
+        """Under which name a tensor of it is saved."""
+        return f"state.{self.label}.{key}"
+
+    def apart(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> Apart:
+        """The state taken apart.
+
+        Args:
+            name_of: Gives a parameter's name.
+            own: Keys of plain tensors of which each shard has one of its own.
+
+        Raises:
+            MisuseError: It holds what cannot be saved.
+        """
+        if is_flat(self.state):
+            named = cast(Mapping[str, object], self.state)
+            tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
+            if not any(map(own, tensors)):
+                return Apart(tensors, {key: value for key, value in named.items() if key not in tensors}, None)
+        writer = TreeWriter(self.label, self.param, name_of, own)
+        tree = writer.take_apart(dict(self.state))
+        return Apart(writer.tensors, {}, tree)
 
 
 class OptimizerState:
     """The state of one optimizer, or of several (pipeline stages, or one for each kind of parameter).
 
     Args:
-        optimizer: The optimizer or optimizers of this rank.
+        optimizer: The optimizer or optimizers of this rank; containers and wrappers among them too.
         model: The module, or this rank's pipeline stages, whose parameters they update.
 
     Raises:
-        MisuseError: An optimizer updates a parameter that the model does not have.
+        MisuseError: An optimizer updates a parameter that the model does not have, or that another one updates too.
     """
 
-    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], model: nn.Module | Sequence[nn.Module]) -> None:
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    def __init__(
+        self, optimizer: AnyOptimizer | Sequence[AnyOptimizer], model: nn.Module | Sequence[nn.Module]
+    ) -> None:
+        passed = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         parts = [model] if isinstance(model, nn.Module) else list(model)
         # As the modules have them: what they give out for their state may be copies.
         named = list_parameters(parts)
         self._names = {id(each.tensor): each.name for each in named}
+        self.passed = passed
+        try:
+            self.keepers = find_keepers(passed)
+        except SharedParameterError as error:
+            raise self._shared(error) from None
         self.aliases = undeclared_names(named, parts)
         # Under which other names a parameter's state may be saved; what a checkpoint says is added by `plan_restore`.
         self.saved_under = promised_ties(parts)
+        self._settled: dict[str, str] = {}
+        self._own: set[str] = set()
+        self._loose: list[_Loose] | None = None
 
-    def _name(self, param: torch.Tensor) -> str:
+    def _shared(self, error: SharedParameterError) -> MisuseError:
+        first, second = error.first.kind, error.second.kind
+        which = f"two optimizers ({first} and {second})" if first != second else f"two {first} optimizers"
+        return MisuseError(
+            f"{which} update one parameter, which has one state in a checkpoint",
+            tensor=self._names.get(id(error.param)),
+            hint="Give each parameter to one optimizer; pass each optimizer once.",
+        )
+
+    def name(self, param: torch.Tensor) -> str:
+        """A parameter's name.
+
+        Raises:
+            MisuseError: The model does not have it.
+        """
         name = self._names.get(id(param))
         if name is None:
             raise MisuseError(
@@ -204,11 +378,11 @@ class OptimizerState:
             )
         return name
 
-    def groups(self) -> Iterable[tuple[Optimizer, Options]]:
+    def groups(self) -> Iterator[tuple[Keeper, Options]]:
         """Each optimizer's groups."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield optimizer, group
+        for keeper in self.keepers:
+            for group in keeper.groups():
+                yield keeper, group
 
     def names(self, group: Options) -> tuple[str, ...]:
         """Names of a group's parameters.
@@ -216,7 +390,110 @@ class OptimizerState:
         Raises:
             MisuseError: The model does not have one of them.
         """
-        return tuple(self._name(param) for param in cast(list[torch.Tensor], group["params"]))
+        return tuple(map(self.name, members(group)))
+
+    def entries(self) -> Iterator[Entry]:
+        """Every parameter that has state."""
+        for keeper, group in self.groups():
+            for param in members(group):
+                state = cast("Mapping[torch.Tensor, object]", keeper.optimizer.state).get(param)
+                if state is not None:
+                    own = state if isinstance(state, Mapping) else {"": state}
+                    yield Entry(keeper, param, self.name(param), own)
+
+    def view(self, number: int) -> StateView:
+        """The state dict of one of the optimizers that were passed, beside its keepers."""
+        inside = [keeper for keeper in self.keepers if keeper.passed == number]
+        return StateView(self.passed[number], inside, self.name)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The innermost optimizers, one for each parameter."""
+        return [keeper.optimizer for keeper in self.keepers if not keeper.slot]
+
+    @property
+    def has_own_ways(self) -> bool:
+        """Whether any optimizer makes or takes its state dict in a way of its own."""
+        return any(map(gives_own_way, self.passed))
+
+    def loose(self) -> list[_Loose]:
+        """What belongs to no parameter, asked for once: state under other keys, and what state dicts hold besides."""
+        if self._loose is None:
+            self._loose = list(self._find_loose())
+        return self._loose
+
+    def _find_loose(self) -> Iterator[_Loose]:
+        for keeper, label in self.labels():
+            state = cast(Mapping[object, object], keeper.optimizer.state)
+            keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
+            if keyed:
+                yield self._taken_apart(label, keyed)
+        for number, label in self.passed_labels():
+            if gives_own_way(self.passed[number]):
+                rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
+                if rest:
+                    yield self._taken_apart(label, rest)
+
+    def labels(self) -> list[tuple[Keeper, str]]:
+        """Each keeper, with what its state that belongs to no parameter is saved under."""
+        kinds = [keeper.kind for keeper in self.keepers]
+        return [
+            (k, f"<{kind}.{kinds[:n].count(kind)}>")
+            for n, (k, kind) in enumerate(zip(self.keepers, kinds, strict=True))
+        ]
+
+    def passed_labels(self) -> list[tuple[int, str]]:
+        """Number of each optimizer that was passed, with what the rest of its state dict is saved under."""
+        kinds = [type(each).__name__ for each in self.passed]
+        return [(n, f"<{kind}.{kinds[:n].count(kind)}.state_dict>") for n, kind in enumerate(kinds)]
+
+    def _taken_apart(self, label: str, value: object) -> _Loose:
+        writer = TreeWriter(label, None, self.name)
+        tree = writer.take_apart(value)
+        return _Loose(label, tree, writer.tensors)
+
+    # --- what ranks find out together -------------------------------------------------------------------------------
+
+    def unsettled(self) -> dict[str, list[object]]:
+        """Plain tensors beside sharded parameters, of which values tell whether each rank has its own.
+
+        Returns:
+            Name -> optimizer class and key, whether the shape is that of this rank's shard, and a digest.
+        """
+        found: dict[str, list[object]] = {}
+        for entry in self.entries():
+            if not is_sharded(entry.param):
+                continue
+            for key, value in entry.apart(self.name).tensors.items():
+                if not isinstance(value, DTensor) and value.ndim and "@" not in key:
+                    is_local = value.shape == local_of(entry.param).shape
+                    found[entry.tensor_name(key)] = [f"{entry.keeper.kind} {key}", int(is_local), _digest(value)]
+        return found
+
+    def settle(self, rows: Sequence[Mapping[str, Sequence[object]]]) -> None:
+        """Take in what `unsettled` gave on every rank."""
+        told: dict[str, list[Sequence[object]]] = {}
+        of_key: dict[str, list[Sequence[object]]] = {}
+        for row in rows:
+            for name, said in row.items():
+                told.setdefault(name, []).append(said)
+        for said_of_name in told.values():
+            of_key.setdefault(str(said_of_name[0][0]), []).extend(said_of_name)
+        differs = {name: len({str(said[2]) for said in found}) > 1 for name, found in told.items()}
+        some_differ = {str(told[name][0][0]) for name, differ in differs.items() if differ}
+        for name, found in told.items():
+            key = str(found[0][0])
+            if all(said[1] for said in found):
+                every = all(said[1] for said in of_key[key])
+                local = differs[name] or (every and key in some_differ)
+                self._settled[name] = LOCAL if local else UNCLEAR if every else PLAIN
+            elif differs[name]:
+                self._own.add(name)
+
+    # --- what is saved ----------------------------------------------------------------------------------------------
+
+    def _apart(self, entry: Entry) -> Apart:
+        return entry.apart(self.name, lambda key: entry.tensor_name(key) in self._own)
 
     def record(self, schedulers: Sequence[str] = ()) -> OptimizerRecord:
         """Groups, and what each parameter's state consists of.
@@ -224,22 +501,29 @@ class OptimizerState:
         Args:
             schedulers: The classes of the schedulers that are saved along.
         """
-        groups, tensors, values = [], {}, {}
+        groups: list[SavedGroup] = []
+        tensors: dict[str, Mapping[str, SavedTensor]] = {}
+        values: dict[str, Mapping[str, StateValue]] = {}
+        trees: dict[str, Tree] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for optimizer, group in self.groups():
-            params = cast(list[torch.Tensor], group["params"])
-            names = self.names(group)
+        for keeper, group in self.groups():
             # names of parameters are an option of newer optimizers; ours say the same and survive resharding
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append(SavedGroup(options, names, kind_of(optimizer)))
-            for param, name in zip(params, names, strict=True):
-                state = optimizer.state.get(param)
-                if state is None:
-                    continue
-                shapes[name] = tuple(param.shape)
-                tensors[name] = {k: describe(v) for k, v in state.items() if isinstance(v, torch.Tensor)}
-                values[name] = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
-        return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers))
+            groups.append(SavedGroup(options, self.names(group), keeper.kind, keeper.slot))
+        for entry in self.entries():
+            apart = self._apart(entry)
+            shapes[entry.label] = tuple(entry.param.shape)
+            tensors[entry.label] = {
+                key: describe(value, None if "@" in key else entry.param, self._settled.get(entry.tensor_name(key)))
+                for key, value in apart.tensors.items()
+            }
+            values[entry.label] = apart.values
+            if apart.tree is not None:
+                trees[entry.label] = apart.tree
+        for loose in self.loose():
+            tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
+            trees[loose.label] = loose.tree
+        return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds of the state tensors, as views of the optimizers' memory."""
@@ -249,28 +533,23 @@ class OptimizerState:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State tensors by name, sharing the optimizers' memory."""
         found: dict[str, torch.Tensor] = {}
-        for optimizer, group in self.groups():
-            for param in cast(list[torch.Tensor], group["params"]):
-                for key, value in optimizer.state.get(param, {}).items():
-                    if isinstance(value, torch.Tensor):
-                        name = f"state.{self._name(param)}.{key}"
-                        found[name] = plain_view(name, value)
+        for entry in self.entries():
+            for key, value in self._apart(entry).tensors.items():
+                name = entry.tensor_name(key)
+                tensor = plain_view(name, value)
+                found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
+        for loose in self.loose():
+            names = {f"state.{loose.label}.{key}": value for key, value in loose.tensors.items()}
+            found |= {name: plain_view(name, value) for name, value in names.items()}
         return found
 
     def parameters(self) -> list[str]:
         """Names of the parameters that the optimizers update."""
-        return [self._name(param) for _, group in self.groups() for param in cast(list[torch.Tensor], group["params"])]
+        return [self.name(param) for _, group in self.groups() for param in members(group)]
 
     def owners(self) -> list[tuple[str, str]]:
         """The name of each state tensor, and its parameter's."""
-        return [
-            (f"state.{name}.{key}", name)
-            for optimizer, group in self.groups()
-            for param in cast(list[torch.Tensor], group["params"])
-            for name in [self._name(param)]
-            for key, value in optimizer.state.get(param, {}).items()
-            if isinstance(value, torch.Tensor)
-        ]
+        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._apart(entry).tensors]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
@@ -284,6 +563,10 @@ class OptimizerState:
                 install(own[name], plain_view(name, value))
 
 
-def describe(tensor: torch.Tensor) -> SavedTensor:
-    """What there is to record of a state tensor."""
-    return SavedTensor(dtype_code(tensor.dtype), tuple(tensor.shape))
+def _digest(tensor: torch.Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous()
+    about = f"{plain.dtype} {list(plain.shape)}".encode()
+    digest = hashlib.blake2b(about, digest_size=12)
+    if plain.numel():
+        digest.update(cast("memoryview[int]", plain.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShapeMismatchError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.kinds import is_foreign, is_like_parameter, kind_of
-from shardwise.stateful_wrappers.optimizer import (
-    OptimizerRecord,
-    OptimizerState,
-    Options,
-    SavedGroup,
-    SavedTensor,
-    describe,
-    equal,
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    MissingTensorError,
+    MisuseError,
+    ShapeMismatchError,
+    StateFormatError,
 )
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.inner_optimizers import Keeper, Options, members
+from shardwise.stateful_wrappers.kinds import equal, is_foreign, is_like_parameter, is_torchs_own, kind_of
+from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
+from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, gives_own_way
+from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
+from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
 Undo = Callable[[], None]
+Rest = list[tuple[Path, object]]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """What a restore of optimizers lets pass.
+
+    Attributes:
+        allow_new: Parameters that the saved optimizer did not update start without state.
+        aside: Whether state is read into memory of its own and not into what the optimizers have.
+    """
+
+    allow_new: bool = False
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,81 +58,113 @@ class _Param:
     optimizer: Optimizer
     param: torch.Tensor
     name: str
-    state: dict[str, object] | None
+    state: dict[object, object] | None
 
 
 @dataclass(frozen=True, slots=True)
+class _Keyed:
+    """State that belongs to no parameter."""
+
+    optimizer: Optimizer
+    state: Mapping[object, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """An optimizer with ways of its own, and what its state dict holds beside its keepers' state."""
+
+    view: Callable[[], StateView]
+    kind: str
+    rest: Rest
+
+
+@dataclass(slots=True)
 class OptimizerRestore:
     """What optimizers are about to become.
 
     Attributes:
         groups: Every group that takes options.
         params: Every parameter.
-        saved_under: Under which other names a parameter's state may be saved.
+        keyed: State under keys that are no parameters.
+        own: Optimizers whose own code takes their state in.
+        targets: What is to be filled, under the names of the checkpoint.
+        fresh: Names of parameters that the saved optimizer did not update, which start without state.
+        params_of: Name of a saved tensor -> whose state it is.
     """
 
-    groups: tuple[_Group, ...]
-    params: tuple[_Param, ...]
-    saved_under: Mapping[str, str]
+    groups: list[_Group] = field(default_factory=list)
+    params: list[_Param] = field(default_factory=list)
+    keyed: list[_Keyed] = field(default_factory=list)
+    own: list[_Own] = field(default_factory=list)
+    targets: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    params_of: dict[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state tensors to be filled, by name."""
-        found: dict[str, torch.Tensor] = {}
-        for each in self.params:
-            for key, value in (each.state or {}).items():
-                if isinstance(value, torch.Tensor):
-                    found[f"state.{each.name}.{key}"] = value.detach()
-        return found
+        """The state tensors to be filled, under the names of the checkpoint."""
+        return {name: tensor.detach() for name, tensor in self.targets}
 
-    def keeping(self, names: Collection[str], parameters: Collection[str]) -> OptimizerRestore:
-        """The same without state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
-
-        def kept(each: _Param) -> _Param:
+    def keep(self, names: Collection[str], parameters: Collection[str]) -> None:
+        """Drop state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
+        dropped = {name for name, _ in self.targets if self.params_of.get(name) in parameters and name not in names}
+        for number, each in enumerate(self.params):
             if each.name not in parameters or each.state is None:
-                return each
-            state = {
-                key: value
-                for key, value in each.state.items()
-                if not isinstance(value, torch.Tensor) or f"state.{each.name}.{key}" in names
-            }
+                continue
+            state = {key: v for key, v in each.state.items() if f"state.{each.name}.{key}" not in dropped}
             has_any = any(isinstance(value, torch.Tensor) for value in state.values())
-            return replace(each, state=state if has_any else None)
+            self.params[number] = replace(each, state=state if has_any else None)
+        self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
-        return replace(self, params=tuple(map(kept, self.params)))
-
-    def held_as_saved(self, names: Collection[str]) -> list[HeldTensor]:
-        """What this rank holds of the state tensors, under the names of a checkpoint.
+    def held_as_saved(self) -> list[HeldTensor]:
+        """What this rank holds of the state tensors, under the names of the checkpoint.
 
         A pipeline stage's own copy of a tied tensor takes the state that the single tensor had, where nothing was
         saved under its own name; so does each of two parameters that were one when the checkpoint was saved.
-
-        Args:
-            names: What the checkpoint has.
         """
-        keys = {key for each in self.params for key in each.state or ()}
-        other = {
-            f"state.{name}.{key}": f"state.{tied}.{key}"
-            for name, tied in self.saved_under.items()
-            for key in sorted(keys)
-        }
-        return [
-            tensor._replace(spec=tensor.spec._replace(name=other[tensor.spec.name]))
-            if tensor.spec.name not in names and other.get(tensor.spec.name) in names
-            else tensor
-            for tensor in held_tensors(self.tensors().items(), MeshRegister())
-        ]
+        return held_tensors(((name, tensor.detach()) for name, tensor in self.targets), MeshRegister())
 
     def apply(self) -> Undo:
-        """Set the options and put the state's tensors in place, whose values are still to be filled in.
+        """Set the options and put the state's tensors in place.
+
+        Their values may still have to be filled in, unless an optimizer takes its state in a way of its own.
 
         Returns:
-            Puts everything back as it was; possible until the first tensor is filled.
+            Puts everything back as it was; possible until the first tensor that was in place before is filled.
+
+        Raises:
+            MisuseError: An optimizer's own code refuses its state.
         """
+        undo = self._undo()
+        try:
+            with torch.no_grad():
+                for each in self.groups:
+                    _set_options(each.group, each.options)
+            for param in self.params:
+                _set_state(param.optimizer, param.param, param.state)
+            for every in self.keyed:
+                _set_keyed(every.optimizer, every.state)
+            for own in self.own:
+                self._hand_over(own)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    def _undo(self) -> Undo:
+        """What puts everything back as it is now."""
         groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
-        states = [(each, _copy(each.optimizer.state.get(each.param))) for each in self.params]
+        states = [(each, _had(each.optimizer, each.param)) for each in self.params]
+        keyed = [(each, _had_keys(each)) for each in self.keyed]
+        rests = [(each, [(path, cloned(value)) for path, value in each.view().rest()]) for each in self.own]
+
+        # torch's own class makes new groups as it takes a state dict in.
+        owners = {id(each.optimizer): (each.optimizer, each.optimizer.param_groups) for each in self.params}
 
         @torch.no_grad()
         def undo() -> None:
+            for optimizer, had in owners.values():
+                if "param_groups" in vars(optimizer):
+                    optimizer.param_groups = had
             for group, options, tensors in groups:
                 group.clear()
                 group.update(options)
@@ -125,20 +172,47 @@ class OptimizerRestore:
                     cast(torch.Tensor, group[key]).copy_(value)
             for each, state in states:
                 _set_state(each.optimizer, each.param, state)
+            for every, before in keyed:
+                _set_keyed(every.optimizer, before)
+            for own, rest in rests:
+                own.view().take(rest)
 
-        try:
-            with torch.no_grad():
-                for each in self.groups:
-                    _set_options(each.group, each.options)
-            for param in self.params:
-                _set_state(param.optimizer, param.param, param.state)
-        except BaseException:
-            undo()
-            raise
         return undo
 
+    def _hand_over(self, own: _Own) -> None:
+        try:
+            own.view().take(own.rest)
+        except Exception as error:
+            raise MisuseError(
+                f"the saved state does not fit the optimizer: {own.kind}.load_state_dict refuses it with "
+                f"{type(error).__name__}: {error}",
+                hint="Build the optimizer as it was when the checkpoint was saved, or restore without it.",
+            ) from error
+        # torch's own class casts state to its parameter's dtype as it takes it in; what was saved was not cast.
+        for each in self.params:
+            have = cast("dict[object, object] | None", each.optimizer.state.get(each.param))
+            if each.state is None or not isinstance(have, dict):
+                continue
+            for key, value in each.state.items():
+                now = have.get(key)
+                if (
+                    isinstance(now, torch.Tensor)
+                    and isinstance(value, torch.Tensor)
+                    and _is_cast(now, value, each.param)
+                ):
+                    have[key] = value
 
-def plan_restore(state: OptimizerState, record: OptimizerRecord) -> OptimizerRestore:
+
+class _Absent:
+    """Stands for a key that was not there."""
+
+
+_ABSENT = _Absent()
+
+
+def plan_restore(
+    state: OptimizerState, record: OptimizerRecord, options: RestoreOptions | None = None
+) -> OptimizerRestore:
     """Compare optimizers with a saved one, and make the memory that they lack. Nothing of theirs is changed. Local.
 
     Raises:
@@ -148,55 +222,241 @@ def plan_restore(state: OptimizerState, record: OptimizerRecord) -> OptimizerRes
             different options.
         ShapeMismatchError: A parameter, or its state, has another shape.
     """
-    if not record.groups and any(group["params"] for _, group in state.groups()):
-        raise CheckpointNotFoundError(
-            "the checkpoint was saved without an optimizer",
-            hint="Restore without an optimizer, or choose a checkpoint that has one.",
-        )
-    group_of = {name: index for index, group in enumerate(record.groups) for name in group.params}
-    other = {**record.aliases, **state.saved_under}
-    groups: list[_Group] = []
-    params: list[_Param] = []
-    for position, (optimizer, group) in enumerate(state.groups()):
-        names = state.names(group)
-        saved_as = [name if name in group_of else other.get(name, name) for name in names]
-        saved = _saved_group(record, group_of, saved_as, position)
-        if saved is None:
-            continue
-        members = cast(list[torch.Tensor], group["params"])
-        if not members and saved.kind not in ("", kind_of(optimizer)):
-            continue  # by the group's number alone, and another optimizer's
-        _check_kind(optimizer, saved, record, saved_as, members)
-        groups.append(_Group(group, saved.options))
-        for param, name, saved_name in zip(members, names, saved_as, strict=True):
-            planned = _planned(optimizer, {**group, **saved.options}, param, record, saved_name)
-            params.append(_Param(optimizer, param, name, planned))
-    return OptimizerRestore(tuple(groups), tuple(params), other)
+    return _Planner(state, record, options or RestoreOptions()).plan()
 
 
-def _saved_group(
-    record: OptimizerRecord, group_of: Mapping[str, int], names: Sequence[str], position: int
-) -> SavedGroup | None:
-    absent = [name for name in names if name not in group_of]
-    if absent:
-        raise MissingTensorError(
-            f"the saved optimizer did not update {len(absent)} of these parameters: {', '.join(absent[:5])}",
-            tensor=absent[0],
-            hint="Build the optimizer over the same parameters as when the checkpoint was saved.",
-        )
-    chosen = sorted({group_of[name] for name in names})
-    if not chosen:
-        return record.groups[position] if position < len(record.groups) else None
-    first = record.groups[chosen[0]]
-    for number in chosen[1:]:
-        other = record.groups[number]
-        if first.kind != other.kind or not equal(first.options, other.options):
-            raise MisuseError(
-                f"{names[0]} and a parameter of the same group were saved in groups with different options",
-                tensor=names[0],
-                hint="Build the optimizer with the same parameter groups as when the checkpoint was saved.",
+class _Planner:
+    """Makes one plan."""
+
+    def __init__(self, state: OptimizerState, record: OptimizerRecord, options: RestoreOptions) -> None:
+        self.state, self.record, self.options = state, record, options
+        self.group_of = {(g.slot, name): n for n, g in enumerate(record.groups) for name in g.params}
+        self.other = {**record.aliases, **state.saved_under}
+        self.found = OptimizerRestore()
+        self.have = {entry.label: entry for entry in state.entries()}
+        self.params = {state.name(p): p for _, group in state.groups() for p in members(group)}
+
+    def plan(self) -> OptimizerRestore:
+        """The plan."""
+        record, state = self.record, self.state
+        if not record.groups and self.params:
+            raise CheckpointNotFoundError(
+                "the checkpoint was saved without an optimizer",
+                hint="Restore without an optimizer, or choose a checkpoint that has one.",
             )
-    return first
+        for label, found in record.tensors.items():
+            name = label.rpartition(">")[2] or label[1:-1].partition(".")[0]
+            self.found.params_of |= {f"state.{record.file_label(label)}.{key}": name for key in found}
+        # Around others there may be what keeps no state, as containers do.
+        kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
+        slots = {group.slot for group in record.groups if group.slot}
+        counts: dict[str, int] = {}
+        for keeper in state.keepers:
+            self._check_slot(keeper, slots)
+        for keeper, group in state.groups():
+            position = counts[keeper.slot] = counts.get(keeper.slot, -1) + 1
+            if keeper.slot in ("", *slots):
+                self._plan_group(keeper, group, position)
+        for slot in sorted((slots & kept) - {keeper.slot for keeper in state.keepers}) if self.params else ():
+            raise MisuseError(
+                f"the checkpoint has the state of a {slot} around the optimizer, and none is to be restored",
+                hint=f"Build the {slot} that the checkpoint was saved with, or restore without the optimizer.",
+            )
+        self._plan_loose()
+        return self.found
+
+    def _check_slot(self, keeper: Keeper, slots: set[str]) -> None:
+        if keeper.slot and keeper.slot not in slots and not self.record.is_old and self.params:
+            raise MisuseError(
+                f"the checkpoint's optimizer had no {keeper.slot} around it, and the one to be restored has",
+                hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved with.",
+            )
+
+    # --- groups -----------------------------------------------------------------------------------------------------
+
+    def _plan_group(self, keeper: Keeper, group: Options, position: int) -> None:
+        names = self.state.names(group)
+        saved_as = [self._saved_name(keeper, name) for name in names]
+        absent = [name for name in saved_as if (keeper.slot, name) not in self.group_of]
+        if absent and not self.options.allow_new:
+            raise MissingTensorError(
+                f"the saved optimizer did not update {len(absent)} of these parameters: {', '.join(absent[:5])}",
+                tensor=absent[0],
+                hint="Build the optimizer over the same parameters as when the checkpoint was saved; or, where they "
+                "are meant to start without state, as layers that were unfrozen since, pass "
+                "allow_new_parameters=True.",
+            )
+        known = [name for name in saved_as if name not in absent]
+        saved = self._saved_group(keeper, group, known, position if not absent else None)
+        if saved is not None and (names or saved.kind in ("", keeper.kind)):
+            _check_kind(keeper.optimizer, saved, self.record, [label_of(keeper.slot, n) for n in known], members(group))
+            self.found.groups.append(_Group(group, saved.options))
+        self._mirror(keeper, group, saved)
+        options = {**group, **(saved.options if saved is not None else {})}
+        for param, name, saved_name in zip(members(group), names, saved_as, strict=True):
+            if saved_name in absent:
+                self.found.fresh.append(name)
+                self.found.params.append(_Param(keeper.optimizer, param, saved_name, None))
+            elif saved is not None:
+                entry = Entry(keeper, param, name, {})
+                planned = self._planned(entry, label_of(keeper.slot, saved_name), options)
+                self.found.params.append(_Param(keeper.optimizer, param, saved_name, planned))
+
+    def _mirror(self, keeper: Keeper, group: Options, saved: SavedGroup | None) -> None:
+        """The outer group takes the same options; those of a rank without parameters of the group come from it."""
+        number = next(n for n, each in enumerate(keeper.groups()) if each is group)
+        if number >= len(keeper.mirrors):
+            return
+        outer = keeper.mirrors[number]
+        names = [self._saved_name(keeper, name) for name in self.state.names(outer)]
+        names = [name for name in names if (keeper.slot, name) in self.group_of]
+        chosen = saved if members(group) else self._saved_group(keeper, outer, names, None)
+        if chosen is not None:
+            self.found.groups.append(_Group(outer, chosen.options))
+            if not members(group):
+                self.found.groups.append(_Group(group, chosen.options))
+
+    def _saved_name(self, keeper: Keeper, name: str) -> str:
+        return name if (keeper.slot, name) in self.group_of else self.other.get(name, name)
+
+    def _saved_group(
+        self, keeper: Keeper, group: Options, names: Sequence[str], position: int | None
+    ) -> SavedGroup | None:
+        record = self.record
+        chosen = sorted({self.group_of[keeper.slot, name] for name in names})
+        if not chosen:
+            alike = [g for g in record.groups if g.slot == keeper.slot]
+            by_number = position is not None and not members(group) and position < len(alike)
+            return alike[cast(int, position)] if by_number else None
+        first = record.groups[chosen[0]]
+        for number in chosen[1:]:
+            other = record.groups[number]
+            if first.kind != other.kind or not equal(first.options, other.options):
+                raise MisuseError(
+                    f"{names[0]} and a parameter of the same group were saved in groups with different options "
+                    f"({_difference(first, other)})",
+                    tensor=names[0],
+                    hint="Build the optimizer with the same parameter groups as when the checkpoint was saved.",
+                )
+        return first
+
+    # --- states -----------------------------------------------------------------------------------------------------
+
+    def _planned(self, entry: Entry, saved_label: str, options: Options) -> dict[object, object] | None:
+        """The state of one parameter as it is to be."""
+        record, param, optimizer = self.record, entry.param, entry.keeper.optimizer
+        shape = record.shapes.get(saved_label)
+        if shape is not None and shape != tuple(param.shape):
+            raise _misfit(saved_label, param, shape)
+        if saved_label not in record.tensors:
+            return None
+        have: Mapping[str, torch.Tensor] = {}
+        known = self.have.get(entry.label)
+        if known is not None:
+            have = known.apart(self.state.name).tensors
+        saved_tensors = record.tensors[saved_label]
+
+        def tensor(key: str) -> torch.Tensor:
+            saved = saved_tensors[key]
+            if saved.shape != tuple(param.shape) and is_like_parameter(optimizer, key):
+                raise _misfit(f"state.{saved_label}.{key}", param, saved.shape)
+            place = Place(
+                f"state.{saved_label}.{key}",
+                param,
+                have.get(key),
+                _is_known(optimizer, key),
+                is_torchs_own(optimizer),
+                bool(options.get("capturable")) or bool(options.get("fused")),
+                owned="@" not in key,
+                fresh=self.options.aside,
+            )
+            return self._made(saved, place, saved_label, key)
+
+        if saved_label in record.trees:
+            return cast(dict[object, object], self._read_tree(saved_label, param, tensor))
+        found: dict[object, object] = {key: tensor(key) for key in saved_tensors}
+        found.update(record.values.get(saved_label, {}))
+        return found
+
+    def _made(self, saved: SavedTensor, place: Place, label: str, key: str) -> torch.Tensor:
+        made: Made = make(saved, place)
+        self.found.targets.append((f"state.{self.record.file_label(label)}.{key}", made.target))
+        return made.tensor
+
+    def _read_tree(self, label: str, param: torch.Tensor | None, tensor: Callable[[str], torch.Tensor]) -> object:
+        def known(key: str) -> torch.Tensor:
+            if key not in self.record.tensors.get(label, {}):
+                raise StateFormatError(
+                    f"the optimizer's state refers to a tensor {key!r} that it does not describe",
+                    tensor=label,
+                    hint="Restore the file or choose another checkpoint.",
+                )
+            return tensor(key)
+
+        def parameter(name: str) -> torch.Tensor:
+            found = self.params.get(self.record.renamed.get(name, name))
+            if found is None:
+                raise MissingTensorError(
+                    f"the optimizer's state has the parameter {name} as a key, which this rank does not have",
+                    tensor=label,
+                    hint="Restore on the topology that saved.",
+                )
+            return found
+
+        return TreeReader(label, param, known, parameter).put_together(self.record.trees[label])
+
+    def _plan_loose(self) -> None:
+        """State that belongs to no parameter, of each optimizer that has any."""
+        for keeper, label in self.state.labels():
+            found = self._loose(label, keeper)
+            if isinstance(found, dict):
+                self.found.keyed.append(_Keyed(keeper.optimizer, found))
+        for number, label in self.state.passed_labels():
+            passed = self.state.passed[number]
+            if not gives_own_way(passed):
+                continue
+            keeper_of = next((keeper for keeper in self.state.keepers if keeper.passed == number), None)
+            rest = cast("list[tuple[list[tuple[str, object]], object]]", self._loose(label, keeper_of) or [])
+            renamed = [(_renamed([*path], self.record.renamed), value) for path, value in rest]
+            self.found.own.append(_Own(partial(self.state.view, number), type(passed).__name__, renamed))
+
+    def _loose(self, label: str, keeper: Keeper | None) -> object:
+        trees = self.record.trees
+        if label not in trees:
+            kind, _, rest = label[1:-1].partition(".")
+            alike = [
+                each for each in trees if each[1:-1].partition(".")[0] == kind and each.endswith(rest[rest.find(".") :])
+            ]
+            same = [each for each in alike if each.count(".") == label.count(".")]
+            if len(same) != 1:
+                return None
+            label = same[0]
+        every = [] if keeper is None else [p for group in keeper.groups() for p in members(group)]
+        params = every or list(self.params.values()) or [torch.empty(0)]
+
+        def tensor(key: str) -> torch.Tensor:
+            saved = self.record.tensors[label][key]
+            fitting = next((p for p in params if hasattr(p, "device_mesh")), params[0])
+            place = Place(f"{label} {key}", fitting, None, None, False, False, owned=False, fresh=True)
+            return self._made(saved, place, label, key)
+
+        return self._read_tree(label, None, tensor)
+
+
+def _renamed(path: Sequence[tuple[str, object]], names: Mapping[str, str]) -> Path:
+    return tuple((kind, names.get(str(step), step) if kind == "parameter" else step) for kind, step in path)
+
+
+def _is_known(optimizer: Optimizer, key: str) -> bool:
+    """Whether a state of a parameter without dimensions is like it; a count of steps is not."""
+    return is_like_parameter(optimizer, key) if is_torchs_own(optimizer) else key.rpartition(".")[2] != "step"
+
+
+def _difference(a: SavedGroup, b: SavedGroup) -> str:
+    if a.kind != b.kind:
+        return f"of {a.kind} and {b.kind}"
+    keys = [k for k in {**a.options, **b.options} if not equal(a.options.get(k), b.options.get(k))]
+    return ", ".join(f"{key} {a.options.get(key)!r} and {b.options.get(key)!r}" for key in sorted(keys)[:5])
 
 
 def _check_kind(
@@ -204,7 +464,7 @@ def _check_kind(
     saved: SavedGroup,
     record: OptimizerRecord,
     names: Sequence[str],
-    members: Sequence[torch.Tensor],
+    group: Sequence[torch.Tensor],
 ) -> None:
     own = kind_of(optimizer)
     hint = (
@@ -220,7 +480,7 @@ def _check_kind(
     if saved.kind or not names:
         return
     keys = {key for name in names for found in (record.tensors, record.values) for key in found.get(name, {})}
-    have = {key for param in members for key in optimizer.state.get(param, {})}
+    have = {str(key) for param in group for key in optimizer.state.get(param, {})}
     if is_foreign(optimizer, saved.options, keys, have):
         raise MisuseError(
             f"the checkpoint's optimizer is no {own}: it has the state {sorted(keys)} and the options "
@@ -228,27 +488,6 @@ def _check_kind(
             tensor=names[0],
             hint=hint,
         )
-
-
-def _planned(
-    optimizer: Optimizer, options: Options, param: torch.Tensor, record: OptimizerRecord, name: str
-) -> dict[str, object] | None:
-    """The state of one parameter as it is to be."""
-    shape = record.shapes.get(name)
-    if shape is not None and shape != tuple(param.shape):
-        raise _misfit(name, param, shape)
-    if name not in record.tensors:
-        return None
-    tensors, values = record.tensors[name], record.values.get(name, {})
-    have = optimizer.state.get(param, {})
-    state: dict[str, object] = {key: value for key, value in have.items() if key in tensors or key in values}
-    for key, saved in tensors.items():
-        if saved.shape != tuple(param.shape) and is_like_parameter(optimizer, key):
-            raise _misfit(f"state.{name}.{key}", param, saved.shape)
-        found = state.get(key)
-        if not isinstance(found, torch.Tensor) or describe(found) != saved:
-            state[key] = _empty_state(param, saved, options)
-    return {**state, **values}
 
 
 def _misfit(name: str, param: torch.Tensor, saved: tuple[int, ...]) -> ShapeMismatchError:
@@ -259,13 +498,12 @@ def _misfit(name: str, param: torch.Tensor, saved: tuple[int, ...]) -> ShapeMism
     )
 
 
-def _empty_state(param: torch.Tensor, saved: SavedTensor, group: Options) -> torch.Tensor:
-    dtype = torch_dtype(saved.dtype)
-    if saved.shape == tuple(param.shape) and saved.shape != ():
-        return torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
-    on_device = bool(group.get("capturable")) or bool(group.get("fused")) or saved.shape != ()
-    local = param.to_local() if isinstance(param, DTensor) else param
-    return torch.zeros(saved.shape, dtype=dtype, device=local.device if on_device else "cpu")
+def _is_cast(now: torch.Tensor, value: torch.Tensor, param: torch.Tensor) -> bool:
+    """Whether ``now`` is ``value`` cast to the dtype of its parameter, and no more than that."""
+    if now is value or now.dtype == value.dtype or now.dtype != param.dtype or now.shape != value.shape:
+        return False
+    mine, saved = (getattr(each, "_local_tensor", each) for each in (now, value))
+    return bool(torch.equal(mine, saved.to(mine.dtype).to(mine.device)))
 
 
 def _set_options(group: Options, options: Mapping[str, object]) -> None:
@@ -282,14 +520,37 @@ def _tensor_options(group: Options) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in group.items() if isinstance(v, torch.Tensor)}
 
 
-def _copy(state: Mapping[str, object] | None) -> dict[str, object] | None:
-    return None if state is None else dict(state)
-
-
-def _set_state(optimizer: Optimizer, param: torch.Tensor, state: Mapping[str, object] | None) -> None:
+def _had(optimizer: Optimizer, param: torch.Tensor) -> dict[object, object] | None:
+    state: object = optimizer.state.get(param)
     if state is None:
-        optimizer.state.pop(param, None)
+        return None
+    return dict(state) if isinstance(state, Mapping) else {"": state}
+
+
+def _had_keys(keyed: _Keyed) -> dict[object, object]:
+    states = cast(dict[object, object], keyed.optimizer.state)
+    return {key: states.get(key, _ABSENT) for key in keyed.state}
+
+
+def _set_state(optimizer: Optimizer, param: torch.Tensor, state: Mapping[object, object] | None) -> None:
+    states = cast(dict[object, object], optimizer.state)
+    if state is None:
+        states.pop(param, None)
         return
-    kept = optimizer.state[param]
+    if state.keys() == {""}:
+        states[param] = state[""]
+        return
+    kept = states.get(param)
+    if not isinstance(kept, dict):
+        kept = states[param] = {}
     kept.clear()
     kept.update(state)
+
+
+def _set_keyed(optimizer: Optimizer, state: Mapping[object, object]) -> None:
+    states = cast(dict[object, object], optimizer.state)
+    for key, value in state.items():
+        if value is _ABSENT:
+            states.pop(key, None)
+        else:
+            states[key] = value

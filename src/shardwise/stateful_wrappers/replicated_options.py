@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.errors import ReplicasDifferError
-from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, equal
+from shardwise.stateful_wrappers.kinds import equal
+from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
 
 _SHOWN = 4
 
@@ -39,22 +40,24 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
     Raises:
         ReplicasDifferError: Ranks differ in a parameter that may not; it names option and ranks.
     """
-    owners: dict[str, tuple[RankRecord, SavedGroup]] = {}
+    owners: _Owners = {}
     found: list[OptimizerRecord] = []
     differences: list[_Difference] = []
     for own in records:
         dropped: set[str] = set()
         for group in own.record.groups:
             for name in group.params:
-                if name not in owners:
-                    owners[name] = (own, group)
+                # An optimizer around another one has a group of the same parameters.
+                label = label_of(group.slot, name)
+                if label not in owners:
+                    owners[label] = (own, group)
                     continue
-                first, theirs = owners[name]
+                first, theirs = owners[label]
                 if first is own:
                     continue
-                news = _differences(name, (first, theirs), (own, group))
+                news = _differences(label, (first, theirs), (own, group))
                 if news:
-                    dropped.add(name)
+                    dropped.add(label)
                     differences += [] if may_differ(name) else news
         found.append(_without(own.record, dropped, owners) if dropped else own.record)
     if differences:
@@ -65,6 +68,10 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
             "are saved for all.",
         )
     return found
+
+
+#: What `label_of` calls a parameter's state -> the first that has it.
+_Owners = dict[str, tuple[RankRecord, SavedGroup]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +137,11 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"ranks {listed}" + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
 
 
-def _without(
-    record: OptimizerRecord, dropped: set[str], owners: Mapping[str, tuple[RankRecord, SavedGroup]]
-) -> OptimizerRecord:
+def _without(record: OptimizerRecord, dropped: set[str], owners: _Owners) -> OptimizerRecord:
     """The record without options and values of parameters for which another rank's stand."""
     groups = []
     for group in record.groups:
-        params = tuple(name for name in group.params if name not in dropped)
+        params = tuple(name for name in group.params if label_of(group.slot, name) not in dropped)
         if params or not group.params:
             groups.append(replace(group, params=params))
     values = dict(record.values)

@@ -1,0 +1,182 @@
+"""What keeps the state of what is passed as an optimizer: itself, and the optimizers inside of it.
+
+Containers, wrappers (Lookahead, SAM, accelerate's) and torch's ``ZeroRedundancyOptimizer`` have optimizers inside,
+which own moments that `Optimizer.state` of the outer one does not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch.optim import Optimizer
+
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.kinds import kind_of
+
+Options = dict[str, object]
+_DEPTH = 4
+
+
+@runtime_checkable
+class StatefulOptimizer(Protocol):
+    """An optimizer that is no `torch.optim.Optimizer`: what has its two methods."""
+
+    def state_dict(self) -> dict[str, object]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object:
+        """Take the state in."""
+        ...
+
+
+AnyOptimizer = Optimizer | StatefulOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Something that keeps state by parameter, and groups.
+
+    Attributes:
+        optimizer: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
+        slot: Empty; the class's name where it is around another keeper of the same parameters.
+        mirrors: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner
+            one has this rank's parameters alone).
+        passed: Number of the argument that it is, or is inside of.
+        ancestors: The optimizers that it is inside of, by identity.
+    """
+
+    optimizer: Optimizer
+    slot: str
+    mirrors: tuple[Options, ...]
+    passed: int
+    ancestors: frozenset[int] = frozenset()
+
+    @property
+    def kind(self) -> str:
+        """Name of its class."""
+        return kind_of(self.optimizer)
+
+    def groups(self) -> list[Options]:
+        """Its groups."""
+        return self.optimizer.param_groups
+
+
+def members(group: Options) -> list[torch.Tensor]:
+    """A group's parameters."""
+    return cast(list[torch.Tensor], group["params"])
+
+
+def find_keepers(passed: Sequence[AnyOptimizer]) -> list[Keeper]:
+    """Everything that keeps state in what was passed, the innermost first.
+
+    Raises:
+        MisuseError: Two optimizers, neither of which is inside the other, update one parameter; or one has not been
+            built to the end.
+    """
+    found: list[Keeper] = []
+    for number, each in enumerate(passed):
+        seen: set[int] = set()
+        found += _keepers(each, number, frozenset(), seen, 0)
+    return _with_slots(found)
+
+
+def _keepers(value: object, number: int, around: frozenset[int], seen: set[int], depth: int) -> Iterator[Keeper]:
+    if id(value) in seen or depth > _DEPTH:
+        return
+    seen.add(id(value))
+    if is_zero(value):
+        inner = getattr(value, "optim", None)
+        if not isinstance(inner, Optimizer):
+            raise MisuseError(
+                "a ZeroRedundancyOptimizer has no inner optimizer yet, which keeps its state",
+                hint="With overlap_with_ddp=True it is built in the first iterations: save and restore after them.",
+            )
+        mirrors = tuple(cast(Optimizer, value).param_groups)
+        yield Keeper(inner, "", mirrors, number, around | {id(value)})
+        return
+    if is_shell(value):
+        yield from _keepers(vars(value)["optimizer"], number, around, seen, depth)
+        return
+    inside = around | {id(value)}
+    for each in _inside(vars(value) if hasattr(value, "__dict__") else {}, 0):
+        yield from _keepers(each, number, inside, seen, depth + 1)
+    if _keeps_state(value):
+        yield Keeper(cast(Optimizer, value), "", (), number, around)
+
+
+def _inside(value: object, depth: int) -> Iterator[object]:
+    """Optimizers in an object's attributes, or in lists and dictionaries there."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    for each in values:
+        if _is_optimizer(each):
+            yield each
+        elif depth < 2 and isinstance(each, (dict, list, tuple)):
+            yield from _inside(each, depth + 1)
+
+
+def _is_optimizer(value: object) -> bool:
+    if isinstance(value, Optimizer):
+        return True
+    if isinstance(value, (torch.nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
+        return False
+    has_state = hasattr(type(value), "state_dict") and hasattr(type(value), "load_state_dict")
+    return has_state and (hasattr(value, "param_groups") or any(True for _ in _inside(vars(value), 1)))
+
+
+def _keeps_state(value: object) -> bool:
+    if isinstance(value, Optimizer):
+        return True
+    state, groups = getattr(value, "state", None), getattr(value, "param_groups", None)
+    return isinstance(state, Mapping) and isinstance(groups, list)
+
+
+def is_zero(value: object) -> bool:
+    """Whether an optimizer is torch's ``ZeroRedundancyOptimizer``, whose inner one has the states of this rank."""
+    return isinstance(value, Optimizer) and any(
+        base.__name__ == "ZeroRedundancyOptimizer" and base.__module__.startswith("torch.distributed.optim")
+        for base in type(value).__mro__
+    )
+
+
+def is_shell(value: object) -> bool:
+    """Whether an optimizer passes everything on to the one inside, as accelerate's and transformers' wrappers do."""
+    inner = vars(value).get("optimizer") if hasattr(value, "__dict__") else None
+    return isinstance(inner, Optimizer) and type(value).__module__.partition(".")[0] == "accelerate"
+
+
+def _with_slots(keepers: Sequence[Keeper]) -> list[Keeper]:
+    """Tell keepers of the same parameters apart, where one is inside the other.
+
+    Raises:
+        MisuseError: Neither is.
+    """
+    owner: dict[int, list[Keeper]] = {}
+    found: list[Keeper] = []
+    for keeper in keepers:
+        params = [param for group in keeper.groups() for param in members(group)]
+        others = {id(k): k for param in params for k in owner.get(id(param), ())}
+        for other in others.values():
+            if id(keeper.optimizer) not in other.ancestors:
+                shared = next(p for p in params if any(k is other for k in owner.get(id(p), ())))
+                raise SharedParameterError(shared, other, keeper)
+        slot = ""
+        if others:
+            used = {other.slot for other in others.values()}
+            slot = keeper.kind if keeper.kind not in used else f"{keeper.kind}.{len(used)}"
+        new = Keeper(keeper.optimizer, slot, keeper.mirrors, keeper.passed, keeper.ancestors)
+        found.append(new)
+        for param in params:
+            owner.setdefault(id(param), []).append(new)
+    return found
+
+
+class SharedParameterError(Exception):
+    """Two optimizers update one parameter; for who knows its name to say."""
+
+    def __init__(self, param: torch.Tensor, first: Keeper, second: Keeper) -> None:
+        super().__init__(param, first, second)
+        self.param, self.first, self.second = param, first, second

@@ -1,0 +1,317 @@
+"""What an optimizer's own ``state_dict()`` holds beside the state that its keepers show, and handing it back.
+
+Optimizers with ways of their own (overridden methods, hooks, containers, wrappers) may put anything into what they
+give out. What is a keeper's state or option is recognised and left to it; the rest is kept as it is, under its path,
+and goes back through the optimizer's own ``load_state_dict``, with the restored state around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch.optim import Optimizer
+
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, Keeper, is_shell, is_zero, members
+from shardwise.stateful_wrappers.kinds import equal
+
+#: A step into a state dict: ``("key", key)``, ``("item", number)``, or ``("parameter", name)`` for a packed number.
+Step = tuple[str, object]
+Path = tuple[Step, ...]
+NameOf = Callable[[torch.Tensor], str]
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def gives_own_way(optimizer: AnyOptimizer) -> bool:
+    """Whether an optimizer makes or takes its state dict in another way than torch's class does."""
+    if is_zero(optimizer) or is_shell(optimizer):
+        return False
+    if not isinstance(optimizer, Optimizer):
+        return True
+    own = vars(optimizer)
+    return _overrides(optimizer, "state_dict") or takes_own_way(optimizer) or any(own.get(hooks) for hooks in _HOOKS)
+
+
+def takes_own_way(optimizer: AnyOptimizer) -> bool:
+    """Whether taking a state dict in does something that torch's class does not."""
+    if is_zero(optimizer) or is_shell(optimizer):
+        return False
+    if not isinstance(optimizer, Optimizer):
+        return True
+    return _overrides(optimizer, "load_state_dict") or any(vars(optimizer).get(hooks) for hooks in _HOOKS[2:])
+
+
+def _overrides(optimizer: Optimizer, method: str) -> bool:
+    own = getattr(type(optimizer), method)
+    # torch.compile and torch's own profiling wrap the methods of its class.
+    return method in vars(optimizer) or own is not getattr(Optimizer, method)
+
+
+class StateView:
+    """One optimizer's state dict, beside its keepers.
+
+    Args:
+        optimizer: The optimizer as it was passed.
+        keepers: What keeps state in it.
+        name_of: Gives a parameter's name.
+    """
+
+    def __init__(self, optimizer: AnyOptimizer, keepers: Sequence[Keeper], name_of: NameOf) -> None:
+        self.optimizer = optimizer
+        self._keepers, self._name_of = keepers, name_of
+        self._shown: set[int] = set()  # identities of containers and tensors that keepers show
+        self._entries: dict[int, Keeper] = {}
+        self._named: dict[str, tuple[Keeper, torch.Tensor]] = {}
+        for keeper in keepers:
+            self._shown.add(id(keeper.optimizer.state))
+            for state in keeper.optimizer.state.values():
+                self._shown.add(id(state))
+                self._entries[id(state)] = keeper
+                self._shown.update(map(id, _tensors(state)))
+            for group in keeper.groups():
+                for param in members(group):
+                    self._named.setdefault(name_of(param), (keeper, param))
+
+    def rest(self) -> list[tuple[Path, object]]:
+        """What no keeper shows: largest parts of the state dict, with their paths.
+
+        Raises:
+            MisuseError: The optimizer's own code fails to give its state.
+        """
+        return list(self._rest(self._given(), ()))
+
+    def _given(self) -> object:
+        try:
+            return self.optimizer.state_dict()
+        except Exception as error:
+            raise MisuseError(
+                f"{type(self.optimizer).__name__}.state_dict() fails with {type(error).__name__}: {error}",
+                hint="A wrapper of optimizers has to give its state, or pass the optimizer inside of it.",
+            ) from error
+
+    def _rest(self, value: object, path: Path) -> Iterator[tuple[Path, object]]:
+        if id(value) in self._shown or (isinstance(value, (Mapping, list, tuple)) and not value):
+            return
+        if isinstance(value, Mapping):
+            keeper = self._packed_by(value)
+            if keeper is not None:
+                yield from self._rest_of_packed(value, keeper, path)
+                return
+            entries = [(("key", key), each) for key, each in value.items() if not self._is_flat(key, each)]
+            yield from self._largest(value, [self._named_step(step, each) for step, each in entries], path)
+        elif isinstance(value, (list, tuple)):
+            yield from self._largest(value, [(("item", n), each) for n, each in enumerate(value)], path)
+        else:
+            yield path, value
+
+    def _named_step(self, step: Step, each: object) -> tuple[Step, object]:
+        key = step[1]
+        return (("parameter", self._name_of(key)), each) if isinstance(key, torch.Tensor) else (step, each)
+
+    def _largest(
+        self, value: Mapping[object, object] | Sequence[object], entries: list[tuple[Step, object]], path: Path
+    ) -> Iterator[tuple[Path, object]]:
+        """The parts of a container that are not shown; the container itself where nothing in it is."""
+        parts = [(step, list(self._rest(each, (*path, step)))) for step, each in entries]
+        by_itself = all(found == [((*path, step), found[0][1])] if found else False for step, found in parts)
+        whole = by_itself and len(parts) == len(value) and all(step[0] != "parameter" for step, _ in parts)
+        if whole and path:
+            yield path, value
+            return
+        for _, found in parts:
+            yield from found
+
+    def _is_flat(self, key: object, value: object) -> bool:
+        """Whether an entry of a flattened state dict (torch.distributed.checkpoint.state_dict) is a keeper's."""
+        if not isinstance(key, str):
+            return False
+        for prefix in ("state.", "param_groups."):
+            if not key.startswith(prefix):
+                continue
+            name, _, option = key.removeprefix(prefix).rpartition(".")
+            found = self._named.get(name)
+            if found is None:
+                return False
+            keeper, param = found
+            if prefix == "state.":
+                state = keeper.optimizer.state.get(param, {})
+                return option in state and _is_same(state[option], value)
+            group = next(g for g in keeper.groups() if any(p is param for p in members(g)))
+            return option in group and equal(group[option], value)
+        return False
+
+    def _packed_by(self, value: Mapping[object, object]) -> Keeper | None:
+        """The keeper whose packed state dict this is, as torch's class makes it."""
+        groups = value.get("param_groups")
+        if not isinstance(groups, list) or not isinstance(value.get("state"), Mapping):
+            return None
+        if not all(isinstance(group, Mapping) and "params" in group for group in groups):
+            return None
+        sizes = [len(cast(Sequence[object], group["params"])) for group in groups]
+        fitting = [k for k in self._keepers if [len(members(group)) for group in k.groups()] == sizes]
+        state = cast(Mapping[object, object], value["state"])
+        owners = [self._entries[id(each)] for each in state.values() if id(each) in self._entries]
+        owners += [k for k in fitting if any(_holds(state, t) for s in k.optimizer.state.values() for t in _tensors(s))]
+        for keeper in [*owners, *fitting]:
+            if keeper in fitting and (owners or self._is_like(groups, keeper)):
+                return keeper
+        return fitting[0] if len(fitting) == 1 else None
+
+    @staticmethod
+    def _is_like(groups: Sequence[Mapping[str, object]], keeper: Keeper) -> bool:
+        pairs = zip(groups, keeper.groups(), strict=True)
+        return all(equal(v, own.get(k)) for group, own in pairs for k, v in group.items() if k != "params")
+
+    def _rest_of_packed(
+        self, value: Mapping[object, object], keeper: Keeper, path: Path
+    ) -> Iterator[tuple[Path, object]]:
+        numbers = self._numbers(value, keeper)
+        states = cast(Mapping[object, object], keeper.optimizer.state)
+        for key, each in value.items():
+            if key == "state":
+                for number, state in cast(Mapping[object, object], each).items():
+                    param = numbers.get(number) if isinstance(number, int) else None
+                    step: Step = ("key", number) if param is None else ("parameter", self._name_of(param))
+                    own = states.get(number if param is None else param, {})
+                    yield from self._rest_of_entry(state, own, (*path, ("key", key), step))
+            elif key == "param_groups":
+                pairs = zip(cast(Sequence[Mapping[str, object]], each), keeper.groups(), strict=True)
+                for n, (group, own_group) in enumerate(pairs):
+                    for option, given in group.items():
+                        known = option in ("params", "param_names") or (
+                            option in own_group and equal(own_group[option], given)
+                        )
+                        if not known:
+                            yield (*path, ("key", key), ("item", n), ("key", option)), given
+            else:
+                yield from self._rest(each, (*path, ("key", key)))
+
+    def _rest_of_entry(self, state: object, own: object, path: Path) -> Iterator[tuple[Path, object]]:
+        if id(state) in self._shown or _is_same(state, own):
+            return
+        if not isinstance(state, Mapping) or not isinstance(own, Mapping):
+            yield path, state
+            return
+        for key, each in state.items():
+            if key not in own or not _is_same(own[key], each):
+                yield (*path, ("key", key)), each
+
+    def _numbers(self, value: Mapping[object, object], keeper: Keeper) -> dict[int, torch.Tensor]:
+        groups = cast(Sequence[Mapping[str, Sequence[int]]], value["param_groups"])
+        pairs = zip(groups, keeper.groups(), strict=True)
+        return {
+            number: param
+            for group, own in pairs
+            for number, param in zip(group["params"], members(own), strict=True)
+            if isinstance(number, int)
+        }
+
+    def take(self, rest: Sequence[tuple[Path, object]]) -> None:
+        """Hand the rest back, with what the keepers have by now around it.
+
+        Raises:
+            Exception: What the optimizer's own code refuses it with.
+        """
+        if not rest and not takes_own_way(self.optimizer):
+            return
+        found = copied(self._given())
+        for path, value in rest:
+            self._put(found, path, value)
+        self.optimizer.load_state_dict(cast(dict[str, object], found))
+
+    def _put(self, found: object, path: Path, value: object) -> None:
+        place = found
+        numbers: dict[str, object] = {}
+        for position, (kind, step) in enumerate(path):
+            is_last = position == len(path) - 1
+            if isinstance(place, Mapping):
+                keeper = self._packed_by(place)
+                if keeper is not None:
+                    packed = self._numbers(place, keeper)
+                    numbers = {self._name_of(param): number for number, param in packed.items()}
+            at: object = step
+            if kind == "parameter":
+                keys = [key for key in cast(Mapping[object, object], place) if isinstance(key, torch.Tensor)]
+                at = next((key for key in keys if self._name_of(key) == step), numbers.get(str(step), step))
+            if isinstance(place, list) and isinstance(at, int):
+                if at > len(place):
+                    raise _refused(self.optimizer, path)
+                place.extend([{}] * (at == len(place)))
+                place[at] = value if is_last else place[at]
+                place = place[at]
+            elif isinstance(place, dict):
+                place[at] = value if is_last else place.get(at, {})
+                place = place[at]
+            else:
+                raise _refused(self.optimizer, path)
+
+
+def _refused(optimizer: AnyOptimizer, path: Path) -> MisuseError:
+    text = ".".join(str(step) for _, step in path)
+    return MisuseError(
+        f"the saved {type(optimizer).__name__} has {text!r}, for which the one to be restored has no place",
+        hint="Build the optimizer as it was when the checkpoint was saved.",
+    )
+
+
+def copied(value: object) -> object:
+    """Containers anew, with the same leaves in them."""
+    if isinstance(value, dict):
+        new = {key: copied(each) for key, each in value.items()}
+        if type(value) is dict:
+            return new
+        other = value.copy()
+        other.update(new)
+        return other
+    if type(value) is list:
+        return [copied(each) for each in value]
+    return value
+
+
+def cloned(value: object) -> object:
+    """As `copied`, with tensors that nobody else writes."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: cloned(each) for key, each in value.items()}
+    if type(value) is list:
+        return [cloned(each) for each in value]
+    return tuple(map(cloned, value)) if type(value) is tuple else value
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _holds(state: Mapping[object, object], tensor: torch.Tensor) -> bool:
+    return any(each is tensor for value in state.values() for each in _tensors(value))
+
+
+def _is_same(a: object, b: object) -> bool:
+    """Whether two are the same tensor, or equal values; containers of such."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        if a is b or not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+            return a is b
+        x, y = (getattr(each, "_local_tensor", each) for each in (a, b))
+        alike = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+        return alike and x.data_ptr() == y.data_ptr()
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_is_same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)

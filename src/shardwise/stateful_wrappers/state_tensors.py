@@ -1,0 +1,332 @@
+"""What a state tensor is beside its parameter: spread as it, plain, this rank's shard alone; and making such a one.
+
+An optimizer that computes with DTensors keeps DTensors, one that works on ``to_local()`` keeps plain tensors of its
+shard, a preconditioner may be plain and the same on all ranks. Values alone do not tell; a state that comes back as
+another kind makes the next step fail, or go wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+
+from shardwise.errors import MisuseError, StateFormatError
+from shardwise.format.dtypes import dtype_code, torch_dtype
+from shardwise.stateful_wrappers.tensors import MeshRegister
+
+#: Kinds of state. `USUAL` is what nearly all optimizers keep: tensors of the parameter's shape and spread, and plain
+#: scalars; older checkpoints say nothing else. `UNCLEAR`: plain, of the shape that both the shard and the whole of the
+#: state may have.
+USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD = "", "like", "plain", "local", "unclear", "spread"
+_KINDS = frozenset({USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD})
+#: Where a scalar was that could have been elsewhere.
+_DEVICES = frozenset({"", "cpu", "parameter"})
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Of which kind a state tensor is.
+
+    Attributes:
+        name: One of this module's constants.
+        placements: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh
+            dimension.
+        mesh: The names of the mesh's dimensions, where it has names.
+        device: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
+    """
+
+    name: str = USUAL
+    placements: tuple[str, ...] = ()
+    mesh: tuple[str, ...] = ()
+    device: str = ""
+
+    def to_state(self) -> dict[str, object]:
+        """As plain containers."""
+        lists: dict[str, object] = {"placements": list(self.placements), "mesh": list(self.mesh)}
+        return {"kind": self.name, **{key: value for key, value in lists.items() if value}, "device": self.device}
+
+    @staticmethod
+    def from_state(state: Mapping[str, object]) -> Kind:
+        """Check and take in what `to_state` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        name, device = str(state["kind"]), str(state.get("device", ""))
+        placements = tuple(str(each) for each in cast(list[object], state.get("placements", [])))
+        sound = all(each == "R" or (each[:1] == "S" and each[1:].isdecimal()) for each in placements)
+        if name not in _KINDS or device not in _DEVICES or not sound:
+            raise ValueError(f"a state tensor of kind {dict(state)}")
+        return Kind(name, placements, tuple(str(each) for each in cast(list[object], state.get("mesh", []))), device)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """What a state tensor was when it was saved: enough to make one to load into.
+
+    Attributes:
+        dtype: Its dtype's code.
+        shape: Its shape in the whole; of a `LOCAL` one, its parameter's.
+        kind: Of which kind it was.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind = Kind()
+
+    def to_state(self) -> list[object]:
+        """As plain containers."""
+        row: list[object] = [self.dtype, list(self.shape)]
+        return row if self.kind == Kind() else [*row, self.kind.to_state()]
+
+    @staticmethod
+    def from_state(row: list[object]) -> SavedTensor:
+        """Check and take in what `to_state` gave.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        shape = tuple(int(cast(int, n)) for n in cast(list[object], row[1]))
+        kind = Kind.from_state(cast(dict[str, object], row[2])) if len(row) > 2 else Kind()
+        return SavedTensor(str(row[0]), shape, kind)
+
+
+def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
+    """What there is to record of a state tensor.
+
+    Args:
+        tensor: The tensor.
+        param: Its parameter; ``None`` for what belongs to no parameter.
+        settled: What the ranks found out together about a plain tensor of the shape of a shard.
+    """
+    dtype = dtype_code(tensor.dtype)
+    kind = _kind(tensor, param, settled)
+    shape = tuple(param.shape) if kind.name == LOCAL and param is not None else tuple(tensor.shape)
+    return SavedTensor(dtype, shape, kind)
+
+
+def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None) -> Kind:
+    if isinstance(tensor, DTensor):
+        if isinstance(param, DTensor) and is_spread_alike(tensor, param):
+            return Kind(USUAL if param.ndim else LIKE)
+        return Kind(SPREAD, tuple(map(_letter, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+    if param is None:
+        return Kind(PLAIN, device="cpu" if tensor.device.type == "cpu" else "parameter")
+    device = ""
+    if tensor.ndim == 0 and local_of(param).device.type != "cpu":
+        device = "cpu" if tensor.device.type == "cpu" else "parameter"
+    if not isinstance(param, DTensor):
+        return Kind(device=device)
+    if tensor.ndim == 0:
+        return Kind(USUAL if param.ndim else PLAIN, device=device)
+    if tensor.shape == local_of(param).shape:
+        return Kind(settled or UNCLEAR)
+    return Kind(PLAIN)
+
+
+def _letter(placement: Placement) -> str:
+    return f"S{placement.dim}" if isinstance(placement, (Shard, _StridedShard)) else "R"
+
+
+def is_spread_alike(tensor: DTensor, param: DTensor) -> bool:
+    """Whether a tensor has the parameter's shape, mesh and placements."""
+    return (
+        tensor.shape == param.shape
+        and tensor.device_mesh == param.device_mesh
+        and list(map(repr, tensor.placements)) == list(map(repr, param.placements))
+    )
+
+
+def is_sharded(param: torch.Tensor) -> bool:
+    """Whether ranks hold different parts of a parameter."""
+    return isinstance(param, DTensor) and not all(isinstance(each, Replicate) for each in param.placements)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, without a copy."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def region_of(param: torch.Tensor) -> str:
+    """Which part of a parameter this rank holds, as text: ``0:8,0:16``; empty for the whole of a plain tensor."""
+    if not isinstance(param, DTensor):
+        return ""
+    spread = MeshRegister().spread("", param)
+    boxes = [region.box for region in spread.part.regions(spread.coordinate)]
+    return ";".join(",".join(f"{o}:{o + s}" for o, s in zip(b.offsets, b.sizes, strict=True)) for b in boxes) or "none"
+
+
+def as_shard_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of this rank's shard as the part of the whole that it is; its memory is shared."""
+    if not isinstance(param, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a state tensor goes.
+
+    Attributes:
+        name: For messages.
+        param: Its parameter, or any of its optimizer's for what belongs to none.
+        have: What the optimizer has in its place; its kind counts more than what another topology had.
+        known: Whether the state is known to be like its parameter (``True``), or not (``False``).
+        is_torchs: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
+        on_device: Whether scalars belong to the parameter's device.
+        owned: Whether it belongs to the parameter.
+        fresh: Whether memory that the optimizer has may not be used.
+    """
+
+    name: str
+    param: torch.Tensor
+    have: torch.Tensor | None
+    known: bool | None
+    is_torchs: bool
+    on_device: bool
+    owned: bool = True
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A state tensor and how it is filled.
+
+    Attributes:
+        tensor: What the optimizer gets.
+        target: The same memory as the part of the saved tensor that it is.
+    """
+
+    tensor: torch.Tensor
+    target: torch.Tensor
+
+
+def make(saved: SavedTensor, place: Place) -> Made:
+    """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
+
+    Raises:
+        MisuseError: The kind does not tell what it is to be on this topology.
+    """
+    param = place.param
+    have = place.have
+    kind = _settled(saved, place)
+    if have is not None and have.dtype == torch_dtype(saved.dtype) and _fits(have, kind, saved, param):
+        tensor = torch.empty_like(have) if place.fresh else have
+        return Made(tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor)
+    dtype = torch_dtype(saved.dtype)
+    if kind.name == LOCAL:
+        local = torch.zeros_like(local_of(param).detach(), dtype=dtype, requires_grad=False)
+        return Made(local, as_shard_of(local, param))
+    if kind.name == LIKE:
+        tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
+    elif kind.name == SPREAD and isinstance(param, DTensor):
+        tensor = _spread(saved, kind, param, dtype)
+    else:
+        at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
+        tensor = torch.zeros(saved.shape, dtype=dtype, device=local_of(param).device if at_param else "cpu")
+    return Made(tensor, tensor)
+
+
+def _settled(saved: SavedTensor, place: Place) -> Kind:
+    """The kind that a saved tensor has on this topology: like, plain, local or spread."""
+    param, kind, is_param_shape = place.param, saved.kind, saved.shape == tuple(place.param.shape)
+    if not place.owned:
+        return kind if kind.name == SPREAD else Kind(PLAIN, device=kind.device or "cpu")
+    if not isinstance(param, DTensor):
+        if saved.shape == () and kind.name == USUAL:
+            return Kind(LIKE if param.ndim == 0 and place.known and not kind.device else PLAIN, device=kind.device)
+        return Kind(LIKE if is_param_shape and kind.name != PLAIN else PLAIN, device=kind.device)
+    if kind.name in (LIKE, LOCAL, SPREAD, PLAIN):
+        return kind
+    if saved.shape == () and (param.ndim or not place.known):
+        return Kind(PLAIN, device=kind.device)
+    seen = _seen(saved, place)
+    if seen is not None:
+        return seen
+    if kind.name == USUAL and is_param_shape:
+        return Kind(LIKE)
+    if kind.name == UNCLEAR and saved.shape == tuple(local_of(param).shape):
+        return Kind(PLAIN)
+    if kind.name == USUAL and place.is_torchs:
+        return Kind(SPREAD, ("R",) * param.device_mesh.ndim)
+    raise MisuseError(
+        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing tells whether the optimizer "
+        f"keeps each rank's shard of it here, the whole, or a DTensor: the parameter is spread otherwise than when it "
+        f"was saved ({list(param.shape)}, {list(local_of(param).shape)} on this rank)",
+        tensor=place.name,
+        hint="Let the optimizer take one step before restoring, which makes its state, or restore on the topology "
+        "that saved.",
+    )
+
+
+def _seen(saved: SavedTensor, place: Place) -> Kind | None:
+    """The kind of what the optimizer has in a tensor's place, if that is the same tensor."""
+    have, param = place.have, place.param
+    if have is None:
+        return None
+    if isinstance(have, DTensor):
+        alike = isinstance(param, DTensor) and is_spread_alike(have, param)
+        return (Kind(LIKE) if alike else _kind(have, param, None)) if tuple(have.shape) == saved.shape else None
+    local = local_of(param).shape
+    if have.shape == local and local != param.shape and saved.shape == tuple(param.shape):
+        return Kind(LOCAL)
+    return Kind(PLAIN) if tuple(have.shape) == saved.shape else None
+
+
+def _fits(have: torch.Tensor, kind: Kind, saved: SavedTensor, param: torch.Tensor) -> bool:
+    """Whether memory that an optimizer has is of the kind and shape that is wanted."""
+    if kind.name == LOCAL:
+        return not isinstance(have, DTensor) and have.shape == local_of(param).shape
+    if tuple(have.shape) != saved.shape or type(local_of(have)) is not torch.Tensor:
+        return False
+    if kind.name == LIKE:
+        alike = isinstance(have, DTensor) and isinstance(param, DTensor) and is_spread_alike(have, param)
+        plain = not isinstance(have, DTensor) and not isinstance(param, DTensor)
+        return (alike or plain) and local_of(have).device == local_of(param).device
+    if kind.name == SPREAD and isinstance(param, DTensor):
+        return isinstance(have, DTensor)
+    return not isinstance(have, DTensor)
+
+
+def _spread(saved: SavedTensor, kind: Kind, param: DTensor, dtype: torch.dtype) -> torch.Tensor:
+    mesh = param.device_mesh
+    placements = [_placement(each, len(saved.shape)) for each in _over(kind, mesh, param)]
+    return torch.distributed.tensor.zeros(saved.shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+
+def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
+    """A saved tensor's placements over another mesh: by the names of its dimensions, by their number, or by what cuts.
+
+    Where it lies changes no value; a mesh of another kind keeps what can be kept.
+    """
+    if len(kind.placements) == mesh.ndim:
+        return list(kind.placements)
+    names = tuple(mesh.mesh_dim_names or ())
+    if names and set(names) & set(kind.mesh):
+        known = dict(zip(kind.mesh, kind.placements, strict=False))
+        return [known.get(name, "R") for name in names]
+    cuts = sorted({each for each in kind.placements if each != "R"})
+    one = cuts[0] if len(cuts) == 1 else "R"
+    found, is_used = [], False
+    for placement in param.placements:
+        cut = isinstance(placement, (Shard, _StridedShard)) and not is_used
+        found.append(one if cut else "R")
+        is_used = is_used or cut
+    return found
+
+
+def _placement(letter: str, ndim: int) -> Placement:
+    if letter == "R":
+        return Replicate()
+    dim = int(letter[1:])
+    if dim >= ndim:
+        raise StateFormatError(f"a state of {ndim} dimensions is cut along dimension {dim}", hint="Restore the file.")
+    return Shard(dim)

@@ -1,0 +1,258 @@
+"""Nested state as plain containers: dictionaries, lists and tuples with tensors in them, taken apart and put together.
+
+A tree is a list whose first item says what it is: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree],
+...]]``, ``["ordered", ...]``, ``["list", [tree, ...]]``, ``["tuple", ...]``, ``["sharded", {region: tree}]`` for what
+each shard of a parameter has of its own, and ``["subclass", module, class, context, shape, stride, [[name, tree],
+...]]`` for a tensor that consists of others (quantized ones). The tensors go where all others go, under their keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, Protocol, cast
+
+import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from shardwise.errors import MisuseError, StateFormatError
+from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
+
+Tree = list[object]
+_PLAIN = {*PLAIN, AsyncCollectiveTensor}
+
+
+class _Flattens(Protocol):
+    """A tensor that consists of others: https://pytorch.org/docs/stable/notes/extending.html, traceable subclasses."""
+
+    def __tensor_flatten__(self) -> tuple[Sequence[str], object]: ...
+
+
+def is_flat(state: Mapping[object, object]) -> bool:
+    """Whether a state is what nearly all optimizers keep: names, with tensors or with values that hold none."""
+    return all(
+        type(key) is str and (_is_plain(value) if isinstance(value, torch.Tensor) else not _holds_tensors(value))
+        for key, value in state.items()
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor._local_tensor if isinstance(tensor, DTensor) else tensor) in _PLAIN
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.keys())) or any(map(_holds_tensors, value.values()))
+    return isinstance(value, (list, tuple, set, frozenset)) and any(map(_holds_tensors, value))
+
+
+class TreeWriter:
+    """Takes values apart.
+
+    Args:
+        name: Whose state it is, for messages.
+        param: The parameter; ``None`` for what belongs to none.
+        name_of: Gives a parameter's name where one is a key.
+        own: Keys of plain tensors of which each shard has one of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        param: torch.Tensor | None,
+        name_of: Callable[[torch.Tensor], str],
+        own: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._name, self._param, self._name_of, self._own = name, param, name_of, own
+
+    def take_apart(self, value: object, path: str = "") -> Tree:
+        """The tree of a value; its tensors are in `tensors` afterwards.
+
+        Raises:
+            MisuseError: A tensor is of a class that keeps its values in a way of its own.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if not _holds_tensors(value):
+            return ["value", value]
+        if type(value) in (dict, OrderedDict):
+            rows = []
+            for key, each in cast(dict[object, object], value).items():
+                below = f"{path}.{self._text(key)}" if path else self._text(key)
+                rows.append([self.key(key), self.take_apart(each, below)])
+            return ["dict" if type(value) is dict else "ordered", rows]
+        if type(value) in (list, tuple):
+            items = [self.take_apart(x, f"{path}.{n}") for n, x in enumerate(cast(Sequence[object], value))]
+            return ["list" if type(value) is list else "tuple", items]
+        return self._refuse(path, f"is a {type(value).__name__} with tensors in it")
+
+    def key(self, key: object) -> Tree:
+        """A dictionary's key, which may be a parameter or a tuple with one in it."""
+        if isinstance(key, torch.Tensor):
+            return ["parameter", self._name_of(key)]
+        if type(key) is tuple and _holds_tensors(key):
+            return ["tuple", [self.key(each) for each in key]]
+        return ["value", key]
+
+    def _text(self, key: object) -> str:
+        if isinstance(key, torch.Tensor):
+            return self._name_of(key)
+        return "-".join(map(self._text, key)) if isinstance(key, tuple) else str(key)
+
+    def _refuse(self, path: str, what: str) -> NoReturn:
+        raise MisuseError(
+            f"the optimizer's state {path!r} {what}, which cannot be saved",
+            tensor=self._name,
+            hint="Keep state in plain tensors, DTensors, dictionaries, lists and tuples.",
+        )
+
+    def _tensor(self, tensor: torch.Tensor, path: str) -> Tree:
+        if _is_plain(tensor):
+            if not isinstance(tensor, DTensor) and self._own(path) and self._param is not None:
+                region = region_of(self._param)
+                return ["sharded", {region: ["tensor", self._add(f"{path}@{region}", tensor)]}]
+            return ["tensor", self._add(path, tensor)]
+        if isinstance(tensor, DTensor):
+            param = self._param
+            if not isinstance(param, DTensor) or not is_spread_alike(tensor, param):
+                self._refuse(path, f"is a DTensor of {type(tensor._local_tensor).__name__}s, spread in its own way")
+            region = region_of(param)
+            return ["sharded", {region: self._parts(tensor._local_tensor, path, f"@{region}")}]
+        if self._param is not None and is_sharded(self._param):
+            self._refuse(path, f"is a {type(tensor).__name__} beside a parameter that is sharded")
+        return self._parts(tensor, path, "")
+
+    def _parts(self, tensor: torch.Tensor, path: str, suffix: str) -> Tree:
+        """A tensor that consists of others."""
+        kind = type(tensor)
+        if kind in _PLAIN:
+            return ["tensor", self._add(path + suffix, tensor)]
+        if not (hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")):
+            self._refuse(path, f"is a {kind.__name__}, a tensor that keeps its values in a way of its own")
+        names, context = cast(_Flattens, tensor).__tensor_flatten__()
+        inner = [[name, self._parts(getattr(tensor, name), f"{path}.{name}", suffix)] for name in names]
+        about = [kind.__module__, kind.__qualname__, context, list(tensor.shape), list(tensor.stride())]
+        return ["subclass", *about, inner]
+
+    def _add(self, path: str, tensor: torch.Tensor) -> str:
+        key, number = path, 1
+        while key in self.tensors:
+            number += 1
+            key = f"{path}#{number}"
+        self.tensors[key] = tensor
+        return key
+
+
+class TreeReader:
+    """Puts values together again.
+
+    Args:
+        name: Whose state it is, for messages.
+        param: The parameter; ``None`` for what belongs to none.
+        tensor: Gives the tensor of a key, to be filled later.
+        parameter: Gives the parameter of a name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        param: torch.Tensor | None,
+        tensor: Callable[[str], torch.Tensor],
+        parameter: Callable[[str], torch.Tensor],
+    ) -> None:
+        self._name, self._param, self._tensor, self._parameter = name, param, tensor, parameter
+
+    def put_together(self, tree: object) -> object:
+        """What `TreeWriter.take_apart` took apart.
+
+        Raises:
+            MisuseError: A tensor's class is not there, or each shard had a state of its own and the shards are others.
+            StateFormatError: It is no tree.
+        """
+        match tree:
+            case ["value", value]:
+                return value
+            case ["tensor", str(key)]:
+                return self._tensor(key)
+            case ["dict", list(rows)]:
+                return {self.key(key): self.put_together(each) for key, each in rows}
+            case ["ordered", list(rows)]:
+                return OrderedDict((self.key(key), self.put_together(each)) for key, each in rows)
+            case ["list", list(items)]:
+                return [self.put_together(each) for each in items]
+            case ["tuple", list(items)]:
+                return tuple(self.put_together(each) for each in items)
+            case ["sharded", dict(regions)]:
+                return self._sharded(cast(dict[str, object], regions))
+            case ["subclass", str(module), str(kind), context, list(shape), list(stride), list(inner)]:
+                return self._subclass(module, kind, context, torch.Size(shape), tuple(stride), inner)
+        raise StateFormatError("the optimizer's state holds what is no tree", tensor=self._name, hint=_RESTORE)
+
+    def key(self, key: object) -> object:
+        """What `TreeWriter.key` made of a key."""
+        match key:
+            case ["value", value]:
+                return value
+            case ["parameter", str(name)]:
+                return self._parameter(name)
+            case ["tuple", list(items)]:
+                return tuple(self.key(each) for each in items)
+        raise StateFormatError("the optimizer's state has a key that is none", tensor=self._name, hint=_RESTORE)
+
+    def _sharded(self, regions: Mapping[str, object]) -> object:
+        region = "" if self._param is None else region_of(self._param)
+        if region not in regions:
+            raise MisuseError(
+                f"each shard of this parameter has a state of its own (blocks of a quantized tensor, for one), which "
+                f"was saved for the shards {', '.join(sorted(regions)[:8])}, and this rank's shard is "
+                f"{region or 'the whole'}",
+                tensor=self._name,
+                hint="Restore on the number of ranks and the mesh that saved it, or without the optimizer.",
+            )
+        found = self.put_together(regions[region])
+        is_tensor = isinstance(regions[region], list) and cast(Tree, regions[region])[0] == "tensor"
+        if is_tensor or self._param is None:
+            return found
+        return as_shard_of(cast(torch.Tensor, found), self._param)
+
+    def _subclass(
+        self, module: str, kind: str, context: object, shape: torch.Size, stride: tuple[int, ...], inner: list[object]
+    ) -> torch.Tensor:
+        # Looked up and never imported: what a file names does not decide what code is run.
+        found: object = sys.modules.get(module)
+        for part in kind.split("."):
+            found = getattr(found, part, None)
+        if not (isinstance(found, type) and issubclass(found, torch.Tensor) and hasattr(found, "__tensor_unflatten__")):
+            raise MisuseError(
+                f"the saved state is a {kind} of {module}, which this process has not imported",
+                tensor=self._name,
+                hint=f"Import {module} (it comes with the optimizer that was saved), then restore.",
+            )
+        unflatten = cast(
+            "Callable[[dict[str, object], object, torch.Size, tuple[int, ...]], torch.Tensor]",
+            found.__tensor_unflatten__,
+        )
+        parts = {str(name): self.put_together(each) for name, each in cast(list[tuple[object, object]], inner)}
+        return unflatten(parts, context, shape, stride)
+
+
+_RESTORE = "Restore the file or choose another checkpoint."
+
+
+def merged(a: object, b: object) -> object:
+    """Trees of one state by two ranks as one: what each shard has of its own is put together, else the second's."""
+    if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and a and a[0] == b[0]):
+        return b
+    if a[0] == "sharded":
+        return ["sharded", {**a[1], **b[1]}]
+    if a[0] in ("list", "tuple") and len(a[1]) == len(b[1]):
+        return [a[0], [merged(x, y) for x, y in zip(a[1], b[1], strict=True)]]
+    if a[0] in ("dict", "ordered") and [row[0] for row in a[1]] == [row[0] for row in b[1]]:
+        return [a[0], [[x[0], merged(x[1], y[1])] for x, y in zip(a[1], b[1], strict=True)]]
+    return b

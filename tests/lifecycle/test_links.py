@@ -47,8 +47,9 @@ def every_file(root: Path) -> None:
 
 
 def manifest_alone(root: Path) -> None:
-    (root / NAME / "manifest.json").rename(root.parent / "kept")
-    (root / NAME / "manifest.json").symlink_to(root.parent / "kept")
+    (root.parent / "kept").mkdir()
+    (root / NAME / "manifest.json").rename(root.parent / "kept" / "manifest.json")
+    (root / NAME / "manifest.json").symlink_to(root.parent / "kept" / "manifest.json")
 
 
 def large_files(root: Path) -> None:

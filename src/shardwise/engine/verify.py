@@ -137,6 +137,10 @@ def manifest_bytes(directory: Path) -> bytes:
         StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
+    if path.is_symlink() and not is_made_of_links(directory):
+        raise ManifestError(
+            "a link stands in the manifest's place", path=path, hint="Replace the link by the file, if you trust it."
+        )
     return read_whole(path, MAX_MANIFEST_BYTES, ManifestError)
 
 

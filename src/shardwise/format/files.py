@@ -141,16 +141,25 @@ _STORES = ("annex", "blobs")
 def is_made_of_links(directory: Path) -> bool:
     """Whether a directory's files are links to what keeps their content, as its manifest is one.
 
-    git-annex and hub caches put links in the files' places. There a link is as good as a file; in a directory whose
-    manifest is a file, one link among files is something that no save wrote.
+    git-annex, hub caches and archives put links in the files' places. There a link is as good as a file; in a directory
+    whose manifest is a file, one link among files is something that no save wrote. Nor did any write a manifest that
+    alone is a link, to a file that neither is called so nor lies in a known store.
     """
-    return os.path.islink(directory / MANIFEST_NAME)
+    manifest = directory / MANIFEST_NAME
+    if not manifest.is_symlink():
+        return False
+    if _leads_into_a_store(manifest) or os.path.basename(os.path.realpath(manifest)) == MANIFEST_NAME:
+        return True
+    paths = [os.path.join(where, name) for where, _, names in os.walk(directory) for name in names]
+    return len(paths) > 1 and all(os.path.islink(path) for path in paths)
 
 
 def is_followed(path: Path, made_of_links: bool) -> bool:
     """Whether a link in a file's place stands for the file: as all others do, or since it leads into a known store."""
-    if made_of_links:
-        return True
+    return made_of_links or _leads_into_a_store(path)
+
+
+def _leads_into_a_store(path: Path) -> bool:
     try:
         target = os.readlink(path)
     except OSError:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from tests.optimizers import layouts
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.errors import ConversionError, MissingTensorError, MisuseError
@@ -250,3 +251,27 @@ def test_what_cannot_be_told_is_refused() -> None:
         fresh.step()
         plan_restore(OptimizerState(fresh, other), record).apply()
         assert isinstance(fresh.state[other["first"].weight]["row"], DTensor)
+
+
+def test_a_dtensor_without_dimensions_takes_a_step(tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Module()
+        mesh = init_device_mesh("cpu", (1,))
+        model.scale = nn.Parameter(distribute_tensor(torch.tensor(2.0), mesh))
+        return model, adam(model)
+
+    with single_rank():
+        model, optimizer = made()
+        step(model, optimizer)
+        with engine(tmp_path) as checkpointer:
+            checkpointer.save(0, 1, model, optimizer)
+            fresh, fresh_optimizer = made()
+            checkpointer.restore(fresh, fresh_optimizer)
+        kinds = [
+            {key: type(value) for key, value in o.state[m.scale].items()}
+            for m, o in ((model, optimizer), (fresh, fresh_optimizer))
+        ]
+        assert kinds[0] == kinds[1]
+        for each, each_optimizer in ((model, optimizer), (fresh, fresh_optimizer)):
+            step(each, each_optimizer)
+        assert torch.equal(model.scale.full_tensor(), fresh.scale.full_tensor())

@@ -102,7 +102,9 @@ def _keepers(value: object, number: int, around: frozenset[int], seen: set[int],
         yield from _keepers(vars(value)["optimizer"], number, around, seen, depth)
         return
     inside = around | {id(value)}
-    for each in _inside(vars(value) if hasattr(value, "__dict__") else {}, 0):
+    own = vars(value) if hasattr(value, "__dict__") else {}
+    # Not in what has an entry for each parameter.
+    for each in _inside({key: kept for key, kept in own.items() if key not in ("state", "param_groups")}, 0):
         yield from _keepers(each, number, inside, seen, depth + 1)
     if _keeps_state(value):
         yield Keeper(cast(Optimizer, value), "", (), number, around)

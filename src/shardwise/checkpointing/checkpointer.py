@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +38,15 @@ from shardwise.checkpointing.optimizers import (
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.turns import check_same_call
-from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
+from shardwise.checkpointing.wholes import (
+    FoundExtras,
+    below,
+    capture_extras,
+    find_extras,
+    locate,
+    model_place,
+    unrestored,
+)
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
@@ -55,6 +63,47 @@ from shardwise.lifecycle import (
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Everything of a run that fits a checkpoint, on every rank; nothing of it has been changed.
+
+    Attributes:
+        model: The model, or its adapters.
+        averaged: The average, with what it has beside tensors.
+        steering: Optimizers and schedulers.
+        extras: Extra state and generators.
+    """
+
+    model: OpenedModel | OpenedAdapter
+    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
+    steering: OpenedOptimizer | None
+    extras: FoundExtras
+
+    def restore(self, group: Group, order: DataOrder) -> None:
+        """Put everything back. All ranks call.
+
+        What has code of its own comes first, since it may refuse: then every rank puts back what it had. From then on
+        only reading can fail, and the error says what it leaves.
+        """
+        if self.steering is not None:
+            self.steering.read_aside()
+        with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
+            if self.steering is not None:
+                self.steering.take_in(undos)
+            self.extras.extra.take_in(undos)
+            if self.averaged is not None:
+                self.averaged[1].take_in(undos)
+        with overwriting("the run's state"):
+            self.model.fill()
+            if self.averaged is not None:
+                self.averaged[0].fill()
+            if self.steering is not None:
+                self.steering.fill()
+            self.extras.spread.fill(group)
+            with group.together("setting the random number generators"):
+                self.extras.set_generators(order)
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -297,23 +346,7 @@ class Checkpointer(ComponentCheckpointer):
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
         left = unrestored(context, path, found, taken, partly, below_name)
-        if steering is not None:
-            steering.read_aside()
-        with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
-            if steering is not None:
-                steering.take_in(undos)
-            found.extra.take_in(undos)
-            if averaged is not None:
-                averaged[1].take_in(undos)
-        with overwriting("the run's state"):
-            opened.fill()
-            if averaged is not None:
-                averaged[0].fill()
-            if steering is not None:
-                steering.fill()
-            found.spread.fill(context.group)
-            with context.group.together("setting the random number generators"):
-                found.set_generators(self._order)
+        _Opened(opened, averaged, steering, found).restore(context.group, self._order)
         self._allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())

@@ -155,7 +155,8 @@ class CheckpointingConfig:
         best_metric_mode: ``min`` where a lower metric is better, ``max`` where a higher one is; a loss and an accuracy
             differ in this.
         skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of
-            waiting for it: some loops rather lose a checkpoint than time.
+            waiting for it: some loops rather lose a checkpoint than time. The final save, and one after the ranks were
+            asked to stop, is never skipped.
         save_rng: Save the random number generators' states, without which a resumed run repeats or changes its draws.
         share_replica_reads: Whether ranks that load the same bytes (replicas under DDP or HSDP, norms that tensor
             parallelism leaves whole) read them once and pass them on: ``always``, ``never``, or ``auto``, which does

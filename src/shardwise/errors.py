@@ -8,6 +8,7 @@
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
     |- CheckpointNotFoundError (FileNotFoundError)  nothing is there to resume from, or a file of it is absent
     |- CheckpointExistsError   (FileExistsError)    a published checkpoint is never overwritten
+    |  `- CheckpointBusyError                       another process is saving it at this moment
     |- IncompleteCheckpointError (FileNotFoundError) an interrupted save, named explicitly
     |- FormatError             (ValueError)         bytes that are not what their format promises
     |  |- HeaderError                               a safetensors header
@@ -196,6 +197,10 @@ class CheckpointNotFoundError(ShardwiseError, FileNotFoundError):
 
 class CheckpointExistsError(ShardwiseError, FileExistsError):
     """A published checkpoint already stands at the path; it is never overwritten."""
+
+
+class CheckpointBusyError(CheckpointExistsError):
+    """Another process, or another checkpointer of this one, is saving this checkpoint at this moment."""
 
 
 class IncompleteCheckpointError(ShardwiseError, FileNotFoundError):

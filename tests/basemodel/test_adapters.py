@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.addons.peft_models import causal, logits
 from tests.basemodel.support import checkpointer
 from tests.support.ranks import run
 from torch import distributed as dist
@@ -205,3 +206,41 @@ def test_every_method_begins_as_in_an_eager_model(method: str, tmp_path: Path) -
         elif mine.numel() >= 100 and mine.is_floating_point():
             assert 0.7 < mine.std() / theirs.std() < 1.4, name
             assert (mine.mean() - theirs.mean()).abs() < 0.3 * theirs.std(), name
+
+
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts": ("qwen3_moe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    "experts_and_dora": ("qwen3_moe", {"target_modules": ["q_proj"], "use_dora": True}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa"}),
+    "half": ("llama-bf16", {"target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}),
+    "tied_tokens": ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_kinds_of_layers_and_a_second_adapter(kind: str, tmp_path: Path) -> None:
+    family, settings = _KINDS[kind]
+    eager = causal(family)
+    eager.save_pretrained(tmp_path / "base")
+
+    def adapted(model: nn.Module) -> Any:
+        out = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
+        if kind in ("half", "experts_and_dora"):
+            out.add_adapter("ref", peft.LoraConfig(r=4, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+        return out
+
+    dtype = next(eager.parameters()).dtype
+    with torch.device("meta"):
+        model = adapted(type(eager)(eager.config).to(dtype))
+    checkpointer(tmp_path / "run").load_base_model(model, "cpu", None, str(tmp_path / "base"))
+    want = adapted(eager)
+    ours, theirs = _tensors(model), _tensors(want)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        assert ours[name].isfinite().all(), name
+        if ".lora_A." not in name or settings.get("init_lora_weights") == "pissa":
+            assert torch.equal(ours[name], tensor), name
+        else:
+            assert ours[name].std() > 0, name
+    assert torch.allclose(logits(model.eval()), logits(want.eval()), atol=1e-5)

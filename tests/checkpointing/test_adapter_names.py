@@ -199,3 +199,49 @@ def test_a_whole_sentence_transformer_has_the_adapter_of_its_model(tmp_path: Pat
         saver.load_model(again, str(tmp_path / "out/model"))
     fresh = dict(inner_again.named_parameters())
     assert all(torch.equal(p, fresh[n]) for n, p in inner.named_parameters() if "lora" in n)
+
+
+def test_the_layout_of_expert_adapters_is_recorded_and_compared(tmp_path: Path) -> None:
+    def model(seed: int) -> Any:
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+        out = peft.get_peft_model(causal("qwen3_moe"), config)
+        randomise(out, seed)
+        return out
+
+    first = model(1)
+    for legacy in (True, False):
+        path = tmp_path / str(legacy)
+        with _saver(tmp_path, legacy_paramwrapper_layout=legacy) as saver:
+            saver.save_model(first, str(path))
+            again = model(2)
+            saver.load_model(again, str(path / "model"))
+            assert _same(again, first)
+        with (
+            _saver(tmp_path, legacy_paramwrapper_layout=not legacy) as saver,
+            pytest.raises(AdapterError, match=f"legacy_paramwrapper_layout was {legacy}"),
+        ):
+            saver.load_model(again, str(path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "other"),
+    [
+        (lambda: peft.VeraConfig(r=4, save_projection=False, **_ALL), "projection_prng_key", 7),
+        (lambda: peft.FourierFTConfig(n_frequency=8, **_ALL), "random_loc_seed", 7),
+        (lambda: peft.LoHaConfig(r=4, **_ALL), "alpha", 3),
+        (lambda: peft.LoraConfig(r=4, trainable_token_indices=[1, 2], **_ALL), "trainable_token_indices", [2, 1]),
+        (lambda: peft.LoraConfig(r=4, **_ALL), "alora_invocation_tokens", [3]),
+    ],
+    ids=["vera", "fourier", "loha", "tokens", "alora"],
+)
+def test_an_adapter_that_means_something_else_is_refused(
+    config: Callable[[], Any], key: str, other: object, tmp_path: Path
+) -> None:
+    model = _adapted(config())
+    unlike = config()
+    setattr(unlike, key, other)
+    with _saver(tmp_path) as saver:
+        saver.save_model(model, str(tmp_path / "out"))
+        with pytest.raises(AdapterError, match=f"would mean something else in this model: {key} was"):
+            saver.load_model(_adapted(unlike), str(tmp_path / "out/model"))
+        saver.load_model(_adapted(config(), seed=2), str(tmp_path / "out/model"))

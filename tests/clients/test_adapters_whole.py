@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.addons.peft_models import SIZES, causal, logits, randomise
+from tests.addons.peft_own_models import OwnConfig, dense
 from tests.addons.test_peft_hf import same_json
 from tests.clients.adapters_whole import (
     KINDS,
@@ -116,6 +117,18 @@ def test_what_was_trained_and_is_frozen_by_now_is_saved(tmp_path: Path) -> None:
     with checkpointer(tmp_path) as loader:
         loader.restore(other)
     assert torch.equal(logits(other), logits(model))
+
+
+def test_a_base_that_nobody_has_frozen_is_saved_where_it_was_trained(tmp_path: Path) -> None:
+    model, other = dense(OwnConfig()), adapted("own", 9)
+    step(model.requires_grad_(True))  # without its optimizer, nothing says that the base was trained
+    with checkpointer(tmp_path) as saver:
+        saver.save(0, 1, model, peft_config=OwnConfig())
+        assert not (tmp_path / "LATEST/model" / EXTRA).exists()
+        saver.save(0, 2, model, step(model), peft_config=OwnConfig())
+        saver.restore(other)
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 class Convolutions(nn.Module):

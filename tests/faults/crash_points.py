@@ -29,12 +29,21 @@ class Scenario:
         before: Steps saved before the one that is looked at.
         changes: Settings.
         links: Symbolic links are to be had; else pointers are text files.
+        back_to: The step to which the run is rolled back before the save that is looked at, which replaces the
+            abandoned one after it.
     """
 
     name: str
     before: tuple[int, ...] = (1,)
     changes: dict[str, object] = field(default_factory=dict)
     links: bool = True
+    back_to: int | None = None
+
+    @property
+    def new(self) -> int:
+        """The step of the save that is looked at."""
+        last = self.before[-1] if self.back_to is None and self.before else self.back_to
+        return 1 if last is None else last + 1
 
 
 _KEEP: dict[str, object] = {"max_recent_checkpoints": 1, "keep_best": 1}
@@ -46,6 +55,9 @@ SCENARIOS = (
     Scenario("shards only, retention", (1, 2), {"save_consolidated": "false", **_KEEP}),
     Scenario("pointers as text, retention", (1, 2), _KEEP, links=False),
     Scenario("first save", ()),
+    Scenario("rolled back", (1, 2, 3), back_to=1),
+    Scenario("rolled back, retention", (1, 2, 3, 4), {"max_recent_checkpoints": 3}, back_to=2),
+    Scenario("rolled back, asynchronous", (1, 2, 3), {"is_async": True}, back_to=1),
 )
 
 
@@ -76,7 +88,7 @@ def record(scenario: Scenario) -> Recording:
     """Save the earlier steps, then one more with a log on both ranks."""
     root = Path(tempfile.mkdtemp(dir=scratch())) / "root"
     logs = Path(tempfile.mkdtemp(dir=scratch()))
-    new = (scenario.before[-1] if scenario.before else 0) + 1
+    new = scenario.new
     config = settings(root, **scenario.changes)
 
     def earlier(rank: int, mesh: DeviceMesh) -> object:
@@ -91,6 +103,8 @@ def record(scenario: Scenario) -> Recording:
         run = Run(mesh)
         with checkpointer(config, Tape(root, log=logs / f"{rank}.jsonl"), rank) as engine:
             engine._fs.links = scenario.links  # type: ignore[attr-defined]
+            if scenario.back_to is not None:
+                restore(engine, run, f"epoch_0_step_{scenario.back_to}")
             save(engine, run, new)
         return True
 
@@ -181,7 +195,7 @@ def _check_state(recording: Recording, tree: Tree, number: int, finished: bool, 
                 report = verify(root)
                 assert report.status == "whole", report.damages
             if again:
-                following = recording.new + 1 if found == recording.new else recording.new
+                following = recording.new if found is None else found + 1
                 save(engine, run, following)
                 assert restore(engine, Run()) == following, "the next save is not what is restored"
                 assert verify(root).status == "whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from tests.faults.training import Run, checkpointer, restore, save, settings, sh
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.errors import ShardwiseError
+from shardwise.lifecycle import list_checkpoints
 from shardwise.ops.verify import verify
 
 #: A survivor has to report its peer's death within the time-out, plus what a loaded machine adds.
@@ -192,8 +194,9 @@ def slow_disk() -> Tally:
 def random_kills(count: int, seed: int = 0, *, directory: str | None = None) -> Tally:
     """Runs that save as fast as they can and are killed at random: all ranks, or one of them.
 
-    Every run resumes from what the last one left, in the same directory, with nobody tidying up in between. A save that
-    has returned must never be lost.
+    Every run resumes from what the last one left, in the same directory, with nobody tidying up in between, and every
+    third goes back from there to the oldest checkpoint that it finds. A save that has returned must never be lost: what
+    is resumed is the last one that had returned, or the one that was under way.
 
     Args:
         count: Number of kills.
@@ -203,16 +206,15 @@ def random_kills(count: int, seed: int = 0, *, directory: str | None = None) -> 
     tally, dice = Tally(), random.Random(seed)
     root = Path(tempfile.mkdtemp(dir=directory))
     notes = Path(tempfile.mkdtemp(dir=scratch()))
-    acknowledged = -1
+    acknowledged, trying, saves = -1, -1, 0
     for number in range(count):
         for old in notes.iterdir():
             old.unlink()
         is_async = bool(number % 2)
         victims = dice.choice([(0,), (1,), (0, 1)])
         delay = dice.uniform(0.0, 1.5)
-        floor = acknowledged
         ended = ranks(
-            _killed_run(root, notes, floor, is_async),
+            _killed_run(root, notes, (acknowledged, trying), is_async, goes_back=number % 3 == 1),
             limit=2 * (TIMEOUT_SECONDS + _GRACE_SECONDS),
             killed_after=lambda pids, v=victims, d=delay: _strike(notes, pids, v, d),  # type: ignore[misc]
         )
@@ -222,14 +224,22 @@ def random_kills(count: int, seed: int = 0, *, directory: str | None = None) -> 
             _judge(each, rank in victims, where, tally)
             if isinstance(each.returned, list) and each.returned[0] == "lost":
                 tally.failures.append(f"{where}: {each.returned[3]}")
-        saved = [int(path.name[3:]) for path in notes.glob("ack*")]
-        acknowledged = max([acknowledged, *saved])
-    tally.new = acknowledged
+        for name in sorted(path.name for path in notes.glob("note*")):
+            _, kind, step = name.split("-", 2)
+            saves += kind == "saved"
+            acknowledged, trying = (acknowledged, int(step)) if kind == "trying" else (int(step), -1)
+    tally.new = saves
     shutil.rmtree(root)
     return tally
 
 
-def _killed_run(root: Path, notes: Path, floor: int, is_async: bool) -> object:
+def _killed_run(root: Path, notes: Path, allowed: tuple[int, int], is_async: bool, goes_back: bool) -> object:
+    count = itertools.count()
+
+    def note(rank: int, kind: str, step: int) -> None:
+        if rank == 0:
+            (notes / f"note{next(count):06d}-{kind}-{step}").touch()
+
     def body(rank: int, mesh: DeviceMesh) -> object:
         run = Run(mesh)
         started = time.monotonic()
@@ -237,15 +247,19 @@ def _killed_run(root: Path, notes: Path, floor: int, is_async: bool) -> object:
         engine = checkpointer(settings(root, **changes), None, rank)
         try:
             step = restore(engine, run)
-            if (step if step is not None else -1) < floor:
-                return ["lost", 0.0, 0, f"step {floor} was saved and step {step} came back"]
-            (notes / f"running{rank}").touch()
+            if (-1 if step is None else step) not in allowed:
+                return ["lost", 0.0, 0, f"step {allowed[0]} was saved and step {step} came back"]
             step = -1 if step is None else step
+            note(rank, "resumed", step)
+            known = [info.name for info in list_checkpoints(root) if info.complete] if goes_back and step >= 0 else []
+            if known:
+                step = int(restore(engine, run, known[0]) or 0)
+            (notes / f"running{rank}").touch()
             while time.monotonic() - started < TIMEOUT_SECONDS:
                 step += 1
+                note(rank, "trying", step)
                 save(engine, run, step)
-                if rank == 0:
-                    (notes / f"ack{step}").touch()
+                note(rank, "saved", step)
         except AssertionError as error:
             return ["lost", 0.0, 0, str(error)]
         except ShardwiseError as error:

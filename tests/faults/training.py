@@ -117,14 +117,14 @@ def save(engine: Checkpointer, run: Run, step: int) -> None:
     engine.async_wait()
 
 
-def restore(engine: Checkpointer, run: Run) -> int | None:
-    """Resume; the step, or ``None`` where there is nothing.
+def restore(engine: Checkpointer, run: Run, restore_from: str = "LATEST") -> int | None:
+    """Resume, or go back; the step, or ``None`` where there is nothing.
 
     Raises:
         AssertionError: What came back belongs to another step than it says.
         ShardwiseError: Nothing could be restored.
     """
-    record = engine.restore(run.model, run.optimizer, extra_state={"loop": run.extra})
+    record = engine.restore(run.model, run.optimizer, restore_from=restore_from, extra_state={"loop": run.extra})
     if record is None:
         return None
     problem = run.wrong(int(record.step or 0))

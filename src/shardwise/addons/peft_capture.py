@@ -165,13 +165,14 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
             children = {name: child for name, child in module._modules.items() if child is not None}
             numbered = bool(children) and all(name.isdecimal() for name in children)
             layered = any(any(True for _ in wrapping.unwrap(child).children()) for child in children.values())
-            kept = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            kept = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
             if kept and numbered and layered:
                 name = clean(path).removeprefix(PEFT_PREFIX)
                 found.setdefault(name, set()).update(map(int, children))
                 if isinstance(module, nn.ModuleDict) or len(children) < len(module._modules):
                     cut.add(name)
-                continue
+                if not isinstance(module, nn.Sequential):  # which may also be a model and its head
+                    continue
             pending.extend((join(path, name), child) for name, child in children.items())
     return {name: tuple(sorted(indices)) for name, indices in sorted(found.items())}, frozenset(cut)
 

@@ -65,17 +65,19 @@ def base_tensors(parts: Sequence[nn.Module]) -> Iterator[tuple[tuple[str, ...], 
 def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor]:
     model = outer(part)
     listed = list_parameters([model])
-    if not _is_prepared(model, listed):
-        return
+    prepared = _is_prepared(model, listed)
     buffers = _statistics(model)
     for named in listed:
-        trained = named.tensor.requires_grad or id(named.tensor) in stepped
+        trained = (named.tensor.requires_grad and prepared) or id(named.tensor) in stepped
         if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in buffers:
             yield named
 
 
 def _is_prepared(model: nn.Module, listed: Sequence[NamedTensor]) -> bool:
-    """Whether the base is frozen at least in part: of a model's own LoRA, the adapter is else the factors alone."""
+    """Whether the base is frozen at least in part, so that a gradient says what is trained.
+
+    Of a model with LoRA of its own that nobody has frozen, only an optimizer's state does.
+    """
     if is_peft_adapted([model]) or not find_sites(model, strict=False):
         return True
     return not all(n.tensor.requires_grad for n in listed if isinstance(n.tensor, nn.Parameter))

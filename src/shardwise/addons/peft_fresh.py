@@ -356,7 +356,8 @@ class _Copier:
     def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
         """Called when peft has put ``made`` in the place of ``target``."""
         parameter = getattr(made, "parameter_name", None)
-        real = self._layers.get(path)
+        # peft calls what it adapts by the parameter's name where that alone is adapted.
+        real = self._layers.get(path.removesuffix(f".{parameter}") if parameter else path)
         # Several parameters of one module are adapted by wrappers around each other.
         while real is not None and getattr(real, "parameter_name", None) != parameter:
             real = real._modules.get("base_layer")

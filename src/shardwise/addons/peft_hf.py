@@ -261,8 +261,8 @@ def _named_by_peft(
             )
     except Exception as error:  # peft's own code, on placeholders that it does not expect
         raise AdapterError(
-            f"adapter {adapter_name!r} ({method_of(config)}) cannot be described: peft looks at values to name "
-            f"its tensors ({type(error).__name__}: {error})",
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({config.peft_type}) has without computing on "
+            f"them: {type(error).__name__}: {error}",
             hint="Use LoraConfig, or another method whose adapters live in the layers.",
         ) from error
     return found

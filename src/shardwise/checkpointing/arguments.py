@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardwise.checkpointing.places import Place, check_places
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
@@ -59,22 +62,36 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 
 
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """As `check_arguments`; also that FSDP1 wraps no module. Returns ``name``, for `check_same_call`.
+    """As `check_arguments`; also that FSDP1 wraps no module.
 
-    `Checkpointer.save` looks for FSDP1 where it lists the model, which later saves need not do.
+    Returns ``name``, for `shardwise.checkpointing.turns.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
+    lists the model, which later saves need not do.
     """
     check_arguments(model, optimizer, scheduler)
     refuse_fsdp1(_several(model))
     return name
 
 
-def check_same_settings(config: CheckpointingConfig, group: Group) -> bool:
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What the ranks have told each other when they met.
+
+    Attributes:
+        names_base: Whether the settings of any rank name a base model.
+        places: Where each rank finds the root.
+        token: A text that no other run has; rank 0's.
+    """
+
+    names_base: bool
+    places: tuple[Place, ...]
+    token: str
+
+
+def check_same_settings(config: CheckpointingConfig, root: Path, group: Group) -> Met:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
-    Paths, threads and time-outs may differ. All ranks call.
-
-    Returns:
-        Whether the settings of any rank name a base model.
+    Threads and time-outs may differ, and paths that are looked for on each machine. The directory of the checkpoints
+    may have another path on another machine; on one machine it has to be the same directory. All ranks call.
 
     Raises:
         ConfigError: They differ.
@@ -83,8 +100,9 @@ def check_same_settings(config: CheckpointingConfig, group: Group) -> bool:
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    told = group.gather_json([cast(JsonValue, own), names_base], "comparing settings")
-    everyone = [theirs for theirs, _ in cast(list[tuple[dict[str, str], bool]], told)]
+    mine = [cast(JsonValue, own), names_base, Place.own(root).to_json(), uuid.uuid4().hex]
+    told = cast(list[tuple[dict[str, str], bool, JsonValue, str]], group.gather_json(mine, "comparing settings"))
+    everyone = [theirs for theirs, _, _, _ in told]
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():
             if theirs[key] != value:
@@ -92,7 +110,10 @@ def check_same_settings(config: CheckpointingConfig, group: Group) -> bool:
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    return any(named for _, named in cast(list[tuple[dict[str, str], bool]], told))
+    places = tuple(Place.from_json(place) for _, _, place, _ in told)
+    if not config.is_remote:
+        check_places(places)
+    return Met(any(named for _, named, _, _ in told), places, told[0][3])
 
 
 def warn_if_alone(group: Group) -> None:
@@ -104,37 +125,6 @@ def warn_if_alone(group: Group) -> None:
             "torch.distributed.init_process_group first if the processes train one model.",
             started,
         )
-
-
-def check_same_call(look: Callable[[], str], given: Mapping[str, bool], group: Group) -> None:
-    """Check that the ranks ask for the same: which arguments were passed, and what is saved. All ranks call.
-
-    Args:
-        look: Looks at this rank's arguments, and tells what is saved; the same text on every rank where it is not for
-            the caller to say. What it raises on one rank is raised on all.
-        given: Arguments that decide which messages travel, as a message names them -> whether they were passed.
-        group: The ranks that save or load together.
-
-    Raises:
-        MisuseError: They differ.
-    """
-    names = sorted(key for key, is_given in given.items() if is_given)
-    told = group.gather(lambda: [look(), cast(JsonValue, names)], "looking at what is to be saved or loaded")
-    everyone = cast(list[tuple[str, list[str]]], told)
-    first, passed = everyone[0]
-    for rank, (theirs, they_passed) in enumerate(everyone):
-        if theirs != first:
-            raise MisuseError(
-                f"rank 0 saves {first} and rank {rank} saves {theirs}",
-                hint="Count epochs and steps alike on every rank.",
-            )
-        if they_passed != passed:
-            odd = sorted({*passed} ^ {*they_passed})[0]
-            has, lacks = (0, rank) if odd in passed else (rank, 0)
-            raise MisuseError(
-                f"{odd} was passed on rank {has} and not on rank {lacks}",
-                hint="Pass the same arguments on every rank; a rank without stages passes empty lists.",
-            )
 
 
 def whole_number(value: int) -> int:

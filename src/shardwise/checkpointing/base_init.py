@@ -237,5 +237,17 @@ def _call(method: Callable[..., object], device: torch.device) -> None:
 def _tie(module: nn.Module) -> None:
     """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
     tie = getattr(module, "tie_weights", None)
-    if callable(tie) and not any(isinstance(p, DTensor) for p in module.parameters()):
+    if not callable(tie) or any(isinstance(p, DTensor) for p in module.parameters()):
+        return
+    if not _hides_embedding(module):
         tie()
+
+
+def _hides_embedding(module: nn.Module) -> bool:
+    """Whether the embedding is adapted: then ties were made before, and the model's code would not find the weight."""
+    embedding = getattr(module, "get_input_embeddings", None)
+    try:
+        found = embedding() if callable(embedding) else None
+    except (AttributeError, NotImplementedError):  # a pipeline stage without one
+        return False
+    return isinstance(found, nn.Module) and "weight" not in found._parameters

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.adapters import check_before_training
+from shardwise.checkpointing.adapters import OpenedAdapter, check_before_training
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
-    check_same_call,
     whole_number,
 )
+from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
+from shardwise.checkpointing.data_order import DataOrder
 from shardwise.checkpointing.foreign_optimizers import Changes
 from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
@@ -35,13 +37,22 @@ from shardwise.checkpointing.optimizers import (
 )
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.wholes import below, capture_extras, find_extras, locate, model_place, unrestored
-from shardwise.comm import JsonValue
-from shardwise.engine.jobs import SaveJob
+from shardwise.checkpointing.turns import check_same_call
+from shardwise.checkpointing.wholes import (
+    FoundExtras,
+    below,
+    capture_extras,
+    find_extras,
+    locate,
+    model_place,
+    unrestored,
+)
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
 from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
-from shardwise.errors import MisuseError, StorageError
+from shardwise.errors import StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
     checkpoint_name,
@@ -51,6 +62,48 @@ from shardwise.lifecycle import (
 )
 
 _LOG = logging.getLogger(__name__)
+_Batch = TypeVar("_Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """Everything of a run that fits a checkpoint, on every rank; nothing of it has been changed.
+
+    Attributes:
+        model: The model, or its adapters.
+        averaged: The average, with what it has beside tensors.
+        steering: Optimizers and schedulers.
+        extras: Extra state and generators.
+    """
+
+    model: OpenedModel | OpenedAdapter
+    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
+    steering: OpenedOptimizer | None
+    extras: FoundExtras
+
+    def restore(self, group: Group, order: DataOrder) -> None:
+        """Put everything back. All ranks call.
+
+        What has code of its own comes first, since it may refuse: then every rank puts back what it had. From then on
+        only reading can fail, and the error says what it leaves.
+        """
+        if self.steering is not None:
+            self.steering.read_aside()
+        with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
+            if self.steering is not None:
+                self.steering.take_in(undos)
+            self.extras.extra.take_in(undos)
+            if self.averaged is not None:
+                self.averaged[1].take_in(undos)
+        with overwriting("the run's state"):
+            self.model.fill()
+            if self.averaged is not None:
+                self.averaged[0].fill()
+            if self.steering is not None:
+                self.steering.fill()
+            self.extras.spread.fill(group)
+            with group.together("setting the random number generators"):
+                self.extras.set_generators(order)
 
 
 class Checkpointer(ComponentCheckpointer):
@@ -74,6 +127,8 @@ class Checkpointer(ComponentCheckpointer):
         file_system: Where names are made and renamed; likewise.
         device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
             own streams by default.
+        absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
+            that have not come.
 
     Raises:
         ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
@@ -82,6 +137,10 @@ class Checkpointer(ComponentCheckpointer):
 
     # Whether what interrupted saves left has been removed.
     _tidied = False
+
+    @cached_property
+    def _order(self) -> DataOrder:
+        return DataOrder()
 
     @cached_property
     def _line(self) -> RunLine:
@@ -101,6 +160,7 @@ class Checkpointer(ComponentCheckpointer):
         metrics: Mapping[str, float] | None = None,
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
+        ema: Model | None = None,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
@@ -113,20 +173,27 @@ class Checkpointer(ComponentCheckpointer):
             tokenizer: A tokenizer or processor to put beside the weights.
             peft_config: The adapter's configuration, for a model with LoRA modules of its own.
             metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
-            extra_state: Name -> a ``Stateful`` object or plain values; see `restore`.
+            extra_state: Name -> a ``Stateful`` object, a module, a random generator or plain values; see `restore`.
+                DTensors in it, and modules, are saved as they are sharded.
             is_final_checkpoint: Whether this is the run's last save (``save_consolidated="final"`` exports it).
+            ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
+                of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
+                configuration and tokenizer, and an export where the model has one.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
             disabled or the save was skipped by ``skip_save_while_busy``.
 
         Raises:
+            CheckpointBusyError: Another checkpointer is saving this very checkpoint; the message names its process.
             CheckpointExistsError: This checkpoint is already published.
-            ShardwiseError: What failed, on any rank; nothing that was published is touched.
+            ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
+                earlier asynchronous save: this one is made all the same before that is raised, as the text says.
         """
-        context = self._context
-        if not self.config.enabled or self._skip():
+        context = self._begin(call := f"save(epoch {epoch}, step {step})")
+        if not self.config.enabled:
             return None
+        self._ends = self._ends or is_final_checkpoint
         steers = optimizer is not None or bool(as_list(scheduler))
         numbers: dict[str, float] = {}
 
@@ -136,40 +203,48 @@ class Checkpointer(ComponentCheckpointer):
             self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
+            if ema is not None:
+                self._looked(ema, saves=True)
             epoch, step = whole_number(epoch), whole_number(step)
             numbers = check_metrics(metrics)
             return checkpoint_name(epoch, step)
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
-        check_same_call(look, given | passed_addons(self.addons), context.group)
+        given["an ema"] = ema is not None
+        turn = self._turn(call, look, given | passed_addons(self.addons))
+        if turn.skipped:
+            return None
         if context.group.is_main:
             warn_of_metrics(numbers, self.config)
         name = checkpoint_name(epoch, step)
         temp, final = context.root / temporary_name(name), context.root / name
-        publication = self._publication(temp, final, epoch, step, numbers)
-        make_room = partial(self._reserve, name)
-        try:
-            save = self._model_save(
-                model,
-                temp / "model",
-                tokenizer,
-                peft_config,
-                is_final_checkpoint,
-                publication.reserved(make_room),
-                optimizer,
-            )
-            steps = below("model", save.steps())
-            if steers:
-                saving = OptimizerSave(
-                    context, [] if optimizer is None else optimizer, model, scheduler, temp / "optim"
+        with turn.telling(name, self.async_wait):
+            publication = self._publication(temp, final, epoch, step, numbers)
+            make_room = partial(self._reserve, name)
+            try:
+                save = self._model_save(
+                    model,
+                    temp / "model",
+                    tokenizer,
+                    peft_config,
+                    is_final_checkpoint,
+                    publication.reserved(make_room),
+                    optimizer,
                 )
-                steps += below("optim", saving.steps())
-            steps += capture_extras(context, temp, extra_state or {})
-        except BaseException:
-            publication.abandon(context.group)
-            raise
-        commit = partial(publication.commit, closing=save.closing)
-        self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
+                steps = below("model", save.steps())
+                closing = [*save.closing]
+                if ema is not None:
+                    own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
+                    steps, closing = steps + own, closing + theirs
+                if steers:
+                    chosen = [] if optimizer is None else optimizer
+                    steps += below("optim", OptimizerSave(context, chosen, model, scheduler, temp / "optim").steps())
+                steps += capture_extras(context, temp, extra_state or {}, self._order)
+            except BaseException:
+                publication.abandon(context.group)
+                raise
+            commit = partial(publication.commit, closing=closing)
+            self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
         return final
 
     @outside_inference_mode
@@ -183,6 +258,7 @@ class Checkpointer(ComponentCheckpointer):
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
         key_mapping: Mapping[str, str] | None = None,
+        ema: Model | None = None,
         allow_new_parameters: bool = False,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
@@ -205,6 +281,7 @@ class Checkpointer(ComponentCheckpointer):
                 warning.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
                 of the optimizer's parameters, in a DCP directory too; first match.
+            ema: The average that `save` was given, to be filled in place; its topology may differ as well.
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
                 error.
@@ -216,43 +293,47 @@ class Checkpointer(ComponentCheckpointer):
             CheckpointNotFoundError: What ``restore_from`` names does not exist.
             IncompleteCheckpointError: It is an interrupted save.
             IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
+            AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
         """
-        context = self._context
+        context = self._begin(call := f"restore({restore_from})")
         self.async_wait()
         steers = optimizer is not None or bool(as_list(scheduler))
         given = {
             "an optimizer or scheduler": steers,
             "verify='digests'": verify == "digests",
             f"key_mapping={key_mapping}": bool(key_mapping),
+            "an ema": ema is not None,
             "allow_new_parameters=True": allow_new_parameters,
         }
 
         def look() -> str:
             check_mapping("extra_state", extra_state)
             check_mapping("key_mapping", key_mapping)
-            if key_mapping and self.config.is_peft:
-                raise MisuseError("key_mapping was passed, and an adapter's names are PEFT's", hint="Leave it out.")
+            if ema is not None:
+                self._looked(ema)
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
-        check_same_call(look, given, context.group)
+        check_same_call(call, look, given, context.group)
         if self.config.enabled:
             context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
             if self.config.is_peft:
                 check_before_training(context, model, is_adapted=True)
         record = locate(context, restore_from)
         if record is None:
-            self.allocate_staging(model, optimizer)
+            self._allocate_staging(model, optimizer)
             return None
         path = record.path
         # As in a save, a rank may have a state that others have not.
         extras = context.group.any(bool(extra_state), "comparing what is to be restored")
         wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
+        wanted[MODEL_EMA] = ema is not None
         components = [name for name, is_wanted in wanted.items() if is_wanted]
         check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
         # Everything that can be refused comes before the first byte that is overwritten.
         opened = self._open_model(model, model_place(path, context.group), key_mapping)
+        averaged = self._open_ema(ema, path / MODEL_EMA) if ema is not None else None
         steering: OpenedOptimizer | None = None
         if steers:
             changes = Changes(key_mapping, allow_new_parameters)
@@ -260,25 +341,59 @@ class Checkpointer(ComponentCheckpointer):
             steering = open_optimizer(context, chosen, model, scheduler, path / "optim", changes)
         found = find_extras(context, path, extra_state if extra_state is not None else {})
         taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
+        taken += ["ema"] * (ema is not None)
         taken += [*(extra_state or ()), *found.generators.values]
         partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
         below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
         left = unrestored(context, path, found, taken, partly, below_name)
-        if steering is not None:
-            steering.read_aside()
-        with undone_on_failure() as undos, context.group.together("taking in options, schedulers and extra state"):
-            if steering is not None:
-                steering.take_in(undos)
-            found.extra.take_in(undos)
-        with overwriting("the run's state"):
-            opened.fill()
-            if steering is not None:
-                steering.fill()
-            with context.group.together("setting the random number generators"):
-                found.set_generators()
-        self.allocate_staging(model, optimizer)
+        _Opened(opened, averaged, steering, found).restore(context.group, self._order)
+        self._allocate_staging(model, optimizer)
         self._line.origin, self._line.restored = path, True
         return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
+
+    # --- random numbers and data ------------------------------------------------------------------------------------
+
+    def batches(self, loader: Iterable[_Batch], epoch: int, *, name: str = "train") -> Iterator[_Batch]:
+        """The batches of an epoch that the loop has not had yet. Each rank calls for itself.
+
+        for epoch in range(resumed.epoch if resumed else 0, epochs):
+            for batch in checkpointer.batches(loader, epoch):
+                train_step(batch)
+                checkpointer.save(epoch, step, model, optimizer)
+
+        Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
+        is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
+        generators are then set to what they were when the checkpoint was saved: order, workers' seeds and dropout are
+        those of a run that was never stopped. Of any other epoch it is ``iter(loader)``. A loop that has taken a batch
+        has had it: save after the step, not before.
+
+        Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
+        position and skips nothing; pass it in ``extra_state`` as well. Positions are restored on the same number of
+        ranks only; on another, `restore` names ``batches`` among what it left.
+
+        Args:
+            loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.
+            epoch: Number of the epoch.
+            name: Tells the loaders apart where there are several.
+
+        Returns:
+            An iterator over what is left.
+
+        Raises:
+            MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
+                restored.
+        """
+        return self._order.batches(loader, epoch, name)
+
+    def resume_rng(self) -> None:
+        """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
+
+        For loops without `batches`: call it in the middle of an epoch, when the iterator is there and the batches that
+        the loop has had are skipped, right before the first step. What making the iterator has drawn is then forgotten.
+        Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
+        checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
+        """
+        self._order.set_generators()
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -294,9 +409,45 @@ class Checkpointer(ComponentCheckpointer):
                     checkpointer.finalize()
                     break
         """
-        return guard.should_save(lambda asked: self._context.group.any(asked, "asking who is to leave"))
+        context = self._begin(call := "asked_to_stop()")
+
+        def ask(asked: bool) -> bool:
+            return any(check_same_call(call, lambda: "who is to leave", {}, context.group, asked))
+
+        # From then on no save is skipped for one that is being written: the next one is the last.
+        self._leaves = guard.should_save(ask) or self._leaves
+        return self._leaves
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _ema_steps(
+        self, ema: Model, directory: Path, tokenizer: SavesPretrained | None, peft_config: object | None, is_final: bool
+    ) -> tuple[list[Step], list[Callable[[Group], None]]]:
+        """Capture the average; what is left to do, and with what it ends. All ranks call."""
+        context = self._context
+        average: Average | None = None
+        beside: list[Step] = []
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            beside = average.capture(directory, context.storage)
+        assert average is not None
+        further = context.further(MODEL_EMA)
+        saving = self._model_save(
+            average.model, directory, tokenizer, peft_config, is_final, lambda: None, context=further
+        )
+        return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
+
+    def _open_ema(self, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+        """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
+        context = self._context
+        average: Average | None = None
+        found: FoundAveraging | None = None
+        with context.group.together("looking at the averaged model"):
+            average = Average.of(ema)
+            found = average.find(directory)
+        assert average is not None
+        assert found is not None
+        return self._open_model(average.model, directory, context=context.further(MODEL_EMA)), found
 
     def _publication(self, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]) -> Publication:
         context = self._context
@@ -313,7 +464,8 @@ class Checkpointer(ComponentCheckpointer):
         """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
         if not self._tidied:
             try:
-                remove_leftovers(self._context.root, fs=self._fs)
+                active = [self._context.root / temporary_name(name)]  # whose claim is this very save's
+                remove_leftovers(self._context.root, active=active, fs=self._fs)
             except StorageError as error:
                 # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
                 _LOG.warning("what an interrupted save left could not be removed: %s", error)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,7 @@ from typing import cast
 import yaml
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.places import check_claim, check_seen
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.engine.records import ComponentRecord, FileRow, file_row
@@ -29,15 +31,20 @@ from shardwise.lifecycle import (
     LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
+    Claim,
     Retention,
     abandon,
     best_checkpoint,
+    claim,
     lacks_metric,
     list_checkpoints,
+    make_root,
     next_lineage,
     parse_checkpoint_name,
     prune,
     publish,
+    published_name,
+    publishing,
     set_pointer,
 )
 
@@ -50,26 +57,43 @@ _READ_BYTES = 2**20
 Closing = Sequence[Callable[[Group], None]]
 
 
-def gather_records(group: Group, record: ComponentRecord, closing: Closing = ()) -> Callable[[], ComponentRecord]:
+def gather_records(
+    context: Context, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
+) -> Callable[[], ComponentRecord]:
     """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
 
     Args:
+        context: Settings, ranks and storage.
         group: The ranks that save together.
+        temp: Where they write; rank 0 has claimed it.
         record: What this rank knows.
         closing: Local work to be done first; what fails in it on one rank is raised on all.
 
     Returns:
-        Puts the union together. Local; rank 0 calls.
+        Puts the union together, and checks that rank 0 sees every file. Local; rank 0 calls.
+
+    Raises:
+        StorageError: A rank writes elsewhere than rank 0.
     """
+    met = context.met
 
     def close() -> JsonValue:
         for work in closing:
             work(group)
+        if not (group.is_main or context.config.is_remote):
+            check_claim(temp.parent, published_name(temp.name), met.token, group, met.places)
         aliases: JsonValue = [list(alias) for alias in record.aliases]
         return [[file_row(file) for file in record.files], aliases, [told.own() for told in record.told]]
 
     rows = cast(list[_Row], group.collect(close, "gathering records"))
-    return lambda: _union(record, rows)
+
+    def union() -> ComponentRecord:
+        whole = _union(record, rows)
+        if not context.config.is_remote:
+            check_seen(temp, whole.files, cast(list[JsonValue], rows), met.places)
+        return whole
+
+    return union
 
 
 _Row = tuple[list[FileRow], list[tuple[str, str, str]], list[JsonValue]]
@@ -231,11 +255,16 @@ class Publication:
         self._metrics = metrics
         self._line = line
         self._is_reserved = False
+        self._claim: Claim | None = None
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
-        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon."""
+        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon.
+
+        Before it the name is claimed, so that nobody else writes or removes it.
+        """
 
         def reserve() -> None:
+            self._claim = claimed(self._context, self._final)
             make_room()
             self._is_reserved = True
 
@@ -244,16 +273,24 @@ class Publication:
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         context = self._context
-        union = gather_records(group, record, closing)
+        union = gather_records(context, group, self._temp, record, closing)
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
-                self._write_lineage()
                 known = context.manifests.setdefault("", KnownManifest())
-                write_manifest(context.storage, self._temp, union(), self._info, known)
-                publish(self._temp, self._final, self._line.left_from, fs=context.fs)
-                self._line.origin = self._final
-                self._point()
+                found = union()
+                with nullcontext() if context.config.is_remote else publishing(context.root):
+                    # What the line says of other checkpoints has to be true until this one is published.
+                    self._write_lineage()
+                    write_manifest(context.storage, self._temp, found, self._info, known)
+                    publish(self._temp, self._final, self._line.left_from, fs=context.fs)
+                    self._line.origin = self._final
+                    self._point()
+                self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
 
     def _write_lineage(self) -> None:
         numbers = parse_checkpoint_name(self._final.name)
@@ -298,10 +335,24 @@ class Publication:
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""
-        if not group.is_main or not self._is_reserved:
+        if not group.is_main:
             return
         try:
-            if self._temp.exists():
+            if self._is_reserved and self._temp.exists():
                 abandon(self._temp, fs=self._context.fs)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
+        finally:
+            self._release()
+
+
+def claimed(context: Context, final: Path) -> Claim | None:
+    """Claim what is to be saved as ``final``, whose directory is made. One rank calls.
+
+    Raises:
+        CheckpointBusyError: A process that is alive is saving it.
+    """
+    if context.config.is_remote:
+        return None
+    make_root(final.parent, fs=context.fs)
+    return claim(final.parent, final.name, context.met.token)

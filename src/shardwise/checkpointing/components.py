@@ -20,16 +20,11 @@ from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing import basemodel
 from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
-from shardwise.checkpointing.arguments import (
-    check_same_call,
-    check_same_settings,
-    checked,
-    warn_if_alone,
-)
+from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.extras import Stateful
 from shardwise.checkpointing.foreign_optimizers import Changes
-from shardwise.checkpointing.hooks import passed_addons
+from shardwise.checkpointing.hooks import leading_own, passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
 from shardwise.checkpointing.model_loading import OpenedModel, open_model
 from shardwise.checkpointing.models import ModelSave, default_addons
@@ -38,7 +33,8 @@ from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.restoring import overwriting
 from shardwise.checkpointing.standalone import Replacement
 from shardwise.checkpointing.torch_format import tensors_alone
-from shardwise.comm import Group
+from shardwise.checkpointing.turns import Turn, check_same_call, own_state, take_turn
+from shardwise.comm import ABSENT_SECONDS, Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.engine.background import Background
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
@@ -76,6 +72,7 @@ class ComponentCheckpointer:
         storage: Storage | None = None,
         file_system: FileSystem | None = None,
         device_streams: DeviceStreams | None = None,
+        absent_seconds: float = ABSENT_SECONDS,
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
@@ -97,8 +94,15 @@ class ComponentCheckpointer:
         self._device_streams = device_streams
         self._storage = storage or LocalStorage()
         self._fs = file_system or LOCAL
+        # Resolved once: a training script may change its working directory, and its checkpoints stay together.
+        self._root = Path(config.checkpoint_dir).absolute()
+        self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
+        self._absent_seconds = absent_seconds
         self._made: Context | None = None
         self._background: Background | None = None
+        # Whether a component of the run's last checkpoint was saved; whether the ranks have been asked to leave.
+        self._ends = False
+        self._leaves = False
 
     # --- components -------------------------------------------------------------------------------------------------
 
@@ -112,20 +116,24 @@ class ComponentCheckpointer:
         is_final_checkpoint: bool = False,
     ) -> None:
         """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
-        context = self._context
-        if not self.config.enabled or self._skip():
+        context = self._begin(call := f"save_model({weights_path})")
+        if not self.config.enabled:
             return
+        self._ends = self._ends or is_final_checkpoint
         given = {"is_final_checkpoint=True": is_final_checkpoint} | passed_addons(self.addons)
-        check_same_call(lambda: self._looked(model, saves=True), given, context.group)
+        turn = self._turn(call, lambda: self._looked(model, saves=True), given)
+        if turn.skipped:
+            return
         target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
-        try:
-            save = self._model_save(model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
-            steps = save.steps()
-        except BaseException:
-            target.abandon(context.group)
-            raise
-        commit = partial(target.commit, closing=save.closing)
-        self._run(SaveJob(f"saving {weights_path}/model", tuple(steps), commit, target.abandon))
+        with turn.telling(f"{weights_path}/model", self.async_wait):
+            try:
+                save = self._model_save(model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
+                steps = save.steps()
+            except BaseException:
+                target.abandon(context.group)
+                raise
+            commit = partial(target.commit, closing=save.closing)
+            self._run(SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon))
 
     @outside_inference_mode
     def load_model(
@@ -151,9 +159,9 @@ class ComponentCheckpointer:
             allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
         """
         self.async_wait()
-        context = self._context
+        context = self._begin(call := f"load_model({model_path})")
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-        check_same_call(lambda: self._looked(model), given, context.group)
+        check_same_call(call, lambda: self._looked(model), given, context.group)
         path = Path(model_path).absolute()
         if is_init_step:
             parts = [model] if isinstance(model, nn.Module) else list(model)
@@ -170,21 +178,23 @@ class ComponentCheckpointer:
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
         """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
-        context = self._context
-        if not self.config.enabled or self._skip():
+        context = self._begin(call := f"save_optimizer({weights_path})")
+        if not self.config.enabled:
             return
-        with context.group.together("looking at what is to be saved"):
-            self._looked(model, optimizer, scheduler, saves=True)
+        turn = self._turn(call, lambda: self._looked(model, optimizer, scheduler, saves=True), {})
+        if turn.skipped:
+            return
         target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
-        with context.group.together(f"preparing {weights_path}/optim"):
-            if context.group.is_main:
-                target.reserve()
-        try:
-            steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
-        except BaseException:
-            target.abandon(context.group)
-            raise
-        self._run(SaveJob(f"saving {weights_path}/optim", tuple(steps), target.commit, target.abandon))
+        with turn.telling(f"{weights_path}/optim", self.async_wait):
+            try:
+                with context.group.together(f"preparing {weights_path}/optim"):
+                    if context.group.is_main:
+                        target.reserve()
+                steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
+            except BaseException:
+                target.abandon(context.group)
+                raise
+            self._run(SaveJob(f"saving {target.place}", tuple(steps), target.commit, target.abandon))
 
     @outside_inference_mode
     def load_optimizer(
@@ -211,36 +221,41 @@ class ComponentCheckpointer:
                 since, start without state; otherwise they are an error.
         """
         self.async_wait()
+        context = self._begin(call := f"load_optimizer({weights_path})")
         given = {
             f"key_mapping={key_mapping}": bool(key_mapping),
             "allow_new_parameters=True": allow_new_parameters,
         }
-        check_same_call(lambda: self._looked(model, optimizer, scheduler), given, self._context.group)
+        check_same_call(call, lambda: self._looked(model, optimizer, scheduler), given, context.group)
         changes = Changes(key_mapping, allow_new_parameters)
-        load_optimizer(self._context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+        load_optimizer(context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
 
     @outside_inference_mode
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""
+        context = self._of_ranks(f"save_on_dp_ranks({state_name})", state)
         writes = self.tp_rank == 0 and self.pp_rank == 0
-        save_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
+        save_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
 
     @outside_inference_mode
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call."""
-        load_rank_state(self._context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
+        context = self._of_ranks(f"load_on_dp_ranks({state_name})", state)
+        load_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
 
     @outside_inference_mode
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
-        rank = f"rank_{self._context.group.global_rank}"
-        save_rank_state(self._context, state, state_name, Path(path).absolute(), rank, True)
+        context = self._of_ranks(f"save_on_global_ranks({state_name})", state)
+        rank = f"rank_{context.group.global_rank}"
+        save_rank_state(context, state, state_name, Path(path).absolute(), rank, True)
 
     @outside_inference_mode
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
-        rank = f"rank_{self._context.group.global_rank}"
-        load_rank_state(self._context, state, state_name, Path(path).absolute(), rank)
+        context = self._of_ranks(f"load_on_global_ranks({state_name})", state)
+        rank = f"rank_{context.group.global_rank}"
+        load_rank_state(context, state, state_name, Path(path).absolute(), rank)
 
     # --- base models ------------------------------------------------------------------------------------------------
 
@@ -278,13 +293,13 @@ class ComponentCheckpointer:
             QuantizationError: The base is quantized in a way that cannot be undone.
             AdapterError: With ``is_peft``, the model has an adapter that no save could write.
         """
-        context = self._context
+        context = self._begin(call := f"load_base_model({model_name})")
         self.async_wait()
-        check_same_call(lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
+        check_same_call(call, lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
         basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         if self.config.is_peft and self.config.enabled:
             check_before_training(context, model, is_adapted=False)
-        self.allocate_staging(model)
+        self._allocate_staging(model)
 
     # --- background -------------------------------------------------------------------------------------------------
 
@@ -295,11 +310,17 @@ class ComponentCheckpointer:
         `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
         make room for yet: call this after the first step to keep the first save as short as the later ones.
         """
+        self.async_wait()  # a save that still writes reads that very memory
+        context = self._begin(call := "allocate_staging()")
+        check_same_call(call, lambda: self._looked(model, optimizer), {}, context.group)
+        self._allocate_staging(model, optimizer)
+
+    def _allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """As `allocate_staging`, within another call."""
         context = self._context
         stager = context.stager
         if stager is None or self.config.is_peft:
             return
-        self.async_wait()  # a save that still writes reads that very memory
         with context.group.together("making room for asynchronous saves"):
             if self.config.model_save_format == "torch_save":
                 stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
@@ -350,28 +371,71 @@ class ComponentCheckpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        """Finish what is pending and release everything, also after an error.
+
+        A save in the background needs no other rank's training loop, so that it is finished even where this rank alone
+        has failed. Should it fail, that is raised, or after an error logged and noted with it.
+        """
+        if error is None or isinstance(error, SystemExit):
             self.finalize()
+            return
+        try:
+            self.finalize()
+        except Exception as lost:  # noqa: BLE001 - the error that is on its way goes first, with a note of this one
+            _LOG.error("a save that was pending when %s was raised has failed: %s", type(error).__name__, lost)
+            error.add_note(f"A save that was still being written has failed too: {lost}")
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     @property
     def _context(self) -> Context:
+        return self._begin("a call of the checkpointer")
+
+    def _begin(self, call: str) -> Context:
+        """What every part needs, made at the first call. All ranks call.
+
+        Args:
+            call: The call, for a warning should some rank not come.
+        """
         if self._made is None:
-            seconds = self.config.collective_timeout_seconds
-            group = Group.dedicated(self._process_group, seconds)
+            group = self._meet(call)
             try:
-                names_base = check_same_settings(self.config, group)
+                met = check_same_settings(self.config, self._root, group)
                 warn_if_alone(group)
-                made = Context(self.config, group, self._storage, self._fs, self.pp_rank, names_base=names_base)
+                made = Context(
+                    self.config,
+                    group,
+                    self._storage,
+                    self._fs,
+                    self.pp_rank,
+                    self._root,
+                    met,
+                    self._staging_dir,
+                )
                 if self.config.is_async:
-                    self._background = Background(Group.dedicated(self._process_group, seconds), self._device_streams)
+                    self._background = Background(self._meet(call), self._device_streams)
                     made.stager = self._background.stager
             except BaseException:
                 group.close()
                 raise
             self._made = made
         return self._made
+
+    def _meet(self, call: str) -> Group:
+        return Group.dedicated(
+            self._process_group, self.config.collective_timeout_seconds, call, absent_seconds=self._absent_seconds
+        )
+
+    def _of_ranks(self, call: str, state: Stateful) -> Context:
+        """Begin a call that saves or loads a state of every rank's own."""
+        context = self._begin(call)
+
+        def look() -> str:
+            check_stateful(state)
+            return "a state"
+
+        check_same_call(call, look, {}, context.group)
+        return context
 
     def _looked(
         self,
@@ -419,13 +483,16 @@ class ComponentCheckpointer:
         is_final: bool,
         reserve: Callable[[], None],
         optimizer: Optimizers | None = None,
+        context: Context | None = None,
     ) -> ModelSave | AdapterSave:
         kind = partial(AdapterSave, optimizer=optimizer) if self.config.is_peft else ModelSave
+        # A hook of others' is for the model: it may write to one place.
+        addons = self.addons if context is None or self.config.is_peft else self.addons[: leading_own(self.addons)]
         return kind(
-            self._context,
+            context or self._context,
             model,
             directory,
-            self.addons,
+            addons,
             tokenizer=tokenizer,
             peft_config=peft_config,
             is_final=is_final,
@@ -433,24 +500,37 @@ class ComponentCheckpointer:
         )
 
     def _open_model(
-        self, model: Model, path: Path, key_mapping: Mapping[str, str] | None = None, allow_missing: bool = False
+        self,
+        model: Model,
+        path: Path,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_missing: bool = False,
+        context: Context | None = None,
     ) -> OpenedModel | OpenedAdapter:
         """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
-        context = self._context
+        context = context or self._context
         if self.config.is_peft:
             return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
         return open_model(context, model, path, key_mapping=key_mapping, options=options)
 
-    def _skip(self) -> bool:
-        """Settle an earlier asynchronous save, or find that it is still running and the policy says to skip."""
-        if self._background is None:
-            return False
-        if self.config.skip_save_while_busy and self._context.group.any(self._background.busy, "asking for a save"):
+    def _turn(self, call: str, look: Callable[[], str], given: Mapping[str, bool]) -> Turn:
+        """Begin a save: the ranks ask for the same, and an earlier asynchronous save is over, or this one is skipped.
+
+        Neither the run's last checkpoint is ever skipped, nor one for which the ranks were asked to leave: no other
+        save comes after it.
+        """
+        waits = not self.config.skip_save_while_busy or self._ends or self._leaves
+        told = check_same_call(call, look, given, self._context.group, own_state(self._background, waits))
+        turn = Turn()
+        try:
+            turn = take_turn(told)
+        finally:
+            if self._background is not None and not turn.skipped:
+                self._background.told()
+        if turn.skipped:
             _LOG.info("skipped a save: the last one is still being written")
-            return True
-        self._background.wait()
-        return False
+        return turn
 
     def _run(self, job: SaveJob) -> None:
         if self._background is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from shardwise.checkpointing.answers import Answers
+from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.base import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.opens import OpeningCheck
@@ -40,12 +41,15 @@ class Context:
         fs: Where names are made and renamed.
         stage: Pipeline rank.
         may_differ: Of which tensors ranks may have different values.
+        root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
+        met: What the ranks have told each other when they met.
+        staging_dir: Where files are built before they are copied into place; likewise.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
         model_roster: Who holds what of the model.
         optimizer_roster: Who holds what of the optimizer.
         sound: What was captured last, after it was looked through.
-        names_base: Whether any rank's settings name a base model.
+        prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
 
     config: CheckpointingConfig
@@ -53,10 +57,13 @@ class Context:
     storage: Storage
     fs: FileSystem
     stage: int
+    root: Path
+    met: Met
+    staging_dir: Path | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
-    names_base: bool = False
+    prefix: str = ""
     _base_path: str | None = None
     _base_found: bool = False
     _base: BaseModel | None = None
@@ -82,15 +89,35 @@ class Context:
         self.computed_roster = RosterKeeper(self.group, self.stage)
         self.optimizer_roster = RosterKeeper(self.group, self.stage)
         self.warned: set[Path] = set()
+        self.further_rosters: dict[str, RosterKeeper] = {}
+        self._further: dict[str, Context] = {}
+
+    def further(self, name: str, config: CheckpointingConfig | None = None) -> Context:
+        """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
+
+        Args:
+            name: The model's name, always the same for the same model.
+            config: Settings of its own; those of the checkpointer by default.
+        """
+        known = self._further.get(name)
+        if known is None:
+            known = self._further[name] = Context(
+                config or self.config,
+                self.group,
+                self.storage,
+                self.fs,
+                self.stage,
+                self.root,
+                self.met if config is None else replace(self.met, names_base=False),
+                self.staging_dir,
+                stager=self.stager,
+                prefix=f"{self.prefix}{name}/",
+            )
+        return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
-        return list(held) if self.stager is None else self.stager.stage(component, held)
-
-    @property
-    def root(self) -> Path:
-        """The directory of checkpoints and pointers."""
-        return Path(self.config.checkpoint_dir).absolute()
+        return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
         """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
@@ -98,7 +125,7 @@ class Context:
         Raises:
             CheckpointNotFoundError: One is named on some rank and is not there.
         """
-        if self.names_base and not self._base_found:
+        if self.met.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)
             self._base_found = True
@@ -110,9 +137,10 @@ class Context:
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.names_base and not self._base_read:
+        if self.met.names_base and not self._base_read:
             legacy = self.config.allow_legacy_pickle_restore
-            self._base = open_base(self.base_path(), self.group, legacy)
+            path = self.base_path()
+            self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)
             self._base_read = True
         return self._base
 

@@ -7,21 +7,34 @@ and restored only on the same number of ranks; on another it stays as it is, and
 from __future__ import annotations
 
 import hashlib
-import random
 import re
-import sys
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 from urllib.parse import quote, unquote
 
-import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.extra_modules import shared_modules
+from shardwise.checkpointing.extra_sharded import (
+    SHARDS,
+    OpenedSharded,
+    directory_of,
+    fill_tree,
+    module_steps,
+    open_module,
+    open_tensors,
+    split_tree,
+    tensor_steps,
+)
+from shardwise.checkpointing.extra_values import as_stateful
+from shardwise.checkpointing.generators import RandomState
 from shardwise.checkpointing.restoring import Undos
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.statefiles import has_state, read_state, write_state
@@ -51,19 +64,12 @@ def capture_steps(context: Context, values: Mapping[str, object], directory: Pat
         directory: Where they go.
     """
     group = context.group
-    packed: dict[str, dict[str, bytes]] = {}
-    with group.together("capturing extra state"):
-        for name, value in values.items():
-            if not isinstance(name, str) or name in ("", "."):
-                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
-            try:
-                packed[name] = pack_state(value.state_dict() if isinstance(value, Stateful) else value)
-            except StateFormatError as error:
-                error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
-                raise
+    taken, modules = _captured(values, group)
+    packed, spread = taken.packed, taken.spread
     digests = {name: _digest(found) for name, found in packed.items()}
-    everyone = cast(list[dict[str, str]], group.gather_json(dict(digests), "comparing extra state"))
-    shared = {name for name in packed if all(theirs.get(name) == digests[name] for theirs in everyone)}
+    own = {name: [digest, name in spread] for name, digest in digests.items()}
+    everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
+    shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
 
     def write(group: Group) -> ComponentRecord:
         record = ComponentRecord()
@@ -80,7 +86,61 @@ def capture_steps(context: Context, values: Mapping[str, object], directory: Pat
                 context.storage.sync_directory(directory)
         return record
 
-    return [write] if any(everyone) else []
+    steps: list[Step] = [write] if any(everyone) else []
+    for name in sorted({name for theirs in everyone for name, (_, is_spread) in theirs.items() if is_spread}):
+        steps += tensor_steps(context, name, spread.get(name, {}), directory)
+    for name in modules:
+        steps += module_steps(context, name, cast(nn.Module, values[name]), directory)
+    return steps
+
+
+@dataclass(slots=True)
+class _Captured:
+    """Values as they are now.
+
+    Attributes:
+        packed: Name -> what is written of it on this rank, or once.
+        spread: Name -> the DTensors in it.
+    """
+
+    packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
+
+    def take(self, name: str, value: object) -> None:
+        """Capture a value. Local.
+
+        Raises:
+            StateFormatError: It holds what cannot be stored.
+        """
+        value = as_stateful(value)
+        rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
+        self.spread |= {name: found} if found else {}
+        try:
+            self.packed[name] = pack_state(rest)
+        except StateFormatError as error:
+            error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
+            raise
+
+
+def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, list[str]]:
+    """Values as they are now; and names of modules, which all ranks save together. All ranks call."""
+    taken = _Captured()
+    with group.together("capturing extra state") as has_modules:
+        for name, value in values.items():
+            if not isinstance(name, str) or name in ("", "."):
+                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
+            if isinstance(value, nn.Module):
+                has_modules.flag = True
+            else:
+                taken.take(name, value)
+    if not has_modules.any:
+        return taken, []
+    modules = shared_modules(values, group)
+    with group.together("capturing modules in extra state"):
+        for name, value in values.items():
+            if isinstance(value, nn.Module) and name not in modules:
+                taken.take(name, value)
+    return taken, modules
 
 
 def _digest(packed: Mapping[str, bytes]) -> str:
@@ -106,11 +166,23 @@ class FoundValues:
         values: Where the values are, by name; what has no methods of its own is replaced in it.
         states: Name -> the state that was saved.
         skipped: Names that were saved for each rank on another number of ranks, and stay as they are.
+        spread: Names of modules that were saved by all ranks together, and are restored by them.
+        tensors: Of values with DTensors: these, to be filled after their values have been taken in.
     """
 
     values: MutableMapping[str, object]
     states: Mapping[str, object]
     skipped: tuple[str, ...]
+    spread: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
+
+    def loaders(self) -> list[Callable[[], None]]:
+        """What objects with DTensors do when these are filled: they take their state in."""
+        return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
+
+    def _load(self, name: str) -> None:
+        value = cast(Stateful, self.values[name])
+        value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], self.tensors[name])))
 
     def take_in(self, undos: Undos) -> None:
         """Put the states in place. Local.
@@ -121,7 +193,11 @@ class FoundValues:
             MisuseError: An object refuses its state.
         """
         for name, state in self.states.items():
-            value = self.values[name]
+            value = as_stateful(self.values[name])
+            if name in self.tensors:
+                if isinstance(value, Stateful):
+                    continue  # when its tensors have been read
+                state = fill_tree(state, self.tensors[name])
             if isinstance(value, Stateful):
                 try:
                     undos.load(f"extra state {name!r}", value, cast(dict[str, object], state))
@@ -149,14 +225,27 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
     """
     states: dict[str, object] = {}
     skipped: list[str] = []
-    for name in values:
+    spread: list[str] = []
+    tensors: dict[str, dict[str, DTensor]] = {}
+    for name, value in values.items():
         stem = directory / quote(name, safe="")
         own = rank_stem(directory, name, rank, world_size)
         found = stem if has_state(stem) else own if has_state(own) else None
         if found is not None:
             states[name] = read_state(found)
+            if directory_of(directory, name).is_dir():
+                tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
             continue
-        worlds = {int(match[3]) for match in _rank_files(directory) if unquote(match[1]) == name}
+        if directory_of(directory, name).is_dir() and not _of_ranks(directory, name):
+            if not isinstance(value, nn.Module):
+                raise MisuseError(
+                    f"extra state {name!r} was saved of a module, and a {type(value).__name__} is to be restored",
+                    path=directory_of(directory, name),
+                    hint="Pass the module.",
+                )
+            spread.append(name)
+            continue
+        worlds = _of_ranks(directory, name)
         if not worlds or world_size in worlds:
             raise CheckpointNotFoundError(
                 f"the checkpoint has no extra state {name!r}" + (f" of rank {rank}" if worlds else ""),
@@ -164,7 +253,12 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
                 hint="Leave it out of extra_state, or choose a checkpoint that has it.",
             )
         skipped.append(name)
-    return FoundValues(values, states, tuple(skipped))
+    return FoundValues(values, states, tuple(skipped), tuple(spread), tensors)
+
+
+def _of_ranks(directory: Path, name: str) -> set[int]:
+    """By how many ranks a state was saved for each of them."""
+    return {int(match[3]) for match in _rank_files(directory) if unquote(match[1]) == name}
 
 
 def state_of(value: object) -> object:
@@ -185,7 +279,33 @@ def saved_names(directory: Path) -> list[str]:
     files = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     of_ranks = {match[0]: match[1] for match in _rank_files(directory)}
     stems = [of_ranks.get(file, file.removesuffix(".json")) for file in files if file.endswith(".json")]
+    stems += [file.removesuffix(SHARDS) for file in files if file.endswith(SHARDS)]
     return list(dict.fromkeys(map(unquote, stems)))
+
+
+def open_spread(context: Context, found: FoundValues, directory: Path) -> OpenedSharded:
+    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed.
+
+    Raises:
+        MisuseError: A module is not there on every rank.
+        TensorError: What is there does not fit.
+    """
+    group = context.group
+    own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
+    everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
+    modules = sorted({name for names, _ in everyone for name in names})
+    tensors = sorted({name for _, names in everyone for name in names})
+    for name in modules:
+        lacking = [rank for rank, (names, _) in enumerate(everyone) if name not in names]
+        if lacking:
+            raise MisuseError(
+                f"extra state {name!r} is a module that all ranks restore together, and rank {lacking[0]} passed none",
+                path=directory_of(directory, name),
+                hint="Pass the module on every rank.",
+            )
+    opened = [open_module(context, name, cast(nn.Module, found.values[name]), directory) for name in modules]
+    loads = [open_tensors(context, name, found.tensors.get(name, {}), directory) for name in tensors]
+    return OpenedSharded(tuple(opened), tuple(loads), tuple(found.loaders()))
 
 
 def check_generators(state: object) -> None:
@@ -205,30 +325,3 @@ def check_generators(state: object) -> None:
         ) from error
     finally:
         generators.load_state_dict(had)
-
-
-class RandomState:
-    """The random number generators of this process: torch's (CPU and CUDA), Python's, and numpy's if it is in use."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The generators' states."""
-        state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        if "numpy" in sys.modules:
-            import numpy as np
-
-            state["numpy"] = np.random.get_state()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Set the generators."""
-        torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
-        random.setstate(cast(tuple[object, ...], state_dict["python"]))
-        if "cuda" in state_dict and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cast(torch.Tensor, state_dict["cuda"]))
-        if "numpy" in state_dict:
-            import numpy as np
-
-            np.random.set_state(cast("tuple[str, np.ndarray[tuple[int], np.dtype[np.uint32]], int, int, float]",
-                                     state_dict["numpy"]))  # fmt: skip

@@ -549,9 +549,7 @@ class ModelSave:
         context = self._context
         config = context.config
         if self._merges:
-            options = MergeOptions(
-                config.single_rank_consolidation, Path(config.staging_dir) if config.staging_dir else None
-            )
+            options = MergeOptions(config.single_rank_consolidation, context.staging_dir)
             return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
 
         def write(group: Group) -> ComponentRecord:

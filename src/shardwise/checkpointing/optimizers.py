@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.distinct import blob_of, distinct, unblob
 from shardwise.checkpointing.foreign_optimizers import Changes, open_foreign
 from shardwise.checkpointing.foreign_states import foreign_components
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
-from shardwise.checkpointing.schedulers import SCHEDULER_STATE, saved_schedules, scheduler_kind
+from shardwise.checkpointing.schedule_records import attached, capture_schedules, merge_schedules
+from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
@@ -41,10 +43,10 @@ from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.replicated_options import RankRecord, agreed
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 _LOG = logging.getLogger(__name__)
-
 OPTIMIZER_STATE = "optimizer"
 
 
@@ -87,8 +89,7 @@ class OptimizerSave:
         """Capture the state and return what is left to do. All ranks call."""
         context, group = self._context, self._context.group
         state: OptimizerState | None = None
-        own = b""
-        schedule: dict[str, bytes] = {}
+        own, attachments, states = b"", b"", b""
         unsettled: dict[str, list[object]] = {}
         with group.together("looking at the optimizer") as is_unsettled:
             state = OptimizerState(self._optimizer, self._model)
@@ -98,21 +99,17 @@ class OptimizerSave:
         if is_unsettled.any:
             told = group.gather_json(cast(JsonValue, unsettled), "comparing state that each rank keeps as it likes")
             state.settle(cast("list[dict[str, list[object]]]", told))
-        with group.together("describing the optimizer") as has_schedulers:
-            own = blob_of(pack_state(state.record([scheduler_kind(each) for each in self._schedulers]).to_state()))
-            has_schedulers.flag = bool(self._schedulers)
-            if self._schedulers:
-                schedule = pack_state([scheduler.state_dict() for scheduler in self._schedulers])
+        with group.together("describing the optimizer"):
+            own = blob_of(pack_state(state.record().to_state()))
+            attachments, states = capture_schedules(self._schedulers, self._model)
         merged: dict[str, bytes] = {}
-        theirs = distinct(group, own)
+        schedule: dict[str, bytes] = {}
+        theirs = distinct(group, [own, attachments, states])
         with group.together("merging the optimizers' groups"):
-            records = [OptimizerRecord.from_state(unpack_state(unblob(packed))) for packed in theirs]
-            merged = pack_state(OptimizerRecord.merge(records).to_state())
-            if group.is_main and has_schedulers.any and not schedule:
-                raise MisuseError(
-                    "a scheduler was passed on another rank and not on rank 0, whose state is the one that is saved",
-                    hint="Pass the schedulers on every rank.",
-                )
+            records = [RankRecord(OptimizerRecord.from_state(unpack_state(unblob(o.blob))), o.ranks) for o in theirs[0]]
+            merged = pack_state(OptimizerRecord.merge(agreed(records, self._may_differ)).to_state())
+            if group.is_main:
+                schedule = merge_schedules(theirs[1], theirs[2], group.world_size)
 
         def write_states(group: Group) -> ComponentRecord:
             record = ComponentRecord()
@@ -146,36 +143,13 @@ class OptimizerSave:
         plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
         return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
 
+    def _may_differ(self, name: str) -> bool:
+        """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.
 
-def blob_of(packed: dict[str, bytes]) -> bytes:
-    """A packed state as one text."""
-    return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
-
-
-def distinct(group: Group, blob: bytes) -> list[bytes]:
-    """Every different value among the ranks, in the order of the first rank that has it, on every rank.
-
-    Ranks of one kind have the same value, so only their digests and one copy of each travel.
-    """
-    digests = cast(list[str], group.gather_json(hashlib.blake2b(blob, digest_size=16).hexdigest(), "comparing states"))
-    out = []
-    for digest in dict.fromkeys(digests):
-        source = digests.index(digest)
-        raw = group.broadcast_bytes(blob if group.rank == source else b"", source, "exchanging states")
-        out.append(raw)
-    return out
-
-
-def unblob(raw: bytes) -> dict[str, bytes]:
-    """What `blob_of` put together."""
-    found: dict[str, bytes] = {}
-    position = 0
-    while position < len(raw):
-        size = int.from_bytes(raw[position : position + 8], "little")
-        key = raw[position + 8 : position + 24].decode().strip()
-        found[key] = raw[position + 24 : position + 24 + size]
-        position += 24 + size
-    return found
+        Not of a parameter whose tensors are saved for each rank: its state would be a mix of two ranks'.
+        """
+        may_differ = self._context.may_differ
+        return may_differ.all and not may_differ.is_own(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +167,7 @@ class OpenedOptimizer:
 
     context: Context
     plan: OptimizerRestore
-    schedulers: tuple[tuple[HasState, dict[str, object]], ...]
+    schedulers: FoundSchedules
     tensors: OpenedLoad | None
     own: OwnRead | None = None
     is_aside: bool = False
@@ -216,9 +190,11 @@ class OpenedOptimizer:
             MisuseError: A scheduler refuses its state.
         """
         undos.add("the optimizer", self.plan.apply())
-        for scheduler, state in self.schedulers:
+        for each in self.schedulers.schedules:
+            scheduler = each.scheduler
             try:
-                undos.load("the scheduler", scheduler, state)
+                # A copy: torch's schedulers keep what they are given, and two may be given the same.
+                undos.load("the scheduler", scheduler, copy.deepcopy(each.state))
             except Exception as error:
                 raise MisuseError(
                     f"the saved scheduler does not fit: {type(scheduler).__name__} refuses it with "
@@ -268,32 +244,54 @@ def open_optimizer(
     state: OptimizerState | None = None
     plan: OptimizerRestore | None = None
     own: OwnRead | None = None
-    schedulers: list[tuple[HasState, dict[str, object]]] = []
+    schedulers = FoundSchedules()
     foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, changes or Changes())
     if foreign is not None:
         _tell_fresh(foreign.plan)
-        return OpenedOptimizer(context, foreign.plan, foreign.schedulers, foreign.tensors, is_aside=foreign.is_aside)
+        schedulers = FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers))
+        return OpenedOptimizer(context, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
     with group.together("looking at the optimizer") as aside:
         state = OptimizerState(optimizer, model)
         aside.flag = state.has_own_ways
-    with group.together(f"comparing the optimizer with {directory}") as has_tensors:
+
+    def compare() -> JsonValue:
+        nonlocal plan, schedulers, own
         assert state is not None
-        plan, schedulers = _compared(state, as_list(scheduler), directory, changes or Changes(), aside.any)
+        plan, schedulers = _compared(context, state, model, as_list(scheduler), directory, changes, aside.any)
         own = find_optimizer(context, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
-        has_tensors.flag = bool(plan.targets)
+        return [bool(plan.targets), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
+
+    rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
     assert plan is not None
     found = plan
     _tell_fresh(found)
-    if not has_tensors.any:
-        return OpenedOptimizer(context, found, tuple(schedulers), None)
+    if any(row[3] for row in rows):
+        with group.together("comparing schedulers"):
+            schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
+        _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
+    if not any(row[0] for row in rows):
+        return OpenedOptimizer(context, found, schedulers, None, is_aside=aside.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
     tensors = open_described(found.held_as_saved, source, group, context.storage, options, lambda: own is not None)
-    return OpenedOptimizer(context, found, tuple(schedulers), tensors, own, aside.any)
+    return OpenedOptimizer(context, found, schedulers, tensors, own, aside.any)
+
+
+_Compared = tuple[bool, list[int], list[str], bool]
+
+
+def _warn_of_chosen(group: Group, directory: Path, keys: Sequence[str]) -> None:
+    if keys and group.is_main:
+        _LOG.warning(
+            "the schedulers in %s were saved by another number of ranks, and ranks that held the same parameters had "
+            "different %s: every rank takes the lowest rank's",
+            directory,
+            ", ".join(dict.fromkeys(keys)),
+        )
 
 
 def load_optimizer(
@@ -331,8 +329,15 @@ def optimizer_components(directory: Path) -> list[str]:
 
 
 def _compared(
-    state: OptimizerState, schedulers: Sequence[HasState], directory: Path, changes: Changes, is_aside: bool
-) -> tuple[OptimizerRestore, list[tuple[HasState, dict[str, object]]]]:
+    context: Context,
+    state: OptimizerState,
+    model: nn.Module | Sequence[nn.Module],
+    schedulers: Sequence[HasState],
+    directory: Path,
+    changes: Changes | None,
+    is_aside: bool,
+) -> tuple[OptimizerRestore, FoundSchedules]:
+    changes = changes or Changes()
     if not os.path.lexists(directory):
         raise CheckpointNotFoundError(
             "the checkpoint was saved without an optimizer",
@@ -347,7 +352,21 @@ def _compared(
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise
-    return plan, saved_schedules(schedulers, record.schedulers, directory) if schedulers else []
+    if not schedulers:
+        return plan, FoundSchedules()
+    group, key_mapping = context.group, changes.key_mapping
+    other = {**record.aliases, **state.saved_under}
+
+    def renamed(name: str, saved: frozenset[str]) -> str:
+        if name in saved:
+            return name
+        known = sorted(saved) if key_mapping else []
+        mapped = dict(zip(rename(known, key_mapping or {}), known, strict=True))
+        return mapped.get(name, other.get(name, name))
+
+    own = attached(schedulers, model)
+    found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, group.rank, group.world_size)
+    return plan, found
 
 
 def _renamed(record: OptimizerRecord, key_mapping: Mapping[str, str]) -> OptimizerRecord:

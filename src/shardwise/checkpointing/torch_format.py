@@ -38,7 +38,9 @@ def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch
                 tensor=name,
                 hint='Set model_save_format to "safetensors".',
             )
-    return dict(tensors) if context.stager is None else context.stager.stage_tensors(component, tensors)
+    return (
+        dict(tensors) if context.stager is None else context.stager.stage_tensors(context.prefix + component, tensors)
+    )
 
 
 def write_distcp(

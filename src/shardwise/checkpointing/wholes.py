@@ -8,17 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.data_order import DataOrder
+from shardwise.checkpointing.extra_sharded import OpenedSharded
 from shardwise.checkpointing.extras import (
     FoundValues,
-    RandomState,
     capture_steps,
     check_generators,
     find_values,
+    open_spread,
     saved_names,
     state_of,
 )
 from shardwise.checkpointing.foreign_states import filled, foreign_components, read_states, torch_leftovers
+from shardwise.checkpointing.generators import RandomState
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.comm import Group, JsonValue
@@ -28,6 +32,8 @@ from shardwise.lifecycle import resolve
 from shardwise.lifecycle.resolve import is_verifiable
 
 _LOG = logging.getLogger(__name__)
+#: What is saved of positions in data, beside the generators.
+BATCHES = "batches"
 
 
 def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
@@ -35,13 +41,18 @@ def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
 
     def find() -> JsonValue:
         found = resolve(context.root, restore_from)
-        return None if found is None else [str(found.path), found.epoch, found.step, dict(found.metrics)]
+        if found is None:
+            return None
+        inside = found.path.is_relative_to(context.root)
+        path = found.path.relative_to(context.root) if inside else found.path
+        return [str(path), found.epoch, found.step, dict(found.metrics)]
 
     told = context.group.tell(find, f"looking for {restore_from}")
     if told is None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
-    return RestoreRecord(epoch, step, Path(path), metrics)
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, context.root / path, metrics)
 
 
 def model_place(directory: Path, group: Group) -> Path:
@@ -53,9 +64,14 @@ def model_place(directory: Path, group: Group) -> Path:
     return directory if is_one else directory / "model"
 
 
-def capture_extras(context: Context, directory: Path, extra_state: Mapping[str, object]) -> list[Step]:
+def capture_extras(
+    context: Context, directory: Path, extra_state: Mapping[str, object], order: DataOrder
+) -> list[Step]:
     """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
-    generators = {"rng": RandomState()} if context.config.save_rng else {}
+    generators: dict[str, object] = {"rng": RandomState()} if context.config.save_rng else {}
+    positions = order.state(context.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
     return [
         *below("rng", capture_steps(context, generators, directory / "rng")),
         *below("extra", capture_steps(context, extra_state, directory / "extra")),
@@ -69,20 +85,26 @@ class FoundExtras:
     Attributes:
         extra: Extra state.
         generators: The generators' states.
+        spread: Extra state that is spread over the ranks.
     """
 
     extra: FoundValues
     generators: FoundValues
+    spread: OpenedSharded
 
     @property
     def skipped(self) -> tuple[str, ...]:
         """What stays as it is on this rank, because it was saved for each of another number of ranks."""
         return self.extra.skipped + self.generators.skipped
 
-    def set_generators(self) -> None:
+    def set_generators(self, order: DataOrder) -> None:
         """Set the generators, after everything else: what others do may draw numbers. Local."""
-        for state in self.generators.states.values():
-            RandomState().load_state_dict(cast(dict[str, object], state))
+        state = cast("dict[str, object] | None", self.generators.states.get("rng"))
+        if state is not None:
+            RandomState().load_state_dict(state)
+        positions = self.generators.states.get(BATCHES)
+        found = {} if positions is None else order.parsed(positions)
+        order.resume(state, found, [self.extra.values[name] for name in self.extra.states])
 
 
 def find_extras(context: Context, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
@@ -93,7 +115,8 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
         StateFormatError: A state is damaged.
     """
     group = context.group
-    found: FoundExtras | None = None
+    extra: FoundValues | None = None
+    generators: FoundValues | None = None
     # Of others' checkpoints; ours have a directory for it.
     foreign: Mapping[str, object] = {}
     if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
@@ -105,14 +128,16 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
         states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
         extra = replace(extra, values=extra_state, states={**extra.states, **states})
         wanted: dict[str, object] = {}
-        if context.config.save_rng and "rng" in saved_names(directory / "rng"):
-            wanted = {"rng": RandomState()}
+        if context.config.save_rng:
+            wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
-        for state in generators.states.values():
-            check_generators(state)
-        found = FoundExtras(extra, generators)
-    assert found is not None
-    return found
+        if "rng" in generators.states:
+            check_generators(generators.states["rng"])
+        if BATCHES in generators.states:
+            DataOrder.parsed(generators.states[BATCHES])
+    assert extra is not None
+    assert generators is not None
+    return FoundExtras(extra, generators, open_spread(context, extra, directory / "extra"))
 
 
 def unrestored(
@@ -157,16 +182,17 @@ def _components(directory: Path, model_place: str | None) -> list[str]:
     )
     return [
         *others,
+        *["ema"] * (directory / MODEL_EMA).is_dir(),
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),
         *saved_names(directory / "rng"),
     ]
 
 
-def below(prefix: str, steps: Sequence[Step]) -> list[Step]:
-    """The steps with the paths of their records put below ``prefix``."""
+def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]:
+    """The steps with the paths of their records put below ``prefix``; see `ComponentRecord.below`."""
 
     def moved(step: Step) -> Step:
-        return lambda group: step(group).below(prefix)
+        return lambda group: step(group).below(prefix, component)
 
     return [moved(step) for step in steps]

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from shardwise.comm import wires
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.ranks import Ranks
 from shardwise.errors import ShardwiseError
@@ -179,13 +180,13 @@ class Group(Ranks):
         with self._guard(what):
             if not self.is_main:
                 if packets[self.rank][0] > len(packets[self.rank][1]):
-                    dist.send(to_tensor(text, len(text), self._device), group=self._pg, group_dst=0)
+                    wires.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
                 return []
             found = [value]
             for rank, (size, short) in enumerate(packets[1:], start=1):  # one at a time: memory for one rank's text
                 if size > len(short):
                     buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-                    dist.recv(buffer, group=self._pg, group_src=rank)
+                    wires.receive(self._alive, buffer, rank).wait()
                     short = to_bytes(buffer)
                 found.append(json.loads(short[len(_MADE) :]))
             return found
@@ -258,7 +259,7 @@ class Group(Ranks):
         else:
             with self.keeping(failure), self._guard(what):
                 total = self._integers(counts)
-                dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._pg)
+                wires.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
                 *added, failed = total.tolist()
             bits = torch.empty(0, 0, dtype=torch.int64)
         if failed:
@@ -269,7 +270,7 @@ class Group(Ranks):
             mine = self._integers(xors)
             if self._device.type != "cpu":  # NCCL has no exclusive or
                 return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
-            dist.all_reduce(mine, op=dist.ReduceOp.BXOR, group=self._pg)
+            wires.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
             return mine.tolist(), added
 
 

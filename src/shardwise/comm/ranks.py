@@ -15,8 +15,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from shardwise.comm import wires
 from shardwise.comm.lost import Patience, Seat, find_lost
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
+from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 
 
@@ -38,10 +40,14 @@ class Ranks:
         self._name = ""
         self._seats: tuple[Seat, ...] = ()
         self._report_seconds = 0.0
+        self._waiting: Waiting | None = None
         if process_group is None:
             self.rank, self.world_size = 0, 1
             self._device = torch.device("cpu")
+            self._global_ranks: tuple[int, ...] = (0,)
         else:
+            # Asked for now: once the script has destroyed its groups, torch does not know.
+            self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
             self._device = _collective_device(process_group)
@@ -55,7 +61,13 @@ class Ranks:
         return cls(None)
 
     @classmethod
-    def dedicated(cls, of: dist.ProcessGroup | None, timeout_seconds: float) -> Self:
+    def dedicated(
+        cls,
+        of: dist.ProcessGroup | None,
+        timeout_seconds: float,
+        what: str = "a call of the checkpointer",
+        absent_seconds: float = ABSENT_SECONDS,
+    ) -> Self:
         """Make a CPU (gloo) group of the same ranks, for checkpoints alone. The ranks of ``of`` call, and no others.
 
         A group of its own keeps checkpoint traffic from mixing with the training's, lets a background thread
@@ -65,6 +77,8 @@ class Ranks:
             of: Whose ranks; ``None`` for the default group's.
             timeout_seconds: Within how long every rank raises `PeerError` once one is gone or hangs. Collectives wait
                 somewhat less, so that there is time left to find out which rank it is.
+            what: The call in which the ranks meet, for messages.
+            absent_seconds: After how long a warning names the ranks that have not come to a call.
 
         Raises:
             PeerError: Some rank did not come.
@@ -76,12 +90,13 @@ class Ranks:
         few = len(ranks) < dist.get_world_size()
         patience = Patience.within(timeout_seconds)
         try:
-            made = dist.new_group(
-                ranks=ranks,
-                backend="gloo",
-                timeout=timedelta(seconds=patience.collective),
-                use_local_synchronization=few,
-            )
+            with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
+                made = dist.new_group(
+                    ranks=ranks,
+                    backend="gloo",
+                    timeout=timedelta(seconds=patience.collective),
+                    use_local_synchronization=few,
+                )
         except RuntimeError as error:
             raise PeerError(
                 f"the ranks lost touch while meeting: {str(error).splitlines()[0]}",
@@ -90,6 +105,7 @@ class Ranks:
         group = cls(made)
         group._owned = True
         group._report_seconds = patience.report
+        group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
         own = Seat.own()
         seats = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
         group._seats = tuple(Seat(*json.loads(seat)) for seat in seats)
@@ -97,10 +113,13 @@ class Ranks:
 
     def close(self) -> None:
         """Release the process group if this object made it. Safe to call twice."""
+        if self._waiting is not None:
+            self._waiting.close()
         if self._owned and self._pg is not None:
             self._owned = False
             if dist.is_initialized():
-                dist.destroy_process_group(self._pg)
+                with contextlib.suppress(ValueError):  # the script has destroyed all groups before
+                    dist.destroy_process_group(self._pg)
         self._pg = None
 
     @property
@@ -116,13 +135,35 @@ class Ranks:
     @property
     def global_rank(self) -> int:
         """This process's rank in the default process group."""
-        if self._pg is None or not dist.is_initialized():
-            return 0
-        return dist.get_rank()
+        return self._global_ranks[self.rank]
 
     def global_ranks(self) -> tuple[int, ...]:
         """The global rank of each member, in group order."""
-        return (0,) if self._pg is None else tuple(dist.get_process_group_ranks(self._pg))
+        return self._global_ranks
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an exchange broke, so that every later one is refused."""
+        return self._broken is not None
+
+    @contextlib.contextmanager
+    def coming(self, what: str) -> Iterator[None]:
+        """Around the first exchange of a call: while it lasts long, a warning says who has not come to it.
+
+        Args:
+            what: The call, for messages.
+        """
+        if self._waiting is None or self.world_size == 1:
+            yield
+            return
+        with self._waiting.during(what):
+            yield
+
+    @property
+    def _alive(self) -> dist.ProcessGroup:
+        if self._pg is None:
+            raise ValueError("the group was closed")
+        return self._pg
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -150,11 +191,11 @@ class Ranks:
         with self._guard(what):
             lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
             theirs = torch.empty_like(lengths)
-            dist.all_to_all_single(theirs, lengths, group=self._pg)
+            wires.all_to_all(self._alive, theirs, lengths)
             counts, data = theirs.tolist(), b"".join(messages)
             received = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
             sent = to_tensor(data, len(data), self._device)
-            dist.all_to_all_single(received, sent, counts, lengths.tolist(), group=self._pg)
+            wires.all_to_all(self._alive, received, sent, counts, lengths.tolist())
             return [to_bytes(part) for part in torch.split(received, counts)]
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
@@ -177,18 +218,18 @@ class Ranks:
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(gathered, own, group=self._pg)
+        wires.all_gather(self._alive, gathered, own)
         return gathered
 
     def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
         buffer = to_tensor(data, size, self._device)
-        dist.broadcast(buffer, group=self._pg, group_src=source)
+        wires.broadcast(self._alive, buffer, source)
         return buffer
 
     def _largest(self, value: int, what: str) -> int:
         with self._guard(what):
             own = torch.tensor([value], dtype=torch.int64, device=self._device)
-            dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._pg)
+            wires.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX))
             return int(own.item())
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:
@@ -211,11 +252,10 @@ class Ranks:
         if not sends and not receives:
             return
         with self._guard(what):
-            works = [dist.irecv(tensor, group=self._pg, group_src=rank) for rank, tensor in receives]
-            works += [dist.isend(tensor, group=self._pg, group_dst=rank) for rank, tensor in sends]
+            works = [wires.receive(self._alive, tensor, rank) for rank, tensor in receives]
+            works += [wires.send(self._alive, tensor, rank) for rank, tensor in sends]
             for work in works:
-                if work is not None:
-                    work.wait()
+                work.wait()
 
     @contextlib.contextmanager
     def keeping(self, failure: BaseException | None) -> Iterator[None]:

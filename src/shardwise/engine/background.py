@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
+from shardwise.engine.endings import PendingSave, forget, remember
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
@@ -29,37 +30,43 @@ class Background:
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:
         self.stager = Stager(streams)
         self._group = group
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-        self._what = ""
+        self._save: PendingSave | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a save is still being written on this rank."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._save is not None and self._save.is_running
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether its ranks have lost touch, so that it cannot carry out another save."""
+        return self._group.is_broken
 
     def submit(self, job: SaveJob) -> None:
         """Start a save; the previous one must have been waited for. All ranks call.
 
-        The thread publishes as soon as every rank is durable; it waits for no later call.
+        The thread publishes as soon as every rank is durable; it waits for no later call, and the process does not end
+        before it has (see `shardwise.engine.endings`).
         """
-        self._what = job.what
-        thread = threading.Thread(target=self._run, args=(job,), name="shardwise-save", daemon=False)
+        save = PendingSave(job.what)
+        save.thread = threading.Thread(target=self._run, args=(job, save), name="shardwise-save", daemon=False)
         # From here on, and not from when the thread comes to run: what was staged is the job's.
         self.stager.lend()
+        remember(save)
         try:
-            thread.start()
+            save.thread.start()
         except BaseException:
+            forget(save)
             self.stager.take_back()
             raise
-        self._thread = thread
+        self._save = save
 
-    def _run(self, job: SaveJob) -> None:
+    def _run(self, job: SaveJob, save: PendingSave) -> None:
         try:
             replace(job, steps=(self._copied, *job.steps)).run(self._group)
         except BaseException as error:  # noqa: BLE001 - raised at the next call of the library
             _LOG.error("%s failed: %s", job.what, error)
-            self._failure = error
+            save.failure = error
         finally:
             self.stager.take_back()
 
@@ -79,23 +86,36 @@ class Background:
         Raises:
             ShardwiseError: What failed in it; the same type on every rank. Raised once.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is None:
-            return
-        if isinstance(failure, ShardwiseError):
+        failure = self.outcome()
+        self.told()
+        if failure is not None:
             raise failure
-        raise SaveInterruptedError(
-            f"{self._what} failed in the background: {type(failure).__name__}: {failure}",
+
+    def outcome(self) -> ShardwiseError | None:
+        """Wait for the last save; what failed in it, until `told` is called."""
+        save = self._save
+        if save is None:
+            return None
+        save.join()
+        failure = save.failure
+        if failure is None or isinstance(failure, ShardwiseError):
+            return failure
+        made = SaveInterruptedError(
+            f"{save.what} failed in the background: {type(failure).__name__}: {failure}",
             hint="What was published before is untouched; save again.",
-        ) from failure
+        )
+        made.__cause__ = failure
+        return made
+
+    def told(self) -> None:
+        """What became of the last save, which is over, is known to the caller of the library."""
+        if self._save is not None:
+            forget(self._save)
+            self._save = None
 
     def close(self) -> None:
         """Release thread, group and buffers; the last save must have been waited for."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._save is not None:
+            self._save.join()
         self.stager.clear()
         self._group.close()

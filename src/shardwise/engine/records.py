@@ -52,14 +52,23 @@ class ComponentRecord:
     told: tuple[Told, ...] = ()
 
     @collector_paused()
-    def below(self, prefix: str) -> ComponentRecord:
-        """The same, with every path put below ``prefix``."""
+    def below(self, prefix: str, component: str = "") -> ComponentRecord:
+        """The same, with every path put below ``prefix``.
+
+        Args:
+            prefix: A directory.
+            component: What a component called ``model`` is called instead, and in front of ``model.exact``.
+        """
         if not prefix:
             return self
         # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
-        tensors = [_below(tensor, prefix) for tensor in self.tensors]
-        return ComponentRecord(tuple(files), tuple(tensors), self.aliases, tuple(_told(t, prefix) for t in self.told))
+        tensors = [_below(tensor, prefix, component) for tensor in self.tensors]
+        aliases = self.aliases
+        if component:
+            aliases = tuple(AliasRecord(_renamed(a.component, component), *a[1:]) for a in aliases)
+        told = tuple(_told(t, prefix, component) for t in self.told)
+        return ComponentRecord(tuple(files), tuple(tensors), aliases, told)
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
         return ComponentRecord(
@@ -75,14 +84,18 @@ class ComponentRecord:
         return sum(tensor.spec.nbytes for tensor in self.tensors)
 
 
-def _below(tensor: TensorRecord, prefix: str) -> TensorRecord:
-    component, spec, crc, chunks = tensor
+def _renamed(own: str, component: str) -> str:
+    return component + own.removeprefix("model") if component else own
+
+
+def _below(tensor: TensorRecord, prefix: str, component: str) -> TensorRecord:
+    own, spec, crc, chunks = tensor
     moved = [ChunkRecord(f"{prefix}/{file}", offset, nbytes, box, c) for file, offset, nbytes, box, c in chunks]
-    return TensorRecord(component, spec, crc, tuple(moved))
+    return TensorRecord(_renamed(own, component), spec, crc, tuple(moved))
 
 
-def _told(told: Told, prefix: str) -> Told:
-    return Told(told.own, lambda rows: told.read(rows).below(prefix))
+def _told(told: Told, prefix: str, component: str) -> Told:
+    return Told(told.own, lambda rows: told.read(rows).below(prefix, component))
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from shardwise.errors import (
@@ -23,7 +23,7 @@ from shardwise.errors import (
     ShardwiseError,
 )
 from shardwise.format.crc import combine, crc32c
-from shardwise.format.files import read_whole, resolve_inside
+from shardwise.format.files import is_followed, is_made_of_links, read_whole, resolve_inside
 from shardwise.format.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -137,7 +137,7 @@ def manifest_bytes(directory: Path) -> bytes:
         StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
-    if path.is_symlink():
+    if path.is_symlink() and not is_made_of_links(directory):
         raise ManifestError(
             "a link stands in the manifest's place", path=path, hint="Replace the link by the file, if you trust it."
         )
@@ -166,6 +166,9 @@ def check_files(
 ) -> list[Damage]:
     """Compare existence, kind and size of files with their records. Nothing is opened.
 
+    Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
+    a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
+
     Args:
         directory: The checkpoint.
         files: What to look at.
@@ -174,13 +177,24 @@ def check_files(
     Raises:
         StorageError: The file system refused for another reason than that a file is absent.
     """
-    return [damage for record in files for damage in _check_file(directory, record, tensors.get(record.path, ()))]
+    links = is_made_of_links(directory)
+    found: list[Damage] = []
+    for record in files:
+        found += _check_file(directory, record, tensors.get(record.path, ()), links)
+    return found
 
 
-def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord]) -> list[Damage]:
+def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord], links: bool) -> list[Damage]:
+    path = directory / record.path
     try:
-        place = resolve_inside(directory, record.path)
-        info = os.lstat(directory / record.path)
+        if path.is_symlink() and is_followed(path, links):
+            parent = PurePosixPath(record.path).parent.as_posix()
+            above = Path(os.path.realpath(directory)) if parent == "." else resolve_inside(directory, parent)
+            place = above / path.name
+            info = os.stat(path)
+        else:
+            place = resolve_inside(directory, record.path)
+            info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return _concerned(record, tensors, "absent", "the file is absent", 0)
     except FormatError as error:

@@ -7,10 +7,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+
+#: The file that says what a save wrote.
+MANIFEST_NAME = "manifest.json"
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -129,6 +132,39 @@ def why_not_relative(relative: str) -> str | None:
     if len(relative) > 4096 or any(len(part.encode()) > 255 for part in parts):
         return "is longer than file systems take"
     return None
+
+
+#: Directories of tools that keep content by its digest and put links in the files' places: git-annex, hub caches.
+_STORES = ("annex", "blobs")
+
+
+def is_made_of_links(directory: Path) -> bool:
+    """Whether a directory's files are links to what keeps their content, as its manifest is one.
+
+    git-annex, hub caches and archives put links in the files' places. There a link is as good as a file; in a directory
+    whose manifest is a file, one link among files is something that no save wrote. Nor did any write a manifest that
+    alone is a link, to a file that neither is called so nor lies in a known store.
+    """
+    manifest = directory / MANIFEST_NAME
+    if not manifest.is_symlink():
+        return False
+    if _leads_into_a_store(manifest) or os.path.basename(os.path.realpath(manifest)) == MANIFEST_NAME:
+        return True
+    paths = [os.path.join(where, name) for where, _, names in os.walk(directory) for name in names]
+    return len(paths) > 1 and all(os.path.islink(path) for path in paths)
+
+
+def is_followed(path: Path, made_of_links: bool) -> bool:
+    """Whether a link in a file's place stands for the file: as all others do, or since it leads into a known store."""
+    return made_of_links or _leads_into_a_store(path)
+
+
+def _leads_into_a_store(path: Path) -> bool:
+    try:
+        target = os.readlink(path)
+    except OSError:
+        return False
+    return any(part in _STORES for part in PurePosixPath(target).parts)
 
 
 def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[FormatError] = FormatError) -> Path:

@@ -36,7 +36,7 @@ from typing import NoReturn
 
 from shardwise.errors import ManifestError
 from shardwise.format.crc import crc32c
-from shardwise.format.files import read_whole, resolve_inside
+from shardwise.format.files import MANIFEST_NAME, read_whole, resolve_inside
 from shardwise.format.manifest_records import (
     AliasRecord,
     ChunkRecord,
@@ -78,7 +78,6 @@ __all__ = [
 ]
 
 #: Name of the manifest in a checkpoint's directory.
-MANIFEST_NAME = "manifest.json"
 
 #: Newest version of the record. A record is written in the oldest one that can say what there is to say.
 MANIFEST_VERSION = 2

@@ -21,7 +21,7 @@ _NO_MODEL = re.compile(
     r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
 )
 #: Directories beside a model's, whose tensors are none of its.
-_BESIDE = frozenset({"optim", "optimizer", "rng", "extra", "extra_state", "dataloader", "scheduler"})
+_BESIDE = frozenset({"model_ema", "optim", "optimizer", "rng", "extra", "extra_state", "dataloader", "scheduler"})
 _SHOWN, _DEPTH, _MOST_DIRECTORIES = 3, 3, 400
 
 

@@ -2,12 +2,16 @@
 
 A save, on the coordinating rank::
 
+    make_root(root)
+    mine = claim(root, name)                    # nobody else writes or removes it, as long as this process lives
     temp = reserve(root, name, origin)          # every rank writes below it, lineage and manifest come last
-    publish(temp, root / name, origin)          # the commit point
-    set_pointer(root, LATEST, name)
-    if best := best_checkpoint(list_checkpoints(root), policy):
-        set_pointer(root, BEST, best)
-    prune(root, policy)
+    with publishing(root):
+        publish(temp, root / name, origin)      # the commit point
+        set_pointer(root, LATEST, name)
+        if best := best_checkpoint(list_checkpoints(root), policy):
+            set_pointer(root, BEST, best)
+        prune(root, policy)
+    mine.release()
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ from shardwise.lifecycle.names import (
     checkpoint_name,
     doomed_name,
     parse_checkpoint_name,
+    published_name,
     temporary_name,
 )
+from shardwise.lifecycle.ownership import Claim, claim, claimed_by, publishing
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import abandon, publish, remove_leftovers, reserve
+from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, list_checkpoints, resolve
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune, select_doomed
 
@@ -39,6 +45,7 @@ __all__ = [
     "MANIFEST_NAME",
     "METRICS_NAME",
     "CheckpointInfo",
+    "Claim",
     "FileSystem",
     "Lineage",
     "LocalFileSystem",
@@ -48,14 +55,19 @@ __all__ = [
     "abandon",
     "best_checkpoint",
     "checkpoint_name",
+    "claim",
+    "claimed_by",
     "doomed_name",
     "lacks_metric",
     "list_checkpoints",
+    "make_root",
     "next_lineage",
     "parse_checkpoint_name",
     "pointers",
     "prune",
     "publish",
+    "published_name",
+    "publishing",
     "read_pointer",
     "remove_leftovers",
     "reserve",

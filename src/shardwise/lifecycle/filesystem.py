@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shardwise.errors import ShardwiseError, StorageError
+from shardwise.format.files import is_followed, is_made_of_links
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -168,13 +169,16 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError.from_os(error, path=error.filename or path) from error
 
 
-def read_small_file(path: Path, limit: int) -> bytes | None:
+def read_small_file(path: Path, limit: int, *, follows: bool = False) -> bytes | None:
     """Content of a regular file of at most ``limit`` bytes; ``None`` for anything else or nothing.
 
-    A FIFO or device in its place is never opened for reading, and a link is not followed.
+    A FIFO or device in its place is never opened for reading, and a link is not followed unless ``follows``.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if follows and not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows else os.O_NOFOLLOW)
+        descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             return None
@@ -185,3 +189,9 @@ def read_small_file(path: Path, limit: int) -> bytes | None:
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(limit + 1)
     return data if len(data) <= limit else None
+
+
+def read_note(directory: Path, name: str, limit: int) -> bytes | None:
+    """As `read_small_file`, of a file of a checkpoint; a link is followed where the checkpoint is made of links."""
+    path = directory / name
+    return read_small_file(path, limit, follows=is_followed(path, is_made_of_links(directory)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.lifecycle.filesystem import read_small_file
+from shardwise.lifecycle.filesystem import read_note
 from shardwise.lifecycle.names import LINEAGE_NAME
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def read_lineage(directory: Path) -> Lineage | None:
 
     A damaged one is no reason not to resume; `verify` reports it.
     """
-    data = read_small_file(directory / LINEAGE_NAME, _LIMIT)
+    data = read_note(directory, LINEAGE_NAME, _LIMIT)
     if data is None:
         return None
     try:

@@ -26,6 +26,7 @@ ANNOUNCEMENT_NAME = ".publishing"
 _SAVING = ".saving-"
 _DOOMED = ".doomed-"
 _DRAFT = ".draft-"
+_OWNER = ".owner-"
 
 # One spelling per checkpoint: no leading zeros, ASCII digits.
 _CHECKPOINT = re.compile(r"epoch_(0|[1-9][0-9]*)_step_(0|[1-9][0-9]*)")
@@ -74,6 +75,19 @@ def doomed_name(name: str) -> str:
 def draft_name(name: str) -> str:
     """Name under which the link or small file ``name`` is prepared before it replaces the old one."""
     return _DRAFT + name
+
+
+def owner_name(name: str) -> str:
+    """Name of the file whose lock tells that ``name`` is being saved by a process that is alive."""
+    return _OWNER + name
+
+
+def leftover_of(name: str) -> str | None:
+    """The name whose unfinished save, deletion or claim ``name`` is; ``None`` for any other name."""
+    for prefix in (_SAVING, _DOOMED, _OWNER):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return None
 
 
 def is_temporary(name: str) -> bool:

@@ -180,8 +180,27 @@ def _read_text(path: Path) -> str | None:
     return text if text and text.isprintable() else None
 
 
+def linked_checkpoint(root: Path, name: str) -> bool:
+    """Whether ``name`` in the root is a link that stands for a checkpoint directory elsewhere (an archive).
+
+    A link within the root is a pointer, and so is one to a checkpoint with another number.
+    """
+    path = root / name
+    if parse_checkpoint_name(name) is None or not path.is_symlink():
+        return False
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError:
+        return False
+    if not real.is_dir() or real.is_relative_to(os.path.realpath(root)):
+        return False
+    return real.name == name or parse_checkpoint_name(real.name) is None
+
+
 def _inside(root: Path, target: str) -> str | None:
     """First component below the root of what ``target`` finally is; a circle or a way out gives ``None``."""
+    if linked_checkpoint(root, target.rstrip(os.sep)):
+        return target.rstrip(os.sep)
     base = os.path.realpath(root)
     try:
         full = os.path.realpath(os.path.join(base, target), strict=True)

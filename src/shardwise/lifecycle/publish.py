@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from shardwise.errors import (
+    CheckpointBusyError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     IncompleteCheckpointError,
@@ -17,12 +18,13 @@ from shardwise.lifecycle.lineage import branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
     doomed_name,
-    is_doomed,
     is_plain,
-    is_temporary,
+    leftover_of,
+    parse_checkpoint_name,
     published_name,
     temporary_name,
 )
+from shardwise.lifecycle.ownership import claim
 from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
@@ -51,8 +53,8 @@ def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem
     if not is_plain(name):
         raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
     final, temp = root / name, root / temporary_name(name)
+    make_root(root, fs=fs)
     with storage_errors(root):
-        _make_root(root, fs)
         if os.path.lexists(final) and not is_abandoned(root, name, origin):
             _refuse_published(final)
             remove_checkpoint(root, name, fs=fs)
@@ -160,7 +162,9 @@ def abandon(temp: Path, *, fs: FileSystem = LOCAL) -> None:
 def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSystem = LOCAL) -> tuple[str, ...]:
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
-    A killed save of a step that is never saved again would otherwise hold its space for ever.
+    A killed save of a step that is never saved again would otherwise hold its space for ever. What a process that is
+    alive is saving, as its lock tells, is no leftover; nor are components that stand alone (``.saving-model``), which
+    their own next save sees to.
 
     Args:
         root: Directory of the checkpoints; it need not exist.
@@ -170,13 +174,27 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSyste
     Returns:
         The names that were deleted.
     """
-    busy = {path.name for path in active}
+    busy = {published_name(path.name) for path in active}
+    gone: list[str] = []
     with storage_errors(root):
-        names = sorted(os.listdir(root)) if root.is_dir() else []
-        gone = tuple(name for name in names if (is_temporary(name) or is_doomed(name)) and name not in busy)
-        for name in gone:
-            fs.remove_tree(root / name)
-    return gone
+        found: dict[str, list[str]] = {}
+        for entry in sorted(os.listdir(root)) if root.is_dir() else []:
+            name = leftover_of(entry)
+            if name is not None and name not in busy and parse_checkpoint_name(name) is not None:
+                found.setdefault(name, []).append(entry)
+        for name, entries in found.items():
+            try:
+                mine = claim(root, name)
+            except CheckpointBusyError:
+                continue
+            try:
+                for entry in entries:
+                    if entry != mine.path.name:
+                        fs.remove_tree(root / entry)
+                        gone.append(entry)
+            finally:
+                mine.release()
+    return tuple(gone)
 
 
 def remove_checkpoint(root: Path, *names: str, fs: FileSystem = LOCAL) -> None:
@@ -195,20 +213,26 @@ def remove_checkpoint(root: Path, *names: str, fs: FileSystem = LOCAL) -> None:
             fs.remove_tree(root / doomed_name(name))
 
 
-def _make_root(root: Path, fs: FileSystem) -> None:
-    missing = []
-    path = root
-    while not os.path.lexists(path):
-        missing.append(path)
-        path = path.parent
-    for directory in reversed(missing):
-        try:
-            fs.make_directory(directory)
-        except FileExistsError:
-            # Somebody else (a logger, say) wanted the same root.
-            if not directory.is_dir():
-                raise
-        fs.fsync_path(directory.parent)
+def make_root(root: Path, *, fs: FileSystem = LOCAL) -> None:
+    """Make the directory of the checkpoints, durably, where it does not exist; one rank calls.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    with storage_errors(root):
+        missing = []
+        path = root
+        while not os.path.lexists(path):
+            missing.append(path)
+            path = path.parent
+        for directory in reversed(missing):
+            try:
+                fs.make_directory(directory)
+            except FileExistsError:
+                # Somebody else (a logger, say) wanted the same root.
+                if not directory.is_dir():
+                    raise
+            fs.fsync_path(directory.parent)
 
 
 def _refuse_published(final: Path) -> None:

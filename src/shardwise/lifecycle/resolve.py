@@ -10,6 +10,7 @@ data, is decided by ``LATEST``, which is set by publication and always comes fir
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -19,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, ShardwiseError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
-from shardwise.lifecycle.filesystem import read_small_file, storage_errors
+from shardwise.format.manifest import read_manifest
+from shardwise.lifecycle.filesystem import read_note, storage_errors
 from shardwise.lifecycle.lineage import Lineage, read_lineage
 from shardwise.lifecycle.names import (
     LATEST,
@@ -32,7 +34,7 @@ from shardwise.lifecycle.names import (
     is_temporary,
     parse_checkpoint_name,
 )
-from shardwise.lifecycle.pointers import announced, read_pointer
+from shardwise.lifecycle.pointers import announced, linked_checkpoint, read_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class CheckpointInfo:
         metrics: Finite numbers of its ``losses.json``.
         measurable: Its ``losses.json`` is absent or what it should be; of a damaged one nobody knows what it said.
         lineage: Where it came from; ``None`` where it was saved without one, by another tool or an older release.
+        linked: It is a link to a directory elsewhere.
     """
 
     name: str
@@ -63,6 +66,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     measurable: bool = True
     lineage: Lineage | None = None
+    linked: bool = False
 
     @property
     def order(self) -> tuple[int, int]:
@@ -87,8 +91,8 @@ class ResolvedCheckpoint:
     Attributes:
         path: Its directory.
         name: Last component of ``path``.
-        epoch: From the name, also in the forms that other tools use, or of a copy with another name from its lineage;
-            ``None`` where neither tells.
+        epoch: From the name, also in the forms that other tools use, or of a copy with another name from its lineage or
+            manifest; ``None`` where none tells.
         step: Likewise.
         verifiable: It has a manifest.
         metrics: Finite numbers of its ``losses.json``.
@@ -105,17 +109,24 @@ class ResolvedCheckpoint:
 def is_verifiable(directory: Path) -> bool:
     """Whether the directory holds a manifest, which is what a save writes last."""
     try:
-        return stat.S_ISREG(os.lstat(directory / MANIFEST_NAME).st_mode)
+        return stat.S_ISREG(os.stat(directory / MANIFEST_NAME).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def is_complete(directory: Path) -> bool:
     """Whether the directory may be resumed from.
 
-    It has a manifest, or is another tool's: a ``model/`` with something in it, or DCP's ``.metadata``, written last.
+    It has a manifest, or is another tool's: a ``model/`` with something in it, or DCP's ``.metadata``, written last. A
+    manifest that is a link to what is not there is one all the same: its content lies elsewhere (git-annex) and has to
+    be fetched, and nothing says that the save was interrupted.
     """
-    if is_verifiable(directory) or (directory / DCP_METADATA_NAME).is_file():
+    has_manifest = is_verifiable(directory) or (directory / MANIFEST_NAME).is_symlink()
+    if has_manifest or (directory / DCP_METADATA_NAME).is_file():
         return True
     try:
         return any(os.scandir(directory / "model"))
@@ -126,7 +137,8 @@ def is_complete(directory: Path) -> bool:
 def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
     """Every directory of the root with a checkpoint's name, oldest first; a root that does not exist has none.
 
-    Links are pointers and not checkpoints, whatever they are called.
+    A link to a directory elsewhere counts as the checkpoint that it is called (`linked_checkpoint`); any other link is
+    a pointer, whatever it is called.
 
     Raises:
         StorageError: The root is a file, or cannot be read.
@@ -139,13 +151,18 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             return ()
         for entry in entries:
             numbers = parse_checkpoint_name(entry.name)
-            if numbers is None or not entry.is_dir(follow_symlinks=False):
-                continue
             directory = root / entry.name
+            linked = linked_checkpoint(root, entry.name)
+            if numbers is None or not (entry.is_dir(follow_symlinks=False) or linked):
+                continue
             complete, verifiable = is_complete(directory), is_verifiable(directory)
             metrics, lineage = _metrics(directory), read_lineage(directory)
             measurable = metrics is not None
-            found.append(CheckpointInfo(entry.name, *numbers, complete, verifiable, metrics or {}, measurable, lineage))
+            found.append(
+                CheckpointInfo(
+                    entry.name, *numbers, complete, verifiable, metrics or {}, measurable, lineage, linked=linked
+                )
+            )
     return tuple(sorted(found, key=lambda info: info.order))
 
 
@@ -163,7 +180,7 @@ def read_metrics(directory: Path) -> dict[str, float]:
 def _metrics(directory: Path) -> dict[str, float] | None:
     """As `read_metrics`; ``None`` where something stands there that cannot be read."""
     path = directory / METRICS_NAME
-    data = read_small_file(path, _METRICS_LIMIT)
+    data = read_note(directory, METRICS_NAME, _METRICS_LIMIT)
     if data is None:
         return None if os.path.lexists(path) else {}
     try:
@@ -260,7 +277,7 @@ def _named(root: Path, text: str) -> ResolvedCheckpoint:
     if not text.strip():
         raise CheckpointNotFoundError("restore_from is empty", path=root, hint=_what_is_there(root))
     if name and os.sep not in name and name not in (".", ".."):
-        target = read_pointer(root, name)
+        target = None if linked_checkpoint(root, name) else read_pointer(root, name)
         if target is not None:
             return _checked(root, root / target, f"The pointer {name} leads to {target}, which")
         if os.path.lexists(root / name):
@@ -307,9 +324,22 @@ def _describe(directory: Path) -> ResolvedCheckpoint:
     epoch, step = numbers or (None, None)
     if lineage is not None:  # a copy under another name
         epoch, step = lineage.epoch, lineage.step
-    elif numbers is None and not is_verifiable(directory):
-        epoch, step = foreign_numbers(directory.name)
+    elif numbers is None:
+        epoch, step = _recorded_numbers(directory) if is_verifiable(directory) else foreign_numbers(directory.name)
     return ResolvedCheckpoint(directory, directory.name, epoch, step, is_verifiable(directory), read_metrics(directory))
+
+
+def _recorded_numbers(directory: Path) -> tuple[int | None, int | None]:
+    """Epoch and step by the manifest, of a copy under another name that was saved before there were lineages."""
+    if not is_verifiable(directory):
+        return None, None
+    try:
+        info = read_manifest(directory / MANIFEST_NAME).info
+    except ShardwiseError as error:
+        logger.warning("%s does not tell the step: %s", directory, error)
+        return None, None
+    epoch, step = info.get("epoch"), info.get("step")
+    return epoch if type(epoch) is int else None, step if type(step) is int else None
 
 
 def _what_is_there(root: Path) -> str:

@@ -11,7 +11,7 @@ from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.lifecycle.lineage import branch_point, line_of
-from shardwise.lifecycle.names import is_doomed
+from shardwise.lifecycle.names import is_doomed, leftover_of, parse_checkpoint_name
 from shardwise.lifecycle.pointers import announced, pointers
 from shardwise.lifecycle.publish import remove_checkpoint
 from shardwise.lifecycle.resolve import CheckpointInfo, list_checkpoints, newest
@@ -90,7 +90,8 @@ def select_doomed(
 
     Never deleted: what a pointer names; the newest complete checkpoint; the newest complete one of the line that has a
     manifest (another tool's directory may be a save still under way); an incomplete directory (it is not known to be
-    ours); with ``policy.best``, one whose metrics are damaged. That `lacks_metric` is for the caller to see to.
+    ours); one that is a link to a directory elsewhere, which takes no room here; with ``policy.best``, one whose
+    metrics are damaged. That `lacks_metric` is for the caller to see to.
     """
     if policy.max_recent is None:
         return ()
@@ -98,7 +99,7 @@ def select_doomed(
     known = {info.name: info for info in complete}
     line = present_line(complete)
     present = [info for info in complete if info.name in set(line)]
-    kept = {*line[: policy.max_recent], *pointed}
+    kept = {*line[: policy.max_recent], *pointed, *(info.name for info in complete if info.linked)}
     last_verifiable = newest([info for info in present if info.verifiable])
     if last_verifiable is not None:
         kept.add(last_verifiable.name)
@@ -135,7 +136,9 @@ def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str
     """
     refusals: list[StorageError] = []
     with storage_errors(root):
-        leftovers = sorted(path for path in root.iterdir() if is_doomed(path.name)) if root.is_dir() else []
+        # Of a component that stands alone the only copy may have such a name; its own next save sees to it.
+        found = [path for path in root.iterdir() if is_doomed(path.name)] if root.is_dir() else []
+        leftovers = sorted(path for path in found if parse_checkpoint_name(leftover_of(path.name) or "") is not None)
     for leftover in leftovers:
         try:
             with storage_errors(leftover):

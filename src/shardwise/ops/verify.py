@@ -228,7 +228,7 @@ def _is_read(relative: str) -> bool:
         return False
     top = path.parts[0] if len(path.parts) > 1 else ""
     if path.name.endswith((".safetensors", _INDEX_SUFFIX, ".distcp")) or path.name == ".metadata":
-        return top in ("model", "optim", "rng", "extra", "consolidated", "")
+        return top in ("model", "model_ema", "optim", "rng", "extra", "consolidated", "")
     return top in _STATE_DIRS and path.suffix == ".json"
 
 

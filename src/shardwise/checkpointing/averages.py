@@ -1,0 +1,149 @@
+"""A second model in a checkpoint: the moving average of the first, saved and exported as the first is.
+
+It stands in ``model_ema/`` as the model stands in ``model/``, under the same names. What a wrapper such as torch's
+``AveragedModel`` keeps beside the model, ``n_averaged`` above all, is in ``model_ema/averaging``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from shardwise.checkpointing.restoring import Undos
+from shardwise.comm import Group
+from shardwise.engine.jobs import Step
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import has_state, read_state, write_state
+from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.io.statefiles import pack_state
+from shardwise.io.storage import Storage
+from shardwise.stateful_wrappers.names import unwrap
+
+MODEL_EMA = "model_ema"
+_AVERAGING = "averaging"
+_INSIDE = "module."
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """An averaged model, without what wraps it.
+
+    Attributes:
+        model: The model, or this rank's pipeline stages.
+        beside: What the wrapper keeps beside it, by name, sharing its memory; nothing where there is no wrapper.
+    """
+
+    model: nn.Module | list[nn.Module]
+    beside: Mapping[str, torch.Tensor]
+
+    @staticmethod
+    def of(ema: nn.Module | Sequence[nn.Module]) -> Average:
+        """Take the wrappers off. Local.
+
+        Raises:
+            MisuseError: A wrapper keeps what is no plain tensor.
+        """
+        parts = [ema] if isinstance(ema, nn.Module) else list(ema)
+        beside: dict[str, torch.Tensor] = {}
+        models = []
+        for part in parts:
+            wrapper = unwrap(part)
+            if not isinstance(wrapper, AveragedModel):
+                models.append(part)
+                continue
+            models.append(wrapper.module)
+            for name, value in (*wrapper.named_parameters(), *wrapper.named_buffers()):
+                if name.startswith(_INSIDE):
+                    continue
+                if type(value) not in (torch.Tensor, nn.Parameter):
+                    raise MisuseError(
+                        f"the wrapper of the averaged model keeps {name!r} as {type(value).__name__}",
+                        hint="Pass the averaged model itself as ema, and the rest as extra_state.",
+                    )
+                beside[name] = value.detach()
+        return Average(models[0] if isinstance(ema, nn.Module) else models, beside)
+
+    def capture(self, directory: Path, storage: Storage) -> list[Step]:
+        """Pack now what the wrappers keep; returns what is left to do. Local.
+
+        Args:
+            directory: The average's directory.
+            storage: Where it goes.
+        """
+        packed = pack_state(dict(self.beside)) if self.beside else {}
+
+        def write(group: Group) -> ComponentRecord:
+            record = ComponentRecord()
+            with group.together("writing what is kept of the averaging"):
+                if packed and group.is_main:
+                    own = directory / _AVERAGING  # apart: files of tensors beside a model's would be taken for its own
+                    storage.make_directory(own)
+                    record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
+                    storage.sync_directory(own)
+            return record
+
+        return [write]
+
+    def find(self, directory: Path) -> FoundAveraging:
+        """Read what was saved of the wrappers, and compare it. Local; nothing is changed.
+
+        Raises:
+            CheckpointNotFoundError: The checkpoint has no average, or nothing of its wrapper.
+            StateFormatError: It is damaged, or of another wrapper.
+        """
+        if not directory.is_dir():
+            raise CheckpointNotFoundError(
+                "the checkpoint was saved without an ema",
+                path=directory,
+                hint="Restore without ema and start the average from the model, or choose a checkpoint that has one.",
+            )
+        stem = directory / _AVERAGING / _AVERAGING
+        if not self.beside:
+            return FoundAveraging({}, {})
+        if not has_state(stem):
+            raise CheckpointNotFoundError(
+                f"the checkpoint has no {min(self.beside)} of the averaged model: it was saved without a wrapper",
+                path=stem.with_name(f"{_AVERAGING}.json"),
+                hint="Restore into the averaged model itself (averaged.module) and set the count by hand.",
+            )
+        saved = read_state(stem)
+        if not isinstance(saved, dict) or not all(isinstance(each, torch.Tensor) for each in saved.values()):
+            raise StateFormatError("this is not what an averaged model keeps", path=f"{stem}.json")
+        for name, value in self.beside.items():
+            if name not in saved or saved[name].shape != value.shape:
+                raise StateFormatError(
+                    f"the checkpoint's {name} is not what the averaged model has",
+                    path=f"{stem}.json",
+                    hint="Build the averaged model as it was when the checkpoint was saved.",
+                )
+        return FoundAveraging(self.beside, saved)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAveraging:
+    """What wrappers keep, and what is to be put there.
+
+    Attributes:
+        beside: Their tensors.
+        saved: The saved values.
+    """
+
+    beside: Mapping[str, torch.Tensor]
+    saved: Mapping[str, torch.Tensor]
+
+    def take_in(self, undos: Undos) -> None:
+        """Put the values in place. Local."""
+        had = {name: value.clone() for name, value in self.beside.items()}
+
+        def put(values: Mapping[str, torch.Tensor]) -> None:
+            with torch.no_grad():
+                for name, value in self.beside.items():
+                    value.copy_(values[name])
+
+        undos.add("the averaged model's count", lambda: put(had))
+        put(self.saved)

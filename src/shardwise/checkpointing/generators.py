@@ -1,0 +1,136 @@
+"""The random number generators of a process: torch's of CPU and devices, Python's, and numpy's if it is in use."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+
+
+class DeviceGenerators(Protocol):
+    """The default generators of one kind of accelerator, as ``torch.cuda`` and its likes have them."""
+
+    def device_count(self) -> int:
+        """Number of devices that the process sees."""
+        ...
+
+    def current_device(self) -> int:
+        """Number of the current one."""
+        ...
+
+    def get_rng_state(self, device: int) -> torch.Tensor:
+        """The state of one device's generator."""
+        ...
+
+    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
+        """Set one device's generator."""
+        ...
+
+
+def of_accelerator() -> tuple[str, DeviceGenerators] | None:
+    """The kind of the accelerator that the process uses, and its generators; ``None`` without one."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return None
+    module = torch.get_device_module(device)
+    has_all = all(hasattr(module, name) for name in ("device_count", "get_rng_state", "set_rng_state"))
+    if not has_all:
+        return None
+    return device.type, cast(DeviceGenerators, module if hasattr(module, "current_device") else _Single(module))
+
+
+class _Single:
+    """Generators of a kind of which there is one device (``torch.mps``)."""
+
+    def __init__(self, module: object) -> None:
+        self._module = cast(DeviceGenerators, module)
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_rng_state(self, device: int) -> torch.Tensor:
+        return self._module.get_rng_state()  # type: ignore[call-arg]
+
+    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
+        self._module.set_rng_state(new_state)  # type: ignore[call-arg]
+
+
+class RandomState:
+    """The generators, with their state.
+
+    Args:
+        devices: The kind of accelerator with its generators; what torch says by default.
+    """
+
+    def __init__(self, devices: tuple[str, DeviceGenerators] | None = None) -> None:
+        self._devices = devices or of_accelerator()
+
+    def state_dict(self) -> dict[str, object]:
+        """The generators' states."""
+        state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if self._devices is not None:
+            state["accelerator"] = self._of_devices(*self._devices)
+        if "numpy" in sys.modules:
+            import numpy as np
+
+            state["numpy"] = np.random.get_state()
+        return state
+
+    @staticmethod
+    def _of_devices(kind: str, module: DeviceGenerators) -> dict[str, object]:
+        current = module.current_device()
+        found: dict[str, object] = {"kind": kind, "state": module.get_rng_state(current)}
+        others = [number for number in range(module.device_count()) if number != current and _is_used(module, number)]
+        if others:
+            # Only then: without them ranks whose generators agree have the same state, which is restored anywhere.
+            found |= {"current": current, "others": {number: module.get_rng_state(number) for number in others}}
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Set the generators.
+
+        The current device takes the state of the one that was current, and the others of theirs what they had.
+
+        Raises:
+            ValueError: There is the state of a device that this process does not see, or another one is current.
+        """
+        torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
+        random.setstate(cast(tuple[object, ...], state_dict["python"]))
+        self._set_devices(state_dict)
+        if "numpy" in state_dict:
+            import numpy as np
+
+            np.random.set_state(cast("tuple[str, np.ndarray[tuple[int], np.dtype[np.uint32]], int, int, float]",
+                                     state_dict["numpy"]))  # fmt: skip
+
+    def _set_devices(self, state: Mapping[str, object]) -> None:
+        if self._devices is None:
+            return
+        kind, module = self._devices
+        if "cuda" in state and kind == "cuda":  # as older releases saved it
+            module.set_rng_state(cast(torch.Tensor, state["cuda"]), module.current_device())
+        saved = state.get("accelerator")
+        if not isinstance(saved, Mapping) or saved["kind"] != kind:
+            return
+        current = module.current_device()
+        others = cast(Mapping[int, torch.Tensor], saved.get("others", {}))
+        if others and (saved["current"] != current or max(others) >= module.device_count()):
+            raise ValueError(
+                f"generators of {kind} devices {sorted(others)} were saved beside that of {saved['current']}; now "
+                f"{current} of {module.device_count()} is current"
+            )
+        module.set_rng_state(cast(torch.Tensor, saved["state"]), current)
+        for number, each in others.items():
+            module.set_rng_state(each, number)
+
+
+def _is_used(module: object, device: int) -> bool:
+    """Whether this process has memory on a device, as far as its kind tells; a rank of many leaves the others alone."""
+    reserved = getattr(module, "memory_reserved", None)
+    return not callable(reserved) or bool(reserved(device))

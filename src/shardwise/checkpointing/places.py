@@ -1,0 +1,154 @@
+"""Whether the ranks write into one and the same directory, seen from rank 0 before anything is published.
+
+A time stamp in ``checkpoint_dir`` or node-local disks give every rank a directory of its own, in which all of its
+writing succeeds. Two things are looked at, neither of which costs an exchange:
+
+1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
+2. rank 0 sees every file that any rank wrote, with its size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import ConfigError, StorageError
+from shardwise.format.manifest import FileRecord
+from shardwise.lifecycle import claimed_by
+
+_HINT = (
+    "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
+    "name, no disk of one node's own."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank finds the root.
+
+    Attributes:
+        host: Its machine.
+        path: The resolved path there.
+        identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
+    """
+
+    host: str
+    path: str
+    identity: tuple[int, int] | None
+
+    @staticmethod
+    def own(root: Path) -> Place:
+        """This rank's."""
+        path = os.path.realpath(root)
+        try:
+            info = os.stat(path)
+        except OSError:
+            return Place(socket.gethostname(), path, None)
+        return Place(socket.gethostname(), path, (info.st_dev, info.st_ino))
+
+    def to_json(self) -> JsonValue:
+        """To be told to other ranks."""
+        return [self.host, self.path, None if self.identity is None else list(self.identity)]
+
+    @staticmethod
+    def from_json(told: JsonValue) -> Place:
+        """What `to_json` gave on another rank."""
+        host, path, identity = cast(tuple[str, str, list[int] | None], told)
+        return Place(host, path, None if identity is None else (identity[0], identity[1]))
+
+    def is_another(self, other: Place) -> bool:
+        """Whether the two are certainly not one directory; on different machines nobody can say from outside."""
+        if self.path == other.path or self.host != other.host:
+            return False
+        return self.identity is None or self.identity != other.identity
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.host}"
+
+
+def check_places(places: Sequence[Place]) -> None:
+    """Check that the ranks of one machine name one directory.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    for rank, place in enumerate(places):
+        first = next(number for number, other in enumerate(places) if other.host == place.host)
+        if places[first].is_another(place):
+            raise ConfigError(
+                f"checkpoint_dir is {places[first].path} on rank {first} and {place.path} on rank {rank}",
+                hint=_HINT,
+            )
+
+
+def check_claim(directory: Path, name: str, token: str, group: Group, places: Sequence[Place]) -> None:
+    """Check that this rank sees the claim of rank 0's run. Local.
+
+    Args:
+        directory: Where ``name`` is saved.
+        name: What is saved.
+        token: The run's.
+        group: The ranks that save together.
+        places: Where each finds the root.
+
+    Raises:
+        StorageError: It does not.
+    """
+    found = claimed_by(directory, name)
+    if found != token:
+        seen = "another run is saving there" if found else "rank 0's save is not to be seen there"
+        raise StorageError(
+            f"rank {group.global_rank} writes {name} into {directory}, below {places[group.rank]}, and {seen}; rank 0 "
+            f"writes below {places[0]}",
+            path=directory,
+            hint=_HINT,
+        )
+
+
+def check_seen(
+    directory: Path, files: Iterable[FileRecord], told: Sequence[JsonValue], places: Sequence[Place]
+) -> None:
+    """Check that the files of a save are in a directory, with their sizes. Rank 0 calls.
+
+    Args:
+        directory: The unfinished save.
+        files: What all ranks together wrote.
+        told: What each rank has told of what it wrote.
+        places: Where each finds the root.
+
+    Raises:
+        StorageError: One is not there, or of another size.
+    """
+    for file in files:
+        path = directory / file.path
+        try:
+            size = os.stat(path).st_size
+        except FileNotFoundError:
+            size = None
+        except OSError as error:
+            raise StorageError.from_os(error, path=path) from error
+        if size != file.size:
+            rank = _writer(path.name, told)
+            sees = "does not see it" if size is None else f"sees {size:,} bytes"
+            who = f"rank {rank} wrote below {places[rank]}" if rank is not None else "it was written"
+            raise StorageError(
+                f"{who} {file.size:,} bytes of {file.path}, and rank 0, below {places[0]}, {sees}",
+                path=path,
+                rank=rank,
+                hint=_HINT,
+            )
+
+
+def _writer(name: str, told: Sequence[JsonValue]) -> int | None:
+    """The rank that told of a file, others than rank 0 first."""
+    numbered = list(enumerate(told))
+    for rank, row in [*numbered[1:], *numbered[:1]]:
+        if name in json.dumps(row):
+            return rank
+    return None

@@ -1,0 +1,148 @@
+"""With what every call of the checkpointer begins: the ranks find out that they make the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.background import Background
+from shardwise.errors import MisuseError, ShardwiseError
+
+
+def check_same_call(
+    call: str,
+    look: Callable[[], str],
+    given: Mapping[str, bool],
+    group: Group,
+    note: JsonValue = None,
+) -> list[JsonValue]:
+    """Check that the ranks ask for the same: which call, with which arguments, for what. All ranks call.
+
+    It is the first exchange of every call, so that one that meets another is named at once.
+
+    Args:
+        call: The method with what tells one call from another, as a message has it: ``save(epoch_0_step_1)``.
+        look: Looks at this rank's arguments, and tells what is saved; the same text on every rank where it is not for
+            the caller to say. What it raises on one rank is raised on all.
+        given: Arguments that decide which messages travel, as a message names them -> whether they were passed.
+        group: The ranks that save or load together.
+        note: Something else that every rank is to know.
+
+    Returns:
+        The note of each rank.
+
+    Raises:
+        MisuseError: They differ.
+    """
+    names = sorted(key for key, is_given in given.items() if is_given)
+    with group.coming(call):
+        told = group.gather(
+            lambda: [call, look(), cast(JsonValue, names), note], "looking at what is to be saved or loaded"
+        )
+    everyone = cast(list[tuple[str, str, list[str], JsonValue]], told)
+    _, first, passed, _ = everyone[0]
+    for rank, (theirs, _, _, _) in enumerate(everyone):
+        if _method(theirs) != _method(everyone[0][0]):
+            raise MisuseError(
+                f"rank 0 calls {everyone[0][0]} and rank {rank} calls {theirs}",
+                hint="Call the same methods on every rank, in the same order.",
+            )
+    for rank, (_, theirs, they_passed, _) in enumerate(everyone):
+        if theirs != first:
+            raise MisuseError(
+                f"rank 0 saves {first} and rank {rank} saves {theirs}",
+                hint="Count epochs and steps alike on every rank.",
+            )
+        if they_passed != passed:
+            odd = sorted({*passed} ^ {*they_passed})[0]
+            has, lacks = (0, rank) if odd in passed else (rank, 0)
+            raise MisuseError(
+                f"{odd} was passed on rank {has} and not on rank {lacks}",
+                hint="Pass the same arguments on every rank; a rank without stages passes empty lists.",
+            )
+    return [note for _, _, _, note in everyone]
+
+
+def _method(call: str) -> str:
+    return call.partition("(")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Whether a save is made, and what became of the one before it.
+
+    Attributes:
+        skipped: It is not: the last one is still being written, and the settings say that it need not wait.
+        earlier: What failed in the last one, on any rank; the same on every rank.
+    """
+
+    skipped: bool = False
+    earlier: ShardwiseError | None = None
+
+    @contextmanager
+    def telling(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
+        """Make a save, and then raise what failed in the one before it.
+
+        A user who is told of a lost checkpoint wants the next one more than ever, so it comes first, and is durable
+        before anything is raised.
+
+        Args:
+            what: The save that is made.
+            wait: Returns when it is durable and published.
+
+        Raises:
+            ShardwiseError: What failed in the one before.
+        """
+        earlier = self.earlier
+        try:
+            yield
+            if earlier is not None:
+                wait()
+        except ShardwiseError as error:
+            if earlier is not None:
+                error.add_note(f"Before that, {earlier}")
+            raise
+        if earlier is not None:
+            made = f"This one, of {what}, was made all the same and is published."
+            earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
+            raise earlier
+
+
+def own_state(background: Background | None, waits: bool) -> JsonValue:
+    """What the others are to know of this rank's background before a save: is it busy, has it failed. Local.
+
+    Args:
+        background: Where there is one.
+        waits: Whether to wait for the save that is being written.
+    """
+    if background is None:
+        return [False, False, None]
+    if background.busy and not waits:
+        return [True, False, None]
+    failure = background.outcome()
+    return [False, background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
+
+
+def take_turn(states: list[JsonValue]) -> Turn:
+    """Decide from every rank's state, the same on every rank.
+
+    Raises:
+        ShardwiseError: What failed in the last save, where the ranks' background has broken, so that it cannot write
+            another one.
+    """
+    everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
+    records = [record for _, _, record in everyone if record is not None]
+    earlier = None
+    if records:
+        earlier = ShardwiseError.from_record(records[0])
+        earlier.message = f"an earlier save failed in the background: {earlier.message}"
+        earlier.args = (earlier.message,)
+    if any(is_broken for _, is_broken, _ in everyone):
+        if earlier is None:
+            earlier = MisuseError("the ranks have lost touch in an earlier save", hint="Restart the job.")
+        earlier.message += "; its ranks have lost touch, and the save that was asked for now was not made"
+        raise earlier
+    return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)

@@ -1,0 +1,54 @@
+"""Collectives on a process group itself.
+
+``torch.distributed``'s functions look a group up in torch's registry first, which ``destroy_process_group()`` empties.
+A group's own methods need no registry: a save that is still being written in the background when a training script
+destroys its groups goes on to its end, since the connections live as long as the group does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def all_gather(group: dist.ProcessGroup, gathered: Sequence[torch.Tensor], own: torch.Tensor) -> None:
+    """Fill ``gathered`` with every rank's tensor, in rank order."""
+    group.allgather([list(gathered)], [own]).wait()
+
+
+def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> None:
+    """Give every rank what rank ``source`` of the group has."""
+    options = dist.BroadcastOptions()
+    options.rootRank = source
+    options.rootTensor = 0
+    group.broadcast([tensor], options).wait()
+
+
+def all_reduce(group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp) -> None:
+    """Combine every rank's tensor, element by element, in place."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = how
+    group.allreduce([tensor], options).wait()
+
+
+def all_to_all(
+    group: dist.ProcessGroup,
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    received_counts: Sequence[int] = (),
+    sent_counts: Sequence[int] = (),
+) -> None:
+    """Give each rank a part of this rank's tensor, in rank order; equal parts where no counts are given."""
+    group.alltoall_base(received, sent, list(received_counts), list(sent_counts)).wait()
+
+
+def send(group: dist.ProcessGroup, tensor: torch.Tensor, to: int) -> dist.Work:
+    """Begin to send to rank ``to`` of the group; the result is waited for."""
+    return group.send([tensor], to, 0)
+
+
+def receive(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> dist.Work:
+    """Begin to receive from rank ``source`` of the group; the result is waited for."""
+    return group.recv([tensor], source, 0)

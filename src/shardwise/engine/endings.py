@@ -1,0 +1,103 @@
+"""How a process ends that still has a save in the background: the save is finished, or its loss is an error.
+
+A training script may return from its last line, raise, or call ``sys.exit`` without `Checkpointer.finalize`. The
+interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and nobody
+is left to whom a failure could be raised. So saves that nobody has waited for yet are known here, and
+
+1. before executors close, the interpreter waits for them;
+2. at the very end, one that has failed is logged as an error, and the process ends with a code other than 0.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures.thread  # noqa: F401 - what it registers has to be registered first, to run last
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+
+_LOG = logging.getLogger(__name__)
+
+#: Exit code of a process that has lost a save.
+LOST_EXIT_CODE = 1
+
+
+@dataclass(eq=False)
+class PendingSave:
+    """A save in the background, until somebody has waited for it.
+
+    Attributes:
+        what: What is saved, for messages.
+        thread: Writes it.
+        failure: What failed in it.
+    """
+
+    what: str
+    thread: threading.Thread | None = None
+    failure: BaseException | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is still being written on this rank."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def join(self) -> None:
+        """Return when it is over, in one way or the other."""
+        if self.thread is not None:
+            self.thread.join()
+
+
+_untold: set[PendingSave] = set()
+
+
+def remember(save: PendingSave) -> None:
+    """Take care of a save until `forget` is called, or the process ends."""
+    _watch_the_end()
+    _untold.add(save)
+
+
+def forget(save: PendingSave) -> None:
+    """Its outcome is known to the caller of the library."""
+    _untold.discard(save)
+
+
+@functools.cache
+def _watch_the_end() -> None:
+    atexit.register(_report)
+    os.register_at_fork(after_in_child=_untold.clear)  # a data loader's worker has no thread that writes
+    # Those of `atexit` run only when every thread has ended, and executors close before.
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with contextlib.suppress(RuntimeError):  # the interpreter is on its way out already
+            register(_finish)
+
+
+def _finish() -> None:
+    for save in list(_untold):
+        if save.is_running:
+            _LOG.info("waiting for a save before the process ends: %s", save.what)
+        save.join()
+
+
+def _report() -> None:
+    lost = [save for save in _untold if save.failure is not None or save.is_running]
+    if not lost:
+        return
+    for save in lost:
+        why = "it was not finished" if save.failure is None else f"{save.failure}"
+        _LOG.error(
+            "LOST: %s, in the background, and the process ends without having been told: %s. Call finalize() before "
+            "the end, or use the checkpointer in a with statement, to have this raised.",
+            save.what,
+            why,
+        )
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    # Nothing that is raised from here changes the exit code, and 0 would say that all went well.
+    os._exit(LOST_EXIT_CODE)

@@ -1,0 +1,171 @@
+"""Who is saving: a lock beside an unfinished save, held as long as its process lives.
+
+What an interrupted save left and what another checkpointer is writing have the same kind of name. They are told apart
+by who is alive. Whoever writes ``.saving-NAME`` holds a lock on ``.owner-NAME``, which the system releases when the
+process ends in whatever way, on this machine or, where the file system passes locks on (NFS, Lustre with ``flock``),
+on another. The file says which host and process it is, for people. It is gone once the save is over, and never part of
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardwise.errors import CheckpointBusyError
+from shardwise.lifecycle.filesystem import read_small_file, storage_errors
+from shardwise.lifecycle.names import owner_name
+
+_LIMIT = 4096
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+#: How long one waits for another process that is publishing in the same root: some renames, and deletions.
+_PUBLISHING_SECONDS = 600.0
+_LOOK_SECONDS = 0.05
+
+
+class Claim:
+    """The right to write an unfinished save, until it is released or the process ends.
+
+    Args:
+        path: The file that is locked.
+        handle: It, open; ``None`` once it is released.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self.path = path
+        self._handle: int | None = handle
+        _claims.add(self)
+
+    def release(self) -> None:
+        """Remove the file and the lock. Safe to call twice."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        # Before the lock goes: whoever locks a file that has lost its name sees that and begins again.
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        os.close(handle)
+
+    def _disown(self) -> None:
+        """In a forked child: the lock is the parent's, and ends with it."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+
+_claims: weakref.WeakSet[Claim] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    for claim in list(_claims):
+        claim._disown()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+def claim(root: Path, name: str, token: str = "") -> Claim:
+    """Claim the unfinished save of ``name``; one rank calls, before it makes or removes anything of it.
+
+    Args:
+        root: The directory that holds it; it exists.
+        name: The name under which it is to be published.
+        token: What tells this run, for other ranks that look whether they see the same directory.
+
+    Raises:
+        CheckpointBusyError: A process that is alive has it; the message names its host and number.
+        StorageError: The file system refused.
+    """
+    path = root / owner_name(name)
+    while True:
+        with storage_errors(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        try:
+            with storage_errors(path):
+                if not _locked(handle, path, name):
+                    os.close(handle)
+                    continue
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{socket.gethostname()} {os.getpid()} {token}\n".encode(), 0)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+            raise
+        return Claim(path, handle)
+
+
+def claimed_by(root: Path, name: str) -> str | None:
+    """The token of the process that has claimed ``name``; ``None`` where there is no claim to be seen. Any rank."""
+    _, _, token = _owner(root / owner_name(name))
+    return token
+
+
+@contextlib.contextmanager
+def publishing(root: Path) -> Iterator[None]:
+    """Keep others from publishing in the same root meanwhile; one rank calls.
+
+    Raises:
+        CheckpointBusyError: Another process has been at it for minutes.
+    """
+    deadline = time.monotonic() + _PUBLISHING_SECONDS
+    while True:
+        try:
+            mine = claim(root, "publication")
+            break
+        except CheckpointBusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        mine.release()
+
+
+def _locked(handle: int, path: Path, name: str) -> bool:
+    """Lock the file; false where it has lost its name meanwhile."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        host, pid, _ = _owner(path)
+        # Without locks the file itself is the claim, of a process that can be looked for on this machine only.
+        is_free = error.errno in _NO_LOCKS and (not host or (host == socket.gethostname() and not _exists(pid)))
+        if is_free:
+            return True
+        if error.errno not in _NO_LOCKS and error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise CheckpointBusyError(
+            f"{name} is being saved by process {pid or '?'} on {host or 'an unknown host'}",
+            path=path,
+            hint="Give each run a checkpoint_dir of its own, or wait until that process has saved or ended. If it no "
+            "longer exists, remove this file.",
+        ) from error
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(path: Path) -> tuple[str, int, str | None]:
+    data = read_small_file(path, _LIMIT)
+    parts = [] if data is None else data.decode(errors="replace").split()
+    if len(parts) < 2 or not parts[1].isdecimal():
+        return "", 0, None
+    return parts[0], int(parts[1]), parts[2] if len(parts) > 2 else ""
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -89,8 +89,8 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |\n")
     PAGE.write_text(
         "".join(lines)
-        + "\n-: not tried, or does not run there, whatever is saved: torch 2.13 has no DTensor rules for what Adafactor and Rprop "
-        "compute, transformers' Adafactor mixes tensors and DTensors, and "
+        + "\n-: not tried, or does not run there, whatever is saved: torch 2.13 has no DTensor rules for what "
+        "Adafactor and Rprop compute, transformers' Adafactor mixes tensors and DTensors, and "
         "ZeroRedundancyOptimizer and PostLocalSGDOptimizer are made for DDP. SparseAdam was not tried under FSDP2.\n"
     )
 

@@ -26,6 +26,8 @@ from shardwise import CheckpointingConfig
 from shardwise.errors import ShardwiseError
 
 SINGLE, DDP, FSDP = "single", "ddp", "fsdp"
+#: Flattening a DTensor takes shards of one size.
+_EVEN = (12, 12, 6)
 _RANKS, _WHOLE, _EVERYWHERE = frozenset({DDP}), frozenset({SINGLE, DDP}), frozenset({SINGLE, DDP, FSDP})
 
 
@@ -38,12 +40,14 @@ class Row:
         local: Whether it works on each rank's shard, so that plain states of a shard's shape are parts of a whole.
         runs: The ways of spreading a model with which it works at all.
         package: What has to be installed.
+        sizes: Sizes of the model's layers; odd ones, which shards differ of, where the optimizer works with those.
     """
 
     make: Callable[[nn.Module], object]
     local: bool = False
     runs: frozenset[str] = _EVERYWHERE
     package: str = ""
+    sizes: tuple[int, int, int] = (9, 9, 5)
 
     @property
     def is_here(self) -> bool:
@@ -63,14 +67,14 @@ def _torchs() -> Iterator[tuple[str, Row]]:
         if name == "Muon":
             yield "Muon and AdamW", Row(_muon)
         elif name == "SparseAdam":
-            yield name, Row(_of(cls), runs=frozenset({SINGLE}))
+            yield name, Row(_of(cls), runs=_WHOLE)
         elif name == "LBFGS":
-            yield name, Row(_of(lambda ps, cls=cls: cls(ps, max_iter=2, history_size=3)), runs=_WHOLE)
+            yield name, Row(_of(lambda ps, cls=cls: cls(ps, max_iter=2, history_size=3)), sizes=_EVEN)
         else:
             kwargs = options.get(name, {})
             runs = _WHOLE if name in ("Adafactor", "Rprop") else _EVERYWHERE  # torch 2.13 has no DTensor rules for them
             yield name, Row(_of(lambda ps, cls=cls, kwargs=kwargs: cls(ps, lr=1e-2, **kwargs)), runs=runs)
-    yield "AdamW, amsgrad and capturable state", Row(_of(lambda ps: torch.optim.AdamW(ps, lr=1e-2, amsgrad=True)))
+    yield "AdamW, amsgrad", Row(_of(lambda ps: torch.optim.AdamW(ps, lr=1e-2, amsgrad=True)))
     yield "AdamW, rate a tensor", Row(_of(lambda ps: torch.optim.AdamW(ps, lr=torch.tensor(1e-2), foreach=False)))
 
 
@@ -86,6 +90,11 @@ def _from(package: str, name: str, **options: object) -> Callable[[nn.Module], o
         return cls(list(model.parameters()), **options)
 
     return make
+
+
+def _torchao(name: str) -> Row:
+    # Smaller states are not quantized, and shards of two sizes do not run there.
+    return Row(_from("torchao.optim", name, lr=1e-2, block_size=16), package="torchao", sizes=(1024, 8, 4))
 
 
 def _zero(model: nn.Module) -> object:
@@ -113,15 +122,15 @@ ROWS: dict[str, Row] = {
         lambda model: importlib.import_module("transformers.optimization").Adafactor(list(model.parameters())),
         runs=_WHOLE,
     ),
-    "AdamW8bit (torchao)": Row(_from("torchao.optim", "AdamW8bit", lr=1e-2, block_size=16), package="torchao"),
-    "AdamW4bit (torchao)": Row(_from("torchao.optim", "AdamW4bit", lr=1e-2, block_size=16), package="torchao"),
-    "AdamWFp8 (torchao)": Row(_from("torchao.optim", "AdamWFp8", lr=1e-2, block_size=16), package="torchao"),
+    "AdamW8bit (torchao)": _torchao("AdamW8bit"),
+    "AdamW4bit (torchao)": _torchao("AdamW4bit"),
+    "AdamWFp8 (torchao)": _torchao("AdamWFp8"),
     "AdamWScheduleFree (schedulefree)": Row(
         _from("schedulefree", "AdamWScheduleFree", lr=1e-2), package="schedulefree"
     ),
-    "Prodigy (prodigyopt)": Row(_from("prodigyopt", "Prodigy", slice_p=3), package="prodigyopt"),
+    "Prodigy (prodigyopt)": Row(_from("prodigyopt", "Prodigy", slice_p=3), package="prodigyopt", sizes=_EVEN),
     "schedule-free, layout": Row(_of(layouts.ScheduleFree)),
-    "Prodigy, layout": Row(_of(layouts.Prodigy), runs=_WHOLE),
+    "Prodigy, layout": Row(_of(layouts.Prodigy), sizes=_EVEN),
     "Lion, layout": Row(_of(layouts.Lion)),
     "MADGRAD, layout": Row(_of(layouts.Madgrad)),
     "SOAP, layout": Row(_of(layouts.Soap)),
@@ -133,7 +142,7 @@ ROWS: dict[str, Row] = {
     "state that is a tensor; tuple keys": Row(_of(layouts.Raw)),
     "ZeroRedundancyOptimizer": Row(_zero, runs=_RANKS),
     "PostLocalSGDOptimizer": Row(_local_sgd, runs=_RANKS),
-    "AcceleratedOptimizer (accelerate)": Row(_accelerates, runs=_WHOLE, package="accelerate"),
+    "AcceleratedOptimizer (accelerate)": Row(_accelerates, package="accelerate"),
     "container (torchtitan's form)": Row(layouts.Container),
     "Lookahead": Row(_of(layouts.lookahead)),
     "averaged weights, no Optimizer": Row(_of(layouts.averaged)),
@@ -147,9 +156,8 @@ def build(name: str, spread: str) -> tuple[nn.Module, object]:
     """A model and its optimizer."""
     torch.manual_seed(0)
     sparse = name == "SparseAdam"
-    # Smaller states are not quantized by torchao, and shards of two sizes do not run there.
-    wide, narrow, out = (1024, 8, 4) if ROWS[name].package == "torchao" else (9, 9, 5)
-    first: nn.Module = nn.EmbeddingBag(12, 9, sparse=True) if sparse else nn.Linear(12, wide)
+    wide, narrow, out = ROWS[name].sizes
+    first: nn.Module = nn.EmbeddingBag(12, wide, sparse=True) if sparse else nn.Linear(12, wide)
     rest = [] if sparse else [nn.Tanh(), nn.Linear(wide, narrow), nn.Tanh(), nn.Linear(narrow, out)]
     model: nn.Module = nn.Sequential(first, *rest)
     if spread == FSDP:

@@ -10,7 +10,8 @@ import pytest
 from shardwise import errors
 
 ROOT = Path(__file__).parent.parent
-_ROW = re.compile(r"\| (?P<situation>.+?) \| (?P<error>`\w+`|\((?:warning|logged)\)) \| (?P<message>.+?) \| `(?P<test>[^`]+)` \|")
+_ERROR = r"`\w+`|\((?:warning|logged)\)"
+_ROW = re.compile(rf"\| (?P<situation>.+?) \| (?P<error>{_ERROR}) \| (?P<message>.+?) \| `(?P<test>[^`]+)` \|")
 _LINES = (ROOT / "docs" / "errors.md").read_text().splitlines()
 _TABLE = [line for line in _LINES if line.startswith("| ")][1:]
 

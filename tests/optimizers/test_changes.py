@@ -275,3 +275,18 @@ def test_a_dtensor_without_dimensions_takes_a_step(tmp_path: Path) -> None:
         for each, each_optimizer in ((model, optimizer), (fresh, fresh_optimizer)):
             step(each, each_optimizer)
         assert torch.equal(model.scale.full_tensor(), fresh.scale.full_tensor())
+
+
+def test_what_ranks_have_of_one_parameter_is_one_ranks() -> None:
+    """Options and values, which nobody compares, come from the first rank that has the parameter: never from two."""
+    records = []
+    for rank in range(2):
+        model = net()
+        optimizer = layouts.Prodigy(list(model.parameters()))
+        optimizer.param_groups[0]["d0"] = 1e-3 * (rank + 1)
+        for _ in range(rank + 1):
+            step(model, optimizer)
+        records.append(OptimizerState(optimizer, model).record())
+    found = OptimizerRecord.merge(records)
+    assert [(group.options["d0"], group.options["k"]) for group in found.groups] == [(1e-3, 1)]
+    assert {values["step"] for values in found.values.values()} == {1}

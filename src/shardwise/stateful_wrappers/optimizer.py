@@ -187,6 +187,8 @@ class OptimizerRecord:
     def merge(records: Iterable[OptimizerRecord]) -> OptimizerRecord:
         """Put the records of several ranks together: groups of one class with equal options become one.
 
+        Of what several ranks have of one parameter, options and values are those of the first of them, all of them.
+
         Raises:
             MisuseError: Ranks have different numbers of schedulers.
         """
@@ -197,17 +199,21 @@ class OptimizerRecord:
         aliases: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         schedulers: tuple[str, ...] = ()
+        claimed: set[tuple[str, str]] = set()
         for record in records:
             matched: set[int] = set()
             for group in record.groups:
-                index = _same_options(groups, group, matched)
-                matched.add(index)
-                groups[index][1].update(dict.fromkeys(group.params))
+                params = [name for name in group.params if (group.slot, name) not in claimed]
+                if params or not group.params:
+                    index = _same_options(groups, group, matched)
+                    matched.add(index)
+                    groups[index][1].update(dict.fromkeys(params))
+            claimed.update((group.slot, name) for group in record.groups for name in group.params)
             for name, found in record.tensors.items():
                 tensors.setdefault(name, {}).update(found)
             for name, tree in record.trees.items():
                 trees[name] = _one_tree(name, trees[name], tree) if name in trees else tree
-            values.update(record.values)
+            values = {**record.values, **values}
             aliases.update(record.aliases)
             shapes.update(record.shapes)
             if schedulers and record.schedulers and len(schedulers) != len(record.schedulers):

@@ -246,13 +246,13 @@ _RESTORE = "Restore the file or choose another checkpoint."
 
 
 def merged(a: object, b: object) -> object:
-    """Trees of one state by two ranks as one: what each shard has of its own is put together, else the second's."""
+    """Trees of one state by two ranks as one: what each shard has of its own is put together, else the first's."""
     if not (isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and a and a[0] == b[0]):
-        return b
+        return a
     if a[0] == "sharded":
         return ["sharded", {**a[1], **b[1]}]
     if a[0] in ("list", "tuple") and len(a[1]) == len(b[1]):
         return [a[0], [merged(x, y) for x, y in zip(a[1], b[1], strict=True)]]
     if a[0] in ("dict", "ordered") and [row[0] for row in a[1]] == [row[0] for row in b[1]]:
         return [a[0], [[x[0], merged(x[1], y[1])] for x, y in zip(a[1], b[1], strict=True)]]
-    return b
+    return a

@@ -95,6 +95,26 @@ def test_an_average_is_saved_as_the_model_is_and_comes_back_on_any_number_of_ran
         assert verify(tmp_path).status == "damaged"
 
 
+def test_an_average_of_an_adapter_is_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make(seed: int) -> nn.Module:
+        options = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(seed)
+        return peft.get_peft_model(llama(0), options)  # type: ignore[no-any-return]
+
+    def lora(module: nn.Module) -> dict[str, list[float]]:
+        return {name: values for name, values in whole(module).items() if "lora" in name}
+
+    averaged = AveragedModel(make(1))
+    averaged.update_parameters(make(2))
+    engine(tmp_path, is_peft=True).save(0, 1, make(3), ema=averaged)
+    fresh = AveragedModel(make(4))
+    engine(tmp_path, is_peft=True).restore(make(5), ema=fresh)
+    assert (lora(fresh), int(fresh.n_averaged)) == (lora(averaged), 1)
+    assert (tmp_path / "epoch_0_step_1" / "model_ema" / "adapter_model.safetensors").is_file()
+
+
 def test_an_average_that_was_not_saved(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     averaged = AveragedModel(model)

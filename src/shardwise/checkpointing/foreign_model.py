@@ -46,7 +46,7 @@ def model_part(
         MisuseError: Which part is the model cannot be told.
         NameCollisionError: Two tensors have the model's name.
     """
-    if not source.dcp:
+    if not source.dcp or not source.tensors:
         return source
     own = OwnNames(frozenset(), frozenset())
 

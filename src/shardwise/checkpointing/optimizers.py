@@ -357,11 +357,14 @@ def _compared(
     group, key_mapping = context.group, changes.key_mapping
     other = {**record.aliases, **state.saved_under}
 
+    mapped: dict[str, str] = {}
+
     def renamed(name: str, saved: frozenset[str]) -> str:
         if name in saved:
             return name
-        known = sorted(saved) if key_mapping else []
-        mapped = dict(zip(rename(known, key_mapping or {}), known, strict=True))
+        if key_mapping and not mapped:
+            known = sorted(saved)
+            mapped.update(zip(rename(known, key_mapping), known, strict=True))
         return mapped.get(name, other.get(name, name))
 
     own = attached(schedulers, model)

@@ -89,9 +89,9 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |\n")
     PAGE.write_text(
         "".join(lines)
-        + "\n-: does not run there, whatever is saved: torch 2.13 has no DTensor rules for what Adafactor and Rprop "
-        "compute, nor for sparse gradients, transformers' Adafactor mixes tensors and DTensors, and "
-        "ZeroRedundancyOptimizer and PostLocalSGDOptimizer are made for DDP.\n"
+        + "\n-: not tried, or does not run there, whatever is saved: torch 2.13 has no DTensor rules for what "
+        "Adafactor and Rprop compute, transformers' Adafactor mixes tensors and DTensors, and "
+        "ZeroRedundancyOptimizer and PostLocalSGDOptimizer are made for DDP. SparseAdam was not tried under FSDP2.\n"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -223,7 +224,7 @@ class CheckedReader:
         return self._files[chunk.file]
 
 
-class _Stream:
+class _Stream(ABC):
     """A piece's elements, from the first to the last."""
 
     def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
@@ -233,11 +234,11 @@ class _Stream:
         self._spec = tensor.spec
         self._at = 0
 
+    @abstractmethod
     def next(self, count: int) -> memoryview:
         """The bytes of the next ``count`` elements; valid until the next call."""
-        raise NotImplementedError
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 - not every kind has anything left to compare
         """Nothing more is wanted; what was read is compared."""
 
 

@@ -201,3 +201,16 @@ def test_a_crash_while_replacing_leaves_the_present_line_whole(tmp_path: Path, s
         again.save(45, value=-2.0)
         assert Run(root).restore() == (45, -2.0)
     assert states == {(60, 60.0), (50, -1.0)}
+
+
+def test_what_another_run_put_in_the_place_of_ours_is_not_where_we_come_from(tmp_path: Path) -> None:
+    Run(tmp_path).save(40)
+    ours, theirs = Run(tmp_path), Run(tmp_path)
+    ours.restore("epoch_0_step_40")
+    theirs.restore("epoch_0_step_40")
+    ours.save(50)
+    theirs.save(50, value=-1.0)
+    ours.save(60)
+    lineage = next(info.lineage for info in list_checkpoints(tmp_path) if info.step == 60)
+    assert lineage is not None
+    assert [origin.name for origin in lineage.ancestors] == ["epoch_0_step_40"]

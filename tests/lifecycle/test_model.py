@@ -96,7 +96,7 @@ class Run:
         self.engine = Checkpointer(config, 0, 0, 0, file_system=self.fs)
         self.model = nn.Linear(1, 1, bias=False)
         self.max_recent = max_recent
-        self.origin: int | None = None
+        self.origin: Node | None = None
         self.restored = False
 
     def save(self, step: int, value: float) -> None:
@@ -132,7 +132,7 @@ class Lifecycle(RuleBasedStateMachine):
     def _next(self, run: Run, step: int) -> Node | None:
         """The checkpoint that a save makes; ``None`` where it is to be refused."""
         world = self.world
-        origin = None if run.origin is None else world.there.get(run.origin)
+        origin = run.origin
         if step in world.there:
             line = [] if origin is None or not run.restored else world.line(origin)
             found = world.there[step]
@@ -152,7 +152,7 @@ class Lifecycle(RuleBasedStateMachine):
     def _publish(self, run: Run, node: Node) -> set[int]:
         """Put it in the model; returns what retention gives up, which is still there."""
         self.world.there[node.step] = node
-        run.origin = node.step
+        run.origin = node
         return self.world.doomed(run.max_recent)
 
     def _on_disk(self) -> set[int]:
@@ -161,7 +161,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), ahead=st.integers(0, 4))
     def save(self, which: int, ahead: int) -> None:
         run = self.runs[which % len(self.runs)]
-        step = (run.origin or 0) + ahead
+        step = (run.origin.step if run.origin else 0) + ahead
         node = self._next(run, step)
         if node is None:
             with pytest.raises(CheckpointExistsError):
@@ -176,7 +176,7 @@ class Lifecycle(RuleBasedStateMachine):
         """The file system refuses from an operation on, or the process ends at it."""
         number = which % len(self.runs)
         run = self.runs[number]
-        step = (run.origin or 0) + ahead
+        step = (run.origin.step if run.origin else 0) + ahead
         node = self._next(run, step)
         if node is None:
             return
@@ -210,7 +210,7 @@ class Lifecycle(RuleBasedStateMachine):
         run = self.runs[which % len(self.runs)]
         step = data.draw(st.sampled_from(sorted(self.world.there)))
         assert run.restore(f"epoch_0_step_{step}") == (step, self.world.there[step].value)
-        run.origin, run.restored = step, True
+        run.origin, run.restored = self.world.there[step], True
 
     @rule(which=st.integers(0, 1), max_recent=st.sampled_from([None, 1, 2, 3]), resumes=st.booleans())
     def start_again(self, which: int, max_recent: int | None, resumes: bool) -> None:
@@ -221,7 +221,7 @@ class Lifecycle(RuleBasedStateMachine):
             last = self.world.newest()
             assert run.restore() == (None if last is None else (last.step, last.value))
             if last is not None:
-                run.origin, run.restored = last.step, True
+                run.origin, run.restored = last, True
 
     @precondition(lambda self: len(self.runs) == 1)
     @rule()

@@ -55,6 +55,7 @@ from shardwise.engine.verify_together import check_checkpoint
 from shardwise.errors import StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
+    Start,
     checkpoint_name,
     remove_leftovers,
     reserve,
@@ -320,7 +321,8 @@ class Checkpointer(ComponentCheckpointer):
             context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
             if self.config.is_peft:
                 check_before_training(context, model, is_adapted=True)
-        record = locate(context, restore_from)
+        starts: list[Start] = []
+        record = locate(context, restore_from, starts.append)
         if record is None:
             self._allocate_staging(model, optimizer)
             return None
@@ -348,7 +350,7 @@ class Checkpointer(ComponentCheckpointer):
         left = unrestored(context, path, found, taken, partly, below_name)
         _Opened(opened, averaged, steering, found).restore(context.group, self._order)
         self._allocate_staging(model, optimizer)
-        self._line.origin, self._line.restored = path, True
+        self._line.start, self._line.restored = next(iter(starts), None), True
         return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
 
     # --- random numbers and data ------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ from shardwise.lifecycle import (
     MANIFEST_NAME,
     METRICS_NAME,
     Claim,
+    Lineage,
     Retention,
+    Start,
     abandon,
     best_checkpoint,
     claim,
@@ -214,17 +216,17 @@ class RunLine:
     """Which checkpoint a run goes on from.
 
     Attributes:
-        origin: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0's counts.
+        start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
         restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
     """
 
-    origin: Path | None = None
+    start: Start | None = None
     restored: bool = False
 
     @property
-    def left_from(self) -> Path | None:
-        """The origin, where checkpoints that do not come from it may be ones that the run left behind."""
-        return self.origin if self.restored else None
+    def left_from(self) -> Start | None:
+        """The start, where checkpoints that do not come from it may be ones that the run left behind."""
+        return self.start if self.restored else None
 
 
 class Publication:
@@ -281,10 +283,10 @@ class Publication:
                 found = union()
                 with nullcontext() if context.config.is_remote else publishing(context.root):
                     # What the line says of other checkpoints has to be true until this one is published.
-                    self._write_lineage()
+                    lineage = self._write_lineage()
                     write_manifest(context.storage, self._temp, found, self._info, known)
                     publish(self._temp, self._final, self._line.left_from, fs=context.fs)
-                    self._line.origin = self._final
+                    self._line.start = Start(self._final, lineage)
                     self._point()
                 self._release()
 
@@ -292,12 +294,13 @@ class Publication:
         if self._claim is not None:
             self._claim.release()
 
-    def _write_lineage(self) -> None:
+    def _write_lineage(self) -> Lineage:
         numbers = parse_checkpoint_name(self._final.name)
         assert numbers is not None
         root = self._context.root
-        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.origin)
+        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
         write_plain(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        return lineage
 
     def _point(self) -> None:
         context = self._context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -28,7 +28,7 @@ from shardwise.checkpointing.records import RestoreRecord
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.io.dcp_bytes import is_dcp
-from shardwise.lifecycle import resolve
+from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
 
 _LOG = logging.getLogger(__name__)
@@ -36,13 +36,20 @@ _LOG = logging.getLogger(__name__)
 BATCHES = "batches"
 
 
-def locate(context: Context, restore_from: str | Path) -> RestoreRecord | None:
-    """Resolve a checkpoint on rank 0 and tell every rank. All ranks call."""
+def locate(context: Context, restore_from: str | Path, seen: Callable[[Start], None]) -> RestoreRecord | None:
+    """Resolve a checkpoint on rank 0 and tell every rank. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        restore_from: What is to be restored.
+        seen: Takes what rank 0 has found, on rank 0.
+    """
 
     def find() -> JsonValue:
         found = resolve(context.root, restore_from)
         if found is None:
             return None
+        seen(Start.at(found.path))
         inside = found.path.is_relative_to(context.root)
         path = found.path.relative_to(context.root) if inside else found.path
         return [str(path), found.epoch, found.step, dict(found.metrics)]

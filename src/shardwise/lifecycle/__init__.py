@@ -4,9 +4,9 @@ A save, on the coordinating rank::
 
     make_root(root)
     mine = claim(root, name)                    # nobody else writes or removes it, as long as this process lives
-    temp = reserve(root, name, origin)          # every rank writes below it, lineage and manifest come last
+    temp = reserve(root, name, start)           # every rank writes below it, lineage and manifest come last
     with publishing(root):
-        publish(temp, root / name, origin)      # the commit point
+        publish(temp, root / name, start)       # the commit point
         set_pointer(root, LATEST, name)
         if best := best_checkpoint(list_checkpoints(root), policy):
             set_pointer(root, BEST, best)
@@ -17,7 +17,7 @@ A save, on the coordinating rank::
 from __future__ import annotations
 
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, LocalFileSystem
-from shardwise.lifecycle.lineage import Lineage, next_lineage
+from shardwise.lifecycle.lineage import Lineage, Start, next_lineage
 from shardwise.lifecycle.names import (
     BEST,
     LATEST,
@@ -52,6 +52,7 @@ __all__ = [
     "PreemptionGuard",
     "ResolvedCheckpoint",
     "Retention",
+    "Start",
     "abandon",
     "best_checkpoint",
     "checkpoint_name",

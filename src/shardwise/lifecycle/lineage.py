@@ -95,8 +95,28 @@ def read_lineage(directory: Path) -> Lineage | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The checkpoint that a run goes on from, as it was when the run restored or saved it.
+
+    What stands under its name later may be another one, or nothing.
+
+    Attributes:
+        path: Its directory.
+        lineage: Its lineage; ``None`` where it has none.
+    """
+
+    path: Path
+    lineage: Lineage | None
+
+    @staticmethod
+    def at(path: Path) -> Start:
+        """The checkpoint that is there now."""
+        return Start(path, read_lineage(path))
+
+
 def next_lineage(
-    root: Path, checkpoints: Sequence[CheckpointInfo], name: str, epoch: int, step: int, origin: Path | None
+    root: Path, checkpoints: Sequence[CheckpointInfo], name: str, epoch: int, step: int, start: Start | None
 ) -> Lineage:
     """The lineage of a checkpoint that is about to be published in a root.
 
@@ -106,19 +126,19 @@ def next_lineage(
         name: The new one's name.
         epoch: Its epoch.
         step: Its step.
-        origin: The checkpoint that the run was restored from or saved last; ``None`` where that is not known: the one
+        start: The checkpoint that the run was restored from or saved last; ``None`` where that is not known: the one
             before it in the order of steps is taken for it then.
     """
     known = {info.name: info for info in checkpoints if info.complete and info.name != name}
     theirs: Lineage | None = None
     before: str | None = None
-    if origin is None:
+    if start is None:
         earlier = [info for info in known.values() if info.order < (epoch, step)]
         before = max(earlier, key=lambda info: info.order).name if earlier else None
     else:
-        theirs = read_lineage(origin)
-        if theirs is None and os.path.realpath(origin.parent) == os.path.realpath(root):
-            before = origin.name
+        theirs = start.lineage
+        if theirs is None and os.path.realpath(start.path.parent) == os.path.realpath(root):
+            before = start.path.name
     ancestors: tuple[Origin, ...] = ()
     if theirs is not None:
         ancestors = tuple(each for each in (theirs.own, *theirs.ancestors) if _is_there(each, known))

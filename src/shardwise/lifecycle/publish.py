@@ -14,7 +14,7 @@ from shardwise.errors import (
     MisuseError,
 )
 from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
-from shardwise.lifecycle.lineage import branch_point, next_lineage, read_lineage
+from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
     doomed_name,
@@ -29,7 +29,7 @@ from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
 
-def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem = LOCAL) -> Path:
+def reserve(root: Path, name: str, start: Start | None = None, *, fs: FileSystem = LOCAL) -> Path:
     """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
@@ -38,7 +38,7 @@ def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem
     Args:
         root: Directory of the checkpoints; it need not exist.
         name: Name of the checkpoint.
-        origin: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
+        start: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
             abandoned when the run was rolled back is replaced on publication.
         fs: Where to.
 
@@ -55,7 +55,7 @@ def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem
     final, temp = root / name, root / temporary_name(name)
     make_root(root, fs=fs)
     with storage_errors(root):
-        if os.path.lexists(final) and not is_abandoned(root, name, origin):
+        if os.path.lexists(final) and not is_abandoned(root, name, start):
             _refuse_published(final)
             remove_checkpoint(root, name, fs=fs)
         fs.remove_tree(temp)
@@ -64,36 +64,36 @@ def reserve(root: Path, name: str, origin: Path | None = None, *, fs: FileSystem
     return temp
 
 
-def is_abandoned(root: Path, name: str, origin: Path | None) -> bool:
-    """Whether the complete checkpoint ``name`` was left behind when a run went back to ``origin``.
+def is_abandoned(root: Path, name: str, start: Start | None) -> bool:
+    """Whether the complete checkpoint ``name`` was left behind when a run went back to ``start``.
 
-    It came from a checkpoint that the run came from too, and is not itself one that the run came from. Where the origin
+    It came from a checkpoint that the run came from too, and is not itself one that the run came from. Where the start
     is not known, or the two have nothing in common, it is another run's and not abandoned.
     """
     checkpoints = {info.name: info for info in list_checkpoints(root) if info.complete}
     found = checkpoints.get(name)
-    if found is None or origin is None:
+    if found is None or start is None:
         return False
-    lineage = next_lineage(root, list(checkpoints.values()), "", found.epoch, found.step, origin)
+    lineage = next_lineage(root, list(checkpoints.values()), "", found.epoch, found.step, start)
     line = [each.name for each in lineage.ancestors]
     return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
 
 
-def publish(temp: Path, final: Path, origin: Path | None = None, *, fs: FileSystem = LOCAL) -> None:
+def publish(temp: Path, final: Path, start: Start | None = None, *, fs: FileSystem = LOCAL) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
     The writers have synced the content of their files; this syncs the directories that list them, and then renames
     once. A crash before the rename leaves a temporary directory, one after it the whole checkpoint. Set ``LATEST``
     next, with `set_pointer`; until then resolving ``LATEST`` follows the announcement made here.
 
-    One that the run left behind when it went back to ``origin`` is replaced: the two directories swap their names in
+    One that the run left behind when it went back to ``start`` is replaced: the two directories swap their names in
     one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
     crash between the two renames leaves neither under its name, and the line that the run is on is whole without it.
 
     Args:
         temp: What `reserve` returned.
         final: The checkpoint.
-        origin: As for `reserve`.
+        start: As for `reserve`.
         fs: Where to.
 
     Raises:
@@ -117,7 +117,7 @@ def publish(temp: Path, final: Path, origin: Path | None = None, *, fs: FileSyst
                 f"The save has no {MANIFEST_NAME}", path=temp, hint="Write the manifest last, then publish."
             )
         replaces = os.path.lexists(final)
-        if replaces and not is_abandoned(final.parent, final.name, origin):
+        if replaces and not is_abandoned(final.parent, final.name, start):
             _refuse(final)
         for directory in _directories_bottom_up(temp):
             fs.fsync_path(directory)

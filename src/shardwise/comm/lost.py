@@ -21,6 +21,8 @@ from typing import Self
 
 import torch.distributed as dist
 
+from shardwise.processes import process_exists
+
 #: Seconds between two looks at the process table and the store.
 _POLL_SECONDS = 0.1
 
@@ -63,18 +65,8 @@ class Seat:
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
         except OSError:
-            return not _exists(self.pid)
+            return not process_exists(self.pid)
         return state.rpartition(")")[2].split()[0] in ("Z", "X")
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def find_lost(name: str, rank: int, seats: Sequence[Seat], host: int | None, seconds: float) -> tuple[list[int], str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from shardwise.demo.events import Finished, Ready, Resumed, Saved, Saving, Started, Stepped, append
 from shardwise.demo.task import Task
 from shardwise.demo.texts import SENTENCES, make_blocks, share
+from shardwise.processes import process_exists
 
 if TYPE_CHECKING:
     import torch
@@ -50,21 +51,11 @@ def leave_with(orchestrator: int, launcher: int) -> None:
     """End this process soon after the orchestrator or ``torchrun`` is gone, however they went."""
 
     def patrol() -> None:
-        while os.getppid() == launcher and _exists(orchestrator):
+        while os.getppid() == launcher and process_exists(orchestrator):
             time.sleep(_PATROL_SECONDS)
         os._exit(_ORPHANED)
 
     threading.Thread(target=patrol, name="patrol", daemon=True).start()
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def build_model(base: Path, world_size: int) -> nn.Module:

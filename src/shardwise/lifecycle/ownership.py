@@ -22,6 +22,7 @@ from pathlib import Path
 from shardwise.errors import CheckpointBusyError
 from shardwise.lifecycle.filesystem import read_small_file, storage_errors
 from shardwise.lifecycle.names import owner_name
+from shardwise.processes import process_exists
 
 _LIMIT = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -136,7 +137,7 @@ def _locked(handle: int, path: Path, name: str) -> bool:
     except OSError as error:
         host, pid, _ = _owner(path)
         # Without locks the file itself is the claim, of a process that can be looked for on this machine only.
-        is_free = error.errno in _NO_LOCKS and (not host or (host == socket.gethostname() and not _exists(pid)))
+        is_free = error.errno in _NO_LOCKS and (not host or (host == socket.gethostname() and not process_exists(pid)))
         if is_free:
             return True
         if error.errno not in _NO_LOCKS and error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -159,13 +160,3 @@ def _owner(path: Path) -> tuple[str, int, str | None]:
     if len(parts) < 2 or not parts[1].isdecimal():
         return "", 0, None
     return parts[0], int(parts[1]), parts[2] if len(parts) > 2 else ""
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

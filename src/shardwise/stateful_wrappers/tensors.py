@@ -135,7 +135,7 @@ def local_memory(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, without a copy."""
     # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
     # knows as well takes several times as long: this is done for every tensor of a model.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
@@ -150,9 +150,7 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
         MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
     """
-    # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
-    # knows as well takes several times as long: this is done for every tensor of a model.
-    local = plain_memory(name, tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+    local = plain_memory(name, local_memory(tensor))
     spread = meshes.spread(name, tensor)
     spec = TensorSpec(name, spread.part.native_shape, dtype_code(local.dtype, name))
     box = spread.box

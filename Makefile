@@ -39,7 +39,7 @@ check: setup ## ruff, strict mypy, import-linter, the documented surface
 	@if [ -f $(SURFACE) ]; then $(BIN)/python $(SURFACE); else echo "surface: skipped, $(SURFACE) is not here"; fi
 
 demo: setup ## Fine-tune a real model, kill it, resume elsewhere, open the result (MODEL=dir or hub name, ARGS=...)
-	$(BIN)/python -m shardwise.demo $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+	$(BIN)/python -m examples.finetune $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench: setup ## Measure saves and loads against raw parallel input/output
 	$(BIN)/python benchmarks/run.py $(ARGS)

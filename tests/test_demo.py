@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples.finetune import events, texts
+from examples.finetune.__main__ import main, parser
+from examples.finetune.base_model import prepare_base
+from examples.finetune.console import Console, megabytes
+from examples.finetune.errors import DemoError
+from examples.finetune.inspection import look_at_remains, unfinished
+from examples.finetune.raw_write import local_tensors, raw_write
+from examples.finetune.report import Check, RunRecord, Written, check_lines, run_lines, same, speed_lines, written_lines
+from examples.finetune.task import Task
 from tests.support.ranks import fresh
-
-from shardwise.demo import events, texts
-from shardwise.demo.__main__ import main, parser
-from shardwise.demo.base_model import prepare_base
-from shardwise.demo.console import Console, megabytes
-from shardwise.demo.errors import DemoError
-from shardwise.demo.inspection import look_at_remains, unfinished
-from shardwise.demo.raw_write import local_tensors, raw_write
-from shardwise.demo.report import Check, RunRecord, Written, check_lines, run_lines, same, speed_lines, written_lines
-from shardwise.demo.task import Task
 
 EVENTS: tuple[events.Event, ...] = (
     events.Started(1, 4242),
@@ -205,7 +204,7 @@ class TestModelChoice:
 
 def demo(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "shardwise.demo", *arguments],
+        [sys.executable, "-m", "examples.finetune", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -16,8 +16,8 @@ from bench.measure import Row, tree_bytes
 from bench.models import local_tensors, sharded, total_bytes
 from bench.ranks import Rank, Settings, run_ranks
 from bench.saving import against_raw
+from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import lay_out
-from shardwise.types import TensorSpec
 
 
 def _torch_writer(rank: Rank) -> list[Row]:

@@ -31,26 +31,26 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.measure import Row
 from bench.ranks import Settings
-from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.model_loading import load_model
-from shardwise.checkpointing.models import ModelSave
-from shardwise.checkpointing.saved_notes import read_notes
+from shardwise.checkpointing.loading.models import load_model
+from shardwise.checkpointing.saving.models import ModelSave
+from shardwise.checkpointing.saving.saved_notes import read_notes
+from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.engine.export import ExportOptions, export_record, plan_export
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
 from shardwise.format.manifest import Manifest, encode_manifest
 from shardwise.format.sharding import encode_sharding_metadata
-from shardwise.io.sources import open_source
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import LocalFileSystem
 from shardwise.plan.layout import Layout
 from shardwise.plan.placement import chunk
 from shardwise.plan.shards import shard_name
+from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
-from shardwise.types import TensorSpec
 
 T = TypeVar("T")
 TENSORS, RANKS = 40_000, 1_024

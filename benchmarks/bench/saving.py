@@ -19,13 +19,13 @@ from bench.ranks import Rank, Settings, run_ranks
 from bench.raw import raw_write
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
+from shardwise.disk.storage import LocalStorage
 from shardwise.engine.export import ExportOptions, plan_export, write_export
 from shardwise.engine.replicas import comparison, look_at
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
-from shardwise.types import TensorSpec
 
 
 def removed(rank: Rank, path: Path) -> None:

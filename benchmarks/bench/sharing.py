@@ -13,7 +13,7 @@ from bench.measure import Row, Samples, measure
 from bench.models import sharded, total_bytes
 from bench.ranks import Rank, Settings, run_ranks
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.io.storage import LocalStorage
+from shardwise.disk.storage import LocalStorage
 
 #: What the simulated server gives to all of its clients together.
 SERVER_BYTES_PER_SECOND = 200 * 2**20

@@ -14,8 +14,8 @@ from shardwise._version import __version__
 if TYPE_CHECKING:
     from shardwise.checkpointing import Checkpointer, RestoreRecord
     from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+    from shardwise.dcp.storage import SafetensorsReader, SafetensorsWriter
     from shardwise.errors import ShardwiseError
-    from shardwise.io.dcp import SafetensorsReader, SafetensorsWriter
     from shardwise.lifecycle import PreemptionGuard
 
 __all__ = [
@@ -35,8 +35,8 @@ _HOMES = {
     "CheckpointingConfig": "shardwise.config",
     "PreemptionGuard": "shardwise.lifecycle",
     "RestoreRecord": "shardwise.checkpointing",
-    "SafetensorsReader": "shardwise.io.dcp",
-    "SafetensorsWriter": "shardwise.io.dcp",
+    "SafetensorsReader": "shardwise.dcp.storage",
+    "SafetensorsWriter": "shardwise.dcp.storage",
     "SaveConsolidatedMode": "shardwise.config",
     "ShardwiseError": "shardwise.errors",
 }

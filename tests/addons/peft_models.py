@@ -10,9 +10,9 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from shardwise.addons.peft import capture_adapter, hold_adapter
+from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.tensors import MeshRegister
-from shardwise.types import Box
 
 SIZES = {
     "vocab_size": 32,

@@ -31,8 +31,8 @@ from shardwise.addons.peft import (
 )
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ShardwiseError
+from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers.tensors import MeshRegister
-from shardwise.types import TensorSpec
 
 DENSE: dict[str, object] = {
     "target_modules": LINEAR,

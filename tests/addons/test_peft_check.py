@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shardwise.addons.peft import check_adapter
 from shardwise.errors import AdapterError
-from shardwise.types import TensorSpec
+from shardwise.geometry import TensorSpec
 
 Specs = dict[str, TensorSpec]
 PREFIX = "base_model.model."

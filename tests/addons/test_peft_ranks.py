@@ -14,7 +14,7 @@ from tests.addons.test_peft_hf import adapted, same_json, save
 from tests.support.ranks import run
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
-from shardwise.format.dtypes import dtype_code
+from shardwise.dtypes import dtype_code
 
 pytest.importorskip("peft")
 

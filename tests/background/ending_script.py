@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
-from shardwise.io.storage import Buffer, LocalStorage
 
 
 class Slow(LocalStorage):

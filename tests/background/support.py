@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from shardwise.io.storage import Buffer, LocalStorage
+from shardwise.disk.storage import Buffer, LocalStorage
 
 
 class Waits(LocalStorage):

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 from shardwise import CheckpointingConfig
 from shardwise.checkpointing import Checkpointer
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import ShardwiseError, StorageError
-from shardwise.io.storage import Buffer, LocalStorage
 
 
 class SlowStorage(LocalStorage):

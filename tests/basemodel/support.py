@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.io.storage import LocalStorage, Storage
+from shardwise.disk.storage import LocalStorage, Storage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -15,7 +15,7 @@ from tests.support.ranks import failure, run
 from transformers import LlamaForCausalLM
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.checkpointing.base_files import find_base
+from shardwise.base.files import find_base
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
 
 EVERY: dict[str, object] = {"save_consolidated": "every"}

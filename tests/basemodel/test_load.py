@@ -37,7 +37,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shardwise.checkpointing.base_files import base_dtype, find_base
+from shardwise.base.files import base_dtype, find_base
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,

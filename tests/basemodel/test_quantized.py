@@ -34,16 +34,16 @@ from transformers import (
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from shardwise.checkpointing.base_files import base_dtype
+from shardwise.base.files import base_dtype
+from shardwise.base.quantized import find_quantized, read_dequantized
 from shardwise.comm import Group
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import DtypeMismatchError, FormatError, QuantizationError
 from shardwise.format.header import read_header
-from shardwise.io.quantized import find_quantized, read_dequantized
-from shardwise.io.reader import Reader
-from shardwise.io.sources import open_source
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import Box
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.types import Box
+from shardwise.sources.reader import Reader
+from shardwise.sources.sources import open_source
 
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 

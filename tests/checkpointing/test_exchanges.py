@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import StorageError
-from shardwise.io.storage import LocalStorage
 from shardwise.ops.verify import verify
 
 if TYPE_CHECKING:

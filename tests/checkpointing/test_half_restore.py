@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,
@@ -30,7 +31,6 @@ from shardwise.errors import (
     StateFormatError,
     StorageError,
 )
-from shardwise.io.storage import LocalStorage
 
 FORMATS = [
     pytest.param({"save_consolidated": "every"}, id="export"),

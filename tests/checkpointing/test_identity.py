@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.addons.model_parts import has_quantized_parameters
 from shardwise.errors import MisuseError, ShardwiseError, TensorError
-from shardwise.io.memory import flat_bytes
+from shardwise.sources.tensor_bytes import flat_bytes
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.names import state_tensors
 
 Mode = dict[str, object]

@@ -28,13 +28,13 @@ from shardwise.engine.computed import gather
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.row_exchange import exchange_rows
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
-from shardwise.io.exchange import exchange_rows
-from shardwise.io.sources import open_source
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import lay_out
 from shardwise.plan.schedule import Run, schedule
+from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import ConfigError, MisuseError, PeerError, StorageError
-from shardwise.io.storage import LocalStorage
 from shardwise.lifecycle import list_checkpoints
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.checkpointing.generators import RandomState
+from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError
 
 EPOCHS, BATCHES = 3, 4

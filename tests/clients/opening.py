@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 from tests.clients.families import FAMILIES, result
 
-from shardwise.format.dtypes import dtype_code
+from shardwise.dtypes import dtype_code
 
 
 def opened(directory: Path, opener: str, **settings: object) -> nn.Module:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from shardwise.convert import Conversion, NativeSpec, to_hub
-from shardwise.format.dtypes import dtype_code, torch_dtype
+from shardwise.dtypes import dtype_code, torch_dtype
+from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, regions
-from shardwise.types import Box
 
 Tensors = dict[str, torch.Tensor]
 

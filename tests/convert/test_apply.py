@@ -5,10 +5,10 @@ import torch
 
 from shardwise.convert import Computed, Conversion, HubPart, HubTensor, NativeSpec, check_round_trip, identity, to_hub
 from shardwise.errors import ConversionError
+from shardwise.geometry import Box
 from shardwise.plan.fragments import Part, hold
 from shardwise.plan.placement import MeshKey, Sharded
 from shardwise.plan.views import Axis, AxisView
-from shardwise.types import Box
 
 SPEC = NativeSpec("experts", (4, 6, 5), "F32")
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from shardwise.convert.assemble import axis_views
 from shardwise.convert.provenance import Untraceable
 from shardwise.convert.trace import TracedTensor, traced
+from shardwise.geometry import Box
 from shardwise.plan.views import hub_views
-from shardwise.types import Box
 
 Rearrange = Callable[..., object]
 

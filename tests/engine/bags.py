@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardwise.geometry import TensorSpec
 from shardwise.plan.placement import Placement, Replicated, Sharded, Strided
-from shardwise.types import TensorSpec
 
 
 def _torch(placement: Placement) -> TorchPlacement:

@@ -20,6 +20,7 @@ from tests.support.faults import FaultyFileSystem, FaultyStorage
 from tests.support.ranks import failure, run
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,
@@ -34,7 +35,6 @@ from shardwise.errors import (
     UnexpectedTensorError,
     WeightIndexError,
 )
-from shardwise.io.storage import Storage
 from shardwise.lifecycle import FileSystem, resolve
 
 

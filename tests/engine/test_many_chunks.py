@@ -13,10 +13,10 @@ from torch.distributed.fsdp import fully_shard
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
+from shardwise.disk.storage import LocalStorage
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.format.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
-from shardwise.io.storage import LocalStorage
 from shardwise.ops.verify import verify
 from shardwise.plan.shards import plan_shards
 from shardwise.stateful_wrappers import ModelState

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.convert import StateDictAdapter
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import ConversionError, StorageError
-from shardwise.io.storage import LocalStorage
 
 
 class Negated(StateDictAdapter):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.support.simulate import Simulation, Spread, simulations
 
 from shardwise.engine.replicas import Seen, comparison, look_at
+from shardwise.geometry import TensorSpec
 from shardwise.plan.placement import Replicated, Sharded
-from shardwise.types import TensorSpec
 
 
 def seen(case: Simulation, rank: int) -> Seen:

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Storage
 from shardwise.errors import StorageError
 from shardwise.format.header import read_header
-from shardwise.io.storage import Storage
 
 Ranges = list[tuple[str, int, int]]
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tests.support.streams import FakeStreams
 
+from shardwise.dtypes import dtype_code
 from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, DeviceStreams
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError
-from shardwise.format.dtypes import dtype_code
+from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor, Part, hold
-from shardwise.types import TensorSpec
 
 
 class First(torch.Tensor):

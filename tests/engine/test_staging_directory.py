@@ -13,9 +13,9 @@ from tests.support.ranks import fresh, run
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.engine.private_directory import private_directory
+from shardwise.disk.private_directory import private_directory
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import IntegrityError, StorageError
-from shardwise.io.storage import LocalStorage
 
 
 class Meets(LocalStorage):

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
-from shardwise.io.storage import Buffer, LocalStorage
 from shardwise.lifecycle import LocalFileSystem
 
 #: Which operation of the layer is of which kind, for choosing where to inject.

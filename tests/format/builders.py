@@ -7,9 +7,9 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
-from shardwise.format.crc import crc32c
+from shardwise.disk.crc import crc32c
 from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, Manifest, TensorRecord
-from shardwise.types import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 

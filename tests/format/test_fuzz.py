@@ -13,7 +13,7 @@ from shardwise.format.header import Header, arrange, encode_header, parse_header
 from shardwise.format.index import encode_index, parse_index
 from shardwise.format.manifest import encode_manifest, parse_manifest
 from shardwise.format.sharding import saved_offsets
-from shardwise.types import TensorSpec
+from shardwise.geometry import TensorSpec
 
 SPECS = [TensorSpec("a", (2, 3), "F32"), TensorSpec("b", (), "BF16"), TensorSpec("c", (0, 2), "I64")]
 FILE = encode_header(arrange(SPECS), {"format": "pt", "DCP_SHARDING_INFO": "{}"}) + bytes(26)

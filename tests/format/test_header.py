@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tests.format.builders import GOLDEN, entry, tensor_file
 
+from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import CheckpointNotFoundError, HeaderError, MissingTensorError, MisuseError, StorageError
-from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.format.header import TensorEntry, arrange, encode_header, parse_header, read_header
 from shardwise.format.sharding import DCP_SHARDING_KEY, encode_sharding_metadata, saved_offsets
-from shardwise.types import DTYPE_BYTES, TensorSpec
+from shardwise.geometry import DTYPE_BYTES, TensorSpec
 
 GOLDEN_FILES = sorted(GOLDEN.glob("*.safetensors"))
 

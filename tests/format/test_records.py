@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.format.builders import GOLDEN, aliased_manifest, sample_manifest
 
+from shardwise.disk.crc import combine, crc32c, shift
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError
-from shardwise.format.crc import combine, crc32c, shift
 from shardwise.format.index import encode_index, parse_index, read_index
 from shardwise.format.manifest import (
     MANIFEST_NAME,
@@ -28,8 +28,7 @@ from shardwise.format.manifest import (
     parse_manifest,
     read_manifest,
 )
-from shardwise.format.tiling import tiles
-from shardwise.types import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, tiles
 
 runs = st.binary(max_size=300)
 

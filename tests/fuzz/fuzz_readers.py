@@ -25,8 +25,8 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 with atheris.instrument_imports():
+    from shardwise.disk.crc import crc32c
     from shardwise.errors import ShardwiseError
-    from shardwise.format.crc import crc32c
     from shardwise.format.dcp_metadata import parse_dcp_metadata
     from shardwise.format.header import arrange, encode_header, parse_header
     from shardwise.format.index import encode_index, parse_index
@@ -41,7 +41,7 @@ with atheris.instrument_imports():
     )
     from shardwise.format.sharding import encode_sharding_metadata, saved_offsets
     from shardwise.format.state_json import decode_state, encode_state
-    from shardwise.types import Box, TensorSpec
+    from shardwise.geometry import Box, TensorSpec
 
 _SPECS = (TensorSpec("a", (2, 2), "F32"), TensorSpec("b", (), "BF16"), TensorSpec("c", (0, 2), "I64"))
 _DATA_BYTES = sum(spec.nbytes for spec in _SPECS)

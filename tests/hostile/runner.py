@@ -24,9 +24,9 @@ from tests.ops.checkpoints import engine, model, optimizer, saved
 
 from shardwise.comm import Group
 from shardwise.errors import ShardwiseError
-from shardwise.io.sources import open_source
 from shardwise.ops.inspect import inspect
 from shardwise.ops.verify import verify
+from shardwise.sources.sources import open_source
 
 SECONDS = 20.0
 EXTRA_MEMORY_BYTES = 2 * 2**30

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.support.ranks import failure, run
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.storage import LocalStorage
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.engine.sharing import Sharing
 from shardwise.errors import (
@@ -24,10 +25,9 @@ from shardwise.errors import (
     UnexpectedTensorError,
 )
 from shardwise.format.sharding import encode_sharding_metadata
-from shardwise.io.sources import open_source
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.sources import open_source
 
 Rows = dict[str, tuple[int, int]]  # tensor -> first row and number of rows
 

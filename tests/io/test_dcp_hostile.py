@@ -14,9 +14,9 @@ from tests.support.ranks import failure
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardwise import SafetensorsReader, SafetensorsWriter
+from shardwise.dcp.values import VALUES_NAME, VALUES_TENSORS_NAME
 from shardwise.errors import CheckpointNotFoundError, HeaderError, StateFormatError, StorageError
 from shardwise.format.state_json import encode_state
-from shardwise.io.dcp_values import VALUES_NAME, VALUES_TENSORS_NAME
 
 
 def _record(value: object) -> bytes:

@@ -14,14 +14,13 @@ from tests.io.test_reader import cut_up, part_of
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, raw, values
 
+from shardwise.disk.crc import crc32c
+from shardwise.engine.writer import Digests, FileSet, prepare_all, totals, write_all
 from shardwise.errors import StorageError
-from shardwise.format.crc import crc32c
-from shardwise.io.digest import contribution
-from shardwise.io.memory import as_bytes, blocks, byte_blocks
-from shardwise.io.writer import Digests, FileSet, prepare_all, totals, write_all
-from shardwise.plan.runs import runs
+from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.schedule import Run
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.digest import contribution
+from shardwise.sources.tensor_bytes import as_bytes, blocks, byte_blocks
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 
@@ -124,7 +123,7 @@ def test_blocks_are_the_tensor_in_order(data: st.DataObject, shape: tuple[int, .
 
 @given(shapes, st.sampled_from(["F32", "BF16"]), st.integers(8, 64), st.booleans())
 def test_byte_blocks_cast_on_the_way(shape: tuple[int, ...], dtype: str, most: int, turned: bool) -> None:
-    from shardwise.format.dtypes import torch_dtype
+    from shardwise.dtypes import torch_dtype
 
     tensor = torch.randn(shape)
     tensor = tensor.transpose(0, -1) if turned and tensor.dim() else tensor

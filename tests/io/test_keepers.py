@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.storage import LocalStorage
 from shardwise.engine.load import LoadOptions, load_tensors
 from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
 from shardwise.format.sharding import encode_sharding_metadata
-from shardwise.io.sources import open_source
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import SourceChunk, SourceTensor
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.sources import open_source
 
 ROWS = 12
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tests.support.memory import MemoryStorage, RowsStorage
 from tests.support.simulate import DTYPES, raw, values
 
+from shardwise.disk.storage import LocalStorage
+from shardwise.dtypes import torch_dtype
 from shardwise.errors import CheckpointNotFoundError, IntegrityError, StorageError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.io.reader import SMALL_GAP_BYTES, Reader
-from shardwise.io.storage import LocalStorage
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.reader import SMALL_GAP_BYTES, Reader
 
 
 def cut_up(data: st.DataObject, box: Box) -> list[Box]:

@@ -14,16 +14,16 @@ from tests.io.test_reader import strided
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import Simulation, ThreadGroup, in_threads, raw, simulations
 
+from shardwise.disk.storage import LocalStorage, file_system_type
+from shardwise.dtypes import torch_dtype
+from shardwise.engine.read_sharing import Made, Wanted, cut_read, is_remote
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import StorageError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.io.reader import Reader
-from shardwise.io.sharing import Made, Wanted, cut_read, is_remote
-from shardwise.io.storage import LocalStorage, file_system_type
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor
 from shardwise.plan.sharing import Limits, Replicas
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.reader import Reader
 
 SMALL = Limits(round=256, largest=64, smallest=16, alone=24)
 FILE = Path("/f")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from shardwise.disk.filesystem import FileSystem
 from shardwise.lifecycle import LATEST, LocalFileSystem, checkpoint_name, publish, reserve, set_pointer
-from shardwise.lifecycle.filesystem import FileSystem
 
 
 class Crash(BaseException):

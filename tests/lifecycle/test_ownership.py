@@ -13,8 +13,8 @@ import pytest
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import CheckpointBusyError, StorageError
-from shardwise.io.storage import Buffer, LocalStorage
 from shardwise.lifecycle import LATEST, claim, list_checkpoints, read_pointer, remove_leftovers, reserve
 
 

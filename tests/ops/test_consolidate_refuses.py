@@ -205,7 +205,7 @@ def test_damage_elsewhere_is_refused_where_the_whole_was_named(checkpoint: Path)
 
 def test_digests_of_whole_files_are_compared_as_well(checkpoint: Path) -> None:
     # A manifest of very many chunks has one digest for each file.
-    from shardwise.format.crc import crc32c
+    from shardwise.disk.crc import crc32c
     from shardwise.format.manifest import FileRecord, Manifest, encode_manifest
 
     manifest = read_manifest(checkpoint)

@@ -11,8 +11,8 @@ from tests.ops.checkpoints import model
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import StorageError
-from shardwise.io.storage import LocalStorage
 from shardwise.lifecycle import LocalFileSystem, doomed_name
 from shardwise.ops.verify import verify
 

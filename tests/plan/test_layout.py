@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import parse_header
+from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.layout import SPLIT_ABOVE_BYTES, file_limit, index_name, lay_out, shard_name
-from shardwise.types import DTYPE_BYTES, TensorSpec
 
 
 @st.composite

@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.pieces import MOST_REGIONS, ChunkIndex, wanted_regions
 from shardwise.plan.reads import SourceChunk
 from shardwise.plan.views import factor_shape, refine_box
-from shardwise.types import Box, TensorSpec
 
 
 @st.composite

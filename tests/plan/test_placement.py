@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.simulate import local_tensor, meshes, placements, shapes
 
+from shardwise.geometry import Box
 from shardwise.plan.placement import (
     Placement,
     Replicated,
@@ -19,7 +20,6 @@ from shardwise.plan.placement import (
     regions,
     shard_coordinate,
 )
-from shardwise.types import Box
 
 
 def replica_count(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> int:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.quantized import (
     Quantized,
@@ -22,7 +23,6 @@ from shardwise.plan.quantized import (
     scales_to_float,
 )
 from shardwise.plan.reads import SourceChunk, SourceTensor
-from shardwise.types import Box, TensorSpec
 
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

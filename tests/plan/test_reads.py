@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from shardwise.errors import MissingTensorError
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
-from shardwise.types import Box, TensorSpec
 
 SPEC = TensorSpec("w", (6, 10), "F32")
 

@@ -8,8 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwise.plan.runs import flat_offset, runs, split_rows, stride_of
-from shardwise.types import Box
+from shardwise.geometry import Box, flat_offset, runs, split_rows, stride_of
 
 
 @st.composite

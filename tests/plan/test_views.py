@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwise.geometry import Box
 from shardwise.plan.placement import Placement, Replicated, Sharded, Strided, regions
 from shardwise.plan.views import (
     Axis,
@@ -21,7 +22,6 @@ from shardwise.plan.views import (
     refine_box,
     refine_range,
 )
-from shardwise.types import Box
 
 
 def identity_view(shape: tuple[int, ...]) -> AxisView:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
-from shardwise.io.storage import Buffer, LocalStorage
 from shardwise.lifecycle import LocalFileSystem
 
 

@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardwise.disk.storage import Buffer
 from shardwise.errors import CheckpointNotFoundError, StorageError
-from shardwise.io.storage import Buffer
 
 
 @dataclass

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from shardwise.comm import Group
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.rosters import coordinates_of
-from shardwise.format.dtypes import torch_dtype
+from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
 from shardwise.plan.roster import Declaration, Roster
-from shardwise.types import TensorSpec
 
 T = TypeVar("T")
 DTYPES = ("F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "I8", "U8", "BOOL", "F64", "C64")

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.io.storage import Storage
+from shardwise.disk.storage import Storage
 from shardwise.stateful_wrappers import ModelState
 
 FAMILIES = ("dense", "tied", "moe")

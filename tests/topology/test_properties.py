@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, Simulation, Spread, ThreadGroup, in_threads, placements, raw
 
-from shardwise.io.exchange import exchange_rows
-from shardwise.io.reader import SMALL_GAP_BYTES, Reader
-from shardwise.io.writer import Digests, FileSet, prepare_all, write_all
+from shardwise.engine.row_exchange import exchange_rows
+from shardwise.engine.writer import Digests, FileSet, prepare_all, write_all
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import lay_out
 from shardwise.plan.placement import Replicated, Sharded, Strided
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
 from shardwise.plan.schedule import Run, schedule
 from shardwise.plan.shards import plan_shards
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.reader import SMALL_GAP_BYTES, Reader
 
 ROOT = Path("/memory")
 #: Primes, ones and nothing; tensors without a dimension come from the empty list.

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import NameCollisionError
-from shardwise.io.storage import Buffer, LocalStorage
 from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
 
 Written = list[tuple[str, int, int]]

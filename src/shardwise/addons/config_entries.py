@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardwise.addons.model_parts import own_class
 from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.stateful_wrappers.model_parts import own_class
 
 if TYPE_CHECKING:
     import torch.nn as nn

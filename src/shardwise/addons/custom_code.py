@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from shardwise.addons.base_model import base_directory, is_inside
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.files import copy_file
-from shardwise.addons.model_parts import own_class, unwrap
+from shardwise.base.directory import base_directory, is_inside
 from shardwise.errors import StorageError
+from shardwise.stateful_wrappers.model_parts import own_class, unwrap
 
 if TYPE_CHECKING:
     import torch

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from shardwise.addons.base_model import base_directory
 from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, read_json, write_json, write_text
-from shardwise.addons.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.base.directory import base_directory
 from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
 
 if TYPE_CHECKING:
     import torch

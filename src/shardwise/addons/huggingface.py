@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
-from shardwise.addons.base_model import base_directory
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
@@ -25,7 +24,18 @@ from shardwise.addons.hf_config import (
     write_hub_mixin_config,
     write_own_config,
 )
-from shardwise.addons.model_parts import (
+from shardwise.addons.side_files import (
+    write_sentence_model,
+    write_sentence_transformers,
+    write_tokenizer,
+    write_tokenizer_for_v4,
+)
+from shardwise.base.directory import base_directory
+from shardwise.comm import Group
+from shardwise.errors import ExportMismatchError, StorageError
+from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.model_parts import (
     config_of,
     described_part,
     has_quantized_parameters,
@@ -33,16 +43,6 @@ from shardwise.addons.model_parts import (
     unwrap,
     written_dtype,
 )
-from shardwise.addons.side_files import (
-    write_sentence_model,
-    write_sentence_transformers,
-    write_tokenizer,
-    write_tokenizer_for_v4,
-)
-from shardwise.comm import Group
-from shardwise.errors import ExportMismatchError, StorageError
-from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
-from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.wrapping import is_hub_mixin, is_sentence_transformer, outermost_pretrained
 
 if TYPE_CHECKING:

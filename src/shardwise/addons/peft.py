@@ -14,10 +14,14 @@ from typing import Unpack
 import torch.nn as nn
 
 from shardwise.addons.base import ModelParts, SaveHookArgs
-from shardwise.addons.peft_capture import adapter_directory, capture_adapter, hold_adapter
-from shardwise.addons.peft_check import check_adapter
-from shardwise.addons.peft_config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
-from shardwise.addons.peft_hf import (
+from shardwise.comm import Group
+from shardwise.errors import MisuseError
+from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
+from shardwise.peft.check import check_adapter
+from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
+from shardwise.peft.init import initialise_adapters, initialise_magnitudes
+from shardwise.peft.load import check_shared_factors, differing_settings
+from shardwise.peft.models import (
     ExpertTargets,
     adapter_configs,
     expert_targets,
@@ -25,13 +29,9 @@ from shardwise.addons.peft_hf import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.addons.peft_init import initialise_adapters, initialise_magnitudes
-from shardwise.addons.peft_load import check_shared_factors, differing_settings
-from shardwise.addons.peft_own import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
-from shardwise.addons.peft_settings import adapter_settings
-from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
-from shardwise.comm import Group
-from shardwise.errors import MisuseError
+from shardwise.peft.own import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
+from shardwise.peft.settings import adapter_settings
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
 
 __all__ = [
     "AdapterEntry",

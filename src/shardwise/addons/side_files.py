@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.files import copy_file, read_json, write_json, write_text
-from shardwise.addons.model_parts import own_class
 from shardwise.comm import JsonValue
 from shardwise.errors import FormatError, StorageError
+from shardwise.stateful_wrappers.model_parts import own_class
 
 if TYPE_CHECKING:
     import torch.nn as nn

@@ -2,6 +2,5 @@
 
 from shardwise.checkpointing.checkpointer import Checkpointer
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 
-__all__ = ["Checkpointer", "CheckpointingConfig", "RestoreRecord", "SaveConsolidatedMode"]
+__all__ = ["Checkpointer", "RestoreRecord"]

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.places import Place, check_places
+from shardwise.checkpointing.saving.places import Place, check_places
 from shardwise.comm import Group, JsonValue
-from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError
+from shardwise.settings import Settings
 from shardwise.stateful_wrappers.ways import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
     """As `check_arguments`; also that FSDP1 wraps no module.
 
-    Returns ``name``, for `shardwise.checkpointing.turns.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
+    Returns ``name``, for `shardwise.checkpointing.calls.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
     lists the model, which later saves need not do.
     """
     check_arguments(model, optimizer, scheduler)
@@ -87,7 +87,7 @@ class Met:
     token: str
 
 
-def check_same_settings(config: CheckpointingConfig, root: Path, group: Group) -> Met:
+def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
     Threads and time-outs may differ, and paths that are looked for on each machine. The directory of the checkpoints

@@ -12,20 +12,18 @@ from typing import TypeVar
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.adapters import OpenedAdapter, check_before_training
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
     whole_number,
 )
 from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
-from shardwise.checkpointing.commits import Publication, RunLine, check_metrics, warn_of_metrics
+from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.components import ComponentCheckpointer, Model
-from shardwise.checkpointing.data_order import DataOrder
-from shardwise.checkpointing.foreign_optimizers import Changes
-from shardwise.checkpointing.hooks import passed_addons
 from shardwise.checkpointing.inference import outside_inference_mode
-from shardwise.checkpointing.model_loading import OpenedModel
+from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.models import OpenedModel
+from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import (
     OpenedOptimizer,
     Optimizers,
@@ -36,9 +34,8 @@ from shardwise.checkpointing.optimizers import (
     several,
 )
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.turns import check_same_call
-from shardwise.checkpointing.wholes import (
+from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.wholes import (
     FoundExtras,
     below,
     capture_extras,
@@ -47,6 +44,9 @@ from shardwise.checkpointing.wholes import (
     model_place,
     unrestored,
 )
+from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training
+from shardwise.checkpointing.saving.commits import Publication, RunLine, check_metrics, warn_of_metrics
+from shardwise.checkpointing.saving.hooks import passed_addons
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed

@@ -18,32 +18,32 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise._version import __version__
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing import basemodel
-from shardwise.checkpointing.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
-from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.extras import Stateful
-from shardwise.checkpointing.foreign_optimizers import Changes
-from shardwise.checkpointing.hooks import leading_own, passed_addons
+from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
 from shardwise.checkpointing.inference import outside_inference_mode
-from shardwise.checkpointing.model_loading import OpenedModel, open_model
-from shardwise.checkpointing.models import ModelSave, default_addons
+from shardwise.checkpointing.loading import base_model
+from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.models import OpenedModel, open_model
+from shardwise.checkpointing.loading.restoring import overwriting
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
-from shardwise.checkpointing.ranks import load_rank_state, save_rank_state
-from shardwise.checkpointing.restoring import overwriting
-from shardwise.checkpointing.standalone import Replacement
-from shardwise.checkpointing.torch_format import tensors_alone
-from shardwise.checkpointing.turns import Turn, check_same_call, own_state, take_turn
+from shardwise.checkpointing.run_state.extras import Stateful
+from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.saving.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
+from shardwise.checkpointing.saving.hooks import leading_own, passed_addons
+from shardwise.checkpointing.saving.models import ModelSave, default_addons
+from shardwise.checkpointing.saving.standalone import Replacement
+from shardwise.checkpointing.saving.torch_format import tensors_alone
+from shardwise.checkpointing.session import Context
 from shardwise.comm import ABSENT_SECONDS, Group
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.background import Background
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
-from shardwise.io.storage import LocalStorage, Storage
 from shardwise.lifecycle import LOCAL, FileSystem
 from shardwise.plan.collector import collector_paused
+from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ComponentCheckpointer:
 
     def __init__(
         self,
-        config: CheckpointingConfig,
+        config: Settings,
         dp_rank: int,
         tp_rank: int,
         pp_rank: int,
@@ -165,7 +165,7 @@ class ComponentCheckpointer:
         path = Path(model_path).absolute()
         if is_init_step:
             parts = [model] if isinstance(model, nn.Module) else list(model)
-            basemodel.fill_from_base(
+            base_model.fill_from_base(
                 context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
             )
             return
@@ -265,7 +265,7 @@ class ComponentCheckpointer:
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
-        basemodel.initialize_model_weights(model, torch.device(device), peft_init_method)
+        base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
 
     @outside_inference_mode
     def load_base_model(
@@ -278,7 +278,7 @@ class ComponentCheckpointer:
     ) -> None:
         """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
 
-        The model keeps its dtypes; `shardwise.checkpointing.base_files.base_dtype` tells the base's.
+        The model keeps its dtypes; `shardwise.base.files.base_dtype` tells the base's.
 
         Args:
             model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
@@ -296,7 +296,7 @@ class ComponentCheckpointer:
         context = self._begin(call := f"load_base_model({model_name})")
         self.async_wait()
         check_same_call(call, lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
-        basemodel.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
+        base_model.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         if self.config.is_peft and self.config.enabled:
             check_before_training(context, model, is_adapted=False)
         self._allocate_staging(model)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from shardwise.checkpointing.config_ties import expected_ties
-from shardwise.checkpointing.further_names import further_names
 from shardwise.checkpointing.inside import as_exported, check_apart, outer_names
+from shardwise.checkpointing.saving.config_ties import expected_ties
+from shardwise.checkpointing.saving.further_names import further_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
@@ -21,6 +21,7 @@ from shardwise.convert import (
     to_hub,
 )
 from shardwise.errors import MisuseError
+from shardwise.geometry import TensorSpec
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
@@ -30,7 +31,6 @@ from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
-from shardwise.types import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.distinct import blob_of, distinct, unblob
-from shardwise.checkpointing.foreign_optimizers import Changes, open_foreign
-from shardwise.checkpointing.foreign_states import foreign_components
+from shardwise.checkpointing.loading.foreign_optimizers import Changes, open_foreign
+from shardwise.checkpointing.loading.foreign_states import foreign_components
+from shardwise.checkpointing.loading.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.restoring import HasState, Undos, overwriting, undone_on_failure
-from shardwise.checkpointing.schedule_records import attached, capture_schedules, merge_schedules
-from shardwise.checkpointing.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
-from shardwise.checkpointing.torch_format import capture_distcp, write_distcp
+from shardwise.checkpointing.run_state.distinct import blob_of, distinct, unblob
+from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
+from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
+from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
+from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
@@ -33,12 +33,12 @@ from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
-from shardwise.io.dcp_bytes import is_dcp
-from shardwise.io.sources import open_source
-from shardwise.io.statefiles import pack_state, unpack_state
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.sources import open_source
+from shardwise.sources.state_files import pack_state, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord

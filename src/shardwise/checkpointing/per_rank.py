@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import nn
 
-from shardwise.checkpointing.context import Context
+from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own

@@ -21,7 +21,7 @@ from typing import Self
 
 import torch.distributed as dist
 
-from shardwise.processes import process_exists
+from shardwise.disk.processes import process_exists
 
 #: Seconds between two looks at the process table and the store.
 _POLL_SECONDS = 0.1

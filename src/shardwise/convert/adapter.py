@@ -13,11 +13,11 @@ from torch import nn
 from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import RULE_ERRORS, derive, derived, hub_tensor
 from shardwise.convert.rules import Computed, Conversion, HubTensor, NativeSpec
-from shardwise.convert.skeleton import skeleton
 from shardwise.convert.trace import traced
+from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.types import TensorSpec
+from shardwise.geometry import TensorSpec
+from shardwise.stateful_wrappers.skeleton import skeleton
 
 _LOG = logging.getLogger(__name__)
 

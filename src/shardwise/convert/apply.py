@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from shardwise.convert.rules import Computed, Conversion, HubTensor
 from shardwise.errors import ConversionError
+from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.views import AxisView, hub_views
-from shardwise.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from shardwise.convert.rules import Conversion, NativeSpec
 from shardwise.errors import ConversionError
+from shardwise.geometry import Box
 from shardwise.plan.views import AxisView, refine_box
-from shardwise.types import Box
 
 Factors = tuple[tuple[int, ...], ...]
 

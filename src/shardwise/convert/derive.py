@@ -18,13 +18,13 @@ from shardwise.convert.assemble import axis_views
 from shardwise.convert.mapping import revert
 from shardwise.convert.provenance import Untraceable
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
-from shardwise.convert.skeleton import skeleton, unwrapped
 from shardwise.convert.trace import TracedTensor, traced
 from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, may_have_rules, replay, rule_set, run
+from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import ConversionError
-from shardwise.format.dtypes import dtype_code, torch_dtype
+from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
-from shardwise.types import TensorSpec
+from shardwise.stateful_wrappers.skeleton import skeleton, unwrapped
 
 #: What code that converts tensors may raise when it is given a tensor that it does not expect.
 RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)

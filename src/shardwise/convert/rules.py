@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from shardwise.errors import ConversionError
+from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
-from shardwise.types import TensorSpec
 
 #: A native tensor is described as one of a file is: name (FQN), global shape, safetensors dtype code.
 NativeSpec = TensorSpec

@@ -12,7 +12,7 @@ from pathlib import Path
 from shardwise.engine.verify import load_manifest
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeMismatchError, ShardwiseError
 from shardwise.format.manifest import Manifest
-from shardwise.io.sources import Source
+from shardwise.sources.sources import Source
 
 _CLIMB = 3
 

@@ -13,20 +13,20 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup
+from shardwise.disk.storage import Storage
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConversionError, MissingTensorError, PeerError, ShapeMismatchError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import flat_bytes, stored
-from shardwise.io.reader import Reader
-from shardwise.io.sources import Source
-from shardwise.io.storage import Storage
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
 from shardwise.plan.reads import plan_reads
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.reader import Reader
+from shardwise.sources.sources import Source
+from shardwise.sources.tensor_bytes import flat_bytes, stored
 
 
 @dataclass(frozen=True)

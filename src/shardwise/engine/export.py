@@ -11,19 +11,15 @@ from pathlib import Path
 import torch
 
 from shardwise.comm import Group
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import Storage
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
-from shardwise.format.crc import crc32c
-from shardwise.format.dtypes import torch_dtype
-from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
-from shardwise.io.exchange import exchange_rows, spare_memory
-from shardwise.io.reader import Reader
-from shardwise.io.statefiles import write_plain
-from shardwise.io.storage import Storage
-from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import (
+from shardwise.engine.row_exchange import exchange_rows, spare_memory
+from shardwise.engine.writer import (
     Digest,
     Digests,
     FileSet,
@@ -34,13 +30,17 @@ from shardwise.io.writer import (
     write_all,
     write_prepared,
 )
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.geometry import Box
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run, Schedule, schedule
-from shardwise.types import Box
+from shardwise.sources.reader import Reader
+from shardwise.sources.state_files import write_plain
+from shardwise.sources.stream import tensor_blocks
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.comm import Group
+from shardwise.disk.storage import Storage
 from shardwise.engine.absent import absent_files_named
 from shardwise.engine.near_names import Shapes, listed, nearest
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
@@ -21,17 +22,16 @@ from shardwise.errors import (
     ShapeMismatchError,
     UnexpectedTensorError,
 )
-from shardwise.io.reader import ReadCounts, Reader
-from shardwise.io.sources import Source
-from shardwise.io.storage import Storage
+from shardwise.geometry import Box
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
 from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.plan.sharing import Replicas
+from shardwise.sources.reader import ReadCounts, Reader
+from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
-from shardwise.types import Box
 
 _LOG = logging.getLogger(__name__)
 

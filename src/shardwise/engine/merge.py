@@ -12,23 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
+from shardwise.disk.crc import crc32c
+from shardwise.disk.private_directory import private_directory
+from shardwise.disk.storage import Storage, locating
 from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.merge_computed import write_aside
-from shardwise.engine.private_directory import private_directory
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError, StorageError
-from shardwise.format.crc import crc32c
 from shardwise.format.manifest import TensorRecord
-from shardwise.io.reader import Reader
-from shardwise.io.statefiles import write_plain
-from shardwise.io.storage import Storage
-from shardwise.io.stream import tensor_blocks
-from shardwise.io.writer import locating
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.sources.reader import Reader
+from shardwise.sources.state_files import write_plain
+from shardwise.sources.stream import tensor_blocks
 
 _BLOCK_BYTES = 8 * 2**20
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import Storage, locating
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import write_computed
 from shardwise.engine.export import ExportPlan
-from shardwise.format.crc import crc32c
-from shardwise.format.dtypes import torch_dtype
-from shardwise.io.memory import byte_blocks
-from shardwise.io.storage import Storage
-from shardwise.io.writer import locating
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.tensor_bytes import byte_blocks
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from shardwise.disk.crc import combine, crc32c
+from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord
+from shardwise.engine.writer import FileSet, write_run
 from shardwise.errors import (
     DtypeMismatchError,
     MisuseError,
@@ -15,17 +18,14 @@ from shardwise.errors import (
     StateFormatError,
     UnexpectedTensorError,
 )
-from shardwise.format.crc import combine, crc32c
 from shardwise.format.header import arrange, encode_header, read_header
 from shardwise.format.manifest import FileRecord
 from shardwise.format.notes import PER_RANK_DIR
-from shardwise.io.reader import Reader
-from shardwise.io.storage import Storage
-from shardwise.io.writer import FileSet, write_run
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
 from shardwise.plan.schedule import Run
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.reader import Reader
 
 #: What a file has, and the memory that it is read into.
 Pair: TypeAlias = tuple[SourceTensor, HeldTensor]

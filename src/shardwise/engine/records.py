@@ -10,8 +10,8 @@ from typing import TypeAlias
 from shardwise.errors import IncompleteTensorError
 from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
+from shardwise.geometry import TensorSpec
 from shardwise.plan.collector import collector_paused
-from shardwise.types import TensorSpec
 
 #: A file's record as it travels between ranks.
 FileRow: TypeAlias = tuple[str, int, int | None, int | None]

@@ -17,12 +17,12 @@ from typing import NamedTuple, cast
 import torch
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.crc import crc32c
 from shardwise.errors import ReplicasDifferError
-from shardwise.format.crc import crc32c
-from shardwise.io.memory import byte_blocks
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
+from shardwise.sources.tensor_bytes import byte_blocks
 
 #: So many bits of a tensor's hash are added up over tensors and ranks, which leaves room for their number in 64.
 _BITS = 40

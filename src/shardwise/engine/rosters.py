@@ -8,11 +8,11 @@ from typing import cast
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.memo import Memo
 from shardwise.errors import MisuseError
+from shardwise.geometry import TensorSpec
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.placement import MeshKey
 from shardwise.plan.roster import Declaration, Roster
-from shardwise.types import TensorSpec
 
 
 class RosterKeeper:

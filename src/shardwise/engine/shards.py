@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.crc import combine, crc32c
+from shardwise.disk.storage import Storage
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, FileRow, Told, check_written, file_row
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
-from shardwise.format.crc import combine, crc32c
-from shardwise.format.dtypes import torch_dtype
+from shardwise.engine.writer import Digests, FileSet, Prepared, prepare, totals, write_prepared
 from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.sharding import encode_sharding_metadata
-from shardwise.io.digest import contribution
-from shardwise.io.storage import Storage
-from shardwise.io.writer import Digests, FileSet, Prepared, prepare, totals, write_prepared
+from shardwise.geometry import Box, TensorSpec, only_run
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
-from shardwise.plan.runs import only_run
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.digest import contribution
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.

@@ -9,14 +9,14 @@ from functools import partial
 import torch
 
 from shardwise.comm import Group
+from shardwise.disk.storage import Storage
+from shardwise.engine.read_sharing import Made, Wanted, is_remote, made_of, read_shared, rehearse, spare_memory
 from shardwise.engine.rosters import roster_of_kind
-from shardwise.io.reader import Reader
-from shardwise.io.sharing import Made, Wanted, is_remote, made_of, read_shared, rehearse, spare_memory
-from shardwise.io.sources import Source
-from shardwise.io.storage import Storage
 from shardwise.plan.fragments import HeldPart, HeldTensor
 from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
 from shardwise.plan.sharing import LIMITS, Limits, Replicas
+from shardwise.sources.reader import Reader
+from shardwise.sources.sources import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ShardwiseError
-from shardwise.format.crc import crc32c
 from shardwise.format.manifest import FileRecord
-from shardwise.io.statefiles import read_file, unpack_state, write_plain
-from shardwise.io.storage import Storage
+from shardwise.sources.state_files import read_file, unpack_state, write_plain
 
 
 def write_state(storage: Storage, stem: Path, packed: dict[str, bytes]) -> ComponentRecord:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from shardwise.disk.crc import combine, crc32c
+from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
+from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
     FormatError,
@@ -22,8 +25,6 @@ from shardwise.errors import (
     ManifestError,
     ShardwiseError,
 )
-from shardwise.format.crc import combine, crc32c
-from shardwise.format.files import is_followed, is_made_of_links, read_whole, resolve_inside
 from shardwise.format.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -32,7 +33,6 @@ from shardwise.format.manifest import (
     TensorRecord,
     parse_manifest,
 )
-from shardwise.io.storage import Storage
 
 #: What is compared: kinds and sizes of files, or also the digest of every byte.
 VerifyLevel = Literal["sizes", "digests"]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shardwise.comm import Group
+from shardwise.disk.storage import Storage
 from shardwise.engine.verify import (
     Damage,
     Extent,
@@ -20,7 +21,6 @@ from shardwise.engine.verify import (
 )
 from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError
 from shardwise.format.manifest import MANIFEST_NAME, parse_manifest
-from shardwise.io.storage import Storage
 
 _LOG = logging.getLogger(__name__)
 

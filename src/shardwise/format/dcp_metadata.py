@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.errors import FormatError
-from shardwise.format.files import read_whole, why_not_relative
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
 

@@ -19,8 +19,8 @@ from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
+from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import HeaderError, MissingTensorError, MisuseError
-from shardwise.format.files import open_regular, read_exactly
 from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
 from shardwise.format.strict_json import (
     MAX_INT,
@@ -36,7 +36,7 @@ from shardwise.format.strict_json import (
     quoted,
     read_object,
 )
-from shardwise.types import DTYPE_BYTES, TensorSpec
+from shardwise.geometry import DTYPE_BYTES, TensorSpec
 
 #: Longest header that the format allows, in bytes.
 MAX_HEADER_BYTES = 100_000_000

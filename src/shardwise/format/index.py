@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn
 
+from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.errors import MisuseError, WeightIndexError
-from shardwise.format.files import read_whole, why_not_relative
 from shardwise.format.strict_json import (
     MAX_INT,
     MAX_NAME,

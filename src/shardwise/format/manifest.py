@@ -34,9 +34,9 @@ import os
 import re
 from typing import NoReturn
 
+from shardwise.disk.crc import crc32c
+from shardwise.disk.guarded import MANIFEST_NAME, read_whole, resolve_inside
 from shardwise.errors import ManifestError
-from shardwise.format.crc import crc32c
-from shardwise.format.files import MANIFEST_NAME, read_whole, resolve_inside
 from shardwise.format.manifest_records import (
     AliasRecord,
     ChunkRecord,
@@ -60,7 +60,7 @@ from shardwise.format.strict_json import (
     loads,
     quoted,
 )
-from shardwise.types import DTYPE_BYTES, Box, TensorSpec
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec
 
 __all__ = [
     "MANIFEST_NAME",

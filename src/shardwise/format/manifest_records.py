@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
+from shardwise.disk.guarded import why_not_relative
 from shardwise.errors import ManifestError
-from shardwise.format.files import why_not_relative
 from shardwise.format.strict_json import MAX_DIMS, MAX_NAME, Fail, JsonValue, as_count, as_counts, check_magnitude
-from shardwise.format.tiling import tiles
-from shardwise.types import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, tiles
 
 
 class FailTensor(Protocol):

@@ -18,8 +18,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.format.dtypes import dtype_code
 from shardwise.format.state_decoder import MAX_DEPTH, NUMPY_DTYPE, Decoder, fail
 from shardwise.format.strict_json import JsonValue, as_object, exact_keys, loads
 

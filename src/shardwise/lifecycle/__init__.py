@@ -16,7 +16,7 @@ A save, on the coordinating rank::
 
 from __future__ import annotations
 
-from shardwise.lifecycle.filesystem import LOCAL, FileSystem, LocalFileSystem
+from shardwise.disk.filesystem import LOCAL, FileSystem, LocalFileSystem
 from shardwise.lifecycle.lineage import Lineage, Start, next_lineage
 from shardwise.lifecycle.names import (
     BEST,

@@ -19,10 +19,10 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+from shardwise.disk.filesystem import read_small_file, storage_errors
+from shardwise.disk.processes import process_exists
 from shardwise.errors import CheckpointBusyError
-from shardwise.lifecycle.filesystem import read_small_file, storage_errors
 from shardwise.lifecycle.names import owner_name
-from shardwise.processes import process_exists
 
 _LIMIT = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}

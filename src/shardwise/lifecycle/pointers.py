@@ -11,8 +11,8 @@ import errno
 import os
 from pathlib import Path
 
+from shardwise.disk.filesystem import LOCAL, FileSystem, read_small_file, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError
-from shardwise.lifecycle.filesystem import LOCAL, FileSystem, read_small_file, storage_errors
 from shardwise.lifecycle.lineage import Origin
 from shardwise.lifecycle.names import (
     ANNOUNCEMENT_NAME,

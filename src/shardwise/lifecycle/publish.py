@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from shardwise.disk.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
@@ -13,7 +14,6 @@ from shardwise.errors import (
     IncompleteCheckpointError,
     MisuseError,
 )
-from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,

@@ -7,14 +7,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.config import CheckpointingConfig
+from shardwise.disk.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.errors import ConfigError, StorageError
-from shardwise.lifecycle.filesystem import LOCAL, FileSystem, storage_errors
 from shardwise.lifecycle.lineage import branch_point, line_of
 from shardwise.lifecycle.names import is_doomed, leftover_of, parse_checkpoint_name
 from shardwise.lifecycle.pointers import announced, pointers
 from shardwise.lifecycle.publish import remove_checkpoint
 from shardwise.lifecycle.resolve import CheckpointInfo, list_checkpoints, newest
+from shardwise.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Retention:
             raise ConfigError(f"metric_mode is {self.metric_mode!r}", hint="Use 'min' or 'max'.")
 
     @staticmethod
-    def from_config(config: CheckpointingConfig) -> Retention:
+    def from_config(config: Settings) -> Retention:
         """The policy that a configuration asks for."""
         return Retention(
             config.max_recent_checkpoints,

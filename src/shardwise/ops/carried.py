@@ -6,14 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from shardwise.checkpointing.base_files import find_base
+from shardwise.base.files import find_base
 from shardwise.comm import Group
 from shardwise.errors import CheckpointNotFoundError, DtypeMismatchError, MissingTensorError
 from shardwise.format.notes import EXPORT, FILE_DTYPES, METADATA_DIR, PASSED_THROUGH
-from shardwise.io.sources import Source, open_source
 from shardwise.ops.consolidate_input import ModelInput
 from shardwise.ops.run_config import run_settings
 from shardwise.plan.reads import SourceTensor
+from shardwise.sources.sources import Source, open_source
 
 _HINT = "Say where the base model is: --base PATH (base=PATH)."
 

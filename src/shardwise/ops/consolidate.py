@@ -16,12 +16,14 @@ import torch
 
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
-from shardwise.checkpointing.config_ties import differing_ties
-from shardwise.checkpointing.opens import check_described
+from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.checkpointing.saving.opens import check_described
+from shardwise.disk.crc import crc32c
+from shardwise.disk.filesystem import storage_errors
+from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.absent import saved_aliases
 from shardwise.errors import CheckpointExistsError, ConfigError
-from shardwise.format.crc import crc32c
-from shardwise.format.dtypes import torch_dtype
 from shardwise.format.manifest import (
     MANIFEST_NAME,
     AliasRecord,
@@ -33,12 +35,8 @@ from shardwise.format.manifest import (
 )
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
-from shardwise.io.checked import CheckedReader
-from shardwise.io.memory import as_bytes
-from shardwise.io.statefiles import write_plain
-from shardwise.io.storage import LocalStorage, Storage
+from shardwise.geometry import Box, TensorSpec
 from shardwise.lifecycle import LOCAL, temporary_name
-from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.ops.carried import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
 from shardwise.ops.hub_blocks import hub_tensors
@@ -46,7 +44,9 @@ from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
-from shardwise.types import Box, TensorSpec
+from shardwise.sources.checked import CheckedReader
+from shardwise.sources.state_files import write_plain
+from shardwise.sources.tensor_bytes import as_bytes
 
 __all__ = ["ConsolidateReport", "consolidate"]
 

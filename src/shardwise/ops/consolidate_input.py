@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from shardwise.comm import Group
+from shardwise.disk.storage import Storage
 from shardwise.engine.verify import extents_of, load_manifest
 from shardwise.errors import (
     IncompleteTensorError,
@@ -22,18 +23,16 @@ from shardwise.errors import (
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.strict_json import JsonValue
-from shardwise.format.tiling import covers_once
-from shardwise.io.checked import Ledger, Recorded
-from shardwise.io.dcp_model import find_model
-from shardwise.io.entries import read_entries
-from shardwise.io.sources import Source, open_source
-from shardwise.io.statefiles import read_file
-from shardwise.io.storage import Storage
+from shardwise.geometry import TensorSpec, covers_once
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
-from shardwise.types import TensorSpec
+from shardwise.sources.checked import Ledger, Recorded
+from shardwise.sources.dcp_model import find_model
+from shardwise.sources.entries import read_entries
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.state_files import read_file
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPTIMIZER_STATE = "optimizer.json"

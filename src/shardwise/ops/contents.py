@@ -20,9 +20,8 @@ from shardwise.format.header import read_header
 from shardwise.format.index import read_index
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import what_is_file
-from shardwise.format.tiling import covers_once
+from shardwise.geometry import Box, covers_once
 from shardwise.ops.torch_archives import TORCH_SUFFIXES, check_torch_file
-from shardwise.types import Box
 
 _INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.safetensors|\.bin)")
@@ -216,7 +215,7 @@ def _names_in(path: Path) -> frozenset[str] | None:
 
 
 def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents) -> None:
-    from shardwise.io.dcp_extents import check_dcp_extents
+    from shardwise.sources.dcp_extents import check_dcp_extents
 
     try:
         extents = check_dcp_extents((root / relative).parent)

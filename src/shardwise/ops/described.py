@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
-from shardwise.types import TensorSpec
+from shardwise.geometry import TensorSpec
 
 #: With what the name of DCP's metadata ends.
 DCP_SUFFIX = ".metadata"
@@ -83,8 +83,8 @@ def _add_safetensors(root: Path, relative: str, component: str, found: Described
 def _add_dcp(root: Path, relative: str, component: str, found: Described) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    from shardwise.dtypes import dtype_code
     from shardwise.format.dcp_metadata import read_dcp_metadata
-    from shardwise.format.dtypes import dtype_code
 
     metadata = read_dcp_metadata(root / relative)
     directory = PurePosixPath(relative).parent
@@ -99,7 +99,7 @@ def _add_dcp(root: Path, relative: str, component: str, found: Described) -> Non
 
 def _add_torch(root: Path, relative: str, component: str, found: Described) -> None:
     from shardwise.comm import Group
-    from shardwise.io.bin_source import open_bin
+    from shardwise.sources.torch_files import open_bin
 
     try:
         opened = open_bin(root / relative, Group(None))

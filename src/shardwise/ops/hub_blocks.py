@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
-from shardwise.format.dtypes import torch_dtype
-from shardwise.io.checked import BLOCK_BYTES, CheckedReader
-from shardwise.io.memory import as_bytes
+from shardwise.geometry import TensorSpec
 from shardwise.ops.model_class import ModelClass
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
-from shardwise.types import TensorSpec
+from shardwise.sources.checked import BLOCK_BYTES, CheckedReader
+from shardwise.sources.tensor_bytes import as_bytes
 
 #: So many native tensors are kept: those of one layer that a file's tensors take turns in.
 _MOST_KEPT = 4

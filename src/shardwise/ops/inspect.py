@@ -11,11 +11,11 @@ from pathlib import Path
 from shardwise.engine.verify import files_below, load_manifest
 from shardwise.errors import CheckpointNotFoundError
 from shardwise.format.manifest import Manifest
+from shardwise.geometry import TensorSpec
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.described import DCP_SUFFIX, read_contents
 from shardwise.ops.targets import Target, find_targets
-from shardwise.types import TensorSpec
 
 __all__ = ["CheckpointDescription", "FileDescription", "TensorDescription", "inspect"]
 

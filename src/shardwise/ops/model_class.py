@@ -16,8 +16,8 @@ import torch
 
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
+from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
-from shardwise.types import TensorSpec
 
 if TYPE_CHECKING:
     from torch import nn

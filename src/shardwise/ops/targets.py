@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.filesystem import storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
-from shardwise.lifecycle.filesystem import storage_errors
 from shardwise.lifecycle.names import is_doomed, is_temporary
 
 #: Directories of a checkpoint that may stand alone, each with a manifest of its own.

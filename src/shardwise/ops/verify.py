@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.verify import (
     Damage,
     VerifyLevel,
@@ -22,7 +23,6 @@ from shardwise.engine.verify import (
 )
 from shardwise.errors import ManifestError, MisuseError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
-from shardwise.io.storage import LocalStorage, Storage
 from shardwise.lifecycle.names import is_doomed, is_temporary
 from shardwise.ops.contents import check_contents
 from shardwise.ops.targets import Target, find_targets, with_nested

@@ -15,8 +15,8 @@ from typing import Protocol, cast
 import torch
 
 from shardwise.errors import ModuleStateError
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.types import Box, TensorSpec
 
 _ATTRIBUTE = "_shardwise_deferred"
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.placement import MeshKey, Placement, Region, regions
 from shardwise.plan.views import AxisView, hub_boxes, hub_views
-from shardwise.types import Box, TensorSpec
 
 
 class Fragment(NamedTuple):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import TensorEntry, arrange, encode_header
 from shardwise.format.index import encode_index
+from shardwise.geometry import TensorSpec
 from shardwise.plan.collector import collector_paused
-from shardwise.types import TensorSpec
 
 #: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split
 #: into several files even where one would do, and each rank starts in another file.

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from shardwise.geometry import Box, split_rows
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.runs import split_rows
-from shardwise.types import Box
 
 #: Below this, a region is written whole by one replica: cutting it would only make small writes.
 SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20

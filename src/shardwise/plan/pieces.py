@@ -10,10 +10,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk
 from shardwise.plan.views import factor_shape
-from shardwise.types import Box
 
 #: Regions of a tensor up to which they are told one by one; of more, the region that spans them all is.
 MOST_REGIONS = 8

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardwise.types import Box
+from shardwise.geometry import Box
 
 
 @dataclass(frozen=True, slots=True)

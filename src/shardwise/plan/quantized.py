@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.views import factor_shape
-from shardwise.types import Box, TensorSpec
 
 #: Values dequantized at a time: 1 MiB of FP8, and three float32 tensors of 4 MiB while they are computed.
 PIECE_ELEMENTS = 2**20

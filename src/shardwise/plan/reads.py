@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 
 from shardwise.errors import MissingTensorError
-from shardwise.format.tiling import overlap, tiles
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, overlap, tiles
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
-from shardwise.types import DTYPE_BYTES, Box, TensorSpec
 
 
 class SourceChunk(NamedTuple):

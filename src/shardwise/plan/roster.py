@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardwise.errors import IncompleteTensorError, NameCollisionError
+from shardwise.geometry import TensorSpec
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldPart, HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
-from shardwise.types import TensorSpec
 
 
 def _placement_code(placement: Placement) -> str:

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from shardwise.geometry import Box, flat_offset, stride_of
 from shardwise.plan.fragments import HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Replicated
 from shardwise.plan.roster import Roster, ShardSet
-from shardwise.plan.runs import flat_offset, stride_of
 from shardwise.plan.views import AxisView, refine_range
-from shardwise.types import Box
 
 #: Runs shorter than this, if there are more than `FEW_RUNS` of them, are exchanged rather than written one by one.
 SHORT_RUN_BYTES = 64 * 1024

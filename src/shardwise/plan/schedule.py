@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.geometry import DTYPE_BYTES, TensorSpec, only_run, runs
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, Place
 from shardwise.plan.ownership import Owned, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
-from shardwise.plan.runs import only_run, runs
-from shardwise.types import DTYPE_BYTES, TensorSpec
 
 
 class Run(NamedTuple):

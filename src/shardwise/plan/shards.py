@@ -16,12 +16,12 @@ import torch
 
 from shardwise.format.header import arrange, encode_header
 from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.ownership import cut, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.views import factor_shape
-from shardwise.types import Box, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

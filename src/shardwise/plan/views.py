@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.types import Box
+from shardwise.geometry import Box
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
+from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.format.dtypes import dtype_code, torch_dtype
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 #: Kinds of state. `USUAL` is what nearly all optimizers keep: tensors of the parameter's shape and spread, and plain

@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
+from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, TensorError
-from shardwise.format.dtypes import dtype_code
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
 from shardwise.stateful_wrappers.memory import plain_memory
-from shardwise.types import Box, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

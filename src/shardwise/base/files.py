@@ -1,0 +1,175 @@
+"""Finding a base model on this machine and saying what its files hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from shardwise.base.finding import asked_for, find
+from shardwise.base.load import BaseSource
+from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
+from shardwise.comm import Group
+from shardwise.errors import FormatError
+from shardwise.format.sniff import Kind, what_is_file
+from shardwise.format.weight_files import SAFETENSORS, TORCH, is_index
+from shardwise.sources.sources import open_source
+from shardwise.sources.torch_files import has_torch_files, open_bin
+
+#: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
+#: where the file does not name it.
+_QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
+    """The directory or file of a base model; the network is never asked.
+
+    Args:
+        root_dir: The hub cache, or a directory that models lie in; the hub's own cache if not given.
+        model_name: A directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
+            (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit).
+        cache: The hub cache where ``root_dir`` is not given.
+
+    Raises:
+        CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
+        FormatError: It is a file of another format.
+    """
+    return find(asked_for(root_dir, model_name, cache))
+
+
+def base_config(path: Path) -> dict[str, object]:
+    """The base's ``config.json``, empty where there is none.
+
+    Tools older than ``quantization_config`` say in a file of their own how they quantized; that is put in its place
+    where the config has none.
+
+    Raises:
+        FormatError: One of the files is not JSON.
+    """
+    directory = path if path.is_dir() else path.parent
+    config = _json_object(directory / "config.json")
+    if is_quantized(config):
+        return config
+    for name, method in _QUANTIZERS_FILES.items():
+        found = _json_object(directory / name)
+        if found:
+            return {**config, "quantization_config": {"quant_method": method, **found}}
+    return config
+
+
+def _json_object(file: Path) -> dict[str, object]:
+    if not file.is_file():
+        return {}
+    try:
+        found: object = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"not JSON: {error}", path=file, hint="Fetch the file again.") from error
+    return cast(dict[str, object], found) if isinstance(found, dict) else {}
+
+
+def ties_head(config: Mapping[str, object]) -> bool:
+    """Whether the base may tie its head to the embedding: all but a config that says no."""
+    places = [config.get("text_config"), config]
+    said = [
+        place["tie_word_embeddings"] for place in places if isinstance(place, dict) and "tie_word_embeddings" in place
+    ]
+    return not said or any(bool(value) for value in said)
+
+
+def base_dtype(root_dir: str | Path | None, model_name: str) -> str:
+    """The dtype that a base model was trained or published in, as torch names it: ``"bfloat16"``.
+
+    Loading never changes the model's dtype; build the model in this one to have the base's values unchanged:
+    ``torch.set_default_dtype(getattr(torch, base_dtype(...)))`` or ``from_config(config, dtype=...)``. Not collective.
+
+    Returns:
+        What ``config.json`` says (``dtype``, ``torch_dtype``); otherwise the floating-point dtype of most of the
+        weights' bytes; ``bfloat16`` for a quantized base that does not say.
+
+    Raises:
+        CheckpointNotFoundError: There is no such base.
+    """
+    path = find_base(root_dir, model_name)
+    config = base_config(path)
+    for place in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            said = place.get(key) if isinstance(place, dict) else None
+            if isinstance(said, str) and said.removeprefix("torch.") in _FLOATS.values():
+                return said.removeprefix("torch.")
+    source = open_base_source(path, Group(None), config)
+    sizes: dict[str, int] = {}
+    for name in source.names():
+        spec = source.stored(name)
+        if spec is not None and spec.dtype in _FLOATS and name not in source.behind:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    if source.behind or not sizes:
+        return "bfloat16"
+    return _FLOATS[max(sizes, key=sizes.__getitem__)]
+
+
+def open_base_source(
+    path: Path,
+    group: Group,
+    config: Mapping[str, object],
+    *,
+    dequantize: bool | None = None,
+    allow_legacy_pickle: bool = False,
+) -> BaseSource:
+    """Find the tensors of a base model. All ranks of the group call.
+
+    Args:
+        path: From `find_base`.
+        group: The ranks that load together.
+        config: From `base_config`.
+        dequantize: Whether values and scales become floating point: ``None`` if the config says that the base is
+            quantized, ``True`` wherever values have scales, ``False`` never.
+        allow_legacy_pickle: Unpickle ``.bin`` files without restrictions.
+
+    Raises:
+        CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
+    """
+    if group.tell(lambda: is_torch_base(path), "looking at the base model's files"):
+        bins = open_bin(path, group, allow_legacy_pickle)
+        source = BaseSource(bins.source, bins)
+    else:
+        source = BaseSource(open_source(path, group))
+    with group.together("looking for quantized tensors"):
+        settings = quant_settings(config)
+        block = settings.block if settings is not None and settings.supported else None
+        found, behind = find_quantized(source.plain.tensors, block)
+        wanted = dequantize is True or (dequantize is None and settings is not None and settings.supported)
+        return replace(
+            source,
+            quantized=found if wanted else {},
+            behind=behind if wanted else frozenset(),
+            scaled=frozenset(found),
+            settings=None if dequantize is False else settings,
+        )
+
+
+def is_torch_base(path: Path) -> bool:
+    """Whether a base's weights are files of ``torch.save``, as they are where it has no others. Local."""
+    if path.is_file():
+        if is_index(path.name):
+            return TORCH.index_stem(path.name) is not None
+        found = what_is_file(path)
+        if found is None:
+            return path.suffix != ".safetensors" and TORCH.stem_of(path.name) is not None
+        return found.kind is Kind.TORCH
+    below = (path, path / "consolidated")
+    if (path / ".metadata").exists() or any(_has_safetensors(place) for place in below):
+        return False
+    return has_torch_files(path)
+
+
+def _has_safetensors(directory: Path) -> bool:
+    names = os.listdir(directory) if directory.is_dir() else []
+    return any(
+        SAFETENSORS.index_stem(name) is not None
+        or (SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra.")))
+        for name in names
+    )

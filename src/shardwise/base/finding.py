@@ -1,0 +1,187 @@
+"""Where a base model is. One search serves all that name one: settings, `load_base_model`, and the metadata.
+
+Places are looked at in this order, and the first that holds a model is taken:
+
+1. the name below the root directory (``original_model_root_dir``, or ``root_dir`` of `load_base_model`),
+2. the root directory itself, where the settings name it,
+3. the name as a path, relative to the working directory,
+4. the name as a hub id, with or without a revision behind an ``@``, in the cache (``model_cache_dir``, or the hub's
+   own), and in the root directory as a cache.
+
+A directory counts where it holds a model; one that does not, such as a stray folder of the model's name in the working
+directory, is passed over and named in the error if nothing else is found. Where two places hold a model the first is
+taken and both are logged. The network is never asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.base.hub_cache import Snapshot, default_cache, find_snapshot, hub_name, snapshot_in
+from shardwise.errors import CheckpointNotFoundError, FormatError
+from shardwise.format.sniff import Kind, what_is_file
+from shardwise.format.weight_files import TORCH, is_index
+from shardwise.settings import Settings
+from shardwise.sources.whereabouts import did_you_mean, holds_model, instead, way_in
+
+_LOG = logging.getLogger(__name__)
+
+_DOWNLOAD = "Download it first (hf download), or pass a directory or a file."
+_SETTINGS = (
+    "Correct model_repo_id, original_model_root_dir or model_cache_dir, download it (hf download), or, for a model "
+    "that trains from scratch under this name, set allow_missing_base=True."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is looked for.
+
+    Attributes:
+        name: A path, a name below ``root``, or a hub id; ``None`` where ``root`` is all that is known.
+        root: A directory that models lie in.
+        caches: Hub caches.
+        root_counts: Whether ``root`` may be the model itself.
+        hint: What to do where nothing is found.
+    """
+
+    name: str | None
+    root: Path | None = None
+    caches: tuple[Path, ...] = ()
+    root_counts: bool = False
+    hint: str = _DOWNLOAD
+
+    @property
+    def label(self) -> str:
+        """What is looked for, for messages."""
+        return str(self.root) if self.name is None else self.name
+
+    def places(self) -> Iterator[Path]:
+        """Paths, in their order."""
+        if self.root is not None and self.name is not None:
+            yield self.root / self.name
+        if self.root is not None and self.root_counts:
+            yield self.root
+        if self.name is not None:
+            yield Path(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is at a place: the model, or what stands there instead."""
+
+    said: str
+    model: Path | None = None
+    empty: Path | None = None
+    wrong: FormatError | None = None
+
+
+def configured(config: Settings) -> Search | None:
+    """What the settings name, or ``None`` where they name no base model."""
+    name, root = config.model_repo_id, config.original_model_root_dir
+    if name is None and root is None:
+        return None
+    cache = default_cache() if config.model_cache_dir is None else Path(config.model_cache_dir)
+    place = None if root is None else Path(root)
+    caches = (cache,) if place is None else (cache, place)
+    return Search(name, place, caches, root_counts=True, hint=_SETTINGS)
+
+
+def asked_for(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Search:
+    """What a call names.
+
+    Args:
+        root_dir: The hub cache, or a directory that models lie in.
+        model_name: A directory, a file, a name below ``root_dir``, or a hub id.
+        cache: The hub cache where ``root_dir`` is not given; the hub's own if this is not given either.
+    """
+    if root_dir is not None:
+        return Search(model_name, Path(root_dir), (Path(root_dir),))
+    return Search(model_name, None, (default_cache() if cache is None else Path(cache),))
+
+
+def find(search: Search) -> Path:
+    """The directory or file of a base model. Local.
+
+    Raises:
+        CheckpointNotFoundError: No place holds a model; the message lists all that were looked at.
+        FormatError: A file was named that is of another format, or a reference in a cache is damaged.
+    """
+    looks = list(_looks(search))
+    found = {os.path.realpath(look.model): look.model for look in reversed(looks) if look.model is not None}
+    models = list(reversed(found.values()))
+    if not models:
+        raise _not_found(search, looks)
+    if len(models) > 1:
+        _LOG.warning("the base model %s is at %s, which is taken, and also at %s", search.label, *models[:2])
+    return models[0].absolute()
+
+
+def _looks(search: Search) -> Iterator[_Look]:
+    seen: set[Path] = set()
+    for place in search.places():
+        if place.absolute() not in seen:
+            seen.add(place.absolute())
+            yield _look(place.absolute())
+    name = None if search.name is None or os.path.isabs(search.name) else hub_name(search.name)
+    if name is None:
+        return
+    for cache in dict.fromkeys(cache.absolute() for cache in search.caches):
+        yield _look_into(find_snapshot(cache, name))
+
+
+def _look(place: Path) -> _Look:
+    if not place.exists():
+        return _Look(f"{place} (nothing is there)")
+    if not place.is_dir():
+        return _look_at_file(place)
+    if place.name.startswith("models--") and (place / "snapshots").is_dir():
+        return _look_into(snapshot_in(place, None))
+    if holds_model(place):
+        return _Look(str(place), place)
+    return _Look(f"{place} (a directory that holds no model)", empty=place)
+
+
+def _look_into(snapshot: Snapshot) -> _Look:
+    if snapshot.path is None:
+        return _Look(snapshot.said)
+    if holds_model(snapshot.path):
+        return _Look(snapshot.said, snapshot.path)
+    return _Look(f"{snapshot.path} (a snapshot without weights)", empty=snapshot.path)
+
+
+def _look_at_file(file: Path) -> _Look:
+    found = what_is_file(file)
+    weights = file.suffix == ".safetensors" or (TORCH.stem_of(file.name) is not None and file.suffix != ".ckpt")
+    if is_index(file.name) or (found is not None and found.kind in (Kind.SAFETENSORS, Kind.TORCH)):
+        return _Look(str(file), file)
+    if found is None:
+        # What begins as nothing known does may be damaged: opening it says how, if its name promises weights.
+        return _Look(str(file), file) if weights else _Look(f"{file} (a file that is none of weights)")
+    wrong = FormatError(
+        f"the base model's file is {found.name}, and no safetensors or torch file", path=file, hint=found.hint
+    )
+    return _Look(f"{file} ({found.name})", wrong=wrong)
+
+
+def _not_found(search: Search, looks: list[_Look]) -> CheckpointNotFoundError | FormatError:
+    wrong = next((look.wrong for look in looks if look.wrong is not None), None)
+    if wrong is not None:
+        return wrong
+    empty = next((look.empty for look in looks if look.empty is not None), None)
+    looked = "; ".join(look.said for look in looks)
+    if empty is None:
+        first = search.root or next(iter(search.caches), None)
+        return CheckpointNotFoundError(
+            f"the base model {search.label} is not there; looked at: {looked}", path=first, hint=search.hint
+        )
+    there = instead(empty)
+    text = f"the base model {search.label} has no safetensors and no .bin weights" + (f", {there}" if there else "")
+    better = did_you_mean(empty) or way_in(empty)
+    return CheckpointNotFoundError(
+        f"{text}; looked at: {looked}", path=empty, hint=" ".join(filter(None, [better, search.hint]))
+    )

@@ -1,0 +1,253 @@
+"""Fresh values for a model that was built on the meta device, by the model's own code.
+
+First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
+marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
+that are in no file, in most models) come from building their module once more (`base_rebuild`). Nothing here knows a
+model.
+
+A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
+memory held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.base.random import SeededInit
+from shardwise.base.rebuild import rebuilt
+from shardwise.base.slots import Slot, slots_of
+from shardwise.errors import MisuseError
+from shardwise.sources.tensor_bytes import prefer_huge_pages
+from shardwise.stateful_wrappers.markers import is_untouched, mark
+from shardwise.stateful_wrappers.names import unwrap
+
+_LOG = logging.getLogger(__name__)
+
+
+def initialise(
+    module: nn.Module,
+    device: torch.device,
+    seed: int,
+    loaded: Collection[str] = (),
+    slots: list[Slot] | None = None,
+) -> None:
+    """Give what is on the meta device memory and values; other tensors are moved and initialised anew as well.
+
+    Random values are those of `SeededInit`: the same on every topology for one ``seed``, as far as the model's code
+    draws them in place on its parameters. The generators' states are left as they were.
+
+    Args:
+        module: The model, or a pipeline stage.
+        device: Where it is to be.
+        seed: Equal on all ranks that hold parts of the same tensors.
+        loaded: Plain names of tensors that are about to be loaded: they get memory and no values.
+        slots: What `slots_of` gave for the model a moment ago, where the caller has it.
+
+    Raises:
+        MisuseError: A tensor has no values, and no code that would give it any.
+    """
+    inner = unwrap(module)
+    slots = slots_of(module) if slots is None else slots
+    fresh = [slot for slot in slots if slot.tensor.device.type == "meta"]
+    doubtful = _doubtful(slots)
+    _materialise(module, slots, device)
+    open_slots = [slot for slot in fresh if slot.name not in loaded]
+    before = {slot.name: slot.tensor.clone() for slot in doubtful}
+    marked = {slot.name: mark(slot.tensor) for slot in (*open_slots, *doubtful)}
+    tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
+    with _seeded(seed), torch.no_grad():
+        seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
+        with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
+            _run_own_code(inner, device)
+        _tie(inner)
+        left = [slot for slot in open_slots if not marked[slot.name] or is_untouched(slot.tensor)]
+        left = rebuilt(inner, left)
+        untold = [slot for slot in doubtful if not marked[slot.name] or is_untouched(slot.tensor)]
+        for slot in rebuilt(inner, untold, with_weights=False):
+            slot.tensor.copy_(before[slot.name])
+    unknown = [slot for slot in left if marked[slot.name]]
+    if unknown:
+        raise MisuseError(
+            f"{len(unknown)} tensors have no initial values and no code that gives them any: "
+            + ", ".join(slot.name for slot in unknown[:5]),
+            tensor=unknown[0].name,
+            hint="Give the module that owns them reset_parameters(), or build the model on a real device.",
+        )
+    if left:
+        _LOG.warning("could not recompute %s", ", ".join(slot.name for slot in left[:5]))
+
+
+def recompute_buffers(module: nn.Module) -> None:
+    """Compute buffers that are in no file once more, in a model that has memory; its other tensors are left alone.
+
+    What no code recomputes keeps its values.
+    """
+    doubtful = _doubtful(slots_of(module))
+    before = {slot.name: slot.tensor.clone() for slot in doubtful}
+    with torch.no_grad():
+        kept = {slot.name for slot in rebuilt(unwrap(module), doubtful, with_weights=False)}
+    changed = [n for slot in doubtful if (n := slot.name) not in kept and not torch.equal(before[n], slot.tensor)]
+    if changed:
+        _LOG.info("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
+
+
+def check_attributes(module: nn.Module) -> None:
+    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it.
+
+    Raises:
+        MisuseError: One does.
+    """
+    for path, inner in unwrap(module).named_modules():
+        for key, value in vars(inner).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if any(isinstance(item, torch.Tensor) and item.device.type == "meta" for item in items):
+                name = f"{path}.{key}" if path else key
+                raise MisuseError(
+                    f"{name!r} holds tensors on the meta device, which no code fills",
+                    tensor=name,
+                    hint="Register them as buffers, or build the model on a real device.",
+                )
+
+
+def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
+    """Buffers that are in no file and have memory: after ``to_empty`` nobody knows what is in it."""
+    return [
+        slot for slot in slots if slot.kind == "buffer" and not slot.persistent and slot.tensor.device.type != "meta"
+    ]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The CPU's generator at ``seed``, and afterwards as it was."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> None:
+    made: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            return tensor.to(device)
+        if id(tensor) not in made:
+            made[id(tensor)] = fresh = _empty(tensor, device)
+            prefer_huge_pages(_local(fresh))
+        return made[id(tensor)]
+
+    attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
+    module._apply(move)  # type: ignore[no-untyped-call]
+    for slot, old in attributes:
+        new = torch.empty_like(old, device=device)
+        for owner, leaf in slot.places:
+            setattr(owner, leaf, new)
+    for slot in slots:
+        # Module._apply makes a parameter for each place; a tied one is one parameter again.
+        first = slot.tensor
+        for owner, leaf in slot.places[1:]:
+            for store in (owner._parameters, owner._buffers):
+                if (
+                    leaf in store
+                    and store[leaf] is not first
+                    and (store is owner._buffers or isinstance(first, nn.Parameter))
+                ):
+                    store[leaf] = first  # type: ignore[assignment]
+
+
+def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As ``torch.empty_like``, which goes through a decomposition in Python for a tensor on the meta device."""
+    if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_contiguous():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
+        local = _empty(tensor._local_tensor, device)
+        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return torch.empty_like(tensor, device=device)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@contextlib.contextmanager
+def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Collection[str]) -> Iterator[None]:
+    """Tell transformers' initialisation what is loaded and that nothing else is initialised yet."""
+    for inner in module.modules():
+        vars(inner).pop("_is_hf_initialized", None)
+    for name, tensor in tensors.items():
+        vars(tensor).pop("_is_hf_initialized", None)
+        if name in loaded:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for tensor in tensors.values():
+            vars(tensor).pop("_is_hf_initialized", None)
+
+
+@contextlib.contextmanager
+def _first_owners(slots: list[Slot]) -> Iterator[None]:
+    """Let a tied parameter be initialised by its first owner alone: a head must not draw over an embedding."""
+    tied = [(slot.tensor, place) for slot in slots if slot.kind == "parameter" for place in slot.places[1:]]
+    for tensor, (owner, leaf) in tied:
+        owner._parameters[leaf] = nn.Parameter(
+            torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=tensor.requires_grad
+        )
+    try:
+        yield
+    finally:
+        for tensor, (owner, leaf) in tied:
+            owner._parameters[leaf] = tensor  # type: ignore[assignment]
+
+
+def _run_own_code(module: nn.Module, device: torch.device) -> None:
+    """The module's initialisation, or that of its children and then its own."""
+    for name in ("initialize_weights", "init_weights"):
+        method = getattr(module, name, None)
+        if callable(method):
+            _call(method, device)
+            return
+    for child in module.children():
+        _run_own_code(child, device)
+    for name in ("reset_parameters", "_reset_parameters"):
+        method = getattr(module, name, None)
+        if callable(method):
+            method()
+            return
+
+
+def _call(method: Callable[..., object], device: torch.device) -> None:
+    """Call it with what it may want to know: torchtitan's models take the device of their buffers."""
+    known = {"buffer_device": device, "device": device}
+    wanted = inspect.signature(method).parameters
+    method(**{name: value for name, value in known.items() if name in wanted})
+
+
+def _tie(module: nn.Module) -> None:
+    """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
+    tie = getattr(module, "tie_weights", None)
+    if not callable(tie) or any(isinstance(p, DTensor) for p in module.parameters()):
+        return
+    if not _hides_embedding(module):
+        tie()
+
+
+def _hides_embedding(module: nn.Module) -> bool:
+    """Whether the embedding is adapted: then ties were made before, and the model's code would not find the weight."""
+    embedding = getattr(module, "get_input_embeddings", None)
+    try:
+        found = embedding() if callable(embedding) else None
+    except (AttributeError, NotImplementedError):  # a pipeline stage without one
+        return False
+    return isinstance(found, nn.Module) and "weight" not in found._parameters

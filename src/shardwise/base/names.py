@@ -1,0 +1,302 @@
+"""Which tensors of a model a base model fills, and under which names its files have them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shardwise.convert import (
+    Conversion,
+    HeldGroup,
+    NativeSpec,
+    conversion_of,
+    for_files,
+    identity,
+    to_hub,
+)
+from shardwise.peft.own import find_sites
+from shardwise.peft.own import natives as site_natives
+from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import deferred, refuse_stand_ins
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.install import post_steps
+from shardwise.stateful_wrappers.model_parts import unwrap as unwrap_adapted
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state, plain_name
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.units import Step
+
+
+@dataclass(frozen=True, eq=False)
+class BaseWanted:
+    """What a base fills on this rank.
+
+    Attributes:
+        held: Destinations under the names of the base's files.
+        groups: Native tensors that have to be computed from the base's.
+        copies: ``(from, to)``: memory that gets what another one was filled with.
+        tensors: The model's tensors behind all of these.
+        filled: Those of them that the files fill; the others are not expected to be there.
+        conversions: For each part, its tensors and how they become those of the files.
+        steps: What modules do that take their state by methods of their own.
+        filled: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
+    """
+
+    held: tuple[HeldTensor, ...]
+    groups: tuple[HeldGroup, ...]
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    tensors: tuple[torch.Tensor, ...]
+    conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
+    steps: tuple[Step, ...] = ()
+    filled: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The tensors of one part of the model under the names of its base.
+
+    Attributes:
+        module: The part without wrappers and adapters.
+        tensors: Its tensors.
+        copies: Names of ``tensors``, and further tensors that begin as copies of them.
+        steps: What its modules do that take their state by methods of their own.
+    """
+
+    module: nn.Module
+    tensors: tuple[NamedTensor, ...]
+    copies: tuple[tuple[str, torch.Tensor], ...]
+    steps: tuple[Step, ...]
+
+
+@collector_paused()
+def match_base(
+    parts: Sequence[nn.Module],
+    names: Sequence[str],
+    *,
+    base_ties: bool,
+    skip_prefixes: Sequence[str] = (),
+    key_mapping: Mapping[str, str] | None = None,
+    before: BaseWanted | None = None,
+) -> BaseWanted:
+    """Describe what a base's files fill of a model, which may still be on the meta device. Local.
+
+    Adapters are left out: their layers' base weights are matched under the names that they have without. A tied tensor
+    is matched under whichever of its names the files have; a head that this model does not tie and the files lack gets
+    the embedding that the model's class would tie it to, if the base ties.
+
+    Args:
+        parts: This rank's parts.
+        names: All names in the files.
+        base_ties: Whether the base's head may be tied, so that files without it are whole.
+        skip_prefixes: Tensors whose names start with one of these are left out.
+        key_mapping: Regular expressions and replacements, from the files' names to the model's.
+        before: What the same call found when the tensors were others of the same names and shapes (on the meta device).
+
+    Raises:
+        ConversionError: Names or tensors do not map.
+    """
+    register = MeshRegister()
+    available = frozenset(names)
+    held: list[HeldTensor] = []
+    groups: list[HeldGroup] = []
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tensors: list[torch.Tensor] = []
+    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
+    steps: list[Step] = []
+    filled: list[torch.Tensor] = []
+    for number, module in enumerate(parts):
+        part = _part(module, names)
+        kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
+        kept = list(_present(part.module, kept, names, key_mapping))
+        natives = [held_tensor(named.name, named.tensor, register) for named in kept]
+        specs = tuple(native.spec for native in natives)
+        if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
+            conversion = before.conversions[number][1]
+        else:
+            conversion = for_files(part.module, conversion_of(part.module, specs), specs, names, key_mapping)
+        conversions.append((specs, conversion))
+        converted = to_hub(conversion, natives)
+        embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
+        expected = list(_expected(part.module, conversion, converted.held, available, embedded))
+        held += expected
+        unfilled = _unfilled(conversion, converted.held, expected)
+        groups += converted.groups
+        by_name = {named.name: named.tensor for named in kept}
+        copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
+        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in part.copies if name in by_name)
+        tensors += by_name.values()
+        filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
+        steps += part.steps
+    own, doubled = _once(held)
+    return BaseWanted(
+        own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
+    )
+
+
+def _expected(
+    module: nn.Module,
+    conversion: Conversion,
+    held: Iterable[HeldTensor],
+    available: Collection[str],
+    embedded: Mapping[str, str],
+) -> Iterator[HeldTensor]:
+    """The destinations that the files fill, or should; a head of which they have only the embedding gets that."""
+    ignorable = _ignorable(module)
+    for tensor in held:
+        native = tensor.parts[0].part.view is None and _native_of(conversion, tensor.spec.name)
+        if tensor.spec.name in available:
+            yield tensor
+        elif native and native in embedded:
+            yield tensor._replace(spec=tensor.spec._replace(name=embedded[native]))
+        elif not _matches(ignorable, tensor.spec.name):
+            yield tensor
+
+
+def _unfilled(conversion: Conversion, held: Iterable[HeldTensor], expected: Iterable[HeldTensor]) -> frozenset[str]:
+    """Native tensors of which the files are not expected to have anything."""
+    kept = {id(part) for tensor in expected for part in tensor.parts}
+    dropped = [tensor.spec.name for tensor in held if not any(id(part) in kept for part in tensor.parts)]
+    natives = {part.native for name in dropped for part in conversion.by_hub(name).parts}
+    return frozenset(natives.union(conversion.ignored))
+
+
+def _native_of(conversion: Conversion, name: str) -> str:
+    return conversion.by_hub(name).parts[0].native
+
+
+def _present(
+    module: nn.Module, tensors: Sequence[NamedTensor], names: Sequence[str], key_mapping: Mapping[str, str] | None
+) -> Iterator[NamedTensor]:
+    """The tensors, tied ones under a name that the files have if they have one of them."""
+    tied = [t for t in tensors if t.aliases]
+    if not tied:
+        yield from tensors
+        return
+    found = names_in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
+    for named in tensors:
+        choices = [name for name in (named.name, *named.aliases) if name in found]
+        yield named._replace(name=choices[0]) if named.aliases and choices else named
+
+
+def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
+    """For each tensor that the model's class ties to another, that other one's name in the files."""
+    ties = {target: source for target, source in declared_ties([module]).items() if source}
+    class_ties = getattr(type(module), "_tied_weights_keys", None)
+    if isinstance(class_ties, dict):
+        ties = {str(t): str(s) for t, s in class_ties.items()} | ties
+    scalar = torch.empty((), device="meta")
+    found = names_in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
+    return {target: found[source] for target, source in ties.items() if source in found}
+
+
+def names_in_files(
+    module: nn.Module,
+    tensors: Sequence[tuple[str, torch.Tensor]],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None,
+) -> dict[str, str]:
+    """For each of some native names that is in the files, its name there."""
+    register = MeshRegister()
+    specs = [held_tensor(name, tensor, register).spec for name, tensor in tensors]
+    conversion = for_files(module, identity(specs), specs, names, key_mapping)
+    available = frozenset(names)
+    return {hub.parts[0].native: hub.name for hub in conversion.hub if hub.name in available}
+
+
+def _ignorable(module: nn.Module) -> tuple[re.Pattern[str], ...]:
+    """Patterns of names that a transformers model does not expect in its files."""
+    patterns: object = getattr(module, "_keys_to_ignore_on_load_missing", None)
+    return tuple(re.compile(str(p)) for p in patterns) if isinstance(patterns, (list, tuple, set)) else ()
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Destinations that read nothing twice: a region wanted in two places is read into one and copied to the other."""
+    seen: dict[tuple[object, ...], torch.Tensor] = {}
+    doubled: list[tuple[torch.Tensor, torch.Tensor]] = []
+    out: list[HeldTensor] = []
+    for tensor in held:
+        parts = []
+        for part in tensor.parts:
+            fresh = []
+            for fragment in part.fragments:
+                if deferred(fragment.data) is not None:  # what a module takes itself is read for it
+                    fresh.append(fragment)
+                    continue
+                first = seen.setdefault((tensor.spec.name, tensor.grid, fragment.box), fragment.data)
+                if first is fragment.data:
+                    fresh.append(fragment)
+                else:
+                    doubled.append((first, fragment.data))
+            parts.append(part._replace(fragments=tuple(fresh)))
+        out.append(tensor._replace(parts=tuple(parts)))
+    return tuple(out), doubled
+
+
+def _part(module: nn.Module, there: Sequence[str]) -> _Part:
+    inner = unwrap_adapted(module)
+    wrapped, saved = _peft_layers(inner)
+    adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
+    tensors: list[NamedTensor] = []
+    copies: list[tuple[str, torch.Tensor]] = []
+    # Torch's normalisation layers know files from before they counted.
+    counts = any(name.rpartition(".")[2] == "num_batches_tracked" for name in there)
+    listing = list_state([inner], values=False, norms=not counts)
+    for named in listing.tensors:
+        if id(named.tensor) in adapters:
+            continue
+        names = [_base_name(name, wrapped, saved) for name in (named.name, *named.aliases)]
+        own = [name for name, is_copy in names if name and not is_copy]
+        if own:
+            tensors.append(NamedTensor(own[0], named.tensor, tuple(dict.fromkeys(own[1:]))))
+        else:
+            copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
+    steps = listing.steps[0] or tuple(post_steps(inner))
+    return _Part(inner, tuple(tensors), tuple(copies), steps)
+
+
+def _peft_layers(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies."""
+    import sys
+
+    if "peft" not in sys.modules:  # a model with its layers cannot exist without it
+        return frozenset(), frozenset()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    modules = [(plain_name(name), m) for name, m in module.named_modules()]
+    layers = frozenset(name for name, m in modules if isinstance(m, BaseTunerLayer))
+    return layers, frozenset(name for name, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+
+
+def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tuple[str, bool]:
+    """The name that a tensor has without adapters (empty for an adapter's), and whether it is a copy to be trained."""
+    kept: list[str] = []
+    pieces = name.split(".")
+    position, copy = 0, False
+    while position < len(pieces):
+        prefix = ".".join(pieces[:position])
+        piece = pieces[position]
+        if prefix in layers and position:
+            if piece != "base_layer":
+                return "", False
+            position += 1
+            continue
+        if prefix in saved and position:
+            if piece == "modules_to_save" and position + 1 < len(pieces):
+                copy = True
+                position += 2
+                continue
+            if piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
+                return "", False
+            position += 1
+            continue
+        kept.append(piece)
+        position += 1
+    return ".".join(kept), copy

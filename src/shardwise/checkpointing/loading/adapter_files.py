@@ -1,0 +1,128 @@
+"""Where a model's adapters lie in a directory: under their names, as peft saves them, or under another's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.checkpointing.loading.models import renamed
+from shardwise.checkpointing.session import Context
+from shardwise.convert.mapping import rename
+from shardwise.errors import AdapterError, FormatError
+from shardwise.peft.config import read_adapter_config
+from shardwise.peft.load import check_shared_factors
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, AdapterFile
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.torch_files import open_bin
+
+_LOG = logging.getLogger(__name__)
+
+#: Source: ``peft.utils.constants.WEIGHTS_NAME``: what peft wrote before 0.5, and still does without safetensors.
+_BIN_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """One adapter of a checkpoint.
+
+    Attributes:
+        weights: Its file.
+        settings: Its ``adapter_config.json``, where there is one.
+    """
+
+    weights: Path
+    settings: Mapping[str, object] | None
+
+
+def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool = False) -> dict[str, SavedAdapter]:
+    """The saved adapter for each of a model's. Local.
+
+    The only adapter of a model takes the only one that there is, whatever it is called, as peft's own loading does.
+
+    Args:
+        path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
+        files: The model's adapters.
+        allow_missing: Adapters that are not there keep their values, if any is there.
+
+    Raises:
+        AdapterError: The directory has adapters, and not those of the model.
+    """
+    there = dict(_there(path))
+    found: dict[str, SavedAdapter] = {}
+    lacking: list[str] = []
+    for file in files:
+        weights = there.get(file.directory)
+        if weights is None and len(files) == len(there) == 1:
+            weights = next(iter(there.values()))
+        if weights is None and there:
+            lacking.append(file.adapter_name)
+            continue
+        weights = weights or path / file.path
+        has_config = (weights.parent / ADAPTER_CONFIG_NAME).is_file()
+        found[file.adapter_name] = SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
+    names = ", ".join(repr(directory or "default") for directory in there)
+    if lacking and not (allow_missing and found):
+        raise AdapterError(
+            f"the checkpoint has no adapter called {', '.join(map(repr, lacking))}; it has {names}",
+            path=path,
+            hint="Load it before the model gets that adapter, or pass allow_checkpoint_key_subset=True to load_model: "
+            "then the adapter keeps its values.",
+        )
+    left = set(there.values()) - {saved.weights for saved in found.values()}
+    if left:
+        _LOG.warning("%s has adapters that the model lacks: %s", path, ", ".join(sorted(str(p.parent) for p in left)))
+    return found
+
+
+def _there(path: Path) -> Iterator[tuple[str, Path]]:
+    """Directory below ``path`` (empty for itself) and file of each adapter."""
+    if path.is_file():
+        yield "", path
+        return
+    places = [path, *sorted(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else []
+    for place in places:
+        for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME):
+            if (place / name).is_file():
+                yield "" if place == path else place.name, place / name
+                break
+
+
+def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> None:
+    """Check that what is one parameter in the model has one value in the file. One rank calls.
+
+    Raises:
+        AdapterError: It has several, or the file is no safetensors file, in which they cannot be compared.
+    """
+    if not any(item.alias_of is not None for item in file.entries):
+        return
+    if saved.weights.name == _BIN_NAME:
+        raise AdapterError(
+            "tensors that are one parameter of this model cannot be compared in a .bin file",
+            path=saved.weights,
+            hint="Save the adapter as safetensors once, with peft.",
+        )
+    check_shared_factors(file, saved.weights, lambda name: rename((name,), key_mapping or {})[0])
+
+
+def open_saved(context: Context, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
+    """Open an adapter's file under the model's names. All ranks call.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        FormatError: The file is damaged, or a ``.bin`` file whose tensors no range of bytes holds.
+    """
+    if saved.weights.name.endswith(".bin"):
+        opened = open_bin(saved.weights, context.group, context.config.allow_legacy_pickle_restore)
+        if opened.loose:
+            raise FormatError(
+                "no range of bytes of this .bin file holds some of its tensors",
+                path=saved.weights,
+                tensor=next(iter(opened.loose)),
+                hint="Save the adapter as safetensors once, with peft.",
+            )
+        source = opened.source
+    else:
+        source = open_source(saved.weights, context.group)
+    return renamed(source, key_mapping) if key_mapping else source

@@ -1,0 +1,329 @@
+"""Materialising models and loading base weights into them.
+
+What is decided here, and why:
+
+* The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
+  sharding are made for what the model is. `shardwise.base.files.base_dtype` tells the base's dtype, for
+  building the model in it.
+* A tensor of the model that the base lacks is an error, listed with the nearest names. A task head that is to keep its
+  fresh values is named in ``skip_task_head_prefixes_for_base_model``.
+* Tensors that are about to be loaded get memory and no random values first.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
+from shardwise.base.files import base_config, find_base, open_base_source, ties_head
+from shardwise.base.initialise import check_attributes, initialise, recompute_buffers
+from shardwise.base.load import (
+    BaseLoadReport,
+    BaseOptions,
+    BaseSource,
+    check_base,
+    load_base_tensors,
+)
+from shardwise.base.names import BaseWanted, match_base
+from shardwise.base.slots import Slot, has_meta, names_of, slots_of
+from shardwise.checkpointing.hub import require_memory
+from shardwise.checkpointing.loading.taking import Taking, claimed, in_shapes_of, open_taking
+from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.load import LoadOptions
+from shardwise.engine.near_names import listed
+from shardwise.errors import MisuseError
+from shardwise.peft.fresh import (
+    adapter_tensors,
+    check_can_begin,
+    check_method,
+    initialise_peft,
+    refuse_changed_base,
+)
+from shardwise.peft.models import is_peft_adapted
+from shardwise.peft.own import find_sites
+from shardwise.plan.collector import collector_paused
+from shardwise.stateful_wrappers.names import declared_ties
+
+_LOG = logging.getLogger(__name__)
+
+
+def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_method: str | None) -> None:
+    """Give meta-device parameters and buffers memory on ``device``, and fresh values by the model's own code.
+
+    FSDP2's and tensor parallelism's DTensors get their shards; no whole model is ever there. Ties are kept. Buffers
+    that are in no file are recomputed by the module's own code. Random values follow from ``torch.initial_seed()`` of
+    the first rank of the parameters' mesh: in-place draws on parameters are the same on every topology and device,
+    whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
+    generators are left as they were.
+
+    All ranks that hold parts of this model call, since they agree on the seed.
+
+    Raises:
+        MisuseError: A tensor has no values and no code that gives it any.
+    """
+    seed = _agreed_seed(model)
+    if is_peft_adapted([model]):
+        check_can_begin([model])
+    slots = slots_of(model)
+    initialise(model, device, seed, _of_adapters(model, slots), slots)
+    _fresh_adapters([model], peft_init_method, seed)
+    check_attributes(model)
+
+
+def _agreed_seed(model: nn.Module) -> int:
+    """The seed of the first rank of the meshes that the parameters are spread over."""
+    seed = torch.initial_seed()
+    seen = set()
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh not in seen:
+            mesh = parameter.device_mesh
+            seen.add(mesh)
+            for dim in range(mesh.ndim):
+                seed = cast(int, Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed"))
+    return seed
+
+
+def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
+    """Begin the adapters of models with memory: peft's as peft does, and a model's own LoRA factors."""
+    if is_peft_adapted(parts):
+        if method is not None:
+            check_method(parts, method)
+        initialise_peft(parts, seed=seed)
+        if method is not None:
+            initialise_adapters(parts, None, method, seed=seed)
+    elif any(find_sites(part) for part in parts):
+        initialise_adapters(parts, None, method, seed=seed)
+    elif method is not None:
+        _LOG.info("peft_init_method is %s and the model has no adapter", method)
+
+
+def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
+    """Names of tensors that peft begins by itself when the base weights are there."""
+    return names_of(slots, adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
+
+
+def load_base_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    device: torch.device,
+    root_dir: str | Path | None,
+    model_name: str | None,
+    load: bool,
+) -> BaseLoadReport | None:
+    """Materialise a model and fill it from its base. All ranks call.
+
+    Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
+    memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
+    recomputed by the module's own code, since ``to_empty`` leaves them undefined. Names, shapes and dtypes are compared
+    before any memory is allocated.
+
+    Returns:
+        What was loaded; ``None`` where ``load`` is false.
+
+    Raises:
+        CheckpointNotFoundError: The base is not there.
+        TensorError, QuantizationError: Model and base do not fit.
+        AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
+    """
+    parts = [model] if isinstance(model, nn.Module) else list(model)
+    fresh: list[nn.Module] = []
+    with context.group.together("looking at the adapters"):
+        fresh += [part for part in parts if has_meta(slots_of(part))]
+        for part in parts:
+            if is_peft_adapted([part]):
+                (check_can_begin if part in fresh else refuse_changed_base)([part])
+    if not load:
+        _materialise(context.group, parts, device, None)
+        _begin_peft(context.group, parts, fresh)
+        return None
+    path = _found(context, root_dir, model_name)
+    report = fill_from_base(
+        context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
+    )
+    _begin_peft(context.group, parts, fresh)
+    return report
+
+
+def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
+    """Give the adapters of parts that were on the meta device their first values. All ranks call."""
+    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
+        for part in fresh:
+            if is_peft_adapted([part]):
+                initialise_peft([part], seed=seed)
+        for part in parts:
+            check_attributes(part)
+
+
+def _found(context: Context, root_dir: str | Path | None, model_name: str | None) -> Path:
+    group, told = context.group, ""
+    with group.together(f"looking for the base model {model_name}"):
+        if not model_name:
+            raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
+        if group.is_main:
+            told = str(find_base(root_dir, model_name, context.config.model_cache_dir))
+    return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
+
+
+def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
+    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    with group.together("materialising the model"), collector_paused():
+        for part in parts:
+            slots = slots_of(part)
+            if not has_meta(slots):
+                part.to(device)
+                recompute_buffers(part)
+                continue
+            loaded = names_of(slots, wanted.filled) if wanted is not None else frozenset()
+            initialise(part, device, seed, loaded | _of_adapters(part, slots), slots)
+            if not is_peft_adapted([part]):
+                _fresh_adapters([part], None, seed)
+
+
+def fill_from_base(
+    context: Context,
+    parts: Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
+    before: Callable[[BaseWanted], None] | None = None,
+) -> BaseLoadReport:
+    """Fill a model from a base in place. All ranks of the context's group call.
+
+    Args:
+        context: Settings, ranks and storage.
+        parts: This rank's parts; on the meta device only if ``before`` gives them memory.
+        path: A directory or file.
+        key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
+        allow_missing: Tensors that the base lacks keep their values.
+        before: Called when all is known to fit, before anything is read.
+
+    Raises:
+        TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
+        AdapterError: An adapter of a model with memory began with a part of the base weights.
+    """
+    group, config = context.group, context.config
+    if before is None:
+        with group.together("looking at the adapters"):
+            for part in parts:
+                if is_peft_adapted([part]):
+                    refuse_changed_base([part])
+    told, stems = _agreed_config(path, group)
+    source = open_base_source(
+        path,
+        group,
+        told,
+        dequantize=config.dequantize_base_checkpoint,
+        allow_legacy_pickle=config.allow_legacy_pickle_restore,
+    )
+    options = BaseOptions(allow_missing, context.threads, sharing=context.sharing)
+    wanted = _matched(context, parts, source, told, key_mapping)
+    if before is not None:
+        check_base(wanted.held, wanted.groups, source, group, options)
+        before(wanted)
+        wanted = _matched(context, parts, source, told, key_mapping, wanted)
+    with group.together("checking the model's memory") as asks:
+        require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
+        asks.flag = bool(wanted.steps)
+    taking: Taking | None = None
+    if asks.any or stems:
+        lenient = LoadOptions(allow_missing, allow_unexpected=True)
+        taking = open_taking(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
+    report = load_base_tensors(
+        wanted.held,
+        wanted.groups,
+        source,
+        group,
+        context.storage,
+        options,
+        None if taking is None else lambda values: taking.run(values, str(path), group),
+    )
+    with group.together("copying what is held twice"), torch.no_grad():
+        for first, second in wanted.copies:
+            second.copy_(first)
+    with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
+        own = [part for part in parts if find_sites(part)]
+        if before is not None and own:
+            initialise_magnitudes(own)
+    with group.together("telling what was loaded"):
+        if group.is_main:
+            own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
+            _tell(report, parts, own_names)
+    return report
+
+
+def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
+    """The base's config as rank 0 finds it, since it decides which tensors there are, and where it has more than these.
+
+    All ranks call.
+    """
+
+    def look() -> JsonValue:
+        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
+
+    config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
+    return config, stems
+
+
+def _matched(
+    context: Context,
+    parts: Sequence[nn.Module],
+    source: BaseSource,
+    config: Mapping[str, object],
+    key_mapping: Mapping[str, str] | None,
+    before: BaseWanted | None = None,
+) -> BaseWanted:
+    found: BaseWanted | None = None
+    with context.group.together("matching the model with its base"):
+        found = match_base(
+            parts,
+            source.names(),
+            base_ties=ties_head(config),
+            skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
+            key_mapping=key_mapping,
+            before=before,
+        )
+    assert found is not None
+    specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
+    own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
+    theirs = [spec for name, spec in specs.items() if name not in source.behind]
+    return replace(found, held=(*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)))
+
+
+def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:
+    seconds = max(report.seconds, 1e-9)
+    _LOG.info(
+        "loaded %s: rank 0 read %.3f GB in %.2f s (%.2f GB/s); %d tensors dequantized, %d cast",
+        report.path,
+        report.counts.read / 1e9,
+        report.seconds,
+        report.counts.read / 1e9 / seconds,
+        report.dequantized,
+        report.cast,
+    )
+    if report.missing:
+        near = listed(report.missing, report.unexpected, "it has")
+        _LOG.warning("the base model lacks %s, which keep their values", near)
+    known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
+    strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
+    if strange:
+        _LOG.warning("the base model has tensors that the model lacks: %s", listed(strange, own, "the model has"))
+
+
+def _expected_leftovers(part: nn.Module) -> list[str]:
+    """Patterns of names that a transformers model knows its files to have in vain, tied heads among them."""
+    patterns: object = getattr(part, "_keys_to_ignore_on_load_unexpected", None)
+    known = [str(p) for p in patterns] if isinstance(patterns, (list, tuple, set)) else []
+    return [*known, *(f"{re.escape(name)}$" for name in declared_ties([part]))]

@@ -1,0 +1,120 @@
+"""A model's tensors under the names of files that somebody else has written, perhaps long ago.
+
+A checkpoint of ours, and what ``save_pretrained`` writes today, has the names that the model's conversion gives. Others
+come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
+unconverted; `shardwise.convert.for_files` knows what transformers would make of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from shardwise.base.names import names_in_files
+from shardwise.checkpointing.hub import HubState
+from shardwise.checkpointing.saving.further_names import is_pretrained
+from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
+from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.names import plain_name, promised_ties, unwrap
+
+
+def in_names_of_files(
+    parts: Sequence[nn.Module], hub: HubState, ties: Mapping[str, str], names: Sequence[str]
+) -> tuple[HubState, dict[str, str]]:
+    """Put what this rank holds of a model under the names that the files have. Local.
+
+    Args:
+        parts: This rank's parts.
+        hub: What it holds.
+        ties: Native names of tied tensors that are not kept -> the native name that is.
+        names: All names in the files.
+
+    Returns:
+        ``hub`` and ``ties`` in the names of the files; as they are where the files have the hub's names, or the
+        model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
+
+    Raises:
+        ConversionError: Two tensors would be read from one.
+    """
+    available = set(names)
+    hub_names = {t.spec.name for t in hub.held} | {s.name for g in hub.groups for s in g.computed.hub}
+    has_natives = all(tensor.spec.name in available for tensor in hub.native)
+    if hub_names <= available or has_natives or not any(map(is_pretrained, parts)):
+        return hub, dict(ties)
+    by_name = {tensor.spec.name: tensor for tensor in hub.native}
+    held: list[HeldTensor] = []
+    groups: list[HeldGroup] = []
+    found_ties = dict(ties)
+    for part in parts:
+        module = unwrap(part)
+        own = [by_name.pop(name) for name in _names_of(part, parts, hub) if name in by_name]
+        specs = tuple(tensor.spec for tensor in own)
+        if not is_pretrained(part):
+            converted = to_hub(conversion_of(module, specs), own)
+        else:
+            converted = to_hub(for_files(module, conversion_of(module, specs), specs, names), own)
+            own_ties = {alias: name for alias, name in ties.items() if name in {spec.name for spec in specs}}
+            found_ties |= _ties_in_files(module, own_ties, names)
+        held += _copies_of_ties(module, converted.held, names)
+        groups += converted.groups
+    return replace(hub, held=tuple(held), groups=tuple(groups)), found_ties
+
+
+def _names_of(part: nn.Module, parts: Sequence[nn.Module], hub: HubState) -> list[str]:
+    """The names of a part's tensors, in its order."""
+    if len(parts) == 1:
+        return [tensor.spec.name for tensor in hub.native]
+    return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
+
+
+def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
+    """Which names in files a model expects and has no use for: what its class says, and buffers that it recomputes."""
+    patterns: list[str] = []
+    for part in parts:
+        module = unwrap(part)
+        known: object = getattr(module, "_keys_to_ignore_on_load_unexpected", None)
+        patterns += [str(p) for p in known] if isinstance(known, (list, tuple, set)) else []
+        if is_pretrained(part):
+            # Releases differ in where the module that recomputes them stands, not in what it is called.
+            patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
+    if not patterns:
+        return []
+    search = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).search
+    return [name for name in names if search(name)]
+
+
+def _recomputed(module: nn.Module) -> set[str]:
+    """Names of buffers that are in no file, with that of the module around."""
+    found: set[str] = set()
+    for name, inner in module.named_modules():
+        found |= {
+            f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in inner._non_persistent_buffers_set
+        }
+    return found
+
+
+def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """The ties whose other name the files have, in their names."""
+    if not ties:
+        return {}
+    found = _find(module, [*ties, *ties.values()], names)
+    return {found[alias]: found.get(name, name) for alias, name in ties.items() if alias in found}
+
+
+def _copies_of_ties(module: nn.Module, held: Sequence[HeldTensor], names: Sequence[str]) -> list[HeldTensor]:
+    """A stage's own copies of tied tensors, where the files lack them, under the names of what they are tied to."""
+    available = set(names)
+    promised = promised_ties([module])
+    lacking = {t.spec.name for t in held if t.spec.name not in available and t.spec.name in promised}
+    found = _find(module, [promised[name] for name in lacking], names) if lacking else {}
+    moved = {name: found[promised[name]] for name in lacking if promised[name] in found}
+    return [t._replace(spec=t.spec._replace(name=moved.get(t.spec.name, t.spec.name))) for t in held]
+
+
+def _find(module: nn.Module, natives: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    scalar = torch.empty((), device="meta")
+    return names_in_files(module, [(name, scalar) for name in dict.fromkeys(natives)], names, None)

@@ -1,0 +1,401 @@
+"""Optimizers that others saved, in DCP directories: torch's own layouts, torchtitan's, NeMo AutoModel's.
+
+They become what our own record says of an optimizer (`OptimizerRecord`), and a source with the names that its tensors
+have here; comparing, reshaping and reading are then those of every restore. Rank 0 reads what is no sharded tensor,
+through unpicklers with an allow-list, and tells the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardwise.checkpointing.loading.foreign_states import ForeignSchedules, foreign_schedules, read_schedules
+from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group
+from shardwise.convert import rename
+from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.near_names import listed
+from shardwise.engine.statefiles import has_state
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError
+from shardwise.plan.reads import SourceTensor
+from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
+from shardwise.sources.dcp_values import DcpValues, is_dcp
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.stateful_wrappers import OptimizerState
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
+from shardwise.stateful_wrappers.names import plain_name
+from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.state_tensors import SavedTensor
+
+_FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignOptimizers:
+    """Optimizers in a DCP directory, on every rank alike.
+
+    Attributes:
+        directory: The DCP directory.
+        found: What there is; none where no optimizer is to be restored.
+        source: All tensors of the directory, under DCP's names.
+    """
+
+    directory: Path
+    found: tuple[DcpOptimizer, ...]
+    source: Source
+
+    def matched(
+        self, state: OptimizerState, key_mapping: Mapping[str, str] | None
+    ) -> tuple[OptimizerRecord, dict[str, str]]:
+        """What this rank's optimizers are to become, and under which name DCP has each of the tensors. Local.
+
+        Args:
+            state: This rank's optimizers.
+            key_mapping: Regular expression -> replacement, applied to parameters' names.
+
+        Raises:
+            MisuseError: Which parameter is which cannot be told.
+        """
+        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
+        numbered = [each for each in self.found if each.numbered]
+        if not state.optimizers:
+            return OptimizerRecord((), {}, {}), {}
+        if numbered and named:
+            raise MisuseError(
+                f"of the checkpoint's optimizers {_places(numbered)} knows its parameters by number and "
+                f"{_places(named)} by name",
+                path=self.directory,
+                hint=f"Save them in one way. {_FRESH}",
+            )
+        if numbered:
+            named = [
+                self._by_position(each, optimizer, state)
+                for each, optimizer in self._paired(numbered, state.optimizers)
+            ]
+        self._refuse_shared(named)
+        groups = [SavedGroup(group.options, group.params) for each in named for group in each.groups]
+        tensors: dict[str, dict[str, SavedTensor]] = {}
+        values: dict[str, Mapping[str, object]] = {}
+        dcp_names: dict[str, str] = {}
+        for each in named:
+            values |= each.values
+            for param, keys in each.tensors.items():
+                tensors[param] = {key: self._saved(name) for key, name in keys.items()}
+                dcp_names |= {f"state.{param}.{key}": name for key, name in keys.items()}
+            for param in each.values:
+                tensors.setdefault(param, {})
+        return OptimizerRecord(tuple(groups), tensors, values, is_old=True), dcp_names
+
+    def _saved(self, name: str) -> SavedTensor:
+        spec = self.source.tensors[name].spec
+        return SavedTensor(spec.dtype, spec.shape)
+
+    def _refuse_shared(self, named: Sequence[DcpOptimizer]) -> None:
+        owner: dict[str, DcpOptimizer] = {}
+        for each in named:
+            for group in each.groups:
+                for param in group.params:
+                    if owner.setdefault(param, each) is not each:
+                        raise MisuseError(
+                            f"two of the checkpoint's optimizers, {_places([owner[param], each])}, have this parameter",
+                            path=self.directory,
+                            tensor=param,
+                            hint=f"Save each model with its optimizer in a directory of its own. {_FRESH}",
+                        )
+
+    def _paired(
+        self, numbered: Sequence[DcpOptimizer], optimizers: Sequence[Optimizer]
+    ) -> list[tuple[DcpOptimizer, Optimizer]]:
+        if len(numbered) != len(optimizers) or (len(numbered) > 1 and not all(each.listed for each in numbered)):
+            raise MisuseError(
+                f"the checkpoint has {len(numbered)} optimizers ({_places(numbered)}), whose parameters are known by "
+                f"number alone, and {len(optimizers)} are to be restored: which is which cannot be told",
+                path=self.directory,
+                hint="Save a list of optimizers' states and pass as many, in the same order; or save them by "
+                f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_FRESH}",
+            )
+        return list(zip(numbered, optimizers, strict=True))
+
+    def _by_position(self, saved: DcpOptimizer, optimizer: Optimizer, state: OptimizerState) -> DcpOptimizer:
+        """The same with names, where numbers of parameters, groups and all shapes leave no doubt."""
+        own = [(state.names(group), group["params"]) for group in optimizer.param_groups]
+        sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
+        if sizes != saved_sizes:
+            raise self._no_match(
+                saved,
+                f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}",
+            )
+        names: dict[str, str] = {}
+        for group, (group_names, params) in zip(saved.groups, own, strict=True):
+            for number, name, param in zip(group.params, group_names, params, strict=True):
+                names[number] = name
+                self._compare(saved, number, name, param)
+        return _renamed(saved, names)
+
+    def _compare(self, saved: DcpOptimizer, number: str, name: str, param: torch.Tensor) -> None:
+        for key, dcp_name in saved.tensors.get(number, {}).items():
+            shape = self.source.tensors[dcp_name].spec.shape
+            if shape not in ((), (1,)) and shape != tuple(param.shape):
+                raise self._no_match(
+                    saved,
+                    f"{key!r} of its parameter {number} has the shape {list(shape)}, and the parameter in that place, "
+                    f"{name}, {list(param.shape)}",
+                    name,
+                )
+
+    def _no_match(self, saved: DcpOptimizer, why: str, tensor: str | None = None) -> MisuseError:
+        return MisuseError(
+            f"the checkpoint's optimizer {saved.place!r} knows its parameters by number alone, and these do not match: "
+            f"{why}",
+            path=self.directory,
+            tensor=tensor,
+            hint="Build the optimizer over the same parameters in the same order and groups; or save by torch."
+            f"distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_FRESH}",
+        )
+
+    def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
+        """The optimizers' tensors under the names that they have here. All ranks call.
+
+        Raises:
+            MisuseError: By position ranks would take one tensor for different parameters'.
+        """
+        if any(each.numbered for each in self.found):
+            # What is known by number each rank has named by its own parameters.
+            own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
+            told = group.gather_json(own, "comparing parameters of optimizers")
+            if len(set(cast("list[str]", told))) > 1:
+                raise MisuseError(
+                    "the checkpoint's optimizer knows its parameters by number alone, and the ranks' optimizers have "
+                    "different parameters",
+                    path=self.directory,
+                    hint="Save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names "
+                    f"parameters. {_FRESH}",
+                )
+        return under_names(self.source, dcp_names)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is meant to be other than when the optimizer was saved; the same on every rank.
+
+    Attributes:
+        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
+        allow_new: Parameters that the saved optimizer did not update start without state.
+    """
+
+    key_mapping: Mapping[str, str] | None = None
+    allow_new: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedForeign:
+    """Optimizers and schedulers that fit what others saved, on every rank; nothing of theirs has been changed.
+
+    Attributes:
+        plan: What the optimizers become.
+        schedulers: Each scheduler with its saved state.
+        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
+        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+    """
+
+    plan: OptimizerRestore
+    schedulers: tuple[tuple[HasState, dict[str, object]], ...]
+    tensors: OpenedLoad | None
+    is_aside: bool
+
+
+def open_foreign(
+    context: Context,
+    optimizer: AnyOptimizer | Sequence[AnyOptimizer],
+    model: nn.Module | Sequence[nn.Module],
+    schedulers: Sequence[HasState],
+    directory: Path,
+    changes: Changes,
+) -> OpenedForeign | None:
+    """Compare optimizers and schedulers with what others saved; ``None`` where there is nothing. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        optimizer: The optimizers.
+        model: Their model.
+        schedulers: The schedulers.
+        directory: Where a checkpoint of ours would have its optimizer.
+        changes: What is meant to be other than when it was saved.
+
+    Raises:
+        CheckpointNotFoundError: There is no optimizer or scheduler in it.
+        MisuseError: It is another optimizer's or scheduler's, or which parameter is which cannot be told.
+        TensorError: The saved state does not fit the optimizer.
+        UnsafePickleError: A value could run code.
+    """
+    group, legacy = context.group, context.config.allow_legacy_pickle_restore
+    told = group.tell(lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}")
+    if not told:
+        return None
+    place = Path(cast(str, told))
+    state: OptimizerState | None = None
+    with group.together("describing the optimizer") as steers:
+        state = OptimizerState(optimizer, model)
+        steers.flag = bool(state.optimizers)
+    assert state is not None
+    own = state
+    is_aside = group.any(own.has_own_ways, "asking how optimizers take their state")
+    found = find_foreign(place, group, legacy, steers.any)
+    schedules: ForeignSchedules | None = None
+    if group.any(bool(schedulers), "comparing schedulers"):
+        schedules = read_schedules(found.directory, group, legacy)
+    plan: OptimizerRestore | None = None
+    names: dict[str, str] = {}
+    fitting: list[tuple[HasState, dict[str, object]]] = []
+    with group.together(f"comparing the optimizer with {found.directory}") as has_tensors:
+        record, names = found.matched(own, changes.key_mapping)
+        try:
+            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_aside))
+        except ShardwiseError as error:
+            error.path = error.path or str(found.directory)
+            _add_names(error, record)
+            raise
+        if schedulers and schedules is not None:
+            fitting = foreign_schedules(schedulers, schedules)
+        has_tensors.flag = bool(plan.targets)
+    assert plan is not None
+    planned = plan
+    source = found.agreed(names, group)
+    tensors: OpenedLoad | None = None
+    if has_tensors.any:
+        options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
+        tensors = open_described(planned.held_as_saved, source, group, context.storage, options)
+    _count_in_tensors(planned)
+    return OpenedForeign(planned, tuple(fitting), tensors, is_aside)
+
+
+def _count_in_tensors(plan: OptimizerRestore) -> None:
+    """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
+    options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
+    for each in plan.params:
+        step = (each.state or {}).get("step")
+        kind = type(each.optimizer)
+        if (
+            each.state is None
+            or type(step) not in (int, float)
+            or kind is not getattr(torch.optim, kind.__name__, None)
+        ):
+            continue
+        group = options[id(each.param)]
+        on_device = bool(group.get("capturable")) or bool(group.get("fused"))
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        device = each.param.device if on_device else "cpu"
+        each.state["step"] = torch.tensor(float(cast(float, step)), dtype=dtype, device=device)
+
+
+def under_names(source: Source, names: Mapping[str, str]) -> Source:
+    """Some tensors of a source under other names: new name -> the one in the source."""
+    tensors: dict[str, SourceTensor] = {}
+    for name, known in names.items():
+        tensor = source.tensors[known]
+        tensors[name] = tensor._replace(spec=tensor.spec._replace(name=name))
+    return replace(source, tensors=tensors)
+
+
+def foreign_place(directory: Path) -> Path | None:
+    """The DCP directory that has the optimizer: ``optim`` itself, or the checkpoint around it. Local."""
+    if has_state(directory / "optimizer"):
+        return None
+    return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
+
+
+def find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
+    """Read what a DCP directory has of optimizers. All ranks call.
+
+    Args:
+        place: The directory.
+        group: The ranks that restore.
+        legacy: Whether to unpickle without restrictions what cannot be read otherwise.
+        steers: Whether any rank has an optimizer to restore.
+
+    Raises:
+        CheckpointNotFoundError: The DCP directory has no optimizer.
+        MisuseError: One is kept in a way that is not understood.
+        FormatError: It is damaged.
+        UnsafePickleError: A value of it could run code.
+    """
+    packed = b""
+    with group.together(f"reading the optimizers of {place}"):
+        if group.is_main:
+            packed = _pack(_read(place, legacy) if steers else [])
+    found = _unpack(group.broadcast_bytes(packed, 0, "sharing what there is of optimizers"))
+    return ForeignOptimizers(place, found, open_source(place, group, spread=True))
+
+
+def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
+    values = DcpValues(place, legacy)
+    found = read_optimizers(values)
+    if not found:
+        tops = dict.fromkeys(str(path[0]) for path in values.paths.values())
+        raise CheckpointNotFoundError(
+            f"the checkpoint was saved without an optimizer: nothing in it has param_groups; at its top it has "
+            f"{listed([*tops])}",
+            path=place,
+            hint="Restore without an optimizer, or choose a checkpoint that has one.",
+        )
+    return found
+
+
+def _pack(found: Iterable[DcpOptimizer]) -> bytes:
+    packed = pack_state([each.to_state() for each in found])
+    text = packed[".json"]
+    return len(text).to_bytes(8, "little") + text + packed.get(".safetensors", b"")
+
+
+def _unpack(raw: bytes) -> tuple[DcpOptimizer, ...]:
+    size = int.from_bytes(raw[:8], "little")
+    packed = {".json": raw[8 : 8 + size]}
+    if len(raw) > 8 + size:
+        packed[".safetensors"] = raw[8 + size :]
+    return tuple(DcpOptimizer.from_state(state) for state in cast("list[object]", unpack_state(packed)))
+
+
+def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> DcpOptimizer:
+    names = [param for group in saved.groups for param in group.params]
+    plain = [plain_name(name) for name in names]
+    return _renamed(saved, dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
+
+
+def _renamed(saved: DcpOptimizer, names: Mapping[str, str]) -> DcpOptimizer:
+    return replace(
+        saved,
+        groups=tuple(replace(g, params=tuple(names[param] for param in g.params)) for g in saved.groups),
+        tensors={names[param]: keys for param, keys in saved.tensors.items()},
+        values={names[param]: keys for param, keys in saved.values.items()},
+    )
+
+
+def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
+    """Say in an error about absent parameters what others call theirs."""
+    if isinstance(error, MissingTensorError):
+        there = [param for group in record.groups for param in group.params]
+        error.hint = (
+            f"It has {listed(there[:_SHOWN])} and so on. If these are the same parameters under other "
+            f"names, pass key_mapping. {error.hint or ''}"
+        ).strip()
+
+
+def _places(found: Sequence[DcpOptimizer]) -> str:
+    return ", ".join(repr(each.place) for each in found)
+
+
+def _counts(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:_SHOWN])) + (f" (and {len(sizes) - _SHOWN} more)" if len(sizes) > _SHOWN else "")

@@ -1,0 +1,204 @@
+"""Schedulers and extra state that others saved in a DCP directory, as their owners take them.
+
+DCP flattens a state dict and loses what is empty in it; loading fills the state dict that an object has. So it is done
+here: what the owner has and DCP cannot express (empty dictionaries) stays as the owner has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.near_names import listed
+from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
+from shardwise.sources.dcp_values import DcpValues, is_dcp
+from shardwise.sources.state_files import pack_state, unpack_state
+
+#: Of torch's schedulers, and not in every release.
+_MAY_DIFFER = {"verbose"}
+_FRESH = "Or restore without it, and it starts afresh."
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignSchedules:
+    """The schedulers' states in a DCP directory, by place, and whether they were a list there."""
+
+    directory: Path
+    states: Mapping[str, object]
+    listed: bool
+
+
+def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedules:
+    """Read what a DCP directory has of schedulers. All ranks call.
+
+    Raises:
+        FormatError: It is damaged.
+        UnsafePickleError: It could run code.
+    """
+
+    def read() -> dict[str, object]:
+        values = DcpValues(directory, legacy)
+        places = scheduler_places(values)
+        states = {".".join(map(str, place)): state_at(values, place) for place in places}
+        return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
+
+    told = cast("dict[str, object]", _told(read, group, f"reading the schedulers of {directory}"))
+    return ForeignSchedules(directory, cast("dict[str, object]", told["states"]), cast(bool, told["listed"]))
+
+
+def foreign_schedules(
+    schedulers: Sequence[HasState], found: ForeignSchedules
+) -> list[tuple[HasState, dict[str, object]]]:
+    """Each scheduler with the state that was saved of it. Local; nothing is changed.
+
+    Raises:
+        CheckpointNotFoundError: None was saved.
+        MisuseError: Others were saved, or another number, or which is which cannot be told.
+        StateFormatError: What is there is no scheduler's state.
+    """
+    path = found.directory
+    if not found.states:
+        raise CheckpointNotFoundError(
+            "the checkpoint was saved without a scheduler",
+            path=path,
+            hint="Restore without a scheduler, or choose a checkpoint that has one.",
+        )
+    if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
+        raise MisuseError(
+            f"{len(found.states)} {'scheduler was' if len(found.states) == 1 else 'schedulers were'} saved"
+            f" ({listed([*found.states])}) and {len(schedulers)} "
+            f"{'is' if len(schedulers) == 1 else 'are'} to be restored"
+            + ("" if len(found.states) != len(schedulers) else ": which is which cannot be told"),
+            path=path,
+            hint="Pass the schedulers that the checkpoint was saved with, in the same order; or restore without them.",
+        )
+    return [
+        (scheduler, _fitting(scheduler, place, state, path))
+        for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)
+    ]
+
+
+def _fitting(scheduler: HasState, place: str, saved: object, path: Path) -> dict[str, object]:
+    own = scheduler.state_dict()
+    state = filled(own, saved)
+    if not isinstance(state, dict):
+        raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_FRESH)
+    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
+    if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
+        # What begins with an underscore differs between releases of torch.
+        lacking = [key for key in lacking if not key.startswith("_")]
+        beyond = sorted(key for key in {*state} - {*own} - _MAY_DIFFER if not str(key).startswith("_"))
+    else:
+        beyond = []
+    if lacking or beyond:
+        raise MisuseError(
+            f"the checkpoint's scheduler {place!r} is no {type(scheduler).__name__}: it has {beyond} and "
+            f"lacks {lacking}",
+            path=path,
+            hint=f"Build the scheduler that the checkpoint was saved with. {_FRESH}",
+        )
+    rates, saved_rates = own.get("base_lrs"), state.get("base_lrs")
+    if isinstance(rates, list) and isinstance(saved_rates, list) and len(rates) != len(saved_rates):
+        raise MisuseError(
+            f"the checkpoint's scheduler {place!r} has learning rates of {len(saved_rates)} parameter groups and the "
+            f"one to be restored of {len(rates)}",
+            path=path,
+            hint="Build the optimizer with the same parameter groups as when the checkpoint was saved.",
+        )
+    return state
+
+
+def filled(own: object, saved: object) -> object:
+    """The saved state, with what DCP cannot express as the owner has it, and with the owner's numbers for keys."""
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        made = dict(saved)
+        for key, value in own.items():
+            known = key if key in made else str(key)
+            if known in made:
+                made[key] = filled(value, made.pop(known))
+            elif _vanishes(value):
+                made[key] = value
+        return made
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [filled(one, other) for one, other in zip(own, saved, strict=True)]
+    return saved
+
+
+def _vanishes(value: object) -> bool:
+    """Whether nothing is left of a value when DCP flattens it."""
+    if isinstance(value, Mapping):
+        return all(_vanishes(each) for each in value.values())
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and _vanishes(v) for v in value)
+
+
+def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bool) -> dict[str, object]:
+    """Extra state out of a DCP directory: name -> state. All ranks call, each with the names that it wants.
+
+    Args:
+        directory: A checkpoint.
+        wanted: Names: the path of a part of the state dict, joined by dots.
+        group: The ranks that restore.
+        legacy: Whether to unpickle without restrictions what cannot be read otherwise.
+
+    Returns:
+        What any rank wants; nothing where the checkpoint is no DCP directory.
+
+    Raises:
+        CheckpointNotFoundError: There is no such part.
+        FormatError: It is damaged.
+        UnsafePickleError: It could run code.
+    """
+    own = sorted(wanted)
+
+    def tell() -> JsonValue:
+        return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
+
+    told = cast("list[tuple[list[str], bool]]", group.gather(tell, "comparing what is to be restored"))
+    names = sorted({name for theirs, _ in told for name in theirs})
+    if not told[0][1] or not names:
+        return {}
+
+    def read() -> dict[str, object]:
+        values = DcpValues(directory, legacy)
+        return {name: state_at(values, place_called(values, name)) for name in names}
+
+    return cast("dict[str, object]", _told(read, group, f"reading extra state of {directory}"))
+
+
+def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
+    """What others have put into a DCP directory beside a model; nothing where it is none. Local.
+
+    Args:
+        directory: Of a checkpoint, or of its optimizer.
+        model_place: What DCP's names of the model have in front, where that is known.
+    """
+    return components(DcpValues(directory), model_place) if is_dcp(directory) else []
+
+
+def torch_leftovers(directory: Path) -> list[str]:
+    """Files of ``torch.save`` beside model and optimizer, and directories of them, which are not read. Local."""
+    found = []
+    for entry in sorted(directory.iterdir()):
+        if entry.suffix in (".pt", ".pth") and entry.is_file():
+            found.append(entry.stem)
+        elif entry.is_dir() and entry.name not in ("model", "optim") and any(entry.glob("*.pt")):
+            found.append(entry.name)
+    return found
+
+
+def _told(read: Callable[[], object], group: Group, what: str) -> object:
+    """What ``read`` gives on rank 0, on every rank; it may hold tensors."""
+    packed: dict[str, bytes] = {}
+    with group.together(what):
+        if group.is_main:
+            packed = pack_state(read())
+    text = group.broadcast_bytes(packed.get(".json", b""), 0, what)
+    tensors = group.broadcast_bytes(packed.get(".safetensors", b""), 0, what)
+    return unpack_state({".json": text} | ({".safetensors": tensors} if tensors else {}))

@@ -1,0 +1,290 @@
+"""Loading models: what a checkpoint has, under whose names, and what of it a rank holds."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.inside import exported_modules
+from shardwise.checkpointing.loading.aliases import Aliased, names_lacking, with_aliases
+from shardwise.checkpointing.loading.foreign import in_names_of_files, in_vain
+from shardwise.checkpointing.loading.foreign_model import OwnNames, model_part
+from shardwise.checkpointing.loading.taking import Taking, as_owners_take, open_taking, steps_of, with_extra_in_files
+from shardwise.checkpointing.loading.ties import under_saved_names, untied
+from shardwise.checkpointing.per_rank import OwnRead, find_model
+from shardwise.checkpointing.saving.aside import is_own_aside
+from shardwise.checkpointing.saving.saved_notes import read_notes
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.convert import HeldGroup, rename
+from shardwise.engine.computed import OpenedComputed, open_computed
+from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.near_names import listed
+from shardwise.plan.collector import collector_paused
+from shardwise.plan.fragments import HeldTensor
+from shardwise.sources.sources import Source, open_source
+from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.units import Step
+
+_LOG = logging.getLogger(__name__)
+
+#: What DistributedDataParallel and DataParallel put before names.
+_PREFIX = "module."
+
+
+def load_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> LoadReport:
+    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    return open_model(
+        context, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
+    ).fill()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+
+    Attributes:
+        context: Settings, ranks and storage.
+        direct: What is read into the model's memory, and what there is for modules that take their state themselves.
+        computed: What is converted first; ``None`` where no rank's model has any.
+        taking: How modules take their state, where that is not all that there is to it.
+        own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
+    """
+
+    context: Context
+    direct: OpenedLoad
+    computed: OpenedComputed | None
+    taking: Taking
+    own: OwnRead | None = None
+
+    def fill(self) -> LoadReport:
+        """Fill the model. All ranks call, once.
+
+        Raises:
+            IntegrityError: A file is shorter than its header promises.
+            ModuleStateError: A module refuses its state.
+        """
+        report = self.direct.read()
+        if self.computed is not None:
+            self.computed.read(self.context.storage)
+        if self.own is not None:
+            with self.context.group.together("reading each rank's own tensors"):
+                self.own.read(self.context)
+        with self.direct.reading() as values:
+            self.taking.run(values, str(self.direct.source.path), self.context.group)
+        return report
+
+
+def open_model(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    *,
+    key_mapping: Mapping[str, str] | None,
+    options: LoadOptions,
+    skip_prefixes: Sequence[str] = (),
+) -> OpenedModel:
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
+
+    Raises:
+        TensorError: Model and checkpoint do not fit.
+        FormatError: The checkpoint is damaged.
+    """
+    group, storage = context.group, context.storage
+    state = ModelState(model, skip_prefixes=skip_prefixes)
+    opened = _opened(context, state, path, key_mapping, options)
+    own = find_model(context, state, path, opened.ranks)
+    source, hub, options = opened.source, opened.hub, opened.options
+    speaks_native = opened.differs and _speaks_native(hub, source, group)
+    computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
+
+    steps: list[Step] = []
+
+    def direct() -> list[HeldTensor]:
+        if speaks_native:
+            held = list(hub.native)
+        else:
+            held = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
+            held += natives_of([group for group in hub.groups if group not in computed])
+            held += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
+            absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
+            if absent:
+                _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
+        own_steps, extra = with_extra_in_files(steps_of(state.model, hub.listing), source)
+        steps.extend(own_steps)
+        return held if hub.listing is None else [*as_owners_take(held, hub, computed, source), *extra]
+
+    load = open_described(direct, source, group, storage, options, lambda: bool(steps))
+    there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
+    # What was saved beside tensors every rank knows of.
+    has_any = load.asked or bool(opened.aside)
+    taking = Taking((), None, options, 0)
+    if has_any:
+        taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
+    return OpenedModel(context, load, there, taking, own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What is to be loaded.
+
+    Attributes:
+        source: What there is.
+        hub: What this rank holds.
+        options: What may differ between the two.
+        differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
+        ranks: By how many ranks tensors were saved of which each has a value of its own.
+        aside: Where there is state beside ordinary tensors.
+    """
+
+    source: Source
+    hub: HubState
+    options: LoadOptions
+    differs: bool
+    ranks: int
+    aside: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """A rank's model under the names of files: which of its names it ties, and which of the source are not for it."""
+
+    hub: HubState
+    ties: Mapping[str, str]
+    apart: Sequence[str]
+
+
+def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
+    hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
+    own = {tensor.spec.name for tensor in hub.held}
+    apart = in_vain(exported_modules(state.model), [name for name in source.tensors if name not in own])
+    # What is computed is read apart, and by the ranks of its stage alone.
+    apart += [spec.name for held in hub.groups for spec in held.computed.hub]
+    return _Matched(hub, ties, apart)
+
+
+@collector_paused()
+def _opened(
+    context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
+) -> _Opened:
+    """Look at the checkpoint and at the model. All ranks call."""
+    group = context.group
+    hub: HubState | None = None
+
+    def held() -> Sequence[HeldTensor] | None:
+        nonlocal hub
+        hub = context.names.capture(state, load=True)
+        # What modules take themselves, and what they take is their own affair.
+        is_known = hub.listing is None and not (hub.groups or hub.ties or hub.kept or hub.hidden)
+        return hub.once.held if is_known else None
+
+    notes = read_notes(path, group)
+    source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
+
+    def own_names() -> OwnNames:
+        hub = context.names.capture(state, load=True)
+        computed = {spec.name for each in hub.groups for spec in each.computed.hub}
+        return OwnNames(
+            frozenset(tensor.spec.name for tensor in hub.native),
+            frozenset({tensor.spec.name for tensor in hub.held} | computed),
+        )
+
+    source = model_part(source, own_names, key_mapping, group)
+    lacking: list[str] = []
+    matched: _Matched | None = None
+    with group.together("describing the model") as differs:
+        if key_mapping:
+            source = renamed(source, key_mapping)
+        hub = hub or context.names.capture(state, load=True)
+        if hub is not context.sound:
+            require_memory(memory_of(hub.native), "memory to load into")
+            context.sound = hub
+        if not source.apart and _lacks_buffers(hub, source):
+            # Torch's normalisation layers know files that have not all of theirs.
+            hub = context.names.capture(state, load=True, norms=True)
+        if not source.apart and _has_wrappers_prefix(source, hub):
+            source = renamed(source, {"^" + re.escape(_PREFIX): ""})
+        hub = hub.once
+        plain = source
+        if source.apart:
+            matched = _Matched(hub, {}, ())
+        else:
+            lacking = names_lacking(source, hub)
+            plain = source.without(notes.passed)
+            if not lacking:
+                matched = _match(state, hub, plain)
+            differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
+    assert hub is not None
+    if not differs.any:
+        assert matched is not None
+        options = replace(options, exact=dict(notes.exact))
+        return _Opened(plain, matched.hub, options, False, notes.ranks, notes.aside)
+    aliased = Aliased(plain)
+    if group.any(bool(lacking), "comparing names"):
+        aliased = with_aliases(source, hub, lacking, key_mapping, group)
+        with group.together("matching the model's names with the checkpoint's"):
+            plain = aliased.source.without(notes.passed)
+            matched = _match(state, hub, plain)
+    assert matched is not None
+    everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
+    source = untied(plain, everyone, group, context.storage)
+    ignored = listed_anywhere(matched.apart, source, group)
+    kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
+    options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
+    return _Opened(source, matched.hub, options, True, notes.ranks, notes.aside)
+
+
+def _lacks_buffers(hub: HubState, source: Source) -> bool:
+    """Whether the source lacks the counters that normalisation layers of old did not have."""
+    lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
+    return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
+
+
+def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
+    """Whether the files have the prefix of DistributedDataParallel and DataParallel, and the model has not."""
+    if not source.tensors or not all(name.startswith(_PREFIX) for name in source.tensors):
+        return False
+    return not any(tensor.spec.name.startswith(_PREFIX) for tensor in (*hub.held, *hub.native))
+
+
+def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
+    """The source with its names passed through regular expressions; the first that matches a name applies."""
+    names = tuple(source.tensors)
+    mapping = dict(zip(names, rename(names, key_mapping), strict=True))
+    tensors = {
+        mapping[name]: tensor._replace(spec=tensor.spec._replace(name=mapping[name]))
+        for name, tensor in source.tensors.items()
+    }
+    return replace(source, tensors=tensors)
+
+
+def _has_natives(held: HeldGroup, source: Source) -> bool:
+    return all(tensor.spec.name in source.tensors for tensor in held.natives)
+
+
+def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
+    """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
+    lacks = bool(names_lacking(source, hub))
+    has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
+    # Stages may differ; one whose names are the same either way has no say.
+    return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")

@@ -1,0 +1,256 @@
+"""Loading what modules take by their own methods: what there is for them, and calling them in torch's order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from shardwise.checkpointing.hub import HubState
+from shardwise.checkpointing.saving.aside import SavedAside, read_aside
+from shardwise.comm import Group, JsonValue
+from shardwise.convert import HeldGroup
+from shardwise.dtypes import torch_dtype
+from shardwise.engine.load import LoadOptions
+from shardwise.engine.near_names import listed
+from shardwise.errors import MissingTensorError, UnexpectedTensorError
+from shardwise.geometry import TensorSpec
+from shardwise.plan.deferred import Deferred, held_whole, stands_alone
+from shardwise.plan.fragments import HeldTensor
+from shardwise.sources.sources import Source
+from shardwise.stateful_wrappers.install import Installing, post_steps
+from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
+from shardwise.stateful_wrappers.units import Step, Taker, label
+from shardwise.stateful_wrappers.ways import EXTRA
+
+_LOG = logging.getLogger(__name__)
+
+
+def as_owners_take(
+    held: Sequence[HeldTensor], hub: HubState, computed: Sequence[HeldGroup], source: Source
+) -> list[HeldTensor]:
+    """What is to be loaded, with what modules with methods of their own decide about themselves. Local.
+
+    Of what such a module takes, shapes are those of the files; what the files lack is for it to miss; and what they
+    have below its name, and nobody else wants, is for it to take.
+
+    Args:
+        held: What this rank holds, under the names of the files.
+        hub: The same, and how it was listed.
+        computed: What is converted apart.
+        source: What there is.
+    """
+    found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
+    own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
+    steps = () if hub.listing is None else [step for own_steps in hub.listing.steps for step in own_steps]
+    return [*found, *claimed(steps, own | hub.ties.keys(), (saved.spec for saved in source.tensors.values()))]
+
+
+def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorSpec]) -> Iterator[HeldTensor]:
+    """What files have below the names of modules with methods of their own, and nobody else wants. Local.
+
+    Args:
+        steps: What this rank's modules do.
+        own: Names that are wanted already.
+        specs: What the files have.
+    """
+    takers = [step.taker for step in steps if step.taker is not None and step.taker.is_lenient]
+    takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
+    for spec in specs if takers else ():
+        if spec.name in own:
+            continue
+        taker = next((taker for taker in takers if _is_below(spec.name, taker)), None)
+        if taker is not None:
+            key = taker.prefix + spec.name[len(plain_name(taker.prefix)) :]
+            dtype, cpu = torch_dtype(spec.dtype), torch.device("cpu")
+            yield held_whole(spec, Deferred(key, spec.shape, dtype, cpu, None, taker, is_flexible=True))
+
+
+def with_extra_in_files(steps: Sequence[Step], source: Source) -> tuple[list[Step], list[HeldTensor]]:
+    """The steps, and what they take of extra state that others' files have among their tensors. Local."""
+    own: list[Step] = []
+    held: list[HeldTensor] = []
+    for step in steps:
+        saved = source.tensors.get(plain_name(step.prefix + EXTRA)) if step.kind == "extra" else None
+        if saved is None:
+            own.append(step)
+            continue
+        taker = Taker(step.module, step.prefix, whole=False, is_lenient=False)
+        own.append(Step("take", step.module, step.prefix, taker))
+        dtype, cpu = torch_dtype(saved.spec.dtype), torch.device("cpu")
+        held.append(held_whole(saved.spec, Deferred(step.prefix + EXTRA, saved.spec.shape, dtype, cpu, None, taker)))
+    return own, held
+
+
+def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
+    """What is to be loaded; what modules take in any shape in that of the files, as far as these have it. Local."""
+    for tensor in held:
+        what = stands_alone(tensor)
+        saved = specs.get(tensor.spec.name)
+        if what is None:
+            yield tensor
+        elif saved is not None:
+            spec = tensor.spec._replace(shape=saved.shape)
+            yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
+
+
+def _is_below(name: str, taker: Taker) -> bool:
+    prefix = plain_name(taker.prefix)
+    if not name.startswith(prefix):
+        return False
+    first, _, rest = name[len(prefix) :].partition(".")
+    return taker.whole or not rest or first not in taker.module._modules
+
+
+def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
+    """What a rank's parts have to do beside having their memory filled. Local.
+
+    Args:
+        parts: The parts.
+        listing: How they were listed; ``None`` where all take their state as torch does.
+    """
+    found: list[Step] = []
+    for number, part in enumerate(parts):
+        own = () if listing is None else listing.steps[number]
+        found += own or post_steps(unwrap(part))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """How a rank's modules take what is not read into their memory.
+
+    Attributes:
+        steps: What this rank has to do, in order.
+        aside: What was saved beside tensors; ``None`` where nothing was.
+        options: What may differ.
+        rounds: How many modules of some rank take tensors, and one more; 0 where no rank has anything to do.
+        skips_empty: Whether a module of which there is nothing, such as a fresh head, is passed over.
+    """
+
+    steps: Sequence[Step]
+    aside: SavedAside | None
+    options: LoadOptions
+    rounds: int
+    skips_empty: bool = False
+
+    def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
+        """Let the modules take their state, one by one. All ranks call.
+
+        Args:
+            values: Reads what there is for one of them.
+            what: Where it comes from, for messages.
+            group: The ranks that load together.
+
+        Raises:
+            ModuleStateError: A module refuses what it is given; which modules came before it is torch's order.
+        """
+        without: list[str] = []
+        rounds = list(_rounds(self.steps))
+        for number in range(self.rounds):
+            tensors: dict[str, torch.Tensor] = {}
+            steps = rounds[number] if number < len(rounds) else []
+            # Apart: a module's own method may communicate, so that no rank may have failed before it.
+            with group.together(f"reading {what}"):
+                if steps and steps[0].taker is not None:
+                    tensors = values(steps[0].taker)
+            with group.together("installing the state of modules"):
+                without += self._install(steps, tensors)
+        if without:
+            _LOG.warning("no state was saved for %s, and none is set", listed(without))
+
+    def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
+        aside = self.aside
+        installing = Installing(
+            lambda _: values,
+            None if aside is None else aside.values,
+            {} if aside is None else aside.metadata,
+            self.options.allow_missing,
+            self.skips_empty,
+        )
+        installing.run(steps)
+        return installing.without
+
+
+def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """Steps in groups, of which only the first of each may take tensors."""
+    group: list[Step] = []
+    for step in steps:
+        if step.taker is not None and group:
+            yield group
+            group = []
+        group.append(step)
+    if group:
+        yield group
+
+
+def open_taking(
+    steps: Sequence[Step],
+    stems: Sequence[str],
+    group: Group,
+    options: LoadOptions,
+    *,
+    is_strict: bool,
+    skips_empty: bool = False,
+) -> Taking:
+    """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
+
+    Args:
+        steps: What this rank's modules have to do.
+        stems: Where there is state beside tensors.
+        group: The ranks that load together.
+        options: What may differ.
+        is_strict: Whether it has to be just what the modules take: an export beside it is for other models, too.
+        skips_empty: Whether a module of which there is nothing is passed over.
+
+    Raises:
+        MissingTensorError: State was saved, and not that of a module that takes some.
+        UnexpectedTensorError: State was saved that no rank's model takes.
+        StateFormatError: It is damaged.
+    """
+    found: SavedAside | None = None
+
+    def tell() -> JsonValue:
+        nonlocal found
+        found = read_aside(stems)
+        names = [] if found is None else sorted(found.values)
+        if found is not None and is_strict and not options.allow_missing:
+            _require_extra(steps, found)
+        return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
+
+    everyone = cast("list[tuple[int, list[int]]]", group.gather(tell, "comparing what modules take"))
+    counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
+    names = [] if found is None else sorted(found.values)
+    lost = [name for name, count in zip(names, counts, strict=True) if not count]
+    if lost and not is_strict:
+        if group.is_main:
+            _LOG.warning("the model does not take the state that was saved of modules: %s", listed(lost))
+    elif lost and not options.allow_unexpected:
+        raise UnexpectedTensorError(
+            f"the checkpoint holds state beside tensors that no module of the model takes: {listed(lost)}",
+            tensor=lost[0],
+            hint="Build the model as it was when the checkpoint was saved.",
+        )
+    return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
+
+
+def _require_extra(steps: Sequence[Step], saved: SavedAside) -> None:
+    for step in steps:
+        name = plain_name(step.prefix + EXTRA)
+        if step.kind == "extra" and name not in saved.values:
+            raise MissingTensorError(
+                f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
+                tensor=name,
+                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+            )
+
+
+def _takes(step: Step, name: str) -> bool:
+    prefix = plain_name(step.prefix)
+    if step.kind == "extra":
+        return name == plain_name(step.prefix + EXTRA)
+    return step.taker is not None and step.taker.is_lenient and name.startswith(prefix)

@@ -1,0 +1,1 @@
+"""What a run has beside model and optimizer: schedulers, random numbers, data order, extra state."""

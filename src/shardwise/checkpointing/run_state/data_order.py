@@ -1,0 +1,215 @@
+"""Going on with random numbers and data where a run stopped.
+
+Making an iterator over a ``DataLoader`` draws random numbers: a seed for its workers, and with the first batch one for
+the order. The run that was never stopped drew them at the start of its epoch. A run that is resumed in the middle of
+one makes its iterator again, and has to go on as if it had not.
+
+`DataOrder.batches` therefore remembers, for each epoch, what the generators were when it began, and how many batches
+the loop has had. Resumed in the middle of an epoch, it sets the generators to the start of that epoch, makes the
+iterator, skips what the loop has had, and sets the generators to what they were when the checkpoint was saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import torch
+
+from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.errors import MisuseError, StateFormatError
+
+_LOG = logging.getLogger(__name__)
+_Batch = TypeVar("_Batch")
+_State = dict[str, object]
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a loop is in its data.
+
+    Attributes:
+        epoch: The epoch.
+        start: The process's generators when the epoch began.
+        loader: The generators that the loader was given, likewise, by where it has them.
+        count: Batches that the loop has had.
+        is_over: Whether that was all of them.
+    """
+
+    epoch: int
+    start: _State
+    loader: dict[str, torch.Tensor] = field(default_factory=dict)
+    count: int = 0
+    is_over: bool = False
+
+    def to_state(self, now: Mapping[str, torch.Tensor]) -> _State:
+        """As plain containers, with what the loader's generators are now."""
+        state: _State = {"epoch": self.epoch, "count": self.count, "is_over": self.is_over, "start": self.start}
+        return state | {"loader": dict(self.loader), "now": dict(now)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A position that was saved, and what the loader's generators were then."""
+
+    position: Position
+    now: Mapping[str, torch.Tensor]
+
+    @staticmethod
+    def of(state: object) -> _Saved:
+        """Check and take in what `Position.to_state` gave.
+
+        Raises:
+            StateFormatError: It is something else.
+        """
+        try:
+            table = cast(_State, state)
+            epoch, count = cast(int, table["epoch"]), cast(int, table["count"])
+            if type(epoch) is not int or type(count) is not int or count < 0:
+                raise ValueError("an epoch and a number of batches are whole numbers")
+            start, loader = cast(_State, table["start"]), dict(cast(dict[str, torch.Tensor], table["loader"]))
+            position = Position(epoch, start, loader, count, bool(table["is_over"]))
+            return _Saved(position, dict(cast(dict[str, torch.Tensor], table["now"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateFormatError(
+                f"this is not a position in data ({type(error).__name__}: {error})", hint="Restore the file."
+            ) from error
+
+
+class DataOrder:
+    """What a checkpointer knows of a loop's random numbers and its data. Local; each rank has its own."""
+
+    def __init__(self) -> None:
+        self._positions: dict[str, tuple[Position, object]] = {}
+        self._saved: dict[str, _Saved] = {}
+        self._generators: _State | None = None
+        self._is_pending = False
+        self._restored: list[object] = []
+
+    def state(self, rank: int) -> _State | None:
+        """The positions of all loaders; ``None`` where the loop uses no `batches`.
+
+        Args:
+            rank: This rank. It is part of the state, since a position means nothing to another number of ranks.
+        """
+        found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
+        # A loader that the resumed loop has not come to yet is still where it was.
+        kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
+        return {"rank": rank, "loaders": found | kept} if found or kept else None
+
+    @staticmethod
+    def parsed(state: object) -> dict[str, _Saved]:
+        """Check what `state` gave.
+
+        Raises:
+            StateFormatError: It is something else.
+        """
+        loaders = state.get("loaders") if isinstance(state, Mapping) else None
+        if not isinstance(loaders, Mapping):
+            raise StateFormatError("these are no positions in data", hint="Restore the file.")
+        return {str(name): _Saved.of(each) for name, each in loaders.items()}
+
+    def resume(self, generators: _State | None, positions: dict[str, _Saved], restored: Iterable[object]) -> None:
+        """Take in what was restored.
+
+        Args:
+            generators: What the generators have been set to; ``None`` where they were left alone.
+            positions: Where the loop was in its data.
+            restored: Objects that have taken in a state of their own, loaders among them.
+        """
+        self._positions = {}
+        self._saved = positions
+        self._generators, self._is_pending = generators, generators is not None
+        self._restored = list(restored)
+
+    def set_generators(self) -> None:
+        """Set the generators to what they were when the checkpoint was saved; once after a restore."""
+        if self._is_pending and self._generators is not None:
+            RandomState().load_state_dict(self._generators)
+        self._is_pending = False
+
+    def batches(self, loader: Iterable[_Batch], epoch: int, name: str) -> Iterator[_Batch]:
+        """What is left of an epoch's batches; see `Checkpointer.batches`."""
+        saved = self._saved.pop(name, None)
+        if saved is None or saved.position.epoch != epoch:
+            if saved is not None and not saved.position.is_over:
+                _LOG.warning(
+                    "the checkpoint was saved in epoch %d, after %d batches; the loop leaves it for epoch %d",
+                    saved.position.epoch,
+                    saved.position.count,
+                    epoch,
+                )
+            position = Position(epoch, RandomState().state_dict(), _generators_of(loader))
+            self._positions[name] = (position, loader)
+            return self._counted(iter(loader), position)
+        self._positions[name] = (saved.position, loader)
+        if saved.position.is_over:
+            _LOG.info("the checkpoint was saved after the last batch of epoch %d, of which nothing is left", epoch)
+            return iter(())
+        return self._counted(self._again(loader, saved), saved.position)
+
+    def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
+        """The iterator of an epoch that was begun, where it was."""
+        position = saved.position
+        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            if not any(loader is each for each in self._restored):
+                raise MisuseError(
+                    f"the {type(loader).__name__} keeps its own position, which restore() was not given",
+                    hint="Pass the loader in extra_state, when saving and when restoring.",
+                )
+            iterator = iter(loader)
+        else:
+            if self._generators is not None:
+                RandomState().load_state_dict(position.start)
+            _set_generators(loader, position.loader)
+            iterator = iter(loader)
+            for number in range(position.count):
+                if next(iterator, _END) is _END:
+                    raise MisuseError(
+                        f"the loop had {position.count} batches of epoch {position.epoch} when it was saved, and the "
+                        f"loader has {number}",
+                        hint="Resume with the data, the batch size and the sampler that the checkpoint was saved with.",
+                    )
+        _set_generators(loader, saved.now)
+        if self._generators is not None:
+            RandomState().load_state_dict(self._generators)
+        self._is_pending = False
+        return iterator
+
+    @staticmethod
+    def _counted(iterator: Iterator[_Batch], position: Position) -> Iterator[_Batch]:
+        for batch in iterator:
+            position.count += 1
+            yield batch
+        position.is_over = True
+
+
+_END = object()
+_PLACES: Mapping[str, Callable[[object], object]] = {
+    "loader": lambda loader: getattr(loader, "generator", None),
+    "sampler": lambda loader: getattr(getattr(loader, "sampler", None), "generator", None),
+    "batch_sampler": lambda loader: getattr(
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None), "generator", None
+    ),
+}
+
+
+def _own_generators(loader: object) -> dict[str, torch.Generator]:
+    found: dict[str, torch.Generator] = {}
+    for name, find in _PLACES.items():
+        generator = find(loader)
+        if isinstance(generator, torch.Generator) and not any(generator is each for each in found.values()):
+            found[name] = generator
+    return found
+
+
+def _generators_of(loader: object) -> dict[str, torch.Tensor]:
+    return {name: generator.get_state() for name, generator in _own_generators(loader).items()}
+
+
+def _set_generators(loader: object, states: Mapping[str, torch.Tensor]) -> None:
+    for name, generator in _own_generators(loader).items():
+        if name in states:
+            generator.set_state(states[name])

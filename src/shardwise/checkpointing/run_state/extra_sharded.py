@@ -1,0 +1,193 @@
+"""Extra state that is spread over the ranks: modules, and DTensors anywhere in plain containers.
+
+Each rank writes its shards, as of a model; nothing is gathered. A module's directory is ``extra/<name>.shards/``, as
+``model/`` without an export. Of other values the DTensors are there, named by the keys that lead to them, and the rest
+is in ``extra/<name>.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+from urllib.parse import quote
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.checkpointing.loading.models import OpenedModel, open_model
+from shardwise.checkpointing.saving.models import ModelSave
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group
+from shardwise.engine.jobs import Step
+from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
+from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.settings import SaveConsolidatedMode, SerializationFormat
+from shardwise.sources.sources import open_source
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+
+#: What stands in a saved tree where a DTensor was.
+_HOLE = None
+#: How the name of a directory ends that holds a value's shards; no file of a state's ends so.
+SHARDS = ".shards"
+
+
+def split_tree(value: object) -> tuple[object, dict[str, DTensor]]:
+    """A tree of containers without its DTensors, and these by the keys that lead to them. Local."""
+    found: dict[str, DTensor] = {}
+    rest = _split(value, "", found)
+    return (rest, found) if found else (value, found)
+
+
+def _split(value: object, path: str, found: dict[str, DTensor]) -> object:
+    if isinstance(value, DTensor):
+        found[path] = value
+        return _HOLE
+    if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
+        rest = {key: _split(item, _below(path, key), found) for key, item in value.items()}
+        return rest if type(value) is dict else _like(value, rest)
+    if type(value) in (list, tuple):
+        items = [_split(item, _below(path, number), found) for number, item in enumerate(cast(Sequence[object], value))]
+        return items if type(value) is list else tuple(items)
+    return value
+
+
+def _like(value: Mapping[object, object], rest: dict[object, object]) -> object:
+    changed = any(rest[key] is not item for key, item in value.items())
+    return type(value)(rest) if changed else value  # type: ignore[call-arg]
+
+
+def _below(path: str, key: object) -> str:
+    """The name of what stands under a key: text as it is, but for what tells levels and numbers apart."""
+    own = key.replace("%", "%25").replace("/", "%2F").replace("#", "%23") if isinstance(key, str) else f"#{key!r}"
+    return f"{path}/{own}" if path else own
+
+
+def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "") -> object:
+    """The tree with DTensors in their places again."""
+    if path in tensors:
+        return tensors[path]
+    if isinstance(rest, dict):
+        filled = {key: fill_tree(item, tensors, _below(path, key)) for key, item in rest.items()}
+        return filled if type(rest) is dict else type(rest)(filled)
+    if type(rest) in (list, tuple):
+        items = cast(Sequence[object], rest)
+        each = [fill_tree(item, tensors, _below(path, number)) for number, item in enumerate(items)]
+        return each if type(rest) is list else tuple(each)
+    return rest
+
+
+def directory_of(directory: Path, name: str) -> Path:
+    """Where the shards of a value are."""
+    return directory / f"{quote(name, safe='')}{SHARDS}"
+
+
+def further(context: Context, name: str) -> Context:
+    """What a module in extra state is saved and loaded with: as shards, without a base model. Local."""
+    config = replace(
+        context.config,
+        save_consolidated=SaveConsolidatedMode.FALSE,
+        model_save_format=SerializationFormat.SAFETENSORS,
+        model_repo_id=None,
+        original_model_root_dir=None,
+        is_peft=False,
+        per_rank_state=None,
+        v4_compatible=False,
+    )
+    return context.further(f"extra/{name}", config)
+
+
+def module_steps(context: Context, name: str, module: nn.Module, directory: Path) -> list[Step]:
+    """Capture a module now; returns what is left to do. All ranks call."""
+    own = directory_of(directory, name)
+    save = ModelSave(
+        further(context, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+    )
+    steps = save.steps()
+    prefix = own.name
+
+    def moved(step: Step) -> Step:
+        return lambda group: step(group).below(prefix, f"extra/{name}")
+
+    def finish(group: Group) -> ComponentRecord:
+        with group.together(f"finishing {own}"):
+            for work in save.closing:
+                work(group)
+        return ComponentRecord()
+
+    return [*map(moved, steps), finish]
+
+
+def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], directory: Path) -> list[Step]:
+    """Capture DTensors now; returns what is left to do. All ranks call, one perhaps with none."""
+    own, component = directory_of(directory, name), f"extra/{name}"
+    held: list[HeldTensor] = []
+    with context.group.together(f"describing the DTensors of {name!r}"):
+        held = held_tensors(tensors.items(), MeshRegister(context.may_differ.of_state([])))
+        held = context.staged(component, held)
+    keeper = context.further_rosters.setdefault(name, RosterKeeper(context.group, context.stage))
+    roster = keeper.roster(held)
+    files: tuple[ShardFile, ...] = ()
+    with context.group.together(f"planning the files of {name!r}"):
+        files = plan_shards(held, roster, context.group.rank, stem="extra")
+    plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, context.group.rank),))
+    prefix = own.name
+
+    def write(group: Group) -> ComponentRecord:
+        with group.together(f"making {own}"):
+            if group.is_main:
+                context.storage.make_directory(own)
+        return write_shards(plan, group, context.storage, later=True).below(prefix)
+
+    return [write]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSharded:
+    """Values that are spread over the ranks and fit the checkpoint, on every rank; nothing has been read.
+
+    Attributes:
+        modules: Modules.
+        tensors: DTensors of other values.
+        then: What takes its state in when its tensors have been read: by name. Local.
+    """
+
+    modules: tuple[OpenedModel, ...] = ()
+    tensors: tuple[OpenedLoad, ...] = ()
+    then: tuple[Callable[[], None], ...] = ()
+
+    def fill(self, group: Group) -> None:
+        """Read everything. All ranks call."""
+        for module in self.modules:
+            module.fill()
+        for load in self.tensors:
+            load.read()
+        if self.tensors:
+            with group.together("taking extra state in"):
+                for take in self.then:
+                    take()
+
+
+def open_module(context: Context, name: str, module: nn.Module, directory: Path) -> OpenedModel:
+    """Compare a module with what was saved. All ranks call; nothing is changed."""
+    own = further(context, name)
+    options = LoadOptions(threads=own.threads, sharing=own.sharing)
+    return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
+
+
+def open_tensors(context: Context, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
+    """Compare DTensors with what was saved. All ranks call, one perhaps with none; nothing is changed."""
+    source = open_source(directory_of(directory, name), context.group, spread=True)
+    options = LoadOptions(threads=context.threads, sharing=context.sharing)
+
+    def describe() -> list[HeldTensor]:
+        return held_tensors(tensors.items(), MeshRegister())
+
+    return open_described(describe, source, context.group, context.storage, options)

@@ -1,0 +1,327 @@
+"""States that are neither model nor optimizer: random number generators, dataloaders, whatever the loop keeps.
+
+A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
+and restored only on the same number of ranks; on another it stays as it is, and the caller is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
+from urllib.parse import quote, unquote
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.checkpointing.loading.restoring import Undos
+from shardwise.checkpointing.run_state.extra_modules import shared_modules
+from shardwise.checkpointing.run_state.extra_sharded import (
+    SHARDS,
+    OpenedSharded,
+    directory_of,
+    fill_tree,
+    module_steps,
+    open_module,
+    open_tensors,
+    split_tree,
+    tensor_steps,
+)
+from shardwise.checkpointing.run_state.extra_values import as_stateful
+from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import Step
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import has_state, read_state, write_state
+from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
+from shardwise.sources.state_files import pack_state
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with DCP's two methods of a state."""
+
+    def state_dict(self) -> dict[str, object]:
+        """The state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Take the state in."""
+        ...
+
+
+def capture_steps(context: Context, values: Mapping[str, object], directory: Path) -> list[Step]:
+    """Capture named values now and return what is left to do. All ranks call; one may have names of its own.
+
+    Args:
+        context: Settings, ranks and storage.
+        values: Name -> a `Stateful` object, or a value that JSON and tensors can express.
+        directory: Where they go.
+    """
+    group = context.group
+    taken, modules = _captured(values, group)
+    packed, spread = taken.packed, taken.spread
+    digests = {name: _digest(found) for name, found in packed.items()}
+    own = {name: [digest, name in spread] for name, digest in digests.items()}
+    everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
+    shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
+
+    def write(group: Group) -> ComponentRecord:
+        record = ComponentRecord()
+        with group.together(f"writing {directory}"):
+            if packed:
+                context.storage.make_directory(directory)
+            for name, found in packed.items():
+                if name in shared and group.is_main:
+                    record += write_state(context.storage, directory / quote(name, safe=""), found)
+                elif name not in shared:
+                    stem = rank_stem(directory, name, group.rank, group.world_size)
+                    record += write_state(context.storage, stem, found)
+            if packed:
+                context.storage.sync_directory(directory)
+        return record
+
+    steps: list[Step] = [write] if any(everyone) else []
+    for name in sorted({name for theirs in everyone for name, (_, is_spread) in theirs.items() if is_spread}):
+        steps += tensor_steps(context, name, spread.get(name, {}), directory)
+    for name in modules:
+        steps += module_steps(context, name, cast(nn.Module, values[name]), directory)
+    return steps
+
+
+@dataclass(slots=True)
+class _Captured:
+    """Values as they are now.
+
+    Attributes:
+        packed: Name -> what is written of it on this rank, or once.
+        spread: Name -> the DTensors in it.
+    """
+
+    packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
+
+    def take(self, name: str, value: object) -> None:
+        """Capture a value. Local.
+
+        Raises:
+            StateFormatError: It holds what cannot be stored.
+        """
+        value = as_stateful(value)
+        rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
+        self.spread |= {name: found} if found else {}
+        try:
+            self.packed[name] = pack_state(rest)
+        except StateFormatError as error:
+            error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
+            raise
+
+
+def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, list[str]]:
+    """Values as they are now; and names of modules, which all ranks save together. All ranks call."""
+    taken = _Captured()
+    with group.together("capturing extra state") as has_modules:
+        for name, value in values.items():
+            if not isinstance(name, str) or name in ("", "."):
+                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
+            if isinstance(value, nn.Module):
+                has_modules.flag = True
+            else:
+                taken.take(name, value)
+    if not has_modules.any:
+        return taken, []
+    modules = shared_modules(values, group)
+    with group.together("capturing modules in extra state"):
+        for name, value in values.items():
+            if isinstance(value, nn.Module) and name not in modules:
+                taken.take(name, value)
+    return taken, modules
+
+
+def _digest(packed: Mapping[str, bytes]) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    for suffix, content in sorted(packed.items()):
+        hasher.update(suffix.encode() + len(content).to_bytes(8, "little") + content)
+    return hasher.hexdigest()
+
+
+def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
+    """Where one rank's state of a name is.
+
+    The number of ranks is part of it, since the state means nothing on another.
+    """
+    return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundValues:
+    """States of named values, read and parsed; nothing has taken them in yet.
+
+    Attributes:
+        values: Where the values are, by name; what has no methods of its own is replaced in it.
+        states: Name -> the state that was saved.
+        skipped: Names that were saved for each rank on another number of ranks, and stay as they are.
+        spread: Names of modules that were saved by all ranks together, and are restored by them.
+        tensors: Of values with DTensors: these, to be filled after their values have been taken in.
+    """
+
+    values: MutableMapping[str, object]
+    states: Mapping[str, object]
+    skipped: tuple[str, ...]
+    spread: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
+
+    def loaders(self) -> list[Callable[[], None]]:
+        """What objects with DTensors do when these are filled: they take their state in."""
+        return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
+
+    def _load(self, name: str) -> None:
+        value = cast(Stateful, self.values[name])
+        value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], self.tensors[name])))
+
+    def take_in(self, undos: Undos) -> None:
+        """Put the states in place. Local.
+
+        A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced.
+
+        Raises:
+            MisuseError: An object refuses its state.
+        """
+        for name, state in self.states.items():
+            value = as_stateful(self.values[name])
+            if name in self.tensors:
+                if isinstance(value, Stateful):
+                    continue  # when its tensors have been read
+                state = fill_tree(state, self.tensors[name])
+            if isinstance(value, Stateful):
+                try:
+                    undos.load(f"extra state {name!r}", value, cast(dict[str, object], state))
+                except ShardwiseError:
+                    raise
+                except Exception as error:
+                    raise MisuseError(
+                        f"the saved extra state {name!r} does not fit: its {type(value).__name__} refuses it with "
+                        f"{type(error).__name__}: {error}",
+                        hint="Leave it out of extra_state, or pass what the checkpoint was saved with.",
+                    ) from error
+            elif isinstance(value, MutableMapping) and isinstance(state, Mapping):
+                undos.refill(f"extra state {name!r}", value, dict(state))
+            else:
+                undos.add(f"extra state {name!r}", partial(self.values.__setitem__, name, value))
+                self.values[name] = state
+
+
+def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
+    """Read the states of named values. Local, and changes nothing; one rank may have names of its own.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint has no state of a name, or none for this rank.
+        StateFormatError: A state is damaged.
+    """
+    states: dict[str, object] = {}
+    skipped: list[str] = []
+    spread: list[str] = []
+    tensors: dict[str, dict[str, DTensor]] = {}
+    for name, value in values.items():
+        stem = directory / quote(name, safe="")
+        own = rank_stem(directory, name, rank, world_size)
+        found = stem if has_state(stem) else own if has_state(own) else None
+        if found is not None:
+            states[name] = read_state(found)
+            if directory_of(directory, name).is_dir():
+                tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
+            continue
+        if directory_of(directory, name).is_dir() and not _of_ranks(directory, name):
+            if not isinstance(value, nn.Module):
+                raise MisuseError(
+                    f"extra state {name!r} was saved of a module, and a {type(value).__name__} is to be restored",
+                    path=directory_of(directory, name),
+                    hint="Pass the module.",
+                )
+            spread.append(name)
+            continue
+        worlds = _of_ranks(directory, name)
+        if not worlds or world_size in worlds:
+            raise CheckpointNotFoundError(
+                f"the checkpoint has no extra state {name!r}" + (f" of rank {rank}" if worlds else ""),
+                path=directory,
+                hint="Leave it out of extra_state, or choose a checkpoint that has it.",
+            )
+        skipped.append(name)
+    return FoundValues(values, states, tuple(skipped), tuple(spread), tensors)
+
+
+def _of_ranks(directory: Path, name: str) -> set[int]:
+    """By how many ranks a state was saved for each of them."""
+    return {int(match[3]) for match in _rank_files(directory) if unquote(match[1]) == name}
+
+
+def state_of(value: object) -> object:
+    """The state that a named value has now."""
+    return value.state_dict() if isinstance(value, Stateful) else value
+
+
+_RANK_FILE = re.compile(r"(.+)_rank_(\d{5,})_of_(\d{5,})\.json")
+
+
+def _rank_files(directory: Path) -> list[re.Match[str]]:
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    return [match for match in map(_RANK_FILE.fullmatch, names) if match is not None]
+
+
+def saved_names(directory: Path) -> list[str]:
+    """Names of the states in a directory, of whatever rank."""
+    files = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    of_ranks = {match[0]: match[1] for match in _rank_files(directory)}
+    stems = [of_ranks.get(file, file.removesuffix(".json")) for file in files if file.endswith(".json")]
+    stems += [file.removesuffix(SHARDS) for file in files if file.endswith(SHARDS)]
+    return list(dict.fromkeys(map(unquote, stems)))
+
+
+def open_spread(context: Context, found: FoundValues, directory: Path) -> OpenedSharded:
+    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed.
+
+    Raises:
+        MisuseError: A module is not there on every rank.
+        TensorError: What is there does not fit.
+    """
+    group = context.group
+    own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
+    everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
+    modules = sorted({name for names, _ in everyone for name in names})
+    tensors = sorted({name for _, names in everyone for name in names})
+    for name in modules:
+        lacking = [rank for rank, (names, _) in enumerate(everyone) if name not in names]
+        if lacking:
+            raise MisuseError(
+                f"extra state {name!r} is a module that all ranks restore together, and rank {lacking[0]} passed none",
+                path=directory_of(directory, name),
+                hint="Pass the module on every rank.",
+            )
+    opened = [open_module(context, name, cast(nn.Module, found.values[name]), directory) for name in modules]
+    loads = [open_tensors(context, name, found.tensors.get(name, {}), directory) for name in tensors]
+    return OpenedSharded(tuple(opened), tuple(loads), tuple(found.loaders()))
+
+
+def check_generators(state: object) -> None:
+    """Find out whether the generators take ``state``, and leave them as they are. Local.
+
+    Raises:
+        StateFormatError: They do not.
+    """
+    generators = RandomState()
+    had = generators.state_dict()
+    try:
+        generators.load_state_dict(cast(dict[str, object], state))
+    except Exception as error:
+        raise StateFormatError(
+            f"the saved state of the random number generators cannot be used ({type(error).__name__}: {error})",
+            hint="Choose another checkpoint, or set save_rng to false to go on with fresh generators.",
+        ) from error
+    finally:
+        generators.load_state_dict(had)

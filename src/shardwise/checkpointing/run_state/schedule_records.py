@@ -1,0 +1,216 @@
+"""What is saved of schedulers: every different state once, of which ranks it is, and which parameters it steers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.run_state.distinct import Distinct, blob_of, unblob
+from shardwise.errors import StateFormatError
+from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.stateful_wrappers.names import list_parameters
+
+#: A parameter group is told by the names of its parameters.
+Groups = tuple[tuple[str, ...], ...]
+_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A scheduler of this rank's: what it is, and what it steers.
+
+    Attributes:
+        kind: Its class; of one that is made of others, theirs as well.
+        groups: The parameter groups of its optimizer, by the names of the model's parameters in them; none where it
+            belongs to no optimizer of the model's.
+        order: Which one it is among the rank's schedulers of this kind for these groups.
+    """
+
+    kind: str
+    groups: Groups
+    order: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All parameters."""
+        return frozenset(name for group in self.groups for name in group)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSchedule:
+    """A saved state of a scheduler.
+
+    Attributes:
+        of: The scheduler.
+        ranks: The ranks that had it.
+        state: Its state.
+    """
+
+    of: Attached
+    ranks: tuple[int, ...]
+    state: object
+
+    @property
+    def where(self) -> str:
+        """For messages: which scheduler this is."""
+        names = sorted(self.of.names)
+        steers = f" of {names[0]}" + (" and others" if len(names) > 1 else "") if names else ""
+        return f"{self.of.kind}{steers} on rank {self.ranks[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSchedules:
+    """All that was saved of schedulers.
+
+    Attributes:
+        entries: The states.
+        world_size: Number of ranks that saved.
+    """
+
+    entries: tuple[SavedSchedule, ...]
+    world_size: int
+
+    def to_state(self) -> dict[str, object]:
+        """As plain containers; each state, and each list of groups, once."""
+        groups = list(dict.fromkeys(entry.of.groups for entry in self.entries))
+        states: list[object] = []
+        rows = []
+        known: dict[int, int] = {}
+        for entry in self.entries:
+            if id(entry.state) not in known:
+                known[id(entry.state)] = len(states)
+                states.append(entry.state)
+            rows.append(
+                {
+                    "kind": entry.of.kind,
+                    "groups": groups.index(entry.of.groups),
+                    "order": entry.of.order,
+                    "ranks": list(entry.ranks),
+                    "state": known[id(entry.state)],
+                }
+            )
+        return {
+            "version": _VERSION,
+            "world_size": self.world_size,
+            "groups": [[list(group) for group in each] for each in groups],
+            "states": states,
+            "schedulers": rows,
+        }
+
+    @staticmethod
+    def from_state(state: object) -> SavedSchedules:
+        """Check and take in what `to_state` gave.
+
+        Raises:
+            StateFormatError: It is something else.
+        """
+        try:
+            fields = cast(dict[str, object], state)
+            if fields["version"] != _VERSION:
+                raise StateFormatError(f"schedulers of version {fields['version']!r}; this release reads {_VERSION}")
+            listed = cast(list[list[list[str]]], fields["groups"])
+            groups = [tuple(tuple(map(str, group)) for group in each) for each in listed]
+            states = cast(list[object], fields["states"])
+            entries = []
+            for row in cast(list[dict[str, object]], fields["schedulers"]):
+                of = Attached(str(row["kind"]), groups[_index(row["groups"])], _index(row["order"]))
+                ranks = tuple(_index(rank) for rank in cast(list[object], row["ranks"]))
+                entries.append(SavedSchedule(of, ranks, states[_index(row["state"])]))
+                if not ranks:
+                    raise StateFormatError("a scheduler's state is of no rank", hint="Restore the file.")
+            return SavedSchedules(tuple(entries), _index(fields["world_size"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, StateFormatError):
+                raise
+            raise StateFormatError(
+                f"these are no schedulers' states ({type(error).__name__}: {error})", hint="Restore the file."
+            ) from error
+
+
+def _index(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def attached(schedulers: Sequence[HasState], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
+    """What this rank's schedulers are and steer. Local.
+
+    Args:
+        schedulers: The schedulers.
+        model: The model, or this rank's stages.
+    """
+    if not schedulers:
+        return []
+    parts = [model] if isinstance(model, nn.Module) else list(model)
+    names = {id(each.tensor): each.name for each in list_parameters(parts)}
+    found: list[Attached] = []
+    for scheduler in schedulers:
+        kind, groups = kind_of(inner_of(scheduler)), _groups(inner_of(scheduler), names)
+        order = sum(1 for other in found if (other.kind, other.groups) == (kind, groups))
+        found.append(Attached(kind, groups, order))
+    return found
+
+
+def _groups(scheduler: object, names: Mapping[int, str]) -> Groups:
+    optimizer = getattr(scheduler, "optimizer", None)
+    param_groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(param_groups, list):
+        # A container of schedulers, such as those of training frameworks.
+        inside = getattr(scheduler, "schedulers", None)
+        each = [_groups(inner_of(one), names) for one in inside] if isinstance(inside, list | tuple) else []
+        return tuple(group for groups in each for group in groups)
+    found = tuple(tuple(names[id(p)] for p in group["params"] if id(p) in names) for group in param_groups)
+    return found if any(found) else ()
+
+
+def inner_of(scheduler: object) -> object:
+    """The scheduler itself, where another object only passes on to it (accelerate's)."""
+    inner = scheduler
+    while not isinstance(inner, LRScheduler) and isinstance(getattr(inner, "scheduler", None), LRScheduler):
+        inner = getattr(inner, "scheduler")  # noqa: B009 - of no declared type
+    return inner
+
+
+def kind_of(scheduler: object) -> str:
+    """Name of a scheduler's class, with those of the schedulers that it is made of."""
+    inside = getattr(scheduler, "_schedulers", None)
+    if isinstance(scheduler, LRScheduler) and isinstance(inside, list | tuple) and inside:
+        return f"{type(scheduler).__name__}[{', '.join(map(kind_of, inside))}]"
+    return type(scheduler).__name__
+
+
+def capture_schedules(schedulers: Sequence[HasState], model: nn.Module | Sequence[nn.Module]) -> tuple[bytes, bytes]:
+    """This rank's schedulers now: what they steer, and their states; both empty where there are none. Local."""
+    if not schedulers:
+        return b"", b""
+    rows = [[each.kind, [list(group) for group in each.groups], each.order] for each in attached(schedulers, model)]
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    return blob_of(pack_state(rows)), blob_of(pack_state(states))
+
+
+def merge_schedules(attachments: Sequence[Distinct], states: Sequence[Distinct], world_size: int) -> dict[str, bytes]:
+    """All ranks' schedulers as one packed state; empty where no rank has any. Local.
+
+    Args:
+        attachments: Every different first value of `capture_schedules`.
+        states: Every different second one.
+        world_size: Number of ranks.
+    """
+    entries = []
+    read = [(own.ranks, cast(list[object], unpack_state(unblob(own.blob)))) for own in states]
+    for own in attachments:
+        rows = cast(list[list[object]], unpack_state(unblob(own.blob)))
+        for number, (kind, groups, order) in enumerate(rows):
+            of = Attached(str(kind), tuple(tuple(group) for group in cast(list[list[str]], groups)), cast(int, order))
+            for their_ranks, their_states in read:
+                ranks = tuple(sorted({*own.ranks} & {*their_ranks}))
+                if ranks:
+                    entries.append(SavedSchedule(of, ranks, their_states[number]))
+    entries.sort(key=lambda entry: entry.ranks[0])
+    return pack_state(SavedSchedules(tuple(entries), world_size).to_state()) if entries else {}

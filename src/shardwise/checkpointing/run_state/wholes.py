@@ -1,0 +1,205 @@
+"""What a whole checkpoint has beside model and optimizer, and finding one to resume from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from shardwise.checkpointing.averages import MODEL_EMA
+from shardwise.checkpointing.loading.foreign_states import filled, foreign_components, read_states, torch_leftovers
+from shardwise.checkpointing.optimizers import optimizer_components
+from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.extra_sharded import OpenedSharded
+from shardwise.checkpointing.run_state.extras import (
+    FoundValues,
+    capture_steps,
+    check_generators,
+    find_values,
+    open_spread,
+    saved_names,
+    state_of,
+)
+from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.jobs import Step
+from shardwise.lifecycle import Start, resolve
+from shardwise.lifecycle.resolve import is_verifiable
+from shardwise.sources.dcp_values import is_dcp
+
+_LOG = logging.getLogger(__name__)
+#: What is saved of positions in data, beside the generators.
+BATCHES = "batches"
+
+
+def locate(context: Context, restore_from: str | Path, seen: Callable[[Start], None]) -> RestoreRecord | None:
+    """Resolve a checkpoint on rank 0 and tell every rank. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        restore_from: What is to be restored.
+        seen: Takes what rank 0 has found, on rank 0.
+    """
+
+    def find() -> JsonValue:
+        found = resolve(context.root, restore_from)
+        if found is None:
+            return None
+        seen(Start.at(found.path))
+        inside = found.path.is_relative_to(context.root)
+        path = found.path.relative_to(context.root) if inside else found.path
+        return [str(path), found.epoch, found.step, dict(found.metrics)]
+
+    told = context.group.tell(find, f"looking for {restore_from}")
+    if told is None:
+        return None
+    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, context.root / path, metrics)
+
+
+def model_place(directory: Path, group: Group) -> Path:
+    """Where a checkpoint has its model: in ``model``, or, of DCP's with everything in one directory, in itself.
+
+    All ranks call.
+    """
+    is_one = group.tell(lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}")
+    return directory if is_one else directory / "model"
+
+
+def capture_extras(
+    context: Context, directory: Path, extra_state: Mapping[str, object], order: DataOrder
+) -> list[Step]:
+    """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
+    generators: dict[str, object] = {"rng": RandomState()} if context.config.save_rng else {}
+    positions = order.state(context.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
+    return [
+        *below("rng", capture_steps(context, generators, directory / "rng")),
+        *below("extra", capture_steps(context, extra_state, directory / "extra")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundExtras:
+    """Extra state and generators that were found, read and looked at, on every rank.
+
+    Attributes:
+        extra: Extra state.
+        generators: The generators' states.
+        spread: Extra state that is spread over the ranks.
+    """
+
+    extra: FoundValues
+    generators: FoundValues
+    spread: OpenedSharded
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What stays as it is on this rank, because it was saved for each of another number of ranks."""
+        return self.extra.skipped + self.generators.skipped
+
+    def set_generators(self, order: DataOrder) -> None:
+        """Set the generators, after everything else: what others do may draw numbers. Local."""
+        state = cast("dict[str, object] | None", self.generators.states.get("rng"))
+        if state is not None:
+            RandomState().load_state_dict(state)
+        positions = self.generators.states.get(BATCHES)
+        found = {} if positions is None else order.parsed(positions)
+        order.resume(state, found, [self.extra.values[name] for name in self.extra.states])
+
+
+def find_extras(context: Context, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
+    """Read generators and extra state; nothing is changed. All ranks call, one perhaps with names of its own.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint has no state of a name.
+        StateFormatError: A state is damaged.
+    """
+    group = context.group
+    extra: FoundValues | None = None
+    generators: FoundValues | None = None
+    # Of others' checkpoints; ours have a directory for it.
+    foreign: Mapping[str, object] = {}
+    if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
+        legacy = context.config.allow_legacy_pickle_restore
+        foreign = read_states(directory, extra_state, group, legacy)
+    with group.together("looking for extra state"):
+        own = {name: value for name, value in extra_state.items() if name not in foreign}
+        extra = find_values(own, directory / "extra", group.rank, group.world_size)
+        states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
+        extra = replace(extra, values=extra_state, states={**extra.states, **states})
+        wanted: dict[str, object] = {}
+        if context.config.save_rng:
+            wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
+        generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
+        if "rng" in generators.states:
+            check_generators(generators.states["rng"])
+        if BATCHES in generators.states:
+            DataOrder.parsed(generators.states[BATCHES])
+    assert extra is not None
+    assert generators is not None
+    return FoundExtras(extra, generators, open_spread(context, extra, directory / "extra"))
+
+
+def unrestored(
+    context: Context,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
+) -> tuple[str, ...]:
+    """What the checkpoint has and stays as it is in this run, by name; said once, in the log of rank 0. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        directory: The checkpoint's.
+        found: What was found of extra state and generators.
+        given: What this rank restores: ``optimizer``, ``scheduler``, ``rng``, and names of extra state.
+        partly: What no rank wants of what is restored; the same on every rank.
+        model_place: In a DCP directory with more than a model: what the model's names have in front there.
+    """
+    group = context.group
+
+    def tell() -> JsonValue:
+        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
+        return [has, [*found.skipped], [*given]]
+
+    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(tell, "comparing what is restored"))
+    wanted = {name for _, _, theirs in rows for name in theirs}
+    left = [name for name in rows[0][0] if name not in wanted] + [*partly]
+    skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
+    if left and group.is_main:
+        _LOG.warning("%s also has %s, which restore() was not given: left as it is", directory, ", ".join(left))
+    if skipped and group.is_main:
+        _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+    return tuple(dict.fromkeys([*left, *skipped]))
+
+
+def _components(directory: Path, model_place: str | None) -> list[str]:
+    """What a checkpoint has beside its model."""
+    others = (
+        [] if is_verifiable(directory) else [*foreign_components(directory, model_place), *torch_leftovers(directory)]
+    )
+    return [
+        *others,
+        *["ema"] * (directory / MODEL_EMA).is_dir(),
+        *optimizer_components(directory / "optim"),
+        *saved_names(directory / "extra"),
+        *saved_names(directory / "rng"),
+    ]
+
+
+def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]:
+    """The steps with the paths of their records put below ``prefix``; see `ComponentRecord.below`."""
+
+    def moved(step: Step) -> Step:
+        return lambda group: step(group).below(prefix, component)
+
+    return [moved(step) for step in steps]

@@ -1,0 +1,1 @@
+"""Saving: what a model, an adapter and a whole checkpoint write, and publishing it."""

@@ -1,0 +1,405 @@
+"""Adapter checkpoints: ``adapter_model.safetensors`` written by all ranks, no base weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from shardwise.addons import CheckpointAddon, SaveHookArgs
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.loading.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
+from shardwise.checkpointing.optimizers import Optimizers, several
+from shardwise.checkpointing.saving.hooks import after_arguments, run_hooks
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
+from shardwise.engine.jobs import Step
+from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.near_names import listed
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.rosters import RosterKeeper
+from shardwise.errors import AdapterError, MissingTensorError
+from shardwise.peft.capture import capture_adapter, hold_adapter
+from shardwise.peft.check import check_adapter, check_stages
+from shardwise.peft.config import read_adapter_config
+from shardwise.peft.extra import base_tensors
+from shardwise.peft.load import differing_settings
+from shardwise.peft.models import is_peft_adapted
+from shardwise.peft.own import find_sites
+from shardwise.peft.settings import adapter_settings
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.roster import Roster
+from shardwise.sources.sources import open_source
+from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.ways import refuse_fsdp1
+
+_LOG = logging.getLogger(__name__)
+
+
+class AdapterSave:
+    """One save of a model's adapters; the counterpart of `ModelSave`. All ranks make one."""
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module | Sequence[nn.Module],
+        directory: Path,
+        addons: Sequence[CheckpointAddon],
+        *,
+        tokenizer: SavesPretrained | None,
+        peft_config: object | None,
+        is_final: bool,
+        reserve: Callable[[], None],
+        optimizer: Optimizers | None = None,
+    ) -> None:
+        self._context = context
+        self._reserve = reserve
+        self.closing: list[Callable[[Group], None]] = []
+        self._directory = directory
+        self._addons = addons
+        self.state = ModelState(model)
+        self._config = peft_config
+        self._stepped = stepped(optimizer)
+        self._args: SaveHookArgs = {
+            "model_state": self.state,
+            "model_path": str(directory),
+            "hf_metadata_dir": None,
+            "consolidated_path": None,
+            "tokenizer": tokenizer,
+            "peft_config": peft_config,
+            "original_model_path": context.base_name(),
+            "v4_compatible": context.config.v4_compatible,
+            "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
+            "is_final_checkpoint": is_final,
+        }
+
+    def steps(self) -> list[Step]:
+        """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
+        context, group = self._context, self._context.group
+        with group.together("preparing the adapter's directory"):
+            refuse_fsdp1(self.state.model)
+            if group.is_main:
+                self._reserve()
+                context.storage.make_directory(self._directory)
+        run_hooks(self._addons, "pre_save", self._args, group)
+        settings = adapter_settings(
+            self.state.model,
+            self._config,
+            group,
+            v4_compatible=context.config.v4_compatible,
+            original_model_path=context.base_name(),
+            legacy_layout=context.config.legacy_paramwrapper_layout,
+        )
+        captured: AdapterTensors | None = None
+        with group.together("describing the adapter"):
+            captured = capture(context, self.state.model, self._config, self._stepped)
+        assert captured is not None
+        declared = declare(context, captured)
+        steps: list[Step] = []
+        for file in captured.files:
+            held: list[HeldTensor] = []
+            with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
+                named = [(entry.spec.name, entry.tensor) for entry in file.entries]
+                meshes = MeshRegister(context.may_differ.of_adapter(named, self.state.model))
+                own = hold_adapter(file.entries, meshes)
+                held = context.staged(f"adapter/{file.adapter_name}", own)
+            roster = RosterKeeper(group, context.stage).roster(held)
+            plan: ExportPlan | None = None
+            with group.together(f"checking the adapter {file.adapter_name}"):
+                _check(roster, settings[file.adapter_name], declared, captured)
+                # The manifest lists a tensor once in a component, and adapters have the same names.
+                component = "adapter" if not file.directory else f"adapter.{file.adapter_name}"
+                options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component=component, index=False)
+                plan = plan_export(held, roster, group, self._directory / file.directory, options)
+            assert plan is not None
+            prefix = file.directory
+            steps.append(lambda g, p=plan, d=prefix: write_export(p, g, context.storage).below(d))  # type: ignore[misc]
+        if declared.extra:
+            steps.append(self._extra_step(captured))
+        return [*steps, self._after]
+
+    def _extra_step(self, captured: AdapterTensors) -> Step:
+        """What is trained beside the adapter, as a file of its own. All ranks call."""
+        context, group = self._context, self._context.group
+        held: list[HeldTensor] = []
+        with group.together("describing what is trained beside the adapter"):
+            own = hold_extra(context, captured, self.state.model)
+            held = context.staged("adapter_extra", own)
+        roster = RosterKeeper(group, context.stage).roster(held)
+        plan: ExportPlan | None = None
+        with group.together("planning the file of what is trained beside the adapter"):
+            stem = ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
+            options = ExportOptions(max_file_bytes=2**62, stem=stem, component=stem, index=False)
+            plan = plan_export(held, roster, group, self._directory, options)
+            if group.is_main:
+                _tell_extra(context, roster)
+        assert plan is not None
+        return lambda g, p=plan: write_export(p, g, context.storage)  # type: ignore[misc]
+
+    def _after(self, group: Group) -> ComponentRecord:
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
+        return ComponentRecord()
+
+
+def stepped(optimizer: Optimizers | None) -> frozenset[int]:
+    """Identities of the parameters that the optimizers have state of: what has been trained, frozen by now or not."""
+    states = [getattr(each, "state", None) for each in several(optimizer)]
+    return frozenset(
+        id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
+    )
+
+
+def capture(
+    context: Context, parts: Sequence[nn.Module], config: object | None, stepped: Collection[int] = ()
+) -> AdapterTensors:
+    """The adapters of this rank's parts, in the layout that the settings promise. Local."""
+    return capture_adapter(
+        list(parts),
+        config,
+        v4_compatible=context.config.v4_compatible,
+        legacy_paramwrapper_layout=context.config.legacy_paramwrapper_layout,
+        base=context.base_name(),
+        stepped=stepped,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the ranks say of their parts of an adapted model.
+
+    Attributes:
+        inventories: Each rank's layers, where one of them has a part of a model; else nothing.
+        extra: Whether any has tensors that are trained beside the adapter.
+    """
+
+    inventories: tuple[Mapping[str, Sequence[int]], ...]
+    extra: bool
+
+
+def declare(context: Context, captured: AdapterTensors) -> Declared:
+    """Exchange what the ranks have of the model. All ranks call.
+
+    Raises:
+        AdapterError: A pipeline stage is missing.
+    """
+    group = context.group
+    layers: dict[str, JsonValue] = {path: list(indices) for path, indices in captured.inventory.items()}
+    own: JsonValue = [layers, bool(captured.cut), context.stage, bool(captured.extra)]
+    rows = cast(
+        "list[tuple[dict[str, list[int]], bool, int, bool]]", group.gather_json(own, "comparing the stages' layers")
+    )
+    check_stages({stage for _, _, stage, _ in rows})
+    # A list with fewer layers than the configuration says is a pruned model; a stage's has keys, or holes.
+    inventories = tuple(theirs for theirs, *_ in rows) if any(cut for _, cut, _, _ in rows) else ()
+    return Declared(inventories, any(extra for *_, extra in rows))
+
+
+def _check(roster: Roster, settings: Mapping[str, object], declared: Declared, captured: AdapterTensors) -> None:
+    check_adapter(roster.specs, settings, declared.inventories, captured.layers, declared=True)
+
+
+def hold_extra(context: Context, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
+    """What this rank holds of the tensors that are trained beside the adapter."""
+    named = [(entry.spec.name, entry.tensor) for entry in captured.extra]
+    return hold_adapter(captured.extra, MeshRegister(context.may_differ.of_adapter(named, parts)))
+
+
+def _tell_extra(context: Context, roster: Roster) -> None:
+    names = [spec.name for spec in roster.specs]
+    if ADAPTER_EXTRA_NAME not in context.told:
+        context.told.add(ADAPTER_EXTRA_NAME)
+        _LOG.info(
+            "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
+            "not: %s",
+            len(names),
+            ADAPTER_EXTRA_NAME,
+            listed(names),
+        )
+
+
+def check_before_training(context: Context, model: nn.Module | Sequence[nn.Module], *, is_adapted: bool) -> None:
+    """Describe and check a model's adapters as a save would, and write nothing. All ranks call.
+
+    What a configuration says that is passed to saves alone (of a model's own LoRA) is checked by these.
+
+    Args:
+        context: Settings, ranks and storage.
+        model: The model, or this rank's pipeline stages.
+        is_adapted: Whether it has to have an adapter by now.
+
+    Raises:
+        ShardwiseError: What the first save would raise.
+    """
+    group = context.group
+    context.base_name()  # looked for here, since all ranks have to
+    parts = ModelState(model).model
+    kind = ""
+    with group.together("looking at the adapter"):
+        refuse_fsdp1(parts)
+        kind = "peft" if is_peft_adapted(parts) else "own" if any(find_sites(part) for part in parts) else ""
+    kinds = group.gather_json(kind, "looking at the adapter")
+    if not any(kinds):
+        if is_adapted:
+            raise AdapterError(
+                "the model has no adapter, and is_peft is true",
+                hint="Adapt it before it is restored, or set is_peft to false.",
+            )
+        return
+    captured = AdapterTensors((), {})
+    with group.together("describing the adapter"):
+        if kind:
+            captured = capture(context, parts, None)
+    declared = declare(context, captured)
+    if set(kinds) == {"peft"}:
+        settings = adapter_settings(parts, None, group, v4_compatible=context.config.v4_compatible)
+        for file in captured.files:
+            roster = _roster(context, partial(hold_adapter, file.entries, MeshRegister()))
+            with group.together(f"checking the adapter {file.adapter_name}"):
+                _check(roster, settings[file.adapter_name], declared, captured)
+    if declared.extra:
+        _roster(context, partial(hold_extra, context, captured, parts))
+
+
+def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:
+    held: tuple[HeldTensor, ...] = ()
+    with context.group.together("describing the adapter's tensors"):
+        held = hold()
+    return RosterKeeper(context.group, context.stage).roster(held)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedAdapter:
+    """A model's adapters and a checkpoint's that are known to fit, on every rank; nothing has been read or written."""
+
+    loads: tuple[OpenedLoad, ...]
+
+    def fill(self) -> None:
+        """Fill the adapters. All ranks call, once."""
+        for load in self.loads:
+            load.read()
+
+
+def open_adapter(
+    context: Context,
+    model: nn.Module | Sequence[nn.Module],
+    path: Path,
+    peft_config: object | None = None,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    allow_missing: bool = False,
+) -> OpenedAdapter:
+    """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
+
+    Args:
+        context: Settings, ranks and storage.
+        model: The adapted model, or this rank's pipeline stages.
+        path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
+        peft_config: The adapter's configuration, for parts that do not carry one; the checkpoint's own if not given.
+        key_mapping: Regular expressions and replacements, from the file's names to the model's; first match.
+        allow_missing: Adapters, their tensors, and what is trained beside them and is not in the checkpoint keep
+            their values.
+
+    Raises:
+        AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
+        TensorError: Model and adapter do not fit.
+    """
+    group = context.group
+    context.base_name()  # looked for here, since all ranks have to
+    parts = ModelState(model).model
+    captured: AdapterTensors | None = None
+    saved: dict[str, SavedAdapter] = {}
+    directory = path.parent if path.is_file() else path
+    with group.together("describing the adapter"):
+        has_config = (directory / ADAPTER_CONFIG_NAME).is_file()
+        config = peft_config or (read_adapter_config(directory) if has_config else None)
+        captured = capture(context, parts, config)
+        saved |= find_saved(path, captured.files, allow_missing=allow_missing)
+        for file in captured.files:
+            if group.is_main and file.adapter_name in saved:
+                check_shared(file, saved[file.adapter_name], key_mapping)
+    assert captured is not None
+    own = adapter_settings(
+        parts,
+        config,
+        group,
+        v4_compatible=context.config.v4_compatible,
+        legacy_layout=context.config.legacy_paramwrapper_layout,
+    )
+    with group.together("comparing the adapter's settings"):
+        for name, adapter in saved.items():
+            if adapter.settings is not None:
+                _refuse_other_meaning(name, differing_settings(adapter.settings, own[name]), path)
+    loads: list[OpenedLoad] = []
+    for file in (file for file in captured.files if file.adapter_name in saved):
+        held: tuple[HeldTensor, ...] = ()
+        with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
+            # Entries that share memory are equal in the file, as was checked; one of them is enough.
+            held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
+        source = open_saved(context, saved[file.adapter_name], key_mapping)
+        aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
+        ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
+        options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing, ignored=ignored)
+        loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
+    extra = _open_extra(context, parts, captured, directory, allow_missing)
+    return OpenedAdapter((*loads, *extra))
+
+
+def _open_extra(
+    context: Context, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
+) -> list[OpenedLoad]:
+    """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
+    group, file = context.group, path / ADAPTER_EXTRA_NAME
+    is_there = group.tell(file.is_file, "looking for what was trained beside the adapter")
+    trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
+    if not is_there:
+        with group.together("looking for what was trained beside the adapter"):
+            if trained and not allow_missing:
+                raise _no_extra([entry.spec.name for entry in trained], path)
+        return []
+    source = open_source(file, group)
+
+    def wanted() -> tuple[HeldTensor, ...]:
+        found: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for names, tensor in base_tensors(parts):
+            for name in names:
+                if name in source.tensors:
+                    found[name] = tensor
+                    seen.add(id(tensor))
+        lost = [entry.spec.name for entry in trained if id(entry.tensor) not in seen]
+        if lost and not allow_missing:
+            raise _no_extra(lost, file)
+        return tuple(held_tensor(name, tensor, MeshRegister()) for name, tensor in found.items())
+
+    options = LoadOptions(threads=context.threads, sharing=context.sharing)
+    return [open_described(wanted, source, group, context.storage, options)]
+
+
+def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:
+    return MissingTensorError(
+        f"the model trains tensors beside its adapter that the checkpoint has no values of: {listed(names)}",
+        path=path,
+        tensor=names[0],
+        hint="Freeze them (requires_grad_(False)); or, to begin with the values that they have now, load the adapter "
+        "with load_model(..., allow_checkpoint_key_subset=True).",
+    )
+
+
+def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:
+    if differing:
+        listed = ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, (theirs, ours) in differing.items())
+        raise AdapterError(
+            f"the saved adapter {name!r} would mean something else in this model: {listed}",
+            path=path,
+            hint="Build the model with the adapter configuration that stands in the checkpoint.",
+        )

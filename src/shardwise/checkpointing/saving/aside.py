@@ -1,0 +1,159 @@
+"""State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
+
+It stands in a directory of its own beside the model's tensors, in files that hold JSON and tensors, and is no part of
+an export. Of each name the lowest rank that holds it writes the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.comm import Group, JsonValue
+from shardwise.disk.storage import Storage
+from shardwise.engine.jobs import Step
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.statefiles import read_state, write_state
+from shardwise.errors import ModuleStateError, StateFormatError
+from shardwise.format.notes import ASIDE_DIR
+from shardwise.sources.state_files import pack_state
+from shardwise.stateful_wrappers.names import Listing
+from shardwise.stateful_wrappers.units import Aside
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAside:
+    """What was saved beside a model's tensors.
+
+    Attributes:
+        values: By plain name.
+        metadata: Plain module name -> what torch noted of it.
+    """
+
+    values: Mapping[str, object]
+    metadata: Mapping[str, Mapping[str, object]]
+
+
+def has_aside(listing: Listing | None) -> bool:
+    """Whether a model has anything to be kept beside its tensors. Local."""
+    return listing is not None and bool(listing.aside or listing.metadata)
+
+
+def aside_step(listing: Listing | None, directory: Path, group: Group, storage: Storage) -> Step:
+    """Take this rank's part of what is beside tensors now, and return what is left to do. All ranks call.
+
+    Args:
+        listing: What was listed of this rank's model; ``None`` where there is nothing.
+        directory: The model's.
+        group: The ranks that save together.
+        storage: Through what.
+
+    Raises:
+        ModuleStateError: A value cannot be stored; names the module.
+    """
+    values = {} if listing is None else listing.aside
+    metadata = {} if listing is None else listing.metadata
+    names: JsonValue = [sorted(values), sorted(metadata)]
+    everyone = cast(list[list[list[str]]], group.gather_json(names, "comparing what modules have beside tensors"))
+    packed: dict[str, bytes] = {}
+    stem = directory / ASIDE_DIR / f"state-{group.rank + 1:05d}"
+    with group.together("taking what modules have beside tensors"):
+        below = [set(theirs[0]) for theirs in everyone[: group.rank]]
+        noted = [set(theirs[1]) for theirs in everyone[: group.rank]]
+        own = {name: value for name, value in values.items() if not any(name in theirs for theirs in below)}
+        own_notes = {name: dict(m) for name, m in metadata.items() if not any(name in theirs for theirs in noted)}
+        if own or own_notes:
+            packed = _packed(own, own_notes)
+
+    def write(group: Group) -> ComponentRecord:
+        record = ComponentRecord()
+        with group.together(f"writing {stem.parent}"):
+            if packed:
+                storage.make_directory(stem.parent)
+                record = write_state(storage, stem, packed)
+                storage.sync_directory(stem.parent)
+                storage.sync_directory(directory)
+        return record.below(ASIDE_DIR)
+
+    return write
+
+
+def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, object]]) -> dict[str, bytes]:
+    plain = {name: _plain(value) for name, (value, _) in values.items()}
+    try:
+        return pack_state({"version": _VERSION, "values": plain, "metadata": metadata})
+    except StateFormatError as failure:
+        for name, (value, label) in values.items():  # which of them it is
+            try:
+                pack_state(_plain(value))
+            except StateFormatError as error:
+                raise ModuleStateError(
+                    f"{label} gives for its state what cannot be stored without pickle: {error.message}",
+                    tensor=name,
+                    hint="Let get_extra_state return a tensor, or numbers, text, bytes, lists, tuples and dicts of "
+                    "such.",
+                ) from error
+        raise ModuleStateError(
+            f"what torch notes of the modules' versions cannot be stored: {failure.message}", hint=failure.hint
+        ) from failure
+
+
+def _plain(value: object) -> object:
+    """A value with parameters in it as tensors: what gives them out means their values."""
+    if isinstance(value, nn.Parameter) and not isinstance(value, DTensor):
+        return value.detach().as_subclass(torch.Tensor)
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    if type(value) is list:
+        return list(map(_plain, value))
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def find_aside(path: Path) -> list[str]:
+    """The stems of files with state beside the model at ``path``; none beside others' checkpoints. Local."""
+    places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
+    for place in places:
+        found = sorted((place / ASIDE_DIR).glob("state-*.json"))
+        if found:
+            return [str(file.with_suffix("")) for file in found]
+    return []
+
+
+def is_own_aside(path: Path, stems: Sequence[str]) -> bool:
+    """Whether what `find_aside` found is that of a model's directory, and not of the one around an export."""
+    return bool(stems) and Path(stems[0]).parent.parent == path
+
+
+def read_aside(stems: Sequence[str]) -> SavedAside | None:
+    """Read what `aside_step` wrote; ``None`` where there is nothing. Local.
+
+    Raises:
+        StateFormatError: A file is damaged.
+    """
+    if not stems:
+        return None
+    values: dict[str, object] = {}
+    metadata: dict[str, Mapping[str, object]] = {}
+    for stem in stems:
+        state = read_state(Path(stem))
+        fields = state if isinstance(state, dict) else {}
+        own, noted = fields.get("values"), fields.get("metadata")
+        if fields.get("version") != _VERSION or not isinstance(own, dict) or not isinstance(noted, dict):
+            raise StateFormatError(
+                f"this is not the state of modules; this release reads version {_VERSION}",
+                path=f"{stem}.json",
+                hint="Restore the file, or choose another checkpoint.",
+            )
+        values |= own
+        metadata |= {str(name): dict(found) for name, found in noted.items() if isinstance(found, dict)}
+    return SavedAside(values, metadata)

@@ -1,0 +1,359 @@
+"""From written bytes to a checkpoint that resolves: manifest, one rename, pointers, retention."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import cast
+
+import yaml
+
+from shardwise.checkpointing.saving.places import check_claim, check_seen
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import Storage
+from shardwise.engine.records import ComponentRecord, FileRow, file_row
+from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.format.manifest import AliasRecord, FileRecord, KnownManifest, Manifest, TensorRecord, encode_manifest
+from shardwise.lifecycle import (
+    BEST,
+    LATEST,
+    LINEAGE_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    Claim,
+    Lineage,
+    Retention,
+    Start,
+    abandon,
+    best_checkpoint,
+    claim,
+    lacks_metric,
+    list_checkpoints,
+    make_root,
+    next_lineage,
+    parse_checkpoint_name,
+    prune,
+    publish,
+    published_name,
+    publishing,
+    set_pointer,
+)
+from shardwise.settings import Settings
+from shardwise.sources.state_files import write_plain
+
+_LOG = logging.getLogger(__name__)
+CONFIG_NAME = "config.yaml"
+_READ_BYTES = 2**20
+
+
+#: Local work with which the writing of a component ends.
+Closing = Sequence[Callable[[Group], None]]
+
+
+def gather_records(
+    context: Context, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
+) -> Callable[[], ComponentRecord]:
+    """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
+
+    Args:
+        context: Settings, ranks and storage.
+        group: The ranks that save together.
+        temp: Where they write; rank 0 has claimed it.
+        record: What this rank knows.
+        closing: Local work to be done first; what fails in it on one rank is raised on all.
+
+    Returns:
+        Puts the union together, and checks that rank 0 sees every file. Local; rank 0 calls.
+
+    Raises:
+        StorageError: A rank writes elsewhere than rank 0.
+    """
+    met = context.met
+
+    def close() -> JsonValue:
+        for work in closing:
+            work(group)
+        if not (group.is_main or context.config.is_remote):
+            check_claim(temp.parent, published_name(temp.name), met.token, group, met.places)
+        aliases: JsonValue = [list(alias) for alias in record.aliases]
+        return [[file_row(file) for file in record.files], aliases, [told.own() for told in record.told]]
+
+    rows = cast(list[_Row], group.collect(close, "gathering records"))
+
+    def union() -> ComponentRecord:
+        whole = _union(record, rows)
+        if not context.config.is_remote:
+            check_seen(temp, whole.files, cast(list[JsonValue], rows), met.places)
+        return whole
+
+    return union
+
+
+_Row = tuple[list[FileRow], list[tuple[str, str, str]], list[JsonValue]]
+
+
+def _union(record: ComponentRecord, rows: Sequence[_Row]) -> ComponentRecord:
+    files = {file.path: file for file in record.files}
+    aliases = {(alias.component, alias.name): alias for alias in record.aliases}
+    for their_files, their_aliases, _ in rows:
+        for file in (FileRecord(*row) for row in their_files):
+            files.setdefault(file.path, file)
+        for alias in (AliasRecord(*row) for row in their_aliases):
+            aliases.setdefault((alias.component, alias.name), alias)
+    tensors = record.tensors
+    for number, told in enumerate(record.told):
+        found = told.read([row[2][number] for row in rows])
+        files |= {file.path: file for file in found.files}
+        tensors += found.tensors
+    return ComponentRecord(tuple(files.values()), tensors, _sound(aliases, tensors))
+
+
+def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
+    """The aliases without those that another stage has a tensor of its own under."""
+    if not aliases:
+        return ()
+    saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
+    return tuple(alias for key, alias in sorted(aliases.items()) if key not in saved)
+
+
+def complete_manifest(
+    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]
+) -> Manifest:
+    """The manifest of a directory: what the engine wrote, and every other file with its digest. One rank calls."""
+    known = {file.path for file in record.files}
+    files = list(record.files)
+    for where, _, names in os.walk(directory):
+        for name in sorted(names):
+            path = Path(where) / name
+            relative = path.relative_to(directory).as_posix()
+            if relative not in known and relative != MANIFEST_NAME:
+                size, crc = _digest(storage, path)
+                files.append(FileRecord(relative, size, crc, None))
+    files.sort(key=lambda file: file.path)
+    return Manifest(tuple(files), record.tensors, dict(info), record.aliases)
+
+
+def _digest(storage: Storage, path: Path) -> tuple[int, int]:
+    """Size and digest of a file that an addon wrote by its own means, which is made durable here."""
+    size, crc = 0, 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    handle = storage.open(path, writable=False)
+    try:
+        while got := storage.read(handle, buffer, size):
+            crc = crc32c(buffer[:got], crc)
+            size += got
+        storage.sync(handle)
+    finally:
+        storage.close(handle)
+    return size, crc
+
+
+def write_manifest(
+    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue], known: KnownManifest
+) -> None:
+    """Write the manifest, the last file of a save. One rank calls."""
+    manifest = complete_manifest(storage, directory, record, info)
+    write_plain(storage, directory / MANIFEST_NAME, encode_manifest(manifest, known))
+    storage.sync_directory(directory)
+
+
+def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Metrics as plain numbers.
+
+    Raises:
+        MisuseError: One is not a number.
+    """
+    out: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            out[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number") from error
+    return out
+
+
+def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
+    """Say so before a save where ``keep_best`` cannot judge the checkpoint. One rank calls."""
+    key = config.best_metric_key
+    if config.keep_best is None or math.isfinite(metrics.get(key, math.nan)):
+        return
+    what = f"is {metrics[key]}" if key in metrics else f"is not among its metrics {sorted(metrics)}"
+    _LOG.warning(
+        "keep_best goes by the metric %r, which %s: this checkpoint cannot be kept as the best one. Pass it in "
+        "metrics, or set best_metric_key to one that is passed.",
+        key,
+        what,
+    )
+
+
+def write_run_files(storage: Storage, directory: Path, config: Settings, metrics: Mapping[str, float]) -> None:
+    """Write ``config.yaml`` and ``losses.json``. One rank calls."""
+    plain = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    write_plain(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
+    finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    write_plain(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclasses.dataclass(slots=True)
+class RunLine:
+    """Which checkpoint a run goes on from.
+
+    Attributes:
+        start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
+        restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
+    """
+
+    start: Start | None = None
+    restored: bool = False
+
+    @property
+    def left_from(self) -> Start | None:
+        """The start, where checkpoints that do not come from it may be ones that the run left behind."""
+        return self.start if self.restored else None
+
+
+class Publication:
+    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
+
+    Args:
+        context: Settings, ranks and storage.
+        temp: Where the checkpoint was written.
+        final: The name under which it is to be found.
+        info: What the manifest says beside files and tensors.
+        metrics: Metrics, for the best pointer.
+        line: Where the run came from.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        temp: Path,
+        final: Path,
+        info: Mapping[str, JsonValue],
+        metrics: Mapping[str, float],
+        line: RunLine,
+    ) -> None:
+        self._context = context
+        self._temp = temp
+        self._final = final
+        self._info = info
+        self._metrics = metrics
+        self._line = line
+        self._is_reserved = False
+        self._claim: Claim | None = None
+
+    def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
+        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon.
+
+        Before it the name is claimed, so that nobody else writes or removes it.
+        """
+
+        def reserve() -> None:
+            self._claim = claimed(self._context, self._final)
+            make_room()
+            self._is_reserved = True
+
+        return reserve
+
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
+        """Publish. All ranks of ``group`` call; every rank's files are durable."""
+        context = self._context
+        union = gather_records(context, group, self._temp, record, closing)
+        with group.together(f"publishing {self._final}"):
+            if group.is_main:
+                write_run_files(context.storage, self._temp, context.config, self._metrics)
+                known = context.manifests.setdefault("", KnownManifest())
+                found = union()
+                with nullcontext() if context.config.is_remote else publishing(context.root):
+                    # What the line says of other checkpoints has to be true until this one is published.
+                    lineage = self._write_lineage()
+                    write_manifest(context.storage, self._temp, found, self._info, known)
+                    publish(self._temp, self._final, self._line.left_from, fs=context.fs)
+                    self._line.start = Start(self._final, lineage)
+                    self._point()
+                self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+    def _write_lineage(self) -> Lineage:
+        numbers = parse_checkpoint_name(self._final.name)
+        assert numbers is not None
+        root = self._context.root
+        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
+        write_plain(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        return lineage
+
+    def _point(self) -> None:
+        context = self._context
+        set_pointer(context.root, LATEST, self._final.name, fs=context.fs)
+        _LOG.info("published %s", self._final)
+        policy = Retention.from_config(context.config)
+        # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
+        # and find its name taken.
+        try:
+            self._tidy(policy)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning(
+                "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
+                "again: %s",
+                self._final,
+                ShardwiseError.wrap(error),
+            )
+
+    def _tidy(self, policy: Retention) -> None:
+        """Set the pointer to the best checkpoint, and delete what is not to be kept."""
+        context = self._context
+        checkpoints = list_checkpoints(context.root)
+        best = best_checkpoint(checkpoints, policy)
+        if best is not None:
+            set_pointer(context.root, BEST, best, fs=context.fs)
+        if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
+            _LOG.warning(
+                "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
+                context.root,
+                policy.metric_key,
+            )
+        deleted = prune(context.root, policy, fs=context.fs)
+        if deleted:
+            _LOG.info("removed %s", ", ".join(deleted))
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
+        if not group.is_main:
+            return
+        try:
+            if self._is_reserved and self._temp.exists():
+                abandon(self._temp, fs=self._context.fs)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
+        finally:
+            self._release()
+
+
+def claimed(context: Context, final: Path) -> Claim | None:
+    """Claim what is to be saved as ``final``, whose directory is made. One rank calls.
+
+    Raises:
+        CheckpointBusyError: A process that is alive is saving it.
+    """
+    if context.config.is_remote:
+        return None
+    make_root(final.parent, fs=context.fs)
+    return claim(final.parent, final.name, context.met.token)

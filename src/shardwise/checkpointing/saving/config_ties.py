@@ -1,0 +1,124 @@
+"""What a model's configuration ties, and what its memory does.
+
+Whoever loads a model by its configuration ties what that says, whatever the files hold: transformers keeps two tensors
+that differ, others (vLLM) take one and lose the other. Memory and configuration part where a tied model is given memory
+anew (``to_empty``), where head and embedding are units of FSDP of their own, and where somebody changes the
+configuration later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from shardwise.addons.hf_config import untie_configs
+from shardwise.checkpointing.inside import Inside, exported_modules
+from shardwise.checkpointing.loading.ties import file_name
+from shardwise.format.manifest import TensorRecord
+from shardwise.stateful_wrappers.names import declared_ties, loaders_ties, plain_name, unwrap
+from shardwise.stateful_wrappers.wrapping import is_pretrained
+
+_LOG = logging.getLogger(__name__)
+
+
+def ties_by_config(module: nn.Module) -> dict[str, str]:
+    """What a transformers model's configuration ties, as it stands now: ``{tied name: the name that it is tied to}``.
+
+    Empty for other modules. Names are the model's own.
+    """
+    module = unwrap(module)
+    if not is_pretrained(module):
+        return {}
+    expand = getattr(module, "get_expanded_tied_weights_keys", None)
+    known: object = None
+    if callable(expand):
+        try:
+            known = expand(all_submodels=True)
+        except ValueError:
+            # A pipeline stage lacks what its class ties; what was found as the model was built is what there is.
+            known = None
+    if not isinstance(known, dict):
+        known = getattr(module, "all_tied_weights_keys", None)
+    ties = cast("Mapping[str, str]", known) if isinstance(known, dict) else declared_ties([module])
+    return {plain_name(str(name)): plain_name(str(source)) for name, source in ties.items() if source}
+
+
+def expected_ties(parts: Sequence[Inside]) -> frozenset[str]:
+    """Names whose tensors whoever loads these parts takes from others, so that they need not be in the files.
+
+    None of a model of which the configuration ties something that memory does not: it may have to be exported as
+    untied, and then its files have to have every name.
+    """
+    found: set[str] = set()
+    for part in parts:
+        if not is_pretrained(unwrap(part.module)):
+            found |= loaders_ties([part.module])
+            continue
+        ties = ties_by_config(part.module)
+        if not _loose(ties, part):
+            found |= ties.keys()
+    return frozenset(found)
+
+
+def _loose(ties: Mapping[str, str], part: Inside) -> bool:
+    places = {name: number for number, (named, _) in enumerate(part.own) for name in (named.name, *named.aliases)}
+    return any(name in places and source in places and places[name] != places[source] for name, source in ties.items())
+
+
+def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
+    """Ties by configuration of which files are to have both names: ``{tied name: the name that it is tied to}``.
+
+    Args:
+        parts: This rank's parts.
+        written: Names in the files, of all ranks: pipeline stages have one of the two each.
+
+    Returns:
+        Names in the files. A tie of which they have one name alone is in memory as well.
+    """
+    found: dict[str, str] = {}
+    for module in exported_modules(parts):
+        for name, source in ties_by_config(module).items():
+            found[file_name(module, name)] = file_name(module, source)
+    return {name: source for name, source in found.items() if name in written and source in written}
+
+
+def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
+    """Let the configuration in a directory say what was written of tensors that it ties. Rank 0 calls.
+
+    Whether two are equal is told by their digests, which are those of the whole tensors, whoever has written them.
+
+    Args:
+        ties: The `loose_ties`.
+        tensors: What was written.
+        directory: Where config.json is.
+
+    Returns:
+        Whether the configuration was changed: it ties nothing any more.
+    """
+    differ = differing_ties(ties, tensors)
+    if not differ:
+        return False
+    untie_configs(directory)
+    name, source = next(iter(differ.items()))
+    _LOG.warning(
+        "the configuration ties %s to %s%s, and they have different values: tie_word_embeddings is false in the "
+        "export. Call model.tie_weights() after giving the model memory, if they are to be one",
+        name,
+        source,
+        f" and {len(differ) - 1} more" if len(differ) > 1 else "",
+    )
+    return True
+
+
+def differing_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord]) -> dict[str, str]:
+    """Those ties of which both tensors were written and have different values."""
+    written = {tensor.spec.name: (tensor.crc32c, tensor.spec[1:]) for tensor in tensors} if ties else {}
+    return {
+        name: source
+        for name, source in ties.items()
+        if name in written and source in written and written[name] != written[source]
+    }

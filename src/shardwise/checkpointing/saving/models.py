@@ -1,0 +1,641 @@
+"""Saving models: which files, under which names, in which mode."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons.base import SavesPretrained
+from shardwise.addons.hf_config import CONFIG
+from shardwise.addons.huggingface import (
+    HFMetadataExporter,
+    copy_metadata,
+    is_quantized,
+    own_exporter,
+    why_no_config,
+    write_metadata,
+)
+from shardwise.base.layout import BaseModel
+from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.per_rank import model_steps
+from shardwise.checkpointing.saving.aside import aside_step, has_aside
+from shardwise.checkpointing.saving.commits import Closing
+from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
+from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
+from shardwise.checkpointing.saving.opens import refuse_whole_adapter
+from shardwise.checkpointing.saving.proof import promise_of, prove, read_back, require
+from shardwise.checkpointing.saving.recasts import Recast, Recasts
+from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.convert import HeldGroup
+from shardwise.disk.filesystem import storage_errors
+from shardwise.engine.computed import ComputedPlan, declared
+from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
+from shardwise.engine.jobs import Step
+from shardwise.engine.memo import Memo
+from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import comparison
+from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
+from shardwise.errors import ExportMismatchError, ShardwiseError
+from shardwise.format.manifest import AliasRecord
+from shardwise.format.notes import (
+    APART,
+    EXPORT,
+    EXPORT_KEYS,
+    KEPT_OUT,
+    LOOSE_TIES,
+    METADATA_DIR,
+    NATIVE_DTYPES,
+    PASSED_THROUGH,
+)
+from shardwise.geometry import TensorSpec
+from shardwise.plan.collector import collector_paused
+from shardwise.plan.deferred import release
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.ownership import left_to_others
+from shardwise.plan.roster import Roster
+from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.sources.state_files import write_plain
+from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model_parts import config_of, described_part
+from shardwise.stateful_wrappers.names import Listing, undeclared_names
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.wrapping import is_hub_mixin
+
+_LOG = logging.getLogger(__name__)
+CONSOLIDATED_DIR = "consolidated"
+#: Component of the shards beside an export that rounds: the manifest lists a tensor once in a component.
+EXACT = "model.exact"
+CONSOLIDATE_NAME = "consolidate.sh"
+CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirname "$0")" "$@"\n'
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What all ranks know of a model that is to be saved.
+
+    Attributes:
+        hub: What this rank holds.
+        own: The same as it is to be written, and what of it is exported in other dtypes.
+        roster: Who holds what.
+        news: Whether any rank's tensors are others than last time.
+        any: What any rank has.
+        recasts: What the ranks write otherwise than they hold it, or beside the export.
+        hidden: Names of tensors of any rank that its class keeps out of its files.
+    """
+
+    hub: HubState
+    own: Recast
+    roster: Roster
+    news: bool
+    any: Peculiar
+    recasts: Recasts
+    hidden: tuple[str, ...]
+
+
+class Peculiar(NamedTuple):
+    """What not every model has.
+
+    Attributes:
+        quantized: Quantized parameters.
+        hidden: Tensors that its class keeps out of its files.
+        aside: State beside ordinary tensors.
+    """
+
+    quantized: bool
+    hidden: bool
+    aside: bool
+
+
+class ModelSave:
+    """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
+
+    Args:
+        context: Settings, ranks and storage.
+        model: The model, or this rank's pipeline stages.
+        directory: Where the ``model`` directory's content goes.
+        addons: Hooks around the writing.
+        tokenizer: What the caller gave for the hooks.
+        peft_config: Likewise.
+        is_final: Whether this is the run's last save.
+        reserve: Makes the directory above, on rank 0, before anything else is written.
+
+    Attributes:
+        closing: Local work that is left when all bytes are durable; known after `steps`.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module | Sequence[nn.Module],
+        directory: Path,
+        addons: Sequence[CheckpointAddon],
+        *,
+        tokenizer: SavesPretrained | None,
+        peft_config: object | None,
+        is_final: bool,
+        reserve: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._directory = directory
+        self._reserve = reserve
+        own = leading_own(addons)
+        # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
+        self._describes, self._addons = bool(own), addons[own:]
+        self._exporter: HFMetadataExporter | None = None
+        self._refusal: Exception | None = None
+        self._loose_ties: dict[str, str] = {}
+        self._untied_misfit: ExportMismatchError | None = None
+        self.closing: list[Callable[[Group], None]] = []
+        self._wants_export = context.exports(is_final)
+        self._exports = self._wants_export and context.config.model_save_format == "safetensors"
+        self._carried: list[str] = []
+        self.state = ModelState(model)
+        self.base = context.base()
+        self._args: SaveHookArgs = {
+            "model_state": self.state,
+            "model_path": str(directory),
+            "hf_metadata_dir": str(directory / METADATA_DIR),
+            "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
+            "tokenizer": tokenizer,
+            "peft_config": peft_config,
+            "original_model_path": context.base_path(),
+            "v4_compatible": context.config.v4_compatible,
+            "diffusers_compatible": context.config.diffusers_compatible,
+            "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
+            "is_final_checkpoint": is_final,
+        }
+
+    def steps(self) -> list[Step]:
+        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+
+        Raises:
+            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
+                tells of it on the other ranks.
+            ShardwiseError: What else failed, on any rank.
+        """
+        try:
+            steps = self._written()
+        except ShardwiseError:
+            if self._refusal is not None:
+                raise self._refusal from None
+            raise
+        steps += model_steps(self._context, self.state, self._directory)
+        if self._describes:
+            self.closing.append(self._copy_metadata)
+        if not self._addons:
+            return steps
+        # Other addons may look at everything that stands there, and communicate.
+        closing, self.closing = self.closing, []
+        return [*steps, partial(self._after, closing)]
+
+    def _written(self) -> list[Step]:
+        if self._context.config.model_save_format == "torch_save":
+            return self._distcp()
+        if self._exports:
+            return self._exported()
+        described = self._described()
+        # An export made later carries the same tensors over.
+        self._carried = self._prove(described.roster.specs, described.hub.absent)
+        shards = self._shards(described.own.export, described.roster, "model", described)
+        self.closing.append(self._leave_script)
+        return [shards, *self._aside(described.any, described.hub.listing), _telling(described.hub.unwritten)]
+
+    def _distcp(self) -> list[Step]:
+        context = self._context
+        if self._wants_export and context.group.is_main:
+            _LOG.warning(
+                "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
+                "`shardwise consolidate` makes one of it"
+            )
+        kept: dict[str, str] = {}
+        held: list[HeldTensor] = []
+        listed: Listing | None = None
+        quantized = False
+        tensors: dict[str, torch.Tensor] = {}
+        with context.group.together("describing the model"):
+            self._ask_exporter()
+            if context.group.is_main:
+                self._reserve()
+            listed = self.state.listing()
+            require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
+            kept = undeclared_names(listed.tensors, self.state.model)
+            meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
+            held = held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes)
+            tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
+            quantized = self._describes and is_quantized(self._args)
+        _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
+        found = Peculiar(bool(counts[0]), False, bool(counts[1]))
+        if self.base is not None and context.config.pass_through_unloaded:
+            self._carried = self._prove(*self._everyones_specs())
+        roster = context.model_roster.roster(held)
+        with context.group.together("preparing the model's directory"):
+            self._prepare_directory(Recasts({}, False), (), (), found.quantized)
+        self._before()
+        rank = context.group.rank
+        replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
+        write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
+        return [_telling(kept), *self._aside(found, listed), write]
+
+    def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
+        """What is left to do for state beside ordinary tensors. All ranks call."""
+        if not found.aside:
+            return []
+        return [aside_step(listing, self._directory, self._context.group, self._context.storage)]
+
+    @staticmethod
+    def _release_after(step: Step) -> Step:
+        """The step; when it is over, what modules have made for it is let go."""
+
+        def run(group: Group) -> ComponentRecord:
+            try:
+                return step(group)
+            finally:
+                release()
+
+        return run
+
+    def _everyones_specs(self) -> tuple[list[TensorSpec], tuple[str, ...]]:
+        """All ranks' tensors under the names of an export, and the names that this rank's have besides."""
+        absent: list[str] = []
+
+        def describe() -> JsonValue:
+            hub = self._context.names.capture(self.state)
+            absent.extend(hub.absent)
+            return [[name, list(shape), dtype] for name, shape, dtype in (t.spec for t in _declared(hub))]
+
+        told = self._context.group.gather(describe, "naming what an export would have")
+        rows = {name: (shape, dtype) for theirs in cast(list[list[_SpecRow]], told) for name, shape, dtype in theirs}
+        return [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in rows.items()], tuple(absent)
+
+    @collector_paused()
+    def _exported(self) -> list[Step]:
+        """Plan an export and prepare its directory; all ranks call."""
+        context, described = self._context, self._described()
+        hub, own, roster = described.hub, described.own, described.roster
+        recasts = described.recasts
+        names = self._prove(roster.specs, hub.absent)
+        passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
+        natives = natives_of(hub.groups)
+        computed = ComputedPlan(hub.groups, context.computed_roster.settle(natives, described.news))
+        copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
+        options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
+        plan: ExportPlan | None = None
+        with context.group.together("planning the export and preparing its directory"):
+            known = context.model_plan.get(
+                [*own.export, roster, *computed.groups],
+                (options, copies),
+                lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
+            )
+            self._look_at_ties(roster)
+            self._prepare_directory(recasts, names, described.hidden, described.any.quantized)
+            self._check_opening(described, [tensor.spec for tensor in passed])
+            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
+            if context.group.is_main and plan.has_room:
+                make_room(plan, context.storage)
+        assert plan is not None
+        self._before()
+        steps = [self._settling_ties(self._export(plan, roster))]
+        if context.config.verify_export:
+            self.closing.append(partial(read_back, plan))
+        if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
+            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
+            names_apart = {tensor.spec.name for tensor in hub.hidden}
+            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
+        return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
+
+    def _described(self) -> _Described:
+        """Make room, capture the model, and agree on who holds what. All ranks call."""
+        context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
+        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.peculiar):
+            keeper.begin()
+        hub: HubState | None = None
+        own: Recast | None = None
+        with context.group.together("describing the model") as news:
+            self._ask_exporter()
+            if context.group.is_main:
+                self._reserve()
+            hub = self._captured()
+            natives = natives_of(hub.groups)
+            held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
+            own = context.recasts.recast(held, base, hub.apart, exports=self._exports)
+            computed = [context.recasts.look(own)]
+            computed += [context.computed_roster.look(natives)] if self._exports else []
+            # As long as the same is captured, the parameters are the same.
+            seen = [context.sound]
+            quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
+            peculiar = Peculiar(quantized, bool(hub.hidden), has_aside(hub.listing))
+            news.flag = any([context.model_roster.look(own.export), context.peculiar.look(peculiar), *computed])
+        assert hub is not None
+        assert own is not None
+        # In one order on every rank: each may exchange something.
+        found = Peculiar(*context.peculiar.settle(news.any))
+        roster = context.model_roster.settle(own.export, news.any)
+        recasts = context.recasts.settle(own, news.any)
+        return _Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
+
+    def _ask_exporter(self) -> None:
+        """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
+        if not self._describes:
+            return
+        try:
+            self._exporter = own_exporter(self._args)
+        except Exception as error:
+            self._refusal = error
+            raise
+
+    def _hidden(self, hub: HubState) -> tuple[str, ...]:
+        """Names of what the ranks' classes keep out of their files. All ranks call."""
+        own: JsonValue = [tensor.spec.name for tensor in hub.hidden]
+        everyone = cast(list[list[str]], self._context.group.gather_json(own, "comparing what is in no export"))
+        return tuple(sorted({name for theirs in everyone for name in theirs}))
+
+    def _captured(self) -> HubState:
+        context = self._context
+        hub = context.names.capture(self.state)
+        if hub is not context.sound:
+            require_memory(memory_of(hub.native), "values to save")
+            context.sound = hub
+        if context.may_export and context.config.verify_export:
+            context.without_adapter.get([hub], None, lambda: refuse_whole_adapter(self.state.model))
+        # All at once: each component has one piece of memory, which a second call would fill anew.
+        natives = iter(context.staged("model.native", natives_of(hub.groups)))
+        groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
+        staged = context.staged("model", [*hub.held, *hub.hidden])
+        own = len(hub.held)
+        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
+
+    def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
+        config, described = self._context.config, described_part(self.state.model)
+        files = dict(self.base.files) if self.base is not None else {}
+        if described is not None and is_hub_mixin(described):
+            # huggingface_hub's mixin opens this one file, whatever there is beside it.
+            files = dict.fromkeys((spec.name for spec in specs), "model.safetensors")
+        return ExportOptions(
+            base_files=files,
+            max_file_bytes=config.max_file_bytes,
+            stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
+            threads=self._context.writing_threads,
+        )
+
+    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> list[str]:
+        """Compare what will be written with the base model; returns the names of what is carried over.
+
+        All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
+        """
+        if self.base is None:
+            return []
+        config, group = self._context.config, self._context.group
+        promise = promise_of(self.state.model, absent, group)
+
+        def compare(base: BaseModel) -> JsonValue:
+            proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
+            if config.verify_export and self._exports:
+                require(proof, base.directory)
+            base.check_readable(proof.passed)
+            return list(proof.passed)
+
+        passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
+        return cast(list[str], passed)
+
+    def _prepare_directory(
+        self, recasts: Recasts, passed: Sequence[str], hidden: Sequence[str], quantized: bool
+    ) -> None:
+        """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
+        context = self._context
+        if self.base is not None:
+            numbers = self.base.numbers
+            self._args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
+            self._args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
+        if not context.group.is_main:
+            return
+        context.storage.make_directory(self._directory / METADATA_DIR)
+        notes = {
+            NATIVE_DTYPES: dict(recasts.native),
+            PASSED_THROUGH: list(passed),
+            KEPT_OUT: list(hidden),
+            APART: sorted(recasts.apart),
+            LOOSE_TIES: self._loose_ties,
+            EXPORT: self._export_note(),
+        }
+        for name, value in notes.items():
+            if value:
+                text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+                write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
+        if self._describes:
+            write_metadata(self._args, quantized, self._exporter)
+            self._tell_of_config(recasts)
+
+    def _tell_of_config(self, recasts: Recasts) -> None:
+        """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
+        context = self._context
+        if context.may_export and recasts.apart:
+            names = sorted(recasts.apart)
+            said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
+            if said not in context.told:
+                context.told.add(said)
+                _LOG.info("%s", said)
+        config = self._directory / METADATA_DIR / CONFIG
+        if context.may_export and self._exporter is None and not config.is_file():
+            why = context.no_config.get([context.sound], None, lambda: why_no_config(self.state.model))
+            if why not in context.told:
+                context.told.add(why)
+                _LOG.warning("the export has no config.json: %s", why)
+
+    def _look_at_ties(self, roster: Roster) -> None:
+        """Find out what the configuration ties and the files have twice. Local."""
+        if self._context.group.is_main and self._describes:
+            self._loose_ties = self._context.ties.get(
+                [roster], self._tie_settings(), lambda: loose_ties(self.state.model, {s.name for s in roster.specs})
+            )
+
+    def _tie_settings(self) -> list[object]:
+        """What may be changed of ties while the tensors stay the same."""
+        model = described_part(self.state.model)
+        config = None if model is None else config_of(model)
+        below = getattr(config, "text_config", None)
+        return [getattr(each, "tie_word_embeddings", None) for each in (config, below)]
+
+    def _settling_ties(self, step: Step) -> Step:
+        """The step, after which the configuration says of ties what was written."""
+        written: list[ComponentRecord] = []
+
+        def settle(group: Group) -> None:
+            if group.is_main and self._loose_ties:
+                is_untied = settle_ties(self._loose_ties, written[0].tensors, self._directory / METADATA_DIR)
+                if is_untied and self._untied_misfit is not None:
+                    raise self._untied_misfit
+
+        def run(group: Group) -> ComponentRecord:
+            written[:] = [step(group)]
+            return written[0]
+
+        self.closing.append(settle)
+        return run
+
+    def _check_opening(self, described: _Described, passed: Sequence[TensorSpec]) -> None:
+        """Check that what config.json describes would load the export, this one or a later one. Local."""
+        context = self._context
+        if not (context.group.is_main and context.may_export and context.config.verify_export):
+            return
+        if not self._exports and described.hub.groups:
+            return  # shards hold what their names are computed from
+        directory, apart = self._directory / METADATA_DIR, {*described.recasts.apart, *described.hidden}
+        context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
+        if self._exports and self._loose_ties:
+            # What it would be if the two turn out to differ, which is known when they are written.
+            try:
+                context.opening_untied.check(
+                    self.state.model, directory, described.roster, passed=passed, apart=apart, untie=True
+                )
+            except ExportMismatchError as misfit:
+                self._untied_misfit = misfit
+
+    def _export_note(self) -> dict[str, object]:
+        """How an export made later is to be laid out; nothing where there is one."""
+        if self._exports:
+            return {}
+        options, base = self._options(()), self.base
+        directory = None if base is None else str(base.directory.absolute())
+        files = [] if base is None else list(base.numbers)
+        values = (options.stem, options.max_file_bytes, directory, files, self._carried)
+        return dict(zip(EXPORT_KEYS, values, strict=True))
+
+    def _before(self) -> None:
+        """Run the other addons' first hooks now, while the model may be read."""
+        run_hooks(self._addons, "pre_save", self._args, self._context.group)
+
+    def _leave_script(self, group: Group) -> None:
+        """Put the script that makes the export later beside shards that have none. Local."""
+        if group.is_main:
+            script = self._directory / CONSOLIDATE_NAME
+            write_plain(self._context.storage, script, CONSOLIDATE_SCRIPT)
+            if script.exists():  # a storage may keep its files elsewhere
+                with storage_errors(script):
+                    mode = script.stat().st_mode
+                    script.chmod(mode | (mode & 0o444) >> 2)
+
+    def _copy_metadata(self, group: Group) -> None:
+        if group.is_main:
+            copy_metadata(self._args)
+
+    def _after(self, closing: Closing, group: Group) -> ComponentRecord:
+        with group.together("finishing the model's directory"):
+            for work in closing:
+                work(group)
+        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        run_hooks(self._addons, "post_save", args, group)
+        return ComponentRecord()
+
+    @property
+    def _merges(self) -> bool:
+        """Whether shards are merged into the export, instead of writing it in place."""
+        config = self._context.config
+        return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
+
+    def _export(self, plan: ExportPlan, roster: Roster) -> Step:
+        context = self._context
+        config = context.config
+        if self._merges:
+            options = MergeOptions(config.single_rank_consolidation, context.staging_dir)
+            return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
+
+        def write(group: Group) -> ComponentRecord:
+            record = write_export(plan, group, context.storage)
+            # What every rank knows needs not travel.
+            return record if group.is_main else ComponentRecord()
+
+        return self._release_after(write)
+
+    def _shards(
+        self,
+        held: Sequence[HeldTensor],
+        roster: Roster,
+        component: str,
+        described: _Described | None = None,
+        hidden: Collection[str] = (),
+    ) -> Step:
+        """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
+        context = self._context
+        known: ShardPlan | None = None
+        nbytes, failure = 0, None
+        try:
+            memo = context.shard_plans.setdefault(component, Memo())
+            known = memo.get(
+                [*held, roster],
+                None,
+                lambda: self._shard_plan(held, roster, component, hidden),
+            )
+            nbytes = known.own_bytes
+            if described is not None:
+                self._look_at_ties(roster)
+                self._prepare_directory(described.recasts, (), described.hidden, described.any.quantized)
+                self._check_opening(described, ())
+        except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
+            failure = error
+        _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
+        assert known is not None
+        if described is not None:
+            self._before()
+        plan = replace(known, directory=self._directory, all_bytes=total)
+        return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
+
+    def _shard_plan(
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
+    ) -> ShardPlan:
+        # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
+        compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
+        replicas = (comparison(compared, roster, self._context.group.rank),)
+        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
+
+    def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
+        if not roster.specs:
+            return (without_tensors(),) if self._context.group.is_main else ()
+        index = None
+        if self.base is not None:
+            numbers = self.base.numbers
+            last = max(numbers.values(), default=1)
+            index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
+        return plan_shards(held, roster, self._context.group.rank, index)
+
+
+_SpecRow = tuple[str, list[int], str]
+
+
+def _declared(hub: HubState) -> list[HeldTensor]:
+    return [*hub.held, *declared(hub.groups)]
+
+
+def _telling(kept: Mapping[str, str]) -> Step:
+    """A step that writes nothing, and tells the manifest of further names."""
+    record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
+    return lambda group: record
+
+
+def default_addons(is_peft: bool) -> list[CheckpointAddon]:
+    """The addons of an ordinary save: Hugging Face metadata, or an adapter's."""
+    if is_peft:
+        from shardwise.addons import PeftAddon
+
+        return [PeftAddon()]
+    return [ConsolidatedHFAddon()]
+
+
+def _uncomputed(rounded: Sequence[HeldTensor], groups: Sequence[HeldGroup]) -> list[HeldTensor]:
+    """What holds the exact values: the tensors, but for those that have to be computed what they are computed from."""
+    names = {tensor.spec.name for tensor in rounded}
+    computed = [held for held in groups if not names.isdisjoint(spec.name for spec in held.computed.hub)]
+    apart = {spec.name for held in computed for spec in held.computed.hub}
+    return [*(tensor for tensor in rounded if tensor.spec.name not in apart), *natives_of(computed)]

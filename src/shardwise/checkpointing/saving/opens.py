@@ -1,0 +1,312 @@
+"""Would the class that an export's config.json names load what is about to be written?
+
+The class is built from that very config.json on the meta device, and its library's own code for loading is run on
+tensors without memory: renamings, conversions, the base model's prefix, ties and what the class knows to be missing are
+its own. Names and shapes are all that is looked at, so that it is done before a tensor is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from shardwise.addons.files import read_json
+from shardwise.addons.hf_config import CONFIG, untied
+from shardwise.dtypes import torch_dtype
+from shardwise.engine.memo import Memo
+from shardwise.errors import AdapterError, ExportMismatchError
+from shardwise.geometry import TensorSpec
+from shardwise.peft.models import is_whole_with_adapter
+from shardwise.plan.roster import Roster
+from shardwise.stateful_wrappers.model_parts import config_of, described_part, own_class
+from shardwise.stateful_wrappers.wrapping import is_of, is_pretrained
+
+_LOG = logging.getLogger(__name__)
+
+_SHOWN = 5
+
+#: Tables of transformers' that give a configuration's classes of models, those for pretraining and generating first.
+_TABLES = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "MODEL_FOR_PRETRAINING_MAPPING",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """What a class would make of files: nothing of it is right for a good export.
+
+    Attributes:
+        missing: Names that it has and would not find.
+        unexpected: Names in the files that it has no use for.
+        shapes: Names whose shapes differ, with both.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many names do not fit."""
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+
+    def __str__(self) -> str:
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.shapes))
+        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names)
+
+
+class _CannotCheckError(Exception):
+    """Why nothing can be said."""
+
+
+def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
+    """Refuse a model that peft has adapted and that is about to be exported as if it were not. Local.
+
+    Raises:
+        AdapterError: It is one.
+    """
+    if is_whole_with_adapter(parts):
+        raise AdapterError(
+            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
+            "those of peft's layers, which no model class opens",
+            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
+            "merge_and_unload() returns. Nothing is published.",
+        )
+
+
+class OpeningCheck:
+    """Checks exports, each kind once. Rank 0 has one."""
+
+    def __init__(self) -> None:
+        self._sound: Memo[None] = Memo()
+        self._told: set[str] = set()
+
+    def check(
+        self,
+        parts: Sequence[nn.Module],
+        directory: Path,
+        roster: Roster,
+        *,
+        passed: Sequence[TensorSpec] = (),
+        apart: Collection[str] = (),
+        untie: bool = False,
+    ) -> None:
+        """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
+
+        Args:
+            parts: This rank's parts.
+            directory: Where config.json is.
+            roster: All ranks' tensors, under the names that the files are to have.
+            passed: Further tensors, carried over from a base.
+            apart: Names among the tensors that an export leaves out.
+            untie: Whether to take config.json as it were if it tied nothing.
+
+        Raises:
+            ExportMismatchError: The class would not load them.
+        """
+        model = described_part(parts)
+        if model is None or not (directory / CONFIG).is_file():
+            return
+        entries = read_json(directory / CONFIG)
+        if untie:
+            entries = untied(entries)
+        if self._sound.holds([roster, type(model)], (entries, passed)):
+            return
+        specs = [spec for spec in roster.specs if spec.name not in apart]
+        try:
+            name, misfit = _look(model, entries, [*specs, *passed])
+        except _CannotCheckError as why:
+            self._tell(f"the export's names are not checked against a class: {why}")
+        else:
+            _require_fit(name, misfit, directory / CONFIG)
+        self._sound.get([roster, type(model)], (entries, passed), lambda: None)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            _LOG.info("%s", text)
+
+
+def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
+    """Check tensors against the class of transformers' that a configuration names, without a model at hand. Local.
+
+    Args:
+        entries: The content of config.json.
+        specs: The tensors, under the names that the files are to have.
+        path: Where the configuration is, for messages.
+
+    Returns:
+        Why nothing could be checked; ``None`` where the class would load them.
+
+    Raises:
+        ExportMismatchError: The class would not load them.
+    """
+    classes = _named(entries)
+    if entries.get("quantization_config") or entries.get("auto_map") or not classes:
+        return "config.json names no class of transformers' whose tensors it tells"
+    try:
+        found = [(cls.__name__, _by_transformers(cls, cast(Any, cls).config_class, entries, specs)) for cls in classes]
+    except _CannotCheckError as why:
+        return str(why)
+    _require_fit(*min(found, key=lambda pair: pair[1].count), path)
+    return None
+
+
+def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
+    if misfit.count:
+        raise ExportMismatchError(
+            f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
+            path=path,
+            hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or merged, "
+            "and what the class does not know in a module around it; let the config say what the model is. Nothing is "
+            "published. Set verify_export to false (consolidate --no-class-check) if this is what you want.",
+        )
+
+
+def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> tuple[str, Misfit]:
+    """The name of the class that is described, and what of the tensors does not fit it."""
+    if is_of(model, "diffusers.models.modeling_utils", "ModelMixin"):
+        cls = own_class(model)
+        return cls.__name__, _by_diffusers(cls, entries, specs)
+    config = config_of(model)
+    known = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
+    if known is None or not isinstance(config, known):
+        raise _CannotCheckError(f"the config of {own_class(model).__name__} is not of a library that builds models")
+    if entries.get("quantization_config"):
+        raise _CannotCheckError("it is quantized")
+    if is_pretrained(model):
+        cls = own_class(model)
+        return cls.__name__, _by_transformers(cls, type(config), entries, specs)
+    named = _named(entries)
+    classes = named or _registered(type(config))
+    if not classes:
+        raise _CannotCheckError(f"transformers has no class for {type(config).__name__}")
+    # A model that is no class of transformers' and shows a configuration of its: some class has to open it.
+    found = [
+        (cls.__name__, _by_transformers(cls, type(config), entries, specs)) for cls in classes[: len(named) or None]
+    ]
+    return min(found, key=lambda pair: pair[1].count)
+
+
+def _named(entries: Mapping[str, object]) -> list[type]:
+    """Those classes among ``architectures`` that transformers has."""
+    transformers = importlib.import_module("transformers")
+    names = entries.get("architectures")
+    found = [getattr(transformers, str(name), None) for name in names] if isinstance(names, list) else []
+    return [cls for cls in found if isinstance(cls, type)]
+
+
+def _registered(config: type) -> list[type]:
+    """The classes that transformers' auto classes would open a configuration with."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    found: dict[type, None] = {}
+    for table in _TABLES:
+        try:
+            cls: object = getattr(auto, table)[config]
+        except (AttributeError, KeyError):
+            continue
+        for each in cls if isinstance(cls, tuple) else (cls,):
+            found[cast(type, each)] = None
+    return list(found)
+
+
+def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
+    """Let transformers load tensors without memory into a model without memory."""
+    made: Any = cls
+    tensors = _without_memory(specs)
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        with _quiet(), _quick(), torch.device("meta"):
+            built = made(cast(Any, config).from_dict(dict(entries)))
+        rules = get_model_conversion_mapping(built)
+        options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=rules)
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(built, tensors, options)
+            built.mark_tied_weights_as_initialized(info)
+            built.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+            built._adjust_missing_and_unexpected_keys(info)
+    except Exception as error:
+        raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
+    shapes = [f"{name} ({list(ours)}, in the class {list(theirs)})" for name, ours, theirs in info.mismatched_keys]
+    shapes += [str(name) for name in info.conversion_errors]
+    # What the class itself leaves out of the files that it writes is not missing from ours.
+    missing = set(info.missing_keys) - set(built._keys_to_ignore_on_save or ())
+    return Misfit(_sorted(missing), _sorted(info.unexpected_keys), _sorted(shapes))
+
+
+def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
+    try:
+        with _quiet(), torch.device("meta"):
+            built: nn.Module = cast(Any, cls).from_config(dict(entries))
+        theirs = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    except Exception as error:
+        raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
+    ours = {spec.name: spec.shape for spec in specs}
+    shapes = [
+        f"{name} ({list(ours[name])}, in the class {list(theirs[name])})"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
+    ]
+    return Misfit(_sorted(theirs.keys() - ours.keys()), _sorted(ours.keys() - theirs.keys()), _sorted(shapes))
+
+
+def _without_memory(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+    return {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Without initial values, which would be of no use, and without drawing from the run's generators."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        known = importlib.import_module("transformers.initialization")
+        for name in ("no_init_weights", "no_tie_weights", "meta_device_safe_creation_ops"):
+            make = getattr(known, name, None)
+            if callable(make):
+                stack.enter_context(make())
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own words about loading, and their progress bars."""
+    with contextlib.ExitStack() as stack:
+        for name in ("transformers.utils.logging", "diffusers.utils.logging"):
+            library = cast(Any, sys.modules.get(name))
+            if library is None:
+                continue
+            stack.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+            if library.is_progress_bar_enabled():
+                stack.callback(library.enable_progress_bar)
+                library.disable_progress_bar()
+        yield
+
+
+def _sorted(names: object) -> tuple[str, ...]:
+    return tuple(sorted(map(str, cast(Any, names))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,261 @@
+"""A save that proves itself: what will be written against what the base model and the model itself promise.
+
+The comparison needs headers only, so it is made before a byte is written; after writing, the headers of the files are
+read back and compared with the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from shardwise.base.layout import BaseModel
+from shardwise.checkpointing.inside import exported_modules
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.export import ExportPlan
+from shardwise.errors import ExportMismatchError
+from shardwise.format.header import Header, read_header
+from shardwise.format.index import read_index
+from shardwise.geometry import TensorSpec
+from shardwise.plan.layout import FileLayout, index_name
+from shardwise.stateful_wrappers.model_parts import config_of, own_class
+from shardwise.stateful_wrappers.names import unwrap
+
+_SHOWN = 10
+#: What a quantized base has beside or instead of a weight; gone once the weight is ordinary floating point.
+_QUANTIZED = re.compile(r"(_scale_inv|_scale|_scales|_blocks|_zero_point|weight_packed|weight_shape|input_scale)$")
+_LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the model says of its own files.
+
+    Attributes:
+        aliases: Names that files of this model may have and these do not, such as further names of tied tensors.
+        unloaded: Patterns of tensors that the model class is known not to load (transformers'
+            ``_keys_to_ignore_on_load_unexpected``).
+        computed: The last two components of the names of buffers that the model computes and does not save.
+        prefix: transformers' ``base_model_prefix``.
+        architectures: Class names that ``config.json`` will name.
+        vocab_size: Of the model's configuration, where it has one.
+    """
+
+    aliases: frozenset[str] = frozenset()
+    unloaded: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
+    prefix: str = ""
+    architectures: tuple[str, ...] = ()
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The outcome.
+
+    Attributes:
+        passed: Tensors of the base that the model class does not load and the export carries over.
+        differences: What contradicts; empty for a good export.
+    """
+
+    passed: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
+def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) -> Promise:
+    """Collect what all ranks' model parts say: pipeline stages have different ones. All ranks call.
+
+    Args:
+        parts: This rank's parts.
+        absent: Names that files of this rank's parts may have and the export does not.
+        group: The ranks that save together.
+    """
+    told = group.gather(lambda: _record_of(parts, absent), "comparing what the stages promise")
+    everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
+    prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
+    sizes = [size for *_, size in everyone if size is not None]
+    return Promise(
+        frozenset(name for names, *_ in everyone for name in names),
+        tuple(dict.fromkeys(pattern for _, patterns, *_ in everyone for pattern in patterns)),
+        frozenset(name for _, _, names, *_ in everyone for name in names),
+        prefixes[0] if prefixes else "",
+        tuple(architecture for *_, architecture, _ in everyone[:1]),
+        sizes[0] if sizes else None,
+    )
+
+
+_Row = tuple[list[str], list[str], list[str], str, str, int | None]
+
+
+def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
+    """What this rank's parts say, as a `_Row`; nothing where it has none."""
+    if not parts:
+        return None
+    module = exported_modules(parts)[0]
+    config = config_of(module)
+    text = getattr(config, "text_config", None) or config
+    size = getattr(text, "vocab_size", None)
+    computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
+    return [
+        list(absent),
+        sorted(str(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        sorted(computed),
+        str(getattr(module, "base_model_prefix", "") or ""),
+        own_class(module).__name__,
+        size if isinstance(size, int) else None,
+    ]
+
+
+def _computed_buffers(module: nn.Module) -> Iterable[str]:
+    for path, each in module.named_modules():
+        for leaf in each._non_persistent_buffers_set:
+            yield f"{path}.{leaf}"
+
+
+def _tail(name: str) -> str:
+    """``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about."""
+    return ".".join(name.split(".")[-2:])
+
+
+def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pass_through: bool) -> Proof:
+    """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
+
+    Args:
+        specs: The union of all ranks' tensors, under the names of the files.
+        base: The base model.
+        promise: What the model says of its files.
+        pass_through: Whether tensors that the class does not load are carried over.
+    """
+    written = {spec.name: spec for spec in specs}
+    config = _base_config(base.directory)
+    same = _same_architecture(config, promise)
+    differences = [
+        difference
+        for name, spec in written.items()
+        if name in base.specs and (difference := _differs(spec, base.specs[name], config, promise))
+    ]
+    absent = [name for name in base.specs if name not in written and not _accounted(name, written, promise, config)]
+    passed = [name for name in absent if any(re.search(p, name) for p in promise.unloaded)]
+    if same:
+        lost = [name for name in absent if name not in passed]
+        differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
+    return Proof(tuple(passed) if same and pass_through else (), tuple(differences))
+
+
+def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], promise: Promise) -> str | None:
+    quantized = bool(config.get("quantization_config"))
+    if spec.shape != known.shape and not (quantized or _resized(spec, known, promise)):
+        return f"{spec.name}: shape {list(spec.shape)}, in the base model {list(known.shape)}"
+    if spec.dtype != known.dtype and not quantized:
+        return f"{spec.name}: dtype {spec.dtype}, in the base model {known.dtype}"
+    return None
+
+
+def _resized(spec: TensorSpec, known: TensorSpec, promise: Promise) -> bool:
+    """Whether the only difference is a vocabulary that was resized, as the model's configuration says too."""
+    if len(spec.shape) != len(known.shape) or spec.shape[1:] != known.shape[1:] or promise.vocab_size is None:
+        return False
+    return spec.shape[0] == promise.vocab_size
+
+
+def _accounted(name: str, written: Mapping[str, TensorSpec], promise: Promise, config: Mapping[str, object]) -> bool:
+    """Whether a tensor of the base is in the export under another name, or needs not be."""
+    if name in promise.aliases or _tail(name) in promise.computed:
+        return True
+    if config.get("quantization_config") and _QUANTIZED.search(name):
+        return True
+    plain = name
+    for pattern, replacement in _LEGACY:
+        plain = pattern.sub(replacement, plain)
+    prefix = f"{promise.prefix}." if promise.prefix else ""
+    candidates = (plain, prefix + plain, plain.removeprefix(prefix))
+    return any(candidate in written or candidate in promise.aliases for candidate in candidates)
+
+
+def _base_config(directory: Path) -> Mapping[str, object]:
+    path = directory / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        # The base is somebody else's; a config that cannot be read promises nothing.
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same_architecture(config: Mapping[str, object], promise: Promise) -> bool:
+    named = config.get("architectures")
+    return isinstance(named, list) and set(map(str, named)) == set(promise.architectures)
+
+
+def require(proof: Proof, path: Path) -> None:
+    """Raise if there are differences.
+
+    Raises:
+        ExportMismatchError: Lists them.
+    """
+    if not proof.differences:
+        return
+    more = len(proof.differences) - _SHOWN
+    listed = "; ".join(proof.differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    raise ExportMismatchError(
+        f"the export would differ from what the base model promises: {listed}",
+        path=path,
+        tensor=proof.differences[0].partition(":")[0],
+        hint="Nothing is published. Set verify_export to false if this is what you want.",
+    )
+
+
+def read_back(plan: ExportPlan, group: Group) -> None:
+    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files.
+
+    Raises:
+        ExportMismatchError: A file or tensor is absent, surplus, or of another shape, dtype or place.
+        FormatError: A header or the index is damaged.
+    """
+    directory, layout = plan.directory, plan.layout
+    differences: list[str] = []
+    for number, file in enumerate(layout.files):
+        path = directory / file.name
+        if number % group.world_size == group.rank and not _as_planned(path, file.header, file.size):
+            differences += _unlike(file, read_header(path))
+    if group.is_main:
+        planned = {file.name for file in layout.files}
+        found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
+        differences += [f"{name}: not written" for name in sorted(planned - found)]
+        differences += [f"{name}: not planned" for name in sorted(found - planned)]
+        index = directory / index_name(plan.options.stem)
+        if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
+            same = read_index(index).weight_map == layout.weight_map
+            differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
+    require(Proof((), tuple(differences)), directory)
+
+
+def _as_planned(path: Path, head: bytes, size: int) -> bool:
+    """Whether a file has a size and begins with some bytes. Where not, reading it properly says what is wrong."""
+    try:
+        with path.open("rb") as written:
+            return os.fstat(written.fileno()).st_size == size and written.read(len(head)) == head
+    except OSError:
+        return False
+
+
+def _unlike(file: FileLayout, header: Header) -> list[str]:
+    found = {entry.spec.name: entry for entry in header.entries}
+    differences = []
+    for entry in file.entries:
+        have = found.pop(entry.spec.name, None)
+        if have is None:
+            differences.append(f"{entry.spec.name}: not in {file.name}")
+        elif have != entry:
+            differences.append(f"{entry.spec.name}: {have} in {file.name}, {entry} planned")
+    differences += [f"{name}: in {file.name}, but not planned" for name in found]
+    return differences or [f"{file.name}: its header has other bytes than planned"]

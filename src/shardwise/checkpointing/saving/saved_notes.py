@@ -1,0 +1,73 @@
+"""What a save noted beside a model, for whoever loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.per_rank import saved_ranks
+from shardwise.errors import StateFormatError
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
+from shardwise.sources.state_files import read_file
+
+
+@dataclass(frozen=True, slots=True)
+class SavedNotes:
+    """The notes; there are none beside others' checkpoints.
+
+    Attributes:
+        exact: Name in the file -> dtype in memory, where the export has another.
+        passed: Names of the base model's tensors that were carried over.
+        ranks: By how many ranks tensors were saved of which each has a value of its own; 0 where there are none.
+        aside: Where there is state beside ordinary tensors.
+    """
+
+    exact: Mapping[str, str]
+    passed: tuple[str, ...]
+    ranks: int = 0
+    aside: tuple[str, ...] = ()
+
+
+def read_notes(path: Path, group: Group) -> SavedNotes:
+    """The notes beside a model. Rank 0 reads, so that all ranks load by the same ones; all ranks of the group call.
+
+    Args:
+        path: The model's directory or file.
+        group: The ranks that load together.
+
+    Raises:
+        StateFormatError: One of them is damaged.
+    """
+    told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
+    exact, passed, ranks, aside = cast(tuple[dict[str, str], list[str], int, list[str]], told)
+    return SavedNotes(exact, tuple(passed), ranks, tuple(aside))
+
+
+def _noted(path: Path) -> JsonValue:
+    exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
+    passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
+    return [cast(JsonValue, exact), cast(JsonValue, passed), saved_ranks(path), cast(JsonValue, find_aside(path))]
+
+
+_Note = TypeVar("_Note", dict[str, str], list[str])
+
+
+def _read(path: Path, name: str, absent: _Note) -> _Note:
+    """The note called ``name``; ``absent`` where there is none."""
+    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(read_file(file))
+        except ValueError as error:
+            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
+        if not isinstance(found, type(absent)):
+            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
+        return found
+    return absent

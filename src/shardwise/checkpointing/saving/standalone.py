@@ -1,0 +1,87 @@
+"""Saving one component by itself, for loops that publish on their own: ``weights_path/model``, ``weights_path/optim``.
+
+The component is written beside its place and takes it in one step, so that a re-save leaves nothing of an earlier split
+behind and an interrupted one leaves the earlier component whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardwise.checkpointing.saving.commits import Closing, claimed, gather_records, write_manifest
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group, JsonValue
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import ShardwiseError
+from shardwise.format.manifest import KnownManifest
+from shardwise.lifecycle import Claim, doomed_name, temporary_name
+
+_LOG = logging.getLogger(__name__)
+
+
+class Replacement:
+    """Reserve, fill and put in place one component's directory."""
+
+    def __init__(self, context: Context, target: Path, info: Mapping[str, JsonValue]) -> None:
+        self._context = context
+        #: Where it is put in the end.
+        self.place = target
+        self._info = info
+        self._claim: Claim | None = None
+        self.temp = target.with_name(temporary_name(target.name))
+
+    def reserve(self) -> None:
+        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
+        context = self._context
+        context.storage.make_directory(self.place.parent)
+        self._claim = claimed(context, self.place)
+        context.fs.remove_tree(self.temp)
+        if os.path.lexists(self._doomed) and not os.path.lexists(self.place):
+            # A crash between the two renames of commit(): what stood here is the only copy there is.
+            context.fs.rename_new(self._doomed, self.place)
+            context.fs.fsync_path(self.place.parent)
+        context.fs.remove_tree(self._doomed)
+        context.storage.make_directory(self.temp)
+
+    @property
+    def _doomed(self) -> Path:
+        return self.place.with_name(doomed_name(self.place.name))
+
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
+        """Write the component's manifest and rename it into place. All ranks call."""
+        union = gather_records(self._context, group, self.temp, record, closing)
+        with group.together(f"putting {self.place} in place"):
+            if group.is_main:
+                fs = self._context.fs
+                known = self._context.manifests.setdefault(self.place.name, KnownManifest())
+                write_manifest(self._context.storage, self.temp, union(), self._info, known)
+                for where, _, _ in os.walk(self.temp, topdown=False):
+                    fs.fsync_path(Path(where))
+                if not os.path.lexists(self.place):
+                    fs.rename(self.temp, self.place)
+                elif not fs.exchange(self.temp, self.place):
+                    # In two steps where there is no better way; reserve() sees to a crash between them.
+                    fs.rename(self.place, self._doomed)
+                    fs.rename(self.temp, self.place)
+                fs.fsync_path(self.place.parent)
+                fs.remove_tree(self.temp)
+                fs.remove_tree(self._doomed)
+                self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, after a failure. Never raises."""
+        if not group.is_main or (self._claim is None and not self._context.config.is_remote):
+            return  # nothing was written, and what stands there may be another process's
+        try:
+            self._context.fs.remove_tree(self.temp)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
+        finally:
+            self._release()

@@ -1,0 +1,94 @@
+"""``model_save_format="torch_save"``: DCP's own ``.distcp`` directories, written by DCP's own writer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group
+from shardwise.dcp.regions import is_packed
+from shardwise.engine.records import ComponentRecord
+from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
+from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.stateful_wrappers.tensors import local_memory
+from shardwise.stateful_wrappers.ways import EXTRA
+
+
+def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state's tensors as DCP is to write them: copied aside in asynchronous mode, else as they are. Local.
+
+    Args:
+        context: Settings, ranks and storage.
+        component: What they are part of.
+        tensors: Plain tensors and DTensors, by name.
+
+    Raises:
+        MisuseError: A tensor is sharded in a way that DCP's format describes wrongly, or cannot be copied aside.
+    """
+    for name, tensor in tensors.items():
+        if is_packed(tensor):
+            raise MisuseError(
+                "what this rank holds of it is not the one region that a .distcp file would record",
+                tensor=name,
+                hint='Set model_save_format to "safetensors".',
+            )
+    return (
+        dict(tensors) if context.stager is None else context.stager.stage_tensors(context.prefix + component, tensors)
+    )
+
+
+def write_distcp(
+    tensors: Mapping[str, torch.Tensor], directory: Path, group: Group, *, replicas: Comparison, others: Collection[str]
+) -> ComponentRecord:
+    """Write what `capture_distcp` captured as a DCP directory. All ranks of the group call.
+
+    Args:
+        tensors: What was captured.
+        directory: Where the files go.
+        group: The ranks that save together.
+        replicas: What this rank holds that others hold too, under the same names.
+        others: Names of the tensors that a lower rank writes, since replicas may have other values of them. (DCP would
+            choose by the bytes that each rank writes.)
+
+    Raises:
+        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
+        ShardwiseError: What DCP's writer failed with, on every rank.
+    """
+    failure: BaseException | None = None
+    seen = Seen()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
+            own = {name: tensor for name, tensor in tensors.items() if name not in others}
+            save(own, storage_writer=writer, process_group=group.process_group)
+        seen = look_at([replicas.reading({name: local_memory(tensor) for name, tensor in tensors.items()})])
+    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
+        failure = _cause(error)
+    _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
+    if differ:
+        refuse(seen, group)
+    return ComponentRecord()
+
+
+def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state without what is written beside its tensors: extra state, and what is no ordinary tensor."""
+    return {name: value for name, value in state.items() if not _is_aside(name, value)}
+
+
+def _is_aside(name: str, value: object) -> bool:
+    return not isinstance(value, torch.Tensor) or value.is_quantized or name.rpartition(".")[2] == EXTRA
+
+
+def _cause(error: Exception) -> ShardwiseError:
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        rank, (cause, _) = next(iter(failures.items()))
+        return ShardwiseError.wrap(cause, rank=int(rank))
+    return ShardwiseError.wrap(error)

@@ -1,0 +1,177 @@
+"""What every part of the checkpointer needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from shardwise.base.layout import BaseModel, find_base_path, open_base
+from shardwise.checkpointing.arguments import Met
+from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.saving.answers import Answers
+from shardwise.checkpointing.saving.opens import OpeningCheck
+from shardwise.checkpointing.saving.recasts import RecastKeeper
+from shardwise.comm import Group
+from shardwise.disk.storage import Storage
+from shardwise.engine.export import ExportPlan
+from shardwise.engine.memo import Memo
+from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.shards import ShardPlan
+from shardwise.engine.sharing import Sharing
+from shardwise.engine.staging import Stager
+from shardwise.format.manifest import KnownManifest
+from shardwise.lifecycle import FileSystem
+from shardwise.plan.fragments import HeldTensor
+from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.stateful_wrappers.replicas import MayDiffer
+
+
+@dataclass
+class Context:
+    """Settings, ranks and storage of one checkpointer.
+
+    Attributes:
+        config: Settings.
+        group: The ranks that save and load together.
+        storage: Where data goes.
+        fs: Where names are made and renamed.
+        stage: Pipeline rank.
+        may_differ: Of which tensors ranks may have different values.
+        root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
+        met: What the ranks have told each other when they met.
+        staging_dir: Where files are built before they are copied into place; likewise.
+        names: The model's conversion to hub names.
+        stager: Where captured state is copied aside, in asynchronous mode.
+        model_roster: Who holds what of the model.
+        optimizer_roster: Who holds what of the optimizer.
+        sound: What was captured last, after it was looked through.
+        prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
+    """
+
+    config: Settings
+    group: Group
+    storage: Storage
+    fs: FileSystem
+    stage: int
+    root: Path
+    met: Met
+    staging_dir: Path | None = None
+    names: HubNames = field(init=False)
+    stager: Stager | None = None
+    sound: HubState | None = None
+    prefix: str = ""
+    _base_path: str | None = None
+    _base_found: bool = False
+    _base: BaseModel | None = None
+    _base_read: bool = False
+
+    def __post_init__(self) -> None:
+        self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
+        self.names = HubNames(self.may_differ)
+        self.model_roster = RosterKeeper(self.group, self.stage)
+        self.recasts = RecastKeeper(self.group)
+        self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
+        self.is_quantized: Memo[bool] = Memo()
+        self.opening = OpeningCheck()
+        self.opening_untied = OpeningCheck()
+        self.no_config: Memo[str] = Memo()
+        self.told: set[str] = set()
+        self.without_adapter: Memo[None] = Memo()
+        self.ties: Memo[dict[str, str]] = Memo()
+        self.model_plan: Memo[ExportPlan] = Memo()
+        self.shard_plans: dict[str, Memo[ShardPlan]] = {}
+        self.manifests: dict[str, KnownManifest] = {}
+        self.exact_roster = RosterKeeper(self.group, self.stage)
+        self.computed_roster = RosterKeeper(self.group, self.stage)
+        self.optimizer_roster = RosterKeeper(self.group, self.stage)
+        self.warned: set[Path] = set()
+        self.further_rosters: dict[str, RosterKeeper] = {}
+        self._further: dict[str, Context] = {}
+
+    def further(self, name: str, config: Settings | None = None) -> Context:
+        """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
+
+        Args:
+            name: The model's name, always the same for the same model.
+            config: Settings of its own; those of the checkpointer by default.
+        """
+        known = self._further.get(name)
+        if known is None:
+            known = self._further[name] = Context(
+                config or self.config,
+                self.group,
+                self.storage,
+                self.fs,
+                self.stage,
+                self.root,
+                self.met if config is None else replace(self.met, names_base=False),
+                self.staging_dir,
+                stager=self.stager,
+                prefix=f"{self.prefix}{name}/",
+            )
+        return known
+
+    def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
+        """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
+        return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
+
+    def base_path(self) -> str | None:
+        """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
+
+        Raises:
+            CheckpointNotFoundError: One is named on some rank and is not there.
+        """
+        if self.met.names_base and not self._base_found:
+            with self.group.together("looking for the base model"):
+                self._base_path = find_base_path(self.config)
+            self._base_found = True
+        return self._base_path
+
+    def base_name(self) -> str | None:
+        """The base model as an adapter names it: its local path, or else the name in the settings. All ranks call."""
+        return self.base_path() or self.config.model_repo_id
+
+    def base(self) -> BaseModel | None:
+        """The base model's headers, read once. All ranks call."""
+        if self.met.names_base and not self._base_read:
+            legacy = self.config.allow_legacy_pickle_restore
+            path = self.base_path()
+            self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)
+            self._base_read = True
+        return self._base
+
+    def exports(self, is_final: bool) -> bool:
+        """Whether a save writes the consolidated export."""
+        mode = self.config.save_consolidated
+        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+
+    @property
+    def may_export(self) -> bool:
+        """Whether some save of this run writes an export."""
+        config = self.config
+        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
+
+    @property
+    def sharing(self) -> Sharing:
+        """Whether replicas read the same bytes once."""
+        return Sharing(self.config.share_replica_reads, self.stage)
+
+    @property
+    def threads(self) -> int:
+        """Threads for reading and writing on this rank."""
+        return self._threads(0)
+
+    @property
+    def writing_threads(self) -> int:
+        """Threads for writing on this rank: in asynchronous mode, as many as training leaves cores for."""
+        return self._threads(torch.get_num_threads() if self.stager is not None else 0)
+
+    def _threads(self, taken: int) -> int:
+        if self.config.io_threads is not None:
+            return self.config.io_threads
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or self.group.world_size
+        return max(1, min(4, (os.cpu_count() or 1) // local - taken))

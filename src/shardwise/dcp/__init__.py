@@ -1,0 +1,1 @@
+"""``torch.distributed.checkpoint``'s storage classes on top of the same writer and reader."""

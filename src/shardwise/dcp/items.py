@@ -1,0 +1,160 @@
+"""The items of DCP's plans in our terms, and what ranks and coordinator tell each other about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from shardwise.dcp.regions import is_packed
+from shardwise.dcp.values import PackedValue
+from shardwise.dtypes import dtype_code
+from shardwise.engine.writer import Digests
+from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError
+from shardwise.format.manifest import ChunkRecord, FileRecord
+from shardwise.geometry import Box, TensorSpec
+from shardwise.plan.layout import Layout
+from shardwise.stateful_wrappers.memory import plain_memory
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the coordinator tells a rank: its number, and the layout (``None`` for shard files)."""
+
+    rank: int
+    world_size: int
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank tells the coordinator of one tensor item.
+
+    Attributes:
+        nbytes: Bytes written.
+        contribution: To the CRC-32C of the whole tensor.
+        chunk: Where the piece is, for a shard file.
+        file: The shard file.
+    """
+
+    nbytes: int
+    contribution: int
+    chunk: ChunkRecord | None = None
+    file: FileRecord | None = None
+
+
+@dataclass
+class Totals(Digests):
+    """What all ranks wrote, by tensor name (files by file name)."""
+
+    chunks: dict[str, list[ChunkRecord]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    values: list[tuple[str, PackedValue]] = field(default_factory=list)
+
+    @staticmethod
+    def of(results: Iterable[Iterable[WriteResult]]) -> Totals:
+        """Add up the results of all ranks."""
+        totals = Totals()
+        for result in (result for theirs in results for result in theirs):
+            if isinstance(result.storage_data, PackedValue):
+                totals.values.append((result.index.fqn, result.storage_data))
+            else:
+                assert isinstance(result.storage_data, Written)
+                totals._add(result.index.fqn, result.storage_data)
+        return totals
+
+    def _add(self, name: str, written: Written) -> None:
+        self.add(name, written.contribution, written.nbytes)
+        if written.chunk is not None and written.file is not None:
+            self.chunks.setdefault(name, []).append(written.chunk)
+            self.files[written.file.path] = written.file
+
+
+def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:
+    """The items that are tensors, and those that DCP would pickle."""
+    tensors: list[WriteItem] = []
+    values: list[WriteItem] = []
+    for item in items:
+        (values if item.type == WriteItemType.BYTE_IO else tensors).append(item)
+    return tensors, values
+
+
+def spec_of(item: WriteItem) -> TensorSpec:
+    """Name, global shape and dtype of an item's tensor."""
+    data = item.tensor_data
+    assert data is not None
+    return TensorSpec(item.index.fqn, tuple(data.size), dtype_code(data.properties.dtype, item.index.fqn))
+
+
+def box_of(item: WriteItem) -> Box:
+    """The region that an item is."""
+    data = item.tensor_data
+    assert data is not None
+    return Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+
+
+def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
+    """The memory of an item's region.
+
+    Raises:
+        IncompleteTensorError: It is not of the shape that the plan says.
+        TensorError: Its class wraps other tensors (`plain_memory`).
+    """
+    data = planner.resolve_data(item)
+    assert isinstance(data, torch.Tensor)
+    local = plain_memory(item.index.fqn, getattr(data, "_local_tensor", data))
+    if tuple(local.shape) != box.sizes:
+        raise IncompleteTensorError(
+            f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}",
+            tensor=item.index.fqn,
+            hint="Wrap the state dict with shardwise.dcp.regions.as_regions.",
+        )
+    return local
+
+
+def union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
+    """Every tensor of the plans, once.
+
+    Raises:
+        NameCollisionError: Ranks disagree about a tensor, or one has a value of its name.
+    """
+    found: dict[str, TensorSpec] = {}
+    others: set[str] = set()
+    for plan in plans:
+        tensors, values = tensors_and_values(plan.items)
+        others.update(item.index.fqn for item in values)
+        for item in tensors:
+            spec = spec_of(item)
+            if found.setdefault(spec.name, spec) != spec:
+                raise NameCollisionError(
+                    f"ranks disagree about this tensor: {found[spec.name]} and {spec}",
+                    tensor=spec.name,
+                    hint="Give each stage's modules the names that they have in the whole model.",
+                )
+    both = others & found.keys()
+    if both:
+        raise NameCollisionError(
+            "one rank has a tensor under this name and another a value that is none",
+            tensor=min(both),
+            hint="Give every rank the same kinds of values under the same names.",
+        )
+    return tuple(found.values())
+
+
+def refuse_packed(planner: SavePlanner) -> None:
+    """Refuse tensors that DCP's own hooks describe wrongly.
+
+    Raises:
+        MisuseError: There is one; names it.
+    """
+    state = getattr(planner, "state_dict", None)
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if is_packed(value):
+            raise MisuseError(
+                "this rank holds several disjoint regions of the tensor, which DCP describes as one",
+                tensor=str(name),
+                hint="Pass shardwise.dcp.regions.as_regions(state_dict) to dcp.save and dcp.load.",
+            )

@@ -1,0 +1,422 @@
+"""The writer and the reader as ordinary DCP storage classes, for those who call DCP themselves.
+
+    dcp.save(state_dict, storage_writer=SafetensorsWriter(path))
+    dcp.load(state_dict, storage_reader=SafetensorsReader(path))
+
+The writer gives finished Hugging Face files (``consolidated=True``, every rank at the final offsets) or one shard file
+for each rank, with an index and a manifest; the reader takes whatever `shardwise.sources.sources.open_source` opens.
+What is not a tensor (param_groups, a step, a Stateful's counters) is one JSON file beside them: `shardwise.dcp.values`.
+Planning is DCP's own here: its coordinator gathers every rank's plan. `Checkpointer` plans locally and does not go
+through these classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from shardwise.comm import Group
+from shardwise.dcp.items import (
+    Task,
+    Totals,
+    refuse_packed,
+    tensors_and_values,
+    union,
+)
+from shardwise.dcp.values import (
+    VALUES_NAME,
+    as_stream,
+    merge_values,
+    pack_value,
+    read_values,
+    remove,
+    remove_values,
+    write_values,
+)
+from shardwise.dcp.write import write_final, write_shards
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.dtypes import torch_dtype
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    IncompleteTensorError,
+    MissingTensorError,
+    MisuseError,
+    ShardwiseError,
+    StateFormatError,
+)
+from shardwise.format.index import encode_index
+from shardwise.format.manifest import (
+    MANIFEST_NAME,
+    ChunkRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    encode_manifest,
+)
+from shardwise.geometry import Box, TensorSpec
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
+from shardwise.plan.reads import AnyRead, plan_reads
+from shardwise.sources.dcp_records import RECORD_TENSORS, has_record, read_record
+from shardwise.sources.dcp_values import DcpValues
+from shardwise.sources.reader import Reader
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.state_files import write_plain
+from shardwise.stateful_wrappers.memory import plain_memory, require_own_elements
+
+PathLike = str | os.PathLike[str]
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes a DCP save as Hugging Face safetensors, each byte once, and what is not a tensor as JSON.
+
+    Numbers, text, bytes, lists, tuples, dicts, sets and ``None`` can be stored; another object is a `StateFormatError`
+    that names it.
+
+    Args:
+        path: Directory to write into; made if absent. What an earlier save of this writer left there is replaced, and
+            is gone if this one fails: give each save a directory of its own.
+        consolidated: Whole tensors in finished files; otherwise shard files, one for each rank.
+        base_files: Tensor name -> file name of a base model whose split is to be kept.
+        max_file_bytes: Largest file without a base split.
+        stem: What file names start with.
+        storage: Where to; the mounted file systems by default.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        consolidated: bool = True,
+        base_files: Mapping[str, str] | None = None,
+        max_file_bytes: int = 5_000_000_000,
+        stem: str = "model",
+        storage: Storage | None = None,
+    ) -> None:
+        self._path = Path(path).absolute()
+        self._consolidated = consolidated
+        self._base_files = dict(base_files or {})
+        self._max_file_bytes = max_file_bytes
+        self._stem = stem
+        self._storage = storage or LocalStorage()
+        self._layout: Layout | None = None
+        self._specs: tuple[TensorSpec, ...] = ()
+
+    def reset(self, checkpoint_id: PathLike | None = None) -> None:
+        """Start anew, at another path if one is given."""
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id).absolute()
+        self._layout, self._specs = None, ()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is.
+
+        Raises:
+            MisuseError: The planner stands for a plan by an empty one where nothing has changed.
+        """
+        if not plan.usable:
+            # Files are laid out anew for each save, from all ranks' plans; without them all files would be removed.
+            raise MisuseError(
+                "the planner left its plan out, since it is the same as for an earlier save",
+                path=self._path,
+                hint="Use a save planner without enable_plan_caching.",
+            )
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Lay out the files and create them. The coordinator calls."""
+        self._specs = union(plans)
+        self._storage.make_directory(self._path)
+        for name in (MANIFEST_NAME, index_name(self._stem)):
+            remove(self._path / name)
+        remove_values(self._path)
+        if self._consolidated:
+            self._layout = lay_out(
+                self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
+            )
+            self._storage.check_space(self._path, self._layout.total_bytes)
+            for file in self._layout.files:
+                self._storage.create(self._path / file.name, file.size, file.header)
+        return [replace(plan, storage_data=Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's tensors and make them durable; its other values go to the coordinator with the results.
+
+        Raises:
+            StateFormatError: A value is of a kind that cannot be stored.
+        """
+        task = plan.storage_data
+        assert isinstance(task, Task)
+        refuse_packed(planner)
+        tensors, values = tensors_and_values(plan.items)
+        # The values first: what can be refused is refused before tensors are written for nothing.
+        packed = [(item.index, pack_value(item, planner)) for item in values]
+        if task.layout is not None:
+            results = write_final(self._storage, self._path, tensors, planner, task.layout)
+        else:
+            results = write_shards(self._storage, self._path, tensors, planner, task, self._stem)
+        results += [WriteResult(index, value.nbytes, value) for index, value in packed]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Check that every byte was written; write values, index and, last, the manifest. The coordinator calls.
+
+        Raises:
+            IncompleteTensorError: The ranks' items do not cover a tensor.
+            NameCollisionError: Ranks saved different values under one name.
+        """
+        totals = Totals.of(results)
+        self._check_counts(totals)
+        plain = write_values(self._storage, self._path, merge_values(totals.values))
+        if self._layout is not None:
+            index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
+            write_plain(self._storage, self._path / index_name(self._stem), index)
+            plain.append(FileRecord(index_name(self._stem), len(index), crc32c(index), None))
+            _add_layout(totals, self._layout)
+        tensors = tuple(
+            TensorRecord("model", spec, totals.crcs.get(spec.name, 0), tuple(totals.chunks.get(spec.name, ())))
+            for spec in self._specs
+        )
+        self._remove_stale(set(totals.files))
+        manifest = encode_manifest(Manifest((*totals.files.values(), *plain), tensors, {}))
+        write_plain(self._storage, self._path / MANIFEST_NAME, manifest)
+        self._storage.sync_directory(self._path)
+
+    def _check_counts(self, totals: Totals) -> None:
+        for spec in self._specs:
+            if totals.counts.get(spec.name, 0) != spec.nbytes:
+                raise IncompleteTensorError(
+                    f"the ranks together wrote {totals.counts.get(spec.name, 0)} of {spec.nbytes} bytes",
+                    path=self._path,
+                    tensor=spec.name,
+                    hint="Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements.",
+                )
+
+    def _remove_stale(self, current: set[str]) -> None:
+        """Remove tensor files of an earlier save under this stem that the new one does not have."""
+        for file in self._path.glob("*.safetensors"):
+            if is_tensor_file(file.name, self._stem) and file.name not in current:
+                file.unlink()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
+        """Whether this writer can write there: any local path."""
+        return "://" not in str(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Where this writer writes."""
+        return StorageMeta(checkpoint_id=str(self._path))
+
+
+def _add_layout(totals: Totals, layout: Layout) -> None:
+    """Finished files, each tensor in them whole."""
+    for file in layout.files:
+        head = len(file.header)
+        totals.files[file.name] = FileRecord(file.name, file.size, crc32c(file.header), head)
+        for entry in file.entries:
+            box, crc = Box.whole(entry.spec.shape), totals.crcs.get(entry.spec.name, 0)
+            chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, box, crc)
+            totals.chunks[entry.spec.name] = [chunk]
+
+
+class SafetensorsReader(StorageReader):
+    """Reads any checkpoint that shardwise can open into a DCP load, each rank reading only what it needs.
+
+    Values that are not tensors are there where `SafetensorsWriter` wrote some, in a DCP directory, and in the ``optim``
+    directory of a checkpoint of ours (``param_groups``). What DCP pickled is read as data, or by an unpickler with an
+    allow-list; a value that this refuses is an error when it is asked for.
+
+    Args:
+        path: See `shardwise.sources.sources.open_source`.
+        threads: Reads at once on this rank.
+        storage: Where from; the mounted file systems by default.
+        allow_legacy_pickle_restore: Unpickle such values without restrictions, which runs code from the files.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        threads: int = 1,
+        storage: Storage | None = None,
+        allow_legacy_pickle_restore: bool = False,
+    ) -> None:
+        self._path = Path(path).absolute()
+        self._legacy = allow_legacy_pickle_restore
+        self._pickled: DcpValues | None = None
+        self._threads = threads
+        self._storage = storage or LocalStorage()
+        self._source: Source | None = None
+        self._values: dict[str, object] = {}
+        self._failure: ShardwiseError | None = None
+
+    def reset(self, checkpoint_id: PathLike | None = None) -> None:
+        """Start anew, at another path if one is given."""
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id).absolute()
+        self._source, self._values, self._failure, self._pickled = None, {}, None, None
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        """Read the headers and the values that are not tensors. Every rank calls, by itself.
+
+        Raises:
+            CheckpointNotFoundError: There is no checkpoint at the path.
+            FormatError: A file of it is damaged.
+        """
+        if self._failure is not None and "rank" in kwargs:
+            # DCP comes back for metadata of this rank alone, and would raise an AssertionError in place of our error.
+            # With these it goes on to `set_up_storage_reader`, which raises it.
+            return Metadata({})
+        self._failure = None
+        try:
+            self._values = read_values(self._path) or read_record(self._path)
+            self._source = self._open()
+            self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
+        except ShardwiseError as error:
+            self._failure = error
+            raise
+        described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+            name: TensorStorageMetadata(
+                TensorProperties(dtype=torch_dtype(tensor.spec.dtype)),
+                torch.Size(tensor.spec.shape),
+                [ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes)) for c in tensor.chunks],
+            )
+            for name, tensor in self._source.tensors.items()
+        }
+        described |= {name: BytesStorageMetadata() for name in self._values}
+        planner_data = None
+        if self._pickled is not None:
+            planner_data = self._pickled.metadata.planner_data
+            described |= {
+                name: BytesStorageMetadata() for name in self._pickled.paths if name not in self._pickled.tensors
+            }
+        return Metadata(described, planner_data, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
+
+    def _open(self) -> Source:
+        try:
+            besides = RECORD_TENSORS if has_record(self._path) else frozenset()
+            source = open_source(self._path, Group(None), besides=besides)
+        except CheckpointNotFoundError:
+            if not self._values:
+                raise
+            source = Source(self._path, (), {})  # a state dict without a tensor
+        values_name = VALUES_NAME if (self._path / VALUES_NAME).exists() else "optimizer.json"
+        both = self._values.keys() & source.tensors.keys()
+        if both:
+            raise StateFormatError(
+                f"{values_name} has a value under the name of a tensor",
+                path=self._path / values_name,
+                tensor=min(both),
+                hint="The file belongs to another save: restore the right one, or remove it.",
+            )
+        return source
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:
+        """Nothing to set up.
+
+        Raises:
+            ShardwiseError: What `read_metadata` could not read.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into place.
+
+        Raises:
+            MissingTensorError: A value is not in the checkpoint.
+        """
+        source = self._source
+        assert source is not None
+        reader = Reader(self._storage, source.files, self._threads)
+        targets = []
+        reads: list[AnyRead] = []
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                self._load_value(item, planner)
+                continue
+            target = planner.resolve_tensor(item).detach()
+            targets.append((item, target))
+            saved = source.tensors[item.storage_index.fqn]
+            origin = _origin(item.storage_index)
+            offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
+            memory = plain_memory(saved.spec.name, getattr(target, "_local_tensor", target))
+            require_own_elements(saved.spec.name, memory)
+            fragment = Fragment(Box(offsets, tuple(item.lengths)), memory)
+            wanted = HeldTensor(saved.spec, saved.spec.shape, (HeldPart(Part(saved.spec.shape), (), (fragment,)),))
+            reads += plan_reads(saved, wanted)
+        try:
+            reader.execute(reads)
+        finally:
+            reader.close()
+        for item, target in targets:
+            planner.commit_tensor(item, target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        name = item.storage_index.fqn
+        if self._pickled is not None and name in self._pickled.paths:
+            planner.load_bytes(item, as_stream(self._pickled.value(name)))
+            return
+        if name not in self._values:
+            raise MissingTensorError(
+                "the checkpoint has no value of this name",
+                path=self._path,
+                tensor=name,
+                hint="Leave it out of the state dict, or allow partial loads in the planner.",
+            )
+        planner.load_bytes(item, as_stream(self._values[name]))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
+        """Whether this reader can read there: any local path."""
+        return "://" not in str(checkpoint_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Where this reader reads."""
+        return str(self._path)
+
+
+def _origin(index: MetadataIndex) -> tuple[int, ...]:
+    return tuple(index.offset or ())

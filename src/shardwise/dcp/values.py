@@ -1,0 +1,146 @@
+"""What a DCP state dict holds besides tensors: numbers, text, lists. One JSON file beside the tensor files, no pickle.
+
+DCP would pickle every such value. Here the rank that DCP chose for it encodes the object itself and sends the text to
+the coordinator, which writes all of them as one state (`shardwise.format.state_json`): a table from DCP's names
+(``optim.param_groups.0.lr``) to values. Tensors inside a value, in a tuple say, which DCP does not look into, go to a
+second file; its name does not end in ``.safetensors``, so that nobody takes them for tensors of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+from shardwise.disk.crc import crc32c
+from shardwise.disk.storage import Storage
+from shardwise.errors import MisuseError, NameCollisionError, ShardwiseError, StateFormatError, StorageError
+from shardwise.format.manifest import FileRecord
+from shardwise.sources.state_files import pack_state, read_file, unpack_state, write_plain
+
+#: The values, and the tensors inside them, if any.
+VALUES_NAME = "dcp_values.json"
+VALUES_TENSORS_NAME = "dcp_values.tensors"
+
+_NAMES = {".json": VALUES_NAME, ".safetensors": VALUES_TENSORS_NAME}
+
+
+@dataclass(frozen=True)
+class PackedValue:
+    """A value as a rank sends it to the coordinator.
+
+    Attributes:
+        packed: A state, which is a table of this one value under its name; see `pack_state`.
+    """
+
+    packed: Mapping[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded value."""
+        return sum(map(len, self.packed.values()))
+
+
+def pack_value(item: WriteItem, planner: SavePlanner) -> PackedValue:
+    """Encode the object that DCP would pickle.
+
+    Raises:
+        MisuseError: The planner does not give objects out.
+        StateFormatError: The object is of a kind that cannot be stored; names the item and the place inside it.
+    """
+    name = item.index.fqn
+    look_up: Callable[[MetadataIndex], object] | None = getattr(planner, "lookup_object", None)
+    if look_up is None:
+        raise MisuseError(
+            f"{type(planner).__name__} has no lookup_object, so that this value is to be had as a pickle only",
+            tensor=name,
+            hint="Derive the planner from DCP's DefaultSavePlanner, or keep the value out of the state dict.",
+        )
+    try:
+        return PackedValue(pack_state({name: look_up(item.index)}))
+    except StateFormatError as error:
+        error.tensor = name
+        raise
+
+
+def merge_values(parts: Iterable[tuple[str, PackedValue]]) -> dict[str, object]:
+    """The values of all ranks, in one table.
+
+    Raises:
+        NameCollisionError: Ranks sent different values under one name.
+    """
+    seen: dict[str, PackedValue] = {}
+    for name, part in parts:
+        if seen.setdefault(name, part) != part:
+            raise NameCollisionError(
+                "ranks saved different values under this name",
+                tensor=name,
+                hint="Put the rank into the name, or keep what differs between ranks out of the state dict.",
+            )
+    return {name: _table(part.packed)[name] for name, part in seen.items()}
+
+
+def write_values(storage: Storage, directory: Path, values: Mapping[str, object]) -> list[FileRecord]:
+    """Write the values, durable; no file where there are none."""
+    records = []
+    for suffix, content in (pack_state(dict(values)) if values else {}).items():
+        write_plain(storage, directory / _NAMES[suffix], content)
+        records.append(FileRecord(_NAMES[suffix], len(content), crc32c(content), None))
+    return records
+
+
+def read_values(directory: Path) -> dict[str, object]:
+    """Read the values of a directory; none where it has no such file.
+
+    Raises:
+        StateFormatError: The file is damaged or forged.
+    """
+    path = directory / VALUES_NAME
+    if not os.path.lexists(path):
+        return {}
+    packed = {".json": read_file(path)}
+    if os.path.lexists(directory / VALUES_TENSORS_NAME):
+        packed[".safetensors"] = read_file(directory / VALUES_TENSORS_NAME)
+    try:
+        return _table(packed)
+    except ShardwiseError as error:
+        error.path = error.path or str(path)
+        raise
+
+
+def remove_values(directory: Path) -> None:
+    """Remove what an earlier save left, so that it is never read with new tensors."""
+    for name in _NAMES.values():
+        remove(directory / name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError.from_os(error, path=path) from error
+
+
+def as_stream(value: object) -> io.BytesIO:
+    """A value as DCP's load planners take it: they unpickle it. Made here and now; nothing of it comes from a file."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+def _table(packed: Mapping[str, bytes]) -> dict[str, object]:
+    table = unpack_state(dict(packed))
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+        raise StateFormatError(
+            "the values are not a table from names to values",
+            hint="The file is damaged or forged: restore it from a copy, or resume from another checkpoint.",
+        )
+    return table

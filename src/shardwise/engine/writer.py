@@ -1,0 +1,202 @@
+"""Writing runs of bytes at their final offsets, with their digests.
+
+The digest of a tensor does not depend on who wrote which run of it: a run's CRC-32C, shifted by the bytes that follow
+it in the tensor, is its contribution, and the exclusive or of all contributions is the CRC-32C of the tensor. So ranks
+exchange one number for each tensor, not one for each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from shardwise.disk.crc import crc32c, shift
+from shardwise.disk.storage import Storage, located
+from shardwise.dtypes import torch_dtype
+from shardwise.errors import ShardwiseError
+from shardwise.plan.deferred import deferred
+from shardwise.plan.schedule import Run
+from shardwise.sources.tensor_bytes import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
+
+#: A run larger than this is cut, so that several threads can share it.
+_LARGEST_RUN_BYTES = 64 * 2**20
+
+#: Continues a digest: takes a block and the digest of what stands before it. The benchmark measures what it costs by
+#: passing one that does nothing.
+Digest = Callable[[memoryview, int], int]
+
+
+@dataclass
+class Digests:
+    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``."""
+
+    crcs: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, share: int, nbytes: int) -> None:
+        """Take in what ``nbytes`` bytes of a tensor contribute."""
+        self.crcs[name] = self.crcs.get(name, 0) ^ share
+        self.counts[name] = self.counts.get(name, 0) + nbytes
+
+    def take(self, piece: Prepared, crc: int) -> None:
+        """Take in what was prepared and has been written."""
+        self.add(piece.name, shift(crc, piece.behind), piece.nbytes)
+
+
+class FileSet:
+    """Open files of one export, by index; opened when first needed, synced and closed together."""
+
+    def __init__(self, storage: Storage, paths: Sequence[Path]) -> None:
+        self._storage = storage
+        self._paths = paths
+        self._handles: dict[int, int] = {}
+
+    def handle(self, file: int) -> int:
+        """The handle of file ``file``, open for writing."""
+        if file not in self._handles:
+            self._handles[file] = self._storage.open(self._paths[file], writable=True)
+        return self._handles[file]
+
+    def path(self, file: int) -> Path:
+        """Path of file ``file``."""
+        return self._paths[file]
+
+    def sync(self) -> None:
+        """Make durable what was written through this object."""
+        for file, handle in self._handles.items():
+            try:
+                self._storage.sync(handle)
+            except ShardwiseError as error:
+                raise located(error, self._paths[file]) from None
+
+    def close(self) -> None:
+        """Close every handle, even if one fails; the first failure is raised."""
+        failure: ShardwiseError | None = None
+        while self._handles:
+            file, handle = self._handles.popitem()
+            try:
+                self._storage.close(handle)
+            except ShardwiseError as error:
+                failure = failure or located(error, self._paths[file])
+        if failure is not None:
+            raise failure
+
+
+class Prepared(NamedTuple):
+    """A run, or a part of one, with all that can be known before its bytes are written: made once for many saves.
+
+    Attributes:
+        file: Index of the file.
+        offset: Byte offset in the file.
+        name: The tensor's name.
+        nbytes: Length in bytes.
+        behind: Bytes of the tensor that follow it.
+        dtype: The dtype in the file.
+        data: The elements.
+        memory: Their memory, if it can be written as it is.
+    """
+
+    file: int
+    offset: int
+    name: str
+    nbytes: int
+    behind: int
+    dtype: torch.dtype
+    data: torch.Tensor
+    memory: memoryview | None
+
+
+def prepare(run: Run) -> Prepared:
+    """Look at a run. It may be written as often as its tensor stays where it is."""
+    file, offset, _, spec, start, data = run
+    nbytes, dtype = run.nbytes, torch_dtype(spec.dtype)
+    behind = spec.nbytes - start - nbytes
+    return Prepared(file, offset, spec.name, nbytes, behind, dtype, data, bytes_in_place(data, dtype))
+
+
+def prepare_all(runs: Iterable[Run]) -> tuple[Prepared, ...]:
+    """Look at runs, and cut those that several threads can share."""
+    return tuple([prepare(piece) for run in runs for piece in _pieces(run)])
+
+
+def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
+    """Write one run; returns its digest."""
+    return write_prepared(prepare(run), files, storage, digest)
+
+
+def write_prepared(piece: Prepared, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
+    """Write what was prepared; returns its digest."""
+    file, offset, name, nbytes, _, dtype, data, memory = piece
+    handle, crc = files.handle(file), 0
+    try:
+        # Writing fetches the block into the core's cache, where the digest then finds it; the other way round was
+        # slower (docs/benchmarks.md).
+        if memory is not None and 0 < nbytes <= BLOCK_BYTES:
+            storage.write(handle, memory, offset)
+            return digest(memory, 0)
+        for block in byte_blocks(data, dtype) if memory is None else cut_bytes(memory):
+            storage.write(handle, block, offset)
+            crc = digest(block, crc)
+            offset += len(block)
+    except ShardwiseError as error:
+        raise located(error, files.path(file), name) from None
+    return crc
+
+
+def write_all(
+    pieces: Sequence[Prepared],
+    files: FileSet,
+    storage: Storage,
+    threads: int,
+    digests: Digests,
+    digest: Digest = crc32c,
+) -> None:
+    """Write what was prepared, in order on each thread, and add its digests.
+
+    Args:
+        pieces: What to write, as `prepare_all` gives it.
+        files: Where.
+        storage: Through what.
+        threads: How many at once. Opening and adding digests stay on the calling thread.
+        digests: Takes the contributions.
+        digest: How to compute them.
+    """
+    for file in dict.fromkeys([piece.file for piece in pieces]):
+        files.handle(file)
+    made = [piece for piece in pieces if deferred(piece.data) is not None]
+    if threads > 1 and made:
+        # What modules make is made in order, on one thread: no more than one module's at a time.
+        pieces = [piece for piece in pieces if deferred(piece.data) is None]
+        write_all(made, files, storage, 1, digests, digest)
+    if threads <= 1 or len(pieces) <= 1:
+        for piece in pieces:
+            digests.take(piece, write_prepared(piece, files, storage, digest))
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
+        futures = [pool.submit(write_prepared, piece, files, storage, digest) for piece in pieces]
+        try:
+            for piece, future in zip(pieces, futures, strict=True):
+                digests.take(piece, future.result())
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _pieces(run: Run) -> Iterable[Run]:
+    if run.nbytes <= _LARGEST_RUN_BYTES:
+        yield run
+        return
+    start = 0
+    for block in blocks(run.data, _LARGEST_RUN_BYTES // run.spec.itemsize):
+        yield Run(run.file, run.offset + start, run.tensor, run.spec, run.start + start, block)
+        start += block.numel() * run.spec.itemsize
+
+
+def totals(names: Sequence[str], digests: Digests) -> tuple[list[int], list[int]]:
+    """The contributions as two lists in the order of ``names``, for folding over ranks."""
+    return [digests.crcs.get(n, 0) for n in names], [digests.counts.get(n, 0) for n in names]

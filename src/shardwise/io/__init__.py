@@ -1,1 +1,0 @@
-"""Bytes in and out: storage, the digesting writer, the byte-range reader, sources, DCP's storage classes."""

@@ -1,0 +1,1 @@
+"""Adapters: which tensors they are, under which names, with which settings; fresh ones and restored ones."""

@@ -1,0 +1,203 @@
+"""What an adapter checkpoint contains, as one rank holds it: the adapters' counterpart of capturing a model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+import torch.nn as nn
+
+from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
+from shardwise.peft.config import rank_setting
+from shardwise.peft.extra import extra_entries
+from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
+from shardwise.peft.names import clean, join, named_modules, text_config
+from shardwise.peft.own_capture import capture_own
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.plan.views import AxisView, hub_views
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.model_parts import unwrap
+from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.units import label
+from shardwise.stateful_wrappers.ways import (
+    foreign,
+    gives_extra,
+    makes_own,
+    makes_subtree,
+    refuse_hooks_around,
+    takes_extra,
+)
+
+
+def capture_adapter(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    *,
+    v4_compatible: bool,
+    legacy_paramwrapper_layout: bool,
+    adapter_name: str | None = None,
+    save_embedding_layers: SaveEmbeddings = "auto",
+    base: str | None = None,
+    stepped: Collection[int] = (),
+) -> AdapterTensors:
+    """Describe the adapters of a model, for saving and for loading alike. Local: no rank communicates.
+
+    Every tensor refers to the memory of a parameter, of which a DTensor holds this rank's shard; nothing is copied or
+    gathered. Ranks of one pipeline stage describe the same tensors.
+
+    Args:
+        parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
+            with LoRA modules of its own (see `shardwise.peft.own`).
+        peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
+            which ``dim`` is read (or ``r`` of what `shardwise.addons.peft.read_adapter_config` returns).
+        v4_compatible: Describe expert adapters as one pair for each expert and projection.
+        legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
+        adapter_name: Only this adapter; all if not given.
+        save_embedding_layers: As in ``PeftModel.save_pretrained``.
+        base: The base model, for an adapter that does not name it.
+        stepped: Identities of parameters that an optimizer has state of: trained, if they are frozen by now.
+
+    Raises:
+        AdapterError: The adapter cannot be described.
+        MisuseError: There is no adapter of that name.
+        ModuleStateError: A module that is to be saved makes or takes its state in a way of its own.
+        NameCollisionError: Two parts have a tensor of one name.
+    """
+    if is_peft_adapted(parts, peft_config):
+        configs = adapter_configs(parts, peft_config)
+        # In an order of all ranks': stages may have been given their adapters in different ones.
+        wanted = sorted(configs) if adapter_name is None else [adapter_name]
+        files = []
+        for name in wanted:
+            found = [
+                capture_peft(
+                    part,
+                    configs,
+                    name,
+                    v4_compatible=v4_compatible,
+                    legacy_layout=legacy_paramwrapper_layout,
+                    save_embedding_layers=save_embedding_layers,
+                    base=base,
+                )
+                for part in parts
+            ]
+            files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
+    else:
+        for part in parts:
+            # What reads the modules below is to find shards, and not what a forward pass has left gathered.
+            own_tensors(outer(part))
+        if adapter_name not in (None, "default"):
+            raise MisuseError(
+                f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
+            )
+        dim = rank_setting(peft_config)
+        own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
+        files = [AdapterFile("default", "", _joined(own))]
+    _refuse_own_ways(parts, files)
+    inventory, cut = _inventory(parts)
+    extra = extra_entries(parts, files, stepped) if adapter_name is None else ()
+    return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
+
+
+def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
+    """What this rank holds of an adapter's tensors: sources for a save, destinations for a load.
+
+    Args:
+        entries: Of one `AdapterFile`.
+        meshes: Keys of the meshes seen so far on this rank.
+
+    Raises:
+        TensorError: A partial or unknown placement.
+        MisuseError: A sparse or nested tensor.
+    """
+    out: list[HeldTensor] = []
+    for item in entries:
+        native = held_tensor(item.spec.name, item.tensor, meshes)
+        parts = native.parts if item.view is None else tuple(_through(item.view, part) for part in native.parts)
+        out.append(HeldTensor(item.spec, item.grid, parts))
+    return tuple(out)
+
+
+def _through(view: AxisView, held: HeldPart) -> HeldPart:
+    pieces = tuple(
+        Fragment(box, data) for fragment in held.fragments for box, data in hub_views(view, fragment.box, fragment.data)
+    )
+    return HeldPart(replace(held.part, view=view), held.coordinate, pieces)
+
+
+def adapter_directory(adapter_name: str) -> str:
+    """Where peft keeps an adapter below the directory that it saves into."""
+    return "" if adapter_name == "default" else adapter_name
+
+
+def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, ...]:
+    out: dict[str, AdapterEntry] = {}
+    for entries in per_part:
+        for item in entries:
+            if item.spec.name in out:
+                raise NameCollisionError(
+                    "two parameters claim one name in the adapter",
+                    tensor=item.spec.name,
+                    hint="Give the pipeline stages distinct module names.",
+                )
+            out[item.spec.name] = item
+    return tuple(out.values())
+
+
+def _layers(parts: Sequence[nn.Module]) -> int | None:
+    counts = (getattr(text_config(unwrap(part)), "num_hidden_layers", None) for part in parts)
+    return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
+
+
+def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """The outermost lists and dictionaries of numbered layers, and which of them are no whole lists.
+
+    A layer is a module with modules in it. Heads by number are none, and neither is what an adapter's name keys.
+    """
+    found: dict[str, set[int]] = {}
+    cut: set[str] = set()
+    for part in parts:
+        pending = [("", outer(part))]
+        while pending:
+            path, module = pending.pop()
+            children = {name: child for name, child in module._modules.items() if child is not None}
+            numbered = bool(children) and all(name.isdecimal() for name in children)
+            layered = any(any(True for _ in wrapping.unwrap(child).children()) for child in children.values())
+            kept = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+            if kept and numbered and layered:
+                name = clean(path).removeprefix(PEFT_PREFIX)
+                found.setdefault(name, set()).update(map(int, children))
+                if isinstance(module, nn.ModuleDict) or len(children) < len(module._modules):
+                    cut.add(name)
+                if not isinstance(module, nn.Sequential):  # which may also be a model and its head
+                    continue
+            pending.extend((join(path, name), child) for name, child in children.items())
+    return {name: tuple(sorted(indices)) for name, indices in sorted(found.items())}, frozenset(cut)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
+    if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
+        return False
+    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+        return False
+    return type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+
+
+def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
+    """Check that what is saved of each module is its parameters and buffers, and that it takes them as they are."""
+    owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
+    around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
+    for part in parts:
+        refuse_hooks_around(part, outer(part))
+        for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
+            hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+            # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
+            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
+                raise ModuleStateError(
+                    f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
+                    "parameters and buffers as they are",
+                    hint="Remove its state_dict hooks, or leave it out of modules_to_save.",
+                )

@@ -1,0 +1,320 @@
+"""adapter_config.json and automodel_peft_config.json: what they say, and reading them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import cast
+
+import torch.nn as nn
+
+from shardwise.comm import JsonValue
+from shardwise.errors import AdapterError, CheckpointNotFoundError
+from shardwise.peft.own import (
+    ExpertSite,
+    LinearSite,
+    Site,
+    find_sites,
+    find_trained_modules,
+    hub_target_modules,
+)
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
+from shardwise.stateful_wrappers.model_parts import described_part, own_class, unwrap
+
+_LOG = logging.getLogger(__name__)
+
+AUTOMODEL_CONFIG_NAME = "automodel_peft_config.json"
+
+#: What the class name of a model says of its task, first match. Source: the names of transformers' auto classes, and
+#: ``peft.TaskType``.
+_TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForMaskedLM", None),
+)
+
+#: Settings of a model's own LoRA that adapter_config.json holds, some under another name. ``target_modules`` is not
+#: among them: the file has the modules that were adapted, not the patterns that were configured.
+_IN_HF_CONFIG = frozenset(
+    {"dim", "alpha", "use_dora", "use_rslora", "peft_type", "task_type", "bias", "inference_mode"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSettings:
+    """What adapter_config.json must say of a model's own LoRA modules; of one rank's parts, or of all ranks'.
+
+    Attributes:
+        target_modules: Adapted modules under their Hugging Face names, sorted.
+        target_parameters: Adapted fused parameters, sorted.
+        rank_pattern: Ranks other than the configured one.
+        alpha_pattern: Alphas other than the configured one.
+        modules_to_save: Modules that are trained as a whole, sorted.
+        lora_bias: Whether the B factors have biases.
+    """
+
+    target_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    lora_bias: bool = False
+
+    def to_json(self) -> JsonValue:
+        """As a value that can travel between ranks."""
+        return cast(JsonValue, json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @staticmethod
+    def union(values: Sequence[JsonValue]) -> OwnSettings:
+        """The settings of all ranks together, from what each passed to `to_json`."""
+        rows = [cast("dict[str, object]", value) for value in values]
+
+        def names(key: str) -> tuple[str, ...]:
+            return tuple(sorted({name for row in rows for name in cast("list[str]", row[key])}))
+
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for row in rows:
+            ranks.update(cast("dict[str, int]", row["rank_pattern"]))
+            alphas.update(cast("dict[str, float]", row["alpha_pattern"]))
+        return OwnSettings(
+            names("target_modules"),
+            names("target_parameters"),
+            dict(sorted(ranks.items())),
+            dict(sorted(alphas.items())),
+            names("modules_to_save"),
+            any(bool(row["lora_bias"]) for row in rows),
+        )
+
+
+def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> OwnSettings:
+    """Read the settings of a model's own LoRA modules from this rank's parts.
+
+    Raises:
+        AdapterError: A LoRA module cannot be described.
+    """
+    dim, alpha = rank_setting(peft_config), alpha_setting(peft_config)
+    merged: list[JsonValue] = []
+    for part in parts:
+        sites = find_sites(part, dim, v4_compatible)
+        fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
+        single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
+        ranks, alphas = _patterns(part, sites, dim, alpha, _setting(peft_config, "use_rslora") is True)
+        settings = OwnSettings(
+            tuple(hub_target_modules(part, {t for s in single for t in s.targets})),
+            tuple(sorted({f"{s.fqn}.{s.parameter}" for s in fused})),
+            ranks,
+            alphas,
+            tuple(sorted(m.fqn for m in find_trained_modules(part, sites))),
+            any(isinstance(s, LinearSite) and s.bias is not None for s in sites),
+        )
+        merged.append(settings.to_json())
+    return OwnSettings.union(merged)
+
+
+def _patterns(
+    part: nn.Module, sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
+) -> tuple[dict[str, int], dict[str, float]]:
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for site in sites:
+        keys = _pattern_keys(part, site)
+        if dim is not None and site.rank != dim:
+            ranks.update(dict.fromkeys(keys, site.rank))
+        if alpha is None or site.scale is None:
+            continue
+        own = site.scale * (math.sqrt(site.rank) if rslora else site.rank)
+        if not math.isclose(own, alpha, rel_tol=1e-6):
+            exact = round(own) if math.isclose(own, round(own), rel_tol=1e-6) else own
+            alphas.update(dict.fromkeys(keys, exact))
+    return ranks, alphas
+
+
+def _pattern_keys(part: nn.Module, site: Site) -> Sequence[str]:
+    """Keys of rank_pattern and alpha_pattern, which peft reads as regular expressions for the end of a name."""
+    if isinstance(site, LinearSite):
+        return hub_target_modules(part, site.targets)
+    if site.fused:
+        return (f"{site.fqn}.{site.parameter}",)
+    return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)
+
+
+def _setting(config: object | None, name: str) -> object:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def rank_setting(config: object | None) -> int | None:
+    """The configured rank of a model's own LoRA: ``dim``, or ``r`` where a ``LoraConfig`` was used for it."""
+    values = (_setting(config, name) for name in ("dim", "r"))
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def alpha_setting(config: object | None) -> float | None:
+    """The configured alpha of a model's own LoRA: ``alpha``, or ``lora_alpha`` where a ``LoraConfig`` was used."""
+    values = (_setting(config, name) for name in ("alpha", "lora_alpha"))
+    return next((value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)), None)
+
+
+def own_config(
+    parts: Sequence[nn.Module],
+    peft_config: object,
+    settings: OwnSettings,
+    original_model_path: str | None = None,
+) -> dict[str, object]:
+    """The minimal adapter_config.json of a model's own LoRA.
+
+    Args:
+        parts: This rank's parts.
+        peft_config: The configuration: ``dim``, ``alpha``, ``use_dora``.
+        settings: What was adapted, on all ranks.
+        original_model_path: The base model, for a model that does not name it.
+    """
+    task, mapping = task_type(parts)
+    out: dict[str, object] = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "r": rank_setting(peft_config),
+        "lora_alpha": alpha_setting(peft_config),
+        "use_dora": bool(_setting(peft_config, "use_dora")),
+        "target_modules": list(settings.target_modules),
+        "bias": "none",
+        "base_model_name_or_path": base_model_name(parts) or original_model_path,
+        "inference_mode": True,
+    }
+    if mapping is not None:
+        out["auto_mapping"] = mapping
+    if settings.target_parameters:
+        out["target_parameters"] = list(settings.target_parameters)
+    if settings.rank_pattern:
+        out["rank_pattern"] = dict(settings.rank_pattern)
+    if settings.alpha_pattern:
+        out["alpha_pattern"] = dict(settings.alpha_pattern)
+    if settings.modules_to_save:
+        out["modules_to_save"] = list(settings.modules_to_save)
+    if settings.lora_bias:
+        out["lora_bias"] = True
+    if _setting(peft_config, "use_rslora") is True:
+        out["use_rslora"] = True
+    return out
+
+
+def task_type(parts: Sequence[nn.Module]) -> tuple[str | None, dict[str, str] | None]:
+    """Task type of a model in peft's terms, and the ``auto_mapping`` that replaces it where peft has none."""
+    model = described_part(parts)
+    if model is None:
+        return "CAUSAL_LM", None
+    config = getattr(model, "config", None)
+    architectures = getattr(config, "architectures", None)
+    names = [cls.__name__ for cls in type(model).__mro__]
+    names += [str(name) for name in architectures] if isinstance(architectures, (list, tuple)) else []
+    for name in names:
+        for marker, task in _TASKS:
+            if marker in name:
+                return (task, None) if task is not None else (None, _auto_mapping(model))
+        if "ForConditionalGeneration" in name:
+            # Vision-language models have the same ending; only an encoder-decoder is sequence to sequence.
+            return ("SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) is True else "CAUSAL_LM"), None
+    cls = own_class(model)
+    headless = cls.__name__.endswith("Model") and cls.__module__.partition(".")[0].startswith("transformers")
+    return ("FEATURE_EXTRACTION" if headless or "FeatureExtraction" in cls.__name__ else "CAUSAL_LM"), None
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    cls = own_class(model)
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+
+def base_model_name(parts: Sequence[nn.Module]) -> str | None:
+    """Name or path of the base model, from the model's configuration or the model itself."""
+    for part in parts:
+        model = unwrap(part)
+        config = getattr(model, "config", None)
+        for holder, name in ((config, "name_or_path"), (config, "_name_or_path"), (model, "name_or_path")):
+            value = getattr(holder, name, None)
+            if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+                return os.fspath(value)
+    return None
+
+
+def automodel_metadata(peft_config: object) -> dict[str, object]:
+    """The settings of a LoRA configuration that adapter_config.json does not hold.
+
+    Args:
+        peft_config: A configuration with ``to_dict()``; a dataclass or a mapping will do.
+
+    Raises:
+        AdapterError: It is none of these.
+    """
+    to_dict = getattr(peft_config, "to_dict", None)
+    if isinstance(peft_config, Mapping):
+        values: object = dict(peft_config)
+    elif callable(to_dict):
+        values = to_dict()
+    elif dataclasses.is_dataclass(peft_config) and not isinstance(peft_config, type):
+        values = {field.name: getattr(peft_config, field.name) for field in dataclasses.fields(peft_config)}
+    else:
+        values = None
+    if not isinstance(values, Mapping):
+        raise AdapterError(
+            f"the adapter configuration {type(peft_config).__name__} has no to_dict()",
+            hint="Give it a to_dict() that returns its settings.",
+        )
+    return {str(key): jsonable(value, str(key)) for key, value in values.items() if key not in _IN_HF_CONFIG}
+
+
+def jsonable(value: object, key: str) -> object:
+    """``value`` as JSON can hold it: sets sorted, enumerations by value, dtypes and other objects as text."""
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Enum):
+        return jsonable(value.value, key)
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v, key) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(item, key) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item, key) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ != "torch":
+        _LOG.warning("the adapter setting %r (%s) is stored as text", key, type(value).__name__)
+    return str(value)
+
+
+def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, object]:
+    """Read the ``adapter_config.json`` in ``directory``.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        AdapterError: It is not a JSON object that names a peft method.
+    """
+    path = Path(directory) / ADAPTER_CONFIG_NAME
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFoundError(
+            f"no {ADAPTER_CONFIG_NAME}", path=path, hint="Pass the directory of an adapter checkpoint."
+        ) from error
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "Restore the file, or save the adapter again."
+        raise AdapterError(f"not JSON: {error}", path=path, hint=hint) from error
+    if not isinstance(value, dict) or not isinstance(value.get("peft_type"), str):
+        raise AdapterError(
+            "the adapter configuration does not name a peft_type",
+            path=path,
+            hint="Restore the file, or save the adapter again.",
+        )
+    return value

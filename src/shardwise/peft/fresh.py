@@ -1,0 +1,472 @@
+"""Fresh values for the adapters of a model that was built on the meta device: peft's own, layer by layer.
+
+What an adapter begins with is peft's to say, and some of it follows from the base weights (DoRA's magnitudes, PiSSA,
+OLoRA, tokens that are trained) or from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies).
+So the base is loaded first, and then peft adapts a stand-in for the model: the adapted modules alone, without memory,
+each of which is given its base weights just before peft replaces it. What peft made is copied into the model's shards
+and let go, so that memory is that of the largest adapted module.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.errors import AdapterError, ShardwiseError
+from shardwise.peft.models import adapter_configs, method_of, outer
+from shardwise.peft.names import clean, join, named_modules
+from shardwise.stateful_wrappers.markers import has_mark, mark
+from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.model_parts import unwrap
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.wrapping import original_class
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+
+#: Ways to begin LoRA that look at nothing but the factors. Source: peft's ``LoraLayer.update_layer``.
+_LOOKS_AT_FACTORS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+#: LoRA's variants that look at the base weights or may do so. Source: the fields of ``LoraConfig``.
+_VARIANTS = ("use_dora", "use_qalora", "arrow_config", "use_bdlora", "lora_ga_config", "velora_config")
+
+
+def adapter_tensors(part: nn.Module) -> list[torch.Tensor]:
+    """Every tensor of a part's adapters, and what lies beside them in peft's layers; not base weights."""
+    return [tensor for _, tensor in _adapter_slots(part)]
+
+
+def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = None, *, seed: int = 0) -> None:
+    """Give the adapters of models adapted with peft the values that peft would begin with, in place.
+
+    Call when the parts have memory and their base weights. What follows from the configuration and the base weights is
+    equal to peft's, bit for bit; random values follow from ``seed`` and the module's name, and are the same on every
+    topology. Every rank that holds a part calls; base weights that are spread over ranks are gathered one module at a
+    time, where the method looks at them. The generators' states are left as they were.
+
+    Args:
+        parts: This rank's parts, on a real device.
+        peft_config: As for `shardwise.addons.peft.capture_adapter`.
+        seed: Another seed gives other values.
+
+    Raises:
+        AdapterError: peft cannot begin this method without the eager model, or a tensor would be left without values.
+    """
+    configs = adapter_configs(parts, peft_config)
+    check_can_begin(parts, peft_config)
+    for part in parts:
+        slots = _adapter_slots(part)
+        for _, tensor in slots:
+            mark(tensor)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("cpu"):
+            warnings.simplefilter("ignore")
+            for name, config in configs.items():
+                _begin(part, name, config, seed)
+                _begin_beside(part, name, seed)
+        unfilled = [name for name, tensor in slots if has_mark(tensor)]
+        if unfilled:
+            methods = ", ".join(sorted({_method(config) for config in configs.values()}))
+            raise AdapterError(
+                f"{methods}: {len(unfilled)} tensors of the adapter have no initial values: {', '.join(unfilled[:5])}",
+                tensor=unfilled[0],
+                hint="Build and adapt this model on a real device instead of the meta device.",
+            )
+
+
+def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = None) -> None:
+    """Check that peft can give the parts' adapters their first values after the model has been built.
+
+    Raises:
+        AdapterError: A method keeps its tensors elsewhere than in the adapted layers, or ties them by views.
+    """
+    for name, config in adapter_configs(parts, peft_config).items():
+        _refuse_unknown(name, config)
+
+
+def check_method(parts: Sequence[nn.Module], method: str) -> None:
+    """Check that LoRA factors may begin otherwise than their configuration says.
+
+    Raises:
+        AdapterError: It names a beginning that the base weights, or magnitudes, follow from.
+    """
+    for name, config in adapter_configs(parts, None).items():
+        begin = getattr(config, "init_lora_weights", True)
+        if begin not in (True, None, "gaussian"):
+            raise AdapterError(
+                f"the adapter {name!r} has init_lora_weights={begin!r}, and peft_init_method is {method!r}",
+                hint="Leave one of them out.",
+            )
+
+
+def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
+    """Refuse to load base weights into an adapted model that has memory where its adapters began by changing these.
+
+    Raises:
+        AdapterError: An adapter's method keeps a part of the base weights (PiSSA, OLoRA, CorDA, LoftQ, OSF).
+    """
+    for name, config in adapter_configs(parts, None).items():
+        begin = getattr(config, "init_lora_weights", None)
+        changing = str(begin).lower().partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")
+        if (isinstance(begin, str) and changing) or method_of(config) == "OSF":
+            raise AdapterError(
+                f"the adapter {name!r} began with {_method(config)}, which took a part of the base weights out of the "
+                "model; loading the base over it would add that part once more",
+                hint="Build and adapt the model on the meta device: then base weights and adapter begin together.",
+            )
+
+
+def _refuse_unknown(name: str, config: PeftConfig) -> None:
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    reason = ""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if config.is_prompt_learning or tuner is None or not issubclass(tuner, BaseTuner):
+        reason = "does not live in layers"
+    elif str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
+        reason = "looks at gradients that have to be measured before the model is adapted"
+    elif getattr(config, "target_modules_to_tie", None):
+        reason = "with ensure_weight_tying ties factors by views, and memory of views is not kept on the meta device"
+    if reason:
+        raise AdapterError(
+            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
+            hint="Build and adapt this model on a real device, and restore with load_model.",
+        )
+
+
+def _method(config: PeftConfig) -> str:
+    begin = getattr(config, "init_lora_weights", None)
+    return f"{method_of(config)} ({begin})" if isinstance(begin, str) else method_of(config)
+
+
+def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of all that peft's layers have besides what they wrap, and of what the tuner itself has."""
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in named_modules(outer(part)):
+        if not isinstance(module, (BaseTuner, BaseTunerLayer)):
+            continue
+        for leaf, tensor in _own_tensors(module):
+            found.setdefault(id(tensor), (join(path, leaf), tensor))
+    return list(found.values())
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a tuner or of a layer of peft's, but for what it wraps, under clean names."""
+    wraps = ("base_layer.", "model.")
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        if not clean(name).startswith(wraps):
+            yield clean(name), tensor
+
+
+@dataclass(eq=False)
+class _StandIn:
+    """A model's adapted modules without memory, for peft to adapt.
+
+    Attributes:
+        root: What peft is given.
+        real: id of each stand-in -> the module that it stands for.
+        held: The stand-ins, which keep their ids.
+    """
+
+    root: nn.Module
+    real: dict[int, nn.Module] = field(default_factory=dict)
+    held: list[nn.Module] = field(default_factory=list)
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """A stand-in for a module: of its class, with its settings, and with parameters that have no memory."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            module = cast(
+                "nn.Module",
+                module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module,
+            )
+        cls = original_class(module)
+        out = cls.__new__(cls)
+        own = {name: value for name, value in vars(module).items() if not name.startswith("_hf_")}
+        # Hooks are the real module's, FSDP2's among them.
+        out.__dict__.update({**own, **{name: type(value)() for name, value in own.items() if name.endswith("_hooks")}})
+        out.__dict__["_parameters"] = {
+            leaf: None if p is None else nn.Parameter(_nothing(p), requires_grad=False)
+            for leaf, p in module._parameters.items()
+        }
+        out.__dict__["_buffers"] = {leaf: None if b is None else _nothing(b) for leaf, b in module._buffers.items()}
+        out.__dict__["_modules"] = {
+            leaf: None if child is None else self.of(child) for leaf, child in module._modules.items()
+        }
+        self.real[id(out)] = module
+        self.held.append(out)
+        return out
+
+
+def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and dtype that takes no memory; whoever looks at it sees no number."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if type(local) not in PLAIN and not isinstance(tensor, DTensor):
+        return tensor.detach()  # a quantized weight: its class tells peft which layer to make
+    value = float("nan") if tensor.dtype.is_floating_point else 0
+    return torch.full((), value, dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+
+
+def _stand_in(part: nn.Module) -> _StandIn:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner = unwrap(part)
+    config = getattr(inner, "config", None)
+    kind = getattr(config, "model_type", None) or "custom"
+    root = nn.Module()
+    root.config = {"model_type": kind, "tie_word_embeddings": False}  # type: ignore[assignment]
+    out = _StandIn(root)
+    taken: list[str] = []
+    for path, module in named_modules(inner):
+        if any(path.startswith(f"{name}.") for name in taken):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            parent = root
+            *containers, leaf = path.split(".")
+            for piece in containers:
+                if piece not in parent._modules:
+                    parent.add_module(piece, nn.Module())
+                parent = cast("nn.Module", parent._modules[piece])
+            parent._modules[leaf] = out.of(module)
+            taken.append(path)
+    return out
+
+
+def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
+    """Adapt a stand-in for a part with one adapter, and copy what that made into the part."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    stand_in = _stand_in(part)
+    if not stand_in.held:
+        return
+    plain = copy.deepcopy(config)
+    for setting in ("modules_to_save", "trainable_token_indices", "layer_replication", "modules_to_tie"):
+        if hasattr(plain, setting):
+            setattr(plain, setting, None)  # the layers are replicated already, and the others are done by themselves
+    plain.inference_mode = False
+    if hasattr(plain, "ensure_weight_tying"):
+        plain.ensure_weight_tying = False
+    tuner_class = cast("type[BaseTuner]", PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])
+    real_layers = dict(named_modules(unwrap(part)))
+    copier = _Copier(stand_in, name, config, real_layers, seed)
+    adapted = _watched(tuner_class, copier)
+    if not any(_has_adapter(module, name) for module in real_layers.values()):
+        return
+    torch.manual_seed(_seed(seed, name, ""))
+    try:
+        tuner = adapted(stand_in.root, plain, name)
+    except ShardwiseError:
+        raise
+    except Exception as error:  # peft's own code, on whatever this method looks at
+        raise AdapterError(
+            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed"
+            f"{f' at {copier.at!r}' if copier.at else ''}: {type(error).__name__}: {error}",
+            tensor=copier.at or None,
+            hint="Build and adapt this model on a real device, and restore with load_model.",
+        ) from error
+    whole = getattr(outer(part), "base_model", None)
+    if isinstance(whole, nn.Module):
+        copier.copy(tuner, whole, "")
+
+
+def _has_adapter(module: nn.Module, name: str) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer) and name in module._all_available_adapter_names()
+
+
+def _seed(seed: int, name: str, path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=7).digest())
+
+
+def _watched(tuner_class: type[BaseTuner], copier: _Copier) -> Callable[..., nn.Module]:
+    """The tuner's class, with a look at each module before and after it is replaced."""
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> None:
+        names = ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        target, parent, leaf, path = (given[n] for n in ("target", "parent", "target_name", "current_key"))
+        copier.before(target, path)
+        tuner_class._create_and_replace(self, *args, **kwargs)
+        copier.after(target, parent._modules[leaf], path)
+
+    watched = type(tuner_class.__name__, (tuner_class,), {"_create_and_replace": create})
+    return cast("Callable[..., nn.Module]", watched)
+
+
+class _Copier:
+    """Gives each stand-in its base weights before peft replaces it, and copies the layer that peft made after that."""
+
+    def __init__(
+        self, stand_in: _StandIn, name: str, config: PeftConfig, layers: Mapping[str, nn.Module], seed: int
+    ) -> None:
+        self._stand_in = stand_in
+        self._name = name
+        self._layers = layers
+        self._seed = seed
+        self._needs_base = _needs_base(config)
+        self._method = _method(config)
+        self._given: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        self.at = ""
+
+    def before(self, target: nn.Module, path: str) -> None:
+        """Called before peft replaces ``target``."""
+        self.at = path
+        self._given = []
+        if self._needs_base:
+            for module in target.modules():
+                self._give(module)
+        torch.manual_seed(_seed(self._seed, self._name, path))
+
+    def _give(self, module: nn.Module) -> None:
+        real = self._stand_in.real.get(id(module))
+        if real is None:
+            return
+        for leaf, parameter in real._parameters.items():
+            own = module._parameters.get(leaf)
+            if parameter is None or own is None:
+                continue
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if type(whole) in PLAIN:
+                own.data = whole.to("cpu", copy=True)
+                self._given.append((module, leaf, own, own.data.clone()))
+        for leaf, buffer in real._buffers.items():
+            if buffer is not None and leaf in module._buffers:
+                module._buffers[leaf] = buffer.detach().to("cpu", copy=True)
+
+    def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
+        """Called when peft has put ``made`` in the place of ``target``."""
+        parameter = getattr(made, "parameter_name", None)
+        # peft calls what it adapts by the parameter's name where that alone is adapted.
+        real = self._layers.get(path.removesuffix(f".{parameter}") if parameter else path)
+        # Several parameters of one module are adapted by wrappers around each other.
+        while real is not None and getattr(real, "parameter_name", None) != parameter:
+            real = real._modules.get("base_layer")
+        if real is None or not _has_adapter(real, self._name):
+            raise AdapterError(
+                f"{self._method} adapts {path!r}, and the model's adapter does not",
+                tensor=path,
+                hint="Give the model the configuration that its layers were made from.",
+            )
+        self.copy(made, real, path)
+        for module, leaf, own, before in self._given:
+            now = module._parameters.get(leaf)
+            if now is not own or not torch.equal(own.data, before):
+                self._write_base(module, leaf, now, path)
+            own.data = _nothing(own)
+        self._given = []
+
+    def _write_base(self, module: nn.Module, leaf: str, now: torch.Tensor | None, path: str) -> None:
+        target = self._stand_in.real[id(module)]._parameters.get(leaf)
+        if now is None or target is None or now.shape != target.shape:
+            raise AdapterError(
+                f"{self._method} replaces the base weight {leaf!r} of {path!r}, which has no place in the model",
+                tensor=join(path, leaf),
+                hint="Build and adapt this model on a real device.",
+            )
+        _write(join(path, leaf), target, now)
+
+    def copy(self, made: nn.Module, real: nn.Module, path: str) -> None:
+        """Copy what a fresh layer or tuner has into the model's, which has the same names."""
+        own = dict(_own_tensors(real))
+        for leaf, value in _own_tensors(made):
+            target = own.get(leaf)
+            if target is None or target.shape != value.shape:
+                have = "lacks it" if target is None else f"has {tuple(target.shape)}"
+                raise AdapterError(
+                    f"{self._method} begins {join(path, leaf)!r} as {tuple(value.shape)}, and the model {have}",
+                    tensor=join(path, leaf),
+                    hint="Build and adapt this model on a real device.",
+                )
+            _write(join(path, leaf), target, value)
+        for inner_path, inner in made.named_modules():
+            if not inner_path.startswith(("base_layer", "model")):
+                _copy_attributes(inner, dict(named_modules(real)).get(inner_path))
+
+
+def _copy_attributes(made: nn.Module, real: nn.Module | None) -> None:
+    """Tensors that a module keeps in plain attributes, alone or in a dictionary (FourierFT's frequencies)."""
+    if real is None:
+        return
+    for key, value in vars(made).items():
+        current = vars(real).get(key)
+        if key in ("_parameters", "_buffers", "_modules"):
+            continue
+        if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor):
+            setattr(real, key, value.to(current.device if current.device.type != "meta" else _device(real)))
+        elif isinstance(value, dict) and isinstance(current, dict):
+            for name, item in value.items():
+                if isinstance(item, torch.Tensor):
+                    current[name] = item.to(_device(real))
+
+
+def _device(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _needs_base(config: PeftConfig) -> bool:
+    """Whether the method may look at base weights; where that is not known, it may."""
+    if method_of(config) != "LORA" or getattr(config, "init_lora_weights", True) not in _LOOKS_AT_FACTORS:
+        return True
+    variants = {f.name for f in fields(config) if f.metadata.get("is_lora_variant")}
+    return any(getattr(config, name, None) for name in variants.union(_VARIANTS))
+
+
+def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
+    """Modules that are trained as copies, and tokens that are trained: both begin as the base's."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for path, module in named_modules(unwrap(part)):
+        if isinstance(module, TrainableTokensLayer) and name in module.token_indices:
+            _begin_tokens(path, module, name, seed)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and name in module._modules.get("modules_to_save", ()):
+            trained = cast("nn.ModuleDict", module.modules_to_save)[name]
+            first = dict(named_modules(cast("nn.Module", module.original_module)))
+            for inner_path, inner in named_modules(trained):
+                source = first[inner_path]
+                for leaf, tensor in (*inner._parameters.items(), *inner._buffers.items()):
+                    other = source._parameters.get(leaf, source._buffers.get(leaf))
+                    if tensor is not None and other is not None and other is not tensor:
+                        tensor.detach().copy_(other.detach())
+
+
+def _begin_tokens(path: str, layer: Any, name: str, seed: int) -> None:
+    if layer.tied_adapter is not None:
+        return
+    weight = layer.get_base_layer().weight.detach()
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    rows = whole[torch.tensor(layer.token_indices[name], device=whole.device)]
+    _write(join(path, "trainable_tokens_original", name), layer.trainable_tokens_original[name], rows)
+    delta = layer.trainable_tokens_delta[name]
+    if has_mark(delta):  # not where the method itself has begun it
+        _write(join(path, "trainable_tokens_delta", name), delta, rows)
+
+
+def _write(name: str, target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy a whole tensor into what this rank holds of it."""
+    for fragment in held_tensor(name, target, MeshRegister()).fragments:
+        box = fragment.box
+        fragment.data.copy_(whole.detach()[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])

@@ -1,0 +1,171 @@
+"""Before an adapter is loaded: does the file fit the model in ways that names and shapes do not show?"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from shardwise.errors import AdapterError, CheckpointNotFoundError
+from shardwise.peft.tensors import AdapterFile
+
+#: Settings that do not change what the tensors of an adapter mean; every other one is compared.
+_WITHOUT_MEANING = frozenset(
+    {
+        # Where the adapter comes from and what it is used for.
+        "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+        "tokenizer_name_or_path", "tokenizer_kwargs", "runtime_config", "runtime_offload_base_weight", "progressbar",
+        "megatron_config", "megatron_core",
+        # Which modules are adapted, and which tensors the file has: names tell. Ranks are shapes.
+        "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
+        "layers_pattern", "feedforward_modules", "bias", "lora_bias", "rank_pattern", "init_r", "save_projection",
+        "save_only_topk_weights", "save_indices", "save_precomputed_indices",
+        # How a fresh adapter begins. Some of LoRA's beginnings change the base weights: `_changed_base`.
+        "init_lora_weights", "init_weights", "init_ia3_weights", "d_initial", "init_vector_bank_bound",
+        "init_logits_std", "init_theta_d_bound", "init_v_bound", "init_scale", "loftq_config", "eva_config",
+        "corda_config", "lora_ga_config", "prompt_tuning_init", "prompt_tuning_init_text",
+        "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task",
+        # How it is trained from here on.
+        "velora_config", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+        "rank_dropout_scale", "auxiliary_loss_weight", "opt_weighted_loss_type", "opt_loss_decay_factor",
+        "opt_projection_epsilon", "opt_projection_format_epsilon", "use_asa", "asa_target_subspaces", "init_warmup",
+        "final_warmup", "mask_interval", "asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent",
+        # How the base layer keeps its weight, which peft corrects by itself.
+        "fan_in_fan_out",
+    }
+)  # fmt: skip
+
+#: Beginnings of LoRA that take a part of the base weights into the adapter, or round them.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+#: What LoRA assumes where a setting is absent, other than nothing. Source: ``peft.LoraConfig``.
+_LORA_DEFAULTS: dict[str, object] = {"peft_type": "LORA", "lora_alpha": 8, "qalora_group_size": 16}
+
+#: The first release of peft that reads an expert parameter's ``(experts, out, in)`` as such is the one after this.
+LEGACY_LAYOUT_VERSION = "0.19.0"
+
+
+def differing_settings(saved: Mapping[str, object], current: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """Settings that would give the saved tensors another meaning in the current model, with both values.
+
+    Every setting is compared but those that are known to change no meaning: where the adapter comes from, how it begins
+    and is trained, and what names and shapes of the tensors show anyway.
+
+    Args:
+        saved: The checkpoint's ``adapter_config.json``, from `shardwise.addons.peft.read_adapter_config`.
+        current: The model's, from `shardwise.addons.peft.adapter_settings`.
+    """
+    out: dict[str, tuple[object, object]] = {}
+    defaults = _defaults(current)
+    ignored = _WITHOUT_MEANING | ({"r"} if _kind(current) in ("LORA", "ADALORA") else frozenset())
+    for key in dict.fromkeys((*_LORA_DEFAULTS, *saved, *current)):
+        if key in ignored or key.endswith(("dropout", "dropout_p")):
+            continue
+        theirs, ours = saved.get(key), current.get(key)
+        if _plain(defaults.get(key) if theirs is None else theirs) != _plain(
+            defaults.get(key) if ours is None else ours
+        ):
+            out[key] = (theirs, ours)
+    if _changed_base(saved) != _changed_base(current):
+        out["init_lora_weights"] = (saved.get("init_lora_weights"), current.get("init_lora_weights"))
+    layouts = _legacy_layout(saved), _legacy_layout(current)
+    if None not in layouts and layouts[0] != layouts[1]:
+        out["legacy_paramwrapper_layout"] = layouts
+    return out
+
+
+def _kind(config: Mapping[str, object]) -> str:
+    return str(config.get("peft_type") or "LORA").rpartition(".")[2]
+
+
+def _defaults(current: Mapping[str, object]) -> Mapping[str, object]:
+    """What peft assumes where a setting is absent, which a file of another release may be."""
+    if "peft" not in sys.modules or _kind(current) == "LORA":
+        return _LORA_DEFAULTS if _kind(current) == "LORA" else {}
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    cls = next((c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(kind.value) == _kind(current)), None)
+    return {} if cls is None else {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+
+
+def _plain(value: object) -> object:
+    """A setting in one of the spellings that mean the same: nothing at all, and tokens of the only embedding."""
+    if isinstance(value, Mapping):
+        plain = {str(key): _plain(item) for key, item in value.items()}
+        only = next(iter(plain.values())) if len(plain) == 1 else None
+        return (only if isinstance(only, list) else plain) or None
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value] or None
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str) or None
+    return value if value is not False else None
+
+
+def _changed_base(config: Mapping[str, object]) -> object:
+    """How the adapter's beginning changed the base weights, so that it fits only those; ``None`` where it did not."""
+    begin = config.get("init_lora_weights")
+    if not isinstance(begin, str) or not begin.lower().startswith(_CHANGES_BASE):
+        return None
+    return (begin, _plain(config.get("loftq_config"))) if begin == "loftq" else begin
+
+
+def _legacy_layout(config: Mapping[str, object]) -> bool | None:
+    """Whether adapters of expert parameters are laid out as peft up to 0.19.0 does; ``None`` where there are none."""
+    if not config.get("target_parameters"):
+        return None
+    version = config.get("peft_version")
+    if not isinstance(version, str):  # which peft writes since 0.18; a model's own LoRA has few settings and no version
+        return "init_lora_weights" in config
+    return is_legacy_version(version)
+
+
+def is_legacy_version(version: str) -> bool:
+    """Whether a release of peft reads and writes adapters of expert parameters in the legacy layout."""
+    numbers = [int(n) for n in re.findall(r"\d+", version.partition("@")[0])[:3]]
+    return numbers <= [int(n) for n in LEGACY_LAYOUT_VERSION.split(".")]
+
+
+def check_shared_factors(
+    file: AdapterFile, model_directory: str | os.PathLike[str], renamed: Callable[[str], str] = str
+) -> None:
+    """Check that tensors which share memory in the model are equal in the file. One rank calls.
+
+    A model with a combined projection has one A factor for all of its parts; an adapter trained with one factor each
+    cannot be loaded into it. Reads those tensors of the file, two at a time.
+
+    Args:
+        file: One adapter of the model.
+        model_directory: The checkpoint's ``model`` directory, or the adapter's file.
+        renamed: From a name of the file to the model's.
+
+    Raises:
+        AdapterError: Two such tensors differ.
+        CheckpointNotFoundError: The adapter file is absent.
+    """
+    shared = [(item.spec.name, item.alias_of) for item in file.entries if item.alias_of is not None]
+    if not shared:
+        return
+    import torch
+    from safetensors import safe_open
+
+    path = Path(model_directory)
+    path = path if path.is_file() else path / file.path
+    if not path.is_file():
+        raise CheckpointNotFoundError(
+            f"no {path.name}", path=path, hint="Pass the model directory of an adapter checkpoint."
+        )
+    with safe_open(path, framework="pt") as reader:
+        names = {renamed(name): name for name in reader.keys()}  # noqa: SIM118 - the reader cannot be iterated over
+        for name, first in shared:
+            if not (name in names and first in names):
+                continue
+            if not torch.equal(reader.get_tensor(names[name]), reader.get_tensor(names[first])):
+                raise AdapterError(
+                    f"{name!r} differs from {first!r}, and both are one parameter of this model",
+                    path=path,
+                    tensor=name,
+                    hint="Load this adapter into a model with separate projections, for example with peft.",
+                )

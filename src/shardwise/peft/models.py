@@ -1,0 +1,563 @@
+"""Models adapted with Hugging Face ``peft``: which tensors belong to an adapter, and under which names.
+
+peft's own ``get_peft_model_state_dict`` decides. It is given placeholders instead of parameters, so that nothing is
+gathered, and a stand-in for the model, so that wrappers' prefixes, a pipeline stage without a config and the look-up of
+the base model on the hub do not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn as nn
+
+from shardwise.errors import AdapterError, MisuseError
+from shardwise.peft.load import is_legacy_version
+from shardwise.peft.names import join, named_modules
+from shardwise.peft.own import find_sites
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.plan.views import AxisView
+from shardwise.stateful_wrappers import wrapping
+from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+from shardwise.stateful_wrappers.names import own_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+SaveEmbeddings = bool | Literal["auto"]
+
+_FACTOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.")
+
+#: Projections behind a fused expert parameter, in row order, for models whose v4 files hold experts one by one.
+_FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = None) -> bool:
+    """Whether the model is adapted with peft, by its layers or, for a stage that has none, by its configuration."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if any(isinstance(module, kinds) for part in parts for module in part.modules()):
+        return True
+    given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
+    for part in parts:
+        carried = getattr(outer(part), "peft_config", None)
+        given += list(carried.values()) if isinstance(carried, Mapping) else [carried]
+    known = any(isinstance(config, PeftConfig) for config in given)
+    return known and not any(find_sites(part) for part in parts)
+
+
+def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
+    """Whether peft's layers, or a ``PeftModel``, are in the model itself.
+
+    A configuration alone is not enough: peft leaves it on a model whose adapters were merged and unloaded.
+    """
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return any(isinstance(module, kinds) for part in parts for module in part.modules())
+
+
+def method_of(config: PeftConfig) -> str:
+    """The name of an adapter's method, as ``peft_type`` says it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def outer(part: nn.Module) -> nn.Module:
+    """The part inside of what only wraps it, with its ``PeftModel``; of a SentenceTransformer the adapted model."""
+    inner = wrapping.unwrap(part)
+    return wrapping.inner_model(inner).module if wrapping.is_sentence_transformer(inner) else inner
+
+
+def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
+    """Each adapter's configuration, from the model, or ``given`` where the parts do not carry one.
+
+    Args:
+        parts: This rank's parts.
+        given: A ``PeftConfig``, or a mapping of adapter names to such.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    from peft import PeftConfig
+
+    for part in parts:
+        found = getattr(outer(part), "peft_config", None)
+        if isinstance(found, Mapping) and found:
+            return {str(name): cast("PeftConfig", config) for name, config in found.items()}
+    named = (
+        {str(name): c for name, c in given.items() if isinstance(c, PeftConfig)} if isinstance(given, Mapping) else {}
+    )
+    if named:
+        return named
+    if isinstance(given, PeftConfig):
+        return {"default": given}
+    raise AdapterError(
+        "the model has peft layers but no peft_config", hint="Pass the LoraConfig that the layers were made from."
+    )
+
+
+class _StandIn:
+    """A model as peft's state-dict functions see it: its modules under clean names, and nothing that communicates."""
+
+    def __init__(self, model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+        self._model = model
+        self.peft_config = dict(configs)
+        self.config: object | None = getattr(unwrap(model), "config", None)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return named_modules(self._model)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return self._model.modules()
+
+    def get_base_model(self) -> _StandIn:
+        return _StandIn(unwrap(self._model), self.peft_config)
+
+    def get_input_embeddings(self) -> object | None:
+        return self._embeddings("get_input_embeddings")
+
+    def get_output_embeddings(self) -> object | None:
+        return self._embeddings("get_output_embeddings")
+
+    def _embeddings(self, getter: str) -> object | None:
+        get = getattr(unwrap(self._model), getter, None)
+        try:
+            return None if get is None else cast("object", get())
+        except (AttributeError, NotImplementedError):
+            # A pipeline stage without the embeddings.
+            return None
+
+
+def adapters_prefixes(model: nn.Module) -> dict[str, str]:
+    """Where peft's layers keep their adapters: beginning of the tensors' names -> the adapter's name.
+
+    Known from the modules, since an adapter may be called as anything, a layer's number among them.
+    """
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    out: dict[str, str] = {}
+    for name, module in named_modules(model):
+        if not isinstance(module, kinds):
+            continue
+        for leaf, child in module.named_children():
+            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or type(child).__name__ == "BufferDict":
+                keys = {*child._modules, *child._parameters, *child._buffers}
+                out |= {join(name, leaf, key): key for key in keys}
+    return out
+
+
+def is_below(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The adapter whose tensor has this name; ``None`` where it is no adapter's."""
+    cut = len(name)
+    while cut > 0:
+        if (found := prefixes.get(name[:cut])) is not None:
+            return found
+        cut = name.rfind(".", 0, cut)
+    return None
+
+
+def capture_peft(
+    part: nn.Module,
+    configs: Mapping[str, PeftConfig],
+    adapter_name: str,
+    *,
+    v4_compatible: bool,
+    legacy_layout: bool,
+    save_embedding_layers: SaveEmbeddings,
+    base: str | None = None,
+) -> list[AdapterEntry]:
+    """The tensors of one adapter that a part has, as peft itself would name them.
+
+    Args:
+        part: A part, wrapped or not.
+        configs: All adapters' configurations.
+        adapter_name: The adapter wanted.
+        v4_compatible: Write adapters of fused expert parameters as one pair for each expert and projection.
+        legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
+        save_embedding_layers: As in ``PeftModel.save_pretrained``.
+        base: The base model, for an adapter that does not name it: its vocabulary tells whether embeddings were
+            resized.
+
+    Raises:
+        AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
+        MisuseError: There is no such adapter.
+    """
+    if adapter_name not in configs:
+        raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
+    model = outer(part)
+    config = configs[adapter_name]
+    if v4_compatible and getattr(config, "target_parameters", None):
+        _require_new_layout()
+    owners = adapters_prefixes(model)
+    # peft would look for the other adapters' names anywhere in a tensor's, where one may be a layer's number.
+    state = {n: t for n, t in own_tensors(model).items() if is_below(n, owners) in (None, adapter_name)}
+    if config.is_prompt_learning:
+        return [_prompt(adapter_name, config, state)]
+    placeholders = {name: torch.empty(0, device="meta") for name in state}
+    names = {id(placeholder): name for name, placeholder in placeholders.items()}
+    found = _named_by_peft(model, adapter_name, _for_placeholders(config, base), placeholders, save_embedding_layers)
+    # SHiRA's indices are in no state dict; peft takes them from its layers, and they are what is saved and filled.
+    kept = _kept_tensors(model)
+    wrappers = _param_wrappers(model)
+    out: list[AdapterEntry] = []
+    for name, placeholder in found.items():
+        fqn = names.get(id(placeholder))
+        if fqn is None and id(placeholder) in kept:
+            out.append(entry(_prefixed(name), kept[id(placeholder)], placeholder))
+            continue
+        if fqn is None:
+            raise AdapterError(
+                f"{method_of(config)}: peft computes {name!r} instead of naming a parameter, which a sharded "
+                "model cannot do",
+                tensor=name,
+                hint="Use LoraConfig, or another method whose adapters live in the layers.",
+            )
+        out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
+    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, config)
+    return out
+
+
+def _named_by_peft(
+    model: nn.Module,
+    adapter_name: str,
+    config: PeftConfig,
+    placeholders: dict[str, torch.Tensor],
+    save_embedding_layers: SaveEmbeddings,
+) -> dict[str, torch.Tensor]:
+    """What peft takes from a state dict, under the names that it writes.
+
+    Raises:
+        AdapterError: peft looks at values, which placeholders do not have.
+    """
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+                cast("Any", _StandIn(model, {adapter_name: config})),
+                state_dict=placeholders,
+                adapter_name=adapter_name,
+                save_embedding_layers=save_embedding_layers,
+            )
+    except Exception as error:  # peft's own code, on placeholders that it does not expect
+        raise AdapterError(
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({config.peft_type}) has without computing on "
+            f"them: {type(error).__name__}: {error}",
+            hint="Use LoraConfig, or another method whose adapters live in the layers.",
+        ) from error
+    return found
+
+
+def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
+    """A copy with which peft only names tensors.
+
+    Raises:
+        AdapterError: What is saved with these settings is computed, and training could not go on from it.
+    """
+    out = _with_local_base(config, base)
+    if getattr(config, "save_only_topk_weights", False):
+        raise AdapterError(
+            f"{method_of(config)} with save_only_topk_weights saves a selection that training cannot resume from",
+            hint="Set save_only_topk_weights=False; peft can make the selection from the saved adapter later.",
+        )
+    if method_of(config) == "ADALORA":
+        # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.
+        setattr(out, "rank_pattern", None)  # noqa: B010 - a field of this method alone
+    return out
+
+
+def _kept_tensors(model: nn.Module) -> dict[int, str]:
+    """Tensors that peft's layers keep in plain dictionaries: id -> name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    out: dict[int, str] = {}
+    for path, module in named_modules(model):
+        if isinstance(module, BaseTunerLayer):
+            for key in module.other_param_names:
+                value = vars(module).get(key)
+                items = value.items() if isinstance(value, dict) else ()
+                out |= {id(item): join(path, key, name) for name, item in items if isinstance(item, torch.Tensor)}
+    return out
+
+
+def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> AdapterEntry:
+    """Virtual tokens that are an embedding's rows as they are.
+
+    Raises:
+        AdapterError: They are computed by an encoder.
+    """
+    name = f"prompt_encoder.{adapter_name}.embedding.weight"
+    kind = method_of(config)
+    plain = kind == "PROMPT_TUNING" or (kind == "PREFIX_TUNING" and not getattr(config, "prefix_projection", False))
+    if not plain or name not in state:
+        raise AdapterError(
+            f"adapter {adapter_name!r} ({kind}) is computed from a prompt encoder",
+            hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
+        )
+    return entry("prompt_embeddings", name, state[name])
+
+
+def _require_new_layout() -> None:
+    """Check that peft lays out adapters of expert parameters so that single experts can be told.
+
+    Raises:
+        AdapterError: It is a release up to 0.19.0.
+    """
+    from importlib.metadata import version
+
+    if is_legacy_version(version("peft")):
+        raise AdapterError(
+            f"peft {version('peft')} keeps adapters of expert parameters in its legacy layout, which v4_compatible "
+            "cannot split into single experts",
+            hint="Install peft 0.19.1 or newer, or save without v4_compatible.",
+        )
+
+
+def _require_whole(
+    adapter_name: str,
+    state: Mapping[str, torch.Tensor],
+    owners: Mapping[str, str],
+    found: Collection[str],
+    config: PeftConfig,
+) -> None:
+    """Check that each factor that the modules have for the adapter is in its file, whatever peft's filters did."""
+    if str(config.peft_type).rpartition(".")[2] != "LORA":
+        return
+    for name in state:
+        if name not in found and is_below(name, owners) == adapter_name and _FACTOR.search(name):
+            raise AdapterError(
+                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
+                tensor=name,
+                hint="Give the adapter, or the module, another name.",
+            )
+
+
+def _prefixed(name: str) -> str:
+    """Layers that were injected without a ``PeftModel`` are saved as if they had one; transformers does the same."""
+    return name if name.startswith("base_model.") else f"{PEFT_PREFIX}{name}"
+
+
+def _with_local_base(config: PeftConfig, named: str | None) -> PeftConfig:
+    """A copy whose base model is a local directory or none: peft compares the vocabulary's size, and asks the hub."""
+    out = copy.copy(config)
+    base = out.base_model_name_or_path = config.base_model_name_or_path or named
+    if base and not (Path(base) / "config.json").exists():
+        out.base_model_name_or_path = _cached_directory(base)
+    return out
+
+
+def _cached_directory(model_id: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_id, "config.json")
+    except HFValidationError:
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _param_wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules through which peft adapts a parameter directly, by name."""
+    from peft.tuners.lora import ParamWrapper
+
+    return {name: module for name, module in named_modules(model) if isinstance(module, ParamWrapper)}
+
+
+def _entries(
+    name: str,
+    fqn: str,
+    tensor: torch.Tensor,
+    wrappers: Mapping[str, nn.Module],
+    v4_compatible: bool,
+    legacy_layout: bool,
+) -> list[AdapterEntry]:
+    for side in ("lora_A", "lora_B"):
+        owner, found, _ = fqn.rpartition(f".{side}.")
+        wrapper = wrappers.get(owner) if found else None
+        # Only where the parameter is (experts, out, in) do the layouts differ, and only there has v4 single experts.
+        if wrapper is None or not getattr(wrapper, "_did_swap_in_out_features", False):
+            continue
+        experts = int(cast("int", wrapper.num_experts))
+        if v4_compatible:
+            return _single_experts(name, fqn, tensor, str(wrapper.parameter_name), side, experts)
+        if legacy_layout:
+            return [_legacy(name, fqn, tensor, side, experts)]
+    return [entry(name, fqn, tensor)]
+
+
+def _legacy(name: str, fqn: str, tensor: torch.Tensor, side: str, experts: int) -> AdapterEntry:
+    """A factor for peft up to 0.19.0, which read the parameter's (out, in) as (in, out): A and B change places."""
+    rows, columns = (int(n) for n in tensor.shape)
+    if side == "lora_A":
+        rank = rows // experts
+        view = axis_view([[experts, rank], [columns]], (2, 1, 0))
+        return entry(name.replace(".lora_A.", ".lora_B."), fqn, tensor, view, (columns, rows))
+    rank = columns // experts
+    view = axis_view([[rows], [rank, experts]], (2, 1, 0))
+    return entry(name.replace(".lora_B.", ".lora_A."), fqn, tensor, view, (columns, rows))
+
+
+def _single_experts(
+    name: str, fqn: str, tensor: torch.Tensor, parameter: str, side: str, experts: int
+) -> list[AdapterEntry]:
+    projections = _FUSED_PROJECTIONS.get(parameter)
+    if projections is None:
+        raise AdapterError(
+            f"the fused parameter {parameter!r} has no counterpart for single experts",
+            tensor=name,
+            hint="Save this adapter without v4_compatible.",
+        )
+    base = name.partition(f".{side}.")[0]
+    while base.endswith(".base_layer"):
+        base = base.removesuffix(".base_layer")
+    rows, columns = (int(n) for n in tensor.shape)
+    out: list[AdapterEntry] = []
+    for expert in range(experts):
+        first = f"{base}.{expert}.{projections[0]}.lora_A.weight"
+        for index, projection in enumerate(projections):
+            target = f"{base}.{expert}.{projection}.{side}.weight"
+            view: AxisView
+            if side == "lora_A":
+                shape = (rows // experts, columns)
+                view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
+            else:
+                shape = (rows // len(projections), columns // experts)
+                span = (0, index * shape[0], shape[0])
+                view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
+            shared = first if side == "lora_A" and index else None
+            out.append(entry(target, fqn, tensor, view, shape, shared))
+    return out
+
+
+def config_as_saved(
+    model: nn.Module | None, config: PeftConfig, original_model_path: str | None = None
+) -> dict[str, object]:
+    """An adapter's settings as ``PeftModel.save_pretrained`` writes them; sets become sorted lists.
+
+    Args:
+        model: The part that describes the base model, without wrappers.
+        config: The adapter's configuration; it is not changed.
+        original_model_path: The base model, for a model that does not name it.
+    """
+    out: dict[str, object] = dict(config.to_dict())
+    out["inference_mode"] = True
+    if out.get("base_model_name_or_path") is None and model is not None:
+        out["base_model_name_or_path"] = model.__dict__.get("name_or_path") or None
+    if not out.get("base_model_name_or_path") and original_model_path:
+        out["base_model_name_or_path"] = original_model_path
+    if method_of(config) == "ADALORA":
+        out["rank_pattern"] = None  # the tensors are whole: `_for_placeholders`
+    if config.task_type is None and model is not None:
+        cls = own_class(model)
+        out["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return out
+
+
+def peft_target_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that peft's LoRA layers replace, without peft's prefix."""
+    from peft.tuners.lora import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = {
+        name.removeprefix(PEFT_PREFIX)
+        for name, module in named_modules(outer(model))
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+    }
+    return sorted(names)
+
+
+def peft_target_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that peft's LoRA adapts directly, without peft's prefix."""
+    names = {
+        join(name.removeprefix(PEFT_PREFIX).replace(".base_layer", ""), str(wrapper.parameter_name))
+        for name, wrapper in _param_wrappers(outer(model)).items()
+    }
+    return sorted(names)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTargets:
+    """The single-expert modules that an adapter of a fused parameter stands for.
+
+    Attributes:
+        module: Name of the module that has the parameter.
+        projections: The projections in it.
+        experts: Number of experts.
+        rank: LoRA rank.
+        alpha: LoRA alpha.
+    """
+
+    module: str
+    projections: tuple[str, ...]
+    experts: int
+    rank: int
+    alpha: float
+
+
+def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[ExpertTargets]:
+    """What an adapter's fused parameters stand for when its tensors are written expert by expert."""
+    out: list[ExpertTargets] = []
+    for part in parts:
+        for name, wrapper in _param_wrappers(outer(part)).items():
+            ranks, alphas = cast("dict[str, int]", wrapper.r), cast("dict[str, float]", wrapper.lora_alpha)
+            if not getattr(wrapper, "_did_swap_in_out_features", False) or adapter_name not in ranks:
+                continue
+            module = name.removeprefix(PEFT_PREFIX)
+            while module.endswith(".base_layer"):
+                module = module.removesuffix(".base_layer")
+            parameter = str(wrapper.parameter_name)
+            projections = _FUSED_PROJECTIONS.get(parameter, (parameter,))
+            experts = int(cast("int", wrapper.num_experts))
+            out.append(ExpertTargets(module, projections, experts, ranks[adapter_name], alphas[adapter_name]))
+    return out
+
+
+def v4_config(config: Mapping[str, object], targets: Sequence[ExpertTargets]) -> dict[str, object]:
+    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert.
+
+    Args:
+        config: Settings as peft saves them.
+        targets: What the fused parameters of all ranks stand for.
+    """
+    out = dict(config)
+    if not config.get("target_parameters") or not targets:
+        return out
+    names = [f"{t.module}.{e}.{p}" for t in targets for p in t.projections for e in range(t.experts)]
+    modules = config.get("target_modules")
+    if isinstance(modules, str):
+        patterns = [rf"{t.module}\.\d+\.{p}" for t in targets for p in t.projections]
+        out["target_modules"] = "|".join([f"(?:{modules})", *patterns])
+    else:
+        listed = modules if isinstance(modules, (list, tuple, set, frozenset)) else ()
+        out["target_modules"] = sorted({*(str(name) for name in listed), *names})
+    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        own = config.get(key)
+        pattern: dict[str, object] = dict(own) if isinstance(own, Mapping) else {}
+        for target in targets:
+            value = target.rank if default == "r" else target.alpha
+            if value != config.get(default):
+                pattern.update({rf"{target.module}\.\d+\.{p}": value for p in target.projections})
+        out[key] = pattern
+    out["target_parameters"] = None
+    return out

@@ -1,0 +1,331 @@
+"""LoRA modules that a model brings itself: finding them.
+
+Two layouts are known, both recognised by parameters and not by class:
+
+* a module with ``lora_A`` and ``lora_B``, each a parameter or a submodule with a ``weight`` (and, for ``lora_B``, maybe
+  a ``bias``), and maybe a magnitude of DoRA called ``lora_magnitude``, ``lora_magnitude_vector`` or ``magnitude``.
+  Matrices are ``(rank, in)`` and ``(out, rank)`` as in peft, or both transposed;
+* a module of grouped experts with three-dimensional parameters ``lora_<projection>_A`` and ``lora_<projection>_B``:
+  ``(experts, in, rank)`` and ``(experts, rank, out)``, or both with the last two dimensions swapped. The projection is
+  ``gate_and_up`` (or ``gate_up``; the gate in the first half of the columns), ``gate``, ``up`` or ``down``.
+
+Where shapes alone do not tell which dimension is the rank, the configured ``dim`` does, else the smaller one is it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from shardwise.errors import AdapterError
+from shardwise.peft.names import clean, expand_combined, expert_projections, fused_parameter, join, named_modules
+from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+
+_LOG = logging.getLogger(__name__)
+
+_GROUPED = re.compile(r"lora_(?P<token>.+)_A")
+_MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Native:
+    """A parameter under its clean name."""
+
+    fqn: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearSite:
+    """A module with a LoRA pair.
+
+    Attributes:
+        fqn: The module's name.
+        targets: The Hugging Face modules that it stands for; several for a combined projection.
+        a: The factor with the input columns.
+        b: The factor with the output rows.
+        rank: The LoRA rank.
+        transposed: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
+        scale: What the module multiplies the product by, where it says so.
+        magnitude: DoRA's magnitude.
+        bias: The bias of ``b``.
+    """
+
+    fqn: str
+    targets: tuple[str, ...]
+    a: Native
+    b: Native
+    rank: int
+    transposed: bool
+    scale: float | None
+    magnitude: Native | None = None
+    bias: Native | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertSite:
+    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`.
+
+    Attributes:
+        projections: Per-expert projections of the Hugging Face model that it stands for.
+        parameter: The fused parameter of the Hugging Face model that it stands for.
+        fused: Whether the adapter is to be written for the fused parameter and not for single experts.
+    """
+
+    fqn: str
+    projections: tuple[str, ...]
+    parameter: str
+    fused: bool
+    a: Native
+    b: Native
+    rank: int
+    transposed: bool
+    scale: float | None
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, on all ranks together."""
+        return int(self.a.tensor.shape[0])
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the adapted modules, one for each expert and projection."""
+        return tuple(f"{join(self.fqn, str(e))}.{p}" for e in range(self.experts) for p in self.projections)
+
+
+Site = LinearSite | ExpertSite
+
+
+def is_qwen3_moe(model: object) -> bool:
+    """Whether ``model`` uses the state-dict adapter of Qwen3 MoE, or is such a model and has no adapter."""
+    adapter = getattr(model, "state_dict_adapter", None)
+    if adapter is not None:
+        names = [cls.__name__.lower().replace("_", "") for cls in type(adapter).__mro__]
+        return any(name.startswith("qwen3moe") for name in names)
+    return model_type(model) == "qwen3_moe"
+
+
+def model_type(model: object) -> str | None:
+    """The model type that the configuration names."""
+    value = getattr(getattr(model, "config", None), "model_type", None)
+    return value if isinstance(value, str) else None
+
+
+def has_hub_names(model: nn.Module) -> bool:
+    """Whether the module names are those of the Hugging Face model: it is transformers' class or the hub's code."""
+    return own_class(unwrap(model)).__module__.partition(".")[0] in ("transformers", "transformers_modules")
+
+
+def named_targets(model: nn.Module) -> list[str]:
+    """Modules that are adapted by the names of their children alone, combined projections expanded, sorted.
+
+    Args:
+        model: A part, wrapped or not.
+    """
+    root = unwrap(model)
+    expand = not has_hub_names(root)
+    paths = (name.rpartition(".") for name, _ in named_modules(root))
+    adapted = {parent for parent, _, child in paths if parent and "lora" in child and "lora" not in parent}
+    return sorted({target for fqn in adapted for target in expand_combined(fqn, expand)})
+
+
+def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names as the model's state-dict adapter maps them for adapter files, sorted; as they are where it does not.
+
+    Args:
+        model: A part, wrapped or not.
+        names: Adapted modules.
+    """
+    adapter = getattr(unwrap(model), "state_dict_adapter", None)
+    rename = getattr(adapter, "map_peft_target_module_to_hf", None)
+    return sorted({str(rename(name)) for name in names}) if callable(rename) else sorted(names)
+
+
+def find_sites(
+    model: nn.Module, dim: int | None = None, v4_compatible: bool = False, *, strict: bool = True
+) -> list[Site]:
+    """All LoRA modules of a part, in the order of its modules.
+
+    Args:
+        model: A part, wrapped or not.
+        dim: The configured rank, which decides where shapes do not.
+        v4_compatible: Always write experts one by one.
+        strict: Whether a pair that no adapter file could hold is an error; otherwise it is left out.
+
+    Raises:
+        AdapterError: A pair is incomplete or its shapes do not fit.
+    """
+    root = unwrap(model)
+    # Nearly every model has none, and is asked several times while it is loaded.
+    if not any(name.startswith("lora_") for m in root.modules() for name in (*m._parameters, *m._modules)):
+        return []
+    expand = not has_hub_names(root)
+    fuse = is_qwen3_moe(root) and not v4_compatible
+    sites: list[Site] = []
+    for fqn, module in named_modules(root):
+        sites += _expert_sites(fqn, module, dim, fuse, model_type(root))
+        if strict or _is_pair(module):
+            site = _linear_site(fqn, module, dim, expand)
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def _is_pair(module: nn.Module) -> bool:
+    """Whether both factors of a linear LoRA are there, and are matrices that fit together."""
+    a, b = _native("", module, "lora_A"), _native("", module, "lora_B")
+    if a is None or b is None:
+        return False
+    if a.tensor.dim() != 2 or b.tensor.dim() != 2:
+        return False
+    (rows_a, columns_a), (rows_b, columns_b) = a.tensor.shape, b.tensor.shape
+    return rows_a == columns_b or columns_a == rows_b
+
+
+def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> Native | None:
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return Native(join(fqn, name), parameter) if leaf == "weight" else None
+    child = module._modules.get(name)
+    if child is None or isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
+        return None
+    for inner_name, inner in named_modules(child):
+        found = inner._parameters.get(leaf)
+        if found is not None:
+            return Native(join(fqn, name, inner_name, leaf), found)
+    return None
+
+
+def _linear_site(fqn: str, module: nn.Module, dim: int | None, expand: bool) -> LinearSite | None:
+    a, b = _native(fqn, module, "lora_A"), _native(fqn, module, "lora_B")
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        raise _half(fqn, "lora_A" if a is None else "lora_B")
+    rank, transposed = _orient(a, b, 2, dim)
+    magnitude = next((m for name in _MAGNITUDES if (m := _native(fqn, module, name)) is not None), None)
+    bias = _native(fqn, module, "lora_B", "bias")
+    return LinearSite(fqn, expand_combined(fqn, expand), a, b, rank, transposed, _scale(module), magnitude, bias)
+
+
+def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind: str | None) -> list[ExpertSite]:
+    tokens = [m["token"] for name, p in module._parameters.items() if p is not None and (m := _GROUPED.fullmatch(name))]
+    tokens = [t for t in tokens if module._parameters[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
+    # A gate and an up factor of their own cannot be a view of one factor of the fused parameter.
+    fused = fuse and all(fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
+    sites: list[ExpertSite] = []
+    for token in tokens:
+        a, b = _native(fqn, module, f"lora_{token}_A"), _native(fqn, module, f"lora_{token}_B")
+        if a is None or b is None:
+            raise _half(fqn, f"lora_{token}_B")
+        rank, transposed = _orient(a, b, 3, dim)
+        projections = expert_projections(token, kind)
+        parameter = fused_parameter(token)
+        sites.append(ExpertSite(fqn, projections, parameter, fused, a, b, rank, transposed, _scale(module)))
+    # peft wraps a module's parameters in the order in which the Hugging Face model declares them: gate_up, then down.
+    return sorted(sites, key=lambda site: site.parameter == "down_proj")
+
+
+def _half(fqn: str, missing: str) -> AdapterError:
+    return AdapterError(
+        f"the LoRA module {fqn!r} has no {missing}",
+        tensor=join(fqn, missing),
+        hint="Give the module both factors, or remove the one it has.",
+    )
+
+
+def _orient(a: Native, b: Native, dims: int, dim: int | None) -> tuple[int, bool]:
+    """The rank, and whether the factors are transposed with respect to peft's."""
+    shape_a, shape_b = tuple(int(n) for n in a.tensor.shape), tuple(int(n) for n in b.tensor.shape)
+    choices: list[tuple[int, bool]] = []
+    if len(shape_a) == len(shape_b) == dims and shape_a[:-2] == shape_b[:-2] and 0 not in shape_a + shape_b:
+        if shape_a[-2] == shape_b[-1]:
+            choices.append((shape_a[-2], False))
+        if shape_a[-1] == shape_b[-2]:
+            choices.append((shape_a[-1], True))
+    if not choices:
+        raise AdapterError(
+            f"the factors {a.fqn!r} {shape_a} and {b.fqn!r} {shape_b} do not fit together",
+            tensor=b.fqn,
+            hint="Factors are (rank, in) and (out, rank), or both transposed, with the experts in front if grouped.",
+        )
+    usual = dims == 3
+    return min(choices, key=lambda choice: (choice[0] != dim, choice[0], choice[1] != usual))
+
+
+def _scale(module: nn.Module) -> float | None:
+    for name in ("scale", "scaling"):
+        value: object = getattr(module, name, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainedModule:
+    """A module outside LoRA that is trained as a whole (a new head), with all of its state."""
+
+    fqn: str
+    state: tuple[Native, ...]
+
+
+def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[TrainedModule]:
+    """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
+
+    Where nothing at all is frozen, nobody has prepared the model for adapter training; there the adapter is the LoRA
+    factors alone, and a warning says so.
+
+    Raises:
+        AdapterError: A trained parameter cannot be described: it belongs to a LoRA module or to the model itself.
+    """
+    root = unwrap(model)
+    lora = {native.fqn for site in sites for native in natives(site)}
+    rest = {clean(name): p for name, p in root.named_parameters() if clean(name) not in lora}
+    trained = [name for name, p in rest.items() if p.requires_grad]
+    if not trained or not sites:
+        return []
+    if len(trained) == len(rest):
+        _LOG.warning("the base model is not frozen; an adapter checkpoint holds the LoRA factors, not the base weights")
+        return []
+    owners = {name.rpartition(".")[0] for name in trained}
+    modules = dict(named_modules(root))
+    top = sorted(o for o in owners if not any(o != other and f"{o}.".startswith(f"{other}.") for other in owners))
+    for owner in top:
+        inside = [s.fqn for s in sites if f"{s.fqn}.".startswith(f"{owner}.") or f"{owner}.".startswith(f"{s.fqn}.")]
+        if not owner or inside:
+            raise AdapterError(
+                f"parameters of {owner or 'the model itself'!r} are trained beside LoRA, which an adapter cannot hold",
+                tensor=next(name for name in trained if name.startswith(owner)),
+                hint="Freeze them (requires_grad_(False)), or train the whole model without adapters.",
+            )
+    out = [TrainedModule(owner, tuple(_state(owner, modules[owner]))) for owner in top]
+    # A head that is tied to a trained embedding is trained with it; peft's copies are not tied, so each has its values.
+    ours = {id(native.tensor) for module in out for native in module.state}
+    for fqn, module in modules.items():
+        tied = [p for p in module._parameters.values() if p is not None and id(p) in ours]
+        if tied and not any(fqn == owner or fqn.startswith(f"{owner}.") for owner in top):
+            out.append(TrainedModule(fqn, tuple(_state(fqn, module))))
+    return out
+
+
+def natives(site: Site) -> Iterator[Native]:
+    """The parameters of a site."""
+    yield site.a
+    yield site.b
+    if isinstance(site, LinearSite):
+        yield from (native for native in (site.magnitude, site.bias) if native is not None)
+
+
+def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
+    for name, inner in named_modules(module):
+        prefix = join(fqn, name)
+        yield from (Native(join(prefix, n), p) for n, p in inner._parameters.items() if p is not None)
+        for buffer_name, buffer in inner._buffers.items():
+            if buffer is not None and buffer_name not in inner._non_persistent_buffers_set:
+                yield Native(join(prefix, buffer_name), buffer)

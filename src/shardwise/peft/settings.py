@@ -1,0 +1,144 @@
+"""The settings of a model's adapters, agreed between the ranks: each pipeline stage knows only its own modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import torch.nn as nn
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import AdapterError
+from shardwise.peft.config import OwnSettings, jsonable, own_config, own_settings
+from shardwise.peft.load import LEGACY_LAYOUT_VERSION, is_legacy_version
+from shardwise.peft.models import (
+    ExpertTargets,
+    adapter_configs,
+    config_as_saved,
+    expert_targets,
+    is_peft_adapted,
+    v4_config,
+)
+from shardwise.peft.stages import part_settings, united
+from shardwise.stateful_wrappers.model_parts import described_part
+
+Settings = dict[str, object]
+
+
+def adapter_settings(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    group: Group,
+    *,
+    v4_compatible: bool = False,
+    original_model_path: str | None = None,
+    legacy_layout: bool = False,
+) -> dict[str, Settings]:
+    """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
+
+    Args:
+        parts: This rank's parts of the model.
+        peft_config: The configuration: a ``PeftConfig`` (or adapter names with such) for parts that do not carry one,
+            or that of a model's own LoRA.
+        group: The ranks that hold the model together, all pipeline stages among them.
+        v4_compatible: The tensors are written expert by expert.
+        original_model_path: The base model, for a model that does not name it.
+        legacy_layout: Adapters of fused expert parameters are laid out as peft up to 0.19.0 does, which
+            ``peft_version`` then says.
+
+    Raises:
+        AdapterError: The adapter cannot be described.
+    """
+    local: JsonValue = None
+    with group.together("describing the adapter"):
+        local = _local_settings(parts, peft_config, v4_compatible)
+    gathered = group.gather_json(local, "collecting the adapter's target modules")
+    out: dict[str, Settings] = {}
+    with group.together("describing the adapter"):
+        rows = [cast("dict[str, JsonValue]", row) for row in gathered]
+        out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path)
+        for settings in out.values():
+            _record_layout(settings, legacy_layout)
+    return out
+
+
+def _record_layout(settings: Settings, legacy: bool) -> None:
+    """Let ``peft_version`` be one that lays out adapters of expert parameters as the tensors are."""
+    if not settings.get("target_parameters"):
+        return
+    if legacy:
+        settings["peft_version"] = LEGACY_LAYOUT_VERSION
+    elif is_legacy_version(str(settings.get("peft_version") or "1")):
+        # The settings came with an adapter of an older release, and the layers are those of the installed one.
+        from importlib.metadata import version
+
+        settings["peft_version"] = version("peft")
+
+
+def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
+    if not is_peft_adapted(parts, peft_config):
+        return {"own": own_settings(parts, peft_config, v4_compatible).to_json()}
+    names = sorted(adapter_configs(parts, peft_config))
+    found: dict[str, JsonValue] = {}
+    for name in names if v4_compatible else ():
+        rows: list[JsonValue] = []
+        for target in expert_targets(parts, name):
+            values = dataclasses.asdict(target)
+            rows.append({**values, "projections": list(target.projections)})
+        found[name] = rows
+    own = {name: part_settings(config) for name, config in adapter_configs(parts, peft_config).items()}
+    return {"experts": found, "adapters": cast(JsonValue, names), "settings": cast(JsonValue, own)}
+
+
+def _merged(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    rows: Sequence[dict[str, JsonValue]],
+    v4_compatible: bool,
+    original_model_path: str | None,
+) -> dict[str, Settings]:
+    if any(set(row) != set(rows[0]) for row in rows):
+        raise AdapterError(
+            "some ranks hold layers of peft and others LoRA modules of the model's own",
+            hint="Adapt every pipeline stage in the same way, and pass its peft_config on every rank.",
+        )
+    if "own" in rows[0]:
+        if peft_config is None:
+            raise AdapterError(
+                "LoRA modules of the model's own need a peft_config",
+                hint="Pass a configuration with dim, alpha, use_dora and to_dict().",
+            )
+        settings = OwnSettings.union([row["own"] for row in rows])
+        return {"default": own_config(parts, peft_config, settings, original_model_path)}
+    for rank, row in enumerate(rows):
+        if row["adapters"] != rows[0]["adapters"]:
+            # Each is a file of its own, which the ranks write and read one after the other.
+            raise AdapterError(
+                f"rank 0 has the adapters {rows[0]['adapters']} and rank {rank} has {row['adapters']}",
+                hint="Give every pipeline stage the same adapters: to one without layers for them, their peft_config.",
+            )
+    out: dict[str, Settings] = {}
+    for name, config in adapter_configs(parts, peft_config).items():
+        saved = config_as_saved(described_part(parts), config, original_model_path)
+        saved = {key: jsonable(value, key) for key, value in saved.items()}
+        saved |= united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
+        out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
+    return out
+
+
+def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list[ExpertTargets]:
+    found: dict[tuple[str, tuple[str, ...]], ExpertTargets] = {}
+    for row in rows:
+        by_adapter = cast("dict[str, list[dict[str, object]]]", row["experts"])
+        for values in by_adapter.get(adapter_name, []):
+            projections = tuple(cast("list[str]", values["projections"]))
+            target = ExpertTargets(
+                str(values["module"]),
+                projections,
+                int(cast("int", values["experts"])),
+                int(cast("int", values["rank"])),
+                cast("float", values["alpha"]),
+            )
+            found[target.module, projections] = target
+    return list(found.values())

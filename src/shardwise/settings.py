@@ -1,0 +1,390 @@
+"""What a user may set, checked when it is set.
+
+`CheckpointingConfig` is plain data: it imports neither torch nor transformers until it has to, and a mistake in it is a
+`ConfigError` before the first step rather than a surprise at the first save.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from shardwise.errors import ConfigError
+from shardwise.setting_kinds import checked, names_unknown_keys, number_in_text, unknown_key
+
+__all__ = ["SaveConsolidatedMode", "SerializationFormat", "Settings"]
+
+logger = logging.getLogger(__name__)
+
+_METRIC_MODES = ("min", "max")
+_SHARING_MODES = ("auto", "always", "never")
+_REPLICAS = ("compare", "first")
+# A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+
+
+class SerializationFormat(enum.StrEnum):
+    """How tensors are written. Members compare equal to their text.
+
+    Attributes:
+        SAFETENSORS: safetensors files: shards, or the Hugging Face export.
+        TORCH_SAVE: DCP's ``.distcp`` files.
+    """
+
+    SAFETENSORS = "safetensors"
+    TORCH_SAVE = "torch_save"
+
+
+_SAVE_FORMATS = tuple(member.value for member in SerializationFormat)
+
+
+class SaveConsolidatedMode(enum.Enum):
+    """When a save writes the consolidated Hugging Face export.
+
+    Attributes:
+        FALSE: Never; sharded safetensors only.
+        FINAL: With the save that is marked as the last one.
+        EVERY: With every save.
+    """
+
+    FALSE = "false"
+    FINAL = "final"
+    EVERY = "every"
+
+
+# Quoted booleans reach us as text: YAML's own spellings mean what they mean unquoted.
+_MODE_ALIASES = {mode.value: mode for mode in SaveConsolidatedMode}
+_MODE_ALIASES |= dict.fromkeys(("true", "yes", "on"), SaveConsolidatedMode.EVERY)
+_MODE_ALIASES |= dict.fromkeys(("no", "off"), SaveConsolidatedMode.FALSE)
+
+
+def _is_geq_torch_2_9() -> bool:
+    """Say whether the torch that would be used is 2.9.0 or newer (imports torch)."""
+    import torch
+    from packaging.version import Version
+
+    return Version(str(torch.__version__)) >= Version("2.9.0")
+
+
+def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> SaveConsolidatedMode:
+    """Turn a mode, its name in any case, or a legacy bool (``True`` is ``every``) into a `SaveConsolidatedMode`.
+
+    Raises:
+        ConfigError: ``value`` is none of these.
+    """
+    if isinstance(value, SaveConsolidatedMode):
+        return value
+    if isinstance(value, bool):
+        return SaveConsolidatedMode.EVERY if value else SaveConsolidatedMode.FALSE
+    if isinstance(value, str) and (mode := _MODE_ALIASES.get(value.strip().lower())) is not None:
+        return mode
+    raise ConfigError(
+        f"save_consolidated is {value!r}", hint="Use 'false' (shards only), 'final' (with the last save) or 'every'."
+    )
+
+
+@names_unknown_keys
+@dataclass
+class Settings:
+    """Everything that can be set about checkpointing; every field has a default.
+
+    Fields up to ``best_metric_key`` are those of the reference page, those up to ``max_recent_checkpoints`` belong to
+    the engine it describes, the rest are ours.
+
+    Attributes:
+        enabled: Whether the training loop saves at all.
+        checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
+        model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files, which come without an export:
+            building a checkpointer with ``save_consolidated="every"`` besides is an error. A `SerializationFormat`,
+            which is text too, after construction.
+        model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
+        model_repo_id: Hub name or local directory of the base model.
+        save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
+        is_peft: Whether an adapter is trained: it is saved, with what is trained beside it, and not the base model.
+        model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
+        is_async: Write in the background. Needs torch 2.9 or newer; with an older one it becomes ``False``, with a
+            warning that says so.
+        dequantize_base_checkpoint: Whether quantized base weights become ordinary floating point on loading; ``None``
+            decides by what the base model's configuration says.
+        original_model_root_dir: Root directory in which the base model lies, where that is not the cache.
+        skip_task_head_prefixes_for_base_model: Parameters with these prefixes keep their fresh initialisation.
+        single_rank_consolidation: Let one rank merge the export, for file systems without random writes.
+        staging_dir: Local directory below which a merging rank builds files before it copies them into place. Several
+            runs may name the same one.
+        v4_compatible: Export configurations (and expert adapters) that transformers 4 understands.
+        diffusers_compatible: Name the weight index as diffusers expects it.
+        best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
+        wait_for_staging: Return from an asynchronous save only when everything is staged. Without it, copies from an
+            accelerator may still be queued then; later work of the loop runs behind them.
+        cpu_offload: Move states to the CPU as they are captured.
+        allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
+        legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.
+        consolidation_timeout_minutes: How long the other ranks wait for a merging rank, in minutes.
+        max_recent_checkpoints: How many of the newest complete checkpoints to keep; ``None`` keeps all.
+        random_writes: False where the file system cannot take random writes into shared files: the merging path is
+            used. It is apart from ``single_rank_consolidation`` because here every rank may still merge a file.
+        max_file_bytes: Largest exported file, in bytes, where there is no base model whose split is kept: uploads and
+            tools dislike larger ones.
+        io_threads: Threads per rank that read and write; ``None`` derives it from the cores. Shared nodes and network
+            file systems may want fewer or more.
+        collective_timeout_seconds: Within how long a rank raises that a peer is lost: a hung peer must end as an error
+            that names it, and only the user knows how slow an honest one may be. A quarter, at most 12 s, of it is kept
+            for finding out which one it is.
+        verify_export: Compare names, shapes, dtypes and ties of an export with the base model, and let the class that
+            its config.json describes load it on the meta device, before a tensor is written; refuse to export a model
+            that has an adapter of peft's in it. A wrong export is otherwise found weeks later, by someone else's tool.
+            False writes it all the same.
+        pass_through_unloaded: Carry over tensors that the base model ships and the model class does not load, such as
+            multi-token-prediction heads, which the exported configuration still promises.
+        keep_every_k_steps: Also keep checkpoints whose step is a multiple of this, so that a long run stays
+            inspectable while ``max_recent_checkpoints`` is small.
+        keep_best: Also keep this many checkpoints with the best ``best_metric_key``. A save without that metric warns,
+            and nothing is deleted as long as no checkpoint has it.
+        best_metric_mode: ``min`` where a lower metric is better, ``max`` where a higher one is; a loss and an accuracy
+            differ in this.
+        skip_save_while_busy: Skip a save that is due while the last one is still written in the background, instead of
+            waiting for it: some loops rather lose a checkpoint than time. The final save, and one after the ranks were
+            asked to stop, is never skipped.
+        save_rng: Save the random number generators' states, without which a resumed run repeats or changes its draws.
+        share_replica_reads: Whether ranks that load the same bytes (replicas under DDP or HSDP, norms that tensor
+            parallelism leaves whole) read them once and pass them on: ``always``, ``never``, or ``auto``, which does
+            so where the files are on a network or FUSE file system. There, many replicas that read the same are what a
+            restart waits for; on a local disk the page cache is faster than passing on. Conversions that have to be
+            computed are always read by each rank.
+        replicas: What is saved of a tensor that several ranks hold whole, or as the same shard: ``compare`` compares
+            their bytes, and an error that names tensor and ranks is raised before anything is published where they
+            differ, since saving one would lose the others; ``first`` saves the value of the lowest rank and compares
+            nothing, for those who mean that. Of buffers and extra state it is always the lowest rank's, as in
+            DistributedDataParallel's own broadcast. Comparing reads each replica's bytes once more.
+        per_rank_state: Patterns of names (``*.experts.*``, as for file names) of tensors of which each rank has a value
+            of its own: experts kept by hand, statistics of a rank's own batches. They and their optimizer state are
+            saved for each rank besides, and restored to it on the same number of ranks; what other tools and other
+            numbers of ranks get is the lowest rank's. A pattern that matches nothing is an error.
+        allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
+            is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
+            scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.
+    """
+
+    enabled: bool = True
+    checkpoint_dir: str | Path = "checkpoints/"
+    model_save_format: str = "safetensors"
+    model_cache_dir: str | Path | None = None
+    model_repo_id: str | None = None
+    save_consolidated: bool | str | SaveConsolidatedMode = "final"
+    is_peft: bool = False
+    model_state_dict_keys: list[str] | None = None
+    is_async: bool = False
+    dequantize_base_checkpoint: bool | None = None
+    original_model_root_dir: str | None = None
+    skip_task_head_prefixes_for_base_model: list[str] | None = None
+    single_rank_consolidation: bool = False
+    staging_dir: str | None = None
+    v4_compatible: bool = False
+    diffusers_compatible: bool = False
+    best_metric_key: str = "default"
+    wait_for_staging: bool = False
+    cpu_offload: bool = False
+    allow_legacy_pickle_restore: bool = False
+    legacy_paramwrapper_layout: bool = False
+    consolidation_timeout_minutes: int = 30
+    max_recent_checkpoints: int | None = None
+    random_writes: bool = True
+    max_file_bytes: int = 5_000_000_000
+    io_threads: int | None = None
+    collective_timeout_seconds: float = 1800
+    verify_export: bool = True
+    pass_through_unloaded: bool = True
+    keep_every_k_steps: int | None = None
+    keep_best: int | None = None
+    best_metric_mode: str = "min"
+    skip_save_while_busy: bool = False
+    save_rng: bool = True
+    share_replica_reads: str = "auto"
+    replicas: str = "compare"
+    per_rank_state: list[str] | None = None
+    allow_missing_base: bool = False
+
+    def __post_init__(self) -> None:
+        """Resolve the cache directory, coerce format and mode, and reject what cannot work.
+
+        Raises:
+            ConfigError: A value is out of range or of the wrong kind, or two settings contradict each other.
+        """
+        if self.model_cache_dir is None:
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            self.model_cache_dir = HF_HUB_CACHE
+        self.model_save_format = SerializationFormat(
+            _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
+        )
+        self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
+        self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
+        self.replicas = _choice("replicas", self.replicas, _REPLICAS)
+        self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
+        for field in fields(self):
+            setattr(self, field.name, checked(field, getattr(self, field.name)))
+        self._apply_peft_constraints()
+        self._check_values()
+        self._check_remote()
+        if self.is_async and not _is_geq_torch_2_9():
+            self.is_async = False
+            logger.warning("is_async needs torch 2.9 or newer: saves are synchronous (is_async becomes False).")
+
+    def _apply_peft_constraints(self) -> None:
+        if self.is_peft and self.model_save_format == "torch_save":
+            self.model_save_format = SerializationFormat.SAFETENSORS
+            self.save_consolidated = SaveConsolidatedMode.FINAL
+            logger.warning(
+                "Adapters are saved as safetensors only: model_save_format 'torch_save' becomes 'safetensors' "
+                "and save_consolidated becomes 'final'."
+            )
+
+    def _check_values(self) -> None:
+        self._check_adapters()
+        if not isinstance(self.allow_legacy_pickle_restore, bool):
+            raise ConfigError(
+                f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",
+                hint="It permits running code from a file, so it has to be exactly true or false.",
+            )
+        if str(self.checkpoint_dir) == "":
+            raise ConfigError("checkpoint_dir is empty", hint="Name the directory that is to hold the checkpoints.")
+        for key in ("max_recent_checkpoints", "io_threads", "keep_every_k_steps", "keep_best"):
+            value = getattr(self, key)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{key} is {value!r}", hint="Use a whole number of at least 1, or leave it out.")
+            if value is not None and key.startswith("keep_") and self.max_recent_checkpoints is None:
+                raise ConfigError(
+                    f"{key} has no effect while every checkpoint is kept",
+                    hint=f"Set max_recent_checkpoints too, or leave {key} out.",
+                )
+        if type(self.max_file_bytes) is not int or self.max_file_bytes < 1:
+            raise ConfigError(f"max_file_bytes is {self.max_file_bytes!r}", hint="Use a positive number of bytes.")
+        for key in ("consolidation_timeout_minutes", "collective_timeout_seconds"):
+            value = getattr(self, key)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"{key} is {value!r}", hint="Use a number greater than 0.")
+
+    def _check_adapters(self) -> None:
+        if self.per_rank_state is not None:
+            if not self.per_rank_state or not all(self.per_rank_state):
+                raise ConfigError(
+                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
+                )
+            if self.is_peft:
+                raise ConfigError(
+                    "per_rank_state has no effect where only an adapter is saved",
+                    hint="Leave per_rank_state out, or set is_peft to false.",
+                )
+        if self.is_peft and self.diffusers_compatible:
+            raise ConfigError(
+                "diffusers_compatible has no effect where only an adapter is saved: adapters are written as peft's "
+                "adapter_model.safetensors, and not as diffusers' pytorch_lora_weights.safetensors",
+                hint="Leave diffusers_compatible out; diffusers' save_lora_weights converts what peft opens.",
+            )
+
+    def _check_remote(self) -> None:
+        if not self.is_remote:
+            return
+        if self.model_save_format == "safetensors" and self.consolidated_mode is not SaveConsolidatedMode.FALSE:
+            raise ConfigError(
+                "A consolidated export cannot be written to a remote checkpoint directory",
+                path=self.checkpoint_dir,
+                hint="Set save_consolidated to 'false' and run `shardwise consolidate` later, or set checkpoint_dir to "
+                "a local or mounted directory.",
+            )
+        if self.max_recent_checkpoints is not None:
+            raise ConfigError(
+                "max_recent_checkpoints cannot be applied to a remote checkpoint directory",
+                path=self.checkpoint_dir,
+                hint="Leave max_recent_checkpoints out and set a lifecycle rule on the bucket instead, or set "
+                "checkpoint_dir to a local or mounted directory.",
+            )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``checkpoint_dir`` is a URL (``scheme://...``) and not a path."""
+        text = str(self.checkpoint_dir)
+        found = _REMOTE.match(text)
+        return found is not None and (isinstance(self.checkpoint_dir, Path) or text.startswith("//", found.end() - 1))
+
+    @property
+    def consolidated_mode(self) -> SaveConsolidatedMode:
+        """``save_consolidated`` with its exact type."""
+        return _normalize_save_consolidated(self.save_consolidated)
+
+    def exports(self, *, is_final_checkpoint: bool) -> bool:
+        """Say whether a save writes ``consolidated/``; ``torch_save`` and adapters never do."""
+        if self.model_save_format != "safetensors" or self.is_peft:
+            return False
+        mode = self.consolidated_mode
+        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final_checkpoint)
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, object]) -> Self:
+        """Build a configuration from a ``checkpoint:`` block, or from a document that contains one.
+
+        Numbers may be written as text (YAML reads ``1e9`` as text). Keys that are absent keep their default.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest known one is named), or a value has the wrong type or range.
+        """
+        if not isinstance(block, Mapping):
+            raise ConfigError(
+                f"The checkpoint block is a {type(block).__name__}", hint="Write it as `key: value` lines."
+            )
+        if "checkpoint" in block:
+            inner = block["checkpoint"]
+            return cls.from_dict({} if inner is None else inner)  # type: ignore[arg-type]
+        kinds = {field.name: str(field.type) for field in fields(cls)}
+        values: dict[str, object] = {}
+        for key, value in block.items():
+            if key not in kinds:
+                raise unknown_key(key, kinds)
+            values[key] = number_in_text(key, kinds[key], value)
+        return cls(**values)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Self:
+        """Build a configuration from a YAML file, or from YAML text.
+
+        A `Path`, and a one-line string that ends in ``.yaml`` or ``.yml``, is a file; any other string is text.
+
+        Raises:
+            ConfigError: The file cannot be read, is not YAML, or as in `from_dict`.
+        """
+        import yaml
+
+        path = None
+        if isinstance(source, Path) or ("\n" not in source and source.strip().endswith((".yaml", ".yml"))):
+            path = Path(source)
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(
+                    f"The configuration cannot be read: {reason}", path=path, hint="Check the path and the file."
+                ) from error
+        try:
+            document = yaml.safe_load(source)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"This is not YAML: {error}", path=path, hint="Correct the file.") from error
+        try:
+            return cls.from_dict(document)
+        except ConfigError as error:
+            error.path = error.path or (None if path is None else str(path))
+            raise
+
+
+def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
+    text = value.strip().lower() if isinstance(value, str) else None
+    if text in allowed:
+        return text
+    label = "Unsupported model save format" if key == "model_save_format" else f"Unsupported {key}"
+    raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")

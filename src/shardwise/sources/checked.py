@@ -1,0 +1,318 @@
+"""Reading saved tensors once, from their first byte to their last, and digesting what is read on the way.
+
+In row-major order of a whole tensor the elements of each of its pieces come in the piece's own order. So a tensor that
+lies in many pieces is put together block by block while each piece is read straight through, and its digest is that of
+what was used, not of a second reading.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from shardwise.disk.crc import combine, crc32c
+from shardwise.disk.storage import Storage
+from shardwise.dtypes import dtype_code
+from shardwise.errors import FormatError, IntegrityError
+from shardwise.geometry import Box
+from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.plan.views import refine_range
+from shardwise.sources.tensor_bytes import as_bytes
+
+#: Bytes of one block.
+BLOCK_BYTES = 8 * 2**20
+_HINT = "Restore the file from a copy, or take another checkpoint; `shardwise verify` lists all that is damaged."
+
+
+class Recorded(NamedTuple):
+    """A run of bytes of a file, and the digest that it had when it was written."""
+
+    offset: int
+    nbytes: int
+    crc32c: int
+    tensor: str | None
+
+
+class _Piece(NamedTuple):
+    offset: int
+    nbytes: int
+    crc32c: int
+
+
+@dataclass
+class Ledger:
+    """What was recorded of files' bytes, and what was read of them.
+
+    Attributes:
+        recorded: File -> its runs of bytes with a digest, in the order of their offsets.
+    """
+
+    recorded: Mapping[Path, Sequence[Recorded]]
+    _pieces: dict[Path, list[_Piece]] = field(default_factory=dict)
+    _compared: dict[Path, set[int]] = field(default_factory=dict)
+
+    def take(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
+        """Take note of a run of bytes that was read; compare it where it is recorded as it is.
+
+        Raises:
+            IntegrityError: It has changed since it was written.
+        """
+        runs = self.recorded.get(path)
+        if not runs or not nbytes:
+            return
+        at = bisect_left(runs, offset, key=lambda run: run.offset)
+        if at < len(runs) and (runs[at].offset, runs[at].nbytes) == (offset, nbytes):
+            _compare(path, runs[at], crc)
+            self._compared.setdefault(path, set()).add(at)
+        else:
+            self._pieces.setdefault(path, []).append(_Piece(offset, nbytes, crc))
+
+    def content(self, path: Path, content: bytes) -> None:
+        """Compare a file that was read as a whole.
+
+        Raises:
+            IntegrityError: It has changed since it was written.
+        """
+        self.take(path, 0, len(content), crc32c(content))
+
+    def headers(self, paths: Iterable[Path], storage: Storage) -> None:
+        """Read and compare the headers of tensor files, of which each is the first recorded run."""
+        for path in paths:
+            runs = self.recorded.get(path)
+            if runs and runs[0].offset == 0 and runs[0].tensor is None and len(runs) > 1:
+                self.take(path, 0, runs[0].nbytes, _digest(path, 0, runs[0].nbytes, 0, storage))
+
+    def settle(self, storage: Storage) -> None:
+        """Compare what is recorded in other runs than it was read in; what lies between is read now.
+
+        Raises:
+            IntegrityError: A file has changed since it was written.
+        """
+        for path, pieces in self._pieces.items():
+            pieces.sort()
+            done = self._compared.get(path, set())
+            for number, run in enumerate(self.recorded[path]):
+                first = bisect_left(pieces, (run.offset,))
+                last = bisect_left(pieces, (run.offset + run.nbytes,))
+                inside = [p for p in pieces[first:last] if p.offset + p.nbytes <= run.offset + run.nbytes]
+                if number not in done and inside:
+                    _compare(path, run, _folded(path, run, inside, storage))
+
+
+def _folded(path: Path, run: Recorded, pieces: Sequence[_Piece], storage: Storage) -> int:
+    position, crc = run.offset, 0
+    for piece in pieces:
+        if piece.offset < position:
+            continue  # the same bytes again
+        crc = _digest(path, position, piece.offset - position, crc, storage)
+        crc = combine(crc, piece.crc32c, piece.nbytes)
+        position = piece.offset + piece.nbytes
+    return _digest(path, position, run.offset + run.nbytes - position, crc, storage)
+
+
+def _digest(path: Path, offset: int, nbytes: int, crc: int, storage: Storage) -> int:
+    if not nbytes:
+        return crc
+    handle = storage.open(path, writable=False)
+    try:
+        buffer = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
+        while nbytes:
+            part = buffer[: min(nbytes, len(buffer))]
+            _read(storage, handle, part, offset, path, None)
+            crc = crc32c(part, crc)
+            offset, nbytes = offset + len(part), nbytes - len(part)
+    finally:
+        storage.close(handle)
+    return crc
+
+
+def _compare(path: Path, run: Recorded, crc: int) -> None:
+    if crc != run.crc32c:
+        raise IntegrityError(
+            f"bytes {run.offset} to {run.offset + run.nbytes} changed since the save (CRC-32C {crc:08x} instead of "
+            f"{run.crc32c:08x})",
+            path=path,
+            tensor=run.tensor,
+            hint=_HINT,
+        )
+
+
+def _read(storage: Storage, handle: int, into: memoryview, offset: int, path: Path, tensor: str | None) -> None:
+    got = storage.read(handle, into, offset)
+    if got != len(into):
+        raise IntegrityError(
+            f"the file ends {len(into) - got} bytes before the end of what was to be read",
+            path=path,
+            tensor=tensor,
+            hint=_HINT,
+        )
+
+
+class CheckedReader:
+    """Reads tensors of some files block by block; `close` releases the files.
+
+    Args:
+        storage: Through what.
+        files: Paths; pieces name them by index.
+        ledger: Told of all that is read.
+    """
+
+    def __init__(self, storage: Storage, files: Sequence[Path], ledger: Ledger) -> None:
+        self._storage = storage
+        self._files = files
+        self._ledger = ledger
+        self._handles: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._handles:
+            self._storage.close(self._handles.popitem()[1])
+
+    def blocks(self, tensor: SourceTensor) -> Iterator[memoryview]:
+        """A tensor's bytes in row-major order; its pieces have to cover each element once.
+
+        Memory is two blocks, and of pieces that are serialised tensors (DCP) those of one tensor.
+
+        Raises:
+            IntegrityError: Bytes differ from what was recorded, or a file ends too early.
+            FormatError: A serialised tensor is not what the metadata says.
+        """
+        spec = tensor.spec
+        total, item = math.prod(spec.shape), spec.itemsize
+        pieces = [self._stream(chunk, tensor) for chunk in tensor.chunks if chunk.box.numel]
+        per_block = max(1, BLOCK_BYTES // item)
+        for start in range(0, total, per_block):
+            count = min(per_block, total - start)
+            if len(pieces) == 1:
+                yield pieces[0].next(count)
+                continue
+            block = torch.empty((count, item), dtype=torch.uint8)
+            boxes = refine_range(start, count, spec.shape)
+            for piece in pieces:
+                _scatter(piece, boxes, block)
+            yield as_bytes(block)
+        for piece in pieces:
+            piece.finish()
+
+    def _stream(self, chunk: SourceChunk, tensor: SourceTensor) -> _Stream:
+        make = _Packed if chunk.packed else _Raw
+        return make(self, chunk, tensor)
+
+    def _fill(self, file: int, into: memoryview, offset: int, tensor: str) -> None:
+        if file not in self._handles:
+            self._handles[file] = self._storage.open(self._files[file], writable=False)
+        _read(self._storage, self._handles[file], into, offset, self._files[file], tensor)
+
+    def read(self, chunk: SourceChunk, into: memoryview, start: int, tensor: str) -> None:
+        """Fill memory with a piece's bytes from ``start`` on."""
+        self._fill(chunk.file, into, chunk.offset + start, tensor)
+
+    def took(self, chunk: SourceChunk, nbytes: int, crc: int) -> None:
+        """Tell the ledger of a piece that was read."""
+        self._ledger.take(self._files[chunk.file], chunk.offset, nbytes, crc)
+
+    def path(self, chunk: SourceChunk) -> Path:
+        """The file that has a piece."""
+        return self._files[chunk.file]
+
+
+class _Stream(ABC):
+    """A piece's elements, from the first to the last."""
+
+    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+        self.box = chunk.box
+        self._reader = reader
+        self._chunk = chunk
+        self._spec = tensor.spec
+        self._at = 0
+
+    @abstractmethod
+    def next(self, count: int) -> memoryview:
+        """The bytes of the next ``count`` elements; valid until the next call."""
+
+    def finish(self) -> None:  # noqa: B027 - not every kind has anything left to compare
+        """Nothing more is wanted; what was read is compared."""
+
+
+class _Raw(_Stream):
+    """A piece that lies in its file as it is."""
+
+    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+        super().__init__(reader, chunk, tensor)
+        self._crc = 0
+
+    def next(self, count: int) -> memoryview:
+        into = as_bytes(torch.empty(count * self._spec.itemsize, dtype=torch.uint8))
+        self._reader.read(self._chunk, into, self._at, self._spec.name)
+        self._crc = crc32c(into, self._crc)
+        self._at += len(into)
+        return into
+
+    def finish(self) -> None:
+        self._reader.took(self._chunk, self._at, self._crc)
+
+
+class _Packed(_Stream):
+    """A piece that is a tensor serialised by ``torch.save``, as DCP writes its items."""
+
+    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+        super().__init__(reader, chunk, tensor)
+        self._content: memoryview | None = None
+
+    def next(self, count: int) -> memoryview:
+        if self._content is None:
+            self._content = as_bytes(self._load())
+        start, self._at = self._at, self._at + count * self._spec.itemsize
+        found = self._content[start : self._at]
+        if self._at == len(self._content):
+            self._content = memoryview(b"")  # the memory is needed for the next piece
+        return found
+
+    def _load(self) -> torch.Tensor:
+        raw = bytearray(self._chunk.packed)
+        self._reader.read(self._chunk, memoryview(raw), 0, self._spec.name)
+        self._reader.took(self._chunk, len(raw), crc32c(raw))
+        try:
+            loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise self._wrong(f"this item is not a serialised tensor: {error}") from error
+        if not isinstance(loaded, torch.Tensor):
+            raise self._wrong(f"this item is a {type(loaded).__name__} and no tensor")
+        code = dtype_code(loaded.dtype, self._spec.name)
+        if tuple(loaded.shape) != self.box.sizes or code != self._spec.dtype:
+            raise self._wrong(
+                f"this item is a tensor of {list(loaded.shape)} {code}, where the metadata says "
+                f"{list(self.box.sizes)} {self._spec.dtype}"
+            )
+        return loaded.detach().contiguous()
+
+    def _wrong(self, message: str) -> FormatError:
+        return FormatError(message, path=self._reader.path(self._chunk), tensor=self._spec.name, hint=_HINT)
+
+
+def _scatter(piece: _Stream, boxes: Sequence[Box], block: torch.Tensor) -> None:
+    """Put what a piece has of a block, given as boxes in order, into the block."""
+    common = [box.intersect(piece.box) for box in boxes]
+    count = sum(each.numel for each in common if each is not None)
+    if not count:
+        return
+    item = block.shape[1]
+    found = torch.frombuffer(piece.next(count), dtype=torch.uint8)
+    position, used = 0, 0
+    for box, inner in zip(boxes, common, strict=True):
+        target = block[position : position + box.numel].view(*box.sizes, item)
+        position += box.numel
+        if inner is None:
+            continue
+        for dim, (low, size) in enumerate(zip(inner.relative_to(box).offsets, inner.sizes, strict=True)):
+            target = target.narrow(dim, low, size)
+        target.copy_(found[used * item : (used + inner.numel) * item].view(*inner.sizes, item))
+        used += inner.numel

@@ -1,0 +1,152 @@
+"""What a DCP directory holds beside sharded tensors: values that DCP pickled, and small tensors read whole."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
+from shardwise.format.torch_value import MAX_VALUE_BYTES, read_torch_value
+from shardwise.sources.dcp_model import DcpPath, item_paths
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata
+
+#: Tensors that are no part of a model or of an optimizer's state are small: counters, a tensor learning rate.
+MAX_SMALL_TENSOR_BYTES = 2**28
+
+
+def is_dcp(directory: Path) -> bool:
+    """Whether a directory is one that DCP wrote."""
+    return (directory / DCP_METADATA_NAME).is_file()
+
+
+class DcpValues:
+    """Reads single items of a DCP directory. Local; nothing is read before it is asked for.
+
+    Args:
+        directory: The DCP directory.
+        legacy: Whether to unpickle without restrictions what cannot be read otherwise, which runs code from the files.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        FormatError: Its metadata are damaged.
+    """
+
+    def __init__(self, directory: Path, legacy: bool = False) -> None:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        self.directory = directory
+        self.metadata: Metadata = read_dcp_metadata(directory / DCP_METADATA_NAME)
+        self.paths: Mapping[str, DcpPath] = item_paths(self.metadata)
+        self.tensors = frozenset(
+            name for name, item in self.metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
+        )
+        self._legacy = legacy
+        self._places: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = {}
+        for index, info in (self.metadata.storage_data or {}).items():
+            self._places.setdefault(index.fqn, []).append((tuple(index.offset or ()), info))
+        self._read: dict[bytes, object] = {}
+
+    def values(self, names: Iterable[str]) -> dict[str, object]:
+        """Several items, in the order in which they lie in the files."""
+        order = sorted(names, key=lambda name: [(info.relative_path, info.offset) for _, info in self._at(name)])
+        found = {name: self.value(name) for name in order}
+        return {name: found[name] for name in names}
+
+    def value(self, name: str) -> object:
+        """One item: a value, or a small tensor, whole.
+
+        Raises:
+            CheckpointNotFoundError: A file of the directory is absent.
+            FormatError: It is damaged, or too large for what it is to be.
+            UnsafePickleError: It names something outside the allow-lists.
+        """
+        if name in self.tensors:
+            return self._tensor(name)
+        places = self._at(name)
+        if len(places) != 1:
+            raise FormatError(
+                f"the metadata name {len(places)} places for this value", path=self.directory, tensor=name
+            )
+        raw, path = self._bytes(places[0][1], name)
+        # Thousands of parameters have the same few options.
+        if raw not in self._read:
+            self._read[raw] = read_torch_value(raw, str(path), name, legacy=self._legacy)
+        return self._read[raw]
+
+    def _at(self, name: str) -> list[tuple[tuple[int, ...], _StorageInfo]]:
+        return self._places.get(name, [])
+
+    def _bytes(self, info: _StorageInfo, name: str) -> tuple[bytes, Path]:
+        path = self.directory / info.relative_path
+        if info.transform_descriptors:
+            raise MisuseError(
+                f"DCP wrote this item through {', '.join(info.transform_descriptors)}, which is not undone here",
+                path=path,
+                tensor=name,
+                hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
+            )
+        if info.length > MAX_VALUE_BYTES:
+            raise FormatError(
+                f"has {info.length} bytes, too many for what is no sharded tensor", path=path, tensor=name
+            )
+        try:
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                raw = file.read(info.length)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"the metadata names {info.relative_path}, which is absent",
+                path=path,
+                tensor=name,
+                hint="Restore the missing file; the checkpoint is not whole without it.",
+            ) from error
+        except OSError as error:
+            raise StorageError.from_os(error, path=path) from error
+        if len(raw) != info.length:
+            raise FormatError("the file ends within this item", path=path, tensor=name, hint="Restore the file.")
+        return raw, path
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        import torch
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        item = self.metadata.state_dict_metadata[name]
+        assert isinstance(item, TensorStorageMetadata)
+        whole = torch.empty(0, dtype=item.properties.dtype)
+        if item.size.numel() * whole.element_size() > MAX_SMALL_TENSOR_BYTES:
+            raise MisuseError(
+                f"a tensor of {list(item.size)} is too large for what is read whole on every rank",
+                path=self.directory,
+                tensor=name,
+                hint="Load it by DCP's own means, with shardwise.SafetensorsReader for a reader.",
+            )
+        whole = torch.zeros(item.size, dtype=item.properties.dtype)
+        places = dict(self._at(name))
+        for chunk in item.chunks:
+            info = places.get(tuple(chunk.offsets))
+            if info is None:
+                raise FormatError("the metadata lists a chunk without its place", path=self.directory, tensor=name)
+            raw, path = self._bytes(info, name)
+            try:
+                part: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise FormatError(
+                    f"this item is not a serialised tensor: {error}", path=path, tensor=name, hint="Restore the file."
+                ) from error
+            if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
+                raise FormatError(
+                    "this item is not the tensor that the metadata describe",
+                    path=path,
+                    tensor=name,
+                    hint="Restore the file.",
+                )
+            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[where] = part
+        return whole

@@ -1,0 +1,162 @@
+"""What the headers of a checkpoint's files say, put together."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from shardwise.errors import HeaderError
+from shardwise.format.header import read_header
+from shardwise.format.sharding import saved_offsets
+from shardwise.format.strict_json import JsonValue
+from shardwise.geometry import Box, TensorSpec
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceChunk, SourceTensor
+
+
+class Entry(NamedTuple):
+    """One tensor or piece in one file.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape there.
+        dtype: Its dtype code.
+        offset: Byte offset in the file.
+        saved: Where it starts in the whole tensor; ``None`` where the file does not say, and holds it whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    saved: tuple[int, ...] | None
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """The entries of one file, in the order of their data.
+
+    Raises:
+        HeaderError: The file is truncated or damaged.
+    """
+    header = read_header(file)
+    offsets = saved_offsets(header) or {}
+    start = header.data_start
+    return [
+        Entry(name, shape, dtype, start + begin, offsets.get(name)) for (name, shape, dtype), begin, _ in header.entries
+    ]
+
+
+def encode_entry(entry: Entry) -> JsonValue:
+    """An entry as it travels."""
+    name, shape, dtype, offset, saved = entry
+    return [name, list(shape), dtype, offset, None if saved is None else list(saved)]
+
+
+def decode_entry(row: JsonValue) -> Entry:
+    """The inverse of `encode_entry`."""
+    name, shape, dtype, offset, saved = cast(tuple[str, list[int], str, int, list[int] | None], row)
+    return Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
+
+
+def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Sequence[Entry]]]) -> list[SourceTensor]:
+    """Put the tensors together whose pieces are in several files.
+
+    Args:
+        root: The directory that was opened. Where a tensor is in a file below it and in an export in
+            ``consolidated/``, the former counts.
+        files: All files.
+        entries: Number of a file, and its entries; in the order of the files.
+
+    Raises:
+        HeaderError: Two files disagree about a tensor.
+    """
+    first: dict[str, tuple[Entry, int]] = {}
+    pieces: dict[str, list[tuple[Entry, int]]] = {}
+    sharded_names: set[str] = set()
+    for number, found in entries:
+        below = files[number].parent.name == "consolidated" and files[number].parent != root
+        for entry in found:
+            if below and entry.name in sharded_names:
+                continue
+            piece = (entry, number)
+            known = first.setdefault(entry.name, piece)
+            if known is not piece:
+                pieces.setdefault(entry.name, [known]).append(piece)
+            elif entry.saved is not None:
+                pieces[entry.name] = [piece]
+        if not below:
+            sharded_names.update(entry.name for entry in found)
+    return [_joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()]
+
+
+def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) -> dict[str, SourceTensor] | None:
+    """What a rank is about to load, where the files that it has read hold that, piece by piece, and nothing else.
+
+    So it is where a run goes on as it was. If it is so on every rank, and no two hold the same, then nobody has to be
+    told anything: what all ranks hold together is the whole model, and so are then the files.
+
+    Args:
+        own: Number of a file, and its entries.
+        held: What the rank is about to load.
+
+    Returns:
+        The tensors, each with this rank's pieces alone; ``None`` where files and model differ, or cannot be compared
+        by one rank: two pieces of one tensor, a tensor without elements.
+    """
+    pieces = {entry.name: (number, entry) for number, entries in own.items() for entry in entries}
+    if len(pieces) != sum(map(len, own.values())) or len(pieces) > len(held):
+        return None
+    found: dict[str, SourceTensor] = {}
+    used = 0
+    for tensor in held:
+        spec, grid, _ = tensor
+        name, shape, dtype = spec
+        if grid != shape or 0 in shape:
+            return None
+        piece = pieces.get(name)
+        if piece is None:
+            if any(0 not in fragment.box.sizes for fragment in tensor.fragments):
+                return None
+            found[name] = SourceTensor(spec, ())
+            continue
+        fragments = tensor.fragments
+        number, (_, sizes, code, offset, saved) = piece
+        if len(fragments) != 1 or code != dtype:
+            return None
+        box = fragments[0].box
+        # A file that does not say where a tensor starts has all of it.
+        if box != (Box.whole(shape) if saved is None else (saved, sizes)) or box.sizes != sizes:
+            return None
+        used += 1
+        found[name] = SourceTensor(spec, (SourceChunk(box, number, offset),))
+    return found if used == len(pieces) and len(found) == len(held) else None
+
+
+def _whole(entry: Entry, file: int) -> SourceTensor:
+    spec = TensorSpec(entry.name, entry.shape, entry.dtype)
+    return SourceTensor(spec, (SourceChunk(Box.whole(entry.shape), file, entry.offset),))
+
+
+def _joined(name: str, found: Sequence[tuple[Entry, int]], files: Sequence[Path]) -> SourceTensor:
+    first, number = found[0]
+    dtype, dims = first.dtype, len(first.shape)
+    whole = (0,) * dims
+    chunks: dict[Box, SourceChunk] = {}
+    for entry, file in found:
+        _, sizes, its_dtype, offset, saved = entry
+        if its_dtype != dtype or len(sizes) != dims:
+            raise HeaderError(
+                f"{files[number].name} and {files[file].name} disagree about this tensor's dtype or dimensions",
+                path=files[file],
+                tensor=name,
+                hint="The directory mixes files of different checkpoints; separate them.",
+            )
+        box = Box(whole if saved is None else saved, sizes)
+        # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
+        chunks.setdefault(box, SourceChunk(box, file, offset))
+    starts = zip(*(box.offsets for box in chunks), strict=True)
+    lengths = zip(*(box.sizes for box in chunks), strict=True)
+    shape = tuple([max(map(operator.add, *each)) for each in zip(starts, lengths, strict=True)])
+    return SourceTensor(TensorSpec(name, shape, dtype), tuple(chunks.values()))

@@ -1,0 +1,276 @@
+"""Who knows where the pieces of sharded tensors are.
+
+N ranks save N pieces of each tensor, and M ranks load them: were every rank to know all pieces, what each of them has
+to be told would grow with N times the tensors. So each tensor has a *keeper*, the one rank that knows all pieces of it:
+
+1. a rank reads some of the files' headers, and tells each tensor's keeper of the pieces in them;
+2. a keeper puts its tensors together, and tells all ranks what they are, but of the pieces only whether there are more
+   than one;
+3. once a rank knows what it wants, it asks the keepers of its tensors, which answer with the pieces that touch it. What
+   it has read of itself, as a rank has that goes on where it stopped, it needs not ask for.
+
+What a rank sends, gets and keeps then grows with the tensors, and with the pieces that it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import cast
+from zlib import crc32
+
+from shardwise.comm import Group, JsonValue
+from shardwise.geometry import Box, TensorSpec, tiles
+from shardwise.plan.pieces import ChunkIndex
+from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
+from shardwise.sources.entries import Entry, assemble, decode_entry
+
+_ASKING = "asking for pieces of tensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """What this rank knows of the pieces of the tensors that it keeps.
+
+    Attributes:
+        dims: Number of dimensions of each tensor.
+        pieces: Its pieces.
+    """
+
+    dims: tuple[int, ...]
+    pieces: tuple[ChunkIndex, ...]
+
+
+def spread_entries(
+    own: Mapping[int, Sequence[Entry]], root: Path, files: Sequence[Path], group: Group
+) -> tuple[list[SourceTensor], Keeper]:
+    """Put tensors together, each on its keeper. All ranks of the group call.
+
+    Args:
+        own: The files whose headers this rank has read, and their entries.
+        root: As for `assemble`.
+        files: All files, the same on every rank.
+        group: The ranks that load together.
+
+    Returns:
+        All tensors, the same on every rank; and what this one keeps of them.
+
+    Raises:
+        HeaderError: Two files disagree about a tensor.
+    """
+    messages: list[bytes] = []
+    with group.together("sorting headers by tensor"):
+        messages = _by_keeper(own, group.world_size)
+    theirs = group.deal(messages, "sharing headers")
+
+    def put_together() -> list[tuple[SourceTensor, int]]:
+        entries = _decoded(theirs)
+        times = Counter([entry.name for _, found in entries for entry in found])
+        return [(tensor, times[tensor.spec.name]) for tensor in assemble(root, files, entries)]
+
+    return _kept(put_together, own, group)
+
+
+def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], Keeper]:
+    """Give each tensor to a keeper. All ranks of the group call.
+
+    Args:
+        rows: Tensors that this rank alone knows, as `tensor_of_row` takes them.
+        group: The ranks that load together.
+
+    Returns:
+        As `spread_entries`.
+    """
+    messages: list[bytes] = []
+    with group.together("sorting tensors by keeper"):
+        parts = [rows[number :: group.world_size] for number in range(group.world_size)]
+        messages = [json.dumps(part).encode() if part else b"" for part in parts]
+    theirs = group.deal(messages, "sharing where pieces of tensors are")
+
+    def put_together() -> list[tuple[SourceTensor, int]]:
+        tensors = [tensor_of_row(row) for text in theirs if text for row in json.loads(text)]
+        return [(tensor, len(tensor.chunks)) for tensor in tensors]
+
+    return _kept(put_together, {}, group)
+
+
+def tensor_of_row(row: JsonValue) -> SourceTensor:
+    """A tensor as it travels with its pieces.
+
+    Args:
+        row: Name, shape, dtype code, and of each piece offsets, sizes, number of the file, offset in it, packed bytes.
+    """
+    name, shape, dtype, chunks = cast(tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]], row)
+    pieces = [SourceChunk(Box(tuple(o), tuple(s)), file, at, packed) for o, s, file, at, packed in chunks]
+    return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(pieces))
+
+
+def _kept(
+    make: Callable[[], list[tuple[SourceTensor, int]]], own: Mapping[int, Sequence[Entry]], group: Group
+) -> tuple[list[SourceTensor], Keeper]:
+    """Tell all ranks of the tensors that this one keeps.
+
+    Args:
+        make: Gives them, and how many pieces of each are in the files.
+        own: The files whose headers this rank has read, and their entries.
+        group: The ranks that load together.
+    """
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[list[JsonValue], list[JsonValue]]] = {}
+    dims: list[int] = []
+    indices: list[ChunkIndex] = []
+    with group.together("putting tensors together"):
+        for tensor, times in make():
+            (name, shape, dtype), chunks = tensor.spec, tensor.chunks
+            wholes, scattered = kinds.setdefault((dtype, shape), ([], []))
+            if len(chunks) == 1 and chunks[0].box.sizes == shape:
+                wholes.append([name, chunks[0].file, chunks[0].offset, chunks[0].packed])
+                continue
+            single = times == len(chunks) and tiles(shape, [chunk.box for chunk in chunks])
+            number = group.rank + len(dims) * group.world_size
+            scattered.append([name, number, chunks[0].file if chunks else -1, single])
+            dims.append(len(shape))
+            indices.append(ChunkIndex(chunks))
+    rows: JsonValue = [[dtype, list(shape), *found] for (dtype, shape), found in kinds.items()]
+    everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
+    known = _chunks_of(own)
+    tensors = [tensor for told in everyone for kind in told for tensor in _of_kind(kind, known)]
+    return tensors, Keeper(tuple(dims), tuple(indices))
+
+
+def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChunk, ...]]:
+    found: dict[str, tuple[SourceChunk, ...]] = {}
+    for file, entries in own.items():
+        for name, shape, _, offset, saved in entries:
+            if saved is not None:
+                chunk = SourceChunk(Box(saved, shape), file, offset)
+                found[name] = (*found[name], chunk) if name in found else (chunk,)
+    return found
+
+
+def _of_kind(told: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
+    """Tensors of one dtype and shape: such as are whole in one file, and such as are scattered."""
+    dtype, sizes, wholes, scattered = cast(
+        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], told
+    )
+    shape = tuple(sizes)
+    for name, file, offset, packed in wholes:
+        yield SourceTensor(TensorSpec(name, shape, dtype), (SourceChunk(Box.whole(shape), file, offset, packed),))
+    for name, number, file, single in scattered:
+        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), Scattered(number, file, single))
+
+
+def _by_keeper(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
+    messages: list[list[tuple[int, list[Entry]]]] = [[] for _ in range(world)]
+    for number, entries in own.items():
+        found: list[list[Entry]] = [[] for _ in range(world)]
+        for entry in entries:
+            found[crc32(entry[0].encode()) % world].append(entry)
+        for message, some in zip(messages, found, strict=True):
+            if some:
+                message.append((number, some))
+    return [json.dumps(message).encode() if message else b"" for message in messages]
+
+
+def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
+    """Numbers of files and entries, in the order of the files."""
+    found: list[tuple[int, list[Entry]]] = []
+    for text in messages:
+        if text:
+            found += [(number, [decode_entry(row) for row in rows]) for number, rows in json.loads(text)]
+    return sorted(found, key=lambda each: each[0])
+
+
+def ask_keepers(
+    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], keeper: Keeper, group: Group
+) -> dict[int, tuple[SourceChunk, ...]]:
+    """Find the pieces that touch what a rank wants. All ranks of the group call.
+
+    Args:
+        wanted: Gives scattered tensors, and regions of them, some of which this rank does not know. Local.
+        keeper: What this rank can tell others.
+        group: The ranks that opened the checkpoint together.
+
+    Returns:
+        The number of each scattered tensor -> the pieces that touch the regions, in the order in which they lie in the
+        files.
+    """
+    questions: list[bytes] = []
+    answers: list[bytes] = []
+    asked: list[list[tuple[int, int]]] = []
+    found: dict[int, tuple[SourceChunk, ...]] = {}
+    with group.together(_ASKING) as asks:
+        questions, asked = _questions(wanted(), group.world_size)
+        asks.flag = any(questions)
+    if not asks.any:
+        return found
+    received = group.deal(questions, _ASKING)
+    with group.together(_ASKING):
+        answers = [_answer(question, keeper, group.world_size) for question in received]
+    told = group.deal(answers, "telling where pieces of tensors are")
+    with group.together("finding pieces of tensors"):
+        found.update(_collected(asked, told))
+    return found
+
+
+def _questions(
+    wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int
+) -> tuple[list[bytes], list[list[tuple[int, int]]]]:
+    """What to ask each keeper, and of each question the number of the tensor and of its dimensions."""
+    values: list[list[int]] = [[] for _ in range(world)]
+    asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    for tensor, boxes in wanted:
+        assert tensor.scattered is not None
+        number, dims = tensor.scattered.number, len(tensor.spec.shape)
+        for offsets, sizes in boxes:
+            values[number % world] += (number, *offsets, *sizes)
+            asked[number % world].append((number, dims))
+    return [array("q", each).tobytes() for each in values], asked
+
+
+def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
+    values, answer = _numbers(question), array("q")
+    at, end = 0, len(values)
+    while at < end:
+        index = values[at] // world
+        middle = at + 1 + keeper.dims[index]
+        after = middle + keeper.dims[index]
+        touching = keeper.pieces[index].touching(Box(tuple(values[at + 1 : middle]), tuple(values[middle:after])))
+        answer.append(len(touching))
+        for (offsets, sizes), file, offset, packed in touching:
+            answer.extend((file, offset, packed, *offsets, *sizes))
+        at = after
+    return answer.tobytes()
+
+
+def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]) -> dict[int, tuple[SourceChunk, ...]]:
+    found: dict[int, tuple[SourceChunk, ...]] = {}
+    several: set[int] = set()
+    for questions, answer in zip(asked, told, strict=True):
+        values, at = _numbers(answer), 0
+        for number, dims in questions:
+            chunks: list[SourceChunk] = []
+            count, at = values[at], at + 1
+            for _ in range(count):
+                file, offset, packed = values[at : at + 3]
+                middle = at + 3 + dims
+                box = Box(tuple(values[at + 3 : middle]), tuple(values[middle : middle + dims]))
+                chunks.append(SourceChunk(box, file, offset, packed))
+                at = middle + dims
+            if number in found or count > 1:
+                several.add(number)
+            found[number] = (*found.get(number, ()), *chunks)
+    for number in several:
+        # Each piece once, in one order for all ranks, since replicas pass on what they read in it.
+        found[number] = tuple(sorted(set(found[number]), key=attrgetter("file", "offset", "box")))
+    return found
+
+
+def _numbers(message: bytes) -> list[int]:
+    values = array("q")
+    values.frombytes(message)
+    return values.tolist()

@@ -1,0 +1,382 @@
+"""Finding the tensors of a checkpoint: which file holds which region at which offset.
+
+A source is a ``consolidated/`` export, a directory of shards, any Hugging Face model directory or single file, what
+torch's own Hugging Face writer wrote, or a DCP directory (``.metadata`` and ``.distcp``). All end as `SourceTensor`s.
+Reading headers is shared between the ranks; each file's header is read by one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from operator import itemgetter
+from pathlib import Path
+from typing import TypeAlias, cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.disk.crc import crc32c
+from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, FormatError, WeightIndexError
+from shardwise.format.index import WeightIndex, read_index
+from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
+from shardwise.geometry import DTYPE_BYTES, Box
+from shardwise.plan.collector import collector_paused
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceTensor
+from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, just_held, read_entries
+from shardwise.sources.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
+from shardwise.sources.whereabouts import did_you_mean, instead, way_in
+
+_LOG = logging.getLogger(__name__)
+_ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors at a path.
+
+    Attributes:
+        path: What was opened.
+        files: Every file that holds tensor data.
+        tensors: By name.
+        keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
+        apart: Whether each rank knows only of what it is about to load, which is just what its own files hold.
+        dcp: Whether it is a DCP directory, which may hold more than a model.
+        below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, SourceTensor]
+    keeper: Keeper | None = None
+    apart: bool = False
+    dcp: bool = False
+    below: str = ""
+
+    def without(self, names: Iterable[str]) -> Source:
+        """The same without some tensors."""
+        dropped = self.tensors.keys() & set(names)
+        if not dropped:
+            return self
+        return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
+
+    @collector_paused()
+    def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
+        """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
+
+        Args:
+            wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
+            group: The ranks that opened it together.
+        """
+        if self.keeper is None:
+            return self
+        tensors = dict(self.tensors)
+        asked: dict[str, Sequence[Box]] = {}
+
+        def questions() -> list[tuple[SourceTensor, Sequence[Box]]]:
+            asked.update({n: boxes for n, boxes in wanted().items() if boxes and not tensors[n].knows(boxes)})
+            return [(tensors[name], boxes) for name, boxes in asked.items()]
+
+        pieces = ask_keepers(questions, self.keeper, group)
+        for name in asked:
+            spec, _, scattered = tensors[name]
+            if scattered is not None:
+                tensors[name] = SourceTensor(spec, pieces[scattered.number], scattered)
+        return replace(self, tensors=tensors)
+
+
+@collector_paused()
+def open_source(
+    path: str | os.PathLike[str],
+    group: Group,
+    *,
+    spread: bool = False,
+    held: Callable[[], Sequence[HeldTensor] | None] | None = None,
+    besides: frozenset[str] = frozenset(),
+) -> Source:
+    """Find the tensors at ``path``. All ranks of the group call and see the same, unless each finds just what it holds.
+
+    Args:
+        path: A safetensors file, a weight index, or a directory: of safetensors files with or without an index, a
+            ``model/`` directory with ``consolidated/`` or shards in it, or a DCP directory.
+        group: The ranks that load together.
+        spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
+            `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
+        held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where that cannot be
+            told by names and regions alone. Where every rank has read just that, and none has what another has, as in
+            a run that goes on as it was, nothing is told to others (`Source.apart`). Local.
+        besides: Names of files in a directory that hold something else than the tensors that are meant.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
+        AmbiguousFilesError: Several files in it could be meant.
+        WeightIndexError: The index names a file or a tensor that is absent.
+        HeaderError: A file is truncated or damaged.
+    """
+    root = Path(path).absolute()
+    read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
+    listed = cast(
+        dict[str, list[str]], group.tell(lambda: _look(root, read, besides), f"looking for a checkpoint at {root}")
+    )
+    if listed["dcp"]:
+        return _open_dcp(root, group, spread)
+    if not listed["single"] and SAFETENSORS.index_stem(root.name) is not None:
+        root = root.parent  # an index was named, and stands for the files that it lists
+    files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
+    spread = spread and group.world_size > 1
+    # An index, and an export beside shards, are about what other ranks read.
+    comparable = spread and not listed["index"] and all(file.parent == root for file in files)
+    read_all = _read_headers(files, group, spread, held if comparable else None)
+    if read_all.just_held is not None:
+        return Source(root, files, read_all.just_held, apart=True)
+    keeper: Keeper | None = None
+    if read_all.everyone is None:
+        tensors, keeper = spread_entries(read_all.own, root, files, group)
+    else:
+        tensors = assemble(root, files, read_all.everyone)
+    source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
+    if listed["index"]:
+        with group.together(f"checking the index of {root}"):
+            if group.is_main:
+                _check_index(root, listed["index"], source, read)
+    return source
+
+
+def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
+    """List what is at a path.
+
+    Relative file names, names of tensors per the index, and whether it is a DCP directory.
+    """
+    if not root.exists():
+        raise CheckpointNotFoundError(
+            "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
+        )
+    if not root.is_dir():
+        return _look_at_file(root, read)
+    if (root / ".metadata").exists():
+        _refuse_both(root)
+        return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
+    own, index = _tensor_files(root, read, besides)
+    merged: list[str] = []
+    if (root / "consolidated").is_dir():
+        below, index_below = _tensor_files(root / "consolidated", read)
+        merged = [f"consolidated/{name}" for name in below]
+        index = index or [f"consolidated/{name}" for name in index_below]
+    # A name in both is read from the shards, which hold it as it was in memory; so they come first.
+    if not own and not merged:
+        raise nothing_to_open(root)
+    return {"single": [], "files": [*own, *merged], "index": list(index), "dcp": []}
+
+
+def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
+    if SAFETENSORS.index_stem(file.name) is not None:
+        found = files_of_index(file, os.listdir(file.parent), read)
+        return {"single": [], "files": list(found.files), "index": [file.name], "dcp": []}
+    if file.suffix == ".distcp" or file.name == ".metadata":
+        raise FormatError(
+            "this is one file of a DCP directory", path=file, hint=f"Pass the directory: {str(file.parent)!r}."
+        )
+    return {"single": [file.name], "files": [], "index": [], "dcp": []}
+
+
+def nothing_to_open(root: Path) -> CheckpointNotFoundError:
+    """The error for a directory without a model: what is there instead, and where below it there is one."""
+    there = instead(root)
+    hint = did_you_mean(root) or way_in(root)
+    return CheckpointNotFoundError(
+        "the directory holds no safetensors file and no DCP metadata" + (f", {there}" if there else ""),
+        path=root,
+        hint=hint or "Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
+    )
+
+
+def _refuse_both(root: Path) -> None:
+    """Refuse a directory that is a DCP checkpoint and a Hugging Face model, which may be two different models."""
+    names = os.listdir(root)
+    standard = [name for name in SAFETENSORS.standard if name in names]
+    standard += [name for name in names if SAFETENSORS.index_stem(name) is not None]
+    if standard:
+        raise AmbiguousFilesError(
+            f"the directory holds a DCP checkpoint (.metadata) and a Hugging Face model ({standard[0]})",
+            path=root,
+            hint=f"Pass the path of {standard[0]} to load that, or move it away to load the DCP checkpoint.",
+        )
+
+
+def _tensor_files(
+    directory: Path, read: _ReadIndex, besides: frozenset[str] = frozenset()
+) -> tuple[list[str], list[str]]:
+    """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
+    names = [name for name in os.listdir(directory) if name not in besides]
+    chosen = choose_weights(directory, names, SAFETENSORS, read)
+    if chosen is None:
+        return [], []
+    if chosen.unread is not None:
+        tell_unread(directory, chosen)
+    return list(chosen.files), [] if chosen.index is None else [chosen.index]
+
+
+def tell_unread(directory: Path, chosen: WeightFiles) -> None:
+    """Say which of two was taken."""
+    _LOG.warning(
+        "%s holds %s and %s, which lists other files: the former is read, as transformers does",
+        directory,
+        chosen.files[0],
+        chosen.unread,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Headers:
+    """What ranks have read, each some of the files.
+
+    Attributes:
+        own: Number of each file that this rank has read, and its entries.
+        everyone: The same of all files, in their order; ``None`` where it is not told to all.
+        just_held: See the function of this name; ``None`` unless it is so on every rank.
+    """
+
+    own: Mapping[int, Sequence[Entry]]
+    everyone: Sequence[tuple[int, Sequence[Entry]]] | None
+    just_held: Mapping[str, SourceTensor] | None = None
+
+
+def _read_headers(
+    files: Sequence[Path], group: Group, spread: bool, held: Callable[[], Sequence[HeldTensor] | None] | None
+) -> _Headers:
+    """Read the files' headers, each of them on one rank."""
+    own: dict[int, list[Entry]] = {}
+    ours: dict[str, SourceTensor] | None = None
+
+    def read() -> JsonValue:
+        nonlocal ours
+        # First, since a rank may fail with a file alone: whatever a model's own hooks do, all ranks do at this point.
+        wanted = None if held is None else held()
+        # Neighbours together: as many ranks as saved then each read what the same of them wrote.
+        first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
+        for number in range(first, last):
+            own[number] = read_entries(files[number])
+        ours = None if wanted is None else just_held(own, wanted)
+        if ours is not None:
+            return _account(ours)
+        if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
+            return None
+        return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
+
+    answers = group.gather(read, "reading safetensors headers")
+    accounts = [cast(dict[str, JsonValue], answer) for answer in answers if isinstance(answer, dict)]
+    if len(accounts) == len(answers) and _add_up(accounts):
+        return _Headers(own, None, ours)
+    if accounts or None in answers:
+        return _Headers(own, None)
+    everyone = cast(list[list[tuple[int, list[JsonValue]]]], answers)
+    rows = sorted(((number, found) for told in everyone for number, found in told), key=itemgetter(0))
+    return _Headers(own, [(number, [decode_entry(row) for row in found]) for number, found in rows])
+
+
+def _account(tensors: Mapping[str, SourceTensor]) -> JsonValue:
+    """What a rank says of what it holds: which tensors these are, their bytes, and how many of these it has."""
+    kinds: dict[tuple[str, tuple[int, ...]], int] = {}  # by number, in the order of the tensors: there are few
+    numbers = [kinds.setdefault((dtype, shape), len(kinds)) for (_, shape, dtype), _, _ in tensors.values()]
+    pieces = Counter([(spec.dtype, chunk.box.sizes) for spec, chunks, _ in tensors.values() for chunk in chunks])
+    which = "\0".join(tensors).encode() + repr((list(kinds), numbers)).encode()
+    return {
+        "tensors": f"{len(which)} {crc32c(which):08x}",
+        "bytes": _bytes(zip(kinds, map(Counter(numbers).__getitem__, kinds.values()), strict=True)),
+        "own": _bytes(pieces.items()),
+    }
+
+
+def _bytes(counted: Iterable[tuple[tuple[str, tuple[int, ...]], int]]) -> int:
+    return sum(count * math.prod(sizes) * DTYPE_BYTES[dtype] for (dtype, sizes), count in counted)
+
+
+def _add_up(accounts: Sequence[Mapping[str, JsonValue]]) -> bool:
+    """Whether all ranks hold parts of the same tensors, and each byte of these once, so that no two read two copies.
+
+    Pipeline stages, which hold different tensors, might have one in common without knowing; they are told.
+    """
+    alike = len({account["tensors"] for account in accounts}) == 1
+    return alike and sum(cast(int, account["own"]) for account in accounts) == accounts[0]["bytes"]
+
+
+def _check_index(root: Path, indices: Sequence[str], source: Source, read: _ReadIndex) -> None:
+    for name in indices:
+        folder = (root / name).parent
+        numbers = {path.name: number for number, path in enumerate(source.files) if path.parent == folder}
+        here = set(numbers.values())
+        for tensor, file in read(root / name).weight_map.items():
+            known = source.tensors.get(tensor)
+            if known is not None and known.scattered is not None:
+                continue
+            if known is not None:
+                held = {chunk.file for chunk in known.chunks}
+                # A tensor that is read from shards beside the export has no say about the export's files.
+                if not held <= here or _sharded(known) or numbers.get(file, -1) in {-1, *held}:
+                    continue
+            raise WeightIndexError(
+                f"the index says that {file} holds this tensor, which it does not",
+                path=root / name,
+                tensor=tensor,
+                hint="Index and files belong to different exports; fetch or save them again.",
+            )
+
+
+def _sharded(tensor: SourceTensor) -> bool:
+    return len(tensor.chunks) > 1 or tensor.chunks[0].box.sizes != tensor.spec.shape
+
+
+def _open_dcp(root: Path, group: Group, spread: bool) -> Source:
+    """The tensors of a DCP directory; rank 0 reads its metadata, through an unpickler with an allow-list."""
+    rows: list[JsonValue] = []
+    what = f"reading the DCP metadata of {root}"
+
+    def describe() -> JsonValue:
+        files, found = _describe_dcp(root)
+        rows.extend(found)
+        return list(files)
+
+    keeper: Keeper | None = None
+    if spread and group.world_size > 1:
+        files = cast(list[str], group.tell(describe, what))
+        tensors, keeper = spread_rows(rows, group)
+    else:
+        files, found = cast(tuple[list[str], list[JsonValue]], group.tell(lambda: [*_describe_dcp(root)], what))
+        tensors = [tensor_of_row(row) for row in found]
+    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, keeper, dcp=True)
+
+
+def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:
+    """Names of the files, and the tensors as `tensor_of_row` takes them."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from shardwise.dtypes import dtype_code
+    from shardwise.format.dcp_metadata import read_dcp_metadata
+
+    files: dict[str, int] = {}
+    rows: list[JsonValue] = []
+    metadata = read_dcp_metadata(root / ".metadata")
+    places = {(index.fqn, tuple(index.offset or ())): info for index, info in (metadata.storage_data or {}).items()}
+    for name, saved in metadata.state_dict_metadata.items():
+        if not isinstance(saved, TensorStorageMetadata):
+            continue
+        chunks: list[JsonValue] = []
+        for chunk in saved.chunks:
+            info = places.get((name, tuple(chunk.offsets)))
+            if info is None:
+                raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
+            number = files.setdefault(str(info.relative_path), len(files))
+            chunks.append([list(chunk.offsets), list(chunk.sizes), number, info.offset, info.length])
+        rows.append([name, list(saved.size), dtype_code(saved.properties.dtype, name), chunks])
+    missing = [name for name in files if not (root / name).is_file()]
+    if missing:
+        raise CheckpointNotFoundError(
+            f"the metadata names {missing[0]}, which is absent",
+            path=root / missing[0],
+            hint="Restore the missing file; the checkpoint is not whole without it.",
+        )
+    return list(files), rows

@@ -1,0 +1,235 @@
+"""Weights in ``pytorch_model.bin`` and its like, found without loading them.
+
+A ``.bin`` of today is a zip archive of stored, uncompressed storages. Unpickling it over fake tensors, with torch's
+restricted unpickler, tells each tensor's place in the file, and from there on it is read by byte ranges like any
+other. What cannot be told this way (files of torch before 1.6, tensors that are not contiguous in their storage) is
+opened by ``torch.load``, memory-mapped where the format allows it, and copied slice by slice.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from shardwise.comm import Group, JsonValue
+from shardwise.dtypes import dtype_code
+from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
+from shardwise.format.index import read_index
+from shardwise.format.sniff import Kind, what_is_file
+from shardwise.format.weight_files import TORCH, choose_weights, files_of_index
+from shardwise.geometry import Box, TensorSpec
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.sources.sources import Source, tell_unread
+from shardwise.sources.tensor_bytes import blocks
+from shardwise.sources.torch_state import distributed_class, unwrapped
+from shardwise.sources.whereabouts import torch_files
+
+_LOG = logging.getLogger(__name__)
+
+_COPY_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class BinSource:
+    """The tensors of ``.bin`` files.
+
+    Attributes:
+        source: Those that byte ranges can read.
+        loose: Name -> what it is and the file that has to be opened for it.
+        legacy: Whether unrestricted unpickling is permitted.
+    """
+
+    source: Source
+    loose: Mapping[str, tuple[TensorSpec, Path]]
+    legacy: bool
+
+
+def has_torch_files(path: Path) -> bool:
+    """Whether there are ``.bin`` weights at a path, which may be a file."""
+    if path.is_file():
+        return TORCH.index_stem(path.name) is not None or TORCH.stem_of(path.name) is not None
+    return path.is_dir() and bool(torch_files(path) or _indices(path))
+
+
+def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
+    """Find the tensors of a ``.bin`` file, or of a directory of them. All ranks of the group call and see the same.
+
+    Args:
+        path: A file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
+        group: The ranks that load together; each file is looked into by one of them.
+        allow_legacy_pickle: Unpickle without restrictions, which runs code from the file.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        AmbiguousFilesError: Several files in the directory could be meant.
+        UnsafePickleError: A file names something outside torch's allow-list.
+        FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
+    """
+    listed = group.tell(
+        lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
+        f"looking for .bin files at {path}",
+    )
+    names = cast(list[str], listed)
+    files = [(path if path.is_dir() else path.parent) / name for name in names]
+    own: dict[str, JsonValue] = {}
+    with group.together(f"looking into the .bin files at {path}"):
+        for number, file in enumerate(files):
+            if number % group.world_size == group.rank:
+                own[str(number)] = list(_entries(file, allow_legacy_pickle))
+    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
+    merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
+    tensors: dict[str, SourceTensor] = {}
+    loose: dict[str, tuple[TensorSpec, Path]] = {}
+    for number, file in enumerate(files):
+        for row in merged[number]:
+            name, shape, code, offset = cast(tuple[str, list[int], str, int | None], row)
+            spec = TensorSpec(name, tuple(shape), code)
+            if offset is None:
+                loose[name] = (spec, file)
+            else:
+                tensors[name] = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, offset),))
+    return BinSource(Source(path, tuple(files), tensors), loose, allow_legacy_pickle)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.is_file() and TORCH.index_stem(path.name) is None
+
+
+def _indices(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if TORCH.index_stem(name) is not None]
+
+
+def _listing(path: Path) -> list[str]:
+    """Names of the files that an index lists, or that make up the model in a directory."""
+    read = cache(read_index)
+    if path.is_file():
+        return list(files_of_index(path, os.listdir(path.parent), read).files)
+    chosen = choose_weights(path, [*torch_files(path), *_indices(path)], TORCH, read)
+    if chosen is None:
+        raise CheckpointNotFoundError(
+            "the directory holds no .bin weights", path=path, hint="Point at a model directory."
+        )
+    if chosen.unread is not None:
+        tell_unread(path, chosen)
+    return list(chosen.files)
+
+
+def _refuse_other_formats(file: Path) -> None:
+    """Refuse what is not one of torch's files, and what holds one rank's part of a model, by name."""
+    found = what_is_file(file)
+    if found is not None and found.kind is Kind.SAFETENSORS:
+        raise FormatError(
+            "the file is a safetensors file, whatever its name says", path=file, hint="Rename it to *.safetensors."
+        )
+    if found is not None and found.kind is not Kind.TORCH and not zipfile.is_zipfile(file):
+        raise FormatError(f"the file is {found.name}, and none that torch.save wrote", path=file, hint=found.hint)
+    shards = distributed_class(file)
+    if shards is not None:
+        raise FormatError(
+            f"the file holds one rank's shards of a model and not its tensors: it names {shards}",
+            path=file,
+            hint="Name the base model that the run started from, or gather its state dict where it is saved "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True); a checkpoint of "
+            "shardwise or DCP is loaded from its directory.",
+        )
+
+
+def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
+    """Name, shape, dtype code and byte offset of every tensor; no offset for one that has to be loaded."""
+    _refuse_other_formats(file)
+    if not zipfile.is_zipfile(file):
+        for name, tensor in load_file(file, legacy).items():
+            yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    size = file.stat().st_size
+    with FakeTensorMode():
+        state = load_file(file, legacy, mmap=False)
+    for name, tensor in state.items():
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        offset: int | None = None
+        if isinstance(start, int) and tensor.is_contiguous():
+            offset = start + int(tensor.storage_offset()) * tensor.element_size()
+            if offset < 0 or offset + tensor.numel() * tensor.element_size() > size:
+                raise FormatError("the tensor lies outside of the file", path=file, tensor=name, hint="Fetch it again.")
+        yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), offset]
+
+
+def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, torch.Tensor]:
+    """The state dict of a ``.bin`` file, memory-mapped where its format allows.
+
+    Raises:
+        UnsafePickleError: It names something outside torch's allow-list, and ``legacy`` is not set.
+        FormatError: It is damaged, or not a state dict.
+    """
+    from pickle import UnpicklingError
+
+    mapped = zipfile.is_zipfile(file) if mmap is None else mmap
+    try:
+        found: object = torch.load(file, map_location="cpu", mmap=mapped, weights_only=not legacy)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise UnsafePickleError(
+            f"the file does more than hold tensors: it names {named[1] if named else 'something forbidden'}",
+            path=file,
+            hint="If you trust whoever wrote it, set allow_legacy_pickle_restore, which runs the code in it.",
+        ) from error
+    except (
+        RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, OSError
+    ) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        # A file that is cut short makes torch seek to before its beginning.
+        raise FormatError(f"the file is not a torch checkpoint: {error}", path=file, hint="Fetch it again.") from error
+    if not isinstance(found, Mapping):
+        raise FormatError(f"the file holds a {type(found).__name__}", path=file, hint="It has to hold a state dict.")
+    state = unwrapped(found, file)
+    return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def fill_loose(source: BinSource, wanted: Sequence[HeldTensor]) -> int:
+    """Fill fragments from tensors that byte ranges cannot read, file by file; returns the bytes copied.
+
+    A memory-mapped file adds nothing to this rank's memory but pages that the system may drop; one of torch before
+    1.6 is loaded whole, one file at a time.
+    """
+    copied = 0
+    for file, tensors in _by_file(source, wanted):
+        state = load_file(file, source.legacy)
+        for tensor in tensors:
+            whole = state[tensor.spec.name].view(tensor.grid)
+            for fragment in tensor.fragments:
+                box = fragment.box
+                part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+                copied += part.numel() * part.element_size()
+                _copy(fragment.data, part)
+        del state
+    return copied
+
+
+def _by_file(source: BinSource, wanted: Iterable[HeldTensor]) -> Iterator[tuple[Path, list[HeldTensor]]]:
+    found: dict[Path, list[HeldTensor]] = {}
+    for tensor in wanted:
+        found.setdefault(source.loose[tensor.spec.name][1], []).append(tensor)
+    yield from found.items()
+
+
+def _copy(into: torch.Tensor, part: torch.Tensor) -> None:
+    with torch.no_grad():
+        if into.dim() == 0:
+            into.copy_(part)
+            return
+        for ours, theirs in zip(blocks(into, _COPY_ELEMENTS), blocks(part, _COPY_ELEMENTS), strict=True):
+            ours.copy_(theirs)

@@ -1,0 +1,2 @@
+#!/bin/sh
+exec python -m shardwise consolidate "$(dirname "$0")" "$@"

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.addons.peft_models import causal, logits, randomise
 from tests.clients.test_wrappers import encoder
+from tests.peft.models import causal, logits, randomise
 from torch import nn
 
+import peft
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import AdapterError, ConfigError, MissingTensorError

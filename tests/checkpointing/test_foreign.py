@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.basemodel.support import checkpointer, whole_tensor
+from tests.base.support import checkpointer, whole_tensor
 from tests.convert.tiny_models import build
 from tests.support.ranks import failure, run
 from torch import nn

@@ -10,16 +10,16 @@ from typing import Unpack
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tests.addons.peft_own_models import HIDDEN, INNER, OwnConfig, dense
-from tests.addons.test_peft_hf import LINEAR, adapted
 from tests.engine.test_merge_computed import Negated
+from tests.peft.own_models import HIDDEN, INNER, OwnConfig, dense
+from tests.peft.test_models import LINEAR, adapted
 from tests.support.ranks import failure, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from peft import LoraConfig
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group

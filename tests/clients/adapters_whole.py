@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from tests.addons.peft_models import causal, randomise
-from tests.addons.peft_own_models import OwnConfig, dense
 from tests.clients.lora import step, values
+from tests.peft.models import causal, randomise
+from tests.peft.own_models import OwnConfig, dense
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 

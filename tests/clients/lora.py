@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from tests.addons.peft_models import causal, randomise
 from tests.clients.training import shard
+from tests.peft.models import causal, randomise
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.addons.peft_models import SIZES, causal, logits, randomise
-from tests.addons.peft_own_models import OwnConfig, dense
-from tests.addons.test_peft_hf import same_json
 from tests.clients.adapters_whole import (
     KINDS,
     adapted,
@@ -24,9 +20,13 @@ from tests.clients.adapters_whole import (
     two_alone,
 )
 from tests.clients.lora import step, values
+from tests.peft.models import SIZES, causal, logits, randomise
+from tests.peft.own_models import OwnConfig, dense
+from tests.peft.test_models import same_json
 from tests.support.ranks import failure, fresh, run
 from torch import nn
 
+import peft
 from shardwise import CheckpointingConfig
 from shardwise.errors import AdapterError, MissingTensorError, ModuleStateError, ShardwiseError, UnexpectedTensorError
 

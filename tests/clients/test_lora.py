@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from safetensors import safe_open
-from tests.addons.peft_models import causal, logits, save_captured
-from tests.addons.test_peft_hf import same_json
 from tests.clients.lora import (
     ADAPTERS,
     Values,
@@ -21,9 +18,12 @@ from tests.clients.lora import (
     save_without_a_shard,
     save_without_a_stage,
 )
+from tests.peft.models import causal, logits, save_captured
+from tests.peft.test_models import same_json
 from tests.support.ranks import failure, outcomes, run
 from torch import nn
 
+import peft
 from shardwise.errors import AdapterError, IncompleteTensorError
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.basemodel.support import CountingStorage, llama, llama_config, on_meta, two_by_two, whole_tensor
+from tests.base.support import CountingStorage, llama, llama_config, on_meta, two_by_two, whole_tensor
 from tests.engine.setups import Digests, Spreader, build, ddp, fsdp_over_tp, hsdp, plain, tensor_parallel
 from tests.support.faults import FaultyStorage
 from tests.support.ranks import failure, run

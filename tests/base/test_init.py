@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.basemodel.support import assert_same, checkpointer, llama_config, on_meta
+from tests.base.support import assert_same, checkpointer, llama_config, on_meta
 from torch import nn
 from transformers import (
     CLIPConfig,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.basemodel.support import (
+from tests.base.support import (
     COMMIT,
     CountingStorage,
     assert_same,

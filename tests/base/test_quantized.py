@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.basemodel.support import (
+from tests.base.support import (
     CountingStorage,
     assert_same,
     checkpointer,

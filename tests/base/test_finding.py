@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.basemodel.support import COMMIT, assert_same, checkpointer, hub_cache, llama, llama_config, on_meta
+from tests.base.support import COMMIT, assert_same, checkpointer, hub_cache, llama, llama_config, on_meta
 from tests.support.ranks import failure, run
 from transformers import LlamaForCausalLM
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from tests.basemodel.support import llama, llama_config, on_meta
+from tests.base.support import llama, llama_config, on_meta
 from tests.support.ranks import failure
 from torch import nn
 from transformers import LlamaForCausalLM

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.addons.peft_models import Parts
-from tests.addons.peft_own_models import OwnConfig, dense
+from tests.peft.models import Parts
+from tests.peft.own_models import OwnConfig, dense
 
 from shardwise.addons.peft import PeftAddon, _get_automodel_peft_metadata, _get_hf_peft_config, read_adapter_config
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, StorageError

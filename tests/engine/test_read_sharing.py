@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.io.test_reader import strided
+from tests.sources.test_reader import strided
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import Simulation, ThreadGroup, in_threads, raw, simulations
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.basemodel.support import (
+from tests.base.support import (
     CountingStorage,
     checkpointer,
     llama,

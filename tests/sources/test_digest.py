@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.io.test_reader import cut_up, part_of
+from tests.sources.test_reader import cut_up, part_of
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, raw, values
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from tests.addons.peft_models import causal, logits
-from tests.basemodel.support import checkpointer
+from tests.base.support import checkpointer
+from tests.peft.models import causal, logits
 from tests.support.ranks import run
 from torch import distributed as dist
 from torch import nn
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peft
 from shardwise.checkpointing import Checkpointer
 from shardwise.errors import AdapterError, MisuseError
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
-from tests.addons.peft_models import causal, logits
-from tests.addons.peft_own_models import HIDDEN, OwnConfig, dense, moe
-from tests.addons.test_peft_hf import EXPERTS, LINEAR, adapted, save
+from tests.peft.models import causal, logits
+from tests.peft.own_models import HIDDEN, OwnConfig, dense, moe
+from tests.peft.test_models import EXPERTS, LINEAR, adapted, save
 
+import peft
 from shardwise.addons.peft import (
     AdapterFile,
     capture_adapter,
@@ -123,7 +123,7 @@ def test_fresh_adapters_change_nothing_and_are_reproducible(method: str | None) 
 
 @pytest.mark.parametrize(("method", "spread"), [(None, (1 / 3 / 256) ** 0.5), ("gaussian", 1 / 64)])
 def test_the_spread_is_that_of_the_method(method: str | None, spread: float) -> None:
-    from tests.addons.peft_own_models import LoRALinear
+    from tests.peft.own_models import LoRALinear
 
     model = nn.ModuleDict({"proj": LoRALinear(256, 32, 64, 1.0)})
     initialise_adapters([model], OwnConfig(dim=64), method)

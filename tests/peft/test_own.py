@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from tests.addons.peft_models import Parts, causal, logits
-from tests.addons.peft_own_models import (
+from tests.peft.models import Parts, causal, logits
+from tests.peft.own_models import (
     EXPERTS,
     GROUPS,
     HEADS,
@@ -27,7 +27,7 @@ from tests.addons.peft_own_models import (
     dense,
     moe,
 )
-from tests.addons.test_peft_hf import legacy_delta, save
+from tests.peft.test_models import legacy_delta, save
 
 from shardwise.addons.peft import (
     AdapterTensors,
@@ -160,7 +160,7 @@ def test_qwen3_moe_is_opened_by_peft(rank: int, swapped: bool, tmp_path: Path) -
     config = OwnConfig()
     model = moe(config, rank=rank, swapped=swapped)
     # The tiny Hugging Face model has the same sizes but for the experts' inner one.
-    from tests.addons.peft_models import SIZES
+    from tests.peft.models import SIZES
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {**SIZES, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": INNER}

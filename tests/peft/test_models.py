@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
-from tests.addons.peft_models import Parts, causal, logits, randomise, save_captured
+from tests.peft.models import Parts, causal, logits, randomise, save_captured
 
 from shardwise.addons.base import SaveHookArgs
 from shardwise.addons.peft import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.addons import peft_ranks
-from tests.addons.peft_own_models import OwnConfig, dense, moe
-from tests.addons.test_peft_hf import adapted, same_json, save
+from tests.peft import on_ranks as peft_ranks
+from tests.peft.own_models import OwnConfig, dense, moe
+from tests.peft.test_models import adapted, same_json, save
 from tests.support.ranks import run
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests.io.dcp_errors import refused, told, unreadable
+from tests.dcp.dcp_errors import refused, told, unreadable
 from tests.support.ranks import failure
 from torch.distributed.checkpoint.api import CheckpointException
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from safetensors.torch import load_file
-from tests.addons.peft_models import Parts, where
-from tests.addons.peft_own_models import OwnConfig, OwnForCausalLM, dense, moe
-from tests.addons.test_peft_hf import EXPERTS, LINEAR, adapted
+from tests.peft.models import Parts, where
+from tests.peft.own_models import OwnConfig, OwnForCausalLM, dense, moe
+from tests.peft.test_models import EXPERTS, LINEAR, adapted
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor

@@ -294,7 +294,7 @@ def check_scales(parts: Sequence[nn.Module], adapter_name: str, path: Path) -> N
             scale = scaling.get(adapter_name) if isinstance(scaling, Mapping) else None
             if scale is not None and not math.isclose(cast("float", scale), 1.0, rel_tol=1e-6):
                 raise AdapterError(
-                    "the file says nothing of the adapter's settings, so that diffusers takes its factors with scale 1; "
+                    "the file has no settings of the adapter, and diffusers then takes its factors with scale 1; "
                     f"the layer {name.removeprefix(PEFT_PREFIX)!r} has scale {scale:g}",
                     path=path,
                     hint="Build the model with lora_alpha equal to r (and alpha_pattern to rank_pattern).",

@@ -16,6 +16,7 @@ from tests.clients.lora import step, values
 from tests.support.ranks import fresh, run
 from torch import nn
 
+from shardwise import CheckpointingConfig
 from shardwise.cli import main
 from shardwise.errors import AdapterError, AmbiguousFilesError, ShardwiseError, UnexpectedTensorError
 from shardwise.ops.inspect import inspect
@@ -155,9 +156,6 @@ def test_files_that_diffusers_wrote_are_opened(tmp_path: Path) -> None:
     model = adapted("patterns", 1)
     file = save_as_diffusers(model, tmp_path / "pipeline")
     model.save_lora_adapter(tmp_path / "model")
-    named = {name.replace("transformer.", "denoiser.", 1): tensor for name, tensor in load_file(file).items()}
-    rewritten(named, tmp_path / "named" / WEIGHTS)
-    peft.get_peft_model(sd3(), lora())  # a peft file of the same model, beside
     for settings in ({}, {"diffusers_compatible": True}):
         with checkpointer(tmp_path, **settings) as ours:
             for place in (tmp_path / "pipeline", file, tmp_path / "model"):
@@ -215,6 +213,10 @@ def test_files_without_settings_have_scale_one(tmp_path: Path) -> None:
             again = built(2)
             ours.load_model(again, tmp_path / place)
             assert torch.equal(denoised(again), denoised(model)), place
+        named = {name.replace("unet.", "denoiser.", 1): tensor for name, tensor in tensors.items()}
+        again, file_of = built(2), rewritten(named, tmp_path / "named" / WEIGHTS)
+        ours.load_model(again, file_of, key_mapping={r"^denoiser\.": "unet."})
+        assert torch.equal(denoised(again), denoised(model))
         both = {**tensors, "text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(2, 2)}
         again = built(2)
         ours.load_model(again, rewritten(both, tmp_path / "both" / WEIGHTS))
@@ -296,17 +298,35 @@ def test_the_tools_know_such_directories(tmp_path: Path, capsys: pytest.CaptureF
     with saver(tmp_path) as ours:
         ours.save(0, 1, model, step(model))
     saved = tmp_path / "LATEST/model"
-    assert verify(tmp_path / "LATEST").ok
-    names = {tensor.name for tensor in inspect(tmp_path / "LATEST").tensors}
+    assert not verify(tmp_path / "LATEST").damages
+    names = {tensor.spec.name for tensor in inspect(tmp_path / "LATEST").tensors}
     assert load_file(saved / WEIGHTS).keys() <= names
     for place in ("LATEST", "LATEST/model"):
-        assert main(["consolidate", "--diffusers", str(tmp_path / place), str(tmp_path / "out")]) != 0
+        assert main(["consolidate", "--diffusers", str(tmp_path / place), "--output", str(tmp_path / "out")]) == 2
         assert "this is an adapter, which is saved in its final form" in capsys.readouterr().err
     data = bytearray((saved / WEIGHTS).read_bytes())
     data[-1] ^= 1
     (saved / WEIGHTS).write_bytes(data)
-    assert not verify(tmp_path / "LATEST").ok
+    assert verify(tmp_path / "LATEST").damages
     bare = tmp_path / "bare"
     save_as_diffusers(model, bare)
-    with checkpointer(tmp_path, is_peft=False) as whole, pytest.raises(ShardwiseError, match="It holds an adapter"):
+    with (
+        CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0) as whole,
+        pytest.raises(ShardwiseError, match="It holds an adapter"),
+    ):
         whole.load_model(unet(), bare)
+
+
+@pytest.mark.slow
+def test_a_large_adapter_is_one_file(tmp_path: Path) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2**20, 1, bias=False), nn.Linear(2**20, 1, bias=False)
+
+    model = peft.get_peft_model(Wide(), peft.LoraConfig(r=70, target_modules=["first", "second"]))
+    with checkpointer(tmp_path) as ours:
+        ours.save_model(model, tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out/model").glob("*.safetensors*")}
+    assert files == {"adapter_model.safetensors"}
+    assert (tmp_path / "out/model/adapter_model.safetensors").stat().st_size > 512 * 2**20

@@ -113,18 +113,19 @@ def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
     return spec._replace(name=PEFT_PREFIX + spec.name.removeprefix(f"{component}."))
 
 
-def check_opens(parts: Sequence[nn.Module], file: AdapterFile, told: set[str]) -> None:
+def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: AdapterFile, told: set[str]) -> None:
     """Check that diffusers can open an adapter, before it is trained. Local.
 
     Args:
         parts: This rank's parts.
+        peft_config: The adapters' configuration, for parts that do not carry one.
         file: The adapter.
         told: What has been said in this run.
 
     Raises:
         AdapterError: It cannot.
     """
-    config = adapter_configs(parts, None)[file.adapter_name]
+    config = adapter_configs(parts, peft_config)[file.adapter_name]
     reason = _why_not(config)
     if reason:
         raise AdapterError(

@@ -153,7 +153,7 @@ class AdapterSave:
         with group.together(f"checking the adapter {file.adapter_name}"):
             _check(roster, settings, declared, captured, component)
             if component:
-                check_opens(self.state.model, file, context.told)
+                check_opens(self.state.model, self._config, file, context.told)
             options = ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -315,7 +315,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
             with group.together(f"checking the adapter {file.adapter_name}"):
                 _check(roster, settings[file.adapter_name], declared, captured, "")
                 if component:
-                    check_opens(parts, file, context.told)
+                    check_opens(parts, None, file, context.told)
     if declared.extra:
         _roster(context, partial(hold_extra, context, captured, parts))
 

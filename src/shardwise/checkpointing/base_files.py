@@ -14,7 +14,7 @@ from shardwise.comm import Group
 from shardwise.engine.load_base import BaseSource
 from shardwise.errors import FormatError
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.weight_files import SAFETENSORS, TORCH, is_index
+from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter, is_index
 from shardwise.io.bin_source import has_torch_files, open_bin
 from shardwise.io.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.io.sources import open_source
@@ -169,7 +169,6 @@ def is_torch_base(path: Path) -> bool:
 def _has_safetensors(directory: Path) -> bool:
     names = os.listdir(directory) if directory.is_dir() else []
     return any(
-        SAFETENSORS.index_stem(name) is not None
-        or (SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra.")))
+        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
         for name in names
     )

@@ -79,14 +79,18 @@ def _component(model: nn.Module) -> str | None:
     return "transformer" if denoiser or "diffusers.models.unets.uvit_2d" in homes else None
 
 
-def require_component(parts: Sequence[nn.Module]) -> str:
+def require_component(parts: Sequence[nn.Module], peft_config: object | None = None) -> str:
     """As `component_of`, for a model that has to have one.
+
+    Args:
+        parts: This rank's parts, wrapped or not.
+        peft_config: The adapters' configuration, for parts that do not carry one.
 
     Raises:
         AdapterError: No pipeline of diffusers would load the model's adapter, or it is not adapted with peft.
     """
     component = component_of(parts)
-    if component is None or not is_peft_adapted(parts):
+    if component is None or not is_peft_adapted(parts, peft_config):
         classes = ", ".join(sorted({own_class(unwrap(part)).__name__ for part in parts}))
         raise AdapterError(
             f"diffusers_compatible is set, and no pipeline of diffusers loads a LoRA file of {classes}"

@@ -110,7 +110,7 @@ class AdapterSave:
         run_hooks(self._addons, "pre_save", self._args, group)
         component = ""
         with group.together("looking at the adapter"):
-            component = _component(context, self.state.model)
+            component = _component(context, self.state.model, self._config)
         settings = adapter_settings(
             self.state.model,
             self._config,
@@ -243,9 +243,9 @@ def declare(context: Context, captured: AdapterTensors) -> Declared:
     return Declared(inventories, any(extra for *_, extra in rows))
 
 
-def _component(context: Context, parts: Sequence[nn.Module]) -> str:
+def _component(context: Context, parts: Sequence[nn.Module], peft_config: object | None) -> str:
     """The model's name in a pipeline of diffusers, where its adapter is saved for these; else nothing."""
-    return require_component(parts) if context.config.diffusers_compatible else ""
+    return require_component(parts, peft_config) if context.config.diffusers_compatible else ""
 
 
 def _check(
@@ -304,7 +304,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         return
     captured = AdapterTensors((), {})
     with group.together("describing the adapter"):
-        component = _component(context, parts)
+        component = _component(context, parts, None)
         if kind:
             captured = capture(context, parts, None)
     declared = declare(context, captured)

@@ -9,15 +9,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
-from diffusers import (
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.training_utils import _collate_lora_metadata
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 from tests.addons.peft_models import randomise
 from tests.clients.adapters_whole import checkpointer
@@ -86,6 +78,9 @@ def inner(model: nn.Module) -> Any:
 
 def pipeline(model: nn.Module) -> Any:
     """A pipeline of nothing but the denoiser."""
+    # Here, since ranks need none, and importing one takes longer than their tests.
+    from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+
     if isinstance(model, UNet2DConditionModel):
         others = ("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor")
         return StableDiffusionPipeline(**dict.fromkeys(others), unet=model, requires_safety_checker=False)
@@ -155,6 +150,8 @@ def adapted(kind: str, seed: int, *, whole: bool = False) -> Any:
 
 def save_as_diffusers(model: nn.Module, directory: Path, name: str = "default", *, metadata: bool = True) -> Path:
     """What diffusers' training scripts do; the file."""
+    from diffusers.training_utils import _collate_lora_metadata
+
     prefix = prefix_of(model)
     layers = peft.get_peft_model_state_dict(model, adapter_name=name)
     noted = _collate_lora_metadata({prefix: model}) if metadata and name == "default" else {}

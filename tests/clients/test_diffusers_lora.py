@@ -108,9 +108,9 @@ def gathered(kind: str, path: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["conv", "head"])
+@pytest.mark.parametrize("kind", ["conv", pytest.param("head", marks=pytest.mark.slow)])
 def test_two_ranks_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    run(2, save_evaluated, kind, str(tmp_path), False)
+    run(2, save_evaluated, kind, str(tmp_path), False, seconds=200)
     model = gathered(kind, tmp_path / "values.pt")
     saved = tmp_path / "LATEST/model"
     same_files(saved / WEIGHTS, save_as_diffusers(model, tmp_path / "theirs"))

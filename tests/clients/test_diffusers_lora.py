@@ -108,7 +108,7 @@ def gathered(kind: str, path: Path) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", ["conv", pytest.param("head", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["conv", "head"])
 def test_two_ranks_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
     run(2, save_evaluated, kind, str(tmp_path), False, seconds=200)
     model = gathered(kind, tmp_path / "values.pt")

@@ -118,7 +118,8 @@ class Settings:
         staging_dir: Local directory below which a merging rank builds files before it copies them into place. Several
             runs may name the same one.
         v4_compatible: Export configurations (and expert adapters) that transformers 4 understands.
-        diffusers_compatible: Name the weight index as diffusers expects it.
+        diffusers_compatible: Name the weight index as diffusers expects it. With ``is_peft`` the adapter is saved as
+            ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of a pipeline opens.
         best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
         wait_for_staging: Return from an asynchronous save only when everything is staged. Without it, copies from an
             accelerator may still be queued then; later work of the loop runs behind them.
@@ -282,12 +283,6 @@ class Settings:
                     "per_rank_state has no effect where only an adapter is saved",
                     hint="Leave per_rank_state out, or set is_peft to false.",
                 )
-        if self.is_peft and self.diffusers_compatible:
-            raise ConfigError(
-                "diffusers_compatible has no effect where only an adapter is saved: adapters are written as peft's "
-                "adapter_model.safetensors, and not as diffusers' pytorch_lora_weights.safetensors",
-                hint="Leave diffusers_compatible out; diffusers' save_lora_weights converts what peft opens.",
-            )
 
     def _check_remote(self) -> None:
         if not self.is_remote:

@@ -18,7 +18,7 @@ from torch import nn
 import peft
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import AdapterError, ConfigError, MissingTensorError
+from shardwise.errors import AdapterError, MissingTensorError
 
 _ALL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -94,11 +94,6 @@ def test_what_peft_computes_is_refused_before_training(config: peft.PeftConfig, 
     model = _adapted(config)
     with _saver(tmp_path) as saver, pytest.raises(AdapterError, match=named):
         saver.restore(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-def test_diffusers_names_of_adapters_are_refused_when_the_run_is_configured(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="diffusers_compatible"):
-        _saver(tmp_path, diffusers_compatible=True)
 
 
 def test_the_base_is_named_by_the_settings_where_the_model_does_not(tmp_path: Path) -> None:

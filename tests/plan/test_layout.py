@@ -105,6 +105,7 @@ def test_large_models_are_split_so_that_ranks_can_rotate() -> None:
     assert len(layout.files) > 4
     assert file_limit(SPLIT_ABOVE_BYTES, 5_000) == 5_000
     assert file_limit(10**13, 5_000_000_000) == 5_000_000_000
+    assert [file.name for file in lay_out(specs, max_file_bytes=None, stem="adapter").files] == ["adapter.safetensors"]
 
 
 def test_metadata_and_stem() -> None:

@@ -51,14 +51,18 @@ __all__ = [
 
 
 class PeftAddon:
-    """Writes ``adapter_config.json``, ``automodel_peft_config.json`` and the tokenizer beside an adapter's weights."""
+    """Writes ``adapter_config.json``, ``automodel_peft_config.json`` and the tokenizer beside an adapter's weights.
+
+    With ``diffusers_compatible`` the settings stand in the header of the weights, and only the tokenizer is written.
+    """
 
     def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Write the settings and the tokenizer. All ranks call; rank 0 of the group writes; all leave together.
 
         Args:
             **kwargs: ``model_state`` and ``model_path`` are needed, and ``peft_config`` for a model with LoRA modules
-                of its own; ``tokenizer``, ``original_model_path``, ``v4_compatible`` and ``group`` may be given.
+                of its own; ``tokenizer``, ``original_model_path``, ``v4_compatible``, ``diffusers_compatible`` and
+                ``group`` may be given.
 
         Raises:
             MisuseError: A needed argument is missing.
@@ -72,14 +76,16 @@ class PeftAddon:
             if state is None or path is None:
                 raise MisuseError("the PEFT addon needs model_state and model_path", hint="Pass both to pre_save.")
             parts = list(state.model)
-        settings = adapter_settings(
-            parts,
-            kwargs.get("peft_config"),
-            group,
-            v4_compatible=kwargs.get("v4_compatible", False),
-            original_model_path=kwargs.get("original_model_path"),
-            legacy_layout=kwargs.get("legacy_paramwrapper_layout", False),
-        )
+        settings: Mapping[str, object] = {}
+        if not kwargs.get("diffusers_compatible", False):
+            settings = adapter_settings(
+                parts,
+                kwargs.get("peft_config"),
+                group,
+                v4_compatible=kwargs.get("v4_compatible", False),
+                original_model_path=kwargs.get("original_model_path"),
+                legacy_layout=kwargs.get("legacy_paramwrapper_layout", False),
+            )
         with group.together("writing the adapter's settings"):
             if group.is_main and path is not None:
                 _write(Path(path), parts, settings, kwargs)
@@ -93,11 +99,12 @@ def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], k
         directory = path / adapter_directory(name)
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / ADAPTER_CONFIG_NAME, values)
-    config = kwargs.get("peft_config")
-    if is_peft_adapted(parts, config) and (config is None or isinstance(config, Mapping)):
-        configs = adapter_configs(parts, config)
-        config = configs.get("default", next(iter(configs.values())))
-    _write_json(path / AUTOMODEL_CONFIG_NAME, _get_automodel_peft_metadata(config))
+    if settings:
+        config = kwargs.get("peft_config")
+        if is_peft_adapted(parts, config) and (config is None or isinstance(config, Mapping)):
+            configs = adapter_configs(parts, config)
+            config = configs.get("default", next(iter(configs.values())))
+        _write_json(path / AUTOMODEL_CONFIG_NAME, _get_automodel_peft_metadata(config))
     tokenizer = kwargs.get("tokenizer")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(path))

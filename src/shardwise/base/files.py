@@ -15,7 +15,7 @@ from shardwise.base.quantized import find_quantized, is_quantized, quant_setting
 from shardwise.comm import Group
 from shardwise.errors import FormatError
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.weight_files import SAFETENSORS, TORCH, is_index
+from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter, is_index
 from shardwise.sources.sources import open_source
 from shardwise.sources.torch_files import has_torch_files, open_bin
 
@@ -169,7 +169,6 @@ def is_torch_base(path: Path) -> bool:
 def _has_safetensors(directory: Path) -> bool:
     names = os.listdir(directory) if directory.is_dir() else []
     return any(
-        SAFETENSORS.index_stem(name) is not None
-        or (SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra.")))
+        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
         for name in names
     )

@@ -51,19 +51,21 @@ class ExportOptions:
 
     Attributes:
         base_files: File of each tensor in the base model, or empty.
-        max_file_bytes: Largest file without a base split.
+        max_file_bytes: Largest file without a base split; ``None`` for one file, whatever its size.
         stem: What file names start with (``model``, ``diffusion_pytorch_model``).
         component: Name of the component in the manifest.
         threads: Writers on this rank.
         index: Whether a weight index is written beside the files.
+        metadata: ``__metadata__`` of every file; ``{"format": "pt"}`` if not given.
     """
 
     base_files: Mapping[str, str] = field(default_factory=dict)
-    max_file_bytes: int = 5_000_000_000
+    max_file_bytes: int | None = 5_000_000_000
     stem: str = "model"
     component: str = "model"
     threads: int = 1
     index: bool = True
+    metadata: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def plan_export(
         base_files=options.base_files,
         max_file_bytes=options.max_file_bytes,
         stem=options.stem,
+        metadata=options.metadata,
     )
     work = schedule(held, layout, roster, group.rank)
     computed = computed or ComputedPlan()

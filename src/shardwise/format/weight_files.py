@@ -22,7 +22,8 @@ _SHOWN = 8
 _SHARD = re.compile(r"shard-(?:\d{5,}-(?P<stem>.+)-\d{5,}-of-(?P<total>\d{5,})|[\d-]+)")
 #: Files of a set: ``model-00001-of-00002``, ``model.fp16-00001-of-00002``, ``model-00001-of-00002.fp16``.
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d{2,})-of-(?P<total>\d{2,})(?P<variant>\.[\w-]+)?")
-_ADAPTER_STEMS = ("adapter_model", "adapter", "adapter_extra")
+#: Files of adapters: peft's, what is trained beside one, and diffusers'.
+_ADAPTER_STEMS = ("adapter_model", "adapter", "adapter_extra", "pytorch_lora_weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def choose_weights(
         read: Reads an index.
 
     Returns:
-        ``None`` where no file of this kind is there; adapters (``adapter_model.safetensors``) are none.
+        ``None`` where no file of this kind is there; adapters' files are none.
 
     Raises:
         AmbiguousFilesError: Several could be meant; all are listed.
@@ -128,6 +129,11 @@ def files_of_index(index: Path, names: Sequence[str], read: Callable[[Path], Wei
     """
     listed = tuple(sorted(set(read(index).weight_map.values())))
     return _listed(index.parent, index.name, listed, names, read)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a file is called as those of adapters are, with its suffix."""
+    return name.partition(".")[0] in _ADAPTER_STEMS
 
 
 def is_index(name: str) -> bool:
@@ -199,7 +205,7 @@ def _candidates(present: Sequence[str], naming: Naming) -> list[_Candidate]:
     labels: dict[tuple[str, int | None], str] = {}
     for name in present:
         stem = naming.stem_of(name)
-        if stem is None or stem in _ADAPTER_STEMS:
+        if stem is None or is_adapter(name):
             continue
         shard, numbered = _SHARD.fullmatch(stem), _NUMBERED.fullmatch(stem)
         if shard is not None:

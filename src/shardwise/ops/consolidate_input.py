@@ -23,6 +23,7 @@ from shardwise.errors import (
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.strict_json import JsonValue
+from shardwise.format.weight_files import is_adapter
 from shardwise.geometry import TensorSpec, covers_once
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
@@ -33,6 +34,7 @@ from shardwise.sources.dcp_model import find_model
 from shardwise.sources.entries import read_entries
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
+from shardwise.sources.whereabouts import holds_model
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPTIMIZER_STATE = "optimizer.json"
@@ -164,14 +166,15 @@ def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
 
 def _refuse_others(directory: Path) -> None:
     """Refuse what is no model, by name."""
-    for place in (directory, directory / METADATA_DIR):
-        if (place / _ADAPTER_CONFIG).is_file():
-            raise MisuseError(
-                "this is an adapter, which is saved in its final form: there is nothing to consolidate",
-                path=directory,
-                hint="Open it with PEFT as it is, or merge it into its base model there (merge_and_unload).",
-            )
     names = sorted(os.listdir(directory))
+    configured = any((place / _ADAPTER_CONFIG).is_file() for place in (directory, directory / METADATA_DIR))
+    if configured or (any(map(is_adapter, names)) and not holds_model(directory)):
+        raise MisuseError(
+            "this is an adapter, which is saved in its final form: there is nothing to consolidate",
+            path=directory,
+            hint="Open it as it is: with PEFT, or a LoRA file of diffusers with load_lora_weights of a pipeline; there "
+            "it can be merged into its base model as well (merge_and_unload, fuse_lora).",
+        )
     if _OPTIMIZER_STATE in names or (directory.name == "optim" and not (directory / CONFIG_NAME).is_file()):
         raise _optimizer(directory)
     if "model_index.json" in names:

@@ -23,7 +23,7 @@ _WITHOUT_MEANING = frozenset(
         "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform",
         "layers_pattern", "feedforward_modules", "bias", "lora_bias", "rank_pattern", "init_r", "save_projection",
         "save_only_topk_weights", "save_indices", "save_precomputed_indices",
-        # How a fresh adapter begins. Some of LoRA's beginnings change the base weights: `_changed_base`.
+        # How a fresh adapter begins. Some of LoRA's beginnings change the base weights: `changed_base`.
         "init_lora_weights", "init_weights", "init_ia3_weights", "d_initial", "init_vector_bank_bound",
         "init_logits_std", "init_theta_d_bound", "init_v_bound", "init_scale", "loftq_config", "eva_config",
         "corda_config", "lora_ga_config", "prompt_tuning_init", "prompt_tuning_init_text",
@@ -69,7 +69,7 @@ def differing_settings(saved: Mapping[str, object], current: Mapping[str, object
             defaults.get(key) if ours is None else ours
         ):
             out[key] = (theirs, ours)
-    if _changed_base(saved) != _changed_base(current):
+    if changed_base(saved) != changed_base(current):
         out["init_lora_weights"] = (saved.get("init_lora_weights"), current.get("init_lora_weights"))
     layouts = _legacy_layout(saved), _legacy_layout(current)
     if None not in layouts and layouts[0] != layouts[1]:
@@ -104,7 +104,7 @@ def _plain(value: object) -> object:
     return value if value is not False else None
 
 
-def _changed_base(config: Mapping[str, object]) -> object:
+def changed_base(config: Mapping[str, object]) -> object:
     """How the adapter's beginning changed the base weights, so that it fits only those; ``None`` where it did not."""
     begin = config.get("init_lora_weights")
     if not isinstance(begin, str) or not begin.lower().startswith(_CHANGES_BASE):

@@ -34,6 +34,7 @@ def adapter_settings(
     v4_compatible: bool = False,
     original_model_path: str | None = None,
     legacy_layout: bool = False,
+    diffusers_compatible: bool = False,
 ) -> dict[str, Settings]:
     """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
 
@@ -46,6 +47,7 @@ def adapter_settings(
         original_model_path: The base model, for a model that does not name it.
         legacy_layout: Adapters of fused expert parameters are laid out as peft up to 0.19.0 does, which
             ``peft_version`` then says.
+        diffusers_compatible: As diffusers records the settings of peft's adapters: those of the run, for training.
 
     Raises:
         AdapterError: The adapter cannot be described.
@@ -57,7 +59,7 @@ def adapter_settings(
     out: dict[str, Settings] = {}
     with group.together("describing the adapter"):
         rows = [cast("dict[str, JsonValue]", row) for row in gathered]
-        out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path)
+        out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path, diffusers_compatible)
         for settings in out.values():
             _record_layout(settings, legacy_layout)
     return out
@@ -97,6 +99,7 @@ def _merged(
     rows: Sequence[dict[str, JsonValue]],
     v4_compatible: bool,
     original_model_path: str | None,
+    diffusers_compatible: bool,
 ) -> dict[str, Settings]:
     if any(set(row) != set(rows[0]) for row in rows):
         raise AdapterError(
@@ -120,7 +123,9 @@ def _merged(
             )
     out: dict[str, Settings] = {}
     for name, config in adapter_configs(parts, peft_config).items():
-        saved = config_as_saved(described_part(parts), config, original_model_path)
+        saved: Settings = dict(config.to_dict())
+        if not diffusers_compatible:
+            saved = config_as_saved(described_part(parts), config, original_model_path)
         saved = {key: jsonable(value, key) for key, value in saved.items()}
         saved |= united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
         out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved

@@ -96,7 +96,7 @@ def lay_out(
     specs: Iterable[TensorSpec],
     *,
     base_files: Mapping[str, str] | None = None,
-    max_file_bytes: int = 5_000_000_000,
+    max_file_bytes: int | None = 5_000_000_000,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Layout:
@@ -106,7 +106,8 @@ def lay_out(
         specs: All tensors, in the model's order.
         base_files: File of each tensor in the base model; its split and names are kept, and tensors that it does not
             know go to its last file. Without it, files are filled in order up to a limit.
-        max_file_bytes: Largest data size of a file without a base; a larger tensor has a file of its own.
+        max_file_bytes: Largest data size of a file without a base; a larger tensor has a file of its own. ``None`` puts
+            everything into one file, whatever its size.
         stem: What file names start with.
         metadata: ``__metadata__`` of every file; ``{"format": "pt"}`` if not given.
 
@@ -115,7 +116,7 @@ def lay_out(
         MisuseError: ``max_file_bytes`` is not positive.
     """
     ordered = list(specs)
-    if max_file_bytes <= 0:
+    if max_file_bytes is not None and max_file_bytes <= 0:
         raise MisuseError(f"max_file_bytes is {max_file_bytes}; it must be positive")
     seen = {spec.name for spec in ordered}
     if len(seen) != len(ordered):
@@ -150,7 +151,9 @@ def file_limit(total_bytes: int, max_file_bytes: int) -> int:
     return min(max_file_bytes, max(SMALLEST_SPLIT_BYTES, -(-total_bytes // SPLIT_WAYS)))
 
 
-def _split_by_size(specs: Sequence[TensorSpec], max_file_bytes: int, stem: str) -> dict[str, list[TensorSpec]]:
+def _split_by_size(specs: Sequence[TensorSpec], max_file_bytes: int | None, stem: str) -> dict[str, list[TensorSpec]]:
+    if max_file_bytes is None:
+        return {f"{stem}.safetensors": list(specs)}
     kinds = {(spec.shape, spec.dtype): spec for spec in specs}
     nbytes_of = {kind: spec.nbytes for kind, spec in kinds.items()}
     sizes = [nbytes_of[shape, dtype] for _, shape, dtype in specs]

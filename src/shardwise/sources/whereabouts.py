@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardwise.format.sniff import Kind, Recognised, what_is_file
-from shardwise.format.weight_files import SAFETENSORS, TORCH
+from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter
 
 #: Names by which tools keep weights; what else is in a directory is not mentioned.
 _WEIGHTS = re.compile(
@@ -59,7 +59,7 @@ def holds_model(directory: Path) -> bool:
 def _is_weights(name: str) -> bool:
     if any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH)):
         return True
-    return SAFETENSORS.stem_of(name) is not None and not name.startswith(("adapter_model.", "adapter_extra."))
+    return SAFETENSORS.stem_of(name) is not None and not is_adapter(name)
 
 
 def _is_torch(found: Recognised | None) -> bool:
@@ -80,7 +80,7 @@ def instead(directory: Path) -> str:
 def way_in(directory: Path) -> str:
     """What to do about the first of the files that `instead` lists; may be empty."""
     for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
-        if name.startswith("adapter_model."):
+        if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."
         found = what_is_file(directory / name)
         if found is not None and found.kind is not Kind.SAFETENSORS:

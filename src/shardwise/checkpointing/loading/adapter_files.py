@@ -1,4 +1,4 @@
-"""Where a model's adapters lie in a directory: under their names, as peft saves them, or under another's."""
+"""Where a model's adapters lie in a directory: as peft or diffusers saves them, by name or as the only one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.checkpointing.loading.models import renamed
+from shardwise.checkpointing.loading.models import renamed, retitled
 from shardwise.checkpointing.session import Context
 from shardwise.convert.mapping import rename
-from shardwise.errors import AdapterError, FormatError
+from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError
 from shardwise.peft.config import read_adapter_config
+from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, read_lora
 from shardwise.peft.load import check_shared_factors
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, AdapterFile
 from shardwise.sources.sources import Source, open_source
@@ -29,14 +30,23 @@ class SavedAdapter:
 
     Attributes:
         weights: Its file.
-        settings: Its ``adapter_config.json``, where there is one.
+        settings: Its ``adapter_config.json``, or what the header of diffusers' LoRA file says, where there is one.
+        names: Of diffusers' LoRA file: its tensors of this model, and the model's names for them.
     """
 
     weights: Path
     settings: Mapping[str, object] | None
+    names: Mapping[str, str] | None = None
 
 
-def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool = False) -> dict[str, SavedAdapter]:
+def find_saved(
+    path: Path,
+    files: Sequence[AdapterFile],
+    component: str | None,
+    key_mapping: Mapping[str, str] | None,
+    *,
+    allow_missing: bool = False,
+) -> dict[str, SavedAdapter]:
     """The saved adapter for each of a model's. Local.
 
     The only adapter of a model takes the only one that there is, whatever it is called, as peft's own loading does.
@@ -44,6 +54,8 @@ def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool 
     Args:
         path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
         files: The model's adapters.
+        component: The model's name in pipelines of diffusers, where it is a model of such.
+        key_mapping: Regular expressions and replacements for the file's names; first match.
         allow_missing: Adapters that are not there keep their values, if any is there.
 
     Raises:
@@ -60,8 +72,7 @@ def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool 
             lacking.append(file.adapter_name)
             continue
         weights = weights or path / file.path
-        has_config = (weights.parent / ADAPTER_CONFIG_NAME).is_file()
-        found[file.adapter_name] = SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
+        found[file.adapter_name] = _saved(weights, component, key_mapping or {})
     names = ", ".join(repr(directory or "default") for directory in there)
     if lacking and not (allow_missing and found):
         raise AdapterError(
@@ -76,6 +87,15 @@ def find_saved(path: Path, files: Sequence[AdapterFile], *, allow_missing: bool 
     return found
 
 
+def _saved(weights: Path, component: str | None, key_mapping: Mapping[str, str]) -> SavedAdapter:
+    if component is not None and weights.is_file() and not weights.name.endswith(".bin"):
+        lora = read_lora(weights, component, key_mapping)
+        if lora is not None:
+            return SavedAdapter(weights, lora.settings, lora.names)
+    has_config = (weights.parent / ADAPTER_CONFIG_NAME).is_file()
+    return SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
+
+
 def _there(path: Path) -> Iterator[tuple[str, Path]]:
     """Directory below ``path`` (empty for itself) and file of each adapter."""
     if path.is_file():
@@ -83,10 +103,15 @@ def _there(path: Path) -> Iterator[tuple[str, Path]]:
         return
     places = [path, *sorted(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else []
     for place in places:
-        for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME):
-            if (place / name).is_file():
-                yield "" if place == path else place.name, place / name
-                break
+        names = [name for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME, LORA_WEIGHTS_NAME) if (place / name).is_file()]
+        if len(names) > 1 and names[-1] == LORA_WEIGHTS_NAME:
+            raise AmbiguousFilesError(
+                f"the directory holds adapters of peft and of diffusers: {', '.join(names)}",
+                path=place,
+                hint="Pass the path of the file that is meant.",
+            )
+        if names:
+            yield "" if place == path else place.name, place / names[0]
 
 
 def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> None:
@@ -125,4 +150,6 @@ def open_saved(context: Context, saved: SavedAdapter, key_mapping: Mapping[str, 
         source = opened.source
     else:
         source = open_source(saved.weights, context.group)
+    if saved.names is not None:
+        return retitled(source.without(source.tensors.keys() - saved.names.keys()), saved.names)
     return renamed(source, key_mapping) if key_mapping else source

@@ -270,9 +270,13 @@ def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
     """The source with its names passed through regular expressions; the first that matches a name applies."""
     names = tuple(source.tensors)
-    mapping = dict(zip(names, rename(names, key_mapping), strict=True))
+    return retitled(source, dict(zip(names, rename(names, key_mapping), strict=True)))
+
+
+def retitled(source: Source, names: Mapping[str, str]) -> Source:
+    """The source with a new name for each of its tensors."""
     tensors = {
-        mapping[name]: tensor._replace(spec=tensor.spec._replace(name=mapping[name]))
+        names[name]: tensor._replace(spec=tensor.spec._replace(name=names[name]))
         for name, tensor in source.tensors.items()
     }
     return replace(source, tensors=tensors)

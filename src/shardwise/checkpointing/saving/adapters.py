@@ -1,4 +1,4 @@
-"""Adapter checkpoints: ``adapter_model.safetensors`` written by all ranks, no base weights."""
+"""Adapter checkpoints: peft's ``adapter_model.safetensors`` or diffusers' LoRA file, written by all ranks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,28 @@ from shardwise.errors import AdapterError, MissingTensorError
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
 from shardwise.peft.config import read_adapter_config
+from shardwise.peft.diffusers_lora import (
+    LORA_WEIGHTS_NAME,
+    as_diffusers,
+    as_peft,
+    check_opens,
+    check_scales,
+    component_of,
+    header_metadata,
+    require_component,
+)
 from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
 from shardwise.peft.settings import adapter_settings
-from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
+from shardwise.peft.tensors import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_EXTRA_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    AdapterFile,
+    AdapterTensors,
+)
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.sources.sources import open_source
@@ -78,6 +94,7 @@ class AdapterSave:
             "peft_config": peft_config,
             "original_model_path": context.base_name(),
             "v4_compatible": context.config.v4_compatible,
+            "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
         }
@@ -91,6 +108,9 @@ class AdapterSave:
                 self._reserve()
                 context.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
+        component = ""
+        with group.together("looking at the adapter"):
+            component = _component(context, self.state.model, self._config)
         settings = adapter_settings(
             self.state.model,
             self._config,
@@ -98,34 +118,53 @@ class AdapterSave:
             v4_compatible=context.config.v4_compatible,
             original_model_path=context.base_name(),
             legacy_layout=context.config.legacy_paramwrapper_layout,
+            diffusers_compatible=context.config.diffusers_compatible,
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
             captured = capture(context, self.state.model, self._config, self._stepped)
         assert captured is not None
         declared = declare(context, captured)
-        steps: list[Step] = []
-        for file in captured.files:
-            held: list[HeldTensor] = []
-            with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
-                named = [(entry.spec.name, entry.tensor) for entry in file.entries]
-                meshes = MeshRegister(context.may_differ.of_adapter(named, self.state.model))
-                own = hold_adapter(file.entries, meshes)
-                held = context.staged(f"adapter/{file.adapter_name}", own)
-            roster = RosterKeeper(group, context.stage).roster(held)
-            plan: ExportPlan | None = None
-            with group.together(f"checking the adapter {file.adapter_name}"):
-                _check(roster, settings[file.adapter_name], declared, captured)
-                # The manifest lists a tensor once in a component, and adapters have the same names.
-                component = "adapter" if not file.directory else f"adapter.{file.adapter_name}"
-                options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component=component, index=False)
-                plan = plan_export(held, roster, group, self._directory / file.directory, options)
-            assert plan is not None
-            prefix = file.directory
-            steps.append(lambda g, p=plan, d=prefix: write_export(p, g, context.storage).below(d))  # type: ignore[misc]
+        steps = [
+            self._file_step(file, settings[file.adapter_name], component, declared, captured) for file in captured.files
+        ]
         if declared.extra:
             steps.append(self._extra_step(captured))
         return [*steps, self._after]
+
+    def _file_step(
+        self,
+        file: AdapterFile,
+        settings: Mapping[str, object],
+        component: str,
+        declared: Declared,
+        captured: AdapterTensors,
+    ) -> Step:
+        """One adapter's file. All ranks call."""
+        context, group = self._context, self._context.group
+        held: list[HeldTensor] = []
+        with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
+            entries = as_diffusers(file, component).entries if component else file.entries
+            named = [(entry.spec.name, entry.tensor) for entry in entries]
+            own = hold_adapter(entries, MeshRegister(context.may_differ.of_adapter(named, self.state.model)))
+            held = context.staged(f"adapter/{file.adapter_name}", own)
+        roster = RosterKeeper(group, context.stage).roster(held)
+        plan: ExportPlan | None = None
+        with group.together(f"checking the adapter {file.adapter_name}"):
+            _check(roster, settings, declared, captured, component)
+            if component:
+                check_opens(self.state.model, self._config, file, context.told)
+            options = ExportOptions(
+                max_file_bytes=None,
+                stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
+                # The manifest lists a tensor once in a component, and adapters have the same names.
+                component="adapter" if not file.directory else f"adapter.{file.adapter_name}",
+                index=False,
+                metadata=header_metadata(settings, component) if component else None,
+            )
+            plan = plan_export(held, roster, group, self._directory / file.directory, options)
+        assert plan is not None
+        return lambda g, p=plan: write_export(p, g, context.storage).below(file.directory)  # type: ignore[misc]
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """What is trained beside the adapter, as a file of its own. All ranks call."""
@@ -138,7 +177,7 @@ class AdapterSave:
         plan: ExportPlan | None = None
         with group.together("planning the file of what is trained beside the adapter"):
             stem = ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
-            options = ExportOptions(max_file_bytes=2**62, stem=stem, component=stem, index=False)
+            options = ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
             plan = plan_export(held, roster, group, self._directory, options)
             if group.is_main:
                 _tell_extra(context, roster)
@@ -204,8 +243,16 @@ def declare(context: Context, captured: AdapterTensors) -> Declared:
     return Declared(inventories, any(extra for *_, extra in rows))
 
 
-def _check(roster: Roster, settings: Mapping[str, object], declared: Declared, captured: AdapterTensors) -> None:
-    check_adapter(roster.specs, settings, declared.inventories, captured.layers, declared=True)
+def _component(context: Context, parts: Sequence[nn.Module], peft_config: object | None) -> str:
+    """The model's name in a pipeline of diffusers, where its adapter is saved for these; else nothing."""
+    return require_component(parts, peft_config) if context.config.diffusers_compatible else ""
+
+
+def _check(
+    roster: Roster, settings: Mapping[str, object], declared: Declared, captured: AdapterTensors, component: str
+) -> None:
+    specs = [as_peft(spec, component) for spec in roster.specs] if component else roster.specs
+    check_adapter(specs, settings, declared.inventories, captured.layers, declared=True)
 
 
 def hold_extra(context: Context, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
@@ -243,7 +290,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
     group = context.group
     context.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
-    kind = ""
+    kind = component = ""
     with group.together("looking at the adapter"):
         refuse_fsdp1(parts)
         kind = "peft" if is_peft_adapted(parts) else "own" if any(find_sites(part) for part in parts) else ""
@@ -257,6 +304,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         return
     captured = AdapterTensors((), {})
     with group.together("describing the adapter"):
+        component = _component(context, parts, None)
         if kind:
             captured = capture(context, parts, None)
     declared = declare(context, captured)
@@ -265,7 +313,9 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         for file in captured.files:
             roster = _roster(context, partial(hold_adapter, file.entries, MeshRegister()))
             with group.together(f"checking the adapter {file.adapter_name}"):
-                _check(roster, settings[file.adapter_name], declared, captured)
+                _check(roster, settings[file.adapter_name], declared, captured, "")
+                if component:
+                    check_opens(parts, None, file, context.told)
     if declared.extra:
         _roster(context, partial(hold_extra, context, captured, parts))
 
@@ -323,7 +373,7 @@ def open_adapter(
         has_config = (directory / ADAPTER_CONFIG_NAME).is_file()
         config = peft_config or (read_adapter_config(directory) if has_config else None)
         captured = capture(context, parts, config)
-        saved |= find_saved(path, captured.files, allow_missing=allow_missing)
+        saved |= find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)
         for file in captured.files:
             if group.is_main and file.adapter_name in saved:
                 check_shared(file, saved[file.adapter_name], key_mapping)
@@ -339,6 +389,8 @@ def open_adapter(
         for name, adapter in saved.items():
             if adapter.settings is not None:
                 _refuse_other_meaning(name, differing_settings(adapter.settings, own[name]), path)
+            elif adapter.names is not None:
+                check_scales(parts, name, adapter.weights)
     loads: list[OpenedLoad] = []
     for file in (file for file in captured.files if file.adapter_name in saved):
         held: tuple[HeldTensor, ...] = ()

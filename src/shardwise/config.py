@@ -60,3 +60,8 @@ class CheckpointingConfig(Settings):
         from shardwise.checkpointing import Checkpointer
 
         return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group)
+
+
+# Whoever asks for help on the class that they build finds every field explained there.
+_, _heading, _fields = (Settings.__doc__ or "").partition("    Attributes:")
+CheckpointingConfig.__doc__ = f"{(CheckpointingConfig.__doc__ or '').rstrip()}\n\n{_heading}{_fields}"

@@ -208,6 +208,10 @@ class TapedStorage:
     def exchange(self, one: Path, other: Path) -> bool:
         return False
 
+    def remove_file(self, path: Path) -> None:
+        if os.path.lexists(path):
+            self.tape.run("remove", path, lambda: self.real.remove_file(path))
+
     def remove_tree(self, path: Path) -> None:
         if os.path.lexists(path):
             self.tape.run("remove", path, lambda: self.real.remove_tree(path))

@@ -116,7 +116,7 @@ def remove_values(storage: Storage, directory: Path) -> None:
 def remove(storage: Storage, path: Path) -> None:
     """Remove a file if it is there."""
     with storage_errors(path):
-        storage.remove_tree(path)
+        storage.remove_file(path)
 
 
 def as_stream(value: object) -> io.BytesIO:

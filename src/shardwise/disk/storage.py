@@ -102,6 +102,9 @@ class Names(Protocol):
     def symlink(self, target: str, path: Path) -> None:
         """Create a symbolic link at ``path``, which must not exist, to ``target`` (relative to the link)."""
 
+    def remove_file(self, path: Path) -> None:
+        """Delete a file or link, never a directory; nothing happens where there is none."""
+
     def remove_tree(self, path: Path) -> None:
         """Delete a file, link or directory tree; nothing happens where there is none."""
 
@@ -250,6 +253,10 @@ class LocalStorage:
     def symlink(self, target: str, path: Path) -> None:
         """``symlink``."""
         path.symlink_to(target)
+
+    def remove_file(self, path: Path) -> None:
+        """``unlink``."""
+        path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
         """Links inside the tree are deleted, never followed."""

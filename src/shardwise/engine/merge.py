@@ -191,4 +191,4 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
                 "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
             )
     with storage_errors(place):
-        storage.remove_tree(place)
+        storage.remove_file(place)

@@ -249,10 +249,11 @@ class Publication:
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
                 known = context.manifests.setdefault("", KnownManifest())
-                found = complete_record(context.storage, self._temp, union())
+                found = union()
                 with nullcontext() if context.config.is_remote else publishing(context.root):
                     # What the line says of other checkpoints has to be true until this one is published.
                     lineage = self._write_lineage()
+                    found = complete_record(context.storage, self._temp, found)
                     write_manifest(context.storage, self._temp, found, self._info, known)
                     publish(self._temp, self._final, self._line.left_from, storage=context.storage)
                     self._line.start = Start(self._final, lineage)

@@ -45,7 +45,6 @@ from shardwise.format.header import arrange, encode_header
 from shardwise.format.manifest import Manifest, encode_manifest
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.geometry import TensorSpec
-from shardwise.lifecycle import LocalFileSystem
 from shardwise.plan.layout import Layout
 from shardwise.plan.placement import chunk
 from shardwise.plan.shards import shard_name
@@ -347,7 +346,7 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
 
 def _context(group: Group, directory: Path) -> Context:
     config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
-    return Context(config, group, _Unread(), LocalFileSystem(), 0)
+    return Context(config, group, _Unread(), LocalStorage(), 0)
 
 
 def _files(directory: Path, layout: Layout) -> dict[str, str]:

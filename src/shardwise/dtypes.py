@@ -34,6 +34,9 @@ _TORCH_NAMES = {
     "U64": "uint64",
 }
 
+#: The floating-point types that models compute in: the code, and torch's name.
+FLOATS = {code: _TORCH_NAMES[code] for code in ("F64", "F32", "F16", "BF16")}
+
 
 @cache
 def _tables() -> tuple[dict[str, torch.dtype], dict[torch.dtype, str]]:

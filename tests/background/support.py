@@ -18,9 +18,9 @@ class Waits(LocalStorage):
         if threading.current_thread().name == "shardwise-save":
             assert self.go_on.wait(60)
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         self._wait()
-        super().make_directory(path)
+        super().make_directory(path, new=new)
 
     def create(self, path: Path, size: int, head: Buffer) -> None:
         self._wait()

@@ -12,19 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.checkpointing.modes import MODES
-from tests.faults.layer import Tape, TapedFileSystem, TapedStorage
+from tests.faults.layer import Tape, TapedStorage
 from tests.support.ranks import run
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.lifecycle import LocalFileSystem, list_checkpoints
+from shardwise.disk.storage import LocalStorage
+from shardwise.lifecycle import list_checkpoints
 
 
 def kept(root: Path) -> list[int]:
     return [info.step for info in list_checkpoints(root)]
 
 
-class Stubborn(LocalFileSystem):
+class Stubborn(LocalStorage):
     """Does not delete one checkpoint, whatever it is called."""
 
     name = "epoch_0_step_1"
@@ -40,7 +41,7 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_no_later_save(
 ) -> None:
     model, fs = nn.Linear(2, 2), Stubborn()
     config = CheckpointingConfig(checkpoint_dir=tmp_path, max_recent_checkpoints=1)
-    with Checkpointer(config, 0, 0, 0, file_system=fs) as engine:
+    with Checkpointer(config, 0, 0, 0, storage=fs) as engine:
         for step in (1, 2, 3):
             engine.save(0, step, model)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -49,7 +50,7 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_no_later_save(
     assert all("is published" in text and "step_1" in text and "Permission denied" in text for text in told)
     assert kept(tmp_path) == [3]
     # A process that starts again finds what is left, and goes on as well.
-    with Checkpointer(config, 0, 0, 0, file_system=fs) as engine:
+    with Checkpointer(config, 0, 0, 0, storage=fs) as engine:
         engine.save(0, 4, model)
         assert kept(tmp_path) == [4]
         fs.name = ""
@@ -111,8 +112,7 @@ def unsynced(root: Path, settings: dict[str, object], is_empty: bool) -> list[st
     """Files whose last change by this rank it has not synced; everything but the commit's own."""
     tape = Tape(root)
     config = CheckpointingConfig(checkpoint_dir=root, max_file_bytes=300, **settings)  # type: ignore[arg-type]
-    storage, fs = TapedStorage(tape), TapedFileSystem(tape)
-    with Checkpointer(config, dist.get_rank(), 0, 0, storage=storage, file_system=fs) as engine:
+    with Checkpointer(config, dist.get_rank(), 0, 0, storage=TapedStorage(tape)) as engine:
         engine.save(0, 1, Empty() if is_empty else Several())
     changed = {path: n for n, (kind, path) in enumerate(tape.done) if kind in ("create", "write")}
     synced = {path: n for n, (kind, path) in enumerate(tape.done) if kind == "sync"}

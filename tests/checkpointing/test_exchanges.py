@@ -113,9 +113,9 @@ class Refusing(LocalStorage):
         if self.is_on and dist.get_rank() == self._rank and (operation, name) == self._refused:
             raise StorageError(f"no {operation} here", path=Path("/far") / name)
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         self._look("make_directory", path.name)
-        super().make_directory(path)
+        super().make_directory(path, new=new)
 
     def check_space(self, path: Path, nbytes: int) -> None:
         self._look("check_space")

@@ -59,8 +59,8 @@ class NodeLocal(LocalStorage):
     def _moved(self, path: Path) -> Path:
         return self.own / path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
-    def make_directory(self, path: Path) -> None:
-        super().make_directory(self._moved(path))
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
+        super().make_directory(self._moved(path), new=new)
 
     def create(self, path: Path, size: int, head: bytes) -> None:  # type: ignore[override]
         self.make_directory(path.parent)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests.engine.setups import Digests, Run, build, fsdp
-from tests.support.faults import FaultyFileSystem, FaultyStorage
+from tests.support.faults import FaultyStorage
 from tests.support.ranks import failure, run
 
 from shardwise import Checkpointer, CheckpointingConfig
@@ -35,14 +35,12 @@ from shardwise.errors import (
     UnexpectedTensorError,
     WeightIndexError,
 )
-from shardwise.lifecycle import FileSystem, resolve
+from shardwise.lifecycle import resolve
 
 
-def engine(
-    root: Path, storage: Storage | None = None, file_system: FileSystem | None = None, **settings: object
-) -> Checkpointer:
+def engine(root: Path, storage: Storage | None = None, **settings: object) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=root, **settings)  # type: ignore[arg-type]
-    return Checkpointer(config, dist.get_rank(), 0, 0, storage=storage, file_system=file_system)
+    return Checkpointer(config, dist.get_rank(), 0, 0, storage=storage)
 
 
 def save(root: Path, mode: str, step: int = 1) -> Digests:
@@ -290,27 +288,25 @@ def test_an_interrupted_save_named_explicitly(good: Path, tmp_path: Path) -> Non
 def save_second(
     root: Path,
     storages: list[Storage | None],
-    systems: list[FileSystem | None],
     first: int = 2,
     **settings: object,
 ) -> list[dict[str, str | int | None]]:
-    """Try to save with each storage and file system; return the errors."""
+    """Try to save with each storage; return the errors."""
     training = build(fsdp, seed=0)
     training.step()
-    return save_again(training, root, storages, systems, first, **settings)
+    return save_again(training, root, storages, first, **settings)
 
 
 def save_again(
     training: Run,
     root: Path,
     storages: list[Storage | None],
-    systems: list[FileSystem | None],
     first: int,
     **settings: object,
 ) -> list[dict[str, str | int | None]]:
     errors = []
-    for number, (storage, system) in enumerate(zip(storages, systems, strict=True)):
-        made = engine(root, storage, system, **settings)
+    for number, storage in enumerate(storages):
+        made = engine(root, storage, **settings)
         try:
             made.save(0, first + number, training.model, training.optimizer)
         except ShardwiseError as error:
@@ -344,7 +340,7 @@ def at_each_operation(root: Path, rank: int) -> dict[str, list[dict[str, str | i
         found[operation] = []
         for number, mode in enumerate(SAVING):
             storages: list[Storage | None] = [FaultyStorage(operation, rank, nth=nth) for nth in (1, 4)]
-            found[operation] += save_again(training, root, storages, [None, None], 2 + 2 * number, **mode)
+            found[operation] += save_again(training, root, storages, 2 + 2 * number, **mode)
         dist.barrier()
         if dist.get_rank() == 0:
             # Whatever the rank does not do cannot fail; a save that succeeded is taken away again.
@@ -380,24 +376,24 @@ def test_a_disk_that_fills_up_at_any_operation(good: Path, tmp_path: Path, rank:
 def test_a_file_system_that_refuses_to_publish(good: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(good / "every", root, symlinks=True)
-    systems = [FaultyFileSystem(op) for op in ("make_directory", "fsync_path", "write_file", "rename_new")]
-    found = run(2, save_second, root, [None] * len(systems), systems)
+    storages = [FaultyStorage(op, 0, errno.EROFS) for op in ("make_directory", "sync_directory", "rename_new")]
+    found = run(2, save_second, root, storages)
     assert found[0] == found[1]
-    assert len(found[0]) == len(systems)  # type: ignore[arg-type]
+    assert len(found[0]) == len(storages)  # type: ignore[arg-type]
     for record in found[0]:  # type: ignore[attr-defined]
         error = ShardwiseError.from_record(record)
         assert isinstance(error, StorageError)
         assert error.errno == errno.EROFS
         assert str(root) in str(error)
     settled(root)
-    assert run(2, save_second, root, [None], [None]) == [[], []]
+    assert run(2, save_second, root, [None]) == [[], []]
     assert (root / "LATEST").resolve().name == "epoch_0_step_2"
 
 
 @pytest.mark.parametrize("below", ["", "sub/dir"])
 def test_a_directory_that_is_a_file(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("precious")
-    records = run(2, save_second, tmp_path / "file" / below, [None], [None])
+    records = run(2, save_second, tmp_path / "file" / below, [None])
     assert records[0] == records[1]
     error = ShardwiseError.from_record(records[0][0])  # type: ignore[index]
     assert isinstance(error, StorageError)
@@ -437,20 +433,20 @@ def test_a_full_disk(small: Path, mode: str) -> None:
     info = os.statvfs(small)
     (small / "ballast").write_bytes(bytes(info.f_bavail * info.f_frsize - 40_000))
     before = sorted(p.name for p in small.rglob("*"))
-    error = ShardwiseError.from_record(run(2, save_second, small, [None], [None])[0][0])  # type: ignore[index]
+    error = ShardwiseError.from_record(run(2, save_second, small, [None])[0][0])  # type: ignore[index]
     assert isinstance(error, StorageError)
     assert error.errno == errno.ENOSPC
     assert "free space" in str(error)
     settled(small)
     assert sorted(p.name for p in small.rglob("*")) == before
     (small / "ballast").unlink()
-    assert run(2, save_second, small, [None], [None]) == [[], []]
+    assert run(2, save_second, small, [None]) == [[], []]
 
 
 def test_a_read_only_file_system(small: Path) -> None:
     run(2, save, small, "every")
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    error = ShardwiseError.from_record(run(2, save_second, small, [None], [None])[1][0])  # type: ignore[index]
+    error = ShardwiseError.from_record(run(2, save_second, small, [None])[1][0])  # type: ignore[index]
     assert isinstance(error, StorageError)
     assert error.errno == errno.EROFS
     assert "read-only" in str(error)
@@ -465,7 +461,7 @@ def save_with_limit(root: Path) -> list[dict[str, str | int | None]]:
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
-        return save_second(root, [None], [None])
+        return save_second(root, [None])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, old)

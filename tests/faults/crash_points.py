@@ -94,7 +94,7 @@ def record(scenario: Scenario) -> Recording:
     def earlier(rank: int, mesh: DeviceMesh) -> object:
         run = Run(mesh)
         with checkpointer(config, Tape(root), rank) as engine:
-            engine._fs.links = scenario.links  # type: ignore[attr-defined]
+            engine._storage.links = scenario.links  # type: ignore[attr-defined]
             for step in scenario.before:
                 save(engine, run, step)
         return True
@@ -102,7 +102,7 @@ def record(scenario: Scenario) -> Recording:
     def logged(rank: int, mesh: DeviceMesh) -> object:
         run = Run(mesh)
         with checkpointer(config, Tape(root, log=logs / f"{rank}.jsonl"), rank) as engine:
-            engine._fs.links = scenario.links  # type: ignore[attr-defined]
+            engine._storage.links = scenario.links  # type: ignore[attr-defined]
             if scenario.back_to is not None:
                 restore(engine, run, f"epoch_0_step_{scenario.back_to}")
             save(engine, run, new)

@@ -1,6 +1,6 @@
-"""A storage and a file system that note every operation of a save, and can stop, refuse or delay one of them.
+"""A storage that notes every operation of a save, and can stop, refuse or delay one of them.
 
-Both write to one `Tape`, which numbers what changes the disk. A tape can keep a log: one JSON line for each change,
+It writes to a `Tape`, which numbers what changes the disk. A tape can keep a log: one JSON line for each change,
 with its bytes, from which `crash_states` rebuilds what a crash at any point would have left.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
-from shardwise.lifecycle import LocalFileSystem
 
 #: Which operation of the layer is of which kind, for choosing where to inject.
 KINDS = ("mkdir", "create", "write", "sync", "sync_dir", "rename", "symlink", "remove", "space")
@@ -144,9 +143,10 @@ def _expanded(kind: str, path: Path) -> list[dict[str, object]]:
 class TapedStorage:
     """`Storage` on the real file system, through a tape."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, links: bool = True) -> None:
         self.tape = tape
         self.real = LocalStorage()
+        self.links = links
         self._paths: dict[int, Path] = {}
 
     def _run(self, kind: str, path: Path, action: Callable[[], None], **details: object) -> None:
@@ -157,10 +157,10 @@ class TapedStorage:
         except OSError as error:
             raise StorageError.from_os(error) from error
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         missing = [each for each in [path, *path.parents] if not each.exists()]
         for each in reversed(missing):
-            self._run("mkdir", each, lambda each=each: self.real.make_directory(each))  # type: ignore[misc]
+            self._run("mkdir", each, lambda each=each: self.real.make_directory(each, new=new))  # type: ignore[misc]
 
     def check_space(self, path: Path, nbytes: int) -> None:
         self._run("space", path, lambda: self.real.check_space(path, nbytes))
@@ -191,23 +191,6 @@ class TapedStorage:
     def sync_directory(self, path: Path) -> None:
         self._run("sync_dir", path, lambda: self.real.sync_directory(path))
 
-
-class TapedFileSystem:
-    """`FileSystem` on the real one, through a tape."""
-
-    def __init__(self, tape: Tape, links: bool = True) -> None:
-        self.tape = tape
-        self.real = LocalFileSystem()
-        self.links = links
-
-    def make_directory(self, path: Path) -> None:
-        self.tape.run("mkdir", path, lambda: self.real.make_directory(path))
-
-    def write_file(self, path: Path, data: bytes) -> None:
-        # Two operations, as in the real one: a crash may come between the content and its being durable.
-        self.tape.run("create", path, lambda: self.real.write_file(path, data), size=len(data), data=data.hex())
-        self.tape.run("sync", path, lambda: None)
-
     def symlink(self, target: str, path: Path) -> None:
         if not self.links:
             raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -225,9 +208,9 @@ class TapedFileSystem:
     def exchange(self, one: Path, other: Path) -> bool:
         return False
 
-    def fsync_path(self, path: Path) -> None:
-        kind = "sync_dir" if path.is_dir() else "sync"
-        self.tape.run(kind, path, lambda: self.real.fsync_path(path))
+    def remove_file(self, path: Path) -> None:
+        if os.path.lexists(path):
+            self.tape.run("remove", path, lambda: self.real.remove_file(path))
 
     def remove_tree(self, path: Path) -> None:
         if os.path.lexists(path):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from tests.faults.layer import Tape, TapedFileSystem, TapedStorage
+from tests.faults.layer import Tape, TapedStorage
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -104,7 +104,7 @@ def checkpointer(config: CheckpointingConfig, tape: Tape | None = None, rank: in
     """A checkpointer, through the layer where there is a tape."""
     if tape is None:
         return Checkpointer(config, rank, 0, 0)
-    return Checkpointer(config, rank, 0, 0, storage=TapedStorage(tape), file_system=TapedFileSystem(tape))
+    return Checkpointer(config, rank, 0, 0, storage=TapedStorage(tape))
 
 
 def save(engine: Checkpointer, run: Run, step: int) -> None:

@@ -1,23 +1,22 @@
-"""A file system that records, refuses and stops, and checkpoints to try things on."""
+"""A storage that records, refuses and stops, and checkpoints to try things on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from shardwise.disk.filesystem import FileSystem
-from shardwise.lifecycle import LATEST, LocalFileSystem, checkpoint_name, publish, reserve, set_pointer
+from shardwise.disk.storage import Buffer, LocalStorage, Storage
+from shardwise.lifecycle import LATEST, checkpoint_name, publish, reserve, set_pointer
 
 
 class Crash(BaseException):
     """The process is gone: nothing may catch this and carry on."""
 
 
-class FaultyFileSystem:
-    """The real file system, until operation number ``at`` (from 0) raises ``error`` instead of happening."""
+class FaultyStorage(LocalStorage):
+    """The real file system, until change number ``at`` (from 0) of a name raises ``error`` instead of happening."""
 
     def __init__(self, at: int | None = None, error: BaseException | None = None, links: bool = True) -> None:
-        self.real = LocalFileSystem()
         self.calls: list[tuple[str, str]] = []
         self.at = at
         self.error = error or Crash()
@@ -28,34 +27,34 @@ class FaultyFileSystem:
         if self.at is not None and len(self.calls) > self.at:
             raise self.error
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         self._step("make_directory", path)
-        self.real.make_directory(path)
+        super().make_directory(path, new=new)
 
-    def write_file(self, path: Path, data: bytes) -> None:
-        self._step("write_file", path)
-        self.real.write_file(path, data)
+    def create(self, path: Path, size: int, head: Buffer) -> None:
+        self._step("create", path)
+        super().create(path, size, head)
 
     def symlink(self, target: str, path: Path) -> None:
         if not self.links:
             raise PermissionError(1, "Operation not permitted")
         self._step("symlink", path)
-        self.real.symlink(target, path)
+        super().symlink(target, path)
 
     def rename(self, source: Path, target: Path) -> None:
         self._step("rename", target)
-        self.real.rename(source, target)
+        super().rename(source, target)
 
     def rename_new(self, source: Path, target: Path) -> None:
         self._step("rename_new", target)
-        self.real.rename_new(source, target)
+        super().rename_new(source, target)
 
     def exchange(self, one: Path, other: Path) -> bool:
         return False
 
-    def fsync_path(self, path: Path) -> None:
-        self._step("fsync_path", path)
-        self.real.fsync_path(path)
+    def sync_directory(self, path: Path) -> None:
+        self._step("sync_directory", path)
+        super().sync_directory(path)
 
     def remove_tree(self, path: Path) -> None:
         """Stops in the middle: what is deleted first is the manifest's neighbour, so half a tree stays."""
@@ -63,7 +62,7 @@ class FaultyFileSystem:
             for child in sorted(path.iterdir()):
                 self.remove_tree(child)
         self._step("remove_tree", path)
-        self.real.remove_tree(path)
+        super().remove_tree(path)
 
 
 def fill(directory: Path, metrics: dict[str, float] | None = None, payload: bytes = b"weights") -> None:
@@ -82,13 +81,13 @@ def made(root: Path, epoch: int, step: int, metrics: dict[str, float] | None = N
     return name
 
 
-def save(root: Path, epoch: int, step: int, fs: FileSystem, metrics: dict[str, float] | None = None) -> str:
+def save(root: Path, epoch: int, step: int, storage: Storage, metrics: dict[str, float] | None = None) -> str:
     """One whole save through the lifecycle, without retention."""
     name = checkpoint_name(epoch, step)
-    temp = reserve(root, name, fs=fs)
+    temp = reserve(root, name, storage=storage)
     fill_existing(temp, metrics, f"{epoch} {step}".encode())
-    publish(temp, root / name, fs=fs)
-    set_pointer(root, LATEST, name, fs=fs)
+    publish(temp, root / name, storage=storage)
+    set_pointer(root, LATEST, name, storage=storage)
     return name
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.lifecycle.support import Crash, FaultyFileSystem
+from tests.lifecycle.support import Crash, FaultyStorage
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import CheckpointExistsError
 from shardwise.lifecycle import (
     BEST,
     LATEST,
     LINEAGE_NAME,
-    LocalFileSystem,
     list_checkpoints,
     read_pointer,
     remove_leftovers,
@@ -27,10 +27,10 @@ from shardwise.lifecycle import (
 class Run:
     """A training run of one number: step s leaves the number s in the model, or what it is told to."""
 
-    def __init__(self, root: Path, fs: object = None, **settings: object) -> None:
+    def __init__(self, root: Path, storage: object = None, **settings: object) -> None:
         config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="false", save_rng=False, **settings)  # type: ignore[arg-type]
         self.root = root
-        self.engine = Checkpointer(config, 0, 0, 0, file_system=fs)  # type: ignore[arg-type]
+        self.engine = Checkpointer(config, 0, 0, 0, storage=storage)  # type: ignore[arg-type]
         self.model = nn.Linear(1, 1, bias=False)
 
     def save(self, *steps: int, value: float | None = None, loss: float | None = None) -> Run:
@@ -164,18 +164,18 @@ def test_a_copy_keeps_its_line_and_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("swaps", [True, False])
 def test_a_crash_while_replacing_leaves_the_present_line_whole(tmp_path: Path, swaps: bool) -> None:
-    class Swapping(FaultyFileSystem):
+    class Swapping(FaultyStorage):
         def exchange(self, one: Path, other: Path) -> bool:
             if not swaps:
                 return False
             self._step("exchange", other)
-            return LocalFileSystem().exchange(one, other)
+            return LocalStorage().exchange(one, other)
 
     def prepared(root: Path) -> None:
         Run(root).save(40, 50, 60)
 
-    def replace(root: Path, fs: FaultyFileSystem) -> None:
-        run = Run(root, fs)
+    def replace(root: Path, storage: FaultyStorage) -> None:
+        run = Run(root, storage)
         run.restore("epoch_0_step_40")
         run.save(50, value=-1.0)
 

@@ -25,20 +25,21 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.lifecycle.support import Crash, FaultyFileSystem
+from tests.lifecycle.support import Crash, FaultyStorage
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import CheckpointExistsError, ShardwiseError
-from shardwise.lifecycle import LocalFileSystem, list_checkpoints, resolve
+from shardwise.lifecycle import list_checkpoints, resolve
 
 
-class Swapping(FaultyFileSystem):
+class Swapping(FaultyStorage):
     """One that can swap two names in a step, as Linux' own file systems can."""
 
     def exchange(self, one: Path, other: Path) -> bool:
         self._step("exchange", other)
-        return LocalFileSystem().exchange(one, other)
+        return LocalStorage().exchange(one, other)
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Run:
         config = CheckpointingConfig(
             checkpoint_dir=root, save_consolidated="false", save_rng=False, max_recent_checkpoints=max_recent
         )
-        self.fs = Swapping() if swaps else FaultyFileSystem()
-        self.engine = Checkpointer(config, 0, 0, 0, file_system=self.fs)
+        self.storage = Swapping() if swaps else FaultyStorage()
+        self.engine = Checkpointer(config, 0, 0, 0, storage=self.storage)
         self.model = nn.Linear(1, 1, bias=False)
         self.max_recent = max_recent
         self.origin: Node | None = None
@@ -180,12 +181,12 @@ class Lifecycle(RuleBasedStateMachine):
         node = self._next(run, step)
         if node is None:
             return
-        run.fs.calls.clear()
-        run.fs.at = at
-        run.fs.error = Crash() if kills else OSError(errno.ENOSPC, "No space left on device")
+        run.storage.calls.clear()
+        run.storage.at = at
+        run.storage.error = Crash() if kills else OSError(errno.ENOSPC, "No space left on device")
         with contextlib.suppress(Crash, ShardwiseError):
             run.save(step, node.value)
-        run.fs.at = None
+        run.storage.at = None
         if kills:
             self.runs[number] = Run(self.root, self.swaps, run.max_recent)
         latest = resolve(self.root) if self.root.is_dir() else None

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.lifecycle.support import Crash, FaultyFileSystem, is_whole, made
+from tests.lifecycle.support import Crash, FaultyStorage, is_whole, made
 
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
-from shardwise.lifecycle import LATEST, LocalFileSystem, pointers, read_pointer, set_pointer
+from shardwise.lifecycle import LATEST, pointers, read_pointer, set_pointer
 
 
 def names(root: Path) -> set[str]:
@@ -30,9 +31,9 @@ def test_a_pointer_is_a_relative_link(tmp_path: Path) -> None:
 
 def test_a_text_file_where_links_are_not_to_be_had(tmp_path: Path) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
-    fs = FaultyFileSystem(links=False)
-    set_pointer(tmp_path, LATEST, one, fs=fs)
-    set_pointer(tmp_path, LATEST, two, fs=fs)
+    storage = FaultyStorage(links=False)
+    set_pointer(tmp_path, LATEST, one, storage=storage)
+    set_pointer(tmp_path, LATEST, two, storage=storage)
     assert (tmp_path / "LATEST.txt").read_text().strip() == two
     assert read_pointer(tmp_path, LATEST) == two
     assert pointers(tmp_path) == {LATEST: two}
@@ -42,8 +43,8 @@ def test_a_text_file_where_links_are_not_to_be_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("links_then_text", [True, False])
 def test_the_stale_one_of_the_other_kind_goes(tmp_path: Path, links_then_text: bool) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
-    set_pointer(tmp_path, "LOWEST_VAL", one, fs=FaultyFileSystem(links=links_then_text))
-    set_pointer(tmp_path, "LOWEST_VAL", two, fs=FaultyFileSystem(links=not links_then_text))
+    set_pointer(tmp_path, "LOWEST_VAL", one, storage=FaultyStorage(links=links_then_text))
+    set_pointer(tmp_path, "LOWEST_VAL", two, storage=FaultyStorage(links=not links_then_text))
     assert read_pointer(tmp_path, "LOWEST_VAL") == two
     assert names(tmp_path) == {one, two, "LOWEST_VAL.txt" if links_then_text else "LOWEST_VAL"}
 
@@ -55,14 +56,14 @@ def test_at_every_moment_it_leads_to_the_old_or_the_new(tmp_path: Path, before: 
     while True:
         root = tmp_path / str(at)
         one, two = made(root, 0, 1), made(root, 0, 2)
-        set_pointer(root, "LOWEST_VAL", one, fs=FaultyFileSystem(links=before))
+        set_pointer(root, "LOWEST_VAL", one, storage=FaultyStorage(links=before))
         try:
-            set_pointer(root, "LOWEST_VAL", two, fs=FaultyFileSystem(at, Crash(), links=after))
+            set_pointer(root, "LOWEST_VAL", two, storage=FaultyStorage(at, Crash(), links=after))
         except Crash:
             seen.append(read_pointer(root, "LOWEST_VAL"))
         else:
             break
-        set_pointer(root, "LOWEST_VAL", one, fs=FaultyFileSystem(links=before))
+        set_pointer(root, "LOWEST_VAL", one, storage=FaultyStorage(links=before))
         assert read_pointer(root, "LOWEST_VAL") == one
         at += 1
     assert set(seen) == {one, two}
@@ -98,7 +99,7 @@ def test_targets_that_pointers_cannot_have(tmp_path: Path) -> None:
 def test_a_refusal_is_typed(tmp_path: Path) -> None:
     name = made(tmp_path, 0, 1)
     with pytest.raises(StorageError) as caught:
-        set_pointer(tmp_path, LATEST, name, fs=FaultyFileSystem(0, OSError(errno.ENOSPC, "No space left")))
+        set_pointer(tmp_path, LATEST, name, storage=FaultyStorage(0, OSError(errno.ENOSPC, "No space left")))
     assert caught.value.errno == errno.ENOSPC
     assert read_pointer(tmp_path, LATEST) is None
 
@@ -138,8 +139,8 @@ def test_pointers_of_an_absent_root(tmp_path: Path) -> None:
 
 def test_the_real_file_system_replaces_a_link_in_one_step(tmp_path: Path) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
-    fs = LocalFileSystem()
-    set_pointer(tmp_path, LATEST, one, fs=fs)
-    recorded = FaultyFileSystem()
-    set_pointer(tmp_path, LATEST, two, fs=recorded)
+    storage = LocalStorage()
+    set_pointer(tmp_path, LATEST, one, storage=storage)
+    recorded = FaultyStorage()
+    set_pointer(tmp_path, LATEST, two, storage=recorded)
     assert [call for call in recorded.calls if call[1] == LATEST] == [("rename", LATEST)]

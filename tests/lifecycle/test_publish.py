@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.lifecycle.support import Crash, FaultyFileSystem, fill_existing, is_whole, made, save
+from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
 
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -16,7 +17,6 @@ from shardwise.errors import (
 )
 from shardwise.lifecycle import (
     LATEST,
-    LocalFileSystem,
     abandon,
     list_checkpoints,
     publish,
@@ -45,16 +45,16 @@ def test_a_save_is_invisible_until_it_is_published(tmp_path: Path) -> None:
 
 
 def test_the_rename_comes_after_every_sync_and_before_the_root_is_synced(tmp_path: Path) -> None:
-    fs = FaultyFileSystem()
-    temp = reserve(tmp_path, NAME, fs=fs)
+    storage = FaultyStorage()
+    temp = reserve(tmp_path, NAME, storage=storage)
     fill_existing(temp, None, b"x")
-    fs.calls.clear()
-    publish(temp, tmp_path / NAME, fs=fs)
-    at = fs.calls.index(("rename_new", NAME))
-    assert ("fsync_path", "model") in fs.calls[:at]
-    assert ("fsync_path", temp.name) in fs.calls[:at]
-    assert fs.calls[at + 1 :] == [("fsync_path", tmp_path.name)]
-    assert [operation for operation, _ in fs.calls].count("rename_new") == 1
+    storage.calls.clear()
+    publish(temp, tmp_path / NAME, storage=storage)
+    at = storage.calls.index(("rename_new", NAME))
+    assert ("sync_directory", "model") in storage.calls[:at]
+    assert ("sync_directory", temp.name) in storage.calls[:at]
+    assert storage.calls[at + 1 :] == [("sync_directory", tmp_path.name)]
+    assert [operation for operation, _ in storage.calls].count("rename_new") == 1
 
 
 def test_a_published_checkpoint_is_never_overwritten(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_rename_new_replaces_nothing(tmp_path: Path, content: str) -> None:
         if content == "full directory":
             (target / "x").touch()
     with pytest.raises(FileExistsError):
-        LocalFileSystem().rename_new(source, target)
+        LocalStorage().rename_new(source, target)
     assert source.is_dir()
     assert os.path.lexists(target)
 
@@ -136,7 +136,7 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
 def test_a_root_that_cannot_be_written(tmp_path: Path, code: int) -> None:
     with pytest.raises(StorageError) as caught:
-        reserve(tmp_path / "new", NAME, fs=FaultyFileSystem(0, OSError(code, os.strerror(code))))
+        reserve(tmp_path / "new", NAME, storage=FaultyStorage(0, OSError(code, os.strerror(code))))
     assert caught.value.errno == code
     assert str(tmp_path) in str(caught.value)
     assert caught.value.hint
@@ -146,7 +146,7 @@ def test_a_root_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     root = tmp_path / "root"
     root.symlink_to("disk")
-    save(root, 0, 5, LocalFileSystem())
+    save(root, 0, 5, LocalStorage())
     resolved = resolve(root)
     assert resolved is not None
     assert resolved.name == NAME
@@ -203,10 +203,10 @@ def test_leftovers_of_other_steps(tmp_path: Path) -> None:
 
 
 def operations_of_a_save(root: Path, links: bool) -> int:
-    save(root, 0, 1, LocalFileSystem())
-    fs = FaultyFileSystem(links=links)
-    save(root, 0, 2, fs)
-    return len(fs.calls)
+    save(root, 0, 1, LocalStorage())
+    storage = FaultyStorage(links=links)
+    save(root, 0, 2, storage)
+    return len(storage.calls)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -217,11 +217,11 @@ def test_every_stop_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, links: 
     outcomes = []
     for at in range(count):
         root = tmp_path / f"{kind}-{at}"
-        save(root, 0, 1, LocalFileSystem())
+        save(root, 0, 1, LocalStorage())
         (root / "epoch_0_step_2" / "optim").mkdir(parents=True)
         error = Crash() if kind == "crash" else OSError(errno.EIO, "Input/output error")
         with pytest.raises(Crash if kind == "crash" else StorageError):
-            save(root, 0, 2, FaultyFileSystem(at, error, links))
+            save(root, 0, 2, FaultyStorage(at, error, links))
         resolved = resolve(root)
         assert resolved is not None
         assert is_whole(resolved.path)
@@ -229,7 +229,7 @@ def test_every_stop_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, links: 
         outcomes.append(resolved.step)
         # Resuming where the run stopped, the next save has a free name and succeeds.
         following = resolved.step + 1
-        save(root, 0, following, LocalFileSystem())
+        save(root, 0, following, LocalStorage())
         after = resolve(root)
         assert after is not None
         assert after.step == following
@@ -241,7 +241,7 @@ def test_every_stop_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, links: 
 
 def test_a_pointer_that_was_set_back_is_obeyed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, 0, step, LocalFileSystem())
+        save(tmp_path, 0, step, LocalStorage())
     (tmp_path / LATEST).unlink()
     (tmp_path / LATEST).symlink_to("epoch_0_step_1")
     resolved = resolve(tmp_path)
@@ -250,7 +250,7 @@ def test_a_pointer_that_was_set_back_is_obeyed(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_publication_and_pointer_resumes_from_the_new(tmp_path: Path) -> None:
-    save(tmp_path, 3, 100, LocalFileSystem())
+    save(tmp_path, 3, 100, LocalStorage())
     temp = reserve(tmp_path, "epoch_1_step_200")
     fill_existing(temp, None, b"x")
     publish(temp, tmp_path / "epoch_1_step_200")

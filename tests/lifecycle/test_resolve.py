@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tests.lifecycle.support import made, save
 
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, StorageError
-from shardwise.lifecycle import BEST, LATEST, LocalFileSystem, list_checkpoints, resolve, set_pointer
+from shardwise.lifecycle import BEST, LATEST, list_checkpoints, resolve, set_pointer
 
 
 def step_of(root: Path, restore_from: str | Path = LATEST) -> int | None:
@@ -215,7 +216,7 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 
 def test_what_a_save_publishes_is_what_resolves(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, 0, step, LocalFileSystem(), {"default": float(step)})
+        save(tmp_path, 0, step, LocalStorage(), {"default": float(step)})
         resolved = resolve(tmp_path)
         assert resolved is not None
         assert (resolved.step, resolved.metrics) == (step, {"default": float(step)})

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.lifecycle.support import Crash, FaultyFileSystem, fill_existing, is_whole, made, save
+from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
 
 from shardwise.config import CheckpointingConfig
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle import (
     BEST,
     LATEST,
     CheckpointInfo,
-    LocalFileSystem,
     Retention,
     best_checkpoint,
     checkpoint_name,
@@ -159,8 +159,8 @@ def test_pruning_keeps_what_pointers_name(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_pointer_is_not_set_yet_is_kept(tmp_path: Path) -> None:
-    save(tmp_path, 5, 100, LocalFileSystem())
-    save(tmp_path, 5, 200, LocalFileSystem())
+    save(tmp_path, 5, 100, LocalStorage())
+    save(tmp_path, 5, 200, LocalStorage())
     temp = reserve(tmp_path, "epoch_1_step_300")
     fill_existing(temp, None, b"x")
     publish(temp, tmp_path / "epoch_1_step_300")
@@ -178,7 +178,7 @@ def test_an_interrupted_prune_leaves_whole_checkpoints_or_nothing(tmp_path: Path
         set_pointer(root, LATEST, "epoch_0_step_4")
         error = Crash() if kind == "crash" else OSError(errno.EIO, "Input/output error")
         try:
-            prune(root, Retention(2), fs=FaultyFileSystem(at, error))
+            prune(root, Retention(2), storage=FaultyStorage(at, error))
             stopped = False
         except (Crash, StorageError):
             pass
@@ -199,7 +199,7 @@ def test_the_latest_always_survives_on_disk(numbers: list[tuple[int, int]], poli
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         for epoch, step in numbers:
-            save(root, epoch, step, LocalFileSystem())
+            save(root, epoch, step, LocalStorage())
             prune(root, policy)
             resolved = resolve(root)
             assert resolved is not None

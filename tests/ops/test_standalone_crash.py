@@ -13,7 +13,7 @@ from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import StorageError
-from shardwise.lifecycle import LocalFileSystem, doomed_name
+from shardwise.lifecycle import doomed_name
 from shardwise.ops.verify import verify
 
 
@@ -42,7 +42,7 @@ def test_a_crash_between_the_renames_is_undone_by_the_next_save(tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
-class Watching(LocalFileSystem):
+class Watching(LocalStorage):
     """Notes after every change what a crash at that moment would leave."""
 
     def __init__(self, component: Path) -> None:
@@ -73,14 +73,14 @@ def test_at_no_moment_of_a_replacement_is_there_no_component(tmp_path: Path) -> 
     watching = Watching(tmp_path / "model")
     if not watching.exchange(tmp_path / "model", tmp_path / "model"):
         pytest.skip("this file system cannot exchange two names")
-    with Checkpointer(config, 0, 0, 0, file_system=watching) as engine:
+    with Checkpointer(config, 0, 0, 0, storage=watching) as engine:
         engine.save_model(model(), tmp_path)
     assert len(watching.found) > 3
     assert set(watching.found) == {"whole"}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-class Plain(LocalFileSystem):
+class Plain(LocalStorage):
     """Has no exchange."""
 
     def exchange(self, one: Path, other: Path) -> bool:
@@ -90,7 +90,7 @@ class Plain(LocalFileSystem):
 def test_without_exchange_two_renames_replace_it(tmp_path: Path) -> None:
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
     for _ in range(2):
-        with Checkpointer(config, 0, 0, 0, file_system=Plain()) as engine:
+        with Checkpointer(config, 0, 0, 0, storage=Plain()) as engine:
             engine.save_model(model(), tmp_path)
         assert verify(tmp_path / "model").status == "whole"
         assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,4 +1,4 @@
-"""Storage and file systems that fail when they are told to: real files, and one operation that is refused."""
+"""A storage that fails when it is told to: real files, and one operation that is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
-from shardwise.lifecycle import LocalFileSystem
 
 
 class FaultyStorage(LocalStorage):
@@ -32,9 +31,9 @@ class FaultyStorage(LocalStorage):
             if self._left <= 0:
                 raise StorageError.from_os(OSError(self._code, os.strerror(self._code)), path=path)
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         self._maybe("make_directory", path)
-        super().make_directory(path)
+        super().make_directory(path, new=new)
 
     def check_space(self, path: Path, nbytes: int) -> None:
         self._maybe("check_space", path)
@@ -74,33 +73,10 @@ class FaultyStorage(LocalStorage):
         self._maybe("sync_directory", path)
         super().sync_directory(path)
 
-
-class FaultyFileSystem(LocalFileSystem):
-    """Fails every call of one operation."""
-
-    def __init__(self, operation: str, code: int = errno.EROFS) -> None:
-        self._operation, self._code = operation, code
-
-    def _maybe(self, operation: str, path: Path) -> None:
-        if operation == self._operation:
-            raise OSError(self._code, os.strerror(self._code), str(path))
-
-    def make_directory(self, path: Path) -> None:
-        self._maybe("make_directory", path)
-        super().make_directory(path)
-
-    def write_file(self, path: Path, data: bytes) -> None:
-        self._maybe("write_file", path)
-        super().write_file(path, data)
-
     def rename_new(self, source: Path, target: Path) -> None:
-        self._maybe("rename_new", source)
+        self._maybe("rename_new", target)
         super().rename_new(source, target)
 
-    def fsync_path(self, path: Path) -> None:
-        self._maybe("fsync_path", path)
-        super().fsync_path(path)
-
-    def remove_tree(self, path: Path) -> None:
-        self._maybe("remove_tree", path)
-        super().remove_tree(path)
+    def symlink(self, target: str, path: Path) -> None:
+        self._maybe("symlink", path)
+        super().symlink(target, path)

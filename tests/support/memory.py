@@ -39,7 +39,7 @@ class MemoryStorage:
         if what == self.fail:
             raise StorageError.from_os(OSError(errno.ENOSPC, "No space left on device"))
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         self._did("make_directory", path)
 
     def check_space(self, path: Path, nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads, writes and copies the small files of a model; what the file system refuses becomes a `StorageError`."""
+"""Writes and copies the small files of a model; what the file system refuses becomes a `StorageError`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardwise.comm import JsonValue
-from shardwise.errors import FormatError, StorageError
-
-
-def read_json(path: Path) -> dict[str, JsonValue]:
-    """Read a JSON object.
-
-    Raises:
-        FormatError: The file is not one.
-        StorageError: The file cannot be read.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file from the model's source.") from error
-    if not isinstance(entries, dict):
-        raise FormatError("not a JSON object", path=path, hint="Restore the file from the model's source.")
-    return entries
+from shardwise.errors import StorageError
 
 
 def write_json(path: Path, entries: Mapping[str, JsonValue] | Mapping[str, int] | Mapping[str, str]) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import custom_auto_map
-from shardwise.addons.files import copy_file, read_json, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.base.directory import base_directory
 from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def untie_configs(directory: Path) -> None:
     """
     for path in (directory / CONFIG, directory / CONFIG_V5):
         if path.is_file():
-            write_json(path, untied(read_json(path)))
+            write_json(path, untied(read_json_object(path)))
 
 
 def untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -293,7 +294,7 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
         _write_entries(config, path)
     if not path.is_file():
         return True
-    entries = read_json(path)
+    entries = read_json_object(path)
     changed = False
     if "_class_name" in entries and entries["_class_name"] != own_class(model).__name__:
         entries["_class_name"] = own_class(model).__name__
@@ -419,7 +420,7 @@ def copy_config(original_model_path: str, directory: str, name: str, *, keep_qua
             path=original_model_path if base is None else base / name,
             hint="Give a directory or a cached hub id as the base model, or leave v4_compatible off.",
         )
-    entries = read_json(base / name)
+    entries = read_json_object(base / name)
     if not keep_quantization and _strip(entries):
         write_json(Path(directory) / name, entries)
     else:
@@ -435,7 +436,7 @@ def localize_auto_maps(directory: Path) -> None:
         directory: The metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
-        entries = read_json(path) if path.is_file() else {}
+        entries = read_json_object(path) if path.is_file() else {}
         auto_map = entries.get("auto_map")
         if not isinstance(auto_map, dict):
             continue

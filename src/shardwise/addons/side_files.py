@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.files import copy_file, read_json, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.comm import JsonValue
-from shardwise.errors import FormatError, StorageError
+from shardwise.errors import FormatError
+from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.model_parts import own_class
 
 if TYPE_CHECKING:
@@ -94,11 +95,11 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    entries = read_json(path)
+    entries = read_json_object(path)
     changed = False
     if entries.get("tokenizer_class") == "TokenizersBackend":
         theirs = base / path.name if base is not None else path
-        known = read_json(theirs).get("tokenizer_class") if theirs.is_file() else None
+        known = read_json_object(theirs).get("tokenizer_class") if theirs.is_file() else None
         usable = isinstance(known, str) and known != "TokenizersBackend"
         entries["tokenizer_class"] = known if usable else "PreTrainedTokenizerFast"
         changed = True
@@ -179,11 +180,9 @@ def _has_weights(module: nn.Module) -> bool:
 def _module_folders(path: Path) -> list[str] | None:
     """The folders that ``modules.json`` names, or ``None`` where the language model itself is in one of them."""
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = cast(list[dict[str, str]], read_json(path))
         listed = [(str(module["type"]), str(module["path"])) for module in modules]
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise FormatError(f"not a list of modules: {error}", path=path, hint="Restore the file.") from error
     folders = [(kind, folder) for kind, folder in listed if folder not in ("", ".")]
     for _, folder in folders:
@@ -198,7 +197,7 @@ def _has_template(directory: Path) -> bool:
     if any((directory / name).exists() for name in _TEMPLATES):
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(read_json(config).get("chat_template"))
+    return config.is_file() and bool(read_json_object(config).get("chat_template"))
 
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:

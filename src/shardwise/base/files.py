@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from shardwise.base.finding import asked_for, find
 from shardwise.base.load import BaseSource
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.comm import Group
-from shardwise.errors import FormatError
+from shardwise.dtypes import FLOATS
+from shardwise.format.json_file import read_json
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter, is_index
 from shardwise.sources.sources import open_source
@@ -22,7 +21,6 @@ from shardwise.sources.torch_files import has_torch_files, open_bin
 #: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
 #: where the file does not name it.
 _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
@@ -64,11 +62,8 @@ def base_config(path: Path) -> dict[str, object]:
 def _json_object(file: Path) -> dict[str, object]:
     if not file.is_file():
         return {}
-    try:
-        found: object = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=file, hint="Fetch the file again.") from error
-    return cast(dict[str, object], found) if isinstance(found, dict) else {}
+    found = read_json(file)
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def ties_head(config: Mapping[str, object]) -> bool:
@@ -98,17 +93,17 @@ def base_dtype(root_dir: str | Path | None, model_name: str) -> str:
     for place in (config, config.get("text_config")):
         for key in ("dtype", "torch_dtype"):
             said = place.get(key) if isinstance(place, dict) else None
-            if isinstance(said, str) and said.removeprefix("torch.") in _FLOATS.values():
+            if isinstance(said, str) and said.removeprefix("torch.") in FLOATS.values():
                 return said.removeprefix("torch.")
     source = open_base_source(path, Group(None), config)
     sizes: dict[str, int] = {}
     for name in source.names():
         spec = source.stored(name)
-        if spec is not None and spec.dtype in _FLOATS and name not in source.behind:
+        if spec is not None and spec.dtype in FLOATS and name not in source.behind:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     if source.behind or not sizes:
         return "bfloat16"
-    return _FLOATS[max(sizes, key=sizes.__getitem__)]
+    return FLOATS[max(sizes, key=sizes.__getitem__)]
 
 
 def open_base_source(

@@ -12,11 +12,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.guarded import read_whole
 from shardwise.errors import FormatError
 
 _REVISION = re.compile(r"(?P<id>[^@]+)@(?P<revision>[\w./-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 DEFAULT_REVISION = "main"
+_LONGEST_REFERENCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def _referenced(home: Path, revision: str) -> str | None:
     if ".." in file.parts or not file.is_file():
         return None
     try:
-        text = file.read_text(encoding="utf-8").strip()
+        text = read_whole(file, _LONGEST_REFERENCE, FormatError).decode().strip()
     except UnicodeDecodeError as error:
         raise FormatError(f"not text: {error}", path=file, hint="Download the model again.") from error
     return text if text and "/" not in text else None

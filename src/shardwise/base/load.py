@@ -20,7 +20,7 @@ from shardwise.base.quantized import QuantSettings, dequantized_pieces, fitted, 
 from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.storage import Storage
-from shardwise.dtypes import torch_dtype
+from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.near_names import listed
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
@@ -41,7 +41,6 @@ _LOG = logging.getLogger(__name__)
 Install: TypeAlias = Callable[[Callable[[object], dict[str, torch.Tensor]]], None]
 
 #: Dtypes between which values are cast without asking.
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 
@@ -278,7 +277,7 @@ def _execute(plan: _Plan, source: BaseSource, reader: Reader, group: Group) -> N
 
 def _plan_one(tensor: HeldTensor, source: BaseSource, plan: _Plan, replicas: Replicas | None) -> None:
     name = tensor.spec.name
-    if name in source.quantized and tensor.spec.dtype in _FLOATS:
+    if name in source.quantized and tensor.spec.dtype in FLOATS:
         quantized = fitted(source.quantized[name], tensor.spec.shape, source.path)
         if any(fragment.box.numel for fragment in tensor.fragments):
             plan.dequantized += 1
@@ -336,12 +335,12 @@ def _refuse_unsupported(wanted: Sequence[TensorSpec], source: BaseSource) -> Non
         return
     for spec in wanted:
         stored = source.stored(spec.name)
-        if stored is None or (spec.dtype in _FLOATS and stored.dtype not in _FLOATS):
+        if stored is None or (spec.dtype in FLOATS and stored.dtype not in FLOATS):
             raise unsupported(settings.method, source.path)
 
 
 def _compare(spec: TensorSpec, source: BaseSource) -> None:
-    if spec.name in source.quantized and spec.dtype in _FLOATS:
+    if spec.name in source.quantized and spec.dtype in FLOATS:
         fitted(source.quantized[spec.name], spec.shape, source.path)
         return
     stored = source.stored(spec.name)
@@ -360,9 +359,9 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
             hint="Build the model from the base's own config.json, or name a task head that is to keep its fresh "
             "values in skip_task_head_prefixes_for_base_model.",
         )
-    if stored.dtype == spec.dtype or {stored.dtype, spec.dtype} <= _FLOATS:
+    if stored.dtype == spec.dtype or {stored.dtype, spec.dtype} <= FLOATS.keys():
         return
-    if stored.dtype in _FP8 and spec.dtype in _FLOATS and spec.name not in source.scaled:
+    if stored.dtype in _FP8 and spec.dtype in FLOATS and spec.name not in source.scaled:
         return
     scaled = spec.name in source.scaled
     raise DtypeMismatchError(

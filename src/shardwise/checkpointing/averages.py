@@ -18,10 +18,9 @@ from shardwise.checkpointing.loading.restoring import Undos
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import has_state, read_state, write_state
+from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
-from shardwise.sources.state_files import pack_state
+from shardwise.sources.state_files import has_state, pack_state, read_state
 from shardwise.stateful_wrappers.names import unwrap
 
 MODEL_EMA = "model_ema"

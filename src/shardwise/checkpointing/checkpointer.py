@@ -50,8 +50,7 @@ from shardwise.checkpointing.saving.hooks import passed_addons
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
-from shardwise.engine.verify import VerifyLevel
-from shardwise.engine.verify_together import check_checkpoint
+from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.errors import StorageError
 from shardwise.lifecycle import (
     PreemptionGuard,
@@ -124,8 +123,8 @@ class Checkpointer(ComponentCheckpointer):
         pp_group: The ranks of this pipeline, kept for addons.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
             with ``is_peft``).
-        storage: Where tensor data is written to and read from; the mounted file systems by default.
-        file_system: Where names are made and renamed; likewise.
+        storage: Where data is written to and read from, and names are made and renamed; the mounted file systems by
+            default.
         device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
             own streams by default.
         absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
@@ -467,9 +466,9 @@ class Checkpointer(ComponentCheckpointer):
         if not self._tidied:
             try:
                 active = [self._context.root / temporary_name(name)]  # whose claim is this very save's
-                remove_leftovers(self._context.root, active=active, fs=self._fs)
+                remove_leftovers(self._context.root, active=active, storage=self._storage)
             except StorageError as error:
                 # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
                 _LOG.warning("what an interrupted save left could not be removed: %s", error)
-        reserve(self._context.root, name, self._line.left_from, fs=self._fs)
+        reserve(self._context.root, name, self._line.left_from, storage=self._storage)
         self._tidied = True

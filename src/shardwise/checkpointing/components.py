@@ -41,7 +41,6 @@ from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
-from shardwise.lifecycle import LOCAL, FileSystem
 from shardwise.plan.collector import collector_paused
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
@@ -70,7 +69,6 @@ class ComponentCheckpointer:
         *,
         addons: Sequence[CheckpointAddon] | None = None,
         storage: Storage | None = None,
-        file_system: FileSystem | None = None,
         device_streams: DeviceStreams | None = None,
         absent_seconds: float = ABSENT_SECONDS,
     ) -> None:
@@ -79,11 +77,11 @@ class ComponentCheckpointer:
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
         self._process_group = process_group
-        if config.is_remote and (storage is None or file_system is None):
+        if config.is_remote and storage is None:
             raise ConfigError(
                 "checkpoint_dir is a URL, which the mounted file systems cannot reach",
                 path=config.checkpoint_dir,
-                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage and a file_system.",
+                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
             )
         if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
             raise ConfigError(
@@ -93,7 +91,6 @@ class ComponentCheckpointer:
             )
         self._device_streams = device_streams
         self._storage = storage or LocalStorage()
-        self._fs = file_system or LOCAL
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
         self._root = Path(config.checkpoint_dir).absolute()
         self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
@@ -406,7 +403,6 @@ class ComponentCheckpointer:
                     self.config,
                     group,
                     self._storage,
-                    self._fs,
                     self.pp_rank,
                     self._root,
                     met,

@@ -28,17 +28,16 @@ from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.near_names import listed
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.engine.statefiles import has_state, read_state, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.sources import open_source
-from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.sources.state_files import has_state, pack_state, read_state, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord

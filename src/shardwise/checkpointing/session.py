@@ -24,7 +24,6 @@ from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.format.manifest import KnownManifest
-from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
@@ -37,8 +36,7 @@ class Context:
     Attributes:
         config: Settings.
         group: The ranks that save and load together.
-        storage: Where data goes.
-        fs: Where names are made and renamed.
+        storage: Where data goes, and where names are made and renamed.
         stage: Pipeline rank.
         may_differ: Of which tensors ranks may have different values.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
@@ -55,7 +53,6 @@ class Context:
     config: Settings
     group: Group
     storage: Storage
-    fs: FileSystem
     stage: int
     root: Path
     met: Met
@@ -105,7 +102,6 @@ class Context:
                 config or self.config,
                 self.group,
                 self.storage,
-                self.fs,
                 self.stage,
                 self.root,
                 self.met if config is None else replace(self.met, names_base=False),

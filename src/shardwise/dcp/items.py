@@ -14,7 +14,7 @@ from shardwise.dcp.values import PackedValue
 from shardwise.dtypes import dtype_code
 from shardwise.engine.writer import Digests
 from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError
-from shardwise.format.manifest import ChunkRecord, FileRecord
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import Layout
 from shardwise.stateful_wrappers.memory import plain_memory
@@ -71,6 +71,13 @@ class Totals(Digests):
         if written.chunk is not None and written.file is not None:
             self.chunks.setdefault(name, []).append(written.chunk)
             self.files[written.file.path] = written.file
+
+    def tensors(self, specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
+        """The tensors and the pieces of them that stand in shard files."""
+        return tuple(
+            TensorRecord("model", spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ())))
+            for spec in specs
+        )
 
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:

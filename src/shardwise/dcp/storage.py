@@ -57,9 +57,10 @@ from shardwise.dcp.values import (
     write_values,
 )
 from shardwise.dcp.write import write_final, write_shards
-from shardwise.disk.crc import crc32c
+from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.dtypes import torch_dtype
+from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import (
     CheckpointNotFoundError,
     IncompleteTensorError,
@@ -69,14 +70,7 @@ from shardwise.errors import (
     StateFormatError,
 )
 from shardwise.format.index import encode_index
-from shardwise.format.manifest import (
-    MANIFEST_NAME,
-    ChunkRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    encode_manifest,
-)
+from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
@@ -85,7 +79,6 @@ from shardwise.sources.dcp_records import RECORD_TENSORS, has_record, read_recor
 from shardwise.sources.dcp_values import DcpValues
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.state_files import write_plain
 from shardwise.stateful_wrappers.memory import plain_memory, require_own_elements
 
 PathLike = str | os.PathLike[str]
@@ -155,8 +148,8 @@ class SafetensorsWriter(StorageWriter):
         self._specs = union(plans)
         self._storage.make_directory(self._path)
         for name in (MANIFEST_NAME, index_name(self._stem)):
-            remove(self._path / name)
-        remove_values(self._path)
+            remove(self._storage, self._path / name)
+        remove_values(self._storage, self._path)
         if self._consolidated:
             self._layout = lay_out(
                 self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
@@ -197,19 +190,14 @@ class SafetensorsWriter(StorageWriter):
         totals = Totals.of(results)
         self._check_counts(totals)
         plain = write_values(self._storage, self._path, merge_values(totals.values))
+        record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
             index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
-            write_plain(self._storage, self._path / index_name(self._stem), index)
-            plain.append(FileRecord(index_name(self._stem), len(index), crc32c(index), None))
-            _add_layout(totals, self._layout)
-        tensors = tuple(
-            TensorRecord("model", spec, totals.crcs.get(spec.name, 0), tuple(totals.chunks.get(spec.name, ())))
-            for spec in self._specs
-        )
-        self._remove_stale(set(totals.files))
-        manifest = encode_manifest(Manifest((*totals.files.values(), *plain), tensors, {}))
-        write_plain(self._storage, self._path / MANIFEST_NAME, manifest)
-        self._storage.sync_directory(self._path)
+            write_file(self._storage, self._path / index_name(self._stem), index)
+            plain.append(FileRecord.plain(index_name(self._stem), index))
+            record = layout_record(self._layout, totals.crcs)
+        self._remove_stale({file.path for file in record.files})
+        write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})
 
     def _check_counts(self, totals: Totals) -> None:
         for spec in self._specs:
@@ -225,7 +213,7 @@ class SafetensorsWriter(StorageWriter):
         """Remove tensor files of an earlier save under this stem that the new one does not have."""
         for file in self._path.glob("*.safetensors"):
             if is_tensor_file(file.name, self._stem) and file.name not in current:
-                file.unlink()
+                remove(self._storage, file)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -235,17 +223,6 @@ class SafetensorsWriter(StorageWriter):
     def storage_meta(self) -> StorageMeta | None:
         """Where this writer writes."""
         return StorageMeta(checkpoint_id=str(self._path))
-
-
-def _add_layout(totals: Totals, layout: Layout) -> None:
-    """Finished files, each tensor in them whole."""
-    for file in layout.files:
-        head = len(file.header)
-        totals.files[file.name] = FileRecord(file.name, file.size, crc32c(file.header), head)
-        for entry in file.entries:
-            box, crc = Box.whole(entry.spec.shape), totals.crcs.get(entry.spec.name, 0)
-            chunk = ChunkRecord(file.name, head + entry.begin, entry.spec.nbytes, box, crc)
-            totals.chunks[entry.spec.name] = [chunk]
 
 
 class SafetensorsReader(StorageReader):

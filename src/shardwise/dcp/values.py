@@ -18,11 +18,11 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
-from shardwise.disk.crc import crc32c
-from shardwise.disk.storage import Storage
-from shardwise.errors import MisuseError, NameCollisionError, ShardwiseError, StateFormatError, StorageError
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import Storage, storage_errors
+from shardwise.errors import MisuseError, NameCollisionError, StateFormatError
 from shardwise.format.manifest import FileRecord
-from shardwise.sources.state_files import pack_state, read_file, unpack_state, write_plain
+from shardwise.sources.state_files import pack_state, read_packed, unpack_state
 
 #: The values, and the tensors inside them, if any.
 VALUES_NAME = "dcp_values.json"
@@ -83,15 +83,15 @@ def merge_values(parts: Iterable[tuple[str, PackedValue]]) -> dict[str, object]:
                 tensor=name,
                 hint="Put the rank into the name, or keep what differs between ranks out of the state dict.",
             )
-    return {name: _table(part.packed)[name] for name, part in seen.items()}
+    return {name: _table(unpack_state(dict(part.packed)))[name] for name, part in seen.items()}
 
 
 def write_values(storage: Storage, directory: Path, values: Mapping[str, object]) -> list[FileRecord]:
     """Write the values, durable; no file where there are none."""
     records = []
     for suffix, content in (pack_state(dict(values)) if values else {}).items():
-        write_plain(storage, directory / _NAMES[suffix], content)
-        records.append(FileRecord(_NAMES[suffix], len(content), crc32c(content), None))
+        write_file(storage, directory / _NAMES[suffix], content)
+        records.append(FileRecord.plain(_NAMES[suffix], content))
     return records
 
 
@@ -104,28 +104,19 @@ def read_values(directory: Path) -> dict[str, object]:
     path = directory / VALUES_NAME
     if not os.path.lexists(path):
         return {}
-    packed = {".json": read_file(path)}
-    if os.path.lexists(directory / VALUES_TENSORS_NAME):
-        packed[".safetensors"] = read_file(directory / VALUES_TENSORS_NAME)
-    try:
-        return _table(packed)
-    except ShardwiseError as error:
-        error.path = error.path or str(path)
-        raise
+    return _table(read_packed(path, directory / VALUES_TENSORS_NAME), path)
 
 
-def remove_values(directory: Path) -> None:
+def remove_values(storage: Storage, directory: Path) -> None:
     """Remove what an earlier save left, so that it is never read with new tensors."""
     for name in _NAMES.values():
-        remove(directory / name)
+        remove(storage, directory / name)
 
 
-def remove(path: Path) -> None:
+def remove(storage: Storage, path: Path) -> None:
     """Remove a file if it is there."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
+    with storage_errors(path):
+        storage.remove_file(path)
 
 
 def as_stream(value: object) -> io.BytesIO:
@@ -136,11 +127,11 @@ def as_stream(value: object) -> io.BytesIO:
     return stream
 
 
-def _table(packed: Mapping[str, bytes]) -> dict[str, object]:
-    table = unpack_state(dict(packed))
+def _table(table: object, path: Path | None = None) -> dict[str, object]:
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
         raise StateFormatError(
             "the values are not a table from names to values",
+            path=path,
             hint="The file is damaged or forged: restore it from a copy, or resume from another checkpoint.",
         )
     return table

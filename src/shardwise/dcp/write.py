@@ -9,7 +9,8 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardwise.dcp.items import Task, Written, box_of, resolve, spec_of
-from shardwise.disk.crc import crc32c, shift
+from shardwise.disk.crc import shift
+from shardwise.disk.sequential import SequentialFile
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.writer import FileSet, write_run
@@ -19,6 +20,7 @@ from shardwise.plan.layout import Layout
 from shardwise.plan.schedule import Run
 from shardwise.plan.shards import Piece, ShardFile, shard_files
 from shardwise.sources.digest import contribution
+from shardwise.sources.tensor_bytes import byte_blocks
 
 
 def write_final(
@@ -52,31 +54,26 @@ def write_shards(
     by_box = {(item.index.fqn, box_of(item)): item for item in items}
     pieces = [Piece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
     planned = shard_files(pieces, task.rank, task.world_size, None, stem)
+    storage.check_space(directory, sum(file.layout.size for file in planned))
     results = []
-    files = FileSet(storage, [directory / file.layout.name for file in planned])
-    try:
-        storage.check_space(directory, sum(file.layout.size for file in planned))
-        for number, file in enumerate(planned):
-            storage.create(directory / file.layout.name, file.layout.size, file.layout.header)
-            for name, written in _write_pieces(number, file, files, storage):
-                assert written.chunk is not None
-                index = by_box[(name, written.chunk.box)].index
-                results.append(WriteResult(index, written.nbytes, written))
-        files.sync()
-    finally:
-        files.close()
+    for file in planned:
+        for name, written in _write_pieces(file, directory, storage):
+            assert written.chunk is not None
+            index = by_box[(name, written.chunk.box)].index
+            results.append(WriteResult(index, written.nbytes, written))
     return results
 
 
-def _write_pieces(number: int, file: ShardFile, files: FileSet, storage: Storage) -> list[tuple[str, Written]]:
-    head = len(file.layout.header)
-    record = FileRecord(file.layout.name, file.layout.size, crc32c(file.layout.header), head)
+def _write_pieces(file: ShardFile, directory: Path, storage: Storage) -> list[tuple[str, Written]]:
+    header = file.layout.header
+    record = FileRecord.of_tensors(file.layout.name, file.layout.size, header)
     out = []
-    for entry in file.layout.entries:
-        piece = file.pieces[entry.spec.name]
-        run = Run(number, head + entry.begin, 0, entry.spec, 0, piece.data)
-        crc = write_run(run, files, storage)
-        share = contribution(piece.box, piece.spec.shape, piece.data, crc, torch_dtype(piece.spec.dtype))
-        chunk = ChunkRecord(record.path, head + entry.begin, run.nbytes, piece.box, crc)
-        out.append((entry.spec.name, Written(run.nbytes, share, chunk, record)))
+    with SequentialFile(storage, directory / file.layout.name, file.layout.size) as made:
+        made.append([header])
+        for spec, begin, end in file.layout.entries:
+            piece, dtype = file.pieces[spec.name], torch_dtype(spec.dtype)
+            crc = made.append(byte_blocks(piece.data, dtype), spec.name)
+            share = contribution(piece.box, piece.spec.shape, piece.data, crc, dtype)
+            chunk = ChunkRecord(record.path, len(header) + begin, end - begin, piece.box, crc)
+            out.append((spec.name, Written(end - begin, share, chunk, record)))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
+from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
 
 #: The file that says what a save wrote.
 MANIFEST_NAME = "manifest.json"
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
+    (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a character device"),
@@ -24,19 +26,19 @@ _KINDS = (
 )
 
 
-def _check_regular(status: os.stat_result, path: str, error: type[FormatError]) -> None:
+def _check_regular(status: os.stat_result, path: str, error: type[ShardwiseError]) -> None:
     if stat.S_ISREG(status.st_mode):
         return
     kind = next((text for test, text in _KINDS if test(status.st_mode)), "a special file")
     raise error(f"{path!r} is {kind}, not a regular file", path=path, hint="Pass the path of the file itself.")
 
 
-def _open_descriptor(path: str, error: type[FormatError]) -> int:
+def _open_descriptor(path: str, error: type[ShardwiseError], follows: bool) -> int:
     # The type is checked before opening, because opening a device can have effects, and again on the descriptor,
     # because the name can be replaced in between; O_NONBLOCK keeps a pipe that slips in from blocking.
-    _check_regular(os.stat(path), path, error)
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-    descriptor = os.open(path, flags)
+    _check_regular(os.stat(path, follow_symlinks=follows), path, error)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = os.open(path, flags if follows else flags | os.O_NOFOLLOW)
     try:
         _check_regular(os.fstat(descriptor), path, error)
     except BaseException:
@@ -46,25 +48,28 @@ def _open_descriptor(path: str, error: type[FormatError]) -> int:
 
 
 @contextmanager
-def open_regular(path: str | os.PathLike[str], error: type[FormatError]) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file for reading, or a symbolic link to one, and give it with its size in bytes.
+def open_regular(
+    path: str | os.PathLike[str], error: type[ShardwiseError], *, follows: bool = True
+) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading and give it with its size in bytes.
 
     Operating-system errors inside the ``with`` block become typed errors too.
 
     Args:
         path: The file.
         error: Type raised where the path is not a regular file.
+        follows: Whether it may be a symbolic link to one.
 
     Raises:
         CheckpointNotFoundError: Nothing is there.
         StorageError: The file system refused.
-        FormatError: Of type ``error``; the path is a directory, pipe, socket or device.
+        ShardwiseError: Of type ``error``; the path is a directory, pipe, socket or device.
     """
     text = os.fspath(path)
     if "\0" in text:
         raise error(f"the path {text!r} holds a NUL character", hint="No file can have such a name.")
     try:
-        descriptor = _open_descriptor(text, error)
+        descriptor = _open_descriptor(text, error, follows)
         with open(descriptor, "rb", buffering=0) as stream:
             yield stream, os.fstat(descriptor).st_size
     except (FileNotFoundError, NotADirectoryError) as cause:
@@ -93,15 +98,15 @@ def read_exactly(stream: BinaryIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-def read_whole(path: str | os.PathLike[str], limit: int, error: type[FormatError]) -> bytes:
-    """Read a regular file of at most ``limit`` bytes.
+def read_whole(path: str | os.PathLike[str], limit: int, error: type[ShardwiseError], *, follows: bool = True) -> bytes:
+    """Read a regular file of at most ``limit`` bytes. Arguments as for `open_regular`.
 
     Raises:
         CheckpointNotFoundError: Nothing is there.
         StorageError: The file system refused.
-        FormatError: Of type ``error``; not a regular file, or larger than ``limit``.
+        ShardwiseError: Of type ``error``; not a regular file, or larger than ``limit``.
     """
-    with open_regular(path, error) as (stream, size):
+    with open_regular(path, error, follows=follows) as (stream, size):
         data = b"" if size > limit else read_exactly(stream, limit + 1)
     if size > limit or len(data) > limit:
         text = os.fspath(path)
@@ -167,7 +172,7 @@ def _leads_into_a_store(path: Path) -> bool:
     return any(part in _STORES for part in PurePosixPath(target).parts)
 
 
-def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[FormatError] = FormatError) -> Path:
+def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[ShardwiseError] = FormatError) -> Path:
     """Return the real path of ``root/relative``, which need not exist, and make sure that it lies below ``root``.
 
     Args:
@@ -176,7 +181,7 @@ def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[Form
         error: Type raised for a path that leads elsewhere.
 
     Raises:
-        FormatError: Of type ``error``; the path is absolute, holds "..", or a symbolic link leads out of ``root``.
+        ShardwiseError: Of type ``error``; the path is absolute, holds "..", or a symbolic link leads out of ``root``.
         MisuseError: ``root`` holds a NUL character.
     """
     if "\0" in os.fspath(root):
@@ -195,3 +200,24 @@ def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[Form
             hint="Replace the link by the file that it points at, if you trust it.",
         )
     return Path(real)
+
+
+def read_small_file(path: Path, limit: int, *, follows: bool = False) -> bytes | None:
+    """As `read_whole`, of a file that need not be there; ``None`` for anything else in its place, too.
+
+    A link is not followed unless ``follows``.
+    """
+    try:
+        return read_whole(path, limit, FormatError, follows=follows)
+    except (CheckpointNotFoundError, FormatError):
+        return None
+    except StorageError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
+
+
+def read_note(directory: Path, name: str, limit: int) -> bytes | None:
+    """As `read_small_file`, of a file of a checkpoint; a link is followed where the checkpoint is made of links."""
+    path = directory / name
+    return read_small_file(path, limit, follows=is_followed(path, is_made_of_links(directory)))

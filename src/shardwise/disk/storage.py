@@ -1,19 +1,30 @@
-"""The file operations that the writer and the reader use, as an interface, and the local file system's.
+"""What a checkpoint is written to and read from, as one interface, and the local file system's implementation.
 
-Everything that touches checkpoint data goes through a `Storage`, so that faults can be injected and every operation of
-a save can be recorded. The sequence of a save: ``make_directory``, ``check_space``, ``create`` (one rank for each
-file), then on every rank ``open`` for writing, ``write`` at offsets, ``sync``, ``close``; at the end
-``sync_directory``.
+Everything that a save does to a disk goes through a `Storage`, so that another one (remote, faulty, recording) can
+stand in its place. It is three small protocols: bytes of files (`Ranges`), directories (`Directories`), and names
+(`Names`). A save calls them in this order, on the ranks named:
+
+1. rank 0: ``make_directory(..., new=True)`` for the temporary directory, after ``remove_tree`` of an interrupted
+   predecessor;
+2. rank 0, or each rank for files of its own: ``make_directory``, ``check_space``, ``create``;
+3. every rank: ``open`` for writing, ``write`` at offsets, ``sync``, ``close``; then ``sync_directory``;
+4. rank 0: ``create``, ``sync`` of the manifest, ``sync_directory`` of every directory;
+5. rank 0: ``create``, ``sync``, ``rename``, ``sync_directory`` for the announcement;
+6. rank 0: ``rename_new`` of the directory to its published name, then ``sync_directory`` of the root;
+7. rank 0: ``symlink`` (or ``create``), ``rename``, ``sync_directory`` for each pointer;
+8. rank 0: ``rename_new``, ``sync_directory``, ``remove_tree`` for each checkpoint that retention gives up.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import shutil
 import stat
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -21,21 +32,22 @@ from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseErro
 
 Buffer = bytes | bytearray | memoryview
 
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+# renameat2 exists but this kernel, C library or file system (NFS among them) does not take the flag.
+_NO_FLAG = _NOT_SUPPORTED | {errno.ENOSYS}
 
-class Storage(Protocol):
-    """Positional file access. Paths are absolute; offsets and sizes in bytes; every failure is a typed error."""
 
-    def make_directory(self, path: Path) -> None:
-        """Create a directory and its parents; fine if it exists."""
-        ...
+class Ranges(Protocol):
+    """Bytes of files, at offsets. Any rank calls. Paths are absolute; offsets and sizes in bytes.
 
-    def check_space(self, path: Path, nbytes: int) -> None:
-        """Raise `StorageError` (ENOSPC) unless ``nbytes`` are free below ``path``, which exists."""
-        ...
+    Every failure is a typed error; those of operations on a handle do not know the path (`locating`).
+    """
 
     def create(self, path: Path, size: int, head: Buffer) -> None:
         """Create a file of ``size`` bytes with its space reserved, beginning with ``head``; replaces an old one."""
-        ...
 
     def open(self, path: Path, *, writable: bool) -> int:
         """Open an existing regular file; returns a handle."""
@@ -43,7 +55,6 @@ class Storage(Protocol):
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write all of ``data``."""
-        ...
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         """Fill ``into``; returns how many bytes there were, fewer only at the end of the file."""
@@ -51,15 +62,55 @@ class Storage(Protocol):
 
     def sync(self, handle: int) -> None:
         """Make the file's bytes durable."""
-        ...
 
     def close(self, handle: int) -> None:
         """Release a handle."""
-        ...
+
+
+class Directories(Protocol):
+    """Directories, as places for files. Any rank calls; every failure is a typed error that names the path."""
+
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
+        """Create a directory and its parents; fine if it exists, unless it has to be ``new``."""
+
+    def check_space(self, path: Path, nbytes: int) -> None:
+        """Raise `StorageError` (ENOSPC) unless ``nbytes`` are free below ``path``, which exists."""
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
+
+
+class Names(Protocol):
+    """Names of files and directories. One rank at a time, the coordinating one, calls these for a root.
+
+    Each raises ``OSError`` on failure, with the system's ``errno``, by which callers tell what can be done instead.
+    """
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename a file or link atomically, replacing a file or link at ``target``."""
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        """Rename atomically; ``FileExistsError`` where ``target`` exists."""
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """Swap two existing names in one atomic step; ``False``, with nothing done, where the system has no such step.
+
+        Only what replaces a component that stands alone, or a checkpoint that was abandoned, calls it.
+        """
         ...
+
+    def symlink(self, target: str, path: Path) -> None:
+        """Create a symbolic link at ``path``, which must not exist, to ``target`` (relative to the link)."""
+
+    def remove_file(self, path: Path) -> None:
+        """Delete a file or link, never a directory; nothing happens where there is none."""
+
+    def remove_tree(self, path: Path) -> None:
+        """Delete a file, link or directory tree; nothing happens where there is none."""
+
+
+class Storage(Ranges, Directories, Names, Protocol):
+    """All that a checkpoint needs of a file system."""
 
 
 @runtime_checkable
@@ -83,10 +134,10 @@ _CHEAP_RESERVATION = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
 class LocalStorage:
     """`Storage` on a mounted file system."""
 
-    def make_directory(self, path: Path) -> None:
+    def make_directory(self, path: Path, *, new: bool = False) -> None:
         """Create a directory and its parents."""
         with _typed(path):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=not new)
 
     def check_space(self, path: Path, nbytes: int) -> None:
         """Compare with what an unprivileged user may still allocate."""
@@ -161,13 +212,85 @@ class LocalStorage:
             os.close(handle)
 
     def sync_directory(self, path: Path) -> None:
-        """``fsync`` of the directory."""
+        """``fsync``. Some network file systems cannot sync a directory and say so; their renames are durable."""
         with _typed(path):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(handle)
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
             finally:
                 os.close(handle)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """``rename``."""
+        os.replace(source, target)
+
+    def rename_new(self, source: Path, target: Path) -> None:
+        """``renameat2``.
+
+        Without it this is a look followed by a rename. A root has one coordinating rank, so nobody creates
+        ``target`` in between; and a non-empty directory would not be replaced even then.
+        """
+        code = _rename_with(_RENAME_NOREPLACE, source, target)
+        if code in _NO_FLAG:
+            if os.path.lexists(target):
+                code = errno.EEXIST
+            else:
+                os.rename(source, target)
+                return
+        if code:
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """``renameat2``."""
+        code = _rename_with(_RENAME_EXCHANGE, one, other)
+        if code and code not in _NO_FLAG:
+            raise OSError(code, os.strerror(code), str(one), None, str(other))
+        return not code
+
+    def symlink(self, target: str, path: Path) -> None:
+        """``symlink``."""
+        path.symlink_to(target)
+
+    def remove_file(self, path: Path) -> None:
+        """``unlink``."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Links inside the tree are deleted, never followed."""
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.lstat(path).st_mode):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+
+
+LOCAL: Storage = LocalStorage()
+
+
+@cache
+def _renameat2() -> Callable[..., int] | None:
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+
+
+def _rename_with(flag: int, source: Path, target: Path) -> int:
+    """Rename in a way that only the kernel can; return the error number, 0 for success."""
+    call = _renameat2()
+    if call is None:
+        return errno.ENOSYS
+    failed = call(
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(source)),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(target)),
+        ctypes.c_uint(flag),
+    )
+    return ctypes.get_errno() if failed else 0
 
 
 def _write_all(handle: int, data: Buffer, offset: int) -> None:
@@ -215,6 +338,17 @@ def file_system_type(path: Path) -> str:
         if inside and len(point) >= len(best):
             best, kind = point, right.split()[0]
     return kind
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of the operating system into a `StorageError` that names ``path`` where it names none."""
+    try:
+        yield
+    except ShardwiseError:
+        raise
+    except OSError as error:
+        raise StorageError.from_os(error, path=error.filename or path) from error
 
 
 def located(error: ShardwiseError, path: Path, tensor: str | None = None) -> ShardwiseError:

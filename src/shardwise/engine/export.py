@@ -12,11 +12,12 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.disk.crc import crc32c
+from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.memo import Memo
-from shardwise.engine.records import ComponentRecord, check_written
+from shardwise.engine.records import ComponentRecord, check_written, layout_record
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
 from shardwise.engine.writer import (
@@ -30,16 +31,13 @@ from shardwise.engine.writer import (
     write_all,
     write_prepared,
 )
-from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
-from shardwise.geometry import Box
-from shardwise.plan.collector import collector_paused
+from shardwise.format.manifest import FileRecord
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run, Schedule, schedule
 from shardwise.sources.reader import Reader
-from shardwise.sources.state_files import write_plain
 from shardwise.sources.stream import tensor_blocks
 
 _LOG = logging.getLogger(__name__)
@@ -211,7 +209,7 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
             file = plan.layout.files[number]
             storage.create(plan.directory / file.name, file.size, file.header)
         if group.is_main and plan.options.index:
-            write_plain(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
+            write_file(storage, plan.directory / index_name(plan.options.stem), plan.layout.index)
         return spare_memory(plan.schedule.exchanges, plan.held, group.rank)
 
 
@@ -291,24 +289,10 @@ def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure:
     return export_record(plan, dict(zip(names, crcs, strict=True)))
 
 
-@collector_paused()
 def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
     """Files and tensors of an export whose tensors have these digests."""
-    files, tensors = [], []
-    component, empty = plan.options.component, crc32c(b"")
-    boxes: dict[tuple[int, ...], Box] = {}
-    within = f"{plan.within}/" if plan.within else ""
-    for file in plan.layout.files:
-        name, head = within + file.name, len(file.header)
-        files.append(FileRecord(name, file.size, crc32c(file.header), head))
-        for spec, begin, end in file.entries:
-            box = boxes.get(spec.shape)
-            if box is None:
-                box = boxes[spec.shape] = Box.whole(spec.shape)
-            crc = crcs[spec.name] if end > begin else empty
-            chunk = ChunkRecord(name, head + begin, end - begin, box, crc)
-            tensors.append(TensorRecord(component, spec, crc, (chunk,)))
-    if plan.options.index:
-        index = plan.layout.index
-        files.append(FileRecord(within + index_name(plan.options.stem), len(index), crc32c(index), None))
-    return ComponentRecord(tuple(files), tuple(tensors))
+    options, within = plan.options, f"{plan.within}/" if plan.within else ""
+    record = layout_record(plan.layout, crcs, options.component, within)
+    if options.index:
+        record += ComponentRecord((FileRecord.plain(within + index_name(options.stem), plan.layout.index),))
+    return record

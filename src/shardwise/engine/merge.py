@@ -6,30 +6,27 @@ every byte is written, read and written again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
-from shardwise.disk.crc import crc32c
 from shardwise.disk.private_directory import private_directory
-from shardwise.disk.storage import Storage, locating
+from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
+from shardwise.disk.storage import Storage, storage_errors
 from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.merge_computed import write_aside
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import ShardPlan, write_shards
-from shardwise.errors import IntegrityError, StorageError
+from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.sources.reader import Reader
-from shardwise.sources.state_files import write_plain
 from shardwise.sources.stream import tensor_blocks
 
-_BLOCK_BYTES = 8 * 2**20
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
 
@@ -87,9 +84,10 @@ def write_merged(
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
             index = plan.layout.index
-            write_plain(storage, plan.directory / index_name(plan.options.stem), index)
+            write_file(storage, plan.directory / index_name(plan.options.stem), index)
             storage.sync_directory(plan.directory)
-            shutil.rmtree(aside)
+            with storage_errors(aside):
+                storage.remove_tree(aside)
     return export_record(plan, {name: crc or 0 for name, crc in digests.items()})
 
 
@@ -129,18 +127,15 @@ def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Pa
     storage, directory = merging.storage, merging.directory
     if staging_dir is None or not files:
         for file in files:
-            with locating(directory / file.name):
-                found |= _merge_file(file, directory / file.name, merging)[0]
+            found |= _merge_file(file, directory / file.name, merging)[0]
         return found
     with private_directory(staging_dir) as private:
         for file in files:
-            place, target = private / file.name, directory / file.name
-            with locating(place):
-                storage.check_space(private, file.size)
-                digests, crc = _merge_file(file, place, merging)
-                found |= digests
-            with locating(target):
-                _move(place, target, file.size, crc, storage)
+            place = private / file.name
+            storage.check_space(private, file.size)
+            digests, crc = _merge_file(file, place, merging)
+            found |= digests
+            _move(place, directory / file.name, file.size, crc, storage)
     return found
 
 
@@ -151,34 +146,25 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
         The digests of tensors that had none, and the whole file's.
     """
     found: dict[str, int] = {}
-    storage, digests = merging.storage, merging.digests
-    reader = Reader(storage, merging.paths)
-    storage.create(place, 0, b"")
-    handle = storage.open(place, writable=True)
+    reader = Reader(merging.storage, merging.paths)
     try:
-        storage.write(handle, file.header, 0)
-        offset, whole = len(file.header), crc32c(file.header)
-        for entry in file.entries:
-            crc = 0
-            for block in tensor_blocks(merging.sources[entry.spec.name], reader):
-                crc = crc32c(block, crc)
-                whole = crc32c(block, whole)
-                storage.write(handle, block, offset)
-                offset += len(block)
-            if entry.spec.name not in digests:
-                found[entry.spec.name] = crc
-            elif entry.spec.nbytes and crc != digests[entry.spec.name]:
-                raise IntegrityError(
-                    "the bytes read back from the shards differ from those written",
-                    path=place,
-                    tensor=entry.spec.name,
-                    hint="The file system or the memory of this node is not reliable; save elsewhere.",
-                )
-        storage.sync(handle)
+        with SequentialFile(merging.storage, place) as made:
+            made.append([file.header])
+            for entry in file.entries:
+                name = entry.spec.name
+                crc = made.append(tensor_blocks(merging.sources[name], reader), name)
+                if name not in merging.digests:
+                    found[name] = crc
+                elif entry.spec.nbytes and crc != merging.digests[name]:
+                    raise IntegrityError(
+                        "the bytes read back from the shards differ from those written",
+                        path=place,
+                        tensor=name,
+                        hint="The file system or the memory of this node is not reliable; save elsewhere.",
+                    )
     finally:
-        storage.close(handle)
         reader.close()
-    return found, whole
+    return found, made.crc32c
 
 
 def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
@@ -194,33 +180,15 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
     Raises:
         IntegrityError: It has other bytes, or fewer.
     """
-    source = storage.open(place, writable=False)
-    try:
-        storage.create(target, 0, b"")
-        handle = storage.open(target, writable=True)
-        try:
-            buffer = bytearray(_BLOCK_BYTES)
-            offset, found = 0, 0
-            while offset < size:
-                block = memoryview(buffer)[: min(len(buffer), size - offset)]
-                got = storage.read(source, block, offset)
-                if got != len(block):
-                    raise IntegrityError(
-                        f"the staged file ends after {offset + got} of {size} bytes", path=place, hint=_STAGE_ELSEWHERE
-                    )
-                found = crc32c(block, found)
-                storage.write(handle, block, offset)
-                offset += got
-            if found != crc:
-                raise IntegrityError(
-                    "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
-                )
-            storage.sync(handle)
-        finally:
-            storage.close(handle)
-    finally:
-        storage.close(source)
-    try:
-        place.unlink()
-    except OSError as error:
-        raise StorageError.from_os(error, path=place) from error
+    with SequentialFile(storage, target) as copy:
+        found = copy.append(blocks_of(storage, place))
+        if copy.size < size:
+            raise IntegrityError(
+                f"the staged file ends after {copy.size} of {size} bytes", path=place, hint=_STAGE_ELSEWHERE
+            )
+        if found != crc:
+            raise IntegrityError(
+                "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
+            )
+    with storage_errors(place):
+        storage.remove_file(place)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.crc import crc32c
-from shardwise.disk.storage import Storage, locating
+from shardwise.disk.sequential import SequentialFile
+from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import write_computed
 from shardwise.engine.export import ExportPlan
@@ -45,44 +45,6 @@ class ComputedFiles:
         return Roster(declarations, roster.digests, roster.coordinates)
 
 
-class _Appended:
-    """One rank's file: written from front to back, created when there is something to write."""
-
-    def __init__(self, storage: Storage, path: Path) -> None:
-        self._storage, self._path = storage, path
-        self._handle: int | None = None
-        self._end = 0
-        #: ``[name, shape, dtype, offset, digest]`` of what has been written.
-        self.rows: list[JsonValue] = []
-
-    def write(self, run: Run) -> None:
-        """Append one whole tensor."""
-        with locating(self._path):
-            if self._handle is None:
-                self._storage.make_directory(self._path.parent)
-                self._storage.create(self._path, 0, b"")
-                self._handle = self._storage.open(self._path, writable=True)
-            start, crc = self._end, 0
-            for block in byte_blocks(run.data, torch_dtype(run.spec.dtype)):
-                self._storage.write(self._handle, block, self._end)
-                crc = crc32c(block, crc)
-                self._end += len(block)
-        self.rows.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
-
-    def sync(self) -> None:
-        """Make it durable, so that a full disk is noticed here."""
-        if self._handle is not None:
-            with locating(self._path):
-                self._storage.sync(self._handle)
-
-    def close(self) -> None:
-        """Close it; safe to call twice."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with locating(self._path):
-                self._storage.close(handle)
-
-
 def write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> ComputedFiles:
     """Compute what has to be computed and put it into ``directory``, front to back. All ranks of the group call.
 
@@ -95,16 +57,20 @@ def write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storag
     if not group.any(bool(plan.computed.groups), "looking for tensors that have to be computed"):
         return ComputedFiles((), {}, {})
     paths = tuple(directory / f"computed-{rank:05d}" for rank in range(1, group.world_size + 1))
-    own = _Appended(storage, paths[group.rank])
+    own: list[JsonValue] = []
     with group.together(f"computing tensors of {plan.directory}"):
-        try:
-            failure = write_computed(plan.computed, plan.layout, group, own.write)
+        storage.make_directory(directory)
+        with SequentialFile(storage, paths[group.rank]) as file:
+
+            def append(run: Run) -> None:
+                start = file.size
+                crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
+                own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
+
+            failure = write_computed(plan.computed, plan.layout, group, append)
             if failure is not None:
                 raise failure
-            own.sync()
-        finally:
-            own.close()
-    rows = cast(list[list[list[JsonValue]]], group.gather_json(own.rows, "gathering records"))
+    rows = cast(list[list[list[JsonValue]]], group.gather_json(own, "gathering records"))
     sources: dict[str, SourceTensor] = {}
     digests: dict[str, int] = {}
     for number, theirs in enumerate(rows):

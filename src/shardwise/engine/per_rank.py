@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from shardwise.disk.crc import combine, crc32c
+from shardwise.disk.sequential import SequentialFile
 from shardwise.disk.storage import Storage
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.writer import FileSet, write_run
 from shardwise.errors import (
     DtypeMismatchError,
     MisuseError,
@@ -24,8 +24,8 @@ from shardwise.format.notes import PER_RANK_DIR
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
-from shardwise.plan.schedule import Run
 from shardwise.sources.reader import Reader
+from shardwise.sources.tensor_bytes import byte_blocks
 
 #: What a file has, and the memory that it is read into.
 Pair: TypeAlias = tuple[SourceTensor, HeldTensor]
@@ -91,18 +91,12 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
     size = len(header) + (entries[-1].end if entries else 0)
     storage.make_directory(path.parent)
     storage.check_space(path.parent, size)
-    storage.create(path, size, header)
-    files, crc = FileSet(storage, [path]), crc32c(header)
-    try:
-        files.handle(0)
-        for spec, begin, _ in entries:
-            found = write_run(Run(0, len(header) + begin, -1, spec, 0, data[spec.name]), files, storage)
-            crc = combine(crc, found, spec.nbytes) if spec.nbytes else crc
-        files.sync()
-        storage.sync_directory(path.parent)
-    finally:
-        files.close()
-    return ComponentRecord((FileRecord(f"{PER_RANK_DIR}/{path.name}", size, crc, None),))
+    with SequentialFile(storage, path, size) as file:
+        file.append([header])
+        for spec, _, _ in entries:
+            file.append(byte_blocks(data[spec.name], torch_dtype(spec.dtype)), spec.name)
+    storage.sync_directory(path.parent)
+    return ComponentRecord((FileRecord(f"{PER_RANK_DIR}/{path.name}", file.size, file.crc32c, None),))
 
 
 def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:

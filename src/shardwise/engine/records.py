@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from shardwise.disk.crc import crc32c
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import Storage
 from shardwise.errors import IncompleteTensorError
-from shardwise.format.manifest import AliasRecord, ChunkRecord, FileRecord, TensorRecord
+from shardwise.format.manifest import (
+    MANIFEST_NAME,
+    AliasRecord,
+    ChunkRecord,
+    FileRecord,
+    KnownManifest,
+    Manifest,
+    TensorRecord,
+    encode_manifest,
+)
 from shardwise.format.strict_json import JsonValue
-from shardwise.geometry import TensorSpec
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.collector import collector_paused
+from shardwise.plan.layout import Layout
 
 #: A file's record as it travels between ranks.
 FileRow: TypeAlias = tuple[str, int, int | None, int | None]
@@ -96,6 +109,65 @@ def _below(tensor: TensorRecord, prefix: str, component: str) -> TensorRecord:
 
 def _told(told: Told, prefix: str, component: str) -> Told:
     return Told(told.own, lambda rows: told.read(rows).below(prefix, component))
+
+
+@collector_paused()
+def layout_record(
+    layout: Layout, crcs: Mapping[str, int], component: str = "model", within: str = ""
+) -> ComponentRecord:
+    """Finished tensor files, each tensor whole in one of them.
+
+    Args:
+        layout: The files.
+        crcs: CRC-32C of each tensor that has bytes.
+        component: Name of the component in the manifest.
+        within: What paths begin with: empty, or a directory and a slash.
+    """
+    files, tensors = [], []
+    empty = crc32c(b"")
+    boxes: dict[tuple[int, ...], Box] = {}
+    for file in layout.files:
+        path, head = within + file.name, len(file.header)
+        files.append(FileRecord.of_tensors(path, file.size, file.header))
+        for spec, begin, end in file.entries:
+            box = boxes.get(spec.shape)
+            if box is None:
+                box = boxes[spec.shape] = Box.whole(spec.shape)
+            crc = crcs[spec.name] if end > begin else empty
+            chunk = ChunkRecord(path, head + begin, end - begin, box, crc)
+            tensors.append(TensorRecord(component, spec, crc, (chunk,)))
+    return ComponentRecord(tuple(files), tuple(tensors))
+
+
+def write_state(storage: Storage, stem: Path, packed: Mapping[str, bytes]) -> ComponentRecord:
+    """Write a packed state as ``stem.json`` (and ``stem.safetensors``), durable; paths in the record are names only."""
+    files = []
+    for suffix, content in packed.items():
+        path = stem.with_name(stem.name + suffix)
+        write_file(storage, path, content)
+        files.append(FileRecord.plain(path.name, content))
+    return ComponentRecord(tuple(files))
+
+
+def write_manifest(
+    storage: Storage,
+    directory: Path,
+    record: ComponentRecord,
+    info: Mapping[str, JsonValue],
+    known: KnownManifest | None = None,
+) -> None:
+    """Write the manifest of a directory, the last file of a save, durably. One rank calls.
+
+    Args:
+        storage: Through what.
+        directory: Which.
+        record: Every file but the manifest, and the tensors.
+        info: What else there is to know.
+        known: See `encode_manifest`.
+    """
+    manifest = Manifest(record.files, record.tensors, info, record.aliases)
+    write_file(storage, directory / MANIFEST_NAME, encode_manifest(manifest, known))
+    storage.sync_directory(directory)
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:

@@ -248,7 +248,7 @@ def _tensors(
 def _describe(files: Sequence[ShardFile], pieces: Sequence[_Piece]) -> str:
     """What there is to tell of a rank's files and chunks but for the chunks' digests."""
     layouts = [file.layout for file in files]
-    told = [FileRecord(f.name, f.size, crc32c(f.header), len(f.header)) for f in layouts]
+    told = [FileRecord.of_tensors(f.name, f.size, f.header) for f in layouts]
     chunks = [[piece.run.name, *piece.place[:3], piece.place.box.offsets, piece.place.box.sizes] for piece in pieces]
     return json.dumps([[file_row(file) for file in told], chunks])
 

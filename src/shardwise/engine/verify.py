@@ -1,11 +1,13 @@
 """Comparing a directory with its manifest: kinds and sizes of files, then the digest of every byte.
 
-Nothing here needs torch, so that the command line answers at once; offline verification and restoring share it. A link
-is never followed out of the directory, a pipe or a device is never read, and memory is one buffer per thread.
+Nothing here needs torch, so that the command line answers at once; offline verification shares it with restoring, where
+all ranks share the work and all of them learn of what is wrong (`check_checkpoint`). A link is never followed out of
+the directory, a pipe or a device is never read, and memory is one buffer per thread.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
@@ -13,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
@@ -23,6 +25,7 @@ from shardwise.errors import (
     FormatError,
     IntegrityError,
     ManifestError,
+    MisuseError,
     ShardwiseError,
 )
 from shardwise.format.manifest import (
@@ -33,6 +36,11 @@ from shardwise.format.manifest import (
     TensorRecord,
     parse_manifest,
 )
+
+if TYPE_CHECKING:
+    from shardwise.comm import Group
+
+_LOG = logging.getLogger(__name__)
 
 #: What is compared: kinds and sizes of files, or also the digest of every byte.
 VerifyLevel = Literal["sizes", "digests"]
@@ -350,3 +358,80 @@ def _judge(
             message = f"{what} changed since the save (CRC-32C {crcs[number]:08x} instead of {extent.crc32c:08x})"
             found.append(extent.damage(extent.kind, message))
     return found
+
+
+def check_checkpoint(
+    path: Path,
+    level: VerifyLevel,
+    group: Group,
+    storage: Storage,
+    *,
+    components: Collection[str] = (),
+    threads: int = 1,
+) -> bool:
+    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
+
+    The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
+
+    Args:
+        path: The checkpoint's directory.
+        level: ``sizes`` compares manifest, kinds and sizes; ``digests`` also reads every byte.
+        group: The ranks that restore.
+        storage: Through what bytes are read.
+        components: Directories of the checkpoint that are to be restored (``model``, ``optim``); all where empty.
+        threads: Reads at once on each rank.
+
+    Returns:
+        Whether the checkpoint could be checked: one without a manifest (another tool's) is let through, with a warning.
+
+    Raises:
+        IntegrityError: Something differs, on any rank; the same error on every rank, naming file and tensor.
+        ManifestError: The manifest is damaged.
+        MisuseError: There is no such level.
+    """
+    data = b""
+    with group.together(f"reading the manifest of {path}"):
+        if level not in ("sizes", "digests"):
+            raise MisuseError(f"verify is {level!r}", hint="Use 'sizes' or 'digests'.")
+        if group.is_main:
+            try:
+                data = manifest_bytes(path)
+            except CheckpointNotFoundError:
+                _LOG.warning("%s has no %s: it cannot be verified and is restored as it is", path, MANIFEST_NAME)
+    data = group.broadcast_bytes(data, 0, f"sharing the manifest of {path}")
+    if not data:
+        return False
+    with group.together(f"verifying {path}"):
+        manifest = parse_manifest(data, str(path / MANIFEST_NAME))
+        files = files_below(manifest, components)
+        own = [file for number, file in enumerate(files) if number % group.world_size == group.rank]
+        _raise(path, check_files(path, own, tensors_by_file(manifest)))
+    if level == "digests":
+        with group.together(f"verifying the digests of {path}"):
+            extents = _share(extents_of(manifest, files), group.rank, group.world_size)
+            _raise(path, check_extents(path, extents, storage, threads=threads))
+    return True
+
+
+def _share(extents: Sequence[Extent], rank: int, world_size: int) -> list[Extent]:
+    """A rank's part: consecutive extents of about the same number of bytes as everyone else's."""
+    total = sum(extent.nbytes + 1 for extent in extents)
+    own, position = [], 0
+    for extent in extents:
+        if position * world_size // max(total, 1) == rank:
+            own.append(extent)
+        position += extent.nbytes + 1
+    return own
+
+
+def _raise(path: Path, damages: Sequence[Damage]) -> None:
+    if not damages:
+        return
+    first = damages[0]
+    more = f"; {len(damages) - 1} more are damaged" if len(damages) > 1 else ""
+    raise IntegrityError(
+        f"the checkpoint is damaged: {first.describe()}{more}",
+        path=path / first.file,
+        tensor=first.tensors[0] if first.tensors else None,
+        hint="`shardwise verify` lists everything; restore the file from a copy, or resume from another checkpoint.",
+    )

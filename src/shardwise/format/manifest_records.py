@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
+from shardwise.disk.crc import crc32c
 from shardwise.disk.guarded import why_not_relative
 from shardwise.errors import ManifestError
 from shardwise.format.strict_json import MAX_DIMS, MAX_NAME, Fail, JsonValue, as_count, as_counts, check_magnitude
@@ -84,6 +85,16 @@ class FileRecord:
     size: int
     crc32c: int | None
     header_bytes: int | None
+
+    @staticmethod
+    def plain(path: str, content: bytes) -> FileRecord:
+        """Of a file that is no tensor file."""
+        return FileRecord(path, len(content), crc32c(content), None)
+
+    @staticmethod
+    def of_tensors(path: str, size: int, header: bytes) -> FileRecord:
+        """Of a tensor file."""
+        return FileRecord(path, size, crc32c(header), len(header))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+
+from shardwise.disk.guarded import open_regular, read_exactly
+from shardwise.errors import FormatError, ShardwiseError
 
 #: How many of a file's first bytes tell all that is told: a tar archive's signature ends at byte 265.
 FIRST_BYTES = 512
@@ -183,11 +185,9 @@ def what_is(first_bytes: bytes) -> Recognised | None:
 def what_is_file(path: str | os.PathLike[str]) -> Recognised | None:
     """Name a file's format; ``None`` also for what is no regular file, or cannot be read. Never raises."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        with open(path, "rb") as stream:
-            return what_is(stream.read(FIRST_BYTES))
-    except (OSError, ValueError):
+        with open_regular(path, FormatError) as (stream, _):
+            return what_is(read_exactly(stream, FIRST_BYTES))
+    except (ShardwiseError, ValueError):
         return None
 
 

@@ -16,7 +16,6 @@ A save, on the coordinating rank::
 
 from __future__ import annotations
 
-from shardwise.disk.filesystem import LOCAL, FileSystem, LocalFileSystem
 from shardwise.lifecycle.lineage import Lineage, Start, next_lineage
 from shardwise.lifecycle.names import (
     BEST,
@@ -41,14 +40,11 @@ __all__ = [
     "BEST",
     "LATEST",
     "LINEAGE_NAME",
-    "LOCAL",
     "MANIFEST_NAME",
     "METRICS_NAME",
     "CheckpointInfo",
     "Claim",
-    "FileSystem",
     "Lineage",
-    "LocalFileSystem",
     "PreemptionGuard",
     "ResolvedCheckpoint",
     "Retention",

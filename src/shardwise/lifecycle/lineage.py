@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.disk.filesystem import read_note
+from shardwise.disk.guarded import read_note
 from shardwise.lifecycle.names import LINEAGE_NAME
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardwise.disk.filesystem import read_small_file, storage_errors
+from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
+from shardwise.disk.storage import storage_errors
 from shardwise.errors import CheckpointBusyError
 from shardwise.lifecycle.names import owner_name
 

@@ -11,7 +11,9 @@ import errno
 import os
 from pathlib import Path
 
-from shardwise.disk.filesystem import LOCAL, FileSystem, read_small_file, storage_errors
+from shardwise.disk.guarded import read_small_file
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import LOCAL, Storage, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.lifecycle.lineage import Origin
 from shardwise.lifecycle.names import (
@@ -27,7 +29,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _TEXT_LIMIT = 4096
 
 
-def set_pointer(root: Path, name: str, target: str, *, fs: FileSystem = LOCAL) -> None:
+def set_pointer(root: Path, name: str, target: str, *, storage: Storage = LOCAL) -> None:
     """Let the pointer ``name`` lead to the checkpoint directory ``target``; one rank calls.
 
     At every moment, a crash included, the pointer leads to the old target or to the new one. Setting ``LATEST`` also
@@ -50,18 +52,18 @@ def set_pointer(root: Path, name: str, target: str, *, fs: FileSystem = LOCAL) -
         )
     link, text = root / name, root / f"{name}.txt"
     with storage_errors(root):
-        if _replace_link(root, link.name, target, fs):
+        if _replace_link(root, link.name, target, storage):
             stale = text
         else:
-            _replace_text(root, text.name, target, fs)
+            _replace_text(root, text.name, target, storage)
             stale = link
         leftovers = [stale] if os.path.lexists(stale) and not _is_directory(stale) else []
         if name == LATEST and os.path.lexists(root / ANNOUNCEMENT_NAME):
             leftovers.append(root / ANNOUNCEMENT_NAME)
         for path in leftovers:
-            fs.remove_tree(path)
+            storage.remove_tree(path)
         if leftovers:
-            fs.fsync_path(root)
+            storage.sync_directory(root)
 
 
 def read_pointer(root: Path, name: str) -> str | None:
@@ -115,7 +117,7 @@ def pointers(root: Path) -> dict[str, str]:
     return found
 
 
-def announce(root: Path, name: str, known_as: str = "", *, fs: FileSystem = LOCAL) -> None:
+def announce(root: Path, name: str, known_as: str = "", *, storage: Storage = LOCAL) -> None:
     """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
 
     Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
@@ -126,10 +128,10 @@ def announce(root: Path, name: str, known_as: str = "", *, fs: FileSystem = LOCA
         root: Directory of the checkpoints.
         name: The checkpoint's name.
         known_as: Its id, by which it is told from one that it replaces.
-        fs: Where to.
+        storage: Where to.
     """
     with storage_errors(root):
-        _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip(), fs)
+        _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip(), storage)
 
 
 def announced(root: Path) -> Origin | None:
@@ -144,29 +146,29 @@ def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def _replace_link(root: Path, name: str, target: str, fs: FileSystem) -> bool:
+def _replace_link(root: Path, name: str, target: str, storage: Storage) -> bool:
     if _is_directory(root / name):
         # A copy that followed the link. It may be somebody's only one, so the text file takes over beside it.
         return False
     draft = root / draft_name(name)
-    fs.remove_tree(draft)
+    storage.remove_tree(draft)
     try:
-        fs.symlink(target, draft)
+        storage.symlink(target, draft)
     except OSError as error:
         if error.errno in _NO_LINKS:
             return False
         raise
-    fs.rename(draft, root / name)
-    fs.fsync_path(root)
+    storage.rename(draft, root / name)
+    storage.sync_directory(root)
     return True
 
 
-def _replace_text(root: Path, name: str, target: str, fs: FileSystem) -> None:
+def _replace_text(root: Path, name: str, target: str, storage: Storage) -> None:
     draft = root / draft_name(name)
-    fs.remove_tree(draft)
-    fs.write_file(draft, f"{target}\n".encode())
-    fs.rename(draft, root / name)
-    fs.fsync_path(root)
+    storage.remove_tree(draft)
+    write_file(storage, draft, f"{target}\n".encode())
+    storage.rename(draft, root / name)
+    storage.sync_directory(root)
 
 
 def _read_text(path: Path) -> str | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from shardwise.disk.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.disk.storage import LOCAL, Storage, storage_errors
 from shardwise.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
@@ -29,7 +29,7 @@ from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
 
-def reserve(root: Path, name: str, start: Start | None = None, *, fs: FileSystem = LOCAL) -> Path:
+def reserve(root: Path, name: str, start: Start | None = None, *, storage: Storage = LOCAL) -> Path:
     """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
@@ -40,7 +40,7 @@ def reserve(root: Path, name: str, start: Start | None = None, *, fs: FileSystem
         name: Name of the checkpoint.
         start: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
             abandoned when the run was rolled back is replaced on publication.
-        fs: Where to.
+        storage: Where to.
 
     Returns:
         The temporary directory, to be handed to `publish` or `abandon`.
@@ -53,14 +53,14 @@ def reserve(root: Path, name: str, start: Start | None = None, *, fs: FileSystem
     if not is_plain(name):
         raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
     final, temp = root / name, root / temporary_name(name)
-    make_root(root, fs=fs)
+    make_root(root, storage=storage)
     with storage_errors(root):
         if os.path.lexists(final) and not is_abandoned(root, name, start):
             _refuse_published(final)
-            remove_checkpoint(root, name, fs=fs)
-        fs.remove_tree(temp)
-        fs.make_directory(temp)
-        fs.fsync_path(root)
+            remove_checkpoint(root, name, storage=storage)
+        storage.remove_tree(temp)
+        storage.make_directory(temp, new=True)
+        storage.sync_directory(root)
     return temp
 
 
@@ -79,7 +79,7 @@ def is_abandoned(root: Path, name: str, start: Start | None) -> bool:
     return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
 
 
-def publish(temp: Path, final: Path, start: Start | None = None, *, fs: FileSystem = LOCAL) -> None:
+def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Storage = LOCAL) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
     The writers have synced the content of their files; this syncs the directories that list them, and then renames
@@ -94,7 +94,7 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, fs: FileSyst
         temp: What `reserve` returned.
         final: The checkpoint.
         start: As for `reserve`.
-        fs: Where to.
+        storage: Where to.
 
     Raises:
         CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
@@ -120,34 +120,34 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, fs: FileSyst
         if replaces and not is_abandoned(final.parent, final.name, start):
             _refuse(final)
         for directory in _directories_bottom_up(temp):
-            fs.fsync_path(directory)
+            storage.sync_directory(directory)
         lineage = read_lineage(temp)
-        announce(final.parent, final.name, "" if lineage is None else lineage.own.id, fs=fs)
+        announce(final.parent, final.name, "" if lineage is None else lineage.own.id, storage=storage)
         if replaces:
-            _replace(temp, final, fs)
+            _replace(temp, final, storage)
             return
         try:
-            fs.rename_new(temp, final)
+            storage.rename_new(temp, final)
         except FileExistsError:
             _refuse(final)
-        fs.fsync_path(final.parent)
+        storage.sync_directory(final.parent)
 
 
-def _replace(temp: Path, final: Path, fs: FileSystem) -> None:
+def _replace(temp: Path, final: Path, storage: Storage) -> None:
     doomed = final.with_name(doomed_name(final.name))
-    fs.remove_tree(doomed)
-    if fs.exchange(temp, final):
-        fs.fsync_path(final.parent)
-        fs.rename_new(temp, doomed)
+    storage.remove_tree(doomed)
+    if storage.exchange(temp, final):
+        storage.sync_directory(final.parent)
+        storage.rename_new(temp, doomed)
     else:
-        fs.rename_new(final, doomed)
-        fs.rename_new(temp, final)
+        storage.rename_new(final, doomed)
+        storage.rename_new(temp, final)
     # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-    fs.fsync_path(final.parent)
-    fs.remove_tree(doomed)
+    storage.sync_directory(final.parent)
+    storage.remove_tree(doomed)
 
 
-def abandon(temp: Path, *, fs: FileSystem = LOCAL) -> None:
+def abandon(temp: Path, *, storage: Storage = LOCAL) -> None:
     """Delete an unfinished save; one rank calls, when no rank writes to it any more. Twice is once.
 
     Raises:
@@ -156,10 +156,10 @@ def abandon(temp: Path, *, fs: FileSystem = LOCAL) -> None:
     """
     published_name(temp.name)
     with storage_errors(temp):
-        fs.remove_tree(temp)
+        storage.remove_tree(temp)
 
 
-def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSystem = LOCAL) -> tuple[str, ...]:
+def remove_leftovers(root: Path, *, active: Collection[Path] = (), storage: Storage = LOCAL) -> tuple[str, ...]:
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
     A killed save of a step that is never saved again would otherwise hold its space for ever. What a process that is
@@ -169,7 +169,7 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSyste
     Args:
         root: Directory of the checkpoints; it need not exist.
         active: Temporary directories of saves that are under way.
-        fs: Where to.
+        storage: Where to.
 
     Returns:
         The names that were deleted.
@@ -190,14 +190,14 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = (), fs: FileSyste
             try:
                 for entry in entries:
                     if entry != mine.path.name:
-                        fs.remove_tree(root / entry)
+                        storage.remove_tree(root / entry)
                         gone.append(entry)
             finally:
                 mine.release()
     return tuple(gone)
 
 
-def remove_checkpoint(root: Path, *names: str, fs: FileSystem = LOCAL) -> None:
+def remove_checkpoint(root: Path, *names: str, storage: Storage = LOCAL) -> None:
     """Delete directories so that a crash leaves each either whole under its name, or under none that resolves.
 
     Raises:
@@ -205,15 +205,15 @@ def remove_checkpoint(root: Path, *names: str, fs: FileSystem = LOCAL) -> None:
     """
     with storage_errors(root):
         for name in names:
-            fs.remove_tree(root / doomed_name(name))
-            fs.rename_new(root / name, root / doomed_name(name))
+            storage.remove_tree(root / doomed_name(name))
+            storage.rename_new(root / name, root / doomed_name(name))
         # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-        fs.fsync_path(root)
+        storage.sync_directory(root)
         for name in names:
-            fs.remove_tree(root / doomed_name(name))
+            storage.remove_tree(root / doomed_name(name))
 
 
-def make_root(root: Path, *, fs: FileSystem = LOCAL) -> None:
+def make_root(root: Path, *, storage: Storage = LOCAL) -> None:
     """Make the directory of the checkpoints, durably, where it does not exist; one rank calls.
 
     Raises:
@@ -226,13 +226,8 @@ def make_root(root: Path, *, fs: FileSystem = LOCAL) -> None:
             missing.append(path)
             path = path.parent
         for directory in reversed(missing):
-            try:
-                fs.make_directory(directory)
-            except FileExistsError:
-                # Somebody else (a logger, say) wanted the same root.
-                if not directory.is_dir():
-                    raise
-            fs.fsync_path(directory.parent)
+            storage.make_directory(directory)
+            storage.sync_directory(directory.parent)
 
 
 def _refuse_published(final: Path) -> None:

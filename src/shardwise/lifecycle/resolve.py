@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardwise.disk.filesystem import read_note, storage_errors
+from shardwise.disk.guarded import read_note
+from shardwise.disk.storage import storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, ShardwiseError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.manifest import read_manifest

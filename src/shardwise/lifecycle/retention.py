@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.disk.filesystem import LOCAL, FileSystem, storage_errors
+from shardwise.disk.storage import LOCAL, Storage, storage_errors
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle.lineage import branch_point, line_of
 from shardwise.lifecycle.names import is_doomed, leftover_of, parse_checkpoint_name
@@ -121,7 +121,7 @@ def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bo
     return policy.best is not None and not rank_by_metric(checkpoints, policy)
 
 
-def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str, ...]:
+def prune(root: Path, policy: Retention, *, storage: Storage = LOCAL) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
@@ -142,7 +142,7 @@ def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str
     for leftover in leftovers:
         try:
             with storage_errors(leftover):
-                fs.remove_tree(leftover)
+                storage.remove_tree(leftover)
         except StorageError as error:
             refusals.append(error)
     pointed = set(pointers(root).values())
@@ -153,7 +153,7 @@ def prune(root: Path, policy: Retention, *, fs: FileSystem = LOCAL) -> tuple[str
     checkpoints = list_checkpoints(root)
     for name in () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy):
         try:
-            remove_checkpoint(root, name, fs=fs)
+            remove_checkpoint(root, name, storage=storage)
             deleted.append(name)
         except StorageError as error:
             error.path = error.path or str(root / name)

@@ -18,40 +18,30 @@ from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
 from shardwise.checkpointing.saving.config_ties import differing_ties
 from shardwise.checkpointing.saving.opens import check_described
-from shardwise.disk.crc import crc32c
-from shardwise.disk.filesystem import storage_errors
-from shardwise.disk.storage import LocalStorage, Storage
-from shardwise.dtypes import torch_dtype
+from shardwise.disk.sequential import SequentialFile, write_file
+from shardwise.disk.storage import LocalStorage, Storage, storage_errors
+from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.absent import saved_aliases
+from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import CheckpointExistsError, ConfigError
-from shardwise.format.manifest import (
-    MANIFEST_NAME,
-    AliasRecord,
-    ChunkRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    encode_manifest,
-)
+from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
-from shardwise.geometry import Box, TensorSpec
-from shardwise.lifecycle import LOCAL, temporary_name
+from shardwise.geometry import TensorSpec
+from shardwise.lifecycle import temporary_name
 from shardwise.ops.carried import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
 from shardwise.ops.hub_blocks import hub_tensors
 from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
 from shardwise.ops.verify import Progress
-from shardwise.plan.layout import FileLayout, Layout, index_name, lay_out
+from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.sources.checked import CheckedReader
-from shardwise.sources.state_files import write_plain
 from shardwise.sources.tensor_bytes import as_bytes
 
 __all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 
@@ -155,16 +145,16 @@ def consolidate(
     aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
     with storage_errors(aside):
-        LOCAL.remove_tree(aside)
+        store.remove_tree(aside)
     try:
         store.make_directory(aside)
         export.write(aside)
         with storage_errors(target):
-            LOCAL.rename_new(aside, target)
-            LOCAL.fsync_path(target.parent)
+            store.rename_new(aside, target)
+            store.sync_directory(target.parent)
     except BaseException:
         with storage_errors(aside):
-            LOCAL.remove_tree(aside)
+            store.remove_tree(aside)
             for directory in made:
                 if directory.is_dir() and not os.listdir(directory):
                     directory.rmdir()
@@ -245,7 +235,7 @@ def _stem(found: ModelInput, noted: JsonValue, diffusers: bool | None) -> str:
 
 
 def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
-    if isinstance(dtype, str) and {dtype, spec.dtype} <= _FLOATS:
+    if isinstance(dtype, str) and {dtype, spec.dtype} <= FLOATS.keys():
         return spec._replace(dtype=dtype)
     return spec
 
@@ -275,25 +265,26 @@ class _Export:
         """Write all files, the manifest last. The directory is there."""
         storage, layout = self.storage, self.layout
         storage.check_space(aside, layout.total_bytes)
-        files: list[FileRecord] = []
-        tensors: list[TensorRecord] = []
-        done, total = 0, layout.tensor_bytes
+        crcs: dict[str, int] = {}
+        done = 0
         for file in layout.files:
-            for record in self._file(file, aside / file.name):
-                tensors.append(record)
-                done += record.spec.nbytes
-                if self.progress is not None:
-                    self.progress(done, total)
-            files.append(FileRecord(file.name, file.size, crc32c(file.header), len(file.header)))
+            with SequentialFile(storage, aside / file.name, file.size) as made:
+                made.append([file.header])
+                for spec, _, _ in file.entries:
+                    crcs[spec.name] = made.append(self._blocks(spec), spec.name)
+                    done += spec.nbytes
+                    if self.progress is not None:
+                        self.progress(done, layout.tensor_bytes)
         self.found.ledger.settle(storage)
-        for name, content in self._plain(tensors).items():
+        record = layout_record(layout, crcs)
+        files = []
+        for name, content in self._plain(record.tensors).items():
             storage.make_directory((aside / name).parent)
-            write_plain(storage, aside / name, content)
+            write_file(storage, aside / name, content)
             storage.sync_directory((aside / name).parent)
-            files.append(FileRecord(name, len(content), crc32c(content), None))
-        manifest = Manifest(tuple(files), tuple(tensors), self._info(), self._aliases())
-        write_plain(storage, aside / MANIFEST_NAME, encode_manifest(manifest))
-        storage.sync_directory(aside)
+            files.append(FileRecord.plain(name, content))
+        record += ComponentRecord(tuple(files), aliases=self._aliases())
+        write_manifest(storage, aside, record, self._info())
 
     def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
         """What stands beside the tensors; the configuration says of ties what was written."""
@@ -313,23 +304,6 @@ class _Export:
             for name, kept in saved_aliases(self.found.source).items()
             if kept in self.tensors and name not in self.tensors
         )
-
-    def _file(self, file: FileLayout, path: Path) -> Iterator[TensorRecord]:
-        self.storage.create(path, file.size, file.header)
-        handle = self.storage.open(path, writable=True)
-        try:
-            offset = len(file.header)
-            for entry in file.entries:
-                start, crc = offset, 0
-                for block in self._blocks(entry.spec):
-                    crc = crc32c(block, crc)
-                    self.storage.write(handle, block, offset)
-                    offset += len(block)
-                chunk = ChunkRecord(file.name, start, entry.spec.nbytes, Box.whole(entry.spec.shape), crc)
-                yield TensorRecord("model", entry.spec, crc, (chunk,))
-            self.storage.sync(handle)
-        finally:
-            self.storage.close(handle)
 
     def _blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
         saved = self.tensors[spec.name]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
@@ -20,6 +18,7 @@ from shardwise.errors import (
     StateFormatError,
     UnverifiableError,
 )
+from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.strict_json import JsonValue
@@ -74,10 +73,7 @@ class ModelInput:
         """
         if not path.is_file():
             return None
-        try:
-            return cast(JsonValue, json.loads(self.read(path)))
-        except ValueError as error:
-            raise StateFormatError(f"not JSON: {error}", path=path, hint="Restore the file.") from error
+        return parse_json(self.read(path), path, StateFormatError)
 
     def read(self, path: Path) -> bytes:
         """A small file of the input.

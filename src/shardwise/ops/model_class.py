@@ -6,7 +6,6 @@ Classes are those that transformers and diffusers themselves have; no code of th
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
+from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
 
@@ -124,13 +124,10 @@ def model_class(directory: Path) -> ModelClass | None:
     path = directory / CONFIG_NAME
     if not path.is_file():
         return None
-    try:
-        found: object = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"not JSON: {error}", path=path, hint="Restore the file.") from error
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("quantization_config"):
         return None
-    config = cast(dict[str, object], found)
+    config: dict[str, object] = dict(found)
     kind = _class_of(config)
     if kind is None:
         return None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import cast
 
+from shardwise.errors import ShardwiseError
+from shardwise.format.json_file import read_json
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.format.notes import METADATA_DIR, NOTES
 
@@ -52,9 +54,9 @@ def _folders(directory: Path) -> Iterator[str]:
     if (directory / _TEMPLATES).is_dir():
         yield _TEMPLATES
     try:
-        modules = json.loads((directory / "modules.json").read_bytes())
+        modules = cast(list[dict[str, str]], read_json(directory / "modules.json"))
         paths = [str(module["path"]) for module in modules]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ShardwiseError, KeyError, TypeError):
         return
     for path in paths:
         parts = PurePosixPath(path).parts

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.disk.filesystem import storage_errors
+from shardwise.disk.storage import storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve

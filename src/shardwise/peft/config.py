@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from shardwise.comm import JsonValue
 from shardwise.errors import AdapterError, CheckpointNotFoundError
+from shardwise.format.json_file import read_json
 from shardwise.peft.own import (
     ExpertSite,
     LinearSite,
@@ -301,20 +302,15 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, object]:
     """
     path = Path(directory) / ADAPTER_CONFIG_NAME
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+        value = read_json(path, AdapterError)
+    except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(
             f"no {ADAPTER_CONFIG_NAME}", path=path, hint="Pass the directory of an adapter checkpoint."
         ) from error
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = "Restore the file, or save the adapter again."
-        raise AdapterError(f"not JSON: {error}", path=path, hint=hint) from error
     if not isinstance(value, dict) or not isinstance(value.get("peft_type"), str):
         raise AdapterError(
             "the adapter configuration does not name a peft_type",
             path=path,
             hint="Restore the file, or save the adapter again.",
         )
-    return value
+    return dict(value)

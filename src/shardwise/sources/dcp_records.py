@@ -6,12 +6,11 @@ one entry for each parameter and option, as with ``flatten_optimizer_state_dict`
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import cast
 
-from shardwise.errors import ShardwiseError, StateFormatError
-from shardwise.sources.state_files import read_file, unpack_state
+from shardwise.errors import StateFormatError
+from shardwise.sources.state_files import has_state, read_state
 
 _RECORD = "optimizer"
 #: Files of such a directory that hold no sharded tensors.
@@ -20,7 +19,7 @@ RECORD_TENSORS = frozenset({"optimizer.safetensors", "scheduler.safetensors"})
 
 def has_record(directory: Path) -> bool:
     """Whether a directory is one of ours with an optimizer."""
-    return os.path.lexists(directory / f"{_RECORD}.json")
+    return has_state(directory / _RECORD)
 
 
 def read_record(directory: Path) -> dict[str, object]:
@@ -32,14 +31,9 @@ def read_record(directory: Path) -> dict[str, object]:
     if not has_record(directory):
         return {}
     path = directory / f"{_RECORD}.json"
-    packed = {".json": read_file(path)}
-    if os.path.lexists(path.with_suffix(".safetensors")):
-        packed[".safetensors"] = read_file(path.with_suffix(".safetensors"))
+    state = read_state(directory / _RECORD)
     try:
-        return _values(unpack_state(packed))
-    except ShardwiseError as error:
-        error.path = error.path or str(path)
-        raise
+        return _values(state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateFormatError(
             f"this is not an optimizer state ({type(error).__name__}: {error})",

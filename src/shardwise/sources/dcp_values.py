@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 from shardwise.format.torch_value import MAX_VALUE_BYTES, read_torch_value
@@ -97,9 +98,9 @@ class DcpValues:
                 f"has {info.length} bytes, too many for what is no sharded tensor", path=path, tensor=name
             )
         try:
-            with path.open("rb") as file:
+            with open_regular(path, FormatError) as (file, _):
                 file.seek(info.offset)
-                raw = file.read(info.length)
+                raw = read_exactly(file, info.length)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"the metadata names {info.relative_path}, which is absent",

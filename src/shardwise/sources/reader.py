@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.disk.storage import ReadsRows, Storage, located
+from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
 from shardwise.plan.collector import collector_paused
@@ -88,8 +88,9 @@ class Reader:
     def close(self) -> None:
         """Close the files."""
         while self._handles:
-            _, handle = self._handles.popitem()
-            self._storage.close(handle)
+            file, handle = self._handles.popitem()
+            with locating(self._files[file]):
+                self._storage.close(handle)
 
     def execute(self, reads: Sequence[AnyRead]) -> None:
         """Carry out all reads, in file order on each thread.

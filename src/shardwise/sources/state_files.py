@@ -1,4 +1,4 @@
-"""States and other small files: what a state is on disk, written durably, read with a bound.
+"""States and other small files: what a state is on disk, read with a bound.
 
 A state is JSON, with the tensors in it in a safetensors file beside. No pickle.
 """
@@ -6,11 +6,10 @@ A state is JSON, with the tensors in it in a safetensors file beside. No pickle.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from shardwise.disk.storage import Storage, locating
-from shardwise.errors import CheckpointNotFoundError, StateFormatError, StorageError
+from shardwise.disk.guarded import read_whole
+from shardwise.errors import ShardwiseError, StateFormatError
 from shardwise.format.state_json import decode_state, encode_state
 
 #: No state file of ours comes near this; a larger one is damaged or hostile.
@@ -44,35 +43,33 @@ def unpack_state(packed: dict[str, bytes]) -> object:
     return decode_state(packed[".json"], tensors)
 
 
-def write_plain(storage: Storage, path: Path, content: bytes) -> None:
-    """Write a small file and make it durable."""
-    storage.create(path, len(content), content)
-    handle = storage.open(path, writable=True)
-    with locating(path):
-        try:
-            storage.sync(handle)
-        finally:
-            storage.close(handle)
-
-
 def read_file(path: Path) -> bytes:
     """Read a small regular file; a FIFO, a device or a directory in its place is a typed error at once."""
+    return read_whole(path, MAX_STATE_FILE_BYTES, StateFormatError)
+
+
+def read_packed(text: Path, tensors: Path) -> object:
+    """Read a state from its two files, of which the second may be absent.
+
+    Raises:
+        CheckpointNotFoundError: There is no such state.
+        StateFormatError: It is damaged.
+    """
+    packed = {".json": read_file(text)}
+    if os.path.lexists(tensors):
+        packed[".safetensors"] = read_file(tensors)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(
-            "this file of the checkpoint is absent", path=path, hint="Restore it or choose another checkpoint."
-        ) from error
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-    # Looked at before Python makes a file object, which refuses a directory with an error of its own.
-    try:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            raise StateFormatError("not a regular file", path=path, hint="Remove it or choose another checkpoint.")
-        if info.st_size > MAX_STATE_FILE_BYTES:
-            raise StateFormatError(f"has {info.st_size} bytes, too many for a state", path=path)
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(handle)
+        return unpack_state(packed)
+    except ShardwiseError as error:
+        error.path = error.path or str(text)
+        raise
+
+
+def read_state(stem: Path) -> object:
+    """Read a state from ``stem.json`` and ``stem.safetensors``; see `read_packed`."""
+    return read_packed(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors"))
+
+
+def has_state(stem: Path) -> bool:
+    """Whether a state stands at ``stem``."""
+    return os.path.lexists(stem.with_name(stem.name + ".json"))

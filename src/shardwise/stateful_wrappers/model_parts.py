@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
+from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.skeleton import unwrapped
 from shardwise.stateful_wrappers.wrapping import inner_model, original_class
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 #: safetensors codes of the dtypes that a model computes in, and torch's names for them.
-_COMPUTE_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 #: Buffers in which packed integer weights are kept by layers that have no float weight (GPTQ, AWQ, compressed-tensors).
 _PACKED_BUFFERS = frozenset({"qweight", "weight_packed"})
@@ -82,8 +82,8 @@ def written_dtype(parts: Iterable[nn.Module], mapping: Mapping[str, str] | None)
         known = any(name in sizes for name in mapping)
         elements: Counter[str] = Counter()
         for name, code in mapping.items():
-            dtype = _COMPUTE_DTYPES.get(code, code.removeprefix("torch."))
-            if dtype in _COMPUTE_DTYPES.values():
+            dtype = FLOATS.get(code, code.removeprefix("torch."))
+            if dtype in FLOATS.values():
                 elements[dtype] += sizes.get(name, 0) if known else 1
         if elements:
             return elements.most_common(1)[0][0]

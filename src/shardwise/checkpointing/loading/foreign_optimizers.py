@@ -25,13 +25,12 @@ from shardwise.comm import Group
 from shardwise.convert import rename
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.near_names import listed
-from shardwise.engine.statefiles import has_state
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.sources.state_files import has_state, pack_state, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.names import plain_name

@@ -36,10 +36,9 @@ from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import has_state, read_state, write_state
+from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.state_files import pack_state
+from shardwise.sources.state_files import has_state, pack_state, read_state
 
 
 @runtime_checkable

@@ -8,10 +8,10 @@ from typing import cast
 from shardwise.checkpointing.arguments import check_stateful
 from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.session import Context
-from shardwise.engine.statefiles import has_state, read_state, write_state
+from shardwise.engine.records import write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.torch_value import read_torch_value
-from shardwise.sources.state_files import pack_state, read_file
+from shardwise.sources.state_files import has_state, pack_state, read_file, read_state
 
 
 def _stem(path: Path, state_name: str, rank: str) -> Path:

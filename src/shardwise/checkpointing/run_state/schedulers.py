@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.checkpointing.loading.restoring import HasState
 from shardwise.checkpointing.run_state.schedule_groups import composed
 from shardwise.checkpointing.run_state.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
-from shardwise.engine.statefiles import has_state, read_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.sources.state_files import has_state, read_state
 from shardwise.stateful_wrappers.kinds import equal
 
 SCHEDULER_STATE = "scheduler"

@@ -18,11 +18,10 @@ from torch.distributed.tensor import DTensor
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.statefiles import read_state, write_state
+from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import ModuleStateError, StateFormatError
 from shardwise.format.notes import ASIDE_DIR
-from shardwise.sources.state_files import pack_state
+from shardwise.sources.state_files import pack_state, read_state
 from shardwise.stateful_wrappers.names import Listing
 from shardwise.stateful_wrappers.units import Aside
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import cast
@@ -18,11 +18,11 @@ import yaml
 from shardwise.checkpointing.saving.places import check_claim, check_seen
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.crc import crc32c
+from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
-from shardwise.engine.records import ComponentRecord, FileRow, file_row
+from shardwise.engine.records import ComponentRecord, FileRow, file_row, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.format.manifest import AliasRecord, FileRecord, KnownManifest, Manifest, TensorRecord, encode_manifest
+from shardwise.format.manifest import AliasRecord, FileRecord, KnownManifest, TensorRecord
 from shardwise.lifecycle import (
     BEST,
     LATEST,
@@ -48,11 +48,9 @@ from shardwise.lifecycle import (
     set_pointer,
 )
 from shardwise.settings import Settings
-from shardwise.sources.state_files import write_plain
 
 _LOG = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
-_READ_BYTES = 2**20
 
 
 #: Local work with which the writing of a component ends.
@@ -125,45 +123,18 @@ def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[Ten
     return tuple(alias for key, alias in sorted(aliases.items()) if key not in saved)
 
 
-def complete_manifest(
-    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]
-) -> Manifest:
-    """The manifest of a directory: what the engine wrote, and every other file with its digest. One rank calls."""
-    known = {file.path for file in record.files}
+def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
+    """A directory's files: what the engine wrote, and every other with its digest, made durable. One rank calls."""
+    known = {file.path for file in record.files} | {MANIFEST_NAME}
     files = list(record.files)
     for where, _, names in os.walk(directory):
-        for name in sorted(names):
-            path = Path(where) / name
+        for path in (Path(where) / name for name in names):
             relative = path.relative_to(directory).as_posix()
-            if relative not in known and relative != MANIFEST_NAME:
-                size, crc = _digest(storage, path)
-                files.append(FileRecord(relative, size, crc, None))
+            if relative not in known:
+                sync_file(storage, path)  # an addon wrote it by means of its own
+                files.append(FileRecord(relative, *digest_file(storage, path), None))
     files.sort(key=lambda file: file.path)
-    return Manifest(tuple(files), record.tensors, dict(info), record.aliases)
-
-
-def _digest(storage: Storage, path: Path) -> tuple[int, int]:
-    """Size and digest of a file that an addon wrote by its own means, which is made durable here."""
-    size, crc = 0, 0
-    buffer = memoryview(bytearray(_READ_BYTES))
-    handle = storage.open(path, writable=False)
-    try:
-        while got := storage.read(handle, buffer, size):
-            crc = crc32c(buffer[:got], crc)
-            size += got
-        storage.sync(handle)
-    finally:
-        storage.close(handle)
-    return size, crc
-
-
-def write_manifest(
-    storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue], known: KnownManifest
-) -> None:
-    """Write the manifest, the last file of a save. One rank calls."""
-    manifest = complete_manifest(storage, directory, record, info)
-    write_plain(storage, directory / MANIFEST_NAME, encode_manifest(manifest, known))
-    storage.sync_directory(directory)
+    return replace(record, files=tuple(files))
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
@@ -197,10 +168,10 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
 
 def write_run_files(storage: Storage, directory: Path, config: Settings, metrics: Mapping[str, float]) -> None:
     """Write ``config.yaml`` and ``losses.json``. One rank calls."""
-    plain = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    write_plain(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
+    plain = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+    write_file(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
     finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    write_plain(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+    write_file(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
 
 
 def _plain(value: object) -> object:
@@ -209,7 +180,7 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-@dataclasses.dataclass(slots=True)
+@dataclass(slots=True)
 class RunLine:
     """Which checkpoint a run goes on from.
 
@@ -282,8 +253,9 @@ class Publication:
                 with nullcontext() if context.config.is_remote else publishing(context.root):
                     # What the line says of other checkpoints has to be true until this one is published.
                     lineage = self._write_lineage()
+                    found = complete_record(context.storage, self._temp, found)
                     write_manifest(context.storage, self._temp, found, self._info, known)
-                    publish(self._temp, self._final, self._line.left_from, fs=context.fs)
+                    publish(self._temp, self._final, self._line.left_from, storage=context.storage)
                     self._line.start = Start(self._final, lineage)
                     self._point()
                 self._release()
@@ -297,12 +269,12 @@ class Publication:
         assert numbers is not None
         root = self._context.root
         lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
-        write_plain(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        write_file(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
         context = self._context
-        set_pointer(context.root, LATEST, self._final.name, fs=context.fs)
+        set_pointer(context.root, LATEST, self._final.name, storage=context.storage)
         _LOG.info("published %s", self._final)
         policy = Retention.from_config(context.config)
         # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
@@ -323,14 +295,14 @@ class Publication:
         checkpoints = list_checkpoints(context.root)
         best = best_checkpoint(checkpoints, policy)
         if best is not None:
-            set_pointer(context.root, BEST, best, fs=context.fs)
+            set_pointer(context.root, BEST, best, storage=context.storage)
         if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
                 "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
                 context.root,
                 policy.metric_key,
             )
-        deleted = prune(context.root, policy, fs=context.fs)
+        deleted = prune(context.root, policy, storage=context.storage)
         if deleted:
             _LOG.info("removed %s", ", ".join(deleted))
 
@@ -340,7 +312,7 @@ class Publication:
             return
         try:
             if self._is_reserved and self._temp.exists():
-                abandon(self._temp, fs=self._context.fs)
+                abandon(self._temp, storage=self._context.storage)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
         finally:
@@ -355,5 +327,5 @@ def claimed(context: Context, final: Path) -> Claim | None:
     """
     if context.config.is_remote:
         return None
-    make_root(final.parent, fs=context.fs)
+    make_root(final.parent, storage=context.storage)
     return claim(final.parent, final.name, context.met.token)

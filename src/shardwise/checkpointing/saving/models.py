@@ -39,7 +39,8 @@ from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
-from shardwise.disk.filesystem import storage_errors
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import storage_errors
 from shardwise.engine.computed import ComputedPlan, declared
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -67,7 +68,6 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
-from shardwise.sources.state_files import write_plain
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import config_of, described_part
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
@@ -433,7 +433,7 @@ class ModelSave:
         for name, value in notes.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-                write_plain(context.storage, self._directory / METADATA_DIR / name, text.encode())
+                write_file(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, quantized, self._exporter)
             self._tell_of_config(recasts)
@@ -521,7 +521,7 @@ class ModelSave:
         """Put the script that makes the export later beside shards that have none. Local."""
         if group.is_main:
             script = self._directory / CONSOLIDATE_NAME
-            write_plain(self._context.storage, script, CONSOLIDATE_SCRIPT)
+            write_file(self._context.storage, script, CONSOLIDATE_SCRIPT)
             if script.exists():  # a storage may keep its files elsewhere
                 with storage_errors(script):
                     mode = script.stat().st_mode

@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from shardwise.addons.files import read_json
 from shardwise.addons.hf_config import CONFIG, untied
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
 from shardwise.errors import AdapterError, ExportMismatchError
+from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.plan.roster import Roster
@@ -124,7 +124,7 @@ class OpeningCheck:
         model = described_part(parts)
         if model is None or not (directory / CONFIG).is_file():
             return
-        entries = read_json(directory / CONFIG)
+        entries = read_json_object(directory / CONFIG)
         if untie:
             entries = untied(entries)
         if self._sound.holds([roster, type(model)], (entries, passed)):

@@ -6,7 +6,6 @@ read back and compared with the plan.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +18,12 @@ from torch import nn
 from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.inside import exported_modules
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.engine.export import ExportPlan
-from shardwise.errors import ExportMismatchError
+from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
 from shardwise.format.index import read_index
+from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.model_parts import config_of, own_class
@@ -184,8 +185,8 @@ def _base_config(directory: Path) -> Mapping[str, object]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except ValueError:
+        found = read_json(path)
+    except FormatError:
         # The base is somebody else's; a config that cannot be read promises nothing.
         return {}
     return found if isinstance(found, dict) else {}
@@ -242,9 +243,9 @@ def read_back(plan: ExportPlan, group: Group) -> None:
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
     """Whether a file has a size and begins with some bytes. Where not, reading it properly says what is wrong."""
     try:
-        with path.open("rb") as written:
-            return os.fstat(written.fileno()).st_size == size and written.read(len(head)) == head
-    except OSError:
+        with open_regular(path, FormatError) as (written, found):
+            return found == size and read_exactly(written, len(head)) == head
+    except (OSError, FormatError):
         return False
 
 

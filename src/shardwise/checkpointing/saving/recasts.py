@@ -9,12 +9,12 @@ from functools import partial
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.dtypes import FLOATS
 from shardwise.engine.memo import Memo
-from shardwise.geometry import TensorSpec
+from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 
 #: Dtypes between which an export may convert: those of ordinary weights.
-_FLOATS = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +57,11 @@ class Recast:
                 export.append(tensor)
                 continue
             native[tensor.spec.name] = have
-            if not {known.dtype, have} <= _FLOATS.keys():
+            if not {known.dtype, have} <= FLOATS.keys():
                 export.append(tensor)
                 continue
             export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
-            if _FLOATS[known.dtype] <= _FLOATS[have]:
+            if DTYPE_BYTES[known.dtype] <= DTYPE_BYTES[have]:
                 exact.append(tensor)
         return Recast(export, exact, native, apart, _digest(native, apart))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from shardwise.checkpointing.saving.aside import find_aside
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import StateFormatError
+from shardwise.format.json_file import read_json
 from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
-from shardwise.sources.state_files import read_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,7 @@ def _read(path: Path, name: str, absent: _Note) -> _Note:
         file = directory / name
         if not file.is_file():
             continue
-        try:
-            found = json.loads(read_file(file))
-        except ValueError as error:
-            raise StateFormatError(f"not JSON: {error}", path=file, hint="Restore the file.") from error
+        found = read_json(file, StateFormatError)
         if not isinstance(found, type(absent)):
             raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
         return found

@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardwise.checkpointing.saving.commits import Closing, claimed, gather_records, write_manifest
+from shardwise.checkpointing.saving.commits import Closing, claimed, complete_record, gather_records
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import KnownManifest
 from shardwise.lifecycle import Claim, doomed_name, temporary_name
@@ -38,12 +38,12 @@ class Replacement:
         context = self._context
         context.storage.make_directory(self.place.parent)
         self._claim = claimed(context, self.place)
-        context.fs.remove_tree(self.temp)
+        context.storage.remove_tree(self.temp)
         if os.path.lexists(self._doomed) and not os.path.lexists(self.place):
             # A crash between the two renames of commit(): what stood here is the only copy there is.
-            context.fs.rename_new(self._doomed, self.place)
-            context.fs.fsync_path(self.place.parent)
-        context.fs.remove_tree(self._doomed)
+            context.storage.rename_new(self._doomed, self.place)
+            context.storage.sync_directory(self.place.parent)
+        context.storage.remove_tree(self._doomed)
         context.storage.make_directory(self.temp)
 
     @property
@@ -55,20 +55,20 @@ class Replacement:
         union = gather_records(self._context, group, self.temp, record, closing)
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
-                fs = self._context.fs
+                storage = self._context.storage
                 known = self._context.manifests.setdefault(self.place.name, KnownManifest())
-                write_manifest(self._context.storage, self.temp, union(), self._info, known)
+                write_manifest(storage, self.temp, complete_record(storage, self.temp, union()), self._info, known)
                 for where, _, _ in os.walk(self.temp, topdown=False):
-                    fs.fsync_path(Path(where))
+                    storage.sync_directory(Path(where))
                 if not os.path.lexists(self.place):
-                    fs.rename(self.temp, self.place)
-                elif not fs.exchange(self.temp, self.place):
+                    storage.rename(self.temp, self.place)
+                elif not storage.exchange(self.temp, self.place):
                     # In two steps where there is no better way; reserve() sees to a crash between them.
-                    fs.rename(self.place, self._doomed)
-                    fs.rename(self.temp, self.place)
-                fs.fsync_path(self.place.parent)
-                fs.remove_tree(self.temp)
-                fs.remove_tree(self._doomed)
+                    storage.rename(self.place, self._doomed)
+                    storage.rename(self.temp, self.place)
+                storage.sync_directory(self.place.parent)
+                storage.remove_tree(self.temp)
+                storage.remove_tree(self._doomed)
                 self._release()
 
     def _release(self) -> None:
@@ -80,7 +80,7 @@ class Replacement:
         if not group.is_main or (self._claim is None and not self._context.config.is_remote):
             return  # nothing was written, and what stands there may be another process's
         try:
-            self._context.fs.remove_tree(self.temp)
+            self._context.storage.remove_tree(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
         finally:

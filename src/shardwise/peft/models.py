@@ -282,12 +282,11 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
 
 def _kept_tensors(model: nn.Module) -> dict[int, str]:
     """Tensors that peft's layers keep in plain dictionaries: id -> name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    layer = upstream.layer_class()
     out: dict[int, str] = {}
     for path, module in named_modules(model):
-        if isinstance(module, BaseTunerLayer):
-            for key in module.other_param_names:
+        if isinstance(module, layer):
+            for key in cast("tuple[str, ...]", module.other_param_names):
                 value = vars(module).get(key)
                 items = value.items() if isinstance(value, dict) else ()
                 out |= {id(item): join(path, key, name) for name, item in items if isinstance(item, torch.Tensor)}

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 Hook: TypeAlias = Callable[..., object]
 
@@ -32,7 +32,7 @@ LOAD_OWN = "_load_from_state_dict"
 MAKES_STATE = ("state_dict", SAVE_OWN, "get_extra_state", "set_extra_state")
 
 #: The name under which a module's extra state stands among its entries.
-EXTRA = "_extra_state"
+EXTRA: str = _EXTRA_STATE_KEY_SUFFIX
 
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
 COMPILED = "_orig_mod"

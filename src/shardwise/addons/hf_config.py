@@ -21,6 +21,9 @@ from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.upstream.diffusers import CLASS_NAME, keeps_config, replace_config
+from shardwise.upstream.huggingface_hub import mixin_config
+from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +40,7 @@ _QUANTIZATION = "quantization_config"
 _TIE = "tie_word_embeddings"
 
 #: Entries of a generation config that say where it came from and not how to generate.
-_GENERATION_ORIGIN = frozenset({"transformers_version", "_from_model_config"})
+_GENERATION_ORIGIN = frozenset({"transformers_version", FROM_MODEL_CONFIG})
 
 #: Metadata files in which transformers looks for an ``auto_map``.
 _AUTO_MAP_FILES = (
@@ -114,10 +117,10 @@ def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
     config: object = getattr(model, "config", None)
     if config is None or has_quantized_parameters(model):
         return
-    if isinstance(config, dict) and _QUANTIZATION in config and hasattr(model, "_internal_dict"):
+    if isinstance(config, dict) and _QUANTIZATION in config and keeps_config(model):
         # diffusers' FrozenDict refuses deletion, and repeats its entries as attributes: it has to be rebuilt.
         kept = {key: value for key, value in config.items() if key != _QUANTIZATION}
-        model._internal_dict = type(config)(kept)  # type: ignore[assignment]
+        replace_config(model, type(config)(kept))
     else:
         _strip(config)
 
@@ -206,7 +209,7 @@ def _set_dtype(config: _Config, dtype: str) -> None:
 
 def _drop_origin(entries: MutableMapping[str, JsonValue]) -> None:
     """Remove where the model was loaded from: a path of this machine, of no use elsewhere."""
-    entries.pop("_name_or_path", None)
+    entries.pop(NAME_OR_PATH, None)
     for value in entries.values():
         if isinstance(value, dict):
             _drop_origin(value)
@@ -296,8 +299,8 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
         return True
     entries = read_json_object(path)
     changed = False
-    if "_class_name" in entries and entries["_class_name"] != own_class(model).__name__:
-        entries["_class_name"] = own_class(model).__name__
+    if CLASS_NAME in entries and entries[CLASS_NAME] != own_class(model).__name__:
+        entries[CLASS_NAME] = own_class(model).__name__
         changed = True
     if not keep_quantization and _strip(entries):
         changed = True
@@ -354,7 +357,7 @@ def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
         Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
         express them.
     """
-    config: object = getattr(model, "_hub_mixin_config", None)
+    config = mixin_config(model)
     if config is None:
         return False
     with naming_entries(model, config):
@@ -367,14 +370,14 @@ def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
 @contextlib.contextmanager
 def _spared(model: nn.Module, config: object) -> Iterator[None]:
     """Lend a diffusers model a copy of its config: writing notes the running class in it, FSDP2's generated one too."""
-    if not isinstance(config, dict) or not hasattr(model, "_internal_dict"):
+    if not isinstance(config, dict) or not keeps_config(model):
         yield
         return
-    model._internal_dict = type(config)(config)  # type: ignore[assignment]
+    replace_config(model, type(config)(config))
     try:
         yield
     finally:
-        model._internal_dict = config  # type: ignore[assignment]
+        replace_config(model, config)
 
 
 def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> None:

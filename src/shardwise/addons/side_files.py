@@ -14,6 +14,7 @@ from shardwise.comm import JsonValue
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.model_parts import own_class
+from shardwise.upstream.sentence_transformers import model_settings
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -167,9 +168,9 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
             cast(Any, module).save(str(directory / folder))
         listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
     write_text(directory / "modules.json", json.dumps(listed, indent=2))
-    settings = getattr(model, "_get_model_config", None)
-    if callable(settings):
-        write_json(directory / "config_sentence_transformers.json", cast(Any, settings()))
+    settings = model_settings(model)
+    if settings is not None:
+        write_json(directory / "config_sentence_transformers.json", cast(Any, settings))
     return True
 
 

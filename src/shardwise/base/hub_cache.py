@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shardwise.disk.guarded import read_whole
 from shardwise.errors import FormatError
+from shardwise.upstream.huggingface_hub import cache_folder, is_repo_id
 
 _REVISION = re.compile(r"(?P<id>[^@]+)@(?P<revision>[\w./-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -31,9 +32,7 @@ class HubName:
     @property
     def folder(self) -> str:
         """The name of its folder in a cache."""
-        from huggingface_hub.file_download import repo_folder_name
-
-        return repo_folder_name(repo_id=self.repo_id, repo_type="model")
+        return cache_folder(self.repo_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +50,9 @@ class Snapshot:
 
 def hub_name(name: str) -> HubName | None:
     """A name as a hub id with an optional revision, or ``None`` where huggingface_hub takes it for none."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     found = _REVISION.fullmatch(name)
     repo_id, revision = (found["id"], found["revision"]) if found else (name, None)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        return None
-    return HubName(repo_id, revision)
+    return HubName(repo_id, revision) if is_repo_id(repo_id) else None
 
 
 def default_cache() -> Path:

@@ -27,6 +27,9 @@ from shardwise.errors import MisuseError
 from shardwise.sources.tensor_bytes import prefer_huge_pages
 from shardwise.stateful_wrappers.markers import is_untouched, mark
 from shardwise.stateful_wrappers.names import unwrap
+from shardwise.upstream.torch_modules import INITIALISERS, STORES, apply_to_tensors, own_buffers, own_parameters
+from shardwise.upstream.torch_tensors import around, local_part, spread_of
+from shardwise.upstream.transformers import forget_initialised, mark_initialised
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ def check_attributes(module: nn.Module) -> None:
     """
     for path, inner in unwrap(module).named_modules():
         for key, value in vars(inner).items():
-            if key in ("_parameters", "_buffers", "_modules"):
+            if key in STORES:
                 continue
             items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             if any(isinstance(item, torch.Tensor) and item.device.type == "meta" for item in items):
@@ -148,7 +151,7 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
         return made[id(tensor)]
 
     attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
-    module._apply(move)  # type: ignore[no-untyped-call]
+    apply_to_tensors(module, move)
     for slot, old in attributes:
         new = torch.empty_like(old, device=device)
         for owner, leaf in slot.places:
@@ -157,11 +160,11 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
         # Module._apply makes a parameter for each place; a tied one is one parameter again.
         first = slot.tensor
         for owner, leaf in slot.places[1:]:
-            for store in (owner._parameters, owner._buffers):
+            for store in (own_parameters(owner), own_buffers(owner)):
                 if (
                     leaf in store
                     and store[leaf] is not first
-                    and (store is owner._buffers or isinstance(first, nn.Parameter))
+                    and (store is own_buffers(owner) or isinstance(first, nn.Parameter))
                 ):
                     store[leaf] = first  # type: ignore[assignment]
 
@@ -170,30 +173,29 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """As ``torch.empty_like``, which goes through a decomposition in Python for a tensor on the meta device."""
     if type(tensor) in (nn.Parameter, torch.Tensor) and tensor.is_contiguous():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
-        local = _empty(tensor._local_tensor, device)
-        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    if isinstance(tensor, DTensor) and type(local_part(tensor)) is torch.Tensor:
+        return around(_empty(local_part(tensor), device), spread_of(tensor))
     return torch.empty_like(tensor, device=device)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+    return local_part(tensor).detach()
 
 
 @contextlib.contextmanager
 def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Collection[str]) -> Iterator[None]:
     """Tell transformers' initialisation what is loaded and that nothing else is initialised yet."""
     for inner in module.modules():
-        vars(inner).pop("_is_hf_initialized", None)
+        forget_initialised(inner)
     for name, tensor in tensors.items():
-        vars(tensor).pop("_is_hf_initialized", None)
+        forget_initialised(tensor)
         if name in loaded:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialised(tensor)
     try:
         yield
     finally:
         for tensor in tensors.values():
-            vars(tensor).pop("_is_hf_initialized", None)
+            forget_initialised(tensor)
 
 
 @contextlib.contextmanager
@@ -201,14 +203,14 @@ def _first_owners(slots: list[Slot]) -> Iterator[None]:
     """Let a tied parameter be initialised by its first owner alone: a head must not draw over an embedding."""
     tied = [(slot.tensor, place) for slot in slots if slot.kind == "parameter" for place in slot.places[1:]]
     for tensor, (owner, leaf) in tied:
-        owner._parameters[leaf] = nn.Parameter(
+        own_parameters(owner)[leaf] = nn.Parameter(
             torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=tensor.requires_grad
         )
     try:
         yield
     finally:
         for tensor, (owner, leaf) in tied:
-            owner._parameters[leaf] = tensor  # type: ignore[assignment]
+            own_parameters(owner)[leaf] = tensor  # type: ignore[assignment]
 
 
 def _run_own_code(module: nn.Module, device: torch.device) -> None:
@@ -220,7 +222,7 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
             return
     for child in module.children():
         _run_own_code(child, device)
-    for name in ("reset_parameters", "_reset_parameters"):
+    for name in INITIALISERS:
         method = getattr(module, name, None)
         if callable(method):
             method()
@@ -250,4 +252,4 @@ def _hides_embedding(module: nn.Module) -> bool:
         found = embedding() if callable(embedding) else None
     except (AttributeError, NotImplementedError):  # a pipeline stage without one
         return False
-    return isinstance(found, nn.Module) and "weight" not in found._parameters
+    return isinstance(found, nn.Module) and "weight" not in own_parameters(found)

@@ -28,6 +28,9 @@ from shardwise.stateful_wrappers.model_parts import unwrap as unwrap_adapted
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state, plain_name
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
+from shardwise.upstream import peft
+from shardwise.upstream.transformers import class_ties as class_ties_of
+from shardwise.upstream.transformers import may_be_missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +187,7 @@ def _present(
 def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
     """For each tensor that the model's class ties to another, that other one's name in the files."""
     ties = {target: source for target, source in declared_ties([module]).items() if source}
-    class_ties = getattr(type(module), "_tied_weights_keys", None)
+    class_ties = class_ties_of(type(module))
     if isinstance(class_ties, dict):
         ties = {str(t): str(s) for t, s in class_ties.items()} | ties
     scalar = torch.empty((), device="meta")
@@ -208,8 +211,7 @@ def names_in_files(
 
 def _ignorable(module: nn.Module) -> tuple[re.Pattern[str], ...]:
     """Patterns of names that a transformers model does not expect in its files."""
-    patterns: object = getattr(module, "_keys_to_ignore_on_load_missing", None)
-    return tuple(re.compile(str(p)) for p in patterns) if isinstance(patterns, (list, tuple, set)) else ()
+    return tuple(map(re.compile, may_be_missing(module)))
 
 
 def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
@@ -263,16 +265,12 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
 
 def _peft_layers(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies."""
-    import sys
-
-    if "peft" not in sys.modules:  # a model with its layers cannot exist without it
+    if not peft.is_imported():  # a model with its layers cannot exist without it
         return frozenset(), frozenset()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
+    layer, copy = peft.layer_class(), peft.copy_class()
     modules = [(plain_name(name), m) for name, m in module.named_modules()]
-    layers = frozenset(name for name, m in modules if isinstance(m, BaseTunerLayer))
-    return layers, frozenset(name for name, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+    layers = frozenset(name for name, m in modules if isinstance(m, layer))
+    return layers, frozenset(name for name, m in modules if isinstance(m, copy))
 
 
 def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tuple[str, bool]:

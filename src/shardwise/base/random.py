@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.plan.fragments import Fragment
 from shardwise.stateful_wrappers.memory import PLAIN, plain_memory, stands_for_memory
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.upstream.torch_dispatch import OpOverload, TorchDispatchMode, operation_name
+from shardwise.upstream.torch_tensors import local_part
 
 _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "log_normal_"})
 #: Elements drawn at a time; a rank that holds some rows of a tensor draws the blocks that they lie in and no others.
@@ -44,12 +45,12 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for inner in module.modules():
             index = getattr(inner, "padding_idx", None)
             if isinstance(inner, nn.Embedding) and isinstance(index, int) and isinstance(inner.weight, DTensor):
-                self._padding[id(inner.weight._local_tensor)] = index
+                self._padding[id(local_part(inner.weight))] = index
         return self
 
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -58,7 +59,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor = args[0] if args else None
         if not isinstance(tensor, torch.Tensor):
             return func(*args, **kwargs)
-        operation = func._schema.name.partition("::")[2]
+        operation = operation_name(func)
         if operation in _RANDOM and kwargs.get("generator") is None:
             name = self._names.get(_place(tensor) or ("", 0))
             if name is not None:
@@ -66,7 +67,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._draw(name, tensor, func, args[1:], kwargs)
                 return tensor
         if operation == "select" and isinstance(tensor, DTensor) and args[1] == 0:
-            index = self._padding.get(id(tensor._local_tensor))
+            index = self._padding.get(id(local_part(tensor)))
             if index is not None and args[2] == index:
                 return _own_row(tensor, index)
         return func(*args, **kwargs)
@@ -75,7 +76,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         name: str,
         tensor: torch.Tensor,
-        func: torch._ops.OpOverload,
+        func: OpOverload,
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> None:
@@ -95,7 +96,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _place(tensor: torch.Tensor) -> tuple[str, int] | None:
     """Where a tensor's storage is; ``None`` for one without memory."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     if local.numel() == 0 or local.device.type == "meta":
         return None
     if type(local) not in PLAIN:  # a wrapper's own storage is nowhere
@@ -135,4 +136,4 @@ def _own_row(tensor: DTensor, index: int) -> torch.Tensor:
         low = fragment.box.offsets[0]
         if low <= index < fragment.box.ends[0]:
             return fragment.data[index - low]
-    return tensor._local_tensor.new_empty(tensor.shape[1:])
+    return local_part(tensor).new_empty(tensor.shape[1:])

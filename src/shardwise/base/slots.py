@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shardwise.stateful_wrappers.names import plain_name, unwrap
+from shardwise.upstream.torch_modules import own_buffers, own_parameters, unsaved_buffers
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class Slot:
     @property
     def persistent(self) -> bool:
         """Whether it is in the module's state."""
-        return any(leaf not in module._non_persistent_buffers_set for module, leaf in self.places)
+        return any(leaf not in unsaved_buffers(module) for module, leaf in self.places)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -54,8 +55,8 @@ def slots_of(module: nn.Module) -> list[Slot]:
     """Every tensor of a model, each once."""
     found: dict[int, Slot] = {}
     for prefix, inner in unwrap(module).named_modules():
-        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in inner._parameters.items()]
-        entries += [(k, v, "buffer") for k, v in inner._buffers.items()]
+        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in own_parameters(inner).items()]
+        entries += [(k, v, "buffer") for k, v in own_buffers(inner).items()]
         entries += [(k, v, "attribute") for k, v in vars(inner).items()]
         for leaf, value, kind in entries:
             if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):

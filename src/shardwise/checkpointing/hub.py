@@ -31,6 +31,7 @@ from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
+from shardwise.upstream.torch_tensors import local_part
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: 
         MisuseError: One is.
     """
     for name, tensor in tensors:
-        what = deferred(getattr(tensor, "_local_tensor", tensor)) if tensor.is_meta else None
+        what = deferred(local_part(tensor)) if tensor.is_meta else None
         if tensor.is_meta and (what is None or what.device.type == "meta"):
             raise MisuseError(
                 f"the model is on the meta device and has no {lacking}",

@@ -24,6 +24,7 @@ from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.names import NamedTensor, unwrap
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.upstream.torch_modules import own_buffers, own_parameters
 
 _LOG = logging.getLogger(__name__)
 #: What a rank's file of optimizer state says besides: the parameters whose state is the rank's own.
@@ -64,7 +65,7 @@ def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> 
         id(tensor)
         for part in parts
         for module in unwrap(part).modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
+        for tensor in (*own_parameters(module).values(), *own_buffers(module).values())
     }
     for named in own:
         if id(named.tensor) not in members:

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch.distributed as dist
-
 from shardwise.disk.processes import process_exists
+from shardwise.upstream.torch_distributed import default_store
 
 #: Seconds between two looks at the process table and the store.
 _POLL_SECONDS = 0.1
@@ -148,7 +147,7 @@ class _Board:
 
     def _follow(self, rank: int) -> None:
         try:
-            store = dist.distributed_c10d._get_default_store()
+            store = default_store()
             store.set(self._keys[rank], "1")
             silent = tuple(range(len(self._keys)))
             while silent and not self._over.is_set():

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, Self, cast
 
-import torch.distributed as dist
+from shardwise.upstream.torch_distributed import default_store
 
 _LOG = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Waiting:
     def _opened(self) -> _Store:
         if self._store is None:
             # A connection of its own: the default store's is taken as long as another thread waits for a key.
-            self._store = cast(_Store, dist.distributed_c10d._get_default_store()).clone()
+            self._store = cast(_Store, default_store()).clone()
         return self._store
 
     def _warn(self, store: _Store, what: str) -> None:

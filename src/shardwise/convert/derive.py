@@ -25,6 +25,8 @@ from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers.skeleton import skeleton, unwrapped
+from shardwise.upstream.transformers import left_out
+from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
 
 #: What code that converts tensors may raise when it is given a tensor that it does not expect.
 RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -103,11 +105,11 @@ def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
 
 
 def _ignored(bare: torch.nn.Module) -> frozenset[str]:
-    return frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ())
+    return left_out(bare)
 
 
 def _mapping(bare: torch.nn.Module) -> dict[str, str]:
-    return getattr(bare, "_checkpoint_conversion_mapping", None) or {}
+    return legacy_renamings(bare)
 
 
 def _rules(bare: torch.nn.Module) -> RuleSet | None:
@@ -116,11 +118,10 @@ def _rules(bare: torch.nn.Module) -> RuleSet | None:
 
 
 def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubTensor, ...], tuple[Computed, ...]]:
-    from transformers.core_model_loading import dot_natural_key
-
     views: list[HubTensor] = []
     groups: defaultdict[str, list[tuple[Member, NativeSpec]]] = defaultdict(list)
-    for spec in sorted(natives, key=lambda spec: dot_natural_key(spec.name)):
+    by_name = {spec.name: spec for spec in natives}
+    for spec in map(by_name.__getitem__, in_loading_order(by_name)):
         group, pattern = rules.match(spec.name)
         if pattern is None:
             views.append(HubTensor(rules.rename(spec.name), spec.shape, (HubPart(spec.name),)))

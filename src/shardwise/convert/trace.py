@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
-from torch.utils._pytree import tree_map
 
 from shardwise.convert import provenance as pv
 from shardwise.convert.provenance import Provenance, Untraceable
+from shardwise.upstream.torch_dispatch import COPIES, RESHAPES, map_leaves
+from shardwise.upstream.torch_tensors import make_wrapper
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ class TracedTensor(torch.Tensor):
         cls, shape: tuple[int, ...], dtype: torch.dtype, provenance: Provenance | None, why: str = ""
     ) -> TracedTensor:
         """Make a tensor that seems contiguous, so that rules never see strides."""
-        made: TracedTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("meta"))
+        made = make_wrapper(cls, shape, dtype, "meta")
         made.provenance = provenance
         made.why = why
         return made
@@ -78,8 +79,8 @@ def _opaque(func: Callable[..., object], args: object, kwargs: object, why: str)
     def replace(value: object) -> object:
         return torch.device("meta") if isinstance(value, torch.device) else unwrap(value)
 
-    plain_args, plain_kwargs = tree_map(replace, (args, kwargs))
-    return tree_map(wrap, func(*plain_args, **plain_kwargs))
+    plain_args, plain_kwargs = map_leaves(replace, (args, kwargs))
+    return map_leaves(wrap, func(*plain_args, **plain_kwargs))
 
 
 def _of(tensor: torch.Tensor) -> Provenance:
@@ -189,15 +190,14 @@ def _expand(tensor: torch.Tensor, shape: list[int], **_: object) -> TracedTensor
 
 _HANDLERS: dict[object, Callable[..., object]] = {
     aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten._reshape_alias.default: _reshape,
+    **dict.fromkeys(RESHAPES, _reshape),
     aten.reshape.default: _reshape,
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.lift_fresh.default: _same,
-    aten._to_copy.default: _same,
+    **dict.fromkeys(COPIES, _same),
     aten.transpose.int: _transpose,
     aten.t.default: _t,
     aten.permute.default: _permute,

@@ -7,19 +7,19 @@ converter for a name, names in natural order, then every renaming on what the co
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from shardwise.errors import ConversionError
+from shardwise.upstream import transformers_rules as upstream
+from shardwise.upstream.transformers import model_class
 
 if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from shardwise.upstream.transformers_rules import WeightConverter, WeightRenaming
 
 
 class Watched:
@@ -83,31 +83,24 @@ class RuleSet:
 
     def match(self, name: str) -> tuple[str, str | None]:
         """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
-        from transformers.core_model_loading import apply_converters
-
-        key, pattern = apply_converters(name, self.converters)
-        return str(key), None if pattern is None else str(pattern)
+        return upstream.matching_converter(name, self.converters)
 
     def rename(self, name: str) -> str:
         """The hub name of what is called ``name`` once the converters are done with it."""
         for quick, renaming in zip(self.quick, self.renamings, strict=True):
             if quick is None or quick(name) is not None:
-                name, _ = renaming.rename_source_key(name)
+                name, _ = upstream.rename(renaming, name)
         return name
 
     def converter(self, pattern: str) -> int:
         """The number of the converter for ``pattern``: the last one, as transformers' own table has it."""
-        return max(i for i, c in enumerate(self.converters) if pattern in c.source_patterns)
+        return max(i for i, c in enumerate(self.converters) if pattern in upstream.patterns_of(c))
 
 
 def may_have_rules(model: torch.nn.Module) -> bool:
     """Whether transformers could have rules for ``model``, which may be wrapped: it is one of its classes."""
-    if "transformers.modeling_utils" not in sys.modules:
-        # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
+    # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
+    return isinstance(model, model_class() or ())
 
 
 def rule_set(model: torch.nn.Module) -> RuleSet | None:
@@ -121,39 +114,29 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
     """
     if not may_have_rules(model):
         return None
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
-
-    rules = getattr(model, "_weight_conversions", None)
+    rules = upstream.loaded_with(model)
     if rules is None:
-        rules = get_model_conversion_mapping(model, add_legacy=False)
-        rules = [rule for rule in rules if not isinstance(rule, PrefixChange)]
+        rules = upstream.without_prefix_changes(upstream.registered_rules(model, legacy=False))
     if not rules:
         return None
     pristine = [deepcopy(rule) for rule in rules]
     try:
-        reverse = [deepcopy(rule).reverse_transform() for rule in pristine[::-1]]
+        reverse = [upstream.reversed_rule(rule) for rule in pristine[::-1]]
     except (NotImplementedError, ValueError) as error:
         raise ConversionError(
             f"a conversion rule of {type(model).__name__} has no reverse: {error}",
             hint="Dequantize the model on load, or give it a state_dict_adapter.",
         ) from error
-    pairs = list(zip(reverse, pristine[::-1], strict=True))
-    renamings = tuple(rule for rule in reverse if isinstance(rule, WeightRenaming))
+    origins = {id(rule): origin for rule, origin in zip(reverse, pristine[::-1], strict=True)}
+    renamings, converters = tuple(upstream.renamings_of(reverse)), tuple(upstream.converters_of(reverse))
     return RuleSet(
         renamings=renamings,
-        converters=tuple(rule for rule in reverse if isinstance(rule, WeightConverter)),
-        origins=tuple(origin for rule, origin in pairs if isinstance(rule, WeightConverter)),
-        forward_renamings=tuple(rule for rule in pristine if isinstance(rule, WeightRenaming)),
+        converters=converters,
+        origins=tuple(origins[id(rule)] for rule in converters),
+        forward_renamings=tuple(upstream.renamings_of(pristine)),
         model=model,
-        quick=tuple(_quick(rule) for rule in renamings),
+        quick=tuple(map(upstream.search_of, renamings)),
     )
-
-
-def _quick(renaming: WeightRenaming) -> Callable[[str], object] | None:
-    """A search without the detour through a match object and its groups; most renamings do not concern most names."""
-    ours_to_judge = type(renaming).__module__ == "transformers.core_model_loading" and renaming.scope_prefix is None
-    return renaming.compiled_sources.search if ours_to_judge else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +173,9 @@ def run(
 ) -> Outcome:
     """Run a converter on the tensors of one group."""
     record, watched = _Record(), Watched(model)
-    copy = _loaded(converter, group, members, tensors)
-    by_name = any("full_layer_name" in inspect.signature(op.convert).parameters for op in copy.operations)
-    copy.operations = [*copy.operations, record]
-    named = copy.convert(group, model=watched, config=model.config)
+    copy = _filled(converter, group, members, tensors)
+    by_name = upstream.looks_at_names(copy)
+    named = upstream.convert_filled(copy, group, last=record, model=watched, config=model.config)
     names = {id(value): str(name) for name, value in named.items()}
     return Outcome(
         keys=record.keys,
@@ -205,17 +187,16 @@ def run(
 
 def replay(converter: WeightConverter, group: str, members: Sequence[Member], keys: tuple[str, ...]) -> list[str]:
     """The names that a converter gives to known results of another group."""
-    copy = _loaded(converter, group, members, [0] * len(members))
-    copy.operations = [_Replay(keys)]
-    named = copy.convert(group)
+    copy = _filled(converter, group, members, [0] * len(members))
+    named = upstream.convert_filled(copy, group, operations=[_Replay(keys)])
     return [str(name) for name, _ in sorted(named.items(), key=lambda item: int(item[1]))]
 
 
-def _loaded(converter: WeightConverter, group: str, members: Sequence[Member], values: Sequence[object]) -> Any:
-    copy = deepcopy(converter)
-    for member, value in zip(members, values, strict=True):
-        copy.add_tensor(group, member.name, member.pattern, value)
-    return copy
+def _filled(
+    converter: WeightConverter, group: str, members: Sequence[Member], values: Sequence[object]
+) -> WeightConverter:
+    given = ((member.name, member.pattern, value) for member, value in zip(members, values, strict=True))
+    return upstream.filled(converter, group, given)
 
 
 def _single(value: object) -> torch.Tensor:
@@ -249,15 +230,13 @@ class ConverterRule:
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Hub tensors by name to native tensors by FQN."""
-        from transformers.core_model_loading import apply_renamings, dot_natural_key
-
         origin = deepcopy(self.rules.origins[self.number])
         members: list[Member] = []
         tensors: list[torch.Tensor] = []
         group = ""
-        for name in sorted(hub, key=dot_natural_key):
-            renamed = apply_renamings(name, [deepcopy(renaming) for renaming in self.rules.forward_renamings])
-            group, pattern = origin.rename_source_key(renamed)
+        for name in upstream.in_loading_order(hub):
+            renamed = upstream.renamed(name, [deepcopy(renaming) for renaming in self.rules.forward_renamings])
+            group, pattern = upstream.rename(origin, renamed)
             if pattern is None:
                 raise ConversionError("the rule that made this tensor does not take it back", tensor=name)
             members.append(Member(name, pattern))
@@ -276,13 +255,8 @@ def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ..
     Returns:
         One name for each of ``names``; the same names for a model that is not of transformers.
     """
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
-
-    if not isinstance(model, PreTrainedModel):
+    if not may_have_rules(model):
         return tuple(names)
-    rules = [deepcopy(rule) for rule in get_model_conversion_mapping(model)]
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    renamed = {name: str(apply_renamings(name, renamings)) for name in sorted(names, key=dot_natural_key)}
+    renamings = upstream.renamings_of(map(deepcopy, upstream.registered_rules(model)))
+    renamed = {name: upstream.renamed(name, renamings) for name in upstream.in_loading_order(names)}
     return tuple(renamed[name] for name in names)

@@ -18,6 +18,7 @@ from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import Layout
 from shardwise.stateful_wrappers.memory import plain_memory
+from shardwise.upstream.torch_tensors import local_part
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
     """
     data = planner.resolve_data(item)
     assert isinstance(data, torch.Tensor)
-    local = plain_memory(item.index.fqn, getattr(data, "_local_tensor", data))
+    local = plain_memory(item.index.fqn, local_part(data))
     if tuple(local.shape) != box.sizes:
         raise IncompleteTensorError(
             f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}",

@@ -13,24 +13,22 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shardwise.geometry import Box
 from shardwise.plan.fragments import Fragment
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.upstream.torch_tensors import StridedShard, local_region, make_wrapper
 
 
 def is_packed(value: object) -> bool:
     """Whether this rank's part of a DTensor is not one rectangular region at the place that DCP would record."""
     if not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is None:
         return False
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    if not any(isinstance(placement, _StridedShard) for placement in value.placements):
+    if not any(isinstance(placement, StridedShard) for placement in value.placements):
         return False
     boxes = [fragment.box for fragment in held_tensor("", value, MeshRegister()).fragments]
-    sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-    return bool(boxes) and boxes != [Box(tuple(offsets), tuple(sizes))]
+    sizes, offsets = local_region(value)
+    return bool(boxes) and boxes != [Box(offsets, sizes)]
 
 
 class RegionTensor(torch.Tensor):
@@ -41,7 +39,7 @@ class RegionTensor(torch.Tensor):
     @staticmethod
     def of(value: DTensor) -> RegionTensor:
         """Wrap a DTensor; the regions are views of its local memory."""
-        wrapped = torch.Tensor._make_wrapper_subclass(RegionTensor, value.shape, dtype=value.dtype, device=value.device)
+        wrapped = make_wrapper(RegionTensor, value.shape, value.dtype, value.device)
         wrapped._fragments = tuple(held_tensor("", value, MeshRegister()).fragments)
         return wrapped
 

@@ -80,6 +80,7 @@ from shardwise.sources.dcp_values import DcpValues
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers.memory import plain_memory, require_own_elements
+from shardwise.upstream.torch_tensors import local_part
 
 PathLike = str | os.PathLike[str]
 
@@ -355,7 +356,7 @@ class SafetensorsReader(StorageReader):
             saved = source.tensors[item.storage_index.fqn]
             origin = _origin(item.storage_index)
             offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
-            memory = plain_memory(saved.spec.name, getattr(target, "_local_tensor", target))
+            memory = plain_memory(saved.spec.name, local_part(target))
             require_own_elements(saved.spec.name, memory)
             fragment = Fragment(Box(offsets, tuple(item.lengths)), memory)
             wanted = HeldTensor(saved.spec, saved.spec.shape, (HeldPart(Part(saved.spec.shape), (), (fragment,)),))

@@ -20,6 +20,8 @@ import sys
 import threading
 from dataclasses import dataclass
 
+from shardwise.upstream.python import before_threads_end
+
 _LOG = logging.getLogger(__name__)
 
 #: Exit code of a process that has lost a save.
@@ -70,10 +72,7 @@ def _watch_the_end() -> None:
     atexit.register(_report)
     os.register_at_fork(after_in_child=_untold.clear)  # a data loader's worker has no thread that writes
     # Those of `atexit` run only when every thread has ended, and executors close before.
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None:
-        with contextlib.suppress(RuntimeError):  # the interpreter is on its way out already
-            register(_finish)
+    before_threads_end(_finish)
 
 
 def _finish() -> None:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -28,6 +27,7 @@ from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, Devic
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.upstream.torch_tensors import around, arrived, local_part, spread_of
 
 #: Buffers start at multiples of this, a cache line.
 _ALIGN = 64
@@ -262,9 +262,7 @@ def _layout(held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> obje
 
 def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What this rank has of a tensor, as memory that can be copied byte by byte."""
-    local = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
-    if isinstance(local, AsyncCollectiveTensor):
-        local = local.trigger_wait()  # type: ignore[no-untyped-call]
+    local = arrived(local_part(tensor).detach())
     if local.layout != torch.strided or type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise MisuseError(
             f"a {type(local).__name__} of layout {local.layout} cannot be copied aside as it is",
@@ -276,10 +274,7 @@ def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _around(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """``buffer`` in the place of what this rank has of ``tensor``."""
-    if not isinstance(tensor, DTensor):
-        return buffer
-    # Its own constructor, since from_local() would move the memory to the mesh's device.
-    return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return around(buffer, spread_of(tensor)) if isinstance(tensor, DTensor) else buffer
 
 
 def _huge_pages(nbytes: int) -> torch.Tensor:

@@ -16,10 +16,16 @@ from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
+from shardwise.upstream.torch_checkpoint import (
+    LAYOUT,
+    LEGACY_MEMORY_FORMATS,
+    MEMORY_FORMATS,
+    STORAGE_INFO,
+    storage_info,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
         ChunkStorageMetadata,
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
         TensorStorageMetadata,
     )
 
+    from shardwise.upstream.torch_checkpoint import StorageInfo
+
 #: Name of the metadata file in a DCP directory.
 DCP_METADATA_NAME = ".metadata"
 
@@ -37,14 +45,13 @@ DCP_METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 512 * 2**20
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
-_LEGACY = "torch.distributed._shard.sharded_tensor.metadata"
+_LEGACY = LEGACY_MEMORY_FORMATS[0]
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath")
 _DAMAGED = "The checkpoint's metadata is damaged or forged: restore it from a copy."
 _MAX_PLANNER_DEPTH = 64
 
 #: The enumeration of memory formats, by its two places, and its members' names in the order of their values.
-_FORMAT_ENUMS = (PickledGlobal(_METADATA, "_MEM_FORMAT_ENCODING"), PickledGlobal(_LEGACY, "MEM_FORMAT_ENCODING"))
+_FORMAT_ENUMS = (PickledGlobal(*MEMORY_FORMATS), PickledGlobal(*LEGACY_MEMORY_FORMATS))
 _FORMAT_NAMES = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 
 _T = TypeVar("_T")
@@ -68,12 +75,12 @@ def _allowed() -> frozenset[PickledGlobal]:
             "ChunkStorageMetadata",
             "TensorProperties",
             "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
+            MEMORY_FORMATS[1],
         ),
-        _FILESYSTEM: ("_StorageInfo",),
-        _LEGACY: ("TensorProperties", "MEM_FORMAT_ENCODING"),
+        STORAGE_INFO[0]: (STORAGE_INFO[1],),
+        _LEGACY: ("TensorProperties", LEGACY_MEMORY_FORMATS[1]),
         "torch": ("Size", *_dtypes()),
-        "torch.serialization": ("_get_layout",),
+        LAYOUT[0]: (LAYOUT[1],),
         "pathlib": _PATHS,
         "pathlib._local": _PATHS,
         "collections": ("OrderedDict",),
@@ -217,7 +224,7 @@ class _Builder:
     def _layout(self, value: object) -> torch.layout:
         import torch
 
-        if not isinstance(value, PickledCall) or not self._is(value, "torch.serialization", "_get_layout"):
+        if not isinstance(value, PickledCall) or not self._is(value, *LAYOUT):
             self._fail("has something else where a layout belongs")
         # DCP writes nothing but dense tensors.
         if value.args != (str(torch.strided),):
@@ -237,7 +244,7 @@ class _Builder:
             self._fail("names an unknown memory format")
         return formats[number]
 
-    def _storage_data(self, value: object) -> dict[MetadataIndex, _StorageInfo]:
+    def _storage_data(self, value: object) -> dict[MetadataIndex, StorageInfo]:
         rows = self._typed(value, dict, "storage_data")
         result = {self._index(key): self._storage_info(info) for key, info in rows.items()}
         if len(result) != len(rows):
@@ -255,10 +262,8 @@ class _Builder:
             None if index is None else self._count(index, "an index"),
         )
 
-    def _storage_info(self, value: object) -> _StorageInfo:
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        fields = self._fields(value, _FILESYSTEM, "_StorageInfo")
+    def _storage_info(self, value: object) -> StorageInfo:
+        fields = self._fields(value, *STORAGE_INFO)
         relative = self._typed(fields.get("relative_path"), str, "a file's path")
         reason = why_not_relative(relative)
         if reason is not None:
@@ -269,7 +274,7 @@ class _Builder:
                 self._fail("has malformed transform_descriptors")
             transforms = [self._typed(item, str, "a transform") for item in transforms]
         offset, length = self._count(fields.get("offset"), "an offset"), self._count(fields.get("length"), "a length")
-        return _StorageInfo(relative, offset, length, transforms)
+        return storage_info(relative, offset, length, transforms)
 
     def _storage_meta(self, value: object) -> StorageMeta:
         from torch.distributed.checkpoint.metadata import StorageMeta

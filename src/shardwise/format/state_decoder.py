@@ -179,6 +179,8 @@ class Decoder:
     def _quantized(self, value: JsonValue, depth: int) -> torch.Tensor:
         import torch
 
+        from shardwise.upstream.torch_tensors import quantized_per_channel, quantized_per_tensor
+
         row = as_array(value, "$quantized", fail)
         if len(row) not in (3, 4):
             fail(f"has $quantized with {len(row)} fields where 3 or 4 belong")
@@ -189,7 +191,7 @@ class Decoder:
             scale, zero = self.decode(row[1], depth), row[2]
             if type(scale) is not float or type(zero) is not int or not -(2**31) <= zero < 2**31:
                 fail("has $quantized whose scale or zero point is no number")
-            return self._made(torch._make_per_tensor_quantized_tensor, integers, scale, zero)
+            return self._made(quantized_per_tensor, integers, scale, zero)
         scales, zeros, axis = self._tensor(row[1]), self._tensor(row[2]), row[3]
         is_axis = type(axis) is int and 0 <= axis < integers.dim()
         if not is_axis or not (scales.dim() == zeros.dim() == 1):
@@ -199,7 +201,7 @@ class Decoder:
             fail("has $quantized whose axis, scales or zero points do not fit")
         if not scales.dtype.is_floating_point or zeros.dtype not in (torch.int32, torch.int64, torch.float32):
             fail("has $quantized whose scales or zero points are of another dtype")
-        return self._made(torch._make_per_channel_quantized_tensor, integers, scales, zeros, axis)
+        return self._made(quantized_per_channel, integers, scales, zeros, axis)
 
     @staticmethod
     def _made(make: Callable[..., torch.Tensor], *args: object) -> torch.Tensor:

@@ -19,6 +19,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.checked import BLOCK_BYTES, CheckedReader
 from shardwise.sources.tensor_bytes import as_bytes
+from shardwise.upstream.torch_tensors import storage_key
 
 #: So many native tensors are kept: those of one layer that a file's tensors take turns in.
 _MOST_KEPT = 4
@@ -51,7 +52,7 @@ def hub_tensors(
     found: list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]] = []
     used: set[str] = set()
     for held in kind.state.held:
-        names = [natives[fragment.data.untyped_storage()._cdata] for fragment in held.fragments]
+        names = [natives[storage_key(fragment.data)] for fragment in held.fragments]
         used |= set(names)
         dtype = tensors[names[0]].spec.dtype
         spec = held.spec._replace(dtype=dtype)
@@ -65,7 +66,7 @@ def hub_tensors(
 
 
 def _memory(tensor: HeldTensor) -> int:
-    return int(tensor.fragments[0].data.untyped_storage()._cdata)
+    return storage_key(tensor.fragments[0].data)
 
 
 def _plain(tensor: SourceTensor, reader: CheckedReader) -> Callable[[], Iterator[memoryview]]:

@@ -18,6 +18,7 @@ from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
+from shardwise.upstream.diffusers import CLASS_NAME
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,7 +158,7 @@ def model_class(directory: Path) -> ModelClass | None:
 
 def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
     named = config.get("architectures")
-    own = config.get("_class_name")
+    own = config.get(CLASS_NAME)
     if isinstance(own, str):
         return _library_class("diffusers", own)
     if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and not config.get("auto_map"):
@@ -177,7 +178,7 @@ def _library_class(library: str, name: str) -> type[nn.Module] | None:
 
 
 def _build(kind: type[nn.Module], directory: Path, config: Mapping[str, object]) -> nn.Module:
-    if "_class_name" in config:
+    if CLASS_NAME in config:
         return cast("_FromConfig", kind).from_config(dict(config))
     settings = cast("_FromConfig", kind).config_class.from_pretrained(directory, local_files_only=True)
     model = kind(settings)

@@ -29,6 +29,7 @@ from shardwise.stateful_wrappers.ways import (
     refuse_hooks_around,
     takes_extra,
 )
+from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
 
 def capture_adapter(
@@ -162,14 +163,14 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
         pending = [("", outer(part))]
         while pending:
             path, module = pending.pop()
-            children = {name: child for name, child in module._modules.items() if child is not None}
+            children = {name: child for name, child in own_children(module).items() if child is not None}
             numbered = bool(children) and all(name.isdecimal() for name in children)
             layered = any(any(True for _ in wrapping.unwrap(child).children()) for child in children.values())
             kept = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
             if kept and numbered and layered:
                 name = clean(path).removeprefix(PEFT_PREFIX)
                 found.setdefault(name, set()).update(map(int, children))
-                if isinstance(module, nn.ModuleDict) or len(children) < len(module._modules):
+                if isinstance(module, nn.ModuleDict) or len(children) < len(own_children(module)):
                     cut.add(name)
                 if not isinstance(module, nn.Sequential):  # which may also be a model and its head
                     continue
@@ -181,9 +182,9 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
     if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
         return False
-    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return False
-    return type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+    return own_loader(type(module)).__module__.startswith("torch.nn.")
 
 
 def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
@@ -193,7 +194,7 @@ def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -
     for part in parts:
         refuse_hooks_around(part, outer(part))
         for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
-            hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+            hooks = saving_hooks(module)
             # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
             if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
                 raise ModuleStateError(

@@ -28,6 +28,7 @@ from shardwise.peft.own import (
 )
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 from shardwise.stateful_wrappers.model_parts import described_part, own_class, unwrap
+from shardwise.upstream.transformers import NAME_OR_PATH
 
 _LOG = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def base_model_name(parts: Sequence[nn.Module]) -> str | None:
     for part in parts:
         model = unwrap(part)
         config = getattr(model, "config", None)
-        for holder, name in ((config, "name_or_path"), (config, "_name_or_path"), (model, "name_or_path")):
+        for holder, name in ((config, "name_or_path"), (config, NAME_OR_PATH), (model, "name_or_path")):
             value = getattr(holder, name, None)
             if isinstance(value, (str, os.PathLike)) and os.fspath(value):
                 return os.fspath(value)

@@ -18,6 +18,7 @@ from shardwise.peft.names import join, named_modules
 from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry
 from shardwise.stateful_wrappers.names import NamedTensor, list_parameters
+from shardwise.upstream.torch_modules import own_buffers, unsaved_buffers
 
 
 def extra_name(name: str) -> str:
@@ -90,8 +91,8 @@ def _statistics(model: nn.Module) -> frozenset[str]:
     for name, module in named_modules(model):
         buffers = {
             join(name, leaf): buffer
-            for leaf, buffer in module._buffers.items()
-            if buffer is not None and leaf not in module._non_persistent_buffers_set
+            for leaf, buffer in own_buffers(module).items()
+            if buffer is not None and leaf not in unsaved_buffers(module)
         }
         if buffers and not any(_is_packed(key, buffer) for key, buffer in buffers.items()):
             found |= {key for key in buffers if is_below(key, owned) is None}

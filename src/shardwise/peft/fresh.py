@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,10 +28,20 @@ from shardwise.stateful_wrappers.memory import PLAIN
 from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import original_class
+from shardwise.upstream import peft as upstream
+from shardwise.upstream.torch_modules import (
+    BUFFERS,
+    CHILDREN,
+    PARAMETERS,
+    STORES,
+    own_buffers,
+    own_children,
+    own_parameters,
+)
+from shardwise.upstream.torch_tensors import local_part
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTuner
 
 #: Ways to begin LoRA that look at nothing but the factors. Source: peft's ``LoraLayer.update_layer``.
 _LOOKS_AT_FACTORS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -125,12 +135,9 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
 
 
 def _refuse_unknown(name: str, config: PeftConfig) -> None:
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner
-
     reason = ""
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if config.is_prompt_learning or tuner is None or not issubclass(tuner, BaseTuner):
+    tuner = upstream.tuner_of(config.peft_type)
+    if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):
         reason = "does not live in layers"
     elif str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
         reason = "looks at gradients that have to be measured before the model is adapted"
@@ -150,11 +157,10 @@ def _method(config: PeftConfig) -> str:
 
 def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Name and tensor of all that peft's layers have besides what they wrap, and of what the tuner itself has."""
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-
+    kinds = (upstream.tuner_class(), upstream.layer_class())
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in named_modules(outer(part)):
-        if not isinstance(module, (BaseTuner, BaseTunerLayer)):
+        if not isinstance(module, kinds):
             continue
         for leaf, tensor in _own_tensors(module):
             found.setdefault(id(tensor), (join(path, leaf), tensor))
@@ -188,26 +194,22 @@ class _StandIn:
 
     def of(self, module: nn.Module) -> nn.Module:
         """A stand-in for a module: of its class, with its settings, and with parameters that have no memory."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-
-        while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            module = cast(
-                "nn.Module",
-                module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module,
-            )
+        layer = upstream.layer_class()
+        while isinstance(module, (layer, upstream.copy_class())):
+            around = cast(Any, module)
+            module = cast("nn.Module", around.get_base_layer() if isinstance(module, layer) else around.original_module)
         cls = original_class(module)
         out = cls.__new__(cls)
-        own = {name: value for name, value in vars(module).items() if not name.startswith("_hf_")}
+        own = {name: value for name, value in vars(module).items() if not name.startswith(upstream.ACCELERATES)}
         # Hooks are the real module's, FSDP2's among them.
         out.__dict__.update({**own, **{name: type(value)() for name, value in own.items() if name.endswith("_hooks")}})
-        out.__dict__["_parameters"] = {
+        out.__dict__[PARAMETERS] = {
             leaf: None if p is None else nn.Parameter(_nothing(p), requires_grad=False)
-            for leaf, p in module._parameters.items()
+            for leaf, p in own_parameters(module).items()
         }
-        out.__dict__["_buffers"] = {leaf: None if b is None else _nothing(b) for leaf, b in module._buffers.items()}
-        out.__dict__["_modules"] = {
-            leaf: None if child is None else self.of(child) for leaf, child in module._modules.items()
+        out.__dict__[BUFFERS] = {leaf: None if b is None else _nothing(b) for leaf, b in own_buffers(module).items()}
+        out.__dict__[CHILDREN] = {
+            leaf: None if child is None else self.of(child) for leaf, child in own_children(module).items()
         }
         self.real[id(out)] = module
         self.held.append(out)
@@ -216,7 +218,7 @@ class _StandIn:
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same shape and dtype that takes no memory; whoever looks at it sees no number."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     if type(local) not in PLAIN and not isinstance(tensor, DTensor):
         return tensor.detach()  # a quantized weight: its class tells peft which layer to make
     value = float("nan") if tensor.dtype.is_floating_point else 0
@@ -224,9 +226,7 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _stand_in(part: nn.Module) -> _StandIn:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
+    kinds = (upstream.layer_class(), upstream.copy_class())
     inner = unwrap(part)
     config = getattr(inner, "config", None)
     kind = getattr(config, "model_type", None) or "custom"
@@ -237,22 +237,20 @@ def _stand_in(part: nn.Module) -> _StandIn:
     for path, module in named_modules(inner):
         if any(path.startswith(f"{name}.") for name in taken):
             continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, kinds):
             parent = root
             *containers, leaf = path.split(".")
             for piece in containers:
-                if piece not in parent._modules:
+                if piece not in own_children(parent):
                     parent.add_module(piece, nn.Module())
-                parent = cast("nn.Module", parent._modules[piece])
-            parent._modules[leaf] = out.of(module)
+                parent = cast("nn.Module", own_children(parent)[piece])
+            own_children(parent)[leaf] = out.of(module)
             taken.append(path)
     return out
 
 
 def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     """Adapt a stand-in for a part with one adapter, and copy what that made into the part."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
     stand_in = _stand_in(part)
     if not stand_in.held:
         return
@@ -263,11 +261,11 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     plain.inference_mode = False
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
-    tuner_class = cast("type[BaseTuner]", PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type])
+    tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
     real_layers = dict(named_modules(unwrap(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
-    adapted = _watched(tuner_class, copier)
-    if not any(_has_adapter(module, name) for module in real_layers.values()):
+    adapted = upstream.watched_tuner(tuner_class, copier.before, copier.after)
+    if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
         return
     torch.manual_seed(_seed(seed, name, ""))
     try:
@@ -286,29 +284,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
         copier.copy(tuner, whole, "")
 
 
-def _has_adapter(module: nn.Module, name: str) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer) and name in module._all_available_adapter_names()
-
-
 def _seed(seed: int, name: str, path: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=7).digest())
-
-
-def _watched(tuner_class: type[BaseTuner], copier: _Copier) -> Callable[..., nn.Module]:
-    """The tuner's class, with a look at each module before and after it is replaced."""
-
-    def create(self: Any, *args: Any, **kwargs: Any) -> None:
-        names = ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        target, parent, leaf, path = (given[n] for n in ("target", "parent", "target_name", "current_key"))
-        copier.before(target, path)
-        tuner_class._create_and_replace(self, *args, **kwargs)
-        copier.after(target, parent._modules[leaf], path)
-
-    watched = type(tuner_class.__name__, (tuner_class,), {"_create_and_replace": create})
-    return cast("Callable[..., nn.Module]", watched)
 
 
 class _Copier:
@@ -339,8 +316,8 @@ class _Copier:
         real = self._stand_in.real.get(id(module))
         if real is None:
             return
-        for leaf, parameter in real._parameters.items():
-            own = module._parameters.get(leaf)
+        for leaf, parameter in own_parameters(real).items():
+            own = own_parameters(module).get(leaf)
             if parameter is None or own is None:
                 continue
             whole = parameter.detach()
@@ -349,9 +326,9 @@ class _Copier:
             if type(whole) in PLAIN:
                 own.data = whole.to("cpu", copy=True)
                 self._given.append((module, leaf, own, own.data.clone()))
-        for leaf, buffer in real._buffers.items():
-            if buffer is not None and leaf in module._buffers:
-                module._buffers[leaf] = buffer.detach().to("cpu", copy=True)
+        for leaf, buffer in own_buffers(real).items():
+            if buffer is not None and leaf in own_buffers(module):
+                own_buffers(module)[leaf] = buffer.detach().to("cpu", copy=True)
 
     def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
         """Called when peft has put ``made`` in the place of ``target``."""
@@ -360,8 +337,8 @@ class _Copier:
         real = self._layers.get(path.removesuffix(f".{parameter}") if parameter else path)
         # Several parameters of one module are adapted by wrappers around each other.
         while real is not None and getattr(real, "parameter_name", None) != parameter:
-            real = real._modules.get("base_layer")
-        if real is None or not _has_adapter(real, self._name):
+            real = own_children(real).get("base_layer")
+        if real is None or not upstream.has_adapter(real, self._name):
             raise AdapterError(
                 f"{self._method} adapts {path!r}, and the model's adapter does not",
                 tensor=path,
@@ -369,14 +346,14 @@ class _Copier:
             )
         self.copy(made, real, path)
         for module, leaf, own, before in self._given:
-            now = module._parameters.get(leaf)
+            now = own_parameters(module).get(leaf)
             if now is not own or not torch.equal(own.data, before):
                 self._write_base(module, leaf, now, path)
             own.data = _nothing(own)
         self._given = []
 
     def _write_base(self, module: nn.Module, leaf: str, now: torch.Tensor | None, path: str) -> None:
-        target = self._stand_in.real[id(module)]._parameters.get(leaf)
+        target = own_parameters(self._stand_in.real[id(module)]).get(leaf)
         if now is None or target is None or now.shape != target.shape:
             raise AdapterError(
                 f"{self._method} replaces the base weight {leaf!r} of {path!r}, which has no place in the model",
@@ -409,7 +386,7 @@ def _copy_attributes(made: nn.Module, real: nn.Module | None) -> None:
         return
     for key, value in vars(made).items():
         current = vars(real).get(key)
-        if key in ("_parameters", "_buffers", "_modules"):
+        if key in STORES:
             continue
         if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor):
             setattr(real, key, value.to(current.device if current.device.type != "meta" else _device(real)))
@@ -436,21 +413,25 @@ def _needs_base(config: PeftConfig) -> bool:
 
 def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
     """Modules that are trained as copies, and tokens that are trained: both begin as the base's."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
+    tokens, copies = upstream.tokens_class(), upstream.copy_class()
     for path, module in named_modules(unwrap(part)):
-        if isinstance(module, TrainableTokensLayer) and name in module.token_indices:
+        if isinstance(module, tokens) and name in cast(Any, module).token_indices:
             _begin_tokens(path, module, name, seed)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and name in module._modules.get("modules_to_save", ()):
-            trained = cast("nn.ModuleDict", module.modules_to_save)[name]
+        elif isinstance(module, copies) and name in _trained_copies(module):
+            trained = _trained_copies(module)[name]
             first = dict(named_modules(cast("nn.Module", module.original_module)))
             for inner_path, inner in named_modules(trained):
                 source = first[inner_path]
-                for leaf, tensor in (*inner._parameters.items(), *inner._buffers.items()):
-                    other = source._parameters.get(leaf, source._buffers.get(leaf))
+                for leaf, tensor in (*own_parameters(inner).items(), *own_buffers(inner).items()):
+                    other = own_parameters(source).get(leaf, own_buffers(source).get(leaf))
                     if tensor is not None and other is not None and other is not tensor:
                         tensor.detach().copy_(other.detach())
+
+
+def _trained_copies(module: nn.Module) -> Mapping[str, nn.Module]:
+    """A module's copies that are trained, by adapter."""
+    copies = own_children(module).get("modules_to_save")
+    return dict(copies.items()) if isinstance(copies, nn.ModuleDict) else {}
 
 
 def _begin_tokens(path: str, layer: Any, name: str, seed: int) -> None:

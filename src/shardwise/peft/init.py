@@ -17,6 +17,7 @@ from shardwise.peft.own import LinearSite, find_sites
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.upstream.torch_modules import own_parameters
 
 #: Spellings of the initialisations.
 _METHODS = {
@@ -112,7 +113,7 @@ def initialise_magnitudes(parts: Sequence[nn.Module]) -> None:
         for site in find_sites(part):
             if not isinstance(site, LinearSite) or site.magnitude is None:
                 continue
-            weight = modules[site.fqn]._parameters.get("weight")
+            weight = own_parameters(modules[site.fqn]).get("weight")
             magnitude = site.magnitude.tensor
             if weight is None or weight.shape[0] != magnitude.numel():
                 raise AdapterError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.peft.tensors import AdapterFile
+from shardwise.upstream import peft
 
 #: Settings that do not change what the tensors of an adapter mean; every other one is compared.
 _WITHOUT_MEANING = frozenset(
@@ -83,11 +83,9 @@ def _kind(config: Mapping[str, object]) -> str:
 
 def _defaults(current: Mapping[str, object]) -> Mapping[str, object]:
     """What peft assumes where a setting is absent, which a file of another release may be."""
-    if "peft" not in sys.modules or _kind(current) == "LORA":
+    if not peft.is_imported() or _kind(current) == "LORA":
         return _LORA_DEFAULTS if _kind(current) == "LORA" else {}
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    cls = next((c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(kind.value) == _kind(current)), None)
+    cls = peft.config_class_of(_kind(current))
     return {} if cls is None else {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.model_parts import own_class, unwrap
 from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.upstream import peft as upstream
+from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -42,13 +43,11 @@ _FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("d
 
 def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = None) -> bool:
     """Whether the model is adapted with peft, by its layers or, for a stage that has none, by its configuration."""
-    if "peft" not in sys.modules:
+    if not upstream.is_imported():
         return False
     from peft import PeftConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    kinds = (upstream.layer_class(), upstream.copy_class())
     if any(isinstance(module, kinds) for part in parts for module in part.modules()):
         return True
     given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
@@ -64,13 +63,11 @@ def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
 
     A configuration alone is not enough: peft leaves it on a model whose adapters were merged and unloaded.
     """
-    if "peft" not in sys.modules:
+    if not upstream.is_imported():
         return False
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    kinds = (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    kinds = (PeftModel, upstream.layer_class(), upstream.copy_class())
     return any(isinstance(module, kinds) for part in parts for module in part.modules())
 
 
@@ -150,17 +147,14 @@ def adapters_prefixes(model: nn.Module) -> dict[str, str]:
 
     Known from the modules, since an adapter may be called as anything, a layer's number among them.
     """
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    kinds = (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
+    kinds = (upstream.tuner_class(), upstream.layer_class(), upstream.copy_class())
     out: dict[str, str] = {}
     for name, module in named_modules(model):
         if not isinstance(module, kinds):
             continue
         for leaf, child in module.named_children():
             if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or type(child).__name__ == "BufferDict":
-                keys = {*child._modules, *child._parameters, *child._buffers}
+                keys = {*own_children(child), *own_parameters(child), *own_buffers(child)}
                 out |= {join(name, leaf, key): key for key in keys}
     return out
 
@@ -248,7 +242,7 @@ def _named_by_peft(
     Raises:
         AdapterError: peft looks at values, which placeholders do not have.
     """
-    from peft.utils.save_and_load import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     try:
         with warnings.catch_warnings():
@@ -288,12 +282,11 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
 
 def _kept_tensors(model: nn.Module) -> dict[int, str]:
     """Tensors that peft's layers keep in plain dictionaries: id -> name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    layer = upstream.layer_class()
     out: dict[int, str] = {}
     for path, module in named_modules(model):
-        if isinstance(module, BaseTunerLayer):
-            for key in module.other_param_names:
+        if isinstance(module, layer):
+            for key in cast("tuple[str, ...]", module.other_param_names):
                 value = vars(module).get(key)
                 items = value.items() if isinstance(value, dict) else ()
                 out |= {id(item): join(path, key, name) for name, item in items if isinstance(item, torch.Tensor)}
@@ -379,9 +372,8 @@ def _cached_directory(model_id: str) -> str | None:
 
 def _param_wrappers(model: nn.Module) -> dict[str, nn.Module]:
     """Modules through which peft adapts a parameter directly, by name."""
-    from peft.tuners.lora import ParamWrapper
-
-    return {name: module for name, module in named_modules(model) if isinstance(module, ParamWrapper)}
+    kind = upstream.parameter_wrapper_class()
+    return {name: module for name, module in named_modules(model) if isinstance(module, kind)}
 
 
 def _entries(
@@ -396,7 +388,7 @@ def _entries(
         owner, found, _ = fqn.rpartition(f".{side}.")
         wrapper = wrappers.get(owner) if found else None
         # Only where the parameter is (experts, out, in) do the layouts differ, and only there has v4 single experts.
-        if wrapper is None or not getattr(wrapper, "_did_swap_in_out_features", False):
+        if wrapper is None or not upstream.swaps_in_out(wrapper):
             continue
         experts = int(cast("int", wrapper.num_experts))
         if v4_compatible:
@@ -476,13 +468,11 @@ def config_as_saved(
 
 def peft_target_modules(model: nn.Module) -> list[str]:
     """Names of the modules that peft's LoRA layers replace, without peft's prefix."""
-    from peft.tuners.lora import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    layer, wrapper = upstream.layer_class(), upstream.parameter_wrapper_class()
     names = {
         name.removeprefix(PEFT_PREFIX)
         for name, module in named_modules(outer(model))
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, ParamWrapper)
+        if isinstance(module, layer) and not isinstance(module, wrapper)
     }
     return sorted(names)
 
@@ -521,7 +511,7 @@ def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[Expert
     for part in parts:
         for name, wrapper in _param_wrappers(outer(part)).items():
             ranks, alphas = cast("dict[str, int]", wrapper.r), cast("dict[str, float]", wrapper.lora_alpha)
-            if not getattr(wrapper, "_did_swap_in_out_features", False) or adapter_name not in ranks:
+            if not upstream.swaps_in_out(wrapper) or adapter_name not in ranks:
                 continue
             module = name.removeprefix(PEFT_PREFIX)
             while module.endswith(".base_layer"):

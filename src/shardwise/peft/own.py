@@ -26,6 +26,7 @@ import torch.nn as nn
 from shardwise.errors import AdapterError
 from shardwise.peft.names import clean, expand_combined, expert_projections, fused_parameter, join, named_modules
 from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters, unsaved_buffers
 
 _LOG = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def find_sites(
     """
     root = unwrap(model)
     # Nearly every model has none, and is asked several times while it is loaded.
-    if not any(name.startswith("lora_") for m in root.modules() for name in (*m._parameters, *m._modules)):
+    if not any(name.startswith("lora_") for m in root.modules() for name in (*own_parameters(m), *own_children(m))):
         return []
     expand = not has_hub_names(root)
     fuse = is_qwen3_moe(root) and not v4_compatible
@@ -189,14 +190,14 @@ def _is_pair(module: nn.Module) -> bool:
 
 
 def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> Native | None:
-    parameter = module._parameters.get(name)
+    parameter = own_parameters(module).get(name)
     if parameter is not None:
         return Native(join(fqn, name), parameter) if leaf == "weight" else None
-    child = module._modules.get(name)
+    child = own_children(module).get(name)
     if child is None or isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
         return None
     for inner_name, inner in named_modules(child):
-        found = inner._parameters.get(leaf)
+        found = own_parameters(inner).get(leaf)
         if found is not None:
             return Native(join(fqn, name, inner_name, leaf), found)
     return None
@@ -215,8 +216,9 @@ def _linear_site(fqn: str, module: nn.Module, dim: int | None, expand: bool) -> 
 
 
 def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind: str | None) -> list[ExpertSite]:
-    tokens = [m["token"] for name, p in module._parameters.items() if p is not None and (m := _GROUPED.fullmatch(name))]
-    tokens = [t for t in tokens if module._parameters[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
+    own = own_parameters(module)
+    tokens = [m["token"] for name, p in own.items() if p is not None and (m := _GROUPED.fullmatch(name))]
+    tokens = [t for t in tokens if own[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
     # A gate and an up factor of their own cannot be a view of one factor of the fused parameter.
     fused = fuse and all(fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
     sites: list[ExpertSite] = []
@@ -308,7 +310,7 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
     # A head that is tied to a trained embedding is trained with it; peft's copies are not tied, so each has its values.
     ours = {id(native.tensor) for module in out for native in module.state}
     for fqn, module in modules.items():
-        tied = [p for p in module._parameters.values() if p is not None and id(p) in ours]
+        tied = [p for p in own_parameters(module).values() if p is not None and id(p) in ours]
         if tied and not any(fqn == owner or fqn.startswith(f"{owner}.") for owner in top):
             out.append(TrainedModule(fqn, tuple(_state(fqn, module))))
     return out
@@ -325,7 +327,7 @@ def natives(site: Site) -> Iterator[Native]:
 def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
     for name, inner in named_modules(module):
         prefix = join(fqn, name)
-        yield from (Native(join(prefix, n), p) for n, p in inner._parameters.items() if p is not None)
-        for buffer_name, buffer in inner._buffers.items():
-            if buffer is not None and buffer_name not in inner._non_persistent_buffers_set:
+        yield from (Native(join(prefix, n), p) for n, p in own_parameters(inner).items() if p is not None)
+        for buffer_name, buffer in own_buffers(inner).items():
+            if buffer is not None and buffer_name not in unsaved_buffers(inner):
                 yield Native(join(prefix, buffer_name), buffer)

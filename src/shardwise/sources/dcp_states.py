@@ -9,10 +9,11 @@ from shardwise.sources.dcp_model import DcpPath, find_model, model_below
 from shardwise.sources.dcp_nested import nested
 from shardwise.sources.dcp_optimizers import optimizer_places
 from shardwise.sources.dcp_values import DcpValues
+from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
 #: What torch's schedulers keep: all of them the first, and each one of the others.
-_SCHEDULER_KEYS = ("last_epoch", frozenset({"_step_count", "base_lrs", "num_bad_epochs"}))
+_SCHEDULER_KEYS = ("last_epoch", frozenset({STEP_COUNT, "base_lrs", "num_bad_epochs"}))
 
 
 def state_at(values: DcpValues, place: DcpPath) -> object:

@@ -15,8 +15,9 @@ from shardwise.sources.dcp_model import DcpPath, item_paths
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import Metadata
+
+    from shardwise.upstream.torch_checkpoint import StorageInfo
 
 #: Tensors that are no part of a model or of an optimizer's state are small: counters, a tensor learning rate.
 MAX_SMALL_TENSOR_BYTES = 2**28
@@ -49,7 +50,7 @@ class DcpValues:
             name for name, item in self.metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
         )
         self._legacy = legacy
-        self._places: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = {}
+        self._places: dict[str, list[tuple[tuple[int, ...], StorageInfo]]] = {}
         for index, info in (self.metadata.storage_data or {}).items():
             self._places.setdefault(index.fqn, []).append((tuple(index.offset or ()), info))
         self._read: dict[bytes, object] = {}
@@ -81,10 +82,10 @@ class DcpValues:
             self._read[raw] = read_torch_value(raw, str(path), name, legacy=self._legacy)
         return self._read[raw]
 
-    def _at(self, name: str) -> list[tuple[tuple[int, ...], _StorageInfo]]:
+    def _at(self, name: str) -> list[tuple[tuple[int, ...], StorageInfo]]:
         return self._places.get(name, [])
 
-    def _bytes(self, info: _StorageInfo, name: str) -> tuple[bytes, Path]:
+    def _bytes(self, info: StorageInfo, name: str) -> tuple[bytes, Path]:
         path = self.directory / info.relative_path
         if info.transform_descriptors:
             raise MisuseError(

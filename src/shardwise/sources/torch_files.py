@@ -34,6 +34,7 @@ from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
 from shardwise.sources.torch_state import distributed_class, unwrapped
 from shardwise.sources.whereabouts import torch_files
+from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,15 +153,13 @@ def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
         for name, tensor in load_file(file, legacy).items():
             yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
         return
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     size = file.stat().st_size
-    with FakeTensorMode():
+    with without_memory():
         state = load_file(file, legacy, mmap=False)
     for name, tensor in state.items():
-        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        start = place_in_archive(tensor)
         offset: int | None = None
-        if isinstance(start, int) and tensor.is_contiguous():
+        if start is not None and tensor.is_contiguous():
             offset = start + int(tensor.storage_offset()) * tensor.element_size()
             if offset < 0 or offset + tensor.numel() * tensor.element_size() > size:
                 raise FormatError("the tensor lies outside of the file", path=file, tensor=name, hint="Fetch it again.")

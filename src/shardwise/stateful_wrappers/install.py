@@ -9,16 +9,28 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.stateful_wrappers.names import plain_name
 from shardwise.stateful_wrappers.units import Step, Taker, label
 from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
+from shardwise.upstream.torch_modules import (
+    CHECKPOINTED,
+    LOAD_OWN,
+    keys_of_answer,
+    load_own,
+    loading_answer,
+    loading_post_hooks,
+    note_versions,
+    own_buffers,
+    own_children,
+    own_parameters,
+    unsaved_buffers,
+)
 
 _LOG = logging.getLogger(__name__)
 
-_CHECKPOINTED = "_checkpoint_wrapped_module."
+_CHECKPOINTED = f"{CHECKPOINTED}."
 
 
 @dataclass
@@ -73,8 +85,8 @@ class Installing:
             said.below(taker.module, values, taker.prefix, self._noted)
         else:
             if not taker.is_lenient:  # what was read directly already is copied onto itself
-                for name, tensor in (*taker.module._parameters.items(), *taker.module._buffers.items()):
-                    if tensor is not None and name not in taker.module._non_persistent_buffers_set:
+                for name, tensor in (*own_parameters(taker.module).items(), *own_buffers(taker.module).items()):
+                    if tensor is not None and name not in unsaved_buffers(taker.module):
                         values.setdefault(taker.prefix + name, tensor.detach())
             said.own(taker.module, values, taker.prefix, self._noted(taker.prefix))
         self._judge(said)
@@ -87,8 +99,8 @@ class Installing:
         prefix = plain_name(taker.prefix)
         for name, value in (self.aside or {}).items():
             rest = name.removeprefix(prefix)
-            is_own = name.startswith(prefix) and (taker.whole or rest.partition(".")[0] not in taker.module._modules)
-            if is_own:
+            is_below = rest.partition(".")[0] in own_children(taker.module)
+            if name.startswith(prefix) and (taker.whole or not is_below):
                 found[taker.prefix + rest] = value
         return found
 
@@ -158,15 +170,15 @@ class _Said:
 
     def own(self, module: nn.Module, values: dict[str, object], prefix: str, noted: dict[str, object]) -> None:
         """As ``load_state_dict`` does for one module."""
-        with _failing(module, prefix, "_load_from_state_dict"):
-            module._load_from_state_dict(values, prefix, noted, True, self.missing, self.unexpected, self.errors)
+        with _failing(module, prefix, LOAD_OWN):
+            load_own(module, values, prefix, noted, self.missing, self.unexpected, self.errors)
 
     def below(
         self, module: nn.Module, values: dict[str, object], prefix: str, noted: Callable[[str], dict[str, object]]
     ) -> None:
         """As ``load_state_dict`` does for a module and all below it."""
         self.own(module, values, prefix, noted(prefix))
-        for name, child in module._modules.items():
+        for name, child in own_children(module).items():
             if child is not None:
                 start = f"{prefix}{name}."
                 theirs = {key: value for key, value in values.items() if key.startswith(start)}
@@ -175,39 +187,35 @@ class _Said:
 
     def after(self, module: nn.Module) -> None:
         """Call a module's post-hooks."""
-        keys = _IncompatibleKeys(self.missing, self.unexpected)
-        for hook in module._load_state_dict_post_hooks.values():
+        keys = loading_answer(self.missing, self.unexpected)
+        for hook in loading_post_hooks(module):
             with _failing(module, self.prefix, "a load_state_dict post-hook"):
                 hook(module, keys)
 
     def root(self, values: dict[str, object], metadata: dict[str, dict[str, object]]) -> None:
         """Call the model's own ``load_state_dict``."""
-        given = _WithMetadata(values)
+        given: OrderedDict[str, object] = OrderedDict(values)
         if metadata:
-            given._metadata = metadata
+            note_versions(given, metadata)
         with _failing(self.module, self.prefix, "load_state_dict"):
             found: object = self.module.load_state_dict(given)
-        if isinstance(found, _IncompatibleKeys):
-            self.missing += found.missing_keys
-            self.unexpected += found.unexpected_keys
-
-
-class _WithMetadata(OrderedDict[str, object]):
-    _metadata: dict[str, dict[str, object]]
+        missing, unexpected = keys_of_answer(found)
+        self.missing += missing
+        self.unexpected += unexpected
 
 
 def post_steps(root: nn.Module) -> list[Step]:
     """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
-    if not any(module._load_state_dict_post_hooks for module in every_module([root])):
+    if not any(loading_post_hooks(module) for module in every_module([root])):
         return []
     found: list[Step] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in module._modules.items():
+        for name, child in own_children(module).items():
             if child is not None:
                 visit(child, f"{prefix}{name}.")
         # FSDP2's own put sharded parameters back in place, which have not been away.
-        if foreign(module._load_state_dict_post_hooks.values()):
+        if foreign(loading_post_hooks(module)):
             found.append(Step("post", module, prefix))
 
     visit(root, "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from shardwise.upstream.torch_tensors import local_part
 
 
 def mark(tensor: torch.Tensor) -> bool:
@@ -41,7 +42,7 @@ def has_mark(tensor: torch.Tensor) -> bool:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
+    return local_part(tensor).detach()
 
 
 def _signal(dtype: torch.dtype) -> float | int | None:

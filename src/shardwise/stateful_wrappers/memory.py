@@ -12,12 +12,21 @@ from typing import Protocol, cast
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shardwise.errors import MisuseError, TensorError
+from shardwise.upstream.torch_tensors import (
+    around,
+    arrived,
+    as_plain_tensors,
+    is_lazy,
+    is_wrapper,
+    local_part,
+    mesh_of,
+    negated_view,
+    placements_of,
+    spread_of,
+)
 
 #: Classes that say nothing about how memory is read.
 PLAIN: frozenset[type] = frozenset({torch.Tensor, nn.Parameter})
@@ -38,12 +47,12 @@ class Wrapper(Protocol):
 
 
 def _is_wrapper(tensor: torch.Tensor) -> bool:
-    return type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor)
+    return type(tensor) not in PLAIN and is_wrapper(tensor)
 
 
 def address(tensor: torch.Tensor) -> int:
     """A number that two tensors which are the same have in common: enough to see that no two are."""
-    local = getattr(tensor, "_local_tensor", tensor)
+    local = local_part(tensor)
     if _is_wrapper(local):
         return hash(identity(tensor))
     try:
@@ -60,9 +69,9 @@ def identity(tensor: torch.Tensor) -> tuple[object, ...]:
     same as itself alone.
     """
     if isinstance(tensor, DTensor):
-        spec = tensor._spec
-        local = identity(tensor._local_tensor)
-        return (spec.mesh, spec.placements, *map(type, spec.placements), tuple(tensor.shape), local)
+        placements = placements_of(tensor)
+        local = identity(local_part(tensor))
+        return (mesh_of(tensor), placements, *map(type, placements), tuple(tensor.shape), local)
     if is_lazy(tensor):
         return (id(tensor),)
     cls = type(tensor)
@@ -102,8 +111,7 @@ def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
         MisuseError: It is sparse, nested or not initialized.
         TensorError: Its class wraps other tensors in another way than by being the one that it wraps.
     """
-    if isinstance(local, AsyncCollectiveTensor):
-        local = local.trigger_wait()  # type: ignore[no-untyped-call]
+    local = arrived(local)
     if type(local) not in PLAIN:
         local = _behind(name, local)
     if local.layout != torch.strided or local.is_nested:
@@ -124,18 +132,16 @@ def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
         MisuseError: As `plain_memory`.
         TensorError: The same.
     """
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     if type(local) in PLAIN and not local.is_inference():
         return tensor.detach()
     memory = plain_memory(name, local)
-    if not isinstance(tensor, DTensor):
-        return memory
-    return DTensor(memory, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return around(memory, spread_of(tensor)) if isinstance(tensor, DTensor) else memory
 
 
 def install(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a tensor's local elements into another's, unless the two are one memory. Both come from `plain_view`."""
-    pair = [getattr(tensor, "_local_tensor", tensor) for tensor in (target, value)]
+    pair = [local_part(tensor) for tensor in (target, value)]
     if identity(pair[0]) != identity(pair[1]):
         pair[0].copy_(pair[1])
 
@@ -190,7 +196,7 @@ def _behind(name: str, local: torch.Tensor) -> torch.Tensor:
 
 def _own_memory(local: torch.Tensor) -> torch.Tensor | None:
     """The memory of a subclass that has some, whatever functions of torch it overrides."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_plain_tensors():
         try:
             memory = local.detach()
             has_some = memory.is_meta or memory.layout != torch.strided or not memory.numel() or memory.data_ptr()
@@ -273,10 +279,10 @@ def _outside_inference(local: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False):
         conj, neg = local.is_conj(), local.is_neg()
         local = local.conj() if conj else local
-        local = torch._neg_view(local) if neg else local
+        local = negated_view(local) if neg else local
         made = torch.empty(0, dtype=local.dtype, device=local.device)
         made.set_(local.untyped_storage(), local.storage_offset(), local.shape, local.stride())
-        made = torch._neg_view(made) if neg else made
+        made = negated_view(made) if neg else made
         return made.conj() if conj else made
 
 

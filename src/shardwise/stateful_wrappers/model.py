@@ -17,6 +17,7 @@ from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, 
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.upstream.torch_tensors import local_part
 
 
 class ModelState:
@@ -135,7 +136,7 @@ class ModelState:
             for key, value in state_dict.items():
                 name = plain_name(key)
                 target = own.get(name)
-                what = None if target is None else deferred(getattr(target, "_local_tensor", target))
+                what = None if target is None else deferred(local_part(target))
                 if what is not None:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
@@ -163,7 +164,7 @@ def _concerns(step: Step, names: Mapping[str, object]) -> bool:
 
 def _behind(named: NamedTensor) -> torch.Tensor:
     """A parameter or buffer; what is behind it, where it is a stand-in."""
-    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
+    what = deferred(local_part(named.tensor))
     if what is None:
         return named.tensor
     return what.maker.tensor if isinstance(what.maker, OneTensor) else _made(named)
@@ -171,7 +172,7 @@ def _behind(named: NamedTensor) -> torch.Tensor:
 
 def _made(named: NamedTensor) -> torch.Tensor:
     """A tensor, detached; what is behind it, where it is a stand-in."""
-    what = deferred(getattr(named.tensor, "_local_tensor", named.tensor))
+    what = deferred(local_part(named.tensor))
     if what is None:
         return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())

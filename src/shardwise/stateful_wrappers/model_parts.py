@@ -10,6 +10,8 @@ from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.skeleton import unwrapped
 from shardwise.stateful_wrappers.wrapping import inner_model, original_class
+from shardwise.upstream.torch_modules import own_buffers, own_parameters
+from shardwise.upstream.torch_tensors import local_part
 
 if TYPE_CHECKING:
     import torch
@@ -104,19 +106,14 @@ def has_quantized_parameters(model: nn.Module) -> bool:
     # Looked at in every save. Asking a DTensor for its data is slow, and most parameters of a model are of one kind.
     kinds: dict[tuple[type, type, torch.dtype], torch.Tensor] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
-                kinds.setdefault((type(parameter), type(_local(parameter)), parameter.dtype), parameter)
-        for name in _PACKED_BUFFERS.intersection(module._buffers.keys()):
-            buffer = module._buffers[name]
+                kinds.setdefault((type(parameter), type(local_part(parameter)), parameter.dtype), parameter)
+        for name in _PACKED_BUFFERS.intersection(own_buffers(module).keys()):
+            buffer = own_buffers(module)[name]
             if buffer is not None and not buffer.is_floating_point():
                 return True
     return any(_is_quantized(parameter) for parameter in kinds.values())
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    local: torch.Tensor = getattr(parameter, "_local_tensor", parameter)
-    return local
 
 
 def _is_quantized(parameter: torch.Tensor) -> bool:
@@ -124,7 +121,7 @@ def _is_quantized(parameter: torch.Tensor) -> bool:
 
     from shardwise.stateful_wrappers.memory import stands_for_memory
 
-    local = _local(parameter)
+    local = local_part(parameter)
     for tensor in (parameter, local, getattr(local, "data", local)):
         cls = type(tensor)
         if cls.__name__ in _BITSANDBYTES_PARAMETERS:

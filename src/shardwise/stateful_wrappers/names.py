@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,9 +16,20 @@ from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
 from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
 from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
 from shardwise.stateful_wrappers.wrapping import unwrap as unwrap  # noqa: PLC0414
-
-#: What a module overrides to make or take its state in a way of its own.
-_WAYS = ("state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state")
+from shardwise.upstream.torch_modules import (
+    LOAD_OWN,
+    MAKES_STATE,
+    SAVE_OWN,
+    has_state_hooks,
+    loading_pre_hooks,
+    own_buffers,
+    own_children,
+    own_parameters,
+    saving_hooks,
+    saving_pre_hooks,
+    unsaved_buffers,
+)
+from shardwise.upstream.transformers import class_ties, configured_ties, has_configured_ties
 
 _LOG = logging.getLogger(__name__)
 
@@ -211,11 +222,11 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         if not plain or not keeps_torchs_ways(module):
             return None
         modules.append(module)
-        for hook in module._state_dict_pre_hooks.values():
+        for hook in saving_pre_hooks(module):
             hook(module, prefix, True)
         _take_own(found, module, prefix)
-        if module._modules:
-            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        if below := own_children(module):
+            children = [(f"{prefix}{name}.", child) for name, child in below.items() if child is not None]
             pending.extend(reversed(children))
     return _Plain(found, modules)
 
@@ -226,40 +237,38 @@ def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
     pending = [("", root)]
     while pending:
         prefix, module = pending.pop()
-        if module._state_dict_pre_hooks:  # FSDP2's, which puts sharded parameters back in place
-            for hook in module._state_dict_pre_hooks.values():
-                if not foreign([hook]):
-                    hook(module, prefix, True)
+        for hook in saving_pre_hooks(module):  # FSDP2's, which puts sharded parameters back in place
+            if not foreign([hook]):
+                hook(module, prefix, True)
         _take_own(found, module, prefix)
-        children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        children = [(f"{prefix}{name}.", child) for name, child in own_children(module).items() if child is not None]
         pending.extend(reversed(children))
     return found
 
 
 def _take_own(found: dict[str, torch.Tensor], module: nn.Module, prefix: str) -> None:
-    for name, parameter in module._parameters.items():
+    for name, parameter in own_parameters(module).items():
         if parameter is not None:
             found[prefix + name] = parameter
-    if module._buffers:
-        lost = module._non_persistent_buffers_set
-        found |= {prefix + n: b for n, b in module._buffers.items() if b is not None and n not in lost}
+    if own_buffers(module):
+        lost = unsaved_buffers(module)
+        found |= {prefix + n: b for n, b in own_buffers(module).items() if b is not None and n not in lost}
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:
     """Whether modules of a class make their state as torch does: parameters and persistent buffers."""
-    return all(getattr(cls, name) is getattr(nn.Module, name) for name in _WAYS)
+    return all(getattr(cls, name) is getattr(nn.Module, name) for name in MAKES_STATE)
 
 
 def keeps_torchs_ways(module: nn.Module) -> bool:
     """Whether nothing was put into a module that makes or takes its state in another way than its class does."""
     own = vars(module)  # looked into by hand, since every module of a model is asked
-    if "state_dict" in own or "_save_to_state_dict" in own or "_load_from_state_dict" in own:
+    if "state_dict" in own or SAVE_OWN in own or LOAD_OWN in own:
         return False
-    if not (module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks):
+    if not has_state_hooks(module):
         return True
-    made = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
-    return not foreign([*made, *module._load_state_dict_pre_hooks.values()])
+    return not foreign([*saving_hooks(module), *loading_pre_hooks(module)])
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
@@ -269,13 +278,11 @@ def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
     """
     ties: dict[str, str] = {}
     for part in parts:
-        declared = getattr(unwrap(part), "all_tied_weights_keys", None) or getattr(
-            unwrap(part), "_tied_weights_keys", None
-        )
+        declared = configured_ties(unwrap(part)) or class_ties(unwrap(part))
         if isinstance(declared, dict):
             ties.update({str(target): str(source) for target, source in declared.items()})
         elif declared:
-            ties.update({str(target): "" for target in declared})
+            ties.update({str(target): "" for target in cast("Iterable[object]", declared)})
     return ties
 
 
@@ -287,7 +294,7 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
     ties: dict[str, str] = {}
     for part in parts:
         module = unwrap(part)
-        declared = getattr(module, "all_tied_weights_keys", getattr(module, "_tied_weights_keys", None))
+        declared = configured_ties(module) if has_configured_ties(module) else class_ties(module)
         if isinstance(declared, dict):
             ties.update({str(target): str(source) for target, source in declared.items()})
     return ties
@@ -301,7 +308,7 @@ def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
     """
     found: set[str] = set()
     for part in parts:
-        known: object = getattr(unwrap(part), "all_tied_weights_keys", None)
+        known = configured_ties(unwrap(part))
         found.update(map(str, known) if isinstance(known, dict) else declared_ties([part]))
     return frozenset(found)
 

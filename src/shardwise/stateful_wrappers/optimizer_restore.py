@@ -25,6 +25,7 @@ from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, gives
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.upstream.torch_tensors import local_part
 
 Undo = Callable[[], None]
 Rest = list[tuple[Path, object]]
@@ -502,7 +503,7 @@ def _is_cast(now: torch.Tensor, value: torch.Tensor, param: torch.Tensor) -> boo
     """Whether ``now`` is ``value`` cast to the dtype of its parameter, and no more than that."""
     if now is value or now.dtype == value.dtype or now.dtype != param.dtype or now.shape != value.shape:
         return False
-    mine, saved = (getattr(each, "_local_tensor", each) for each in (now, value))
+    mine, saved = (local_part(each) for each in (now, value))
     return bool(torch.equal(mine, saved.to(mine.dtype).to(mine.device)))
 
 

@@ -16,18 +16,13 @@ from torch.optim import Optimizer
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, Keeper, is_shell, is_zero, members
 from shardwise.stateful_wrappers.kinds import equal
+from shardwise.upstream.torch_optim import STATE_HOOKS
+from shardwise.upstream.torch_tensors import local_part
 
 #: A step into a state dict: ``("key", key)``, ``("item", number)``, or ``("parameter", name)`` for a packed number.
 Step = tuple[str, object]
 Path = tuple[Step, ...]
 NameOf = Callable[[torch.Tensor], str]
-
-_HOOKS = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 def gives_own_way(optimizer: AnyOptimizer) -> bool:
@@ -37,7 +32,8 @@ def gives_own_way(optimizer: AnyOptimizer) -> bool:
     if not isinstance(optimizer, Optimizer):
         return True
     own = vars(optimizer)
-    return _overrides(optimizer, "state_dict") or takes_own_way(optimizer) or any(own.get(hooks) for hooks in _HOOKS)
+    has_hooks = any(own.get(hooks) for hooks in STATE_HOOKS)
+    return has_hooks or _overrides(optimizer, "state_dict") or takes_own_way(optimizer)
 
 
 def takes_own_way(optimizer: AnyOptimizer) -> bool:
@@ -46,7 +42,7 @@ def takes_own_way(optimizer: AnyOptimizer) -> bool:
         return False
     if not isinstance(optimizer, Optimizer):
         return True
-    return _overrides(optimizer, "load_state_dict") or any(vars(optimizer).get(hooks) for hooks in _HOOKS[2:])
+    return _overrides(optimizer, "load_state_dict") or any(vars(optimizer).get(hooks) for hooks in STATE_HOOKS[2:])
 
 
 def _overrides(optimizer: Optimizer, method: str) -> bool:
@@ -307,7 +303,7 @@ def _is_same(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         if a is b or not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
             return a is b
-        x, y = (getattr(each, "_local_tensor", each) for each in (a, b))
+        x, y = (local_part(each) for each in (a, b))
         alike = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
         return alike and x.data_ptr() == y.data_ptr()
     if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -12,6 +12,7 @@ import torch
 
 from shardwise.stateful_wrappers.wrapping import original_class as original_class  # noqa: PLC0414
 from shardwise.stateful_wrappers.wrapping import wrapped
+from shardwise.upstream.torch_modules import CHILDREN, FSDP1_WRAPPED, own_children
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -19,7 +20,7 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     while True:
         inner = wrapped(module)
         if inner is None:  # not by truth: a module may have a length, and a compiled one asks the model's
-            inner = module._modules.get("_fsdp_wrapped_module")
+            inner = own_children(module).get(FSDP1_WRAPPED)
         if inner is None:
             return module
         module = inner
@@ -42,13 +43,13 @@ def _copy(
     cls = originals.get(type(module))
     if cls is None:
         cls = originals[type(module)] = original_class(module)
-    if cls is type(module) and not module._modules:
+    if cls is type(module) and not own_children(module):
         return module
     copy = cls.__new__(cls)
     done[id(module)] = copy
     copy.__dict__.update(module.__dict__)
     children = {
-        name: child if child is None else _copy(child, done, originals) for name, child in module._modules.items()
+        name: child if child is None else _copy(child, done, originals) for name, child in own_children(module).items()
     }
-    copy.__dict__["_modules"] = children
+    copy.__dict__[CHILDREN] = children
     return copy

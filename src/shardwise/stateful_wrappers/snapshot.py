@@ -15,19 +15,19 @@ from typing import NoReturn, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.memory import PLAIN, identity
 from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
+from shardwise.upstream.torch_modules import other_stores_in, own_buffers, own_children, parameters_in, unsaved_buffers
+from shardwise.upstream.torch_tensors import local_in, local_part
 
 _Kept: TypeAlias = dict[str, object]
 
-_LOCAL = attrgetter("_local_tensor")
 _SHAPE = attrgetter("shape")
 _DTYPE = attrgetter("dtype")
-_PARAMETERS = itemgetter("_parameters")
-_OTHERS = itemgetter("_modules", "_buffers", "_state_dict_hooks", "_state_dict_pre_hooks")
 _BUFFERS = itemgetter(1)
 
 
@@ -60,7 +60,7 @@ class Memory:
         self._sharded: list[torch.Tensor] = []
         wrappers: list[torch.Tensor] = []
         for tensor in tensors:
-            local = getattr(tensor, "_local_tensor", None)
+            local = local_part(tensor) if isinstance(tensor, DTensor) else None
             if local is not None:
                 self._sharded.append(tensor)
             if type(local if local is not None else tensor) not in PLAIN:
@@ -70,7 +70,7 @@ class Memory:
         # What is behind another class may be replaced inside of it. Keeping what there is keeps its addresses taken.
         self._wrappers = [(tensor, tensor.detach(), identity(tensor)) for tensor in wrappers]
         # What a DTensor has on this rank is an object of its own, which nobody turns into another dtype or layout.
-        self._locals = list(map(_LOCAL, self._sharded))
+        self._locals = list(map(local_in, self._sharded))
         # Asking for strides takes as long as all else; those of a contiguous tensor follow from its shape.
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
         # A real tensor is never a conjugate.
@@ -94,7 +94,7 @@ class Memory:
     def unmoved(self) -> bool:
         """Whether the tensors still have the memory, the dtypes, the shapes and the strides that they had."""
         return (
-            all(map(is_, map(_LOCAL, self._sharded), self._locals))
+            all(map(is_, map(local_in, self._sharded), self._locals))
             and self._now() == self._places
             and all(identity(tensor) == known for tensor, _, known in self._wrappers)
         )
@@ -145,15 +145,15 @@ class Snapshot:
 
     def _watch(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(map(vars, modules))
-        self._parameters = list(map(dict, map(_PARAMETERS, self._modules)))
-        each: list[tuple[_Kept, ...]] = list(map(_OTHERS, self._modules))
+        self._parameters = list(map(dict, map(parameters_in, self._modules)))
+        each: list[tuple[_Kept, ...]] = list(map(other_stores_in, self._modules))
         kept = list(chain.from_iterable(each))
         self._full, self._empty = list(filter(None, kept)), list(filterfalse(None, kept))
         # Without buffers it does not matter which of them would be kept.
         for module in compress(modules, map(_BUFFERS, each)):
-            if not module._non_persistent_buffers_set:
-                self._forgotten.append(module._non_persistent_buffers_set)
-            elif module._buffers.keys() - module._non_persistent_buffers_set:
+            if not unsaved_buffers(module):
+                self._forgotten.append(unsaved_buffers(module))
+            elif own_buffers(module).keys() - unsaved_buffers(module):
                 self.is_plain = False
         values = chain.from_iterable(map(dict.values, chain(self._parameters, self._full)))
         if any(map(_says_what_is_equal, {*map(type, modules), *map(type, values)})):
@@ -169,7 +169,7 @@ class Snapshot:
             and not any(self._forgotten)
             and self._has_the_same()
             and all(list(kept) == keys for kept, keys in self._ordered)
-            and all(list(_PARAMETERS(own)) == keys for own, keys in self._several)
+            and all(list(parameters_in(own)) == keys for own, keys in self._several)
             and self._memory.unmoved
         )
 
@@ -180,7 +180,7 @@ class Snapshot:
         """
         try:
             with _ByIdentity():
-                return list(map(_PARAMETERS, self._modules)) == self._parameters and self._full == self._known
+                return list(map(parameters_in, self._modules)) == self._parameters and self._full == self._known
         except _DifferentTensorsError:
             return False
 
@@ -199,5 +199,5 @@ def _modules(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
         if module not in seen:
             seen.add(module)
             yield module
-            if module._modules:
-                pending.extend([child for child in module._modules.values() if child is not None])
+            if own_children(module):
+                pending.extend([child for child in own_children(module).values() if child is not None])

@@ -14,11 +14,12 @@ from typing import cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.upstream.torch_tensors import StridedShard, local_part
 
 #: Kinds of state. `USUAL` is what nearly all optimizers keep: tensors of the parameter's shape and spread, and plain
 #: scalars; older checkpoints say nothing else. `UNCLEAR`: plain, of the shape that both the shard and the whole of the
@@ -131,7 +132,7 @@ def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None)
 
 
 def _letter(placement: Placement) -> str:
-    return f"S{placement.dim}" if isinstance(placement, (Shard, _StridedShard)) else "R"
+    return f"S{placement.dim}" if isinstance(placement, (Shard, StridedShard)) else "R"
 
 
 def is_spread_alike(tensor: DTensor, param: DTensor) -> bool:
@@ -150,7 +151,7 @@ def is_sharded(param: torch.Tensor) -> bool:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, without a copy."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local_part(tensor)
 
 
 def region_of(param: torch.Tensor) -> str:
@@ -317,7 +318,7 @@ def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
     one = cuts[0] if len(cuts) == 1 else "R"
     found, is_used = [], False
     for placement in param.placements:
-        cut = isinstance(placement, (Shard, _StridedShard)) and not is_used
+        cut = isinstance(placement, (Shard, StridedShard)) and not is_used
         found.append(one if cut else "R")
         is_used = is_used or cut
     return found

@@ -14,15 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, Protocol, cast
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.stateful_wrappers.memory import PLAIN
 from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
+from shardwise.upstream.torch_tensors import PendingTensor, local_part
 
 Tree = list[object]
-_PLAIN = {*PLAIN, AsyncCollectiveTensor}
+_PLAIN = {*PLAIN, PendingTensor}
 
 
 class _Flattens(Protocol):
@@ -40,7 +40,7 @@ def is_flat(state: Mapping[object, object]) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor._local_tensor if isinstance(tensor, DTensor) else tensor) in _PLAIN
+    return type(local_part(tensor)) in _PLAIN
 
 
 def _holds_tensors(value: object) -> bool:
@@ -121,9 +121,9 @@ class TreeWriter:
         if isinstance(tensor, DTensor):
             param = self._param
             if not isinstance(param, DTensor) or not is_spread_alike(tensor, param):
-                self._refuse(path, f"is a DTensor of {type(tensor._local_tensor).__name__}s, spread in its own way")
+                self._refuse(path, f"is a DTensor of {type(local_part(tensor)).__name__}s, spread in its own way")
             region = region_of(param)
-            return ["sharded", {region: self._parts(tensor._local_tensor, path, f"@{region}")}]
+            return ["sharded", {region: self._parts(local_part(tensor), path, f"@{region}")}]
         if self._param is not None and is_sharded(self._param):
             self._refuse(path, f"is a {type(tensor).__name__} beside a parameter that is sharded")
         return self._parts(tensor, path, "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, TensorError
@@ -17,6 +17,7 @@ from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
 from shardwise.stateful_wrappers.memory import plain_memory
+from shardwise.upstream.torch_tensors import StridedShard, global_shape, local_part, mesh_of, placements_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,7 @@ class MeshRegister:
             if plain is None:
                 plain = self._spreads[alike] = Spread.of(Part(tuple(alike[0]), may_differ=alike[1]), ())
             return plain
-        # Its own attributes take a tenth of the time of the public ones, which ask the tensor.
-        spec = tensor._spec
-        mesh, placements, meta = spec.mesh, spec.placements, spec.tensor_meta
-        shape = tensor.shape if meta is None else meta.shape
+        mesh, placements, shape = mesh_of(tensor), placements_of(tensor), global_shape(tensor)
         # The types belong to the key: to torch a strided shard may equal a plain one of the same dimension.
         may_differ = name in self._differing
         key = (id(mesh), shape, placements, may_differ, *map(type, placements))
@@ -116,7 +114,7 @@ class MeshRegister:
 
 def _placement(placement: object, name: str) -> Placement:
     match placement:
-        case _StridedShard():
+        case StridedShard():
             return Strided(placement.dim, int(placement.split_factor))
         case Shard():
             return Sharded(placement.dim)
@@ -131,13 +129,6 @@ def _placement(placement: object, name: str) -> Placement:
     raise TensorError(f"placement {placement!r} is not known", tensor=name, hint="Redistribute it before saving.")
 
 
-def local_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, without a copy."""
-    # to_local() would record a step for a gradient that nobody wants, and asking a DTensor for what its local tensor
-    # knows as well takes several times as long: this is done for every tensor of a model.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
     """Describe what this rank holds of ``tensor``, as views of its memory.
 
@@ -150,7 +141,7 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
         TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
         MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
     """
-    local = plain_memory(name, local_memory(tensor))
+    local = plain_memory(name, local_part(tensor))
     spread = meshes.spread(name, tensor)
     spec = TensorSpec(name, spread.part.native_shape, dtype_code(local.dtype, name))
     box = spread.box

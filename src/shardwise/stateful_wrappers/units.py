@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.errors import ModuleStateError
 from shardwise.plan.deferred import Deferred
@@ -30,6 +28,20 @@ from shardwise.stateful_wrappers.ways import (
     takes_extra,
     takes_itself,
 )
+from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
+from shardwise.upstream.torch_modules import (
+    loading_post_hooks,
+    note_versions,
+    noted_versions,
+    own_buffers,
+    own_children,
+    own_parameters,
+    save_own,
+    saving_pre_hooks,
+    state_version,
+    unsaved_buffers,
+)
+from shardwise.upstream.torch_tensors import DTensorSpec, around, is_lazy, local_part, spread_of, storage_key
 
 
 def label(module: nn.Module, prefix: str) -> str:
@@ -68,8 +80,8 @@ class Unit:
         try:
             with torch.no_grad():
                 if not self.whole:
-                    cast(_Entries, made)._metadata[prefix[:-1]] = {"version": module._version}
-                    module._save_to_state_dict(cast("dict[str, object]", made), prefix, False)
+                    noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
+                    save_own(module, cast("dict[str, object]", made), prefix)
                 elif prefix:
                     # As its parent calls it, which does not look at what is returned.
                     module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
@@ -100,7 +112,7 @@ class _Entries(OrderedDict[str, object]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._metadata: dict[str, dict[str, object]] = OrderedDict()
+        note_versions(self, OrderedDict())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,7 +164,7 @@ class SpreadAs:
 
     def around(self, local: torch.Tensor) -> torch.Tensor:
         """The DTensor of which ``local`` is this rank's part."""
-        return DTensor(local, self.spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return around(local, self.spec)
 
 
 class Step(NamedTuple):
@@ -197,7 +209,7 @@ class Described:
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, detached."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return local.detach().as_subclass(torch.Tensor) if _is_ordinary(local) else local.detach()
 
 
@@ -223,14 +235,13 @@ class StandIns:
     ) -> torch.Tensor:
         """The stand-in for ``value``; a DTensor where that is one."""
         whose = maker.tensor if isinstance(maker, OneTensor) else maker.module
-        is_lazy = nn.parameter.is_lazy(value)
-        local = torch.empty(0, dtype=value.dtype, device="meta") if is_lazy else local_of(value)
-        spread = (value._spec.mesh, value.placements, value.shape) if isinstance(value, DTensor) else ()
+        local = torch.empty(0, dtype=value.dtype, device="meta") if is_lazy(value) else local_of(value)
+        spread = (value.device_mesh, value.placements, value.shape) if isinstance(value, DTensor) else ()
         how = (local.shape, local.dtype, value.device, spread, needs_grad)
         seen = (key, id(whose), id(taker), *how)
         known = self._known.get(seen) or self._used.get(seen)
         if known is None:
-            template = SpreadAs(value._spec) if isinstance(value, DTensor) else None
+            template = SpreadAs(spread_of(value)) if isinstance(value, DTensor) else None
             is_flexible = taker.is_lenient and template is None
             what = Deferred(key, tuple(local.shape), local.dtype, value.device, maker, taker, template, is_flexible)
             stand_in = what.stand_in() if template is None else template.around(what.stand_in())
@@ -313,15 +324,15 @@ class _Describing:
         if own is None and takes_extra(module):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
-            self.found.metadata.setdefault(prefix[:-1], {"version": module._version})
+            self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         self._modules[self._plain(prefix)] = (module, prefix, own)
         for name, tensor in _tensors_of(module):
             self._owned[self._plain(prefix + name)] = _Owned(tensor, own)
             self._memory.setdefault(_memory(tensor), tensor)
-        for name, child in module._modules.items():
+        for name, child in own_children(module).items():
             if child is not None:
                 self._look_at_takers(child, f"{prefix}{name}.", below)
-        if below is None and module._load_state_dict_post_hooks:
+        if below is None and loading_post_hooks(module):
             self._steps.append(Step("post", module, prefix))
 
     def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
@@ -347,7 +358,7 @@ class _Describing:
         if makes_subtree(module):
             self._add_made(Unit(module, prefix, whole=True))
             return
-        for hook in module._state_dict_pre_hooks.values():  # FSDP2's
+        for hook in saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
         if makes_own(module):
             self._add_made(Unit(module, prefix, whole=False))
@@ -356,15 +367,15 @@ class _Describing:
                 self._add(prefix + name, tensor, None)
             if self._values and gives_extra(module):
                 self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
-                self.found.metadata.setdefault(prefix[:-1], {"version": module._version})
-        for name, child in module._modules.items():
+                self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+        for name, child in own_children(module).items():
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
 
     def _add_made(self, unit: Unit) -> None:
         with _NoMessages(unit.label) if _has_peers() else nullcontext():
             entries = unit.entries()
-        for name, noted in getattr(entries, "_metadata", {}).items():
+        for name, noted in noted_versions(entries).items():
             self.found.metadata[name] = dict(noted)
         for key, value in entries.items():
             is_extra = key.rpartition(".")[2] == EXTRA
@@ -390,14 +401,14 @@ class _Describing:
         if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
             self.found.tensors[key] = own
             return
-        if nn.parameter.is_lazy(value) and self._values:
+        if is_lazy(value) and self._values:
             raise ModuleStateError(
                 "this parameter has no values yet: its module makes it at the first forward pass",
                 tensor=key,
                 hint="Call the model once before it is saved.",
             )
         taker = taker or self._taker_of(key)
-        if not _is_ordinary(value._local_tensor if isinstance(value, DTensor) else value):
+        if not _is_ordinary(local_part(value)):
             raise ModuleStateError(
                 f"{taker.label} makes or takes its state in a way of its own, and gives a {type(value).__name__}, "
                 "which cannot be described",
@@ -411,11 +422,11 @@ class _Describing:
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A module's parameters and persistent buffers."""
-    for name, parameter in module._parameters.items():
+    for name, parameter in own_parameters(module).items():
         if parameter is not None:
             yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
+    for name, buffer in own_buffers(module).items():
+        if buffer is not None and name not in unsaved_buffers(module):
             yield name, buffer
 
 
@@ -432,21 +443,21 @@ def _extra_of(module: nn.Module, prefix: str) -> object:
 
 def _is_dense(value: torch.Tensor) -> bool:
     """Whether a value is one that files of tensors can hold; others are kept beside."""
-    if nn.parameter.is_lazy(value):
+    if is_lazy(value):
         return True
     return value.layout is torch.strided and not value.is_nested and not value.is_quantized
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     """What two tensors that read the same memory in the same way have in common, as long as both are alive."""
-    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         return (id(tensor),)
     local, spread = tensor, None
     if isinstance(tensor, DTensor):
-        local, spread = tensor._local_tensor, (tensor._spec.mesh, tensor._spec.placements, tensor.shape)
+        local, spread = local_part(tensor), (tensor.device_mesh, tensor.placements, tensor.shape)
     if not _is_ordinary(local):
         return (id(tensor),)
-    storage = local.untyped_storage()._cdata
+    storage = storage_key(local)
     how = (local.dtype, local.shape, local.stride(), local.storage_offset(), local.is_conj(), local.is_neg())
     return (storage, how, spread)
 
@@ -467,12 +478,9 @@ class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         if any(issubclass(kind, DTensor) for kind in cast("tuple[type, ...]", types)):
             return NotImplemented
-        if getattr(func, "namespace", "") in _MESSAGES:
+        if getattr(func, "namespace", "") in MESSAGES:
             raise ModuleStateError(
                 f"{self._label} sends messages between ranks to give its state ({func})",
                 hint="Give out what this rank holds, as a DTensor, and convert without gathering.",
             )
-        return cast("torch._ops.OpOverload", func)(*args, **(kwargs or {}))
-
-
-_MESSAGES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
+        return cast("OpOverload", func)(*args, **(kwargs or {}))

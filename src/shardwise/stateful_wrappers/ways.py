@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from typing import cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from shardwise.errors import MisuseError, ModuleStateError
-
-EXTRA = "_extra_state"
-
-#: Whose hooks convert nothing: FSDP2 puts sharded parameters back in place, activation checkpointing strips its prefix.
-_HARMLESS = ("torch.distributed.fsdp.", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+from shardwise.upstream.torch_modules import (
+    COMPILED,
+    HARMLESS_HOOKS,
+    LOAD_OWN,
+    SAVE_OWN,
+    fsdp1_class,
+    loading_post_hooks,
+    loading_pre_hooks,
+    loads_as_norms_do,
+    own_children,
+    own_loader,
+    saving_hooks,
+)
+from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 
 
 def has_torchs(module: nn.Module, name: str) -> bool:
@@ -24,19 +30,19 @@ def has_torchs(module: nn.Module, name: str) -> bool:
 
 def foreign(hooks: Iterable[object]) -> bool:
     """Whether one of the hooks is not known to convert nothing."""
-    return not all((getattr(hook, "__module__", None) or "").startswith(_HARMLESS) for hook in hooks)
+    return not all((getattr(hook, "__module__", None) or "").startswith(HARMLESS_HOOKS) for hook in hooks)
 
 
 def makes_subtree(module: nn.Module) -> bool:
     """Whether what is saved of a module and all below it is made by the module, or by somebody's hook on it."""
     if not has_torchs(module, "state_dict"):
         return True
-    return foreign([*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()])
+    return foreign(saving_hooks(module))
 
 
 def makes_own(module: nn.Module) -> bool:
     """Whether a module makes what is saved of itself, but for extra state."""
-    return not has_torchs(module, "_save_to_state_dict")
+    return not has_torchs(module, SAVE_OWN)
 
 
 def gives_extra(module: nn.Module) -> bool:
@@ -56,16 +62,16 @@ def takes_itself(module: nn.Module, *, norms: bool = False) -> bool:
         module: The module.
         norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
     """
-    return not loads_as_torch(module, norms=norms) or foreign(module._load_state_dict_pre_hooks.values())
+    return not loads_as_torch(module, norms=norms) or foreign(loading_pre_hooks(module))
 
 
 def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
-    if has_torchs(module, "_load_from_state_dict"):
+    if has_torchs(module, LOAD_OWN):
         return True
-    if norms or "_load_from_state_dict" in vars(module):
+    if norms or LOAD_OWN in vars(module):
         return False
-    return getattr(type(module), "_load_from_state_dict") is _NormBase._load_from_state_dict  # noqa: B009
+    return loads_as_norms_do(module)
 
 
 def reaches_below(module: nn.Module) -> bool:
@@ -73,11 +79,11 @@ def reaches_below(module: nn.Module) -> bool:
 
     Hooks and methods are given the whole subtree's state. Torch's own methods look at the module's own alone.
     """
-    if not any(child is not None for child in module._modules.values()):
+    if not any(child is not None for child in own_children(module).values()):
         return False
-    if foreign(module._load_state_dict_pre_hooks.values()) or "_load_from_state_dict" in vars(module):
+    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return True
-    return not type(module)._load_from_state_dict.__module__.startswith("torch.")
+    return not own_loader(type(module)).__module__.startswith("torch.")
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -95,14 +101,12 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
     """
     wrapper: object = part
     while isinstance(wrapper, nn.Module) and wrapper is not inner:
-        made = [*wrapper._state_dict_hooks.values(), *wrapper._state_dict_pre_hooks.values()]
-        taken = [*wrapper._load_state_dict_pre_hooks.values(), *wrapper._load_state_dict_post_hooks.values()]
-        if foreign([*made, *taken]):
+        if foreign([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
             raise ModuleStateError(
                 f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
                 hint="Register them on the module inside.",
             )
-        wrapper = wrapper._modules.get("module", wrapper._modules.get("_orig_mod"))
+        wrapper = own_children(wrapper).get("module", own_children(wrapper).get(COMPILED))
 
 
 def refuse_fsdp1(parts: Iterable[object]) -> None:
@@ -111,8 +115,7 @@ def refuse_fsdp1(parts: Iterable[object]) -> None:
     Raises:
         MisuseError: One is; it is named.
     """
-    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    cls = cast("type[nn.Module] | None", getattr(loaded, "FullyShardedDataParallel", None))
+    cls = fsdp1_class()
     if cls is None:
         return
     modules = [part for part in parts if isinstance(part, nn.Module)]
@@ -137,5 +140,5 @@ def every_module(roots: Iterable[nn.Module]) -> Iterator[nn.Module]:
         if id(module) not in seen:
             seen.add(id(module))
             yield module
-            if module._modules:
-                pending.extend([child for child in module._modules.values() if child is not None])
+            if own_children(module):
+                pending.extend([child for child in own_children(module).values() if child is not None])

@@ -19,11 +19,16 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from shardwise.upstream.diffusers import model_mixin
+from shardwise.upstream.huggingface_hub import hub_mixin
+from shardwise.upstream.torch_modules import CHECKPOINTED, COMPILED, FSDP1_WRAPPED, generated_bases, own_children
+from shardwise.upstream.transformers import config_class, model_class
+
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
-_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_SEGMENTS = re.compile(rf"(?:^|(?<=\.))(?:{COMPILED}|{CHECKPOINTED}|{FSDP1_WRAPPED})\.")
 
 #: Those of them behind which there is a module with the same state.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPED = (COMPILED, CHECKPOINTED)
 
 
 def plain_name(name: str) -> str:
@@ -39,7 +44,7 @@ def plain_path(path: str) -> str:
 def wrapped(module: nn.Module) -> nn.Module | None:
     """The module that this one wraps and has the same state as; ``None`` where it wraps none."""
     for name in _WRAPPED:
-        inner = module._modules.get(name)
+        inner = own_children(module).get(name)
         if inner is not None:
             return inner
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -80,7 +85,7 @@ def inner_model(part: nn.Module) -> Inner:
         prefix = f"{inner.prefix}{path}."
         while (below := wrapped(module)) is not None:
             # Below the top, DDP's own name for what it wraps is in the state's names.
-            prefix += "" if any(name in module._modules for name in _WRAPPED) else "module."
+            prefix += "" if any(name in own_children(module) for name in _WRAPPED) else "module."
             module = below
         inner = Inner(module, _SEGMENTS.sub("", prefix), inner.has_rest or has_rest)
     return inner
@@ -90,9 +95,9 @@ def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     """Path of the module that the files are of, that module, and whether there is state besides."""
     if isinstance(module, _averaged()):
         return "module", cast("nn.Module", module.module), True
-    sharded = module._modules.get("_fsdp_wrapped_module")
+    sharded = own_children(module).get(FSDP1_WRAPPED)
     if sharded is not None:
-        return "_fsdp_wrapped_module", sharded, False
+        return FSDP1_WRAPPED, sharded, False
     if is_loaded_by_others(module) or _speaks_for_itself(module):
         return None
     config = _transformers_config(module)
@@ -121,7 +126,7 @@ def _speaks_for_itself(module: nn.Module) -> bool:
 
 def _transformers_config(module: nn.Module) -> object | None:
     """The configuration of transformers that a module shows."""
-    known = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
+    known = config_class()
     if known is None:
         return None
     try:
@@ -145,19 +150,17 @@ def outermost_pretrained(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_pretrained(module: nn.Module) -> bool:
     """Whether a module is of one of transformers' classes of models."""
-    return is_of(module, "transformers.modeling_utils", "PreTrainedModel")
+    return isinstance(module, model_class() or ())
 
 
 def is_loaded_by_others(module: nn.Module) -> bool:
     """Whether a library builds and loads a module's class by itself: transformers, diffusers, huggingface_hub."""
-    return (
-        is_pretrained(module) or is_of(module, "diffusers.models.modeling_utils", "ModelMixin") or is_hub_mixin(module)
-    )
+    return is_pretrained(module) or isinstance(module, model_mixin() or ()) or is_hub_mixin(module)
 
 
 def is_hub_mixin(module: nn.Module) -> bool:
     """Whether a module has huggingface_hub's ``PyTorchModelHubMixin``."""
-    return is_of(module, "huggingface_hub.hub_mixin", "ModelHubMixin")
+    return isinstance(module, hub_mixin() or ())
 
 
 def is_sentence_transformer(module: nn.Module) -> bool:
@@ -178,9 +181,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 @cache  # a model has few classes, and asking abstract ones what they are is slow
 def _original(own: type[nn.Module]) -> type[nn.Module]:
-    from torch.distributed.fsdp import FSDPModule
-
-    generated = (FSDPModule, getattr(sys.modules.get("torch.distributed._composable.replicate"), "DDP", FSDPModule))
+    generated = generated_bases()
     for cls in own.__mro__:
         if not issubclass(cls, generated) and issubclass(cls, nn.Module):
             return cls

@@ -54,6 +54,7 @@ from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
 from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import declared_ties
+from shardwise.upstream.transformers import may_be_unexpected
 
 _LOG = logging.getLogger(__name__)
 
@@ -324,6 +325,4 @@ def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]
 
 def _expected_leftovers(part: nn.Module) -> list[str]:
     """Patterns of names that a transformers model knows its files to have in vain, tied heads among them."""
-    patterns: object = getattr(part, "_keys_to_ignore_on_load_unexpected", None)
-    known = [str(p) for p in patterns] if isinstance(patterns, (list, tuple, set)) else []
-    return [*known, *(f"{re.escape(name)}$" for name in declared_ties([part]))]
+    return [*may_be_unexpected(part), *(f"{re.escape(name)}$" for name in declared_ties([part]))]

@@ -20,6 +20,8 @@ from shardwise.checkpointing.saving.further_names import is_pretrained
 from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import plain_name, promised_ties, unwrap
+from shardwise.upstream.torch_modules import unsaved_buffers
+from shardwise.upstream.transformers import may_be_unexpected
 
 
 def in_names_of_files(
@@ -76,8 +78,7 @@ def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
     patterns: list[str] = []
     for part in parts:
         module = unwrap(part)
-        known: object = getattr(module, "_keys_to_ignore_on_load_unexpected", None)
-        patterns += [str(p) for p in known] if isinstance(known, (list, tuple, set)) else []
+        patterns += may_be_unexpected(module)
         if is_pretrained(part):
             # Releases differ in where the module that recomputes them stands, not in what it is called.
             patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
@@ -91,9 +92,7 @@ def _recomputed(module: nn.Module) -> set[str]:
     """Names of buffers that are in no file, with that of the module around."""
     found: set[str] = set()
     for name, inner in module.named_modules():
-        found |= {
-            f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in inner._non_persistent_buffers_set
-        }
+        found |= {f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in unsaved_buffers(inner)}
     return found
 
 

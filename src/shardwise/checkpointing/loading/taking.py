@@ -26,6 +26,7 @@ from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
 from shardwise.stateful_wrappers.units import Step, Taker, label
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.upstream.torch_modules import own_children
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _is_below(name: str, taker: Taker) -> bool:
     if not name.startswith(prefix):
         return False
     first, _, rest = name[len(prefix) :].partition(".")
-    return taker.whole or not rest or first not in taker.module._modules
+    return taker.whole or not rest or first not in own_children(taker.module)
 
 
 def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from shardwise.errors import MisuseError
+from shardwise.upstream.python import bits_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +87,7 @@ class NumpyGenerator:
             return self._generator
         if isinstance(self._generator, np.random.Generator):
             return self._generator.bit_generator
-        return self._generator._bit_generator
+        return bits_of(self._generator)
 
     def state_dict(self) -> dict[str, object]:
         """The state; of an old generator with the half of a pair of normal numbers that it keeps."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from shardwise.checkpointing.run_state.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.kinds import equal
+from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES
 
 #: What torch's schedulers have one of for each parameter group. Source: ``torch.optim.lr_scheduler``.
-_OF_GROUPS = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
+_OF_GROUPS = frozenset({"base_lrs", LAST_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 _HINT = (
     "Build optimizers and schedulers with the parameter groups that the checkpoint was saved with; or restore without "
     "the scheduler, and it starts afresh."
@@ -92,7 +93,7 @@ def _merged(values: Sequence[object], merge: _Merge, own: object, key: str) -> o
         merged = {k: _merged(each, merge, theirs.get(k), f"{key}.{k}" if key else str(k)) for k, each in pairs.items()}
         # Counters and ordered dictionaries have no groups inside.
         return merged if type(first) is dict else _same(values, merge, key)
-    if name == "_schedulers" and all(isinstance(v, list) and len(v) == len(values[0]) for v in values):  # type: ignore[arg-type]
+    if name == INNER_SCHEDULERS and all(isinstance(v, list) and len(v) == len(values[0]) for v in values):  # type: ignore[arg-type]
         lists = [v for v in values if isinstance(v, list)]
         owns = own if isinstance(own, list) and len(own) == len(lists[0]) else [None] * len(lists[0])
         return [_merged([v[n] for v in lists], merge, owns[n], f"{key}[{n}]") for n in range(len(lists[0]))]
@@ -142,7 +143,7 @@ def _same(values: Sequence[object], merge: _Merge, key: str) -> object:
     if (
         isinstance(first, list)
         and any(len(first) == len(source.of.groups) != len(merge.places) for source in merge.sources)
-        and key.rpartition(".")[2] not in ("_milestones", "milestones")
+        and key.rpartition(".")[2] not in (MILESTONES, "milestones")
     ):
         raise MisuseError(
             f"the saved scheduler has {len(first)} values as {key}, perhaps one for each of its parameter groups, and "

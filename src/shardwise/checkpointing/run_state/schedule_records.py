@@ -14,6 +14,7 @@ from shardwise.checkpointing.run_state.distinct import Distinct, blob_of, unblob
 from shardwise.errors import StateFormatError
 from shardwise.sources.state_files import pack_state, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
+from shardwise.upstream.torch_optim import inner_schedulers
 
 #: A parameter group is told by the names of its parameters.
 Groups = tuple[tuple[str, ...], ...]
@@ -179,7 +180,7 @@ def inner_of(scheduler: object) -> object:
 
 def kind_of(scheduler: object) -> str:
     """Name of a scheduler's class, with those of the schedulers that it is made of."""
-    inside = getattr(scheduler, "_schedulers", None)
+    inside = inner_schedulers(scheduler)
     if isinstance(scheduler, LRScheduler) and isinstance(inside, list | tuple) and inside:
         return f"{type(scheduler).__name__}[{', '.join(map(kind_of, inside))}]"
     return type(scheduler).__name__

@@ -28,24 +28,19 @@ from shardwise.geometry import TensorSpec
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers.model_parts import config_of, described_part, own_class
-from shardwise.stateful_wrappers.wrapping import is_of, is_pretrained
+from shardwise.stateful_wrappers.wrapping import is_pretrained
+from shardwise.upstream.diffusers import model_mixin
+from shardwise.upstream.transformers import (
+    config_class,
+    left_out,
+    load_on_meta,
+    registered_classes,
+    without_initial_values,
+)
 
 _LOG = logging.getLogger(__name__)
 
 _SHOWN = 5
-
-#: Tables of transformers' that give a configuration's classes of models, those for pretraining and generating first.
-_TABLES = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MASKED_LM_MAPPING",
-    "MODEL_MAPPING",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "MODEL_FOR_PRETRAINING_MAPPING",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +177,11 @@ def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
 
 def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> tuple[str, Misfit]:
     """The name of the class that is described, and what of the tensors does not fit it."""
-    if is_of(model, "diffusers.models.modeling_utils", "ModelMixin"):
+    if isinstance(model, model_mixin() or ()):
         cls = own_class(model)
         return cls.__name__, _by_diffusers(cls, entries, specs)
     config = config_of(model)
-    known = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
+    known = config_class()
     if known is None or not isinstance(config, known):
         raise _CannotCheckError(f"the config of {own_class(model).__name__} is not of a library that builds models")
     if entries.get("quantization_config"):
@@ -195,7 +190,7 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
         cls = own_class(model)
         return cls.__name__, _by_transformers(cls, type(config), entries, specs)
     named = _named(entries)
-    classes = named or _registered(type(config))
+    classes = named or registered_classes(type(config))
     if not classes:
         raise _CannotCheckError(f"transformers has no class for {type(config).__name__}")
     # A model that is no class of transformers' and shows a configuration of its: some class has to open it.
@@ -213,45 +208,21 @@ def _named(entries: Mapping[str, object]) -> list[type]:
     return [cls for cls in found if isinstance(cls, type)]
 
 
-def _registered(config: type) -> list[type]:
-    """The classes that transformers' auto classes would open a configuration with."""
-    auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    found: dict[type, None] = {}
-    for table in _TABLES:
-        try:
-            cls: object = getattr(auto, table)[config]
-        except (AttributeError, KeyError):
-            continue
-        for each in cls if isinstance(cls, tuple) else (cls,):
-            found[cast(type, each)] = None
-    return list(found)
-
-
 def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
     """Let transformers load tensors without memory into a model without memory."""
     made: Any = cls
     tensors = _without_memory(specs)
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        with _quiet(), _quick(), torch.device("meta"):
+        with _quiet(), torch.random.fork_rng(devices=[]), without_initial_values(), torch.device("meta"):
             built = made(cast(Any, config).from_dict(dict(entries)))
-        rules = get_model_conversion_mapping(built)
-        options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=rules)
         with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(built, tensors, options)
-            built.mark_tied_weights_as_initialized(info)
-            built.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-            built._adjust_missing_and_unexpected_keys(info)
+            found = load_on_meta(built, tensors)
     except Exception as error:
         raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
-    shapes = [f"{name} ({list(ours)}, in the class {list(theirs)})" for name, ours, theirs in info.mismatched_keys]
-    shapes += [str(name) for name in info.conversion_errors]
+    shapes = [f"{name} ({list(ours)}, in the class {list(theirs)})" for name, ours, theirs in found.mismatched]
     # What the class itself leaves out of the files that it writes is not missing from ours.
-    missing = set(info.missing_keys) - set(built._keys_to_ignore_on_save or ())
-    return Misfit(_sorted(missing), _sorted(info.unexpected_keys), _sorted(shapes))
+    missing = found.missing - left_out(built)
+    return Misfit(_sorted(missing), _sorted(found.unexpected), _sorted([*shapes, *found.failed]))
 
 
 def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
@@ -272,19 +243,6 @@ def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[Tens
 
 def _without_memory(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
     return {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
-
-
-@contextlib.contextmanager
-def _quick() -> Iterator[None]:
-    """Without initial values, which would be of no use, and without drawing from the run's generators."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        known = importlib.import_module("transformers.initialization")
-        for name in ("no_init_weights", "no_tie_weights", "meta_device_safe_creation_ops"):
-            make = getattr(known, name, None)
-            if callable(make):
-                stack.enter_context(make())
-        yield
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.model_parts import config_of, own_class
 from shardwise.stateful_wrappers.names import unwrap
+from shardwise.upstream.torch_modules import unsaved_buffers
+from shardwise.upstream.transformers import may_be_unexpected
 
 _SHOWN = 10
 #: What a quantized base has beside or instead of a weight; gone once the weight is ordinary floating point.
@@ -106,7 +108,7 @@ def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
     computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
     return [
         list(absent),
-        sorted(str(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        sorted(may_be_unexpected(module)),
         sorted(computed),
         str(getattr(module, "base_model_prefix", "") or ""),
         own_class(module).__name__,
@@ -116,7 +118,7 @@ def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
 
 def _computed_buffers(module: nn.Module) -> Iterable[str]:
     for path, each in module.named_modules():
-        for leaf in each._non_persistent_buffers_set:
+        for leaf in unsaved_buffers(each):
             yield f"{path}.{leaf}"
 
 

@@ -16,8 +16,8 @@ from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.stateful_wrappers.tensors import local_memory
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.upstream.torch_tensors import local_part
 
 
 def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def write_distcp(
             writer = FileSystemWriter(str(directory), single_file_per_rank=True, sync_files=True)
             own = {name: tensor for name, tensor in tensors.items() if name not in others}
             save(own, storage_writer=writer, process_group=group.process_group)
-        seen = look_at([replicas.reading({name: local_memory(tensor) for name, tensor in tensors.items()})])
+        seen = look_at([replicas.reading({name: local_part(tensor) for name, tensor in tensors.items()})])
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
     _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)

@@ -1,0 +1,28 @@
+"""Private names of diffusers."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: The entry of a configuration that names the class it is of.
+CLASS_NAME = "_class_name"
+
+
+def model_mixin() -> type | None:
+    """The base of diffusers' models; ``None`` where its module was not imported."""
+    found = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
+    return found if isinstance(found, type) else None
+
+
+def keeps_config(model: nn.Module) -> bool:
+    """Whether a model has its configuration where diffusers keeps it, so that it can be replaced."""
+    return hasattr(model, "_internal_dict")
+
+
+def replace_config(model: nn.Module, config: dict[Any, Any]) -> None:
+    """Give a model of diffusers another configuration, which cannot be changed in place."""
+    cast(Any, model)._internal_dict = config

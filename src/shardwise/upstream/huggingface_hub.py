@@ -1,0 +1,39 @@
+"""Private and undocumented names of huggingface_hub."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def cache_folder(repo_id: str) -> str:
+    """The name of a model's folder in a cache: ``models--org--name``."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name is one that a model on the hub may have."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def hub_mixin() -> type | None:
+    """The mixin for models of one's own; ``None`` where its module was not imported."""
+    found = getattr(sys.modules.get("huggingface_hub.hub_mixin"), "ModelHubMixin", None)
+    return found if isinstance(found, type) else None
+
+
+def mixin_config(model: nn.Module) -> object:
+    """The arguments with which a model with huggingface_hub's mixin was built; ``None`` where it keeps none."""
+    return getattr(model, "_hub_mixin_config", None)

@@ -1,0 +1,102 @@
+"""Private and undocumented names of peft, and of what accelerate puts into modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner as BaseTuner  # noqa: PLC0414
+    from torch import nn
+
+#: What the names of attributes begin with that accelerate puts into modules.
+ACCELERATES = "_hf_"
+
+
+def is_imported() -> bool:
+    """Whether peft was imported, without which no model is adapted with it."""
+    return "peft" in sys.modules
+
+
+def layer_class() -> type:
+    """The base of the layers that peft puts around others."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return cast(type, BaseTunerLayer)
+
+
+def tuner_class() -> type:
+    """The base of what adapts a whole model."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return cast(type, BaseTuner)
+
+
+def copy_class() -> type:
+    """The base of what peft puts around a module whose copy is trained, or whose tokens are."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return cast(type, AuxiliaryTrainingWrapper)
+
+
+def tokens_class() -> type:
+    """The layer that trains some rows of an embedding."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return cast(type, TrainableTokensLayer)
+
+
+def parameter_wrapper_class() -> type:
+    """The layer through which LoRA adapts a parameter directly."""
+    from peft.tuners.lora import ParamWrapper
+
+    return cast(type, ParamWrapper)
+
+
+def tuner_of(kind: object) -> type[BaseTuner] | None:
+    """The class that adapts models with a method (``peft_type``); ``None`` where none does."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return cast("type[BaseTuner] | None", PEFT_TYPE_TO_TUNER_MAPPING.get(kind))
+
+
+def config_class_of(method: str) -> type | None:
+    """The class of a method's configuration, by the method's name; ``None`` where there is none."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return next((cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(kind.value) == method), None)
+
+
+def has_adapter(module: nn.Module, name: str) -> bool:
+    """Whether a module is one of peft's layers with an adapter of this name."""
+    return isinstance(module, layer_class()) and name in cast(Any, module)._all_available_adapter_names()
+
+
+def swaps_in_out(wrapper: nn.Module) -> bool:
+    """Whether a layer around a parameter reads its two last dimensions as (out, in) where others are (in, out)."""
+    return bool(getattr(wrapper, "_did_swap_in_out_features", False))
+
+
+def watched_tuner(
+    tuner: type[BaseTuner],
+    before: Callable[[nn.Module, str], None],
+    after: Callable[[nn.Module, nn.Module, str], None],
+) -> Callable[..., nn.Module]:
+    """A tuner's class with a look at each module before and after it is replaced.
+
+    Args:
+        tuner: The class.
+        before: Given the module and its path.
+        after: Given the module, what stands in its place now, and the path.
+    """
+
+    def create(self: Any, *args: Any, **kwargs: Any) -> None:
+        names = ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        target, parent, leaf, path = (given[n] for n in ("target", "parent", "target_name", "current_key"))
+        before(target, path)
+        cast(Any, tuner)._create_and_replace(self, *args, **kwargs)
+        after(target, parent.get_submodule(leaf), path)
+
+    return cast("Callable[..., nn.Module]", type(tuner.__name__, (tuner,), {"_create_and_replace": create}))

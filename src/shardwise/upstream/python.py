@@ -1,0 +1,28 @@
+"""Private names of the standard library and of numpy."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def before_threads_end(call: Callable[[], object]) -> None:
+    """Have the interpreter call something at its end before it waits for threads and executors close.
+
+    What ``atexit`` registers runs only when every thread has ended. Nothing is registered by an interpreter that has
+    no such list, or is on its way out already.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None:
+        with contextlib.suppress(RuntimeError):
+            register(call)
+
+
+def bits_of(generator: np.random.RandomState) -> np.random.BitGenerator:
+    """The bit generator below one of numpy's old generators."""
+    return generator._bit_generator

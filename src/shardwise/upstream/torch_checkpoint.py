@@ -1,0 +1,28 @@
+"""Private classes and functions that the files of ``torch.distributed.checkpoint`` name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+
+    __all__ = ["StorageInfo"]
+
+#: Where DCP's own file system storage keeps the class of a place in a file, and the name of that class.
+STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+
+#: The enumeration of memory formats: its module and name today, and those of earlier releases.
+MEMORY_FORMATS = ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")
+LEGACY_MEMORY_FORMATS = ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING")
+
+#: The function by which a pickled layout is made.
+LAYOUT = ("torch.serialization", "_get_layout")
+
+
+def storage_info(relative_path: str, offset: int, length: int, transforms: Sequence[str] | None) -> StorageInfo:
+    """A place in a file of a DCP directory, as DCP's readers want it."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo(relative_path, offset, length, transforms)

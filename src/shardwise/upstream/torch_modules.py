@@ -1,0 +1,163 @@
+"""What ``torch.nn.Module`` and the modules that wrap others keep in private attributes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from operator import itemgetter
+from typing import Any, TypeAlias, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
+
+Hook: TypeAlias = Callable[..., object]
+
+#: Attributes of a module that hold its parameters, buffers and children, as keys of ``vars(module)``.
+PARAMETERS, BUFFERS, CHILDREN = "_parameters", "_buffers", "_modules"
+STORES = (PARAMETERS, BUFFERS, CHILDREN)
+
+#: From ``vars(module)``: its parameters; children, buffers, and hooks around saving.
+parameters_in = itemgetter(PARAMETERS)
+other_stores_in = itemgetter(CHILDREN, BUFFERS, "_state_dict_hooks", "_state_dict_pre_hooks")
+
+#: Methods that give a module of torch's its initial values, in the order in which they are tried.
+INITIALISERS = ("reset_parameters", "_reset_parameters")
+
+#: Methods that make and take a module's own state, but for that of its children.
+SAVE_OWN = "_save_to_state_dict"
+LOAD_OWN = "_load_from_state_dict"
+
+#: Methods that a module overrides to make its state in a way of its own.
+MAKES_STATE = ("state_dict", SAVE_OWN, "get_extra_state", "set_extra_state")
+
+#: The name under which a module's extra state stands among its entries.
+EXTRA: str = _EXTRA_STATE_KEY_SUFFIX
+
+#: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
+COMPILED = "_orig_mod"
+CHECKPOINTED = "_checkpoint_wrapped_module"
+FSDP1_WRAPPED = "_fsdp_wrapped_module"
+
+#: Beginnings of the modules whose state-dict hooks convert nothing: FSDP2's put sharded parameters back in place,
+#: activation checkpointing's strip a prefix.
+HARMLESS_HOOKS = ("torch.distributed.fsdp.", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary in which a module keeps its own parameters, ``None`` for one that is registered and absent."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """The dictionary in which a module keeps its own buffers, ``None`` for one that is registered and absent."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dictionary in which a module keeps its children, under each of their names, ``None`` for an absent one."""
+    return module._modules
+
+
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """The set in which a module keeps the names of its buffers that are no part of its state."""
+    return module._non_persistent_buffers_set
+
+
+def saving_pre_hooks(module: nn.Module) -> list[Hook]:
+    """The hooks that a module calls before it gives its state."""
+    return list(module._state_dict_pre_hooks.values())
+
+
+def saving_hooks(module: nn.Module) -> list[Hook]:
+    """The hooks that a module calls after and before it gives its state."""
+    return [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+
+
+def loading_pre_hooks(module: nn.Module) -> list[Hook]:
+    """The hooks that a module calls before it takes state."""
+    return list(module._load_state_dict_pre_hooks.values())
+
+
+def loading_post_hooks(module: nn.Module) -> list[Hook]:
+    """The hooks that a module calls once it has taken state."""
+    return list(module._load_state_dict_post_hooks.values())
+
+
+def has_state_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks around giving its state, or before taking it."""
+    return bool(module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks)
+
+
+def save_own(module: nn.Module, entries: MutableMapping[str, object], prefix: str) -> None:
+    """Let a module put its own parameters, buffers and extra state into ``entries``, detached."""
+    module._save_to_state_dict(cast("dict[str, Any]", entries), prefix, False)
+
+
+def load_own(
+    module: nn.Module,
+    values: Mapping[str, object],
+    prefix: str,
+    metadata: Mapping[str, object],
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Let a module take its own state from ``values``; what is wrong is appended to the three lists."""
+    module._load_from_state_dict(values, prefix, metadata, True, missing, unexpected, errors)
+
+
+def loading_answer(missing: list[str], unexpected: list[str]) -> object:
+    """What ``load_state_dict`` answers, and gives to post-hooks, which may change the lists."""
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def keys_of_answer(answer: object) -> tuple[list[str], list[str]]:
+    """Missing and unexpected keys of what ``load_state_dict`` answered; none of what is not torch's answer."""
+    if isinstance(answer, _IncompatibleKeys):
+        return answer.missing_keys, answer.unexpected_keys
+    return [], []
+
+
+def own_loader(cls: type[nn.Module]) -> Callable[..., object]:
+    """The method with which modules of a class take their own state."""
+    return cast("Callable[..., object]", cls._load_from_state_dict)
+
+
+def loads_as_norms_do(module: nn.Module) -> bool:
+    """Whether a module takes its own state by the method of torch's normalisation layers."""
+    return own_loader(type(module)) is cast("object", _NormBase._load_from_state_dict)
+
+
+def state_version(module: nn.Module) -> int:
+    """The version that a module's class notes beside its state."""
+    return module._version
+
+
+def noted_versions(entries: object) -> dict[str, dict[str, object]]:
+    """What torch notes of modules beside a state dict, by module name; empty where there is nothing."""
+    return cast("dict[str, dict[str, object]]", getattr(entries, "_metadata", {}))
+
+
+def note_versions(entries: object, noted: Mapping[str, Mapping[str, object]]) -> None:
+    """Give a state dict what torch notes of modules; it has to take attributes, as an ``OrderedDict``'s subclass."""
+    cast(Any, entries)._metadata = noted
+
+
+def apply_to_tensors(module: nn.Module, change: Callable[[Any], Any]) -> None:
+    """Replace every parameter and buffer of a module and all below it by what ``change`` makes of it."""
+    module._apply(change)  # type: ignore[no-untyped-call]
+
+
+def fsdp1_class() -> type[nn.Module] | None:
+    """FSDP1's wrapper; ``None`` where its module was not imported, without which no model is wrapped by it."""
+    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return cast("type[nn.Module] | None", getattr(loaded, "FullyShardedDataParallel", None))
+
+
+def generated_bases() -> tuple[type, ...]:
+    """The bases of the classes that FSDP2 and ``replicate`` put in front of a module's own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    replicated = getattr(sys.modules.get("torch.distributed._composable.replicate"), "DDP", FSDPModule)
+    return (FSDPModule, replicated)

@@ -1,0 +1,181 @@
+"""Private and undocumented names of transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from shardwise.upstream.transformers_rules import registered_rules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+#: Entries of configurations that say where they came from: a path of the machine, a model's own configuration.
+NAME_OR_PATH = "_name_or_path"
+FROM_MODEL_CONFIG = "_from_model_config"
+
+#: Tables that give a configuration's classes of models, those for pretraining and generating first.
+_TABLES = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "MODEL_FOR_PRETRAINING_MAPPING",
+)
+
+
+# --- models and configurations ----------------------------------------------------------------------------------------
+
+
+def is_imported() -> bool:
+    """Whether transformers' models were imported, without which there is none."""
+    return "transformers.modeling_utils" in sys.modules
+
+
+def model_class() -> type | None:
+    """The base of transformers' models; ``None`` where its module was not imported."""
+    found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return found if isinstance(found, type) else None
+
+
+def config_class() -> type | None:
+    """The base of transformers' configurations; ``None`` where its module was not imported."""
+    found = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
+    return found if isinstance(found, type) else None
+
+
+def registered_classes(config: type) -> list[type]:
+    """The classes that transformers' auto classes would open a configuration with."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    found: dict[type, None] = {}
+    for table in _TABLES:
+        try:
+            cls: object = getattr(auto, table)[config]
+        except (AttributeError, KeyError):
+            continue
+        for each in cls if isinstance(cls, tuple) else (cls,):
+            found[cast(type, each)] = None
+    return list(found)
+
+
+def auto_class(cls: type) -> object:
+    """The auto class that a class itself was registered for; ``None`` where it was not."""
+    return vars(cls).get("_auto_class")
+
+
+def given_path(config: object) -> object:
+    """The name or path that a model was loaded from, as its configuration keeps it; ``None`` where it has none."""
+    return getattr(config, NAME_OR_PATH, None)
+
+
+# --- ties and names that a class expects or leaves out ----------------------------------------------------------------
+
+
+def class_ties(model: object) -> object:
+    """The ties that a model or class declares, whatever its configuration says: target -> source, or targets."""
+    return getattr(model, "_tied_weights_keys", None)
+
+
+def configured_ties(model: object) -> object:
+    """The ties that a model has as its configuration says, target -> source; ``None`` where it has no such list."""
+    return getattr(model, "all_tied_weights_keys", None)
+
+
+def has_configured_ties(model: object) -> bool:
+    """Whether a model keeps a list of the ties that its configuration asks for."""
+    return hasattr(model, "all_tied_weights_keys")
+
+
+def may_be_missing(model: object) -> tuple[str, ...]:
+    """Patterns of names that a model does not expect in its files."""
+    return _patterns(getattr(model, "_keys_to_ignore_on_load_missing", None))
+
+
+def may_be_unexpected(model: object) -> tuple[str, ...]:
+    """Patterns of names in its files that a model has no use for."""
+    return _patterns(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+
+
+def _patterns(declared: object) -> tuple[str, ...]:
+    return tuple(map(str, declared)) if isinstance(declared, (list, tuple, set)) else ()
+
+
+def left_out(model: object) -> frozenset[str]:
+    """Names that a model leaves out of the files that it writes."""
+    return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def forget_initialised(module: nn.Module | torch.Tensor) -> None:
+    """Have transformers take a module, a parameter or a buffer for one without initial values."""
+    vars(module).pop("_is_hf_initialized", None)
+
+
+def mark_initialised(tensor: torch.Tensor) -> None:
+    """Have transformers' initialisation leave a tensor alone."""
+    cast(Any, tensor)._is_hf_initialized = True
+
+
+# --- loading without memory -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What transformers says about loading.
+
+    Attributes:
+        missing: Names that the model has and did not find.
+        unexpected: Names that it has no use for.
+        mismatched: Name, shape in the files and shape in the model.
+        failed: Names whose conversion failed.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
+    failed: tuple[str, ...]
+
+
+def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loaded:
+    """Let transformers load tensors without memory into a model without memory, ties and all.
+
+    Args:
+        model: A model of transformers' on the meta device.
+        tensors: Meta tensors under the names of files.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    built = cast(Any, model)
+    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=registered_rules(model))
+    info, _ = convert_and_load_state_dict_in_model(built, dict(tensors), options)
+    built.mark_tied_weights_as_initialized(info)
+    built.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    built._adjust_missing_and_unexpected_keys(info)
+    return Loaded(
+        frozenset(map(str, info.missing_keys)),
+        frozenset(map(str, info.unexpected_keys)),
+        tuple((str(name), ours, theirs) for name, ours, theirs in info.mismatched_keys),
+        tuple(map(str, info.conversion_errors)),
+    )
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """While active, models are built without initial values and ties."""
+    from transformers import initialization
+
+    with contextlib.ExitStack() as stack:
+        for name in ("no_init_weights", "no_tie_weights", "meta_device_safe_creation_ops"):
+            make: Callable[[], contextlib.AbstractContextManager[object]] | None = getattr(initialization, name, None)
+            if make is not None:
+                stack.enter_context(make())
+        yield

@@ -14,6 +14,7 @@ from torch import nn
 
 from shardwise.addons import CheckpointAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
+from shardwise.addons.peft_allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.addons.peft_capture import capture_adapter, hold_adapter
 from shardwise.addons.peft_check import check_adapter, check_stages
 from shardwise.addons.peft_config import read_adapter_config
@@ -282,11 +283,13 @@ class OpenedAdapter:
     """A model's adapters and a checkpoint's that are known to fit, on every rank; nothing has been read or written."""
 
     loads: tuple[OpenedLoad, ...]
+    allocators: AllocatorRestore
 
     def fill(self) -> None:
         """Fill the adapters. All ranks call, once."""
         for load in self.loads:
             load.read()
+        self.allocators.install()
 
 
 def open_adapter(
@@ -350,26 +353,29 @@ def open_adapter(
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing, ignored=ignored)
         loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
-    extra = _open_extra(context, parts, captured, directory, allow_missing)
-    return OpenedAdapter((*loads, *extra))
+    extra, allocators = _open_extra(context, parts, captured, directory, allow_missing)
+    return OpenedAdapter((*loads, *extra), allocators)
 
 
 def _open_extra(
     context: Context, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
-) -> list[OpenedLoad]:
+) -> tuple[list[OpenedLoad], AllocatorRestore]:
     """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
     group, file = context.group, path / ADAPTER_EXTRA_NAME
     is_there = group.tell(file.is_file, "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
-    if not is_there:
-        with group.together("looking for what was trained beside the adapter"):
-            if trained and not allow_missing:
-                raise _no_extra([entry.spec.name for entry in trained], path)
-        return []
-    source = open_source(file, group)
+    source = open_source(file, group) if is_there else None
+    allocators = AllocatorRestore({}, ())
+    with group.together("looking for what was trained beside the adapter"):
+        if source is None and trained and not allow_missing:
+            raise _no_extra([entry.spec.name for entry in trained], path)
+        specs = {} if source is None else source.tensors
+        allocators = restore_allocators(parts, {name: tensor.spec.shape for name, tensor in specs.items()})
+    if source is None:
+        return [], allocators
 
     def wanted() -> tuple[HeldTensor, ...]:
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = dict(allocators.tensors)
         seen: set[int] = set()
         for names, tensor in base_tensors(parts):
             for name in names:
@@ -381,8 +387,10 @@ def _open_extra(
             raise _no_extra(lost, file)
         return tuple(held_tensor(name, tensor, MeshRegister()) for name, tensor in found.items())
 
-    options = LoadOptions(threads=context.threads, sharing=context.sharing)
-    return [open_described(wanted, source, group, context.storage, options)]
+    # A model that is not trained has no allocator.
+    ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
+    options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
+    return [open_described(wanted, source, group, context.storage, options)], allocators
 
 
 def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:

@@ -495,7 +495,7 @@ def adapted_attention() -> tuple[type[nn.Module], ...]:
 
 
 def _begin_attention(part: nn.Module, name: str, seed: int) -> None:
-    """Adaption prompts: normal tokens behind a gate of zero. Source: ``AdaptedAttention``, where they are parameters."""
+    """Adaption prompts: normal tokens behind a gate of zero. Source: peft's ``AdaptedAttention``."""
     for path, module in named_modules(outer(part)):
         if isinstance(module, adapted_attention()):
             torch.manual_seed(_seed(seed, name, path))

@@ -22,6 +22,7 @@ from shardwise.addons.peft_extra import base_tensors
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_load import differing_settings
 from shardwise.addons.peft_own import find_sites
+from shardwise.addons.peft_rules import check_opens, vllm_limits
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
 from shardwise.checkpointing.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
@@ -116,7 +117,9 @@ class AdapterSave:
             roster = RosterKeeper(group, context.stage).roster(held)
             plan: ExportPlan | None = None
             with group.together(f"checking the adapter {file.adapter_name}"):
-                _check(roster, settings[file.adapter_name], declared, captured)
+                _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, self.state.model)
+                if group.is_main:
+                    _tell_vllm(context, file.adapter_name, roster, settings[file.adapter_name], declared)
                 # The manifest lists a tensor once in a component, and adapters have the same names.
                 component = "adapter" if not file.directory else f"adapter.{file.adapter_name}"
                 options = ExportOptions(max_file_bytes=2**62, stem="adapter_model", component=component, index=False)
@@ -205,8 +208,24 @@ def declare(context: Context, captured: AdapterTensors) -> Declared:
     return Declared(inventories, any(extra for *_, extra in rows))
 
 
-def _check(roster: Roster, settings: Mapping[str, object], declared: Declared, captured: AdapterTensors) -> None:
+def _check(
+    roster: Roster,
+    settings: Mapping[str, object],
+    declared: Declared,
+    captured: AdapterTensors,
+    name: str,
+    parts: Sequence[nn.Module],
+) -> None:
     check_adapter(roster.specs, settings, declared.inventories, captured.layers, declared=True)
+    check_opens(parts, name, [spec.name for spec in roster.specs], settings)
+
+
+def _tell_vllm(context: Context, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
+    """Say once what vLLM would not serve of an adapter."""
+    limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
+    if limits and (key := f"vLLM/{name}") not in context.told:
+        context.told.add(key)
+        _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
 
 
 def hold_extra(context: Context, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
@@ -266,7 +285,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         for file in captured.files:
             roster = _roster(context, partial(hold_adapter, file.entries, MeshRegister()))
             with group.together(f"checking the adapter {file.adapter_name}"):
-                _check(roster, settings[file.adapter_name], declared, captured)
+                _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts)
     if declared.extra:
         _roster(context, partial(hold_extra, context, captured, parts))
 

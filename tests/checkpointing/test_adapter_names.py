@@ -18,7 +18,7 @@ from torch import nn
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import AdapterError, ConfigError, MissingTensorError
+from shardwise.errors import AdapterError, ConfigError, MissingTensorError, UnsafePickleError
 
 _ALL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -134,6 +134,20 @@ def test_other_files_and_names(tmp_path: Path) -> None:
         other = _adapted(name="other", seed=2)
         saver.load_model(other, str(tmp_path / "st"))
         assert _same(other, model)
+
+
+def test_a_pickle_of_the_old_format_is_opened_where_the_settings_allow_it(tmp_path: Path) -> None:
+    model = _adapted()
+    model.save_pretrained(tmp_path / "old")
+    tensors = load_file(tmp_path / "old/adapter_model.safetensors")
+    (tmp_path / "old/adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "old/adapter_model.bin", _use_new_zipfile_serialization=False)
+    again = _adapted(seed=2)
+    with _saver(tmp_path / "run") as saver, pytest.raises(UnsafePickleError, match="allow_legacy_pickle_restore"):
+        saver.load_model(again, str(tmp_path / "old"))
+    with _saver(tmp_path / "run", allow_legacy_pickle_restore=True) as saver:
+        saver.load_model(again, str(tmp_path / "old"))
+    assert _same(again, model)
 
 
 def test_names_are_mapped_and_a_subset_is_allowed(tmp_path: Path) -> None:

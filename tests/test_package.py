@@ -83,7 +83,7 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 
 def test_the_range_of_peft_begins_after_the_legacy_layout_of_expert_adapters() -> None:
-    """`v4_compatible` cannot split what peft up to 0.19.0 lays out; it is refused there, and the range leaves it out."""
+    """What peft up to 0.19.0 lays out `v4_compatible` cannot split: it refuses, and the range leaves it out."""
     from shardwise.addons.peft_load import is_legacy_version
 
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()

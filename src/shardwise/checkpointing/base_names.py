@@ -259,7 +259,7 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
         names = [_base_name(name, wrapped, saved) for name in (named.name, *named.aliases)]
         names = [(first(name), is_copy) for name, is_copy in names]
         own = list(dict.fromkeys(name for name, is_copy in names if name and not is_copy))
-        if own and own[0] in taken:  # a layer that was replicated before FSDP2 made it a parameter of its own
+        if own and own[0] in taken:  # a layer's replica, which has been distributed apart
             copies.append((own[0], named.tensor))
         elif own:
             taken.update(own)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,15 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     from importlib.metadata import version
 
     assert version("shardwise") == shardwise.__version__
+
+
+def test_the_range_of_peft_begins_after_the_legacy_layout_of_expert_adapters() -> None:
+    """What peft up to 0.19.0 lays out `v4_compatible` cannot split: it refuses, and the range leaves it out."""
+    from shardwise.peft.load import is_legacy_version
+
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    lowest = re.findall(r'"peft>=([\d.]+)"', text)
+    assert lowest
+    assert not any(map(is_legacy_version, lowest))
+    assert is_legacy_version("0.18.0")
+    assert is_legacy_version("0.19.0")

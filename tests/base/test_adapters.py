@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,17 @@ def _lora(**settings: Any) -> peft.PeftConfig:
     return peft.LoraConfig(**{"r": 4, **_ALL, **settings})
 
 
+def _unmasked(**settings: Any) -> peft.PeftConfig:
+    """SHiRA without what peft would look at while it adapts a model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.ShiraConfig(r=1, **_ALL, **settings)
+    config.mask_fn = None
+    return config
+
+
+_TOKENS: dict[str, Any] = {"num_virtual_tokens": 8, "task_type": "CAUSAL_LM"}
+
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": _lora,
     "dora": lambda: _lora(use_dora=True, target_modules=["q_proj", "embed_tokens"]),
@@ -54,6 +66,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "patterns": lambda: _lora(rank_pattern={"layers.1.self_attn.q_proj": 2}, exclude_modules=["layers.0.*q_proj"]),
     "saved": lambda: _lora(modules_to_save=["lm_head"], trainable_token_indices=[1, 5]),
     "replication": lambda: _lora(layer_replication=[(0, 2), (1, 2)]),
+    "moved": lambda: _lora(layer_replication=[(1, 2), (0, 2)]),
     "ia3": lambda: peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
@@ -77,13 +90,24 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "delora": lambda: peft.DeloraConfig(r=4, **_ALL),
     "gralora": lambda: peft.GraloraConfig(r=4, **_ALL),
     "osf": lambda: peft.OSFConfig(**_ALL),
+    "prompt": lambda: peft.PromptTuningConfig(**_TOKENS),
+    "vocabulary": lambda: peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **_TOKENS),
+    "prefix": lambda: peft.PrefixTuningConfig(**_TOKENS),
+    "zero-prefix": lambda: peft.PrefixTuningConfig(init_weights="zero", **_TOKENS),
+    "multitask": lambda: peft.MultitaskPromptTuningConfig(num_tasks=2, **_TOKENS),
+    "adaption": lambda: peft.AdaptionPromptConfig(adapter_len=8, adapter_layers=1, task_type="CAUSAL_LM"),
 }  # fmt: skip
 
 #: Methods that are refused, and what the message names.
 REFUSED = {
     "tied": (lambda: _lora(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True), "LORA"),
-    "prompt": (lambda: peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
-    "prefix": (lambda: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "PREFIX_TUNING"),
+    "hook": (
+        lambda: peft.CPTConfig(
+            task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]
+        ),
+        "CPT has a hook",
+    ),
+    "no_mask": (lambda: _unmasked(mask_type="mine"), "SHIRA has no mask_fn"),
 }
 
 
@@ -181,7 +205,10 @@ def _sharded_values(base: str, directory: str, method: str) -> dict[str, torch.T
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in _tensors(model).items()}
 
 
-@pytest.mark.parametrize("method", ["dora", "saved", pytest.param("pissa", marks=pytest.mark.slow), "fourier"])
+@pytest.mark.parametrize(
+    "method",
+    ["dora", "saved", pytest.param("pissa", marks=pytest.mark.slow), "fourier", "moved", "vocabulary", "adaption"],
+)
 def test_shards_have_the_values_of_one_process(method: str, tmp_path: Path) -> None:
     base = _base(tmp_path / "base")
     torch.manual_seed(0)
@@ -206,6 +233,18 @@ def test_every_method_begins_as_in_an_eager_model(method: str, tmp_path: Path) -
         elif mine.numel() >= 100 and mine.is_floating_point():
             assert 0.7 < mine.std() / theirs.std() < 1.4, name
             assert (mine.mean() - theirs.mean()).abs() < 0.3 * theirs.std(), name
+
+
+def test_masks_of_shira_are_those_of_an_eager_model(tmp_path: Path) -> None:
+    base = _base(tmp_path / "base")
+    ours = _from_meta(base, _unmasked(random_seed=3), tmp_path / "run")
+    theirs = _eager(base, peft.ShiraConfig(r=1, random_seed=3, **_ALL), 1)
+    found, expected = _tensors(ours), _tensors(theirs)
+    assert sum("shira_indices" in name for name in expected) == 4
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    first, second = (_from_meta(base, _unmasked(), tmp_path / "run") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(first).values(), _tensors(second).values(), strict=True))
 
 
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 import peft
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import AdapterError, MissingTensorError
+from shardwise.errors import AdapterError, FormatError, MissingTensorError, UnsafePickleError
 
 _ALL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -129,6 +130,24 @@ def test_other_files_and_names(tmp_path: Path) -> None:
         other = _adapted(name="other", seed=2)
         saver.load_model(other, str(tmp_path / "st"))
         assert _same(other, model)
+
+
+def test_a_pickle_of_more_than_tensors_is_opened_where_the_settings_allow_it(tmp_path: Path) -> None:
+    model = _adapted()
+    model.save_pretrained(tmp_path / "old")
+    tensors = load_file(tmp_path / "old/adapter_model.safetensors")
+    (tmp_path / "old/adapter_model.safetensors").unlink()
+    file = tmp_path / "old/adapter_model.bin"
+    torch.save({**tensors, "arguments": argparse.Namespace(lr=1.0)}, file)
+    again = _adapted(seed=2)
+    with _saver(tmp_path / "run") as saver, pytest.raises(UnsafePickleError, match="allow_legacy_pickle_restore"):
+        saver.load_model(again, str(tmp_path / "old"))
+    with _saver(tmp_path / "run", allow_legacy_pickle_restore=True) as saver:
+        saver.load_model(again, str(tmp_path / "old"))
+        assert _same(again, model)
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)  # of torch before 1.6, older than peft
+        with pytest.raises(FormatError, match="no range of bytes"):
+            saver.load_model(again, str(tmp_path / "old"))
 
 
 def test_names_are_mapped_and_a_subset_is_allowed(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def two_alone(store: str, function: Callable[..., None], *args: object) -> None:
             os._exit(code)
 
 
+def save_gathered(root: str) -> None:
+    """An optimizer that was built while an evaluation had left the parameters gathered."""
+    model = sharded(adapted("head", 1))
+    evaluate(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with checkpointer(Path(root)) as saver:
+        saver.save(0, 1, model, optimizer)
+
+
 def save_more(root: str) -> None:
     """With norms and embeddings unfrozen beside the adapter."""
     directory = Path(root)

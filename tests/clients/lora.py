@@ -12,6 +12,7 @@ from tests.peft.models import causal, randomise
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from shardwise import Checkpointer, CheckpointingConfig
 
@@ -29,6 +30,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, object]]] = {
             "modules_to_save": ["lm_head"],
         },
     ),
+    "plain": ("llama", {"target_modules": LINEAR}),
     "dora": ("qwen3", {"target_modules": "all-linear", "use_dora": True}),
     "experts": ("qwen3_moe", {"target_modules": LINEAR, "target_parameters": EXPERTS}),
 }
@@ -125,6 +127,47 @@ def save(name: str, how: str, root: str, base: str | None = None, **settings: ob
     with checkpointer(directory, how, **settings) as saver:
         saver.save_model([model], directory / "alone")
         saver.save(0, 1, [model], optimizer)
+
+
+def _parallelized(seed: int, fsdp: bool) -> nn.Module:
+    """A model whose base layers and factors torch has parallelized, and FSDP2 around it or not."""
+    model = adapted("plain", seed)
+    size = dist.get_world_size() // 2 if fsdp else 1
+    mesh = init_device_mesh("cpu", (size, 2), mesh_dim_names=("dp", "tp"))
+    layers = model.base_model.model.model.layers
+    for layer in layers:
+        plan: dict[str, ParallelStyle] = {
+            f"self_attn.{name}.{leaf}": ColwiseParallel()
+            for name in ("q_proj", "k_proj", "v_proj")
+            for leaf in ("base_layer", "lora_B.default")
+        }
+        plan |= {f"self_attn.o_proj.{leaf}": RowwiseParallel() for leaf in ("base_layer", "lora_A.default")}
+        parallelize_module(layer, mesh["tp"], plan)
+        if fsdp:
+            fully_shard(layer, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"]) if fsdp else model
+
+
+def save_parallelized(root: str, fsdp: bool, is_async: bool) -> None:
+    """A step, an evaluation, a save; then restore into another that has been evaluated as well."""
+    directory, ids = Path(root), torch.tensor([[1, 5, 9, 3, 2]])
+    models = [_parallelized(seed, fsdp) for seed in (1, 9)]
+    optimizers = [step(models[0]), torch.optim.AdamW([p for p in models[1].parameters() if p.requires_grad], lr=1.0)]
+    with torch.no_grad():
+        before, other = (model.eval()(input_ids=ids).logits.clone() for model in models)
+    assert not torch.equal(before, other)
+    with checkpointer(directory, "fsdp", is_async=is_async) as saver:
+        saver.save(0, 1, models[0], optimizers[0])
+        saver.restore(models[1], optimizers[1])
+    with torch.no_grad():
+        assert torch.equal(models[1].eval()(input_ids=ids).logits, before)
+    if fsdp:
+        for model in models:
+            model.reshard()
+    saved, restored = (values(*pair) for pair in zip(models, optimizers, strict=True))
+    for name, tensors in saved.items():
+        assert all(torch.equal(a, b) for a, b in zip(restored[name], tensors, strict=True)), name
+    torch.save(saved, directory / f"saved_{dist.get_rank()}.pt")
 
 
 def save_variant(name: str, root: str, settings: dict[str, object]) -> None:

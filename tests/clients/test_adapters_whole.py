@@ -14,6 +14,7 @@ from tests.clients.adapters_whole import (
     adapted,
     checkpointer,
     save_evaluated,
+    save_gathered,
     save_more,
     save_stages,
     staged,
@@ -28,7 +29,14 @@ from torch import nn
 
 import peft
 from shardwise import CheckpointingConfig
-from shardwise.errors import AdapterError, MissingTensorError, ModuleStateError, ShardwiseError, UnexpectedTensorError
+from shardwise.errors import (
+    AdapterError,
+    MissingTensorError,
+    MisuseError,
+    ModuleStateError,
+    ShardwiseError,
+    UnexpectedTensorError,
+)
 
 WEIGHTS, EXTRA = "adapter_model.safetensors", "adapter_extra.safetensors"
 
@@ -63,6 +71,13 @@ def test_a_save_in_the_background_holds_nothing_that_fsdp_frees(kind: str, resha
     code = fresh(two_alone, store, save_evaluated, kind, str(tmp_path), True, reshard, output=output, seconds=200)
     assert code == 0, output.with_name("output.err").read_text()
     same_as_pefts(tmp_path / "LATEST/model", gathered(kind, tmp_path / "values.pt"), tmp_path / "reference")
+
+
+def test_an_optimizer_of_gathered_parameters_is_told_what_to_do(tmp_path: Path) -> None:
+    error = failure(2, save_gathered, str(tmp_path))
+    assert isinstance(error, MisuseError)
+    assert "change nothing that the model keeps" in str(error)
+    assert "model.reshard()" in str(error)
 
 
 def trained(model: nn.Module) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from tests.clients.lora import (
     adapted,
     restore,
     save,
+    save_parallelized,
     save_variant,
     save_without_a_shard,
     save_without_a_stage,
@@ -100,6 +101,15 @@ def test_adapters_are_those_that_peft_saves(
         for key, tensors in saved.items():
             assert len(tensors) == 4
             assert all(torch.equal(a, b) for a, b in zip(restored[key], tensors, strict=True)), key
+
+
+@pytest.mark.parametrize(("world", "is_async"), [(2, False), (4, True)])
+def test_what_torch_has_parallelized_is_evaluated_before_a_save_and_a_restore(
+    world: int, is_async: bool, tmp_path: Path
+) -> None:
+    run(world, save_parallelized, str(tmp_path), world == 4, is_async)
+    unsharded("plain", tmp_path).save_pretrained(tmp_path / "reference")
+    same_adapter(tmp_path / "LATEST" / "model", tmp_path / "reference")
 
 
 @pytest.mark.parametrize("variant", ["v4_compatible", "legacy_paramwrapper_layout"])

@@ -422,11 +422,17 @@ def test_factors_of_half_precision_are_computed_as_trained(tmp_path: Path) -> No
     assert torch.equal(logits(loaded), logits(model))
 
 
+class Settings(SimpleNamespace):
+    def to_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+
+@pytest.mark.parametrize("kind", [dict, Settings])
 @pytest.mark.parametrize("setting", ["use_dora", "use_rslora"])
-def test_settings_in_a_dictionary_are_those_of_the_object(setting: str, tmp_path: Path) -> None:
+def test_settings_in_a_dictionary_are_those_of_the_object(setting: str, kind: type, tmp_path: Path) -> None:
     from shardwise import CheckpointingConfig
 
-    settings: dict[str, object] = {"dim": 4, "alpha": 8, setting: True, "target_modules": ["*_proj"]}
+    settings = kind(**{"dim": 4, "alpha": 8, setting: True, "target_modules": ["*_proj"]})
     model = dense(OwnConfig(use_dora=setting == "use_dora"))
     for module in model.modules():
         if isinstance(module, LoRALinear) and setting == "use_rslora":
@@ -434,12 +440,12 @@ def test_settings_in_a_dictionary_are_those_of_the_object(setting: str, tmp_path
     with torch.no_grad():
         before = {n: p.clone() for n, p in model.named_parameters()}
     with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True).build(0, 0, 0) as saver:
-        saver.save_model(model, str(tmp_path / "out"), peft_config=settings)
-        saved = read_adapter_config(tmp_path / "out/model")
+        saver.save(0, 1, model, peft_config=settings)
+        saved = read_adapter_config(tmp_path / "LATEST/model")
         assert saved[setting] is True
         assert "alpha_pattern" not in saved
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.zero_()
-        saver.load_model(model, str(tmp_path / "out/model"))
+        saver.restore(model)  # which is given no peft_config
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

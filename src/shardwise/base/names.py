@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from shardwise.convert import (
     identity,
     to_hub,
 )
+from shardwise.peft.models import outer
 from shardwise.peft.own import find_sites
 from shardwise.peft.own import natives as site_natives
 from shardwise.plan.collector import collector_paused
@@ -244,9 +245,11 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
 def _part(module: nn.Module, there: Sequence[str]) -> _Part:
     inner = unwrap_adapted(module)
     wrapped, saved = _peft_layers(inner)
+    first = _replicated(module, inner)
     adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
     tensors: list[NamedTensor] = []
     copies: list[tuple[str, torch.Tensor]] = []
+    taken: set[str] = set()
     # Torch's normalisation layers know files from before they counted.
     counts = any(name.rpartition(".")[2] == "num_batches_tracked" for name in there)
     listing = list_state([inner], values=False, norms=not counts)
@@ -254,26 +257,59 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
         if id(named.tensor) in adapters:
             continue
         names = [_base_name(name, wrapped, saved) for name in (named.name, *named.aliases)]
-        own = [name for name, is_copy in names if name and not is_copy]
-        if own:
-            tensors.append(NamedTensor(own[0], named.tensor, tuple(dict.fromkeys(own[1:]))))
+        names = [(first(name), is_copy) for name, is_copy in names]
+        own = list(dict.fromkeys(name for name, is_copy in names if name and not is_copy))
+        if own and own[0] in taken:  # a layer's replica, which has been distributed apart
+            copies.append((own[0], named.tensor))
+        elif own:
+            taken.update(own)
+            tensors.append(NamedTensor(own[0], named.tensor, tuple(own[1:])))
         else:
             copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
     steps = listing.steps[0] or tuple(post_steps(inner))
     return _Part(inner, tuple(tensors), tuple(copies), steps)
 
 
-def _peft_layers(module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies."""
+def _peft_layers(module: nn.Module) -> tuple[dict[str, str], frozenset[str]]:
+    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies.
+
+    Of an adapted layer also the child that it replaced.
+    """
     if not peft.is_imported():  # a model with its layers cannot exist without it
-        return frozenset(), frozenset()
-    layer, copy = peft.layer_class(), peft.copy_class()
+        return {}, frozenset()
     modules = [(plain_name(name), m) for name, m in module.named_modules()]
-    layers = frozenset(name for name, m in modules if isinstance(m, layer))
-    return layers, frozenset(name for name, m in modules if isinstance(m, copy))
+    layers = {name: "base_layer" for name, m in modules if isinstance(m, peft.layer_class())}
+    layers |= {name: "model" for name, m in modules if isinstance(m, peft.attention_classes())}
+    return layers, frozenset(name for name, m in modules if isinstance(m, peft.copy_class()))
 
 
-def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tuple[str, bool]:
+def _replicated(part: nn.Module, inner: nn.Module) -> Callable[[str], str]:
+    """From a tensor's name to that in the base, whose layers ``layer_replication`` has repeated and moved.
+
+    Source: ``peft.tuners.tuners_utils.replicate_layers``, which looks for the list of layers in these places.
+    """
+    configs = getattr(outer(part), "peft_config", None)
+    config = next(iter(configs.values()), None) if isinstance(configs, Mapping) else None
+    ranges = getattr(config, "layer_replication", None)
+    if not ranges:
+        return str
+    sources = [index for start, end in ranges for index in range(start, end)]
+    holder, path = inner, ""
+    while isinstance(child := getattr(holder, "model", None), nn.Module):
+        holder, path = child, f"{path}model."
+    if isinstance(child := getattr(holder, "bert", None), nn.Module):
+        holder, path = child, f"{path}bert."
+    leaf = "layers" if hasattr(holder, "layers") else "encoder.layer" if hasattr(holder, "encoder") else "h"
+    pattern = re.compile(rf"{re.escape(path + leaf)}\.(\d+)\.")
+
+    def first(name: str) -> str:
+        found = pattern.match(name)
+        return name if found is None else f"{path}{leaf}.{sources[int(found[1])]}.{name[found.end() :]}"
+
+    return first
+
+
+def _base_name(name: str, layers: Mapping[str, str], saved: frozenset[str]) -> tuple[str, bool]:
     """The name that a tensor has without adapters (empty for an adapter's), and whether it is a copy to be trained."""
     kept: list[str] = []
     pieces = name.split(".")
@@ -282,7 +318,7 @@ def _base_name(name: str, layers: frozenset[str], saved: frozenset[str]) -> tupl
         prefix = ".".join(pieces[:position])
         piece = pieces[position]
         if prefix in layers and position:
-            if piece != "base_layer":
+            if piece != layers[prefix]:
                 return "", False
             position += 1
             continue

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch.nn as nn
 
 from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
+from shardwise.peft.allocator import allocator_entries
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import extra_entries
 from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
@@ -98,7 +99,9 @@ def capture_adapter(
         files = [AdapterFile("default", "", _joined(own))]
     _refuse_own_ways(parts, files)
     inventory, cut = _inventory(parts)
-    extra = extra_entries(parts, files, stepped) if adapter_name is None else ()
+    extra: tuple[AdapterEntry, ...] = ()
+    if adapter_name is None:
+        extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))
     return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
 
 

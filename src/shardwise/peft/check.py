@@ -95,6 +95,12 @@ def _commensurate(rank: int, columns: int) -> bool:
     return min(rank, columns) > 0 and max(rank, columns) % min(rank, columns) == 0
 
 
+def adapted_modules(names: Iterable[str]) -> frozenset[str]:
+    """The modules that a file's LoRA factors adapt, by its tensors' names."""
+    sides = tuple(f".{suffix}" for pair in _PAIRS for suffix in pair)
+    return frozenset(_adapted(name.removesuffix(side)) for name in names for side in sides if name.endswith(side))
+
+
 def _adapted(owner: str) -> str:
     """The module that is adapted: parts of it, or several of its parameters, are called after peft's inner layers."""
     return owner.removeprefix(PEFT_PREFIX).partition(".base_layer")[0]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,7 +81,12 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("cpu"):
             warnings.simplefilter("ignore")
             for name, config in configs.items():
-                _begin(part, name, config, seed)
+                if config.is_prompt_learning:
+                    _begin_prompt(part, name, config, seed)
+                elif method_of(config) == "ADAPTION_PROMPT":
+                    _begin_attention(part, name, seed)
+                else:
+                    _begin(part, name, config, seed)
                 _begin_beside(part, name, seed)
         unfilled = [name for name, tensor in slots if has_mark(tensor)]
         if unfilled:
@@ -135,10 +141,15 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
 
 
 def _refuse_unknown(name: str, config: PeftConfig) -> None:
-    reason = ""
+    reason, method = "", method_of(config)
     tuner = upstream.tuner_of(config.peft_type)
-    if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):
+    in_layers = tuner is not None and issubclass(tuner, upstream.tuner_class())
+    if not (config.is_prompt_learning or method == "ADAPTION_PROMPT" or in_layers):
         reason = "does not live in layers"
+    elif method == "CPT":
+        reason = "has a hook on a parameter, which masks its gradient and is lost when the parameter gets memory"
+    elif method == "SHIRA" and _mask_of(config) is None:
+        reason = "has no mask_fn in its configuration, which says which weights are trained"
     elif str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
         reason = "looks at gradients that have to be measured before the model is adapted"
     elif getattr(config, "target_modules_to_tie", None):
@@ -150,6 +161,13 @@ def _refuse_unknown(name: str, config: PeftConfig) -> None:
         )
 
 
+def _mask_of(config: Any) -> Callable[..., torch.Tensor] | None:
+    """SHiRA's choice of weights. A model is built on the meta device without one, since peft looks at what it gives."""
+    from peft.tuners.shira.mask_functions import random_mask
+
+    return config.mask_fn or (random_mask if config.mask_type == "random" else None)
+
+
 def _method(config: PeftConfig) -> str:
     begin = getattr(config, "init_lora_weights", None)
     return f"{method_of(config)} ({begin})" if isinstance(begin, str) else method_of(config)
@@ -157,10 +175,10 @@ def _method(config: PeftConfig) -> str:
 
 def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Name and tensor of all that peft's layers have besides what they wrap, and of what the tuner itself has."""
-    kinds = (upstream.tuner_class(), upstream.layer_class())
+    kinds = (upstream.tuner_class(), upstream.layer_class(), *upstream.attention_classes())
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in named_modules(outer(part)):
-        if not isinstance(module, kinds):
+        if not (isinstance(module, kinds) or path == "prompt_encoder"):
             continue
         for leaf, tensor in _own_tensors(module):
             found.setdefault(id(tensor), (join(path, leaf), tensor))
@@ -215,6 +233,27 @@ class _StandIn:
         self.held.append(out)
         return out
 
+    def give(self, module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """Give a stand-in the values of its module, gathered; returns its parameters that have them now."""
+        real = self.real.get(id(module))
+        given: list[tuple[str, torch.Tensor]] = []
+        if real is None:
+            return given
+        for leaf, parameter in own_parameters(real).items():
+            own = own_parameters(module).get(leaf)
+            if parameter is None or own is None:
+                continue
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if type(whole) in PLAIN:
+                own.data = whole.to("cpu", copy=True)
+                given.append((leaf, own))
+        for leaf, buffer in own_buffers(real).items():
+            if buffer is not None and leaf in own_buffers(module):
+                own_buffers(module)[leaf] = buffer.detach().to("cpu", copy=True)
+        return given
+
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same shape and dtype that takes no memory; whoever looks at it sees no number."""
@@ -259,6 +298,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
         if hasattr(plain, setting):
             setattr(plain, setting, None)  # the layers are replicated already, and the others are done by themselves
     plain.inference_mode = False
+    if method_of(config) == "SHIRA":
+        setattr(plain, "mask_fn", _mask_of(config))  # noqa: B010 - a field of this method alone
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
     tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
@@ -309,26 +350,9 @@ class _Copier:
         self._given = []
         if self._needs_base:
             for module in target.modules():
-                self._give(module)
+                given = self._stand_in.give(module)
+                self._given += [(module, leaf, own, own.data.clone()) for leaf, own in given]
         torch.manual_seed(_seed(self._seed, self._name, path))
-
-    def _give(self, module: nn.Module) -> None:
-        real = self._stand_in.real.get(id(module))
-        if real is None:
-            return
-        for leaf, parameter in own_parameters(real).items():
-            own = own_parameters(module).get(leaf)
-            if parameter is None or own is None:
-                continue
-            whole = parameter.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            if type(whole) in PLAIN:
-                own.data = whole.to("cpu", copy=True)
-                self._given.append((module, leaf, own, own.data.clone()))
-        for leaf, buffer in own_buffers(real).items():
-            if buffer is not None and leaf in own_buffers(module):
-                own_buffers(module)[leaf] = buffer.detach().to("cpu", copy=True)
 
     def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
         """Called when peft has put ``made`` in the place of ``target``."""
@@ -409,6 +433,45 @@ def _needs_base(config: PeftConfig) -> bool:
         return True
     variants = {f.name for f in fields(config) if f.metadata.get("is_lora_variant")}
     return any(getattr(config, name, None) for name in variants.union(_VARIANTS))
+
+
+def _begin_prompt(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
+    """Virtual tokens, which may begin as those of the base: peft's own encoder is made once more, with memory."""
+    model = cast(Any, outer(part))
+    real = cast("nn.Module", model.prompt_encoder[name])
+    encoder = cast("Callable[..., nn.Module]", original_class(real))
+    plain = copy.deepcopy(config)
+    plain.inference_mode = False
+    given: list[nn.Module] = []
+    if "word_embeddings" in inspect.signature(encoder).parameters:
+        stand_in = _StandIn(nn.Module())
+        given.append(stand_in.of(model.word_embeddings))
+        for module in given[0].modules():
+            stand_in.give(module)
+    torch.manual_seed(_seed(seed, name, ""))
+    try:
+        made = encoder(plain, *given)
+    except Exception as error:  # peft's own code, which may ask for a tokenizer or a file
+        raise AdapterError(
+            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed: "
+            f"{type(error).__name__}: {error}",
+            hint="Build and adapt this model on a real device, and restore with load_model.",
+        ) from error
+    values = dict(_own_tensors(made))
+    for leaf, target in _own_tensors(real):
+        _write(join("prompt_encoder", name, leaf), target, values[leaf])
+    count = getattr(config, "num_virtual_tokens", 0) * (getattr(config, "num_transformer_submodules", None) or 1)
+    model.prompt_tokens[name] = torch.arange(count)
+
+
+def _begin_attention(part: nn.Module, name: str, seed: int) -> None:
+    """Adaption prompts: normal tokens behind a gate of zero. Source: peft's ``AdaptedAttention``."""
+    for path, module in named_modules(outer(part)):
+        if isinstance(module, upstream.attention_classes()):
+            torch.manual_seed(_seed(seed, name, path))
+            for leaf, target in _own_tensors(module):
+                whole = torch.zeros(target.shape) if leaf == "adaption_gate" else torch.randn(target.shape)
+                _write(join(path, leaf), target, whole)
 
 
 def _begin_beside(part: nn.Module, name: str, seed: int) -> None:

@@ -205,7 +205,7 @@ def capture_peft(
     # peft would look for the other adapters' names anywhere in a tensor's, where one may be a layer's number.
     state = {n: t for n, t in own_tensors(model).items() if is_below(n, owners) in (None, adapter_name)}
     if config.is_prompt_learning:
-        return [_prompt(adapter_name, config, state)]
+        return _prompt(adapter_name, config, state)
     placeholders = {name: torch.empty(0, device="meta") for name in state}
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
     found = _named_by_peft(model, adapter_name, _for_placeholders(config, base), placeholders, save_embedding_layers)
@@ -293,21 +293,26 @@ def _kept_tensors(model: nn.Module) -> dict[int, str]:
     return out
 
 
-def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> AdapterEntry:
-    """Virtual tokens that are an embedding's rows as they are.
+def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> list[AdapterEntry]:
+    """Virtual tokens that are parameters of a prompt encoder as they are, and what multitask tuning has beside them.
 
     Raises:
-        AdapterError: They are computed by an encoder.
+        AdapterError: They are computed by the encoder.
     """
-    name = f"prompt_encoder.{adapter_name}.embedding.weight"
-    kind = method_of(config)
-    plain = kind == "PROMPT_TUNING" or (kind == "PREFIX_TUNING" and not getattr(config, "prefix_projection", False))
-    if not plain or name not in state:
+    kind, encoder = method_of(config), f"prompt_encoder.{adapter_name}."
+    saved = {"prompt_embeddings": "embedding.weight"}
+    if kind == "MULTITASK_PROMPT_TUNING":
+        saved |= {"prefix_task_cols": "prefix_task_cols", "prefix_task_rows": "prefix_task_rows"}
+    plain = kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING") or (
+        kind == "PREFIX_TUNING" and not getattr(config, "prefix_projection", False)
+    )
+    if not plain or any(encoder + leaf not in state for leaf in saved.values()):
         raise AdapterError(
-            f"adapter {adapter_name!r} ({kind}) is computed from a prompt encoder",
+            f"adapter {adapter_name!r} ({kind}): what peft saves of it is computed by a prompt encoder, and training "
+            "could not go on from that",
             hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
         )
-    return entry("prompt_embeddings", name, state[name])
+    return [entry(name, encoder + leaf, state[encoder + leaf]) for name, leaf in saved.items()]
 
 
 def _require_new_layout() -> None:

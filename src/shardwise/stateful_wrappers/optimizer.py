@@ -348,6 +348,7 @@ class OptimizerState:
         # As the modules have them: what they give out for their state may be copies.
         named = list_parameters(parts)
         self._names = {id(each.tensor): each.name for each in named}
+        self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
         self.passed = passed
         try:
             self.keepers = find_keepers(passed)
@@ -377,6 +378,14 @@ class OptimizerState:
         """
         name = self._names.get(id(param))
         if name is None:
+            if (like := self._spread.get(tuple(param.shape))) and not isinstance(param, DTensor):
+                raise MisuseError(
+                    f"the optimizer updates a whole parameter of shape {list(param.shape)}, and those of this shape in "
+                    "the model are shards: its steps change nothing that the model keeps",
+                    tensor=like,
+                    hint="Build the optimizer after fully_shard; and after a forward pass without a backward pass, in "
+                    "which FSDP2 gathers parameters, call model.reshard() before.",
+                )
             raise MisuseError(
                 f"the optimizer updates a parameter of shape {list(param.shape)} that the model does not have",
                 hint="Pass the model (or all of this rank's stages) that the optimizer was built for, after "

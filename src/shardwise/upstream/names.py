@@ -320,6 +320,7 @@ PEFT = (
     ),
     Name("peft.utils.other.AuxiliaryTrainingWrapper", _LAYERS, "type"),
     Name("peft.tuners.trainable_tokens.TrainableTokensLayer", _LAYERS, "type"),
+    Name("peft.tuners.adaption_prompt.AdaptedAttention", _LAYERS, "type"),
     Name("peft.tuners.lora.ParamWrapper", _LAYERS, "type"),
     Name("peft.tuners.lora.layer:_did_swap_in_out_features", "how a factor of an expert parameter is laid out"),
     Name("peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING", "adapters begin by peft's own code, one module at a time", "dict"),

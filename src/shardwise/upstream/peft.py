@@ -40,6 +40,14 @@ def copy_class() -> type:
     return cast(type, AuxiliaryTrainingWrapper)
 
 
+def attention_classes() -> tuple[type, ...]:
+    """The classes that adaption prompts put around attention, which is their child ``model``."""
+    from peft.tuners.adaption_prompt import AdaptedAttention
+    from torch.nn import Module
+
+    return tuple(cls for cls in AdaptedAttention.__mro__[:-1] if issubclass(cls, Module) and cls is not Module)
+
+
 def tokens_class() -> type:
     """The layer that trains some rows of an embedding."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer

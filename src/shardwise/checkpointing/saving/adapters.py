@@ -26,6 +26,7 @@ from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.rosters import RosterKeeper
 from shardwise.errors import AdapterError, MissingTensorError
+from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
 from shardwise.peft.config import read_adapter_config
@@ -43,6 +44,8 @@ from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
+from shardwise.peft.rules import check_opens as check_opens_in_peft
+from shardwise.peft.rules import vllm_limits
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import (
     ADAPTER_CONFIG_NAME,
@@ -151,7 +154,9 @@ class AdapterSave:
         roster = RosterKeeper(group, context.stage).roster(held)
         plan: ExportPlan | None = None
         with group.together(f"checking the adapter {file.adapter_name}"):
-            _check(roster, settings, declared, captured, component)
+            _check(roster, settings, declared, captured, file.adapter_name, self.state.model, component)
+            if group.is_main and not component:
+                _tell_vllm(context, file.adapter_name, roster, settings, declared)
             if component:
                 check_opens(self.state.model, self._config, file, context.told)
             options = ExportOptions(
@@ -249,10 +254,25 @@ def _component(context: Context, parts: Sequence[nn.Module], peft_config: object
 
 
 def _check(
-    roster: Roster, settings: Mapping[str, object], declared: Declared, captured: AdapterTensors, component: str
+    roster: Roster,
+    settings: Mapping[str, object],
+    declared: Declared,
+    captured: AdapterTensors,
+    name: str,
+    parts: Sequence[nn.Module],
+    component: str,
 ) -> None:
     specs = [as_peft(spec, component) for spec in roster.specs] if component else roster.specs
     check_adapter(specs, settings, declared.inventories, captured.layers, declared=True)
+    check_opens_in_peft(parts, name, [spec.name for spec in specs], settings)
+
+
+def _tell_vllm(context: Context, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
+    """Say once what vLLM would not serve of an adapter."""
+    limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
+    if limits and (key := f"vLLM/{name}") not in context.told:
+        context.told.add(key)
+        _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
 
 
 def hold_extra(context: Context, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
@@ -313,7 +333,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         for file in captured.files:
             roster = _roster(context, partial(hold_adapter, file.entries, MeshRegister()))
             with group.together(f"checking the adapter {file.adapter_name}"):
-                _check(roster, settings[file.adapter_name], declared, captured, "")
+                _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts, "")
                 if component:
                     check_opens(parts, None, file, context.told)
     if declared.extra:
@@ -332,11 +352,13 @@ class OpenedAdapter:
     """A model's adapters and a checkpoint's that are known to fit, on every rank; nothing has been read or written."""
 
     loads: tuple[OpenedLoad, ...]
+    allocators: AllocatorRestore
 
     def fill(self) -> None:
         """Fill the adapters. All ranks call, once."""
         for load in self.loads:
             load.read()
+        self.allocators.install()
 
 
 def open_adapter(
@@ -402,26 +424,29 @@ def open_adapter(
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
         options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing, ignored=ignored)
         loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
-    extra = _open_extra(context, parts, captured, directory, allow_missing)
-    return OpenedAdapter((*loads, *extra))
+    extra, allocators = _open_extra(context, parts, captured, directory, allow_missing)
+    return OpenedAdapter((*loads, *extra), allocators)
 
 
 def _open_extra(
     context: Context, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
-) -> list[OpenedLoad]:
+) -> tuple[list[OpenedLoad], AllocatorRestore]:
     """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
     group, file = context.group, path / ADAPTER_EXTRA_NAME
     is_there = group.tell(file.is_file, "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
-    if not is_there:
-        with group.together("looking for what was trained beside the adapter"):
-            if trained and not allow_missing:
-                raise _no_extra([entry.spec.name for entry in trained], path)
-        return []
-    source = open_source(file, group)
+    source = open_source(file, group) if is_there else None
+    allocators = AllocatorRestore({}, ())
+    with group.together("looking for what was trained beside the adapter"):
+        if source is None and trained and not allow_missing:
+            raise _no_extra([entry.spec.name for entry in trained], path)
+        specs = {} if source is None else source.tensors
+        allocators = restore_allocators(parts, {name: tensor.spec.shape for name, tensor in specs.items()})
+    if source is None:
+        return [], allocators
 
     def wanted() -> tuple[HeldTensor, ...]:
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = dict(allocators.tensors)
         seen: set[int] = set()
         for names, tensor in base_tensors(parts):
             for name in names:
@@ -433,8 +458,10 @@ def _open_extra(
             raise _no_extra(lost, file)
         return tuple(held_tensor(name, tensor, MeshRegister()) for name, tensor in found.items())
 
-    options = LoadOptions(threads=context.threads, sharing=context.sharing)
-    return [open_described(wanted, source, group, context.storage, options)]
+    # A model that is not trained has no allocator.
+    ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
+    options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
+    return [open_described(wanted, source, group, context.storage, options)], allocators
 
 
 def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:

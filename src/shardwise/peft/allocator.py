@@ -1,0 +1,133 @@
+"""AdaLoRA's allocator of ranks: what it has measured, and which ranks it has kept, decide what the next steps do.
+
+Its running means and the ranks that it has kept are in no state dict of peft's. They stand beside the adapter, in the
+file of what else changes while it is trained (`shardwise.peft.extra`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+
+from shardwise.peft.models import outer
+from shardwise.peft.names import clean, join, named_modules
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, entry
+from shardwise.stateful_wrappers.names import own_tensors
+
+if TYPE_CHECKING:
+    from peft.tuners.adalora import AdaLoraModel
+
+#: Beginning of these tensors' names in that file.
+ALLOCATOR_PREFIX = "rank_allocator."
+
+#: What the allocator keeps of each parameter and reads again; ``ipt`` is computed anew before it is read. Source:
+#: ``peft.tuners.adalora.layer.RankAllocator``.
+_MEANS = ("exp_avg_ipt", "exp_avg_unc")
+
+_KEPT = "rank_pattern"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Allocator:
+    """One part's allocator.
+
+    Attributes:
+        tuner: Whose it is; its ``rankallocator`` has the means, and a configuration of its own the kept ranks.
+        path: Name of the model that the allocator names parameters of.
+        names: Plain names of the model's parameters -> the names by which the allocator knows them.
+    """
+
+    tuner: AdaLoraModel
+    path: str
+    names: Mapping[str, str]
+
+    def kept(self) -> dict[str, list[bool]]:
+        found: dict[str, list[bool]] | None = self.tuner.rankallocator.peft_config.rank_pattern
+        return dict(found or {})
+
+    def plain(self, name: str) -> str:
+        """A parameter's name in the file."""
+        return join(self.path, clean(name)).removeprefix(PEFT_PREFIX)
+
+
+def _allocators(parts: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, _Allocator]]:
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.adalora import AdaLoraModel
+
+    for part in parts:
+        for path, module in named_modules(outer(part)):
+            if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
+                names = {clean(name): name for name, _ in module.model.named_parameters()}
+                # peft takes the adapter's name out of the pattern that it has once saved, and goes on with that.
+                middle = f".{module.rankallocator.adapter_name}"
+                names |= {clean(name).replace(middle, ""): name.replace(middle, "") for name in names.values()}
+                yield part, _Allocator(module, join(path, "model"), names)
+
+
+def allocator_entries(parts: Sequence[nn.Module]) -> Iterator[AdapterEntry]:
+    """What the parts' allocators have at this moment, for a save. Local."""
+    for _, allocator in _allocators(parts):
+        for kind in _MEANS:
+            for name, tensor in getattr(allocator.tuner.rankallocator, kind).items():
+                plain = allocator.plain(name)
+                yield entry(f"{ALLOCATOR_PREFIX}{kind}.{plain}", plain, tensor)
+        for name, kept in allocator.kept().items():
+            plain = allocator.plain(name)
+            yield entry(f"{ALLOCATOR_PREFIX}{_KEPT}.{plain}", plain, torch.tensor(kept, dtype=torch.bool))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AllocatorRestore:
+    """What the parts' allocators are about to have.
+
+    Attributes:
+        tensors: Name in the file -> memory to read into. The allocators do not have it yet.
+        _given: For each allocator and kind, its own names and that memory.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    _given: Sequence[tuple[_Allocator, str, Mapping[str, torch.Tensor]]]
+
+    def install(self) -> None:
+        """Give the allocators what has been read, instead of what they have. Local."""
+        for allocator, kind, values in self._given:
+            if kind != _KEPT:
+                setattr(allocator.tuner.rankallocator, kind, dict(values))
+                if kind == _MEANS[0]:
+                    allocator.tuner.rankallocator.ipt = {name: torch.zeros_like(t) for name, t in values.items()}
+                continue
+            kept = {name: tensor.tolist() for name, tensor in values.items()}
+            allocator.tuner.rankallocator.peft_config.rank_pattern = kept or None
+
+
+def restore_allocators(parts: Sequence[nn.Module], shapes: Mapping[str, Sequence[int]]) -> AllocatorRestore:
+    """Make memory for what a file has of the parts' allocators; one that it has nothing of begins anew. Local.
+
+    Args:
+        parts: This rank's parts.
+        shapes: Name in the file -> shape, of all of its tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    given: list[tuple[_Allocator, str, Mapping[str, torch.Tensor]]] = []
+    for part, allocator in _allocators(parts):
+        parameters = own_tensors(outer(part))
+        for kind in (*_MEANS, _KEPT):
+            values: dict[str, torch.Tensor] = {}
+            for plain, name in allocator.names.items():
+                key = f"{ALLOCATOR_PREFIX}{kind}.{allocator.plain(plain)}"
+                if key not in shapes:
+                    continue
+                like = parameters.get(join(allocator.path, plain))
+                if kind == _KEPT or like is None:
+                    values[name] = torch.zeros(tuple(shapes[key]), dtype=torch.bool)
+                else:
+                    values[name] = torch.zeros_like(like.detach())
+                tensors[key] = values[name]
+            given.append((allocator, kind, values))
+    return AllocatorRestore(tensors, given)

@@ -17,11 +17,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tests.adapters.methods import ROWS, build, keep_bases
+from tests.adapters.methods import FAMILIES, IDS, ROWS, build, keep_bases, opened
 from tests.adapters.spreads import (
     FSDP,
     ONE,
@@ -46,7 +48,6 @@ MOMENTS = {STEPPED: "after a step", EVALUATED: "after an evaluation"}
 SAME, CANNOT, REFUSED, WRONG = "same", "cannot", "refused", "wrong"
 
 _PEER_WENT = re.compile("closed by peer|Broken pipe|Connection reset")
-KEEP = bool(os.environ.get("KEEP_CELLS"))
 
 State = dict[str, torch.Tensor]
 
@@ -70,40 +71,50 @@ class Case:
     is_async: bool
 
 
-def outcomes(cases: Sequence[Case], scratch: Path, known: Path) -> dict[Case, str]:
+def outcomes(cases: Sequence[Case], scratch: Path, known: Path, again: Sequence[str] = ()) -> dict[Case, str]:
     """What becomes of each case.
 
     Args:
         cases: Those wanted.
         scratch: A directory for the bases and for what is saved.
         known: A file of outcomes, one in a line, which are not found out again; new ones are added to it.
+        again: Methods that are found out all the same.
 
     Returns:
         For each case ``same``, or one of ``cannot``, ``refused`` and ``wrong`` with the reason.
     """
-    found = _known(known)
-    missing = [case for case in cases if case not in found]
+    found = known_outcomes(known)
+    missing = [case for case in cases if case not in found or case.name in again]
     if missing:
         scratch.mkdir(parents=True, exist_ok=True)
         code = fresh(_find, missing, scratch, known, output=scratch / "output", seconds=200.0 * len(missing))
         if code:
             raise AssertionError((scratch / "output.err").read_text()[-2000:])
-        found = _known(known)
+        found = known_outcomes(known)
     return {case: found[case] for case in cases}
 
 
-def _known(path: Path) -> dict[Case, str]:
+def known_outcomes(path: Path) -> dict[Case, str]:
+    """What a file says: of a case that it has twice, what it says last."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {Case(name, spread, is_async): text for name, spread, is_async, text in rows}
 
 
 def _find(cases: Sequence[Case], scratch: Path, known: Path) -> None:
     """In a process that has imported everything and computed nothing, so that ranks can be forked from it."""
-    run_alone(keep_bases, scratch)
+    warm(scratch)
     for case in cases:
         text = _outcome(case, scratch, scratch / f"run_{os.getpid()}")
         with known.open("a") as file:
             file.write(json.dumps([*astuple(case), text]) + "\n")
+
+
+def warm(root: Path) -> None:
+    """Open the bases, so that no rank has to."""
+    run_alone(keep_bases, root)
+    for family in FAMILIES:
+        with torch.no_grad():
+            opened(family, root)(input_ids=IDS)
 
 
 def run_alone(function: Callable[..., None], *args: object) -> None:
@@ -125,17 +136,26 @@ def _outcome(case: Case, root: Path, scratch: Path) -> str:
     ranks = [context.Process(target=_ranked, args=(rank, case, root, scratch)) for rank in range(2)]
     for process in ranks:
         process.start()
-    deadline = time.monotonic() + 150
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-    for process in ranks:
-        process.join()
+    _awaited(ranks)
     try:
         return _verdict(scratch, [process.exitcode for process in ranks])
     finally:
-        if not KEEP:
-            shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _awaited(ranks: Sequence[BaseProcess]) -> None:
+    """Wait for the ranks. One whose peer has failed has some seconds left, and all of them together 150."""
+    deadline = time.monotonic() + 150
+    running = list(ranks)
+    while running and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
+        running = [process for process in running if process.exitcode is None]
+        if any(process.exitcode for process in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+    for process in running:
+        process.kill()
+    for process in ranks:
+        process.join()
 
 
 def _verdict(scratch: Path, codes: Sequence[int | None]) -> str:
@@ -195,20 +215,22 @@ class _Run:
             states = self._received()
         else:
             try:
-                begun = self._begun(seed=1)
-                self._trained(*begun, 0)
-                self._evaluated(begun[0])
+                model, optimizer = self._begun(seed=1)
             except Exception as error:
                 traceback.print_exc()
                 return f"{CANNOT}: {_said(error)}"
             with self._checkpointer(self._spread) as saver:
+                self.doing = "restore before the training"
                 try:
-                    model, optimizer = self._begun(seed=1)
-                    self.doing = "restore before the training"
                     saver.restore(model, optimizer)
                 except ShardwiseError as error:
                     return f"{REFUSED}: {error.message}"
-                states = self._run(saver, model, optimizer)
+                try:
+                    first = self._trained(model, optimizer, 1)
+                except Exception as error:
+                    traceback.print_exc()
+                    return f"{CANNOT}: {_said(error)}"
+                states = [first, *self._run(saver, model, optimizer)]
             self._kept(states)
         for moment in MOMENTS:
             if self._spread != ONE:
@@ -254,12 +276,11 @@ class _Run:
         return config.build(0, 0, stage, process_group=self._alone if alone else None)
 
     def _run(self, saver: Checkpointer, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[State]:
-        """Three steps, with a save after the first, and one after the second and an evaluation."""
-        self.doing = "the run"
-        states = [self._trained(model, optimizer, 1)]
+        """Two more steps: a save before them, and one between them, after an evaluation."""
         self.doing = f"saving {MOMENTS[STEPPED]}"
         saver.save(0, STEPPED, model, optimizer)
-        states.append(self._trained(model, optimizer, 2))
+        self.doing = "the run"
+        states = [self._trained(model, optimizer, 2)]
         logits = self._evaluated(model)
         self.doing = f"saving {MOMENTS[EVALUATED]}"
         saver.save(0, EVALUATED, model, optimizer)
@@ -296,13 +317,13 @@ class _Run:
         with self._checkpointer(spread, alone=alone) as loader:
             loader.restore(model, optimizer, restore_from=path)
         resharded(model)
-        after = ROWS[self._name].after
         _require(everything(model, optimizer), states[moment - 1], what)
-        if moment == EVALUATED and states[3]:
+        if moment == EVALUATED:
             logits = self._evaluated(model, spread)
             _require({} if logits is None else {"logits": logits}, states[3], what, exact=exact)
             resharded(model)
-        del after
+        if ROWS[self._name].draws:
+            return
         following = self._trained(model, optimizer, moment + 1, spread)
         _require(following, states[moment], f"{what}, one more step", exact=exact)
 
@@ -321,9 +342,7 @@ class _Run:
 
     def _compare_with_pefts(self, moment: int, state: State) -> None:
         model = filled(build(self._name, self._root, 9), state)
-        after = ROWS[self._name].after
         theirs = self._scratch / f"pefts_{moment}"
-        del after
         model.save_pretrained(theirs)
         ours = next((self._scratch / "run").glob(f"epoch_*_step_{moment}")) / "model"
         _same_files(ours, theirs, ROWS[self._name].differs)
@@ -345,8 +364,11 @@ def _same_files(ours: Path, theirs: Path, differs: str) -> None:
 
 
 def _settings(path: Path) -> dict[str, object]:
-    """Lists that peft makes from sets have no order."""
+    """Lists that peft makes from sets have no order, and what is excluded may be listed as well."""
     values = json.loads(path.read_text())
+    targets, excluded = values.get("target_modules"), values.get("exclude_modules")
+    if isinstance(targets, list):
+        values["target_modules"] = [name for name in targets if name not in (excluded or ())]
     return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
 
 
@@ -384,4 +406,4 @@ def _require(found: Mapping[str, object], wanted: Mapping[str, object], what: st
             raise Differs(f"{what}: {name} differs")
 
 
-__all__ = ["MOMENTS", "SPREADS", "Case", "outcomes"]
+__all__ = ["MOMENTS", "SPREADS", "Case", "known_outcomes", "outcomes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Row:
         whole: Whether FSDP2 may not cut the model by layers, since these share parameters.
         stages: Why pipeline stages cannot be adapted one by one; empty where they can.
         after: Called after each step, as the method's documentation says, with the model and the step's number.
+        draws: Whether it draws numbers ahead that no state has, so that the next step has others.
         differs: What of peft's own file is another by intent, in a few words.
     """
 
@@ -42,6 +44,7 @@ class Row:
     whole: bool = False
     stages: str = ""
     after: Callable[[nn.Module, int], None] | None = None
+    draws: bool = False
     differs: str = ""
 
 
@@ -55,7 +58,18 @@ def base(family: str) -> nn.Module:
         return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes))
     if family == "gpt2":  # layers that keep their weights transposed, and biases
         return tf.GPT2LMHeadModel(
-            tf.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+            tf.GPT2Config(
+                vocab_size=32,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                resid_pdrop=0,
+                embd_pdrop=0,
+                attn_pdrop=0,
+                tie_word_embeddings=False,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
         )
     tied = family == "llama-tied"
     return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=tied))
@@ -148,7 +162,7 @@ def _xlora(model: nn.Module, scratch: Path) -> nn.Module:
 
 def _arrow(model: nn.Module, scratch: Path) -> nn.Module:
     """A router over trained adapters, and one more that is trained."""
-    from peft.tuners.lora.variants import create_arrow_model
+    from peft.tuners.lora.arrow import create_arrow_model
 
     config = peft.ArrowConfig(top_k=1, rng_seed=0)
     made: nn.Module = create_arrow_model(model, _experts(scratch), config)
@@ -173,7 +187,7 @@ _SQ = {"target_modules": SQUARE}
 
 ROWS: dict[str, Row] = {
     "LoRA": _lora({}),
-    "LoRA, all-linear": _lora({"target_modules": "all-linear"}),
+    "LoRA, all-linear": _lora({"target_modules": "all-linear", "exclude_modules": ["lm_head"]}),
     "LoRA, patterns of ranks and alphas": _lora(
         {"rank_pattern": {"q_proj": 2, r"layers\.1\..*v_proj": 6}, "alpha_pattern": {"k_proj": 3}}
     ),
@@ -194,7 +208,7 @@ ROWS: dict[str, Row] = {
     ),
     "LoRA, lora_bias": _lora({"lora_bias": True}),
     "LoRA, layer_replication": _lora(
-        {"layer_replication": [(0, 2), (1, 2)]}, stages="peft replicates layers of a whole model's list"
+        {"layer_replication": [(0, 2), (1, 2)]}, whole=True, stages="peft replicates layers of a whole model's list"
     ),
     "LoRA, two adapters": Row(_two, "LORA"),
     "rsLoRA": _lora({"use_rslora": True}),
@@ -225,17 +239,18 @@ ROWS: dict[str, Row] = {
     ),
     "VeLoRA": _lora({"velora_config": {"num_groups": 4}}),
     "KaSA": _lora({"kasa_config": {}}),
-    "MonteCLoRA": _lora({"monteclora_config": {}}),
+    "MonteCLoRA": _lora({"monteclora_config": {}}, draws=True),
     "Arrow": Row(_arrow, "LORA"),
     "AdaLoRA": _row(
         "AdaLoraConfig",
         "ADALORA",
         {**_ALL, "init_r": 4, "target_r": 2, "total_step": 8, "tinit": 0, "tfinal": 4, "deltaT": 1},
         after=_allocate,
+        whole=True,
         differs="ranks that were pruned are zeros in whole tensors",
     ),
     "AdaLoRA, ranks not yet allocated": _row(
-        "AdaLoraConfig", "ADALORA", {**_ALL, "init_r": 4, "target_r": 2, "total_step": 100, "tinit": 50}
+        "AdaLoraConfig", "ADALORA", {**_ALL, "init_r": 4, "target_r": 2, "total_step": 100, "tinit": 50}, whole=True
     ),
     "AdaMSS": _row("AdamssConfig", "ADAMSS", {**_ALL, "r": 8, "num_subspaces": 2, "subspace_rank": 1}),
     "AdaMSS, subspaces allocated": _row(
@@ -265,9 +280,7 @@ ROWS: dict[str, Row] = {
     "GraLoRA": _row("GraloraConfig", "GRALORA", {**_ALL, "r": 4, "gralora_k": 2}),
     "HiRA": _row("HiraConfig", "HIRA", {**_ALL, "r": 4}),
     "HRA": _row("HRAConfig", "HRA", {**_ALL, "r": 4}),
-    "IA3": _row(
-        "IA3Config", "IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    ),
+    "IA3": _row("IA3Config", "IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "Lily": _row("LilyConfig", "LILY", {**_ALL, "r": 4}, whole=True),
     "LN tuning": _row("LNTuningConfig", "LN_TUNING", {"target_modules": ["norm", "input_layernorm"]}),
     "LoHa": _row("LoHaConfig", "LOHA", {**_ALL, "r": 4}),
@@ -361,11 +374,15 @@ def build(name: str, root: Path, seed: int, model: nn.Module | None = None) -> n
 
 
 def opened(family: str, root: Path) -> nn.Module:
-    """A base as transformers loads it."""
+    """A base as transformers loads it, once in a process or in that which it was forked from."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(root / family)
-    return model
+    if (family, root) not in _OPENED:
+        _OPENED[family, root] = AutoModelForCausalLM.from_pretrained(root / family)
+    return copy.deepcopy(_OPENED[family, root])
+
+
+_OPENED: dict[tuple[str, Path], nn.Module] = {}
 
 
 def keep_bases(root: Path) -> None:

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -36,7 +38,6 @@ from tests.adapters.spreads import (
     made,
     resharded,
 )
-from tests.support.ranks import fresh
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
@@ -47,6 +48,7 @@ STEPPED, EVALUATED = 1, 2
 MOMENTS = {STEPPED: "after a step", EVALUATED: "after an evaluation"}
 SAME, CANNOT, REFUSED, WRONG = "same", "cannot", "refused", "wrong"
 
+_TREE = Path(__file__).parents[2]
 _PEER_WENT = re.compile("closed by peer|Broken pipe|Connection reset")
 
 State = dict[str, torch.Tensor]
@@ -87,9 +89,18 @@ def outcomes(cases: Sequence[Case], scratch: Path, known: Path, again: Sequence[
     missing = [case for case in cases if case not in found or case.name in again]
     if missing:
         scratch.mkdir(parents=True, exist_ok=True)
-        code = fresh(_find, missing, scratch, known, output=scratch / "output", seconds=200.0 * len(missing))
-        if code:
-            raise AssertionError((scratch / "output.err").read_text()[-2000:])
+        rows = json.dumps([astuple(case) for case in missing])
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(scratch), str(known)],
+            input=rows,
+            env={**os.environ, "PYTHONPATH": f"{_TREE / 'src'}{os.pathsep}{_TREE}", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise AssertionError(done.stderr[-2000:])
         found = known_outcomes(known)
     return {case: found[case] for case in cases}
 
@@ -100,8 +111,8 @@ def known_outcomes(path: Path) -> dict[Case, str]:
     return {Case(name, spread, is_async): text for name, spread, is_async, text in rows}
 
 
-def _find(cases: Sequence[Case], scratch: Path, known: Path) -> None:
-    """In a process that has imported everything and computed nothing, so that ranks can be forked from it."""
+def find(cases: Sequence[Case], scratch: Path, known: Path) -> None:
+    """Find out what becomes of cases, in a process that has computed nothing, so that ranks can be forked from it."""
     warm(scratch)
     for case in cases:
         text = _outcome(case, scratch, scratch / f"run_{os.getpid()}")
@@ -185,7 +196,7 @@ def _ranked(rank: int, case: Case, root: Path, scratch: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             text = run.outcome()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this cell's outcome
         traceback.print_exc()
         text = f"{WRONG}: {run.doing}: {_said(error)}"
     (scratch / f"outcome_{rank}").write_text(text)
@@ -216,7 +227,7 @@ class _Run:
         else:
             try:
                 model, optimizer = self._begun(seed=1)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - of torch's and peft's own
                 traceback.print_exc()
                 return f"{CANNOT}: {_said(error)}"
             with self._checkpointer(self._spread) as saver:
@@ -227,7 +238,7 @@ class _Run:
                     return f"{REFUSED}: {error.message}"
                 try:
                     first = self._trained(model, optimizer, 1)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - likewise
                     traceback.print_exc()
                     return f"{CANNOT}: {_said(error)}"
                 states = [first, *self._run(saver, model, optimizer)]
@@ -331,13 +342,13 @@ class _Run:
         """On another number of ranks; and peft's own file of the same values."""
         self.doing = "reading what was saved"
         states = self._whole_states()
-        for moment in MOMENTS:
+        for moment, when in MOMENTS.items():
             if self._spread == ONE:
                 self._resume(moment, FSDP, states)
             elif not self._rank:
                 self._resume(moment, ONE, states, alone=True, exact=self._spread in SAME_SUMS)
             if not self._rank:
-                self.doing = f"compared with peft's own save_pretrained {MOMENTS[moment]}"
+                self.doing = f"compared with peft's own save_pretrained {when}"
                 self._compare_with_pefts(moment, states[moment - 1])
 
     def _compare_with_pefts(self, moment: int, state: State) -> None:
@@ -406,4 +417,11 @@ def _require(found: Mapping[str, object], wanted: Mapping[str, object], what: st
             raise Differs(f"{what}: {name} differs")
 
 
-__all__ = ["MOMENTS", "SPREADS", "Case", "known_outcomes", "outcomes"]
+__all__ = ["MOMENTS", "SPREADS", "Case", "find", "known_outcomes", "outcomes"]
+
+if __name__ == "__main__":
+    # Not under this module's name, by which the others know it.
+    from tests.adapters.cells import Case as _Case
+    from tests.adapters.cells import find
+
+    find([_Case(*row) for row in json.load(sys.stdin)], Path(sys.argv[1]), Path(sys.argv[2]))

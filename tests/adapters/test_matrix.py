@@ -1,4 +1,4 @@
-"""The matrix of peft's methods and topologies: a few cells here, all of them in the slow run, as docs/adapters.md says."""
+"""Peft's methods on all topologies: a few cells here, all of them in the slow run, as docs/adapters.md says."""
 
 from __future__ import annotations
 

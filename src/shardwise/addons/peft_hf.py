@@ -288,8 +288,8 @@ def _named_by_peft(
     except Exception as error:  # peft's own code, on placeholders that it does not expect
         config = model.peft_config[adapter_name]
         raise AdapterError(
-            f"peft cannot say which tensors the adapter {adapter_name!r} ({method_of(config)}) has without computing on "
-            f"them: {type(error).__name__}: {error}",
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({method_of(config)}) has without computing "
+            f"on them: {type(error).__name__}: {error}",
             hint="Use LoraConfig, or another method whose adapters live in the layers.",
         ) from error
     return found
@@ -309,7 +309,7 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
         )
     if method_of(config) == "ADAMSS" and getattr(config, "use_asa", False):
         raise AdapterError(
-            "ADAMSS with use_asa keeps the importance of subspaces, and which are trained, in no tensor that peft saves",
+            "ADAMSS with use_asa keeps which subspaces it trains, and why, in no tensor that peft saves",
             hint="Set use_asa=False, since a resumed run would allocate subspaces otherwise than one that goes on.",
         )
     if method_of(config) == "ADALORA":

@@ -133,7 +133,11 @@ def _lora_ga(model: nn.Module, scratch: Path) -> nn.Module:
     config = peft.LoraConfig(
         r=4, target_modules=LINEAR, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), task_type="CAUSAL_LM"
     )
-    preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+
+    def measured() -> None:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+
+    preprocess_loraga(model, config, measured)
     model.zero_grad()
     made: nn.Module = peft.get_peft_model(model, config)
     return made

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -114,8 +114,12 @@ def known_outcomes(path: Path) -> dict[Case, str]:
 def find(cases: Sequence[Case], scratch: Path, known: Path) -> None:
     """Find out what becomes of cases, in a process that has computed nothing, so that ranks can be forked from it."""
     warm(scratch)
+    found = known_outcomes(known)
     for case in cases:
-        text = _outcome(case, scratch, scratch / f"run_{os.getpid()}")
+        text = found.get(replace(case, is_async=False), SAME) if case.is_async else SAME
+        if text.startswith((SAME, WRONG)):  # else it has failed before the first save, in whatever mode
+            text = _outcome(case, scratch, scratch / f"run_{os.getpid()}")
+        found[case] = text
         with known.open("a") as file:
             file.write(json.dumps([*astuple(case), text]) + "\n")
 
@@ -155,8 +159,8 @@ def _outcome(case: Case, root: Path, scratch: Path) -> str:
 
 
 def _awaited(ranks: Sequence[BaseProcess]) -> None:
-    """Wait for the ranks. One whose peer has failed has some seconds left, and all of them together 150."""
-    deadline = time.monotonic() + 150
+    """Wait for the ranks. One whose peer has failed has some seconds left, and all of them together 400."""
+    deadline = time.monotonic() + 400
     running = list(ranks)
     while running and time.monotonic() < deadline:
         wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
@@ -178,6 +182,8 @@ def _verdict(scratch: Path, codes: Sequence[int | None]) -> str:
         if texts := [text for text in reasons if text.startswith(kind)]:
             return texts[0]
     if any(codes) or len(found) < 2:
+        if not list(scratch.glob("begun_*")):
+            return f"{CANNOT}: peft or torch ends the process while the model is adapted (exit status {codes[0]})"
         errors = "".join(path.read_text()[-300:] for path in sorted(scratch.glob("errors_*")))
         return f"{WRONG}: exit status {codes}: {errors}"
     return SAME
@@ -190,7 +196,7 @@ def _ranked(rank: int, case: Case, root: Path, scratch: Path) -> None:
     os.dup2(handle, 2)
     faulthandler.enable()
     store = dist.FileStore(str(scratch / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     run = _Run(case, root, scratch)
     try:
         with warnings.catch_warnings():
@@ -230,6 +236,7 @@ class _Run:
             except Exception as error:  # noqa: BLE001 - of torch's and peft's own
                 traceback.print_exc()
                 return f"{CANNOT}: {_said(error)}"
+            (self._scratch / f"begun_{self._rank}").touch()
             with self._checkpointer(self._spread) as saver:
                 self.doing = "restore before the training"
                 try:
@@ -280,7 +287,7 @@ class _Run:
             is_peft=True,
             is_async=self._is_async,
             save_rng=False,
-            collective_timeout_seconds=60,
+            collective_timeout_seconds=200,
         )
         alone = alone or spread == ONE
         stage = self._rank if spread == STAGES else 0

@@ -124,6 +124,7 @@ METHODS: dict[str, dict[str, object]] = {
     "LNTuningConfig": {"target_modules": ["norm"]},
     "AdaLoraConfig": {"target_modules": LINEAR, "total_step": 10},
     "TrainableTokensConfig": {"token_indices": [1, 2]},
+    "FrodConfig": {"target_modules": ["q_proj", "o_proj"]},  # projections that layers share, by kinds of layers
 }
 
 

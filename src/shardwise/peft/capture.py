@@ -67,6 +67,7 @@ def capture_adapter(
         ModuleStateError: A module that is to be saved makes or takes its state in a way of its own.
         NameCollisionError: Two parts have a tensor of one name.
     """
+    inventory, cut = _inventory(parts)
     if is_peft_adapted(parts, peft_config):
         configs = adapter_configs(parts, peft_config)
         # In an order of all ranks': stages may have been given their adapters in different ones.
@@ -82,6 +83,7 @@ def capture_adapter(
                     legacy_layout=legacy_paramwrapper_layout,
                     save_embedding_layers=save_embedding_layers,
                     base=base,
+                    is_stage=bool(cut),
                 )
                 for part in parts
             ]
@@ -98,7 +100,6 @@ def capture_adapter(
         own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
         files = [AdapterFile("default", "", _joined(own))]
     _refuse_own_ways(parts, files)
-    inventory, cut = _inventory(parts)
     extra: tuple[AdapterEntry, ...] = ()
     if adapter_name is None:
         extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))

@@ -2,7 +2,9 @@
 
 peft saves what its layers and ``modules_to_save`` hold. Norms and embeddings that are unfrozen beside them, and the
 running statistics of a batch norm, would be the base model's again after a restore, under an optimizer that goes on
-with its state of them. They stand in a file of this library's own beside the adapter's.
+with its state of them. So would base weights that an adapter's beginning has changed by chance or by measured data:
+another beginning gives other ones, which the saved adapter does not fit. They stand in a file of this library's own
+beside the adapter's.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import NameCollisionError
-from shardwise.peft.models import adapters_prefixes, is_below, is_peft_adapted, outer
+from shardwise.peft.models import adapter_configs, adapters_prefixes, is_below, is_peft_adapted, outer
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry
 from shardwise.stateful_wrappers.names import NamedTensor, list_parameters
+from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import own_buffers, unsaved_buffers
+
+#: Beginnings of LoRA that change base weights by chance (a randomized decomposition) or by measured data.
+_NOT_REPEATED = ("pissa_niter_", "lora_ga", "corda")
 
 
 def extra_name(name: str) -> str:
@@ -67,11 +73,27 @@ def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor
     model = outer(part)
     listed = list_parameters([model])
     prepared = _is_prepared(model, listed)
-    buffers = _statistics(model)
+    changed = _statistics(model) | _begun_otherwise(model)
     for named in listed:
         trained = (named.tensor.requires_grad and prepared) or id(named.tensor) in stepped
-        if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in buffers:
+        if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in changed:
             yield named
+
+
+def _begun_otherwise(model: nn.Module) -> frozenset[str]:
+    """Names of base weights that an adapter began by changing in a way that another beginning does not repeat."""
+    if not is_peft_adapted([model]):
+        return frozenset()
+    chosen = {
+        name
+        for name, config in adapter_configs([model], None).items()
+        if str(getattr(config, "init_lora_weights", None)).lower().startswith(_NOT_REPEATED)
+    }
+    return frozenset(
+        join(path, "base_layer.weight")
+        for path, module in named_modules(model)
+        if any(upstream.has_adapter(module, name) for name in chosen)
+    )
 
 
 def _is_prepared(model: nn.Module, listed: Sequence[NamedTensor]) -> bool:

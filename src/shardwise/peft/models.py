@@ -113,8 +113,9 @@ def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[st
 class _StandIn:
     """A model as peft's state-dict functions see it: its modules under clean names, and nothing that communicates."""
 
-    def __init__(self, model: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
+    def __init__(self, model: nn.Module, configs: Mapping[str, PeftConfig], is_stage: bool) -> None:
         self._model = model
+        self._is_stage = is_stage
         self.peft_config = dict(configs)
         self.config: object | None = getattr(unwrap(model), "config", None)
 
@@ -125,13 +126,17 @@ class _StandIn:
         return self._model.modules()
 
     def get_base_model(self) -> _StandIn:
-        return _StandIn(unwrap(self._model), self.peft_config)
+        return _StandIn(unwrap(self._model), self.peft_config, self._is_stage)
 
     def get_input_embeddings(self) -> object | None:
         return self._embeddings("get_input_embeddings")
 
     def get_output_embeddings(self) -> object | None:
-        return self._embeddings("get_output_embeddings")
+        found = self._embeddings("get_output_embeddings")
+        if found is None and self._is_stage:
+            # transformers says that what has no input embeddings has no output embeddings either.
+            found = getattr(unwrap(self._model), "lm_head", None)
+        return found
 
     def _embeddings(self, getter: str) -> object | None:
         get = getattr(unwrap(self._model), getter, None)
@@ -152,10 +157,34 @@ def adapters_prefixes(model: nn.Module) -> dict[str, str]:
     for name, module in named_modules(model):
         if not isinstance(module, kinds):
             continue
+        known = (
+            set(cast("Mapping[str, object]", module.peft_config))
+            if isinstance(module, upstream.tuner_class())
+            else None
+        )
         for leaf, child in module.named_children():
-            if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or type(child).__name__ == "BufferDict":
-                keys = {*own_children(child), *own_parameters(child), *own_buffers(child)}
-                out |= {join(name, leaf, key): key for key in keys}
+            if _is_dictionary(child):
+                out |= _keyed(join(name, leaf), child, known)
+    return out
+
+
+def _is_dictionary(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.ModuleDict, nn.ParameterDict)) or type(module).__name__ == "BufferDict"
+
+
+def _keyed(path: str, dictionary: nn.Module, known: Collection[str] | None) -> dict[str, str]:
+    """Where a dictionary keeps each adapter's tensors.
+
+    What all layers share may be kept by kinds of layers first (FRoD), which a method's known adapters tell.
+    """
+    out: dict[str, str] = {}
+    children = own_children(dictionary)
+    for key in {*children, *own_parameters(dictionary), *own_buffers(dictionary)}:
+        below = children.get(key)
+        if below is not None and known is not None and key not in known and _is_dictionary(below):
+            out |= _keyed(join(path, key), below, known)
+        else:
+            out[join(path, key)] = key
     return out
 
 
@@ -178,6 +207,7 @@ def capture_peft(
     legacy_layout: bool,
     save_embedding_layers: SaveEmbeddings,
     base: str | None = None,
+    is_stage: bool = False,
 ) -> list[AdapterEntry]:
     """The tensors of one adapter that a part has, as peft itself would name them.
 
@@ -190,6 +220,7 @@ def capture_peft(
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
         base: The base model, for an adapter that does not name it: its vocabulary tells whether embeddings were
             resized.
+        is_stage: Whether the part is a pipeline stage.
 
     Raises:
         AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
@@ -208,7 +239,8 @@ def capture_peft(
         return _prompt(adapter_name, config, state)
     placeholders = {name: torch.empty(0, device="meta") for name in state}
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
-    found = _named_by_peft(model, adapter_name, _for_placeholders(config, base), placeholders, save_embedding_layers)
+    stand_in = _StandIn(model, {adapter_name: _for_placeholders(config, base)}, is_stage)
+    found = _named_by_peft(stand_in, adapter_name, placeholders, save_embedding_layers)
     # SHiRA's indices are in no state dict; peft takes them from its layers, and they are what is saved and filled.
     kept = _kept_tensors(model)
     wrappers = _param_wrappers(model)
@@ -231,9 +263,8 @@ def capture_peft(
 
 
 def _named_by_peft(
-    model: nn.Module,
+    model: _StandIn,
     adapter_name: str,
-    config: PeftConfig,
     placeholders: dict[str, torch.Tensor],
     save_embedding_layers: SaveEmbeddings,
 ) -> dict[str, torch.Tensor]:
@@ -248,15 +279,16 @@ def _named_by_peft(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-                cast("Any", _StandIn(model, {adapter_name: config})),
+                cast("Any", model),
                 state_dict=placeholders,
                 adapter_name=adapter_name,
                 save_embedding_layers=save_embedding_layers,
             )
     except Exception as error:  # peft's own code, on placeholders that it does not expect
+        config = model.peft_config[adapter_name]
         raise AdapterError(
-            f"peft cannot say which tensors the adapter {adapter_name!r} ({config.peft_type}) has without computing on "
-            f"them: {type(error).__name__}: {error}",
+            f"peft cannot say which tensors the adapter {adapter_name!r} ({method_of(config)}) has without computing "
+            f"on them: {type(error).__name__}: {error}",
             hint="Use LoraConfig, or another method whose adapters live in the layers.",
         ) from error
     return found
@@ -273,6 +305,11 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
         raise AdapterError(
             f"{method_of(config)} with save_only_topk_weights saves a selection that training cannot resume from",
             hint="Set save_only_topk_weights=False; peft can make the selection from the saved adapter later.",
+        )
+    if method_of(config) == "ADAMSS" and getattr(config, "use_asa", False):
+        raise AdapterError(
+            "ADAMSS with use_asa keeps which subspaces it trains, and why, in no tensor that peft saves",
+            hint="Set use_asa=False, since a resumed run would allocate subspaces otherwise than one that goes on.",
         )
     if method_of(config) == "ADALORA":
         # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.

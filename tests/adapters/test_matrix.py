@@ -1,0 +1,63 @@
+"""Peft's methods on all topologies: a few cells here, all of them in the slow run, as docs/adapters.md says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.adapters.cells import Case, outcomes
+from tests.adapters.methods import ROWS
+from tests.adapters.spreads import DDP, FSDP, ONE, SPREADS, STAGES, TP
+from tools.adapter_table import PAGE, summary
+
+import peft
+
+#: What was lost or refused once, each topology among them.
+FAST = [
+    Case("FRoD", ONE, False),  # what layers share was left out of the file
+    Case("PiSSA, fast", FSDP, True),  # base weights that were changed by chance were others after a restore
+    Case("LoRA, embeddings and head", STAGES, False),  # the last stage's head was left out
+    Case("AdaMSS, subspaces allocated", ONE, False),  # a resumed run trained other subspaces
+    Case("DoRA", TP, True),
+    Case("VeRA", DDP, False),
+]
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Method -> topology -> what the page says."""
+    lines = [
+        line for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| method")
+    ]
+    rows = [[cell.strip() for cell in line.replace("\\|", "\0").strip("| ").split("|")] for line in lines]
+    return {row[0]: dict(zip(SPREADS, row[1:], strict=True)) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, str]:
+    directory = tmp_path_factory.mktemp("matrix")
+    return outcomes(FAST, directory / "scratch", directory / "known")
+
+
+def test_every_method_of_peft_has_a_row() -> None:
+    assert {row.kind for row in ROWS.values()} == {kind.value for kind in peft.PeftType}
+    assert list(documented()) == list(ROWS)
+
+
+def test_nothing_is_documented_as_wrong() -> None:
+    cells = [cell for row in documented().values() for cell in row.values()]
+    assert not [cell for cell in cells if not cell.startswith(("same", "refused: ", "cannot: "))]
+
+
+@pytest.mark.parametrize("case", FAST, ids=lambda case: f"{case.name}, {case.spread}")
+def test_as_documented(case: Case, fast: dict[Case, str]) -> None:
+    assert fast[case] == documented()[case.name][case.spread]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("name", ROWS)
+def test_the_whole_row_is_as_documented(name: str, tmp_path: Path) -> None:
+    cases = [Case(name, spread, mode) for spread in SPREADS for mode in (False, True)]
+    found = outcomes(cases, tmp_path / "scratch", tmp_path / "known")
+    row = {spread: summary({mode: found[Case(name, spread, mode)] for mode in (False, True)}) for spread in SPREADS}
+    assert row == {spread: text.replace("\0", "\\|") for spread, text in documented()[name].items()}

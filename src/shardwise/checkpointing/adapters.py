@@ -20,12 +20,14 @@ from shardwise.addons.peft_config import read_adapter_config
 from shardwise.addons.peft_extra import base_tensors
 from shardwise.addons.peft_hf import is_peft_adapted
 from shardwise.addons.peft_load import differing_settings
+from shardwise.addons.peft_merge import MergedPart, merged_parts
 from shardwise.addons.peft_own import find_sites
 from shardwise.addons.peft_settings import adapter_settings
 from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
 from shardwise.checkpointing.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, run_hooks
+from shardwise.checkpointing.merged import MERGED, MergedSave
 from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -125,7 +127,28 @@ class AdapterSave:
             steps.append(lambda g, p=plan, d=prefix: write_export(p, g, context.storage).below(d))  # type: ignore[misc]
         if declared.extra:
             steps.append(self._extra_step(captured))
+        steps += self._merged_steps()
         return [*steps, self._after]
+
+    def _merged_steps(self) -> list[Step]:
+        """What is left to do for the merged export, where this save writes one. All ranks call."""
+        context, is_final = self._context, self._args["is_final_checkpoint"]
+        if not (context.config.export_merged and context.exports(is_final)):
+            return []
+        merged: list[MergedPart] = []
+        with context.group.together("describing the merged model"):
+            merged += merged_parts(self.state.model)
+        save = MergedSave(
+            context.further(MERGED),
+            self.state.model,
+            merged,
+            self._directory,
+            tokenizer=self._args["tokenizer"],
+            is_final=is_final,
+        )
+        steps = save.steps()
+        self.closing += save.closing
+        return steps
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """What is trained beside the adapter, as a file of its own. All ranks call."""
@@ -268,6 +291,9 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
                 _check(roster, settings[file.adapter_name], declared, captured)
     if declared.extra:
         _roster(context, partial(hold_extra, context, captured, parts))
+    if context.config.export_merged:
+        with group.together("describing the merged model"):
+            merged_parts(parts)
 
 
 def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:

@@ -28,7 +28,11 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "bias": ("qwen2", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "copies": ("llama", "LoraConfig", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "copies, tied": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
+    "copies, tied": (
+        "llama-tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    ),
     "tied": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
     "both ends of a tie": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}),
     "tied factors": (

@@ -233,10 +233,10 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     inside: list[str] = []
     for path, module in named_modules(model):
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            if not any(path.startswith(f"{above}.") for above in inside):
-                inside.append(path)
-                yield path, module
+        is_adapted = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if is_adapted and not any(path.startswith(f"{above}.") for above in inside):
+            inside.append(path)
+            yield path, module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -332,9 +332,7 @@ class _Part:
         try:
             return self._dry(copies, "cpu")
         except Exception as error:  # peft's own code
-            raise _refused(
-                ", ".join(paths), self._methods, f"failed with {type(error).__name__}: {error}"
-            ) from error
+            raise _refused(", ".join(paths), self._methods, f"failed with {type(error).__name__}: {error}") from error
 
     @staticmethod
     def _dry(copies: Sequence[nn.Module], device: str) -> _Outcome:

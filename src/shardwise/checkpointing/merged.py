@@ -7,7 +7,7 @@ hold them, one module at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,15 @@ from shardwise.convert import Computed, HeldGroup
 from shardwise.engine.export import ExportOptions
 from shardwise.engine.jobs import Step
 from shardwise.errors import ConversionError, ModuleStateError
+from shardwise.format.dtypes import torch_dtype
 from shardwise.plan.deferred import bound, deferred
 from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.views import hub_views
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.types import TensorSpec
+from shardwise.types import Box, TensorSpec
 
 #: Component of the merged tensors: the manifest lists a tensor once in a component.
 MERGED = "merged"
-
 
 
 class MergedSave(ModelSave):
@@ -97,9 +98,7 @@ def _nothing() -> None:
     """The adapter's save has made the directory."""
 
 
-def merged_state(
-    hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], context: Context
-) -> HubState:
+def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], context: Context) -> HubState:
     """Tell the tensors that have to be computed from those that are there. Local.
 
     Args:
@@ -109,44 +108,86 @@ def merged_state(
         context: Settings.
 
     Raises:
-        ConversionError: A tensor of the files is made of merged tensors and of others.
+        ConversionError: The model's own conversion computes tensors of merged ones.
         ModuleStateError: A module makes its state of merged tensors in a way of its own.
     """
     makers = {_memory(t): group for part in merged for group in part.groups for t in group.results}
     held: list[HeldTensor] = []
-    made: dict[str, tuple[HeldTensor, list[MergedGroup]]] = {}
+    made: list[_Made] = []
     for tensor in hub.held:
-        found = _made_by(tensor, makers)
-        if found:
-            made[tensor.spec.name] = (tensor, found)
+        groups = _makers(tensor, makers)
+        if groups:
+            made.append(_Made(tensor, groups, _beside(tensor, hub.joined.get(tensor.spec.name, ()))))
         else:
             held.append(tensor)
-    for native in (native for group in hub.groups for native in group.natives):
-        if _made_by(native, makers):
-            raise _mixed(native.spec.name)
+    for native in natives_of(hub.groups):
+        if _makers(native, makers):
+            raise ConversionError(
+                "export_merged: the model's conversion computes tensors of the files out of this one, which an adapter "
+                "is merged into",
+                tensor=native.spec.name,
+                hint="Let the model's state_dict_adapter only rearrange tensors, or set export_merged to false.",
+            )
     named = [(_source(g, name), t) for part in merged for g in part.groups for name, t in g.sources.items()]
     meshes = MeshRegister(context.may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
-    groups = [
-        _held_group([tensor for tensor, _ in together], makers_of(together), sources)
-        for together in _together(list(made.values()))
-    ]
-    return replace(hub, held=tuple(held), groups=(*hub.groups, *groups), hidden=())
+    computed = [_held_group(together, sources) for together in _together(made)]
+    return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), hidden=())
 
 
-_Made = tuple[HeldTensor, list[MergedGroup]]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """A tensor of the files that has to be computed.
+
+    Attributes:
+        tensor: It; its parts look at results of ``groups``, which have no memory, or at tensors that have.
+        groups: The modules whose merging gives these results.
+        beside: For each part nothing, or what of the model it looks at that is not merged.
+    """
+
+    tensor: HeldTensor
+    groups: tuple[MergedGroup, ...]
+    beside: tuple[HeldTensor | None, ...]
+
+    @property
+    def natives(self) -> list[HeldTensor]:
+        """The tensors of the model that are joined with merged ones, under names of their own."""
+        return list({tensor.spec.name: tensor for tensor in self.beside if tensor is not None}.values())
+
+    def of(self, natives: Mapping[str, torch.Tensor], results: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """The tensor of the files, from whole tensors."""
+        pieces: list[tuple[Box, torch.Tensor]] = []
+        for held, beside in zip(self.tensor.parts, self.beside, strict=True):
+            if beside is None:
+                pieces += [(f.box, bound(f.data, results[_memory(f.data)])) for f in held.fragments]
+            else:
+                assert held.part.view is not None
+                pieces += hub_views(held.part.view, Box.whole(beside.spec.shape), natives[beside.spec.name])
+        if len(pieces) == 1:
+            return pieces[0][1].reshape(self.tensor.spec.shape)
+        out = torch.empty(self.tensor.grid, dtype=torch_dtype(self.tensor.spec.dtype))
+        for box, piece in pieces:
+            out[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))] = piece
+        return out.reshape(self.tensor.spec.shape)
 
 
-def makers_of(together: Sequence[_Made]) -> list[MergedGroup]:
-    """All that make some tensors, each once."""
-    return list({id(group): group for _, groups in together for group in groups}.values())
+def _beside(tensor: HeldTensor, joined: Sequence[HeldTensor]) -> tuple[HeldTensor | None, ...]:
+    """For each part what it looks at, where that has memory. A rank may have no piece of it, but of what is merged."""
+    if len(tensor.parts) == 1:
+        return (None,)
+    return tuple(
+        None
+        if native.fragments and native.fragments[0].data.is_meta
+        else native._replace(spec=native.spec._replace(name=f"{tensor.spec.name}/{native.spec.name}"))
+        for native in joined
+    )
 
 
 def _together(made: Sequence[_Made]) -> list[list[_Made]]:
     """Tensors of the files that come of the same modules, in one list each."""
     lists: list[tuple[set[int], list[_Made]]] = []
     for each in made:
-        keys, own = {id(group) for group in each[1]}, [each]
+        keys, own = {id(group) for group in each.groups}, [each]
         apart = []
         for known, theirs in lists:
             if known.isdisjoint(keys):
@@ -157,18 +198,18 @@ def _together(made: Sequence[_Made]) -> list[list[_Made]]:
     return [own for _, own in lists]
 
 
-def _held_group(
-    hub: Sequence[HeldTensor], groups: Sequence[MergedGroup], sources: Mapping[str, HeldTensor]
-) -> HeldGroup:
-    natives = tuple(sources[_source(group, name)] for group in groups for name in group.sources)
+def _held_group(made: Sequence[_Made], sources: Mapping[str, HeldTensor]) -> HeldGroup:
+    groups = tuple({id(group): group for each in made for group in each.groups}.values())
+    natives = [sources[_source(group, name)] for group in groups for name in group.sources]
+    natives += [native for each in made for native in each.natives]
     computed = Computed(
         tuple(native.spec for native in natives),
-        tuple(tensor.spec for tensor in hub),
-        MergeRule(tuple(groups), tuple(hub)),
+        tuple(each.tensor.spec for each in made),
+        MergeRule(groups, tuple(made)),
         "an adapter is merged into it",
         has_inverse=False,
     )
-    return HeldGroup(computed, natives)
+    return HeldGroup(computed, tuple(natives))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,36 +218,23 @@ class MergeRule:
 
     Attributes:
         groups: The modules.
-        hub: The tensors of the files, as views of the groups' results.
+        made: The tensors of the files.
     """
 
     groups: tuple[MergedGroup, ...]
-    hub: tuple[HeldTensor, ...]
+    made: tuple[_Made, ...]
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole sources by name to merged tensors by their names in the files."""
         results: dict[int, torch.Tensor] = {}
         for group in self.groups:
-            made = group.merge({name: natives[_source(group, name)] for name in group.sources})
-            results |= {
-                _memory(stand_in): tensor.contiguous()
-                for stand_in, tensor in zip(group.results, made, strict=True)
-            }
-        return {tensor.spec.name: _assembled(tensor, results) for tensor in self.hub}
+            merged = group.merge({name: natives[_source(group, name)] for name in group.sources})
+            results |= {_memory(t): tensor.contiguous() for t, tensor in zip(group.results, merged, strict=True)}
+        return {each.tensor.spec.name: each.of(natives, results) for each in self.made}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Nothing can tell base and adapter apart again: it is never called."""
         raise NotImplementedError
-
-
-def _assembled(tensor: HeldTensor, results: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    pieces = [(f.box, bound(f.data, results[_memory(f.data)])) for f in tensor.fragments]
-    if len(pieces) == 1:
-        return pieces[0][1].reshape(tensor.spec.shape)
-    out = torch.empty(tensor.grid, dtype=pieces[0][1].dtype)
-    for box, piece in pieces:
-        out[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))] = piece
-    return out.reshape(tensor.spec.shape)
 
 
 def _source(group: MergedGroup, name: str) -> str:
@@ -219,22 +247,11 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _made_by(tensor: HeldTensor, makers: Mapping[int, MergedGroup]) -> list[MergedGroup]:
+def _makers(tensor: HeldTensor, makers: Mapping[int, MergedGroup]) -> tuple[MergedGroup, ...]:
     """The modules that a tensor of the files comes of; none of one that is in memory."""
     found: dict[int, MergedGroup] = {}
-    for part in tensor.parts:
-        own = {id(g): g for g in _of_fragments(tensor, (f.data for f in part.fragments), makers)}
-        found |= own
-    if found and any(not f.data.is_meta for f in tensor.fragments):
-        raise _mixed(tensor.spec.name)
-    return list(found.values())
-
-
-def _of_fragments(
-    tensor: HeldTensor, data: Iterator[torch.Tensor], makers: Mapping[int, MergedGroup]
-) -> Iterator[MergedGroup]:
-    for each in data:
-        what = deferred(each)
+    for fragment in tensor.fragments:
+        what = deferred(fragment.data)
         if what is not None and what.device.type == "meta":
             raise ModuleStateError(
                 "export_merged: a module makes its state in a way of its own, of a tensor that an adapter is merged "
@@ -242,13 +259,7 @@ def _of_fragments(
                 tensor=tensor.spec.name,
                 hint="Leave the module out of the adapter's targets, or set export_merged to false.",
             )
-        if each.is_meta and what is None and (maker := makers.get(_memory(each))) is not None:
-            yield maker
-
-
-def _mixed(name: str) -> ConversionError:
-    return ConversionError(
-        "export_merged: the files join this tensor out of some that an adapter is merged into and others",
-        tensor=name,
-        hint="Adapt all of the modules that it is made of, or none; or set export_merged to false.",
-    )
+        group = makers.get(_memory(fragment.data)) if fragment.data.is_meta and what is None else None
+        if group is not None:
+            found[id(group)] = group
+    return tuple(found.values())

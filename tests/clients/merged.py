@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tests.addons.peft_models import causal, randomise
 from tests.clients.lora import EXPERTS, LINEAR, spread, step, values
+from tests.support.faults import FaultyStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from shardwise import Checkpointer, CheckpointingConfig
@@ -107,3 +108,55 @@ def save(name: str, how: str, root: str, settings: dict[str, object]) -> None:
 def _pairs(ours: dict[str, list[torch.Tensor]], theirs: dict[str, list[torch.Tensor]]) -> list[tuple[Any, Any]]:
     assert ours.keys() == theirs.keys()
     return [pair for name in ours for pair in zip(ours[name], theirs[name], strict=True)]
+
+
+def save_over_mxfp4(root: str) -> None:
+    """An adapter on layers and experts of a quantized base, which is dequantized as it is loaded onto the shards."""
+    import peft
+    from tests.basemodel.support import on_meta
+    from tests.basemodel.test_quantized import _gpt_oss
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import GptOssForCausalLM
+
+    directory = Path(root)
+    plain = on_meta(GptOssForCausalLM, _gpt_oss().config, torch.bfloat16)
+    with torch.device("meta"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+        model = peft.get_peft_model(plain, config, autocast_adapter_dtype=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with checkpointer(directory / "run", model_repo_id=str(directory / "base")) as saver:
+        saver.load_base_model(model, "cpu", None, str(directory / "base"))
+        optimizer = step(model)
+        torch.save(values(model, optimizer), directory / f"saved_{dist.get_rank()}.pt")
+        saver.save(0, 1, model, optimizer)
+
+
+def save_without_room(root: str, operation: str, nth: int) -> None:
+    """The file system refuses on one rank, while the merged export is written."""
+    config = CheckpointingConfig(
+        checkpoint_dir=root, is_peft=True, save_consolidated="every", export_merged=True, collective_timeout_seconds=60
+    )
+    storage = FaultyStorage(operation, 1, nth=nth)
+    with Checkpointer(config, 0, 0, 0, storage=storage) as saver:
+        saver.save(0, 1, placed(adapted("lora"), "fsdp"))
+
+
+def save_what_fails(root: str) -> None:
+    """peft's merge fails on values, on the rank that computes: none of the ranks waits for another."""
+    from peft.tuners.lora.layer import Linear
+
+    class Failing(Linear):
+        def get_delta_weight(self, adapter: str) -> torch.Tensor:
+            delta = super().get_delta_weight(adapter)
+            if not delta.is_meta:
+                raise RuntimeError("no memory for this")
+            return delta
+
+    model = adapted("lora")
+    model.base_model.model.model.layers[1].mlp.up_proj.__class__ = Failing
+    with checkpointer(Path(root)) as saver:
+        saver.save(0, 1, placed(model, "fsdp"))

@@ -21,6 +21,7 @@ from shardwise.addons.peft_names import named_modules
 from shardwise.addons.peft_own import find_sites
 from shardwise.convert.skeleton import unwrapped
 from shardwise.errors import AdapterError, QuantizationError
+from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.ways import foreign
 from shardwise.stateful_wrappers.wrapping import original_class
@@ -261,8 +262,10 @@ class _Part:
         self._reals: dict[int, torch.Tensor] = {}
         self._blueprint = _Copier(self._token)
         self._names: dict[int, str] = {}
+        self._memory: dict[tuple[object, ...], set[int]] = {}
         for name, tensor in own_tensors(self._model).items():
             self._names.setdefault(id(tensor), name)
+            self._memory.setdefault(identity(tensor), set()).add(id(tensor))
 
     def _token(self, tensor: torch.Tensor) -> torch.Tensor:
         """What stands for a tensor of the training model in the copies that nobody merges."""
@@ -292,12 +295,26 @@ class _Part:
             for tensor in groups[-1].results:
                 token = outcome.origins.get(id(tensor))
                 if token is not None:
-                    placed[id(self._reals[id(token)])] = tensor
+                    real = self._reals[id(token)]
+                    self._require_alone(real)
+                    placed[id(real)] = tensor
         model = _Copier(lambda tensor: placed.get(id(tensor), tensor), kept).module(self._model)
         model.__dict__.pop("peft_config", None)
         if "_hf_peft_config_loaded" in vars(model):
             model.__dict__["_hf_peft_config_loaded"] = False
         return MergedPart(model, tuple(groups))
+
+    def _require_alone(self, tensor: torch.Tensor) -> None:
+        """Check that nothing else has the memory of a tensor that merging changes: peft may change both, or one."""
+        own = self._memory.get(identity(tensor), set())
+        others = [self._names[key] for key in own if key != id(tensor)]
+        if others:
+            names = ", ".join([self._names.get(id(tensor), "a base weight"), *others])
+            raise AdapterError(
+                f"export_merged: {names} are one memory and several parameters, and merging changes one of them",
+                tensor=others[0],
+                hint=f"Tie them as one parameter (model.tie_weights()). {_NO_MERGE}",
+            )
 
     def _group(self, path: str, copies: Sequence[nn.Module], outcome: _Outcome) -> MergedGroup:
         tokens: dict[int, torch.Tensor] = {}

@@ -123,7 +123,7 @@ def save_over_mxfp4(root: str) -> None:
     plain = on_meta(GptOssForCausalLM, _gpt_oss().config, torch.bfloat16)
     with torch.device("meta"):
         config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
-        model = peft.get_peft_model(plain, config, autocast_adapter_dtype=False)
+        model = peft.get_peft_model(plain, config)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -27,7 +27,7 @@ from shardwise.addons.peft_tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAM
 from shardwise.checkpointing.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.context import Context
 from shardwise.checkpointing.hooks import after_arguments, run_hooks
-from shardwise.checkpointing.merged import MERGED, MergedSave
+from shardwise.checkpointing.merged import MERGED, MergedSave, check_merging
 from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -293,7 +293,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         _roster(context, partial(hold_extra, context, captured, parts))
     if context.config.export_merged:
         with group.together("describing the merged model"):
-            merged_parts(parts)
+            check_merging(context, parts)
 
 
 def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:

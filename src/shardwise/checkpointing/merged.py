@@ -17,9 +17,9 @@ from torch import nn
 
 from shardwise.addons import ConsolidatedHFAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.peft_merge import MergedGroup, MergedPart
+from shardwise.addons.peft_merge import MergedGroup, MergedPart, merged_parts
 from shardwise.checkpointing.context import Context
-from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.hub import HubNames, HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.models import Described, ModelSave
 from shardwise.checkpointing.recasts import Recasts
 from shardwise.convert import Computed, HeldGroup
@@ -30,11 +30,23 @@ from shardwise.format.dtypes import torch_dtype
 from shardwise.plan.deferred import bound, deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.views import hub_views
+from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.types import Box, TensorSpec
 
 #: Component of the merged tensors: the manifest lists a tensor once in a component.
 MERGED = "merged"
+
+
+def check_merging(context: Context, parts: Sequence[nn.Module]) -> None:
+    """Describe a model's merged export as a save would, and write nothing. Local.
+
+    Raises:
+        ShardwiseError: Why a save could not merge: as `merged_parts` and `merged_state` say.
+    """
+    merged = merged_parts(parts)
+    state = ModelState([part.model for part in merged])
+    merged_state(HubNames(context.may_differ).capture(state), parts, merged, context)
 
 
 class MergedSave(ModelSave):

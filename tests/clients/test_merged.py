@@ -29,7 +29,14 @@ from tests.support.ranks import failure, fresh, run
 from torch import nn
 
 from shardwise import CheckpointingConfig
-from shardwise.errors import AdapterError, ConfigError, QuantizationError, ShardwiseError, StorageError
+from shardwise.errors import (
+    AdapterError,
+    ConfigError,
+    ModuleStateError,
+    QuantizationError,
+    ShardwiseError,
+    StorageError,
+)
 from shardwise.ops.verify import verify
 
 WEIGHTS = "adapter_model.safetensors"
@@ -248,10 +255,32 @@ def shared_memory() -> nn.Module:
     return model
 
 
+class Doubled(nn.Linear):
+    """Gives out its weight times two."""
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight.detach() * 2
+
+    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        self.weight.data.copy_(state[f"{prefix}weight"] / 2)
+
+
+def in_its_own_way() -> nn.Module:
+    model = nn.Sequential(Doubled(4, 4, bias=False))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
+def groups() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
 UNMERGEABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]] = {
     "prompt tuning": (prompts, AdapterError, "PROMPT_TUNING does not live in layers"),
     "activated LoRA": (tokens_alone, AdapterError, r"layers.0.self_attn.q_proj.*failed with NotImplementedError"),
     "a bias that is not there": (biased, AdapterError, "base layer has no bias"),
+    "grouped convolutions": (groups, AdapterError, "groups > 1"),
+    "a state of its own making": (in_its_own_way, ModuleStateError, "of a tensor that an adapter is merged into"),
     "quantized weights": (quantized, QuantizationError, "quantized in memory"),
     "LoRA of the model's own": (lambda: dense(OwnConfig()), AdapterError, "LoRA modules of its own"),
     "one memory, two parameters": (shared_memory, AdapterError, "are one memory"),

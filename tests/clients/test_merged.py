@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.addons.peft_models import causal, logits, randomise
 from tests.addons.peft_own_models import OwnConfig, dense
 from tests.basemodel.test_quantized import _mxfp4_base
+from tests.checkpointing.test_state_dict_adapters import Halved
 from tests.clients.adapters_whole import two_alone
 from tests.clients.lora import EXPERTS
 from tests.clients.merged import (
@@ -32,6 +33,7 @@ from shardwise import CheckpointingConfig
 from shardwise.errors import (
     AdapterError,
     ConfigError,
+    ConversionError,
     ModuleStateError,
     QuantizationError,
     ShardwiseError,
@@ -66,7 +68,12 @@ def same_export(ours: Path, reference: nn.Module, directory: Path, dtype: torch.
     assert torch.equal(logits(opened.eval()), logits(merged.eval()))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+#: Methods that are like another one to everything but peft.
+RARE = {"AdaLoRA", "BOFT", "HRA", "LN tuning", "LoKr", "RandLoRA", "SHiRA", "VBLoRA"}
+METHODS = [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in ADAPTERS]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_merged_export_is_the_one_that_peft_makes(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     causal(ADAPTERS[name][0]).save_pretrained(base)
@@ -122,7 +129,13 @@ def test_ranks_merge_what_they_hold_parts_of(
     same_export(tmp_path / "run/LATEST/model/consolidated", gathered(name, tmp_path), tmp_path / "reference")
 
 
-@pytest.mark.parametrize(("name", "how"), [("lora", "fsdp"), ("experts", "fsdp"), ("dora", "pipeline")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("experts", "fsdp"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "fsdp"), ("dora", "pipeline"))),
+    ],
+)
 def test_merging_in_the_background(name: str, how: str, tmp_path: Path) -> None:
     output, settings = tmp_path / "output", {"is_async": True}
     code = fresh(
@@ -270,6 +283,15 @@ def in_its_own_way() -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
 
 
+def computed() -> nn.Module:
+    class Second(Halved):
+        which = "0.weight"
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.state_dict_adapter = Second()
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
 def groups() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
@@ -281,6 +303,7 @@ UNMERGEABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]
     "a bias that is not there": (biased, AdapterError, "base layer has no bias"),
     "grouped convolutions": (groups, AdapterError, "groups > 1"),
     "a state of its own making": (in_its_own_way, ModuleStateError, "of a tensor that an adapter is merged into"),
+    "a conversion that computes": (computed, ConversionError, "the model's conversion computes tensors"),
     "quantized weights": (quantized, QuantizationError, "quantized in memory"),
     "LoRA of the model's own": (lambda: dense(OwnConfig()), AdapterError, "LoRA modules of its own"),
     "one memory, two parameters": (shared_memory, AdapterError, "are one memory"),

@@ -185,7 +185,8 @@ class _Copier:
         out = cls.__new__(cls)
         self._made[id(bare)] = (bare, out)
         self._made[id(module)] = (module, out)
-        is_pefts = cls.__module__.partition(".")[0] == "peft"
+        # Also of classes that others have derived: what merging notes must not reach the training model.
+        is_pefts = any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__)
         own = {}
         for key, value in vars(bare).items():
             if key.endswith("_hooks"):

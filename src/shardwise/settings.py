@@ -170,6 +170,11 @@ class Settings:
         allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
             is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
             scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.
+        export_merged: Beside an adapter (``is_peft``) also write ``consolidated/``, the base model with the active
+            adapters merged into it, whenever ``save_consolidated`` asks for an export: what peft's
+            ``merge_and_unload()`` gives on the CPU from the run's tensors in the run's dtypes, rounded to the base
+            model's dtypes and saved. The adapter alone is what a run resumes from. Each module is put together on one
+            rank, so memory is bounded by the largest adapted module.
     """
 
     enabled: bool = True
@@ -210,6 +215,7 @@ class Settings:
     replicas: str = "compare"
     per_rank_state: list[str] | None = None
     allow_missing_base: bool = False
+    export_merged: bool = False
 
     def __post_init__(self) -> None:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.
@@ -230,6 +236,7 @@ class Settings:
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
         for field in fields(self):
             setattr(self, field.name, checked(field, getattr(self, field.name)))
+        self._check_merging()
         self._apply_peft_constraints()
         self._check_values()
         self._check_remote()
@@ -244,6 +251,23 @@ class Settings:
             logger.warning(
                 "Adapters are saved as safetensors only: model_save_format 'torch_save' becomes 'safetensors' "
                 "and save_consolidated becomes 'final'."
+            )
+
+    def _check_merging(self) -> None:
+        if not self.export_merged:
+            return
+        reason = ""
+        if not self.is_peft:
+            reason = "is_peft is false: a model without an adapter is exported as it is"
+        elif self.model_save_format == "torch_save":
+            reason = "model_save_format 'torch_save' writes no Hugging Face export"
+        elif self.consolidated_mode is SaveConsolidatedMode.FALSE:
+            reason = "save_consolidated is 'false', and the merged export is written when an export is"
+        if reason:
+            raise ConfigError(
+                f"export_merged has no effect: {reason}",
+                hint="Leave export_merged out, or set is_peft to true, model_save_format to 'safetensors' and "
+                "save_consolidated to 'final' or 'every'.",
             )
 
     def _check_values(self) -> None:
@@ -315,8 +339,8 @@ class Settings:
         return _normalize_save_consolidated(self.save_consolidated)
 
     def exports(self, *, is_final_checkpoint: bool) -> bool:
-        """Say whether a save writes ``consolidated/``; ``torch_save`` and adapters never do."""
-        if self.model_save_format != "safetensors" or self.is_peft:
+        """Say whether a save writes ``consolidated/``; ``torch_save`` never does, and adapters do if merged."""
+        if self.model_save_format != "safetensors" or (self.is_peft and not self.export_merged):
             return False
         mode = self.consolidated_mode
         return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final_checkpoint)

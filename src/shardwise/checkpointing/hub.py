@@ -50,6 +50,7 @@ class HubState:
         apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
         hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
         listing: How it was listed, where modules make or take their state in a way of their own.
+        joined: Of each tensor in ``held`` that several native ones are joined into, these, one for each of its parts.
     """
 
     native: tuple[HeldTensor, ...]
@@ -62,6 +63,7 @@ class HubState:
     apart: frozenset[str] = frozenset()
     hidden: tuple[HeldTensor, ...] = ()
     listing: Listing | None = None
+    joined: Mapping[str, tuple[HeldTensor, ...]] = field(default_factory=dict)
 
     @property
     def unwritten(self) -> dict[str, str]:
@@ -140,6 +142,7 @@ class HubNames:
         hidden: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
+        joined: dict[str, tuple[HeldTensor, ...]] = {}
         ties = {alias: named.name for named in tensors for alias in named.aliases}
         for part in parts:
             own = [tensor for _, tensor in part.own]
@@ -154,6 +157,7 @@ class HubNames:
                 groups += converted.groups
                 ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
+                joined |= _joined(conversion, own)
             hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
             further = further_names(part.module, tied, expected)
@@ -175,6 +179,7 @@ class HubNames:
             kept,
             frozenset(tensor.spec.name for tensor in apart),
             tuple(hidden),
+            joined=joined,
         )
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
@@ -188,6 +193,12 @@ class HubNames:
             check_adapter(module, known, specs)
             self._known[key] = known
         return known
+
+
+def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tuple[HeldTensor, ...]]:
+    several = [hub for hub in conversion.hub if len(hub.parts) > 1]
+    natives = {tensor.spec.name: tensor for tensor in own} if several else {}
+    return {hub.name: tuple(natives[p.native] for p in hub.parts if p.native in natives) for hub in several}
 
 
 def _kept_out(part: nn.Module) -> frozenset[str] | None:

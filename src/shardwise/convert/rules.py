@@ -63,12 +63,14 @@ class Computed:
         hub: The hub tensors that they become.
         rule: The code that does it, in both directions.
         reason: Why no view expresses it.
+        has_inverse: Whether loading undoes it. What has none may be exported only beside what resumes.
     """
 
     natives: tuple[NativeSpec, ...]
     hub: tuple[TensorSpec, ...]
     rule: Rule
     reason: str
+    has_inverse: bool = True
 
 
 @dataclass(frozen=True)

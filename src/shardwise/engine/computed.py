@@ -115,7 +115,8 @@ def _write_group(
                 tensor=spec.name,
                 hint="Report the model type; its conversion depends on values.",
             )
-    _require_round_trip(held, natives, made)
+    if held.computed.has_inverse:
+        _require_round_trip(held, natives, made)
     for spec in held.computed.hub:
         tensor = made[spec.name]
         if spec.nbytes:

@@ -17,6 +17,9 @@ Hook: TypeAlias = Callable[..., object]
 PARAMETERS, BUFFERS, CHILDREN = "_parameters", "_buffers", "_modules"
 STORES = (PARAMETERS, BUFFERS, CHILDREN)
 
+#: The attribute of a module that names its buffers that are no part of its state.
+UNSAVED = "_non_persistent_buffers_set"
+
 #: From ``vars(module)``: its parameters; children, buffers, and hooks around saving.
 parameters_in = itemgetter(PARAMETERS)
 other_stores_in = itemgetter(CHILDREN, BUFFERS, "_state_dict_hooks", "_state_dict_pre_hooks")

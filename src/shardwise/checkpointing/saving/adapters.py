@@ -17,6 +17,7 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.loading.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.checkpointing.saving.hooks import after_arguments, run_hooks
+from shardwise.checkpointing.saving.merged import MERGED, MergedSave, check_merging
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -42,6 +43,7 @@ from shardwise.peft.diffusers_lora import (
 )
 from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
+from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
 from shardwise.peft.rules import check_opens as check_opens_in_peft
@@ -133,6 +135,7 @@ class AdapterSave:
         ]
         if declared.extra:
             steps.append(self._extra_step(captured))
+        steps += self._merged_steps()
         return [*steps, self._after]
 
     def _file_step(
@@ -170,6 +173,26 @@ class AdapterSave:
             plan = plan_export(held, roster, group, self._directory / file.directory, options)
         assert plan is not None
         return lambda g, p=plan: write_export(p, g, context.storage).below(file.directory)  # type: ignore[misc]
+
+    def _merged_steps(self) -> list[Step]:
+        """What is left to do for the merged export, where this save writes one. All ranks call."""
+        context, is_final = self._context, self._args["is_final_checkpoint"]
+        if not (context.config.export_merged and context.exports(is_final)):
+            return []
+        merged: list[MergedPart] = []
+        with context.group.together("describing the merged model"):
+            merged += merged_parts(self.state.model)
+        save = MergedSave(
+            context.further(MERGED),
+            self.state.model,
+            merged,
+            self._directory,
+            tokenizer=self._args["tokenizer"],
+            is_final=is_final,
+        )
+        steps = save.steps()
+        self.closing += save.closing
+        return steps
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """What is trained beside the adapter, as a file of its own. All ranks call."""
@@ -338,6 +361,9 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
                     check_opens(parts, None, file, context.told)
     if declared.extra:
         _roster(context, partial(hold_extra, context, captured, parts))
+    if context.config.export_merged:
+        with group.together("describing the merged model"):
+            check_merging(context, parts)
 
 
 def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:

@@ -83,7 +83,7 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 
 @dataclass(frozen=True, slots=True)
-class _Described:
+class Described:
     """What all ranks know of a model that is to be saved.
 
     Attributes:
@@ -310,13 +310,20 @@ class ModelSave:
         steps = [self._settling_ties(self._export(plan, roster))]
         if context.config.verify_export:
             self.closing.append(partial(read_back, plan))
-        if recasts.rounds or described.any.hidden:  # on any rank: a stage may have no such tensor where another does
-            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden]
+        return [*steps, *self._beside(described)]
+
+    def _beside(self, described: Described) -> list[Step]:
+        """What is left to do for what stands beside the export, for resuming. All ranks call."""
+        context, hub = self._context, described.hub
+        steps: list[Step] = []
+        # On any rank: a stage may have no such tensor where another does.
+        if described.recasts.rounds or described.any.hidden:
+            exact = [*_uncomputed(described.own.exact, hub.groups), *hub.hidden]
             names_apart = {tensor.spec.name for tensor in hub.hidden}
             steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
-        return [*steps, *self._aside(described.any, described.hub.listing), _telling(hub.unwritten)]
+        return [*steps, *self._aside(described.any, hub.listing), _telling(hub.unwritten)]
 
-    def _described(self) -> _Described:
+    def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
         for keeper in (context.model_roster, context.computed_roster, context.recasts, context.peculiar):
@@ -344,7 +351,7 @@ class ModelSave:
         found = Peculiar(*context.peculiar.settle(news.any))
         roster = context.model_roster.settle(own.export, news.any)
         recasts = context.recasts.settle(own, news.any)
-        return _Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
+        return Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
 
     def _ask_exporter(self) -> None:
         """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
@@ -485,7 +492,7 @@ class ModelSave:
         self.closing.append(settle)
         return run
 
-    def _check_opening(self, described: _Described, passed: Sequence[TensorSpec]) -> None:
+    def _check_opening(self, described: Described, passed: Sequence[TensorSpec]) -> None:
         """Check that what config.json describes would load the export, this one or a later one. Local."""
         context = self._context
         if not (context.group.is_main and context.may_export and context.config.verify_export):
@@ -564,7 +571,7 @@ class ModelSave:
         held: Sequence[HeldTensor],
         roster: Roster,
         component: str,
-        described: _Described | None = None,
+        described: Described | None = None,
         hidden: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""

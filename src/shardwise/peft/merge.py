@@ -1,0 +1,401 @@
+"""Models without their adapters, which peft's own code has merged into the base weights, one module at a time.
+
+What a merged weight is, is peft's to say: each method computes it in a way of its own, in the dtypes that the module
+has. So of every adapted module a copy without memory is made; peft merges a copy of that copy, once on the meta device,
+which tells what comes of it, and once with the module's whole tensors, when the merged weights are written.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn as nn
+
+from shardwise.errors import AdapterError, QuantizationError
+from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of, outer
+from shardwise.peft.names import named_modules
+from shardwise.peft.own import find_sites
+from shardwise.stateful_wrappers.memory import identity
+from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.skeleton import unwrapped
+from shardwise.stateful_wrappers.ways import foreign
+from shardwise.stateful_wrappers.wrapping import original_class
+from shardwise.upstream import peft as upstream
+from shardwise.upstream.torch_modules import STORES, UNSAVED
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedGroup:
+    """Adapted modules that are merged together: one, or several that share a base weight.
+
+    Attributes:
+        name: The first one's path in the model.
+        sources: Name -> tensor of the training model, of all that merging reads. Whole tensors are needed.
+        results: What stands for the merged tensors in the merged model: tensors without memory.
+    """
+
+    name: str
+    sources: Mapping[str, torch.Tensor]
+    results: tuple[torch.Tensor, ...]
+    _layers: tuple[nn.Module, ...]
+    _tokens: Mapping[str, torch.Tensor]
+
+    def merge(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Compute the merged tensors, one for each of ``results``, as peft does in this memory. Local; any thread.
+
+        Args:
+            values: For each name of ``sources`` the whole tensor; it may be written to.
+        """
+        memory = {id(token): _like(token, values[name]) for name, token in self._tokens.items()}
+        copied = _Copier(lambda tensor: memory[id(tensor)])
+        unloaded = _unload([copied.module(layer) for layer in self._layers])
+        return [tensor.detach() for tensor in _tensors(unloaded)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedPart:
+    """A part of a model as it is after ``merge_and_unload()``.
+
+    Attributes:
+        model: The model without peft's layers. Tensors that no adapter changes are those of the training model, shared
+            and not copied; merged ones have no memory.
+        groups: What the merged ones are computed from.
+    """
+
+    model: nn.Module
+    groups: tuple[MergedGroup, ...]
+
+
+def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
+    """Describe a model as peft would merge its active adapters. Local; no tensor is computed or copied.
+
+    Args:
+        parts: This rank's parts, with memory.
+
+    Raises:
+        AdapterError: An adapter cannot be merged into the base weights.
+        QuantizationError: The base weights are quantized in memory.
+    """
+    if not is_peft_adapted(parts):
+        if any(find_sites(part) for part in parts):
+            raise AdapterError(
+                "export_merged: the model has LoRA modules of its own, and only peft's code says how to merge",
+                hint=f"Adapt the model with peft. {_NO_MERGE}",
+            )
+        return [MergedPart(unwrap(outer(part)), ()) for part in parts]
+    configs = {} if all(_is_bare(part) for part in parts) else adapter_configs(parts, None)
+    for name, config in configs.items():
+        _require_merge(name, config)
+    for part in parts:
+        if has_quantized_parameters(unwrap(outer(part))):
+            raise QuantizationError(
+                f"export_merged: weights of {own_class(unwrap(outer(part))).__name__} are quantized in memory, and "
+                "nothing exact can be merged into them",
+                hint=f"Load the base dequantized (dequantize_base_checkpoint=True). {_NO_MERGE}",
+            )
+        own_tensors(outer(part))  # what reads the modules below is to find shards, not what a forward pass has gathered
+    methods = ", ".join(sorted({method_of(config) for config in configs.values()}))
+    return [_Part(part, methods).merged() for part in parts]
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether a stage has no adapted module, and carries no settings."""
+    return not getattr(outer(part), "peft_config", None) and not list(_adapted(unwrap(outer(part))))
+
+
+def _require_merge(name: str, config: PeftConfig) -> None:
+    tuner = upstream.tuner_of(config.peft_type)
+    reason = ""
+    if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):
+        reason = "does not live in layers"
+    elif method_of(config) == "XLORA":
+        reason = "mixes its experts anew for each token"
+    elif getattr(config, "layer_replication", None):
+        reason = "with layer_replication shares base weights between layers that would differ"
+    if reason:
+        raise _refused(name, method_of(config), reason)
+
+
+def _refused(name: str, method: str, reason: str) -> AdapterError:
+    return AdapterError(f"export_merged: {name!r} cannot be merged: {method} {reason}", hint=_NO_MERGE)
+
+
+class _Copier:
+    """Copies modules without wrappers and hooks, with other tensors in the place of theirs.
+
+    Of peft's modules also what is in plain attributes is copied: settings that merging changes, modules that are tied.
+
+    Args:
+        tensor: What to put in the place of a tensor; asked once for each.
+        modules: By id of a module, what to put in its place.
+    """
+
+    def __init__(
+        self, tensor: Callable[[torch.Tensor], torch.Tensor], modules: Mapping[int, nn.Module] | None = None
+    ) -> None:
+        self._tensor = tensor
+        self._made: dict[int, tuple[object, object]] = {}
+        self._modules = modules or {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """A module's copy, the same at every call."""
+        return cast("nn.Module", self._copied(module))
+
+    def _copied(self, value: object) -> object:
+        known = self._made.get(id(value))
+        if known is not None:
+            return known[1]
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, torch.Tensor):
+            made: object = self._tensor(value)
+        elif type(value) is dict:
+            made = {key: self._copied(item) for key, item in value.items()}
+        elif type(value) is list:
+            made = [self._copied(item) for item in value]
+        elif type(value) is tuple:
+            made = tuple(self._copied(item) for item in value)
+        elif type(value) is set:
+            made = set(value)
+        else:
+            return value
+        if isinstance(value, torch.Tensor):
+            self._made[id(value)] = (value, made)
+        return made
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        bare = unwrapped(module)
+        if id(bare) in self._modules:
+            return self._modules[id(bare)]
+        if id(bare) in self._made:
+            return cast("nn.Module", self._made[id(bare)][1])
+        cls = original_class(bare)
+        out = cls.__new__(cls)
+        self._made[id(bare)] = (bare, out)
+        self._made[id(module)] = (module, out)
+        # Also of classes that others have derived: what merging notes must not reach the training model.
+        is_pefts = any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__)
+        own = {}
+        for key, value in vars(bare).items():
+            if key.endswith("_hooks"):
+                kept = isinstance(value, dict) and "state_dict" in key and foreign(value.values())
+                own[key] = type(value)(value) if kept else type(value)()
+            elif key == UNSAVED:
+                own[key] = set(value)
+            else:
+                own[key] = self._copied(value) if is_pefts or key in STORES else value
+        out.__dict__.update(own)
+        return out
+
+
+def _like(token: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(values, requires_grad=False) if isinstance(token, nn.Parameter) else values
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers, each once."""
+    found: dict[int, torch.Tensor] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            found.setdefault(id(tensor), tensor)
+    return list(found.values())
+
+
+def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Merge layers one after the other, as peft's ``merge_and_unload()`` does, and return what they leave."""
+    out: list[nn.Module] = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in layers:
+            if hasattr(layer, "unload_and_optionally_merge_module"):
+                unload = cast("Callable[..., nn.Module]", layer.unload_and_optionally_merge_module)
+                out.append(unload(merge=True, safe_merge=False, adapter_names=None))
+            else:
+                cast("Callable[..., None]", layer.merge)(safe_merge=False, adapter_names=None)
+                out.append(cast("Callable[[], nn.Module]", layer.get_base_layer)())
+    return out
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that peft has put in place of others, in the order in which it merges them."""
+    kinds = (upstream.layer_class(), upstream.copy_class())
+    inside: list[str] = []
+    for path, module in named_modules(model):
+        is_adapted = isinstance(module, kinds)
+        if is_adapted and not any(path.startswith(f"{above}.") for above in inside):
+            inside.append(path)
+            yield path, module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """What merging leaves, without memory.
+
+    Attributes:
+        modules: One for each layer.
+        origins: id of a tensor of theirs -> the token whose place it has, for those that merging has not made anew.
+    """
+
+    modules: list[nn.Module]
+    origins: dict[int, torch.Tensor]
+
+
+class _Part:
+    """Describes one part after merging."""
+
+    def __init__(self, part: nn.Module, methods: str) -> None:
+        self._model = unwrap(outer(part))
+        self._methods = methods
+        self._reals: dict[int, torch.Tensor] = {}
+        self._blueprint = _Copier(self._token)
+        self._names: dict[int, str] = {}
+        self._memory: dict[tuple[object, ...], set[int]] = {}
+        for name, tensor in own_tensors(self._model).items():
+            self._names.setdefault(id(tensor), name)
+            self._memory.setdefault(identity(tensor), set()).add(id(tensor))
+
+    def _token(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for a tensor of the training model in the copies that nobody merges."""
+        made = _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+        self._reals[id(made)] = tensor
+        return made
+
+    def merged(self) -> MergedPart:
+        """The part without adapters."""
+        layers = {path: (module, self._blueprint.module(module)) for path, module in _adapted(self._model)}
+        kept: dict[int, nn.Module] = {}
+        outcomes: dict[str, _Outcome] = {}
+        for path, (module, copy) in layers.items():
+            if _is_copy(copy):
+                [left] = _unload([_Copier(lambda tensor: tensor).module(copy)])
+                kept[id(module)] = _Copier(lambda tensor: self._reals[id(tensor)]).module(left)
+            else:
+                outcomes[path] = self._try([path], [copy])
+        groups: list[MergedGroup] = []
+        placed: dict[int, torch.Tensor] = {}
+        for paths in _sharing(outcomes):
+            copies = [layers[path][1] for path in paths]
+            outcome = outcomes[paths[0]] if len(paths) == 1 else self._try(paths, copies)
+            groups.append(self._group(paths[0], copies, outcome))
+            for path, module in zip(paths, outcome.modules, strict=True):
+                kept[id(layers[path][0])] = module
+            for tensor in groups[-1].results:
+                token = outcome.origins.get(id(tensor))
+                if token is not None:
+                    real = self._reals[id(token)]
+                    self._require_alone(real)
+                    placed[id(real)] = tensor
+        model = _Copier(lambda tensor: placed.get(id(tensor), tensor), kept).module(self._model)
+        model.__dict__.pop("peft_config", None)
+        if "_hf_peft_config_loaded" in vars(model):
+            model.__dict__["_hf_peft_config_loaded"] = False
+        return MergedPart(model, tuple(groups))
+
+    def _require_alone(self, tensor: torch.Tensor) -> None:
+        """Check that nothing else has the memory of a tensor that merging changes: peft may change both, or one."""
+        own = self._memory.get(identity(tensor), set())
+        others = [self._names[key] for key in own if key != id(tensor)]
+        if others:
+            names = ", ".join([self._names.get(id(tensor), "a base weight"), *others])
+            raise AdapterError(
+                f"export_merged: {names} are one memory and several parameters, and merging changes one of them",
+                tensor=others[0],
+                hint=f"Tie them as one parameter (model.tie_weights()). {_NO_MERGE}",
+            )
+
+    def _group(self, path: str, copies: Sequence[nn.Module], outcome: _Outcome) -> MergedGroup:
+        tokens: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            tokens[id(tensor)] = tensor
+            return tensor
+
+        noting = _Copier(note)
+        for copy in copies:
+            noting.module(copy)
+        reals = [self._reals[key] for key in tokens]
+        names = [self._names.get(id(real), f"{path}.{number}") for number, real in enumerate(reals)]
+        return MergedGroup(
+            path,
+            dict(zip(names, reals, strict=True)),
+            tuple(_tensors(outcome.modules)),
+            tuple(copies),
+            dict(zip(names, tokens.values(), strict=True)),
+        )
+
+    def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
+        """Merge layers without memory; of methods that look at values, with zeros for memory.
+
+        Raises:
+            AdapterError: peft cannot merge them.
+        """
+        try:
+            return self._dry(copies, "meta")
+        except Exception:  # noqa: BLE001 - peft's own code, which may look at values
+            pass
+        try:
+            return self._dry(copies, "cpu")
+        except Exception as error:  # peft's own code
+            raise _refused(", ".join(paths), self._methods, f"failed with {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _dry(copies: Sequence[nn.Module], device: str) -> _Outcome:
+        origins: dict[int, torch.Tensor] = {}
+
+        def fresh(token: torch.Tensor) -> torch.Tensor:
+            made = _like(token, torch.zeros(token.shape, dtype=token.dtype, device=device))
+            origins[id(made)] = token
+            return made
+
+        copied = _Copier(fresh)
+        layers = [copied.module(copy) for copy in copies]
+        left = _unload(layers)
+        kinds = (upstream.layer_class(), upstream.copy_class())
+        if any(isinstance(module, kinds) for each in left for module in each.modules()):
+            raise NotImplementedError("merging leaves an adapter inside of the module")
+        if device == "meta":
+            return _Outcome(left, {id(t): origins[id(t)] for t in _tensors(left) if id(t) in origins})
+        found: dict[int, torch.Tensor] = {}
+
+        def bare(tensor: torch.Tensor) -> torch.Tensor:
+            made = _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+            if id(tensor) in origins:
+                found[id(made)] = origins[id(tensor)]
+            return made
+
+        without = _Copier(bare)
+        return _Outcome([without.module(module) for module in left], found)
+
+
+def _is_copy(layer: nn.Module) -> bool:
+    """Whether a layer only keeps a trained copy of a module, with nothing to compute."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    adapted = upstream.layer_class()
+    return isinstance(layer, ModulesToSaveWrapper) and not any(isinstance(m, adapted) for m in layer.modules())
+
+
+def _sharing(outcomes: Mapping[str, _Outcome]) -> list[list[str]]:
+    """Paths of layers that change the same tensor, together; in peft's order."""
+    groups: list[tuple[list[str], set[int]]] = []
+    for path, outcome in outcomes.items():
+        paths, tokens = [path], {id(token) for token in outcome.origins.values()}
+        apart = []
+        for theirs, own in groups:
+            if own.isdisjoint(tokens):
+                apart.append((theirs, own))
+            else:
+                paths, tokens = [*theirs, *paths], own | tokens
+        groups = [*apart, (paths, tokens)]
+    order = {path: number for number, path in enumerate(outcomes)}
+    return sorted((sorted(paths, key=order.__getitem__) for paths, _ in groups), key=lambda paths: order[paths[0]])

@@ -1,0 +1,163 @@
+"""What the ranks do with adapters that are merged on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tests.clients.lora import EXPERTS, LINEAR, spread, step, values
+from tests.peft.models import causal, randomise
+from tests.support.faults import FaultyStorage
+from torch.nn.parallel import DistributedDataParallel
+
+from shardwise import Checkpointer, CheckpointingConfig
+
+#: Name -> family, and settings of LoRA or another method's configuration (class, settings).
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora": ("llama", "LoraConfig", {"r": 4, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}),
+    "rslora in bf16": ("qwen3-bf16", "LoraConfig", {"r": 4, "target_modules": LINEAR, "use_rslora": True}),
+    "dora": ("qwen3", "LoraConfig", {"r": 4, "target_modules": [*LINEAR, "embed_tokens"], "use_dora": True}),
+    "dora in bf16": ("llama-bf16", "LoraConfig", {"r": 4, "target_modules": LINEAR, "use_dora": True}),
+    "experts": ("qwen3_moe", "LoraConfig", {"r": 4, "target_modules": LINEAR, "target_parameters": EXPERTS}),
+    "columns": (
+        "gpt2",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["c_attn", "c_proj", "wte"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "bias": ("qwen2", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "copies": ("llama", "LoraConfig", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "copies, tied": (
+        "llama-tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "tied": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
+    "both ends of a tie": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}),
+    "tied factors": (
+        "llama-tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tokens": ("llama-tied", "LoraConfig", {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}),
+    "more": ("llama", "LoraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "AdaLoRA": ("llama", "AdaLoraConfig", {"init_r": 4, "total_step": 10, "target_modules": ["q_proj"]}),
+    "BOFT": ("llama", "BOFTConfig", {"boft_block_size": 4, "target_modules": ["q_proj"]}),
+    "FourierFT": ("llama", "FourierFTConfig", {"n_frequency": 10, "target_modules": ["q_proj"]}),
+    "HRA": ("llama", "HRAConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "IA3": ("llama", "IA3Config", {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "LN tuning": ("llama", "LNTuningConfig", {"target_modules": ["input_layernorm"]}),
+    "LoHa": ("llama", "LoHaConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "LoKr": ("llama", "LoKrConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "OFT": ("llama", "OFTConfig", {"oft_block_size": 4, "target_modules": ["q_proj"]}),
+    "RandLoRA": ("llama", "RandLoraConfig", {"r": 4, "target_modules": ["q_proj"]}),
+    "SHiRA": ("llama", "ShiraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "VBLoRA": (
+        "llama",
+        "VBLoRAConfig",
+        {"r": 2, "num_vectors": 4, "vector_length": 4, "target_modules": ["q_proj"]},
+    ),
+    "VeRA": ("llama", "VeraConfig", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
+}
+
+
+def adapted(name: str, seed: int = 1, base: nn.Module | None = None) -> nn.Module:
+    """A model with an adapter that has been trained, the same in every process."""
+    import peft
+
+    family, method, settings = ADAPTERS[name]
+    made: nn.Module = peft.get_peft_model(base or causal(family), getattr(peft, method)(**settings))
+    if name == "more":
+        for key, parameter in made.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in key)
+    randomise(made, seed)
+    return made
+
+
+def checkpointer(root: Path, stage: int = 0, **settings: object) -> Checkpointer:
+    """One that merges with every save."""
+    config = {"save_consolidated": "every", "export_merged": True, "collective_timeout_seconds": 60, **settings}
+    return CheckpointingConfig(checkpoint_dir=root, is_peft=True, **config).build(0, 0, stage)
+
+
+def placed(model: nn.Module, how: str) -> nn.Module:
+    """The model as this rank has it."""
+    return DistributedDataParallel(model) if how == "ddp" else spread(model, how)
+
+
+def save(name: str, how: str, root: str, settings: dict[str, object]) -> None:
+    """A step and a save; what was trained is put aside, and restored into another model."""
+    directory, rank = Path(root), dist.get_rank()
+    stage = rank if how == "pipeline" else 0
+    model = placed(adapted(name), how)
+    optimizer = step(model)
+    saved = values(model, optimizer)
+    torch.save(saved, directory / f"saved_{rank}.pt")
+    with checkpointer(directory / "run", stage, **settings) as saver:
+        saver.save(0, 1, [model], optimizer)
+    assert all(torch.equal(a, b) for a, b in _pairs(values(model, optimizer), saved))
+    other = placed(adapted(name, seed=9), how)
+    fresh = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1.0)
+    with checkpointer(directory / "run", stage, **settings) as loader:
+        assert loader.restore([other], fresh) is not None
+    assert all(torch.equal(a, b) for a, b in _pairs(values(other, fresh), saved))
+
+
+def _pairs(ours: dict[str, list[torch.Tensor]], theirs: dict[str, list[torch.Tensor]]) -> list[tuple[Any, Any]]:
+    assert ours.keys() == theirs.keys()
+    return [pair for name in ours for pair in zip(ours[name], theirs[name], strict=True)]
+
+
+def save_over_mxfp4(root: str) -> None:
+    """An adapter on layers and experts of a quantized base, which is dequantized as it is loaded onto the shards."""
+    from tests.base.support import on_meta
+    from tests.base.test_quantized import _gpt_oss
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers import GptOssForCausalLM
+
+    import peft
+
+    directory = Path(root)
+    plain = on_meta(GptOssForCausalLM, _gpt_oss().config, torch.bfloat16)
+    with torch.device("meta"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+        model = peft.get_peft_model(plain, config)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with checkpointer(directory / "run", model_repo_id=str(directory / "base")) as saver:
+        saver.load_base_model(model, "cpu", None, str(directory / "base"))
+        optimizer = step(model)
+        torch.save(values(model, optimizer), directory / f"saved_{dist.get_rank()}.pt")
+        saver.save(0, 1, model, optimizer)
+
+
+def save_without_room(root: str, operation: str, nth: int) -> None:
+    """The file system refuses on one rank, while the merged export is written."""
+    config = CheckpointingConfig(
+        checkpoint_dir=root, is_peft=True, save_consolidated="every", export_merged=True, collective_timeout_seconds=60
+    )
+    storage = FaultyStorage(operation, 1, nth=nth)
+    with Checkpointer(config, 0, 0, 0, storage=storage) as saver:
+        saver.save(0, 1, placed(adapted("lora"), "fsdp"))
+
+
+def save_what_fails(root: str) -> None:
+    """peft's merge fails on values, on the rank that computes: none of the ranks waits for another."""
+    from peft.tuners.lora.layer import Linear
+
+    class Failing(Linear):
+        def get_delta_weight(self, adapter: str) -> torch.Tensor:
+            delta = super().get_delta_weight(adapter)
+            if not delta.is_meta:
+                raise RuntimeError("no memory for this")
+            return delta
+
+    model = adapted("lora")
+    model.base_model.model.model.layers[1].mlp.up_proj.__class__ = Failing
+    with checkpointer(Path(root)) as saver:
+        saver.save(0, 1, placed(model, "fsdp"))

@@ -1,0 +1,332 @@
+"""Adapters merged on the way: byte for byte what peft's ``merge_and_unload()`` and ``save_pretrained`` give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from tests.base.test_quantized import _mxfp4_base
+from tests.checkpointing.test_state_dict_adapters import Halved
+from tests.clients.adapters_whole import two_alone
+from tests.clients.lora import EXPERTS
+from tests.clients.merged import (
+    ADAPTERS,
+    adapted,
+    checkpointer,
+    save,
+    save_over_mxfp4,
+    save_what_fails,
+    save_without_room,
+)
+from tests.peft.models import causal, logits, randomise
+from tests.peft.own_models import OwnConfig, dense
+from tests.support.ranks import failure, fresh, run
+from torch import nn
+
+import peft
+from shardwise import CheckpointingConfig
+from shardwise.errors import (
+    AdapterError,
+    ConfigError,
+    ConversionError,
+    ModuleStateError,
+    QuantizationError,
+    ShardwiseError,
+    StorageError,
+)
+from shardwise.ops.verify import verify
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_export(ours: Path, reference: nn.Module, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """The export is that of the merged model, and opens as it without peft."""
+    merged = reference.merge_and_unload()
+    if dtype is not None:
+        merged = merged.to(dtype)
+    merged.save_pretrained(directory)
+    found, expected = tensors(ours), tensors(directory)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    config, theirs = (json.loads((path / "config.json").read_text()) for path in (ours, directory))
+    assert {key: config.get(key) for key in theirs} == theirs
+    assert not (ours / "adapter_config.json").exists()
+    opened, report = tf.AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(report.values())
+    assert type(opened) is type(merged)
+    assert torch.equal(logits(opened.eval()), logits(merged.eval()))
+
+
+#: Methods that are like another one to everything but peft.
+RARE = {"AdaLoRA", "BOFT", "HRA", "LN tuning", "LoKr", "RandLoRA", "SHiRA", "VBLoRA"}
+METHODS = [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in ADAPTERS]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_merged_export_is_the_one_that_peft_makes(name: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    causal(ADAPTERS[name][0]).save_pretrained(base)
+    model = adapted(name).eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = logits(model)
+    with checkpointer(tmp_path / "run", model_repo_id=str(base)) as saver:
+        saver.restore(model)
+        saver.save(0, 1, model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+    saved = tmp_path / "run/LATEST/model"
+    assert (saved / WEIGHTS).is_file()
+    same_export(saved / "consolidated", model, tmp_path / "reference")
+
+
+def gathered(name: str, root: Path) -> nn.Module:
+    """The trained model in one process."""
+    model = adapted(name)
+    trained: dict[str, torch.Tensor] = {}
+    for path in sorted(root.glob("saved_[0-9].pt")):
+        trained |= {key.removeprefix("module."): found[0] for key, found in torch.load(path).items()}
+    assert set(trained) == {key for key, p in model.named_parameters() if p.requires_grad}
+    model.load_state_dict(trained, strict=False)
+    return model.eval()
+
+
+CASES = [
+    ("lora", 1, "fsdp", {}),
+    ("lora", 2, "fsdp", {}),
+    ("lora", 2, "ddp", {}),
+    ("lora", 2, "pipeline", {}),
+    ("lora", 4, "fsdp+tp", {}),
+    ("dora", 2, "fsdp", {}),
+    ("dora", 4, "fsdp", {"single_rank_consolidation": True}),
+    ("experts", 2, "fsdp", {}),
+    ("experts", 4, "fsdp", {"random_writes": False}),
+    ("copies, tied", 2, "fsdp", {}),
+    ("both ends of a tie", 2, "fsdp", {}),
+    ("tokens", 2, "fsdp", {}),
+    ("more", 2, "pipeline", {}),
+    ("VeRA", 2, "fsdp", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "world", "how", "settings"), CASES)
+def test_ranks_merge_what_they_hold_parts_of(
+    name: str, world: int, how: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    causal(ADAPTERS[name][0]).save_pretrained(base)
+    run(world, save, name, how, str(tmp_path), {"model_repo_id": str(base), **settings})
+    same_export(tmp_path / "run/LATEST/model/consolidated", gathered(name, tmp_path), tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("experts", "fsdp"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "fsdp"), ("dora", "pipeline"))),
+    ],
+)
+def test_merging_in_the_background(name: str, how: str, tmp_path: Path) -> None:
+    output, settings = tmp_path / "output", {"is_async": True}
+    code = fresh(
+        two_alone, str(tmp_path / "store"), save, name, how, str(tmp_path), settings, output=output, seconds=200
+    )
+    assert code == 0, output.with_name("output.err").read_text()
+    same_export(tmp_path / "run/LATEST/model/consolidated", gathered(name, tmp_path), tmp_path / "reference")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "copies"])
+def test_the_export_has_the_dtypes_of_the_base(name: str, tmp_path: Path) -> None:
+    causal(ADAPTERS[name][0]).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = adapted(name).eval()  # trains in float32, and is merged in it
+    with checkpointer(tmp_path / "run", model_repo_id=str(tmp_path / "base")) as saver:
+        saver.save(0, 1, model)
+    saved = tmp_path / "run/LATEST/model"
+    assert not list(saved.glob("shard-*"))
+    same_export(saved / "consolidated", model, tmp_path / "reference", torch.bfloat16)
+
+
+def test_files_that_join_what_is_merged_with_what_is_not(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        torch.manual_seed(0)
+        return tf.Dinov2Model(tf.Dinov2Config(**sizes, image_size=16, patch_size=4, use_swiglu_ffn=True))
+
+    build().save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=4, target_modules=["query", "gate_proj"]))
+    randomise(model, 1)
+    with checkpointer(tmp_path / "run", model_repo_id=str(tmp_path / "base")) as saver:
+        saver.save(0, 1, model)
+    model.merge_and_unload().save_pretrained(tmp_path / "reference")
+    found, expected = tensors(tmp_path / "run/LATEST/model/consolidated"), tensors(tmp_path / "reference")
+    assert "encoder.layer.0.mlp.weights_in.weight" in found
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_quantized_base_is_exported_dequantized(tmp_path: Path) -> None:
+    _mxfp4_base(tmp_path / "base")
+    run(2, save_over_mxfp4, str(tmp_path))
+    ours = tmp_path / "run/LATEST/model/consolidated"
+    assert "quantization_config" not in json.loads((ours / "config.json").read_text())
+    base = tf.GptOssForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16, quantization_config=tf.Mxfp4Config(dequantize=True)
+    )
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
+    reference = peft.get_peft_model(base, config)
+    for path in sorted(tmp_path.glob("saved_[0-9].pt")):
+        trained = {key: found[0] for key, found in torch.load(path).items()}
+        assert not reference.load_state_dict(trained, strict=False).unexpected_keys
+    expected = {n: t.detach() for n, t in reference.merge_and_unload().state_dict().items()}
+    found = tensors(ours)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    assert tf.AutoModelForCausalLM.from_pretrained(ours).dtype == torch.bfloat16
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    """Those are merged that are active, as peft does; one that is merged already is in the base weights."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(causal("llama"), config)
+    for name in ("second", "third"):
+        model.add_adapter(name, peft.LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.base_model.set_adapter(["default", "third"])
+    model.merge_adapter(["third"])
+    with checkpointer(tmp_path / "run") as saver:
+        saver.save(0, 1, model)
+    same_export(tmp_path / "run/LATEST/model/consolidated", model.eval(), tmp_path / "reference")
+
+
+def test_merging_is_done_when_an_export_is(tmp_path: Path) -> None:
+    model = adapted("lora")
+    with checkpointer(tmp_path, save_consolidated="final") as saver:
+        saver.save(0, 1, model)
+        assert not (tmp_path / "LATEST/model/consolidated").exists()
+        saver.save(0, 2, model, is_final_checkpoint=True)
+        assert (tmp_path / "LATEST/model/consolidated/config.json").is_file()
+        saver.save_model(model, tmp_path / "alone", is_final_checkpoint=True)
+    assert verify(tmp_path / "LATEST").status == "whole"
+    same_export(tmp_path / "alone/model/consolidated", model.eval(), tmp_path / "reference")
+
+
+@pytest.mark.parametrize(("operation", "nth"), [("create", 1), ("write", 3), ("sync", 2)])
+def test_a_save_that_fails_leaves_nothing(operation: str, nth: int, tmp_path: Path) -> None:
+    error = failure(2, save_without_room, str(tmp_path), operation, nth)
+    assert isinstance(error, StorageError)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "LATEST").exists()
+
+
+def test_merging_that_fails_is_said_on_every_rank(tmp_path: Path) -> None:
+    error = failure(2, save_what_fails, str(tmp_path))
+    assert "no memory for this" in str(error)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def prompts() -> nn.Module:
+    return peft.get_peft_model(causal("llama"), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+def tokens_alone() -> nn.Module:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    return peft.get_peft_model(causal("llama"), config)
+
+
+def quantized() -> nn.Module:
+    model = adapted("lora")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    layer.weight = nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
+def biased() -> nn.Module:
+    """peft cannot merge a bias into a layer that has none."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
+    with pytest.warns(UserWarning, match="bias"):
+        return peft.get_peft_model(causal("llama"), config)
+
+
+def shared_memory() -> nn.Module:
+    model = adapted("tied")
+    weight = model.base_model.model.model.embed_tokens.base_layer.weight
+    model.base_model.model.lm_head.weight = nn.Parameter(weight.data, requires_grad=False)
+    return model
+
+
+class Doubled(nn.Linear):
+    """Gives out its weight times two."""
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight.detach() * 2
+
+    def _load_from_state_dict(self, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        self.weight.data.copy_(state[f"{prefix}weight"] / 2)
+
+
+def in_its_own_way() -> nn.Module:
+    model = nn.Sequential(Doubled(4, 4, bias=False))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
+def computed() -> nn.Module:
+    class Second(Halved):
+        which = "0.weight"
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.state_dict_adapter = Second()
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
+def groups() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+
+
+UNMERGEABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]] = {
+    "prompt tuning": (prompts, AdapterError, "PROMPT_TUNING does not live in layers"),
+    "activated LoRA": (tokens_alone, AdapterError, r"layers.0.self_attn.q_proj.*failed with NotImplementedError"),
+    "a bias that is not there": (biased, AdapterError, "base layer has no bias"),
+    "grouped convolutions": (groups, AdapterError, "groups > 1"),
+    "a state of its own making": (in_its_own_way, ModuleStateError, "of a tensor that an adapter is merged into"),
+    "a conversion that computes": (computed, ConversionError, "the model's conversion computes tensors"),
+    "quantized weights": (quantized, QuantizationError, "quantized in memory"),
+    "LoRA of the model's own": (lambda: dense(OwnConfig()), AdapterError, "LoRA modules of its own"),
+    "one memory, two parameters": (shared_memory, AdapterError, "are one memory"),
+}
+
+
+@pytest.mark.parametrize("case", UNMERGEABLE)
+def test_what_cannot_be_merged_is_said_before_training(case: str, tmp_path: Path) -> None:
+    make, kind, message = UNMERGEABLE[case]
+    with checkpointer(tmp_path) as saver, pytest.raises(kind, match=message):
+        saver.restore(make())
+    with CheckpointingConfig(checkpoint_dir=tmp_path, is_peft=True).build(0, 0, 0) as saver:
+        saver.restore(make())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"is_peft": False}, "is_peft is false"),
+        ({"model_save_format": "torch_save"}, "torch_save"),
+        ({"save_consolidated": "false"}, "save_consolidated is 'false'"),
+    ],
+)
+def test_settings_under_which_nothing_is_merged(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CheckpointingConfig(**{"is_peft": True, "export_merged": True, **settings})

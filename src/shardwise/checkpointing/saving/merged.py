@@ -33,6 +33,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.views import hub_views
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.upstream.torch_tensors import storage_key
 
 #: Component of the merged tensors: the manifest lists a tensor once in a component.
 MERGED = "merged"
@@ -87,7 +88,7 @@ class MergedSave(ModelSave):
         context = self._context
         hub = context.names.capture(self.state)
         hub = merged_state(hub, self._parts, self._merged, context)
-        requirestorage_key(memory_of(hub.held), "values to save")
+        require_memory(memory_of(hub.held), "values to save")
         context.sound = hub
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)

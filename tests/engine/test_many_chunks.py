@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
-from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.format.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
 from shardwise.ops.verify import verify
@@ -33,7 +33,7 @@ def save(directory: Path, most_chunks: int) -> int:
     """Returns how many files and tensors this rank was told of."""
     group, model = Group(dist.group.WORLD), build(0)
     held = ModelState(model).held()
-    roster = RosterKeeper(group).roster(held)
+    roster = Agreement(group).roster(lambda: held, "describing")
     plan = ShardPlan(directory, "model", roster, plan_shards(held, roster, group.rank))
     record = write_shards(plan, group, LocalStorage(), most_chunks=most_chunks)
     if group.is_main:

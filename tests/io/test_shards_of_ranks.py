@@ -14,7 +14,6 @@ from tests.support.ranks import failure, run
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
 from shardwise.engine.load import LoadOptions, load_tensors
-from shardwise.engine.sharing import Sharing
 from shardwise.errors import (
     DtypeMismatchError,
     ShapeMismatchError,
@@ -102,9 +101,7 @@ def test_the_same_ranks_load_what_they_saved(tmp_path: Path, ranks: int, empty: 
     ]
     layout = Layout(SHAPES, of_two if ranks == 2 else EVEN.ranks[:ranks])
     write(tmp_path, layout, empty=empty)
-    # With replicas asked to share as well: there is nothing that two ranks want alike.
-    for sharing in (Sharing("never"), Sharing("always")):
-        loaded(tmp_path, layout, LoadOptions(sharing=sharing))
+    loaded(tmp_path, layout)
 
 
 def other_rows(layout: Layout) -> Layout:

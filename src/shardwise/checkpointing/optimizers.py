@@ -141,7 +141,7 @@ class OptimizerSave:
             lambda: plan_shards(held, roster, group.rank, stem="optim"), "planning the optimizer's files"
         )
         plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
-        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
+        return [write_states, lambda group: write_shards(plan, group, context.storage), *own_steps]
 
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.

@@ -22,7 +22,6 @@ from shardwise.engine.memo import Memo
 from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
-from shardwise.format.manifest import KnownManifest
 from shardwise.lifecycle import FileSystem
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, Settings
@@ -89,7 +88,6 @@ class Context:
         self.told: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
-        self.manifests: dict[str, KnownManifest] = {}
         self.warned: set[Path] = set()
         self._further: dict[str, Context] = {}
 

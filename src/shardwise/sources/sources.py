@@ -21,7 +21,6 @@ from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, Forma
 from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
 from shardwise.geometry import Box
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, read_entries
 from shardwise.sources.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
@@ -58,7 +57,6 @@ class Source:
             return self
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
-    @collector_paused()
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
         """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
 
@@ -83,7 +81,6 @@ class Source:
         return replace(self, tensors=tensors)
 
 
-@collector_paused()
 def open_source(
     path: str | os.PathLike[str],
     group: Group,

@@ -27,7 +27,6 @@ from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.near_names import listed
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
@@ -183,7 +182,6 @@ def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     return _Matched(hub, ties, apart)
 
 
-@collector_paused()
 def _opened(
     context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> _Opened:

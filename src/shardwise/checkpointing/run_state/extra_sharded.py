@@ -147,7 +147,7 @@ def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], di
         with group.together(f"making {own}"):
             if group.is_main:
                 context.storage.make_directory(own)
-        return write_shards(plan, group, context.storage, later=True).below(prefix)
+        return write_shards(plan, group, context.storage).below(prefix)
 
     return [write]
 

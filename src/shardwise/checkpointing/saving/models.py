@@ -519,13 +519,7 @@ class ModelSave:
         if self._merges:
             options = MergeOptions(config.single_rank_consolidation, context.staging_dir)
             return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
-
-        def write(group: Group) -> ComponentRecord:
-            record = write_export(plan, group, context.storage)
-            # What every rank knows needs not travel.
-            return record if group.is_main else ComponentRecord()
-
-        return self._release_after(write)
+        return self._release_after(lambda group: write_export(plan, group, context.storage))
 
     def _shards(
         self,
@@ -558,7 +552,7 @@ class ModelSave:
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
+        return self._release_after(lambda group: write_shards(plan, group, context.storage))
 
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]

@@ -41,7 +41,6 @@ from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
 from shardwise.errors import ConfigError
-from shardwise.plan.collector import collector_paused
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 
@@ -530,10 +529,7 @@ class ComponentCheckpointer:
 
     def _run(self, job: SaveJob) -> None:
         if self._background is None:
-            # Training waits, so nobody else leaves garbage meanwhile. One pass of the collector over a process that has
-            # torch and transformers loaded takes as long as saving half a gigabyte does.
-            with collector_paused():
-                job.run(self._context.group)
+            job.run(self._context.group)
             return
         self._background.submit(job)
         if self.config.wait_for_staging:

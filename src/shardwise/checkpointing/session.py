@@ -12,18 +12,16 @@ import torch
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.hub import HubNames, HubState
-from shardwise.checkpointing.saving.answers import Answers
 from shardwise.checkpointing.saving.opens import OpeningCheck
-from shardwise.checkpointing.saving.recasts import RecastKeeper
+from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
-from shardwise.format.manifest import KnownManifest
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
@@ -44,8 +42,16 @@ class Context:
         staging_dir: Where files are built before they are copied into place; likewise.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode.
-        model_roster: Who holds what of the model.
-        optimizer_roster: Who holds what of the optimizer.
+        model_agreement: What the ranks have told each other of the model.
+        optimizer_agreement: The same of the optimizer.
+        further_agreements: The same of DTensors in extra state, by its name.
+        recast: The model's tensors as they are written, as long as they are the same.
+        is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
+        opening: Exports that the model's class was found to open.
+        opening_untied: The same with a configuration that ties nothing.
+        told: What was logged once and is not to be logged again.
+        model_plan: The last export's plan.
+        shard_plans: The last plan of each component's shards.
         sound: What was captured last, after it was looked through.
         prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
@@ -69,24 +75,17 @@ class Context:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.model_roster = RosterKeeper(self.group, self.stage)
-        self.recasts = RecastKeeper(self.group)
-        self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
+        self.model_agreement = Agreement(self.group, self.stage)
+        self.optimizer_agreement = Agreement(self.group, self.stage)
+        self.further_agreements: dict[str, Agreement] = {}
+        self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
         self.opening = OpeningCheck()
         self.opening_untied = OpeningCheck()
-        self.no_config: Memo[str] = Memo()
         self.told: set[str] = set()
-        self.without_adapter: Memo[None] = Memo()
-        self.ties: Memo[dict[str, str]] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
-        self.manifests: dict[str, KnownManifest] = {}
-        self.exact_roster = RosterKeeper(self.group, self.stage)
-        self.computed_roster = RosterKeeper(self.group, self.stage)
-        self.optimizer_roster = RosterKeeper(self.group, self.stage)
         self.warned: set[Path] = set()
-        self.further_rosters: dict[str, RosterKeeper] = {}
         self._further: dict[str, Context] = {}
 
     def further(self, name: str, config: Settings | None = None) -> Context:

@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
@@ -78,6 +79,18 @@ class Group(Ranks):
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
         vote.any = self.agree(failure, what, vote.flag)
+
+    def attempt(self, work: Callable[[], T], what: str) -> T:
+        """What ``work`` gives on this rank, if it succeeds on every rank; else raise, as `together`. All ranks call.
+
+        Args:
+            work: Local work, without a collective in it.
+            what: What is being done, for messages.
+        """
+        made: list[T] = []
+        with self.together(what):
+            made.append(work())
+        return made[0]
 
     def agree(self, failure: BaseException | None, what: str, flag: bool = False) -> bool:
         """Exchange status; raise on every rank if any rank passes a failure. All ranks call.

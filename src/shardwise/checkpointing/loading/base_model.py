@@ -16,6 +16,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +53,6 @@ from shardwise.peft.fresh import (
 )
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
-from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import declared_ties
 
 _LOG = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _found(context: Context, root_dir: str | Path | None, model_name: str | None
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
     seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
-    with group.together("materialising the model"), collector_paused():
+    with group.together("materialising the model"):
         for part in parts:
             slots = slots_of(part)
             if not has_meta(slots):
@@ -285,17 +285,16 @@ def _matched(
     key_mapping: Mapping[str, str] | None,
     before: BaseWanted | None = None,
 ) -> BaseWanted:
-    found: BaseWanted | None = None
-    with context.group.together("matching the model with its base"):
-        found = match_base(
-            parts,
-            source.names(),
-            base_ties=ties_head(config),
-            skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
-            key_mapping=key_mapping,
-            before=before,
-        )
-    assert found is not None
+    match = partial(
+        match_base,
+        parts,
+        source.names(),
+        base_ties=ties_head(config),
+        skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
+        key_mapping=key_mapping,
+        before=before,
+    )
+    found = context.group.attempt(match, "matching the model with its base")
     specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
     own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
     theirs = [spec for name, spec in specs.items() if name not in source.behind]

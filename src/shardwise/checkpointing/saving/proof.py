@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
 from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.inside import exported_modules
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
@@ -70,33 +69,17 @@ class Proof:
     differences: tuple[str, ...] = ()
 
 
-def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) -> Promise:
-    """Collect what all ranks' model parts say: pipeline stages have different ones. All ranks call.
+#: What one rank says of its own files: see `promise_row`.
+PromiseRow = tuple[list[str], list[str], list[str], str, str, int | None]
+
+
+def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow | None:
+    """What this rank's parts say of their files, for `promise_of`; ``None`` where it has no part. Local.
 
     Args:
         parts: This rank's parts.
         absent: Names that files of this rank's parts may have and the export does not.
-        group: The ranks that save together.
     """
-    told = group.gather(lambda: _record_of(parts, absent), "comparing what the stages promise")
-    everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
-    prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
-    sizes = [size for *_, size in everyone if size is not None]
-    return Promise(
-        frozenset(name for names, *_ in everyone for name in names),
-        tuple(dict.fromkeys(pattern for _, patterns, *_ in everyone for pattern in patterns)),
-        frozenset(name for _, _, names, *_ in everyone for name in names),
-        prefixes[0] if prefixes else "",
-        tuple(architecture for *_, architecture, _ in everyone[:1]),
-        sizes[0] if sizes else None,
-    )
-
-
-_Row = tuple[list[str], list[str], list[str], str, str, int | None]
-
-
-def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
-    """What this rank's parts say, as a `_Row`; nothing where it has none."""
     if not parts:
         return None
     module = exported_modules(parts)[0]
@@ -104,14 +87,28 @@ def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
     text = getattr(config, "text_config", None) or config
     size = getattr(text, "vocab_size", None)
     computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
-    return [
+    return (
         list(absent),
         sorted(str(p) for p in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()),
         sorted(computed),
         str(getattr(module, "base_model_prefix", "") or ""),
         own_class(module).__name__,
         size if isinstance(size, int) else None,
-    ]
+    )
+
+
+def promise_of(rows: Sequence[PromiseRow]) -> Promise:
+    """What the rows of all ranks say together: pipeline stages have different parts."""
+    prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
+    sizes = [size for *_, size in rows if size is not None]
+    return Promise(
+        frozenset(name for names, *_ in rows for name in names),
+        tuple(dict.fromkeys(pattern for _, patterns, *_ in rows for pattern in patterns)),
+        frozenset(name for _, _, names, *_ in rows for name in names),
+        prefixes[0] if prefixes else "",
+        tuple(architecture for *_, architecture, _ in rows[:1]),
+        sizes[0] if sizes else None,
+    )
 
 
 def _computed_buffers(module: nn.Module) -> Iterable[str]:

@@ -113,7 +113,7 @@ def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
 def checkpointer(root: Path, how: str, **settings: object) -> Checkpointer:
     """One that saves adapters."""
     config = CheckpointingConfig(checkpoint_dir=root, is_peft=True, collective_timeout_seconds=60, **settings)
-    return config.build(dp_rank=0, tp_rank=0, pp_rank=dist.get_rank() if how == "pipeline" else 0)
+    return config.build(pp_rank=dist.get_rank() if how == "pipeline" else None)
 
 
 def save(name: str, how: str, root: str, base: str | None = None, **settings: object) -> None:

@@ -78,7 +78,7 @@ class Large(nn.Module):
 def counted_large(root: Path) -> int:
     storage = CountingStorage()
     config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
-    with Checkpointer(config, dist.get_rank(), 0, 0, storage=storage) as engine:
+    with Checkpointer(config, storage=storage) as engine:
         engine.save(0, 0, Large())
     return sum(length for name, _, length in storage.written if name == "model.safetensors")
 

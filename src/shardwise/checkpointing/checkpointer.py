@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.arguments import (
     check_arguments,
     check_mapping,
-    whole_number,
 )
 from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.calls import check_same_call
@@ -47,6 +46,7 @@ from shardwise.checkpointing.run_state.wholes import (
 from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training
 from shardwise.checkpointing.saving.commits import Publication, RunLine, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.hooks import passed_addons
+from shardwise.checkpointing.saving.request import WhatToSave
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.near_names import listed
@@ -54,9 +54,12 @@ from shardwise.engine.verify import VerifyLevel
 from shardwise.engine.verify_together import check_checkpoint
 from shardwise.errors import StorageError
 from shardwise.lifecycle import (
+    CheckpointInfo,
     PreemptionGuard,
     Start,
     checkpoint_name,
+    latest_step,
+    list_checkpoints,
     remove_leftovers,
     reserve,
     temporary_name,
@@ -115,13 +118,13 @@ class Checkpointer(ComponentCheckpointer):
 
     Args:
         config: Settings.
-        dp_rank: Data-parallel rank.
-        tp_rank: Tensor-parallel rank.
-        pp_rank: Pipeline rank.
+        dp_rank: Data-parallel rank; derived where it is not given, as `CheckpointingConfig.build` says.
+        tp_rank: Tensor-parallel rank; likewise.
+        pp_rank: Pipeline rank; likewise.
         moe_mesh: The mesh of expert parallelism, where there is one. Sharding is read from the tensors themselves, so
             it is only kept.
         process_group: The ranks that save together: all that hold a part of the model. Default: all ranks.
-        pp_group: The ranks of this pipeline, kept for addons.
+        pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
             with ``is_peft``).
         storage: Where tensor data is written to and read from; the mounted file systems by default.
@@ -147,7 +150,7 @@ class Checkpointer(ComponentCheckpointer):
     def _line(self) -> RunLine:
         return RunLine()
 
-    @outside_inference_mode
+    @overload
     def save(
         self,
         epoch: int,
@@ -162,15 +165,51 @@ class Checkpointer(ComponentCheckpointer):
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+    ) -> Path | None: ...
+
+    @overload
+    def save(
+        self,
+        *,
+        step: int,
+        model: Model,
+        epoch: int | None = None,
+        optimizer: Optimizers | None = None,
+        scheduler: Schedulers | None = None,
+        tokenizer: SavesPretrained | None = None,
+        peft_config: object | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, object] | None = None,
+        is_final_checkpoint: bool = False,
+        ema: Model | None = None,
+    ) -> Path | None: ...
+
+    @outside_inference_mode
+    def save(
+        self,
+        *positional: object,
+        tokenizer: SavesPretrained | None = None,
+        peft_config: object | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, object] | None = None,
+        is_final_checkpoint: bool = False,
+        ema: Model | None = None,
+        **named: object,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
+        checkpointer.save(step=step, model=model, optimizer=optimizer)
+        checkpointer.save(epoch, step, model, optimizer)
+
         Args:
-            epoch: Epoch, not negative.
+            epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
+                save or restore was of, whichever came later; 0 where there was none.
             step: Global step, not negative.
             model: The model, or this rank's pipeline stages.
             optimizer: One, or several.
             scheduler: One, or several.
+            *positional: Those above, in this order.
+            **named: Those above, by name.
             tokenizer: A tokenizer or processor to put beside the weights.
             peft_config: The adapter's configuration, for a model with LoRA modules of its own.
             metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
@@ -188,10 +227,13 @@ class Checkpointer(ComponentCheckpointer):
         Raises:
             CheckpointBusyError: Another checkpointer is saving this very checkpoint; the message names its process.
             CheckpointExistsError: This checkpoint is already published.
+            MisuseError: An argument is missing, given twice, or not what it should be.
             ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
                 earlier asynchronous save: this one is made all the same before that is raised, as the text says.
         """
-        context = self._begin(call := f"save(epoch {epoch}, step {step})")
+        what, mistake = WhatToSave.of(positional, named, self._order.epoch)
+        model, optimizer, scheduler = what.model, what.optimizer, what.scheduler
+        context = self._begin(call := f"save(epoch {what.epoch}, step {what.step})")
         if not self.config.enabled:
             return None
         self._ends = self._ends or is_final_checkpoint
@@ -199,20 +241,22 @@ class Checkpointer(ComponentCheckpointer):
         numbers: dict[str, float] = {}
 
         def look() -> str:
-            nonlocal numbers, epoch, step
+            nonlocal numbers
+            if mistake is not None:
+                raise mistake
             check_arguments(model, optimizer, scheduler)
             self._looked(model, saves=True)
             check_mapping("metrics", metrics)
             check_mapping("extra_state", extra_state)
             if ema is not None:
-                self._looked(ema, saves=True)
-            epoch, step = whole_number(epoch), whole_number(step)
+                self._looked(ema, saves=True, is_run=False)
             numbers = check_metrics(metrics)
-            return checkpoint_name(epoch, step)
+            return checkpoint_name(what.epoch, what.step)
 
         given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
         given["an ema"] = ema is not None
         turn = self._turn(call, look, given | passed_addons(self.addons))
+        epoch, step = self._order.epoch, _ = what.epoch, what.step
         if turn.skipped:
             return None
         if context.group.is_main:
@@ -255,7 +299,7 @@ class Checkpointer(ComponentCheckpointer):
         optimizer: Optimizers | None = None,
         scheduler: Schedulers | None = None,
         *,
-        restore_from: str | Path = "LATEST",
+        restore_from: str | Path | int = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
         key_mapping: Mapping[str, str] | None = None,
@@ -273,7 +317,8 @@ class Checkpointer(ComponentCheckpointer):
             model: The model, or this rank's pipeline stages; its topology may differ from the one that saved.
             optimizer: The optimizer or optimizers, fresh or used.
             scheduler: The scheduler or schedulers.
-            restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, or a path.
+            restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, a path, or the number
+                of a step.
             extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
                 values are replaced in this mapping. Objects take their state in before model and optimizer have
                 theirs, since an object may refuse it.
@@ -291,7 +336,8 @@ class Checkpointer(ComponentCheckpointer):
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
 
         Raises:
-            CheckpointNotFoundError: What ``restore_from`` names does not exist.
+            CheckpointNotFoundError: What ``restore_from`` names does not exist; the message lists what does.
+            MisuseError: Several checkpoints are of the step that ``restore_from`` is; the message lists them.
             IncompleteCheckpointError: It is an interrupted save.
             IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
             AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
@@ -313,7 +359,7 @@ class Checkpointer(ComponentCheckpointer):
             check_mapping("extra_state", extra_state)
             check_mapping("key_mapping", key_mapping)
             if ema is not None:
-                self._looked(ema)
+                self._looked(ema, is_run=False)
             return self._looked(model, optimizer, scheduler, "checkpoint")
 
         check_same_call(call, look, given, context.group)
@@ -351,7 +397,37 @@ class Checkpointer(ComponentCheckpointer):
         _Opened(opened, averaged, steering, found).restore(context.group, self._order)
         self._allocate_staging(model, optimizer)
         self._line.start, self._line.restored = next(iter(starts), None), True
+        if record.epoch is not None:
+            self._order.epoch = record.epoch
         return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> tuple[CheckpointInfo, ...]:
+        """The checkpoints in ``checkpoint_dir``, by epoch and step, interrupted ones included.
+
+        Any rank may call, alone or together with others, and sees what is on its file system at that moment; names and
+        small files are read, and no tensors. An asynchronous save is among them once it is published (`async_wait`).
+
+        Returns:
+            For each its ``name``, ``epoch``, ``step``, ``complete`` (it may be resumed from), ``metrics`` and ``path``.
+
+        Raises:
+            StorageError: The directory cannot be read.
+        """
+        return list_checkpoints(self._root)
+
+    def latest_step(self) -> int | None:
+        """The step that `restore` would resume from. Any rank may call, as with `checkpoints`.
+
+        Returns:
+            ``None`` where there is nothing to resume from, or another tool's checkpoint does not tell its step.
+
+        Raises:
+            CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
+            StorageError: The directory cannot be read.
+        """
+        return latest_step(self._root)
 
     # --- random numbers and data ------------------------------------------------------------------------------------
 
@@ -361,7 +437,7 @@ class Checkpointer(ComponentCheckpointer):
         for epoch in range(resumed.epoch if resumed else 0, epochs):
             for batch in checkpointer.batches(loader, epoch):
                 train_step(batch)
-                checkpointer.save(epoch, step, model, optimizer)
+                checkpointer.save(step=step, model=model, optimizer=optimizer)
 
         Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
         is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
@@ -407,7 +483,7 @@ class Checkpointer(ComponentCheckpointer):
             for step, batch in enumerate(loader):
                 train_step(batch)
                 if checkpointer.asked_to_stop(guard):
-                    checkpointer.save(epoch, step, model, optimizer)
+                    checkpointer.save(step=step, model=model, optimizer=optimizer)
                     checkpointer.finalize()
                     break
         """

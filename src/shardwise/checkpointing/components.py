@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting
 from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers, load_optimizer
+from shardwise.checkpointing.parallel_ranks import ParallelRanks, Place
 from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving.adapters import AdapterSave, OpenedAdapter, check_before_training, open_adapter
@@ -36,10 +38,11 @@ from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Context
 from shardwise.comm import ABSENT_SECONDS, Group
 from shardwise.disk.storage import LocalStorage, Storage
-from shardwise.engine.background import Background
+from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.load import LoadOptions
+from shardwise.engine.staging import Stager
 from shardwise.errors import ConfigError
 from shardwise.lifecycle import LOCAL, FileSystem
 from shardwise.plan.collector import collector_paused
@@ -61,9 +64,9 @@ class ComponentCheckpointer:
     def __init__(
         self,
         config: Settings,
-        dp_rank: int,
-        tp_rank: int,
-        pp_rank: int,
+        dp_rank: int | None = None,
+        tp_rank: int | None = None,
+        pp_rank: int | None = None,
         moe_mesh: DeviceMesh | None = None,
         process_group: ProcessGroup | None = None,
         pp_group: ProcessGroup | None = None,
@@ -75,7 +78,7 @@ class ComponentCheckpointer:
         absent_seconds: float = ABSENT_SECONDS,
     ) -> None:
         self.config = config
-        self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
+        self._ranks = ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group)
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
         self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
         self._process_group = process_group
@@ -161,7 +164,7 @@ class ComponentCheckpointer:
         self.async_wait()
         context = self._begin(call := f"load_model({model_path})")
         given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-        check_same_call(call, lambda: self._looked(model), given, context.group)
+        check_same_call(call, lambda: self._looked(model, is_run=not is_init_step), given, context.group)
         path = Path(model_path).absolute()
         if is_init_step:
             parts = [model] if isinstance(model, nn.Module) else list(model)
@@ -232,16 +235,29 @@ class ComponentCheckpointer:
 
     @outside_inference_mode
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
-        """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call."""
+        """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call.
+
+        Raises:
+            MisuseError: Which data-parallel rank this is was neither given nor can be derived.
+        """
         context = self._of_ranks(f"save_on_dp_ranks({state_name})", state)
-        writes = self.tp_rank == 0 and self.pp_rank == 0
-        save_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}", writes)
+        places = self._ranks.everyones(context.group)
+        own = places[context.group.rank]
+        # Ranks that share a sequence (context parallelism) are at the same place: one of them writes.
+        writes = places.index(Place(own.dp, 0, 0)) == context.group.rank if (own.tp, own.pp) == (0, 0) else False
+        save_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
     @outside_inference_mode
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
-        """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call."""
+        """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call.
+
+        Raises:
+            MisuseError: As in `save_on_dp_ranks`.
+            CheckpointNotFoundError: Nothing was saved for it.
+        """
         context = self._of_ranks(f"load_on_dp_ranks({state_name})", state)
-        load_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{self.dp_rank}")
+        own = self._ranks.everyones(context.group)[context.group.rank]
+        load_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
 
     @outside_inference_mode
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -278,7 +294,7 @@ class ComponentCheckpointer:
     ) -> None:
         """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
 
-        The model keeps its dtypes; `shardwise.base.files.base_dtype` tells the base's.
+        The model keeps its dtypes; `shardwise.base_dtype` tells the base's.
 
         Args:
             model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
@@ -295,7 +311,8 @@ class ComponentCheckpointer:
         """
         context = self._begin(call := f"load_base_model({model_name})")
         self.async_wait()
-        check_same_call(call, lambda: self._looked(model), {"load_base_model=True": load_base_model}, context.group)
+        given = {"load_base_model=True": load_base_model}
+        check_same_call(call, lambda: self._looked(model, is_run=False), given, context.group)
         base_model.load_base_model(context, model, torch.device(device), root_dir, model_name, load_base_model)
         if self.config.is_peft and self.config.enabled:
             check_before_training(context, model, is_adapted=False)
@@ -360,6 +377,8 @@ class ComponentCheckpointer:
                 self._background.close()
                 self._background = None
             if self._made is not None:
+                if self._made.stager is not None:
+                    self._made.stager.clear()
                 self._made.group.close()
                 self._made = None
 
@@ -407,14 +426,17 @@ class ComponentCheckpointer:
                     group,
                     self._storage,
                     self._fs,
-                    self.pp_rank,
+                    self._ranks,
                     self._root,
                     met,
                     self._staging_dir,
+                    self.pp_group,
                 )
                 if self.config.is_async:
                     self._background = Background(self._meet(call), self._device_streams)
                     made.stager = self._background.stager
+                elif self.config.cpu_offload:
+                    made.stager = Stager(self._device_streams)
             except BaseException:
                 group.close()
                 raise
@@ -445,6 +467,7 @@ class ComponentCheckpointer:
         name: str = "model",
         *,
         saves: bool = False,
+        is_run: bool = True,
     ) -> str:
         """As `checked`; then the model's memory is ready for other threads. Local.
 
@@ -454,8 +477,14 @@ class ComponentCheckpointer:
             scheduler: Likewise.
             name: Likewise.
             saves: Whether the model is to be saved: copying aside is ordered by itself, and nobody waits for it.
+            is_run: Whether it is the model of this run, whose meshes say which ranks these are; a base model's do not.
+
+        Raises:
+            MisuseError: A parallel rank was given that contradicts the model's meshes.
         """
         checked(model, optimizer, scheduler)
+        if is_run:
+            self._ranks.look([model] if isinstance(model, nn.Module) else model)
         if not (saves and self.config.is_async):
             self._settle(model)
         return name
@@ -533,6 +562,9 @@ class ComponentCheckpointer:
         return turn
 
     def _run(self, job: SaveJob) -> None:
+        stager = self._context.stager
+        if stager is not None:
+            job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
         if self._background is None:
             # Training waits, so nobody else leaves garbage meanwhile. One pass of the collector over a process that has
             # torch and transformers loaded takes as long as saving half a gigabyte does.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.answers import Answers
 from shardwise.checkpointing.saving.opens import OpeningCheck
 from shardwise.checkpointing.saving.recasts import RecastKeeper
@@ -39,15 +42,14 @@ class Context:
         group: The ranks that save and load together.
         storage: Where data goes.
         fs: Where names are made and renamed.
-        stage: Pipeline rank.
+        ranks: This process's data-, tensor- and pipeline-parallel ranks.
         may_differ: Of which tensors ranks may have different values.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
         met: What the ranks have told each other when they met.
         staging_dir: Where files are built before they are copied into place; likewise.
+        pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
-        stager: Where captured state is copied aside, in asynchronous mode.
-        model_roster: Who holds what of the model.
-        optimizer_roster: Who holds what of the optimizer.
+        stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
         sound: What was captured last, after it was looked through.
         prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
@@ -56,10 +58,11 @@ class Context:
     group: Group
     storage: Storage
     fs: FileSystem
-    stage: int
+    ranks: ParallelRanks
     root: Path
     met: Met
     staging_dir: Path | None = None
+    pp_group: dist.ProcessGroup | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
@@ -72,7 +75,6 @@ class Context:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.model_roster = RosterKeeper(self.group, self.stage)
         self.recasts = RecastKeeper(self.group)
         self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
         self.is_quantized: Memo[bool] = Memo()
@@ -85,12 +87,36 @@ class Context:
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.manifests: dict[str, KnownManifest] = {}
-        self.exact_roster = RosterKeeper(self.group, self.stage)
-        self.computed_roster = RosterKeeper(self.group, self.stage)
-        self.optimizer_roster = RosterKeeper(self.group, self.stage)
         self.warned: set[Path] = set()
         self.further_rosters: dict[str, RosterKeeper] = {}
         self._further: dict[str, Context] = {}
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage."""
+        return self.ranks.stage
+
+    # The stage is known when a model has been looked at, and no roster is needed before.
+
+    @cached_property
+    def model_roster(self) -> RosterKeeper:
+        """Who holds what of the model."""
+        return RosterKeeper(self.group, self.stage)
+
+    @cached_property
+    def exact_roster(self) -> RosterKeeper:
+        """Who holds what of the values that an export rounds."""
+        return RosterKeeper(self.group, self.stage)
+
+    @cached_property
+    def computed_roster(self) -> RosterKeeper:
+        """Who holds what of the tensors that an export computes others from."""
+        return RosterKeeper(self.group, self.stage)
+
+    @cached_property
+    def optimizer_roster(self) -> RosterKeeper:
+        """Who holds what of the optimizer."""
+        return RosterKeeper(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Context:
         """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
@@ -106,17 +132,18 @@ class Context:
                 self.group,
                 self.storage,
                 self.fs,
-                self.stage,
+                self.ranks,
                 self.root,
                 self.met if config is None else replace(self.met, names_base=False),
                 self.staging_dir,
+                self.pp_group,
                 stager=self.stager,
                 prefix=f"{self.prefix}{name}/",
             )
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
+        """The tensors as they are to be written: copied aside where the settings ask for it, else as they are."""
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
@@ -168,7 +195,7 @@ class Context:
     @property
     def writing_threads(self) -> int:
         """Threads for writing on this rank: in asynchronous mode, as many as training leaves cores for."""
-        return self._threads(torch.get_num_threads() if self.stager is not None else 0)
+        return self._threads(torch.get_num_threads() if self.config.is_async else 0)
 
     def _threads(self, taken: int) -> int:
         if self.config.io_threads is not None:

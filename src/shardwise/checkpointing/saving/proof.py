@@ -46,6 +46,7 @@ class Promise:
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
+        keys: Names that the settings say the base model has, of all ranks.
     """
 
     aliases: frozenset[str] = frozenset()
@@ -54,6 +55,7 @@ class Promise:
     prefix: str = ""
     architectures: tuple[str, ...] = ()
     vocab_size: int | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,18 @@ class Proof:
     differences: tuple[str, ...] = ()
 
 
-def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) -> Promise:
+def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Iterable[str], group: Group) -> Promise:
     """Collect what all ranks' model parts say: pipeline stages have different ones. All ranks call.
 
     Args:
         parts: This rank's parts.
         absent: Names that files of this rank's parts may have and the export does not.
+        keys: Names that the caller says the base model has (``model_state_dict_keys``), as this rank knows them.
         group: The ranks that save together.
     """
-    told = group.gather(lambda: _record_of(parts, absent), "comparing what the stages promise")
-    everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
+    told = group.gather(lambda: [_record_of(parts, absent), list(keys)], "comparing what the stages promise")
+    rows = cast("list[tuple[_Row | None, list[str]]]", told)
+    everyone = [theirs for theirs, _ in rows if theirs is not None]
     prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
     sizes = [size for *_, size in everyone if size is not None]
     return Promise(
@@ -88,6 +92,7 @@ def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) 
         prefixes[0] if prefixes else "",
         tuple(architecture for *_, architecture, _ in everyone[:1]),
         sizes[0] if sizes else None,
+        tuple(dict.fromkeys(key for _, listed in rows for key in listed)),
     )
 
 
@@ -147,6 +152,18 @@ def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pas
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
     return Proof(tuple(passed) if same and pass_through else (), tuple(differences))
+
+
+def prove_keys(specs: Sequence[TensorSpec], promise: Promise) -> Proof:
+    """Compare what will be written with the names in the settings. Pure.
+
+    Args:
+        specs: The union of all ranks' tensors, under the names of the files.
+        promise: What the model says of its files, and the settings of the base model's.
+    """
+    written = {spec.name: spec for spec in specs}
+    lost = [key for key in promise.keys if key not in written and not _accounted(key, written, promise, {})]
+    return Proof((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], promise: Promise) -> str | None:

@@ -30,7 +30,7 @@ __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine of it.
 
-    The fields are those of `shardwise.settings.Settings`, which says what each does; every one has a default.
+    The fields are those of `shardwise.settings.Settings`.
     """
 
     def build(
@@ -70,3 +70,7 @@ class CheckpointingConfig(Settings):
         from shardwise.checkpointing import Checkpointer
 
         return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group)
+
+
+# help() of the class that users have says what each setting does.
+CheckpointingConfig.__doc__ = f"{CheckpointingConfig.__doc__}\n{Settings.__doc__}"

@@ -20,7 +20,8 @@ from shardwise.setting_kinds import checked, names_unknown_keys, number_in_text,
 
 __all__ = ["SaveConsolidatedMode", "SerializationFormat", "Settings"]
 
-logger = logging.getLogger(__name__)
+# By the name under which users know the settings.
+logger = logging.getLogger("shardwise.config")
 
 _METRIC_MODES = ("min", "max")
 _SHARING_MODES = ("auto", "always", "never")

@@ -143,7 +143,7 @@ def test_states_of_ranks(tmp_path: Path) -> None:
 
 
 def load_too_many(root: Path) -> None:
-    with checkpointer(root) as engine:
+    with CheckpointingConfig(checkpoint_dir=root).build(dist.get_rank(), 0, 0) as engine:
         engine.load_on_dp_ranks(Loader(), "dataloader", root)
 
 

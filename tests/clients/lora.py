@@ -162,5 +162,5 @@ def save_without_a_shard(root: str) -> None:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     model = spread(adapted("dense"), "fsdp")
     config = CheckpointingConfig(checkpoint_dir=Path(root) / str(dist.get_rank()), is_peft=True)
-    with config.build(0, 0, 0, process_group=groups[dist.get_rank()]) as saver:
+    with config.build(process_group=groups[dist.get_rank()]) as saver:
         saver.save(0, 1, model)

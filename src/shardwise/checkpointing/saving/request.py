@@ -79,7 +79,7 @@ def _mistake(
             return MisuseError(
                 f"save() was given {name} twice: {_shown(given[name])} by position, {_shown(value)} by name", hint=_HINT
             )
-    lacks = [name for name in ("step", "model") if {**given, **named}.get(name) is None]
+    lacks = [name for name in ("step", "model") if name not in given and name not in named]
     if lacks:
         return MisuseError(f"save() was not given {' and '.join(lacks)}", hint=_HINT)
     return None

@@ -8,9 +8,11 @@ from typing import cast
 
 from torch import nn
 
+from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.arguments import whole_number
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.model import Model
 
 _NAMES = ("epoch", "step", "model", "optimizer", "scheduler")
 _HINT = (
@@ -28,13 +30,20 @@ class WhatToSave:
         model: The model, or this rank's pipeline stages.
         optimizer: One, several or none.
         scheduler: Likewise.
+        tokenizer: As `Checkpointer.save` says; so are the others.
     """
 
     epoch: int
     step: int
-    model: nn.Module | Sequence[nn.Module]
+    model: Model
     optimizer: Optimizers | None
     scheduler: Schedulers | None
+    tokenizer: SavesPretrained | None = None
+    peft_config: object | None = None
+    metrics: Mapping[str, float] | None = None
+    extra_state: Mapping[str, object] | None = None
+    is_final_checkpoint: bool = False
+    ema: Model | None = None
 
     @staticmethod
     def of(

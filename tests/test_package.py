@@ -48,6 +48,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(shardwise, name) is not None
     assert set(shardwise.__all__) <= set(dir(shardwise))
     assert sorted(shardwise.__all__) == [
+        "CheckpointInfo",
         "Checkpointer",
         "CheckpointingConfig",
         "PreemptionGuard",
@@ -57,6 +58,7 @@ def test_every_public_name_is_there() -> None:
         "SaveConsolidatedMode",
         "ShardwiseError",
         "__version__",
+        "base_dtype",
     ]
 
 

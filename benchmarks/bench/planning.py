@@ -31,6 +31,7 @@ from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.loading.models import load_model
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.saved_notes import read_notes
 from shardwise.checkpointing.session import Context
@@ -341,7 +342,8 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
 
 def _context(group: Group, directory: Path) -> Context:
     config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
-    return Context(config, group, _Unread(), 0, directory, Met(False, (), "none"))
+    ranks, met = ParallelRanks(None, None, None, None), Met(False, False, (), "none")
+    return Context(config, group, _Unread(), ranks, directory, met)
 
 
 def _files(directory: Path, layout: Layout) -> dict[str, str]:

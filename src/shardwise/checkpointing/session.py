@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.opens import OpeningCheck
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
@@ -35,16 +38,15 @@ class Context:
         config: Settings.
         group: The ranks that save and load together.
         storage: Where data goes, and where names are made and renamed.
-        stage: Pipeline rank.
+        ranks: This process's data-, tensor- and pipeline-parallel ranks.
         may_differ: Of which tensors ranks may have different values.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
         met: What the ranks have told each other when they met.
         staging_dir: Where files are built before they are copied into place; likewise.
+        pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
-        stager: Where captured state is copied aside, in asynchronous mode.
-        model_agreement: What the ranks have told each other of the model.
-        optimizer_agreement: The same of the optimizer.
-        further_agreements: The same of DTensors in extra state, by its name.
+        stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
+        further_agreements: What the ranks have told each other of DTensors in extra state, by its name.
         recast: The model's tensors as they are written, as long as they are the same.
         is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
         opening: Exports that the model's class was found to open.
@@ -59,10 +61,11 @@ class Context:
     config: Settings
     group: Group
     storage: Storage
-    stage: int
+    ranks: ParallelRanks
     root: Path
     met: Met
     staging_dir: Path | None = None
+    pp_group: dist.ProcessGroup | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
@@ -75,8 +78,6 @@ class Context:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.model_agreement = Agreement(self.group, self.stage)
-        self.optimizer_agreement = Agreement(self.group, self.stage)
         self.further_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
@@ -87,6 +88,23 @@ class Context:
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
         self._further: dict[str, Context] = {}
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage."""
+        return self.ranks.stage
+
+    # The stage is known when a model has been looked at, and nothing is agreed on before.
+
+    @cached_property
+    def model_agreement(self) -> Agreement:
+        """What the ranks have told each other of the model."""
+        return Agreement(self.group, self.stage)
+
+    @cached_property
+    def optimizer_agreement(self) -> Agreement:
+        """What the ranks have told each other of the optimizer."""
+        return Agreement(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Context:
         """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
@@ -101,17 +119,18 @@ class Context:
                 config or self.config,
                 self.group,
                 self.storage,
-                self.stage,
+                self.ranks,
                 self.root,
                 self.met if config is None else replace(self.met, names_base=False),
                 self.staging_dir,
+                self.pp_group,
                 stager=self.stager,
                 prefix=f"{self.prefix}{name}/",
             )
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
+        """The tensors as they are to be written: copied aside where the settings ask for it, else as they are."""
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
@@ -163,7 +182,7 @@ class Context:
     @property
     def writing_threads(self) -> int:
         """Threads for writing on this rank: in asynchronous mode, as many as training leaves cores for."""
-        return self._threads(torch.get_num_threads() if self.stager is not None else 0)
+        return self._threads(torch.get_num_threads() if self.config.is_async else 0)
 
     def _threads(self, taken: int) -> int:
         if self.config.io_threads is not None:

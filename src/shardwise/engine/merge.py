@@ -36,10 +36,13 @@ class MergeOptions:
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
         staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
+        patience_seconds: How long ranks that are done wait for those that still merge; the group's time-out if not
+            given.
     """
 
     single_rank: bool
     staging_dir: Path | None
+    patience_seconds: float | None = None
 
 
 def write_merged(
@@ -77,7 +80,7 @@ def write_merged(
         if group.is_main:
             storage.make_directory(plan.directory)
             storage.check_space(plan.directory, plan.layout.total_bytes)
-    with group.together(f"merging shards into {plan.directory}"):
+    with group.together(f"merging shards into {plan.directory}", options.patience_seconds):
         merging = _Merging(plan.directory, sources, paths, storage, ledger)
         own = [
             file

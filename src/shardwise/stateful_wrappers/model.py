@@ -17,6 +17,9 @@ from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
 
+#: A model as a rank holds it: one module, or its pipeline stages.
+Model = nn.Module | Sequence[nn.Module]
+
 
 class ModelState:
     """The state of a model, or of the pipeline stages that a rank runs.

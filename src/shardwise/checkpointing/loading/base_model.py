@@ -3,7 +3,7 @@
 What is decided here, and why:
 
 * The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
-  sharding are made for what the model is. `shardwise.base.files.base_dtype` tells the base's dtype, for
+  sharding are made for what the model is. `shardwise.base_dtype` tells the base's dtype, for
   building the model in it.
 * A tensor of the model that the base lacks is an error, listed with the nearest names. A task head that is to keep its
   fresh values is named in ``skip_task_head_prefixes_for_base_model``.

@@ -97,6 +97,7 @@ class AdapterSave:
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
+            "pp_group": context.pp_group,
         }
 
     def steps(self) -> list[Step]:
@@ -189,7 +190,7 @@ class AdapterSave:
         return lambda g, p=plan: write_export(p, g, context.storage)  # type: ignore[misc]
 
     def _after(self, group: Group) -> ComponentRecord:
-        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 

@@ -23,6 +23,7 @@ class OwnFacts(NamedTuple):
         apart: Names of tensors that are no part of the exported model.
         hidden: Names of tensors that its class keeps out of its files.
         specs: Names, shapes and dtypes of what an export would have, where the files that are written do not tell.
+        keys: Names that its settings say the base model has (``model_state_dict_keys``).
     """
 
     quantized: bool
@@ -32,6 +33,7 @@ class OwnFacts(NamedTuple):
     apart: Collection[str] = ()
     hidden: Collection[str] = ()
     specs: Sequence[tuple[str, Sequence[int], str]] = ()
+    keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,9 @@ class Facts:
         return Facts(
             any(row.quantized for row in rows),
             tuple(row.beside for row in rows),
-            promise_of([row.promise for row in rows if row.promise is not None]),
+            promise_of(
+                [row.promise for row in rows if row.promise is not None], (key for row in rows for key in row.keys)
+            ),
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.apart),
             tuple(sorted({name for row in rows for name in row.hidden})),
@@ -78,5 +82,12 @@ class Facts:
 
 
 _Row = tuple[
-    bool, list[list[str]], PromiseRow | None, dict[str, str], list[str], list[str], list[tuple[str, list[int], str]]
+    bool,
+    list[list[str]],
+    PromiseRow | None,
+    dict[str, str],
+    list[str],
+    list[str],
+    list[tuple[str, list[int], str]],
+    list[str],
 ]

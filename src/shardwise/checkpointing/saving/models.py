@@ -25,7 +25,6 @@ from shardwise.addons.huggingface import (
     why_no_config,
     write_metadata,
 )
-from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.saving.aside import aside_step, names_beside
@@ -34,7 +33,7 @@ from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
 from shardwise.checkpointing.saving.facts import Facts, OwnFacts
 from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.saving.opens import refuse_whole_adapter
-from shardwise.checkpointing.saving.proof import promise_row, prove, read_back, require
+from shardwise.checkpointing.saving.proof import promise_row, prove, prove_keys, read_back, require
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.session import Context
@@ -163,6 +162,7 @@ class ModelSave:
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
+            "pp_group": context.pp_group,
         }
 
     def steps(self) -> list[Step]:
@@ -299,6 +299,7 @@ class ModelSave:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
         captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
+        promises = self.base is not None or context.met.names_keys
 
         def describe() -> Statement:
             self._ask_exporter()
@@ -314,10 +315,11 @@ class ModelSave:
             facts = OwnFacts(
                 quantized,
                 names_beside(hub.listing),
-                None if self.base is None else promise_row(self.state.model, hub.absent),
+                promise_row(self.state.model, hub.absent) if promises else None,
                 own.native,
                 sorted(own.apart),
                 [tensor.spec.name for tensor in hub.hidden],
+                keys=list(context.config.model_state_dict_keys or ()),
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 
@@ -375,19 +377,24 @@ class ModelSave:
 
         All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
         """
-        if self.base is None:
+        base, names_keys = self.base, self._context.met.names_keys
+        if base is None and not names_keys:
             return []
         config, group = self._context.config, self._context.group
+        verifies = config.verify_export and self._exports
 
-        def compare(base: BaseModel) -> JsonValue:
+        def compare() -> JsonValue:
+            if verifies:
+                require(prove_keys(specs, facts.promise), self._directory)
+            if base is None:
+                return []
             proof = prove(specs, base, facts.promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export and self._exports:
+            if verifies:
                 require(proof, base.directory)
             base.check_readable(proof.passed)
             return list(proof.passed)
 
-        passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
-        return cast(list[str], passed)
+        return cast(list[str], group.tell(compare, "comparing the export with the base model"))
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
@@ -503,7 +510,7 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
@@ -517,7 +524,8 @@ class ModelSave:
         context = self._context
         config = context.config
         if self._merges:
-            options = MergeOptions(config.single_rank_consolidation, context.staging_dir)
+            patience = config.consolidation_timeout_minutes * 60
+            options = MergeOptions(config.single_rank_consolidation, context.staging_dir, patience)
             return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
         return self._release_after(lambda group: write_export(plan, group, context.storage))
 

@@ -46,6 +46,7 @@ class Promise:
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
+        keys: Names that the settings say the base model has, of all ranks.
     """
 
     aliases: frozenset[str] = frozenset()
@@ -54,6 +55,7 @@ class Promise:
     prefix: str = ""
     architectures: tuple[str, ...] = ()
     vocab_size: int | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,13 @@ def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow
     )
 
 
-def promise_of(rows: Sequence[PromiseRow]) -> Promise:
-    """What the rows of all ranks say together: pipeline stages have different parts."""
+def promise_of(rows: Sequence[PromiseRow], keys: Iterable[str]) -> Promise:
+    """What the rows of all ranks say together: pipeline stages have different parts.
+
+    Args:
+        rows: Of those ranks that have parts.
+        keys: Names that the caller says the base model has (``model_state_dict_keys``), of all ranks.
+    """
     prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
     sizes = [size for *_, size in rows if size is not None]
     return Promise(
@@ -108,6 +115,7 @@ def promise_of(rows: Sequence[PromiseRow]) -> Promise:
         prefixes[0] if prefixes else "",
         tuple(architecture for *_, architecture, _ in rows[:1]),
         sizes[0] if sizes else None,
+        tuple(dict.fromkeys(keys)),
     )
 
 
@@ -145,6 +153,18 @@ def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pas
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
     return Proof(tuple(passed) if same and pass_through else (), tuple(differences))
+
+
+def prove_keys(specs: Sequence[TensorSpec], promise: Promise) -> Proof:
+    """Compare what will be written with the names in the settings. Pure.
+
+    Args:
+        specs: The union of all ranks' tensors, under the names of the files.
+        promise: What the model says of its files, and the settings of the base model's.
+    """
+    written = {spec.name: spec for spec in specs}
+    lost = [key for key in promise.keys if key not in written and not _accounted(key, written, promise, {})]
+    return Proof((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], promise: Promise) -> str | None:

@@ -46,7 +46,7 @@ def main(directory: str, topology: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     config = CheckpointingConfig(checkpoint_dir=directory, save_consolidated="every")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    with config.build(dp_rank=rank, tp_rank=0, pp_rank=0) as checkpointer:
+    with config.build() as checkpointer:
         resumed = checkpointer.restore(model, optimizer)
         first = (resumed.step or 0) if resumed else 0
         ids = torch.arange(32).view(2, 16)
@@ -57,7 +57,7 @@ def main(directory: str, topology: str) -> None:
             optimizer.zero_grad()
             if rank == 0:
                 sys.stdout.write(f"{topology}: step {step}, loss {loss.item():.4f}\n")
-        saved = checkpointer.save(0, first + 3, model, optimizer)
+        saved = checkpointer.save(step=first + 3, model=model, optimizer=optimizer)
     if rank == 0:
         opened = AutoModelForCausalLM.from_pretrained(saved / "model" / "consolidated")
         sys.stdout.write(f"transformers opens {saved.name}: loss {opened(input_ids=ids, labels=ids).loss.item():.4f}\n")

@@ -54,7 +54,7 @@ def main() -> int:
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     config = CheckpointingConfig(checkpoint_dir=asked.out, save_consolidated=False, max_recent_checkpoints=2)
-    checkpointer = config.build(dp_rank=rank, tp_rank=0, pp_rank=0)
+    checkpointer = config.build()
 
     record = checkpointer.restore(model, optimizer)
     first = 0 if record is None or record.step is None else record.step + 1
@@ -74,8 +74,13 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
             leaving, last = checkpointer.asked_to_stop(guard), step == asked.steps - 1
             if leaving or last or (step + 1) % asked.save_every == 0:
-                metrics = {"default": loss.item()}
-                checkpointer.save(0, step, model, optimizer, metrics=metrics, is_final_checkpoint=last)
+                checkpointer.save(
+                    step=step,
+                    model=model,
+                    optimizer=optimizer,
+                    metrics={"default": loss.item()},
+                    is_final_checkpoint=last,
+                )
             if rank == 0:
                 print(f"start {restarts}: step {step} done", flush=True)
             if leaving:

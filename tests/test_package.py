@@ -50,6 +50,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(shardwise, name) is not None
     assert set(shardwise.__all__) <= set(dir(shardwise))
     assert sorted(shardwise.__all__) == [
+        "CheckpointInfo",
         "Checkpointer",
         "CheckpointingConfig",
         "PreemptionGuard",
@@ -59,6 +60,7 @@ def test_every_public_name_is_there() -> None:
         "SaveConsolidatedMode",
         "ShardwiseError",
         "__version__",
+        "base_dtype",
     ]
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import operator
 import statistics
 import tempfile
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,16 +29,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.measure import Row
 from bench.ranks import Settings
+from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.loading.models import load_model
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.saved_notes import read_notes
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.disk.storage import LocalStorage
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, export_record, plan_export
 from shardwise.engine.load import LoadOptions
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
 from shardwise.format.manifest import Manifest, encode_manifest
 from shardwise.format.sharding import encode_sharding_metadata
@@ -101,15 +101,24 @@ class _Alike(Group):
         """What the others tell, or would tell as this rank does."""
         if what in self._told:
             return [json.loads(self._told[what]), *(json.loads("[]") for _ in range(1, self.world_size))]
-        return [make()] * self.world_size
+        value = make()
+        if what.startswith("describing"):  # each rank's digest, and its coordinate in each mesh
+            digest, meshes = cast(tuple[str, list[list[int]]], value)
+            rows = (json.dumps([digest, [[rank] for _ in meshes]]) for rank in range(self.world_size))
+            return [cast(JsonValue, json.loads(row)) for row in rows]
+        return [value] * self.world_size
 
     def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
-        """This rank's row, with each rank's coordinate."""
-        if isinstance(value, dict):
-            return [value] * self.world_size
-        digest, keys = cast(tuple[str, list[list[JsonValue]]], value)
-        rows = (json.dumps([digest, [[*key[:3], [rank]] for key in keys]]) for rank in range(self.world_size))
-        return [cast(JsonValue, json.loads(row)) for row in rows]
+        """As if all had the same."""
+        return [value] * self.world_size
+
+    def fold(
+        self, xors: Sequence[int], sums: Sequence[int], what: str, failure: BaseException | None = None
+    ) -> tuple[list[int], list[int]]:
+        """As if no other rank had anything to add."""
+        if failure is not None:
+            raise failure
+        return list(xors), list(sums)
 
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
         """What this rank has itself."""
@@ -160,19 +169,6 @@ class _Keeping(_Alike):
         self._said = said
         self._shapes = {spec.name: spec.shape for spec in _specs(len(offsets))}
         self._names: dict[int, str] = {}
-
-    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
-        """As `_Alike`; where each rank has just what it holds, others say how much that is."""
-        found = super().gather(make, what)
-        if isinstance(found[0], dict):
-            if "own" not in self._said:
-                shapes = Counter(self._shapes.values())
-                cuts = [[chunk(shape[0], self.world_size, rank)[1] for shape in shapes] for rank in range(len(found))]
-                of_rows = [count * 2 * torch.Size(shape[1:]).numel() for shape, count in shapes.items()]
-                own = [sum(map(operator.mul, rows, of_rows)) for rows in cuts]
-                self._said["own"] = [json.dumps({**found[0], "own": each}).encode() for each in own]
-            return [cast(JsonValue, json.loads(text)) for text in self._said["own"]]
-        return found
 
     def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """What every rank has to say to this one."""
@@ -294,7 +290,7 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     later, _ = _seconds(save)
 
     # The coordinator does the same and also puts index and manifest together.
-    roster = RosterKeeper(group).roster(hub.held)
+    roster = Agreement(group).roster(lambda: hub.held, "describing")
     plan = replace(plan_export(hub.held, roster, group, directory, ExportOptions()), within="consolidated")
     crcs = {tensor.spec.name: 1 for tensor in hub.held}
 
@@ -346,7 +342,8 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
 
 def _context(group: Group, directory: Path) -> Context:
     config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
-    return Context(config, group, _Unread(), LocalStorage(), 0)
+    ranks, met = ParallelRanks(None, None, None, None), Met(False, False, (), "none")
+    return Context(config, group, _Unread(), ranks, directory, met)
 
 
 def _files(directory: Path, layout: Layout) -> dict[str, str]:

@@ -20,9 +20,9 @@ from bench.raw import raw_write
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, plan_export, write_export
 from shardwise.engine.replicas import comparison, look_at
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.format.header import arrange, encode_header
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
@@ -162,7 +162,7 @@ def _replicated(rank: Rank) -> list[Row]:
 def _comparing(rank: Rank, model: nn.Module) -> Row:
     """What comparing takes by itself: every rank digests all that it holds."""
     group, held = Group.dedicated(None, 600), ModelState(model).held()
-    compared = [comparison(held, RosterKeeper(group).roster(held), group.rank)]
+    compared = [comparison(held, Agreement(group).roster(lambda: held, "describing"), group.rank)]
     halves = _halves(model, rank)
     samples = against_raw(rank, halves, lambda _: look_at(compared), lambda _: 0)
     group.close()
@@ -184,7 +184,7 @@ def _digests(rank: Rank) -> list[Row]:
     model = sharded(rank.settings.size, mesh, seed=rank.rank)
     group, storage = Group.dedicated(None, 600), LocalStorage()
     held = ModelState(model).held()
-    roster = RosterKeeper(group).roster(held)
+    roster = Agreement(group).roster(lambda: held, "describing")
     samples, target = Samples(), rank.directory / "target"
     plan = plan_export(held, roster, group, target, ExportOptions())
     own_bytes = plan.schedule.nbytes

@@ -99,7 +99,7 @@ def make_run(task: Task, rank: int, world_size: int) -> Run:
         max_recent_checkpoints=2,
         collective_timeout_seconds=600,
     )
-    checkpointer = config.build(dp_rank=rank, tp_rank=0, pp_rank=0)
+    checkpointer = config.build()
     model = build_model(task.base, world_size)
     checkpointer.load_base_model(model, "cpu", None, str(task.base))
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate)
@@ -144,11 +144,10 @@ def save_and_measure(run: Run, step: int, loss: float, progress: dict[str, objec
     dist.barrier()
     begun = time.monotonic()
     path = run.checkpointer.save(
-        0,
-        step,
-        run.model,
-        run.optimizer,
-        run.scheduler,
+        step=step,
+        model=run.model,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
         tokenizer=run.tokenizer,
         metrics={"loss": loss},
         extra_state={"progress": progress},

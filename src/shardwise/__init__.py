@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from shardwise._version import __version__
 
 if TYPE_CHECKING:
+    from shardwise.base.files import base_dtype
     from shardwise.checkpointing import Checkpointer, RestoreRecord
     from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
     from shardwise.dcp.storage import SafetensorsReader, SafetensorsWriter
     from shardwise.errors import ShardwiseError
-    from shardwise.lifecycle import PreemptionGuard
+    from shardwise.lifecycle import CheckpointInfo, PreemptionGuard
 
 __all__ = [
+    "CheckpointInfo",
     "Checkpointer",
     "CheckpointingConfig",
     "PreemptionGuard",
@@ -28,9 +30,11 @@ __all__ = [
     "SaveConsolidatedMode",
     "ShardwiseError",
     "__version__",
+    "base_dtype",
 ]
 
 _HOMES = {
+    "CheckpointInfo": "shardwise.lifecycle",
     "Checkpointer": "shardwise.checkpointing",
     "CheckpointingConfig": "shardwise.config",
     "PreemptionGuard": "shardwise.lifecycle",
@@ -39,6 +43,7 @@ _HOMES = {
     "SafetensorsWriter": "shardwise.dcp.storage",
     "SaveConsolidatedMode": "shardwise.config",
     "ShardwiseError": "shardwise.errors",
+    "base_dtype": "shardwise.base.files",
 }
 
 

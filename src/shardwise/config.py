@@ -30,14 +30,14 @@ __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine of it.
 
-    The fields are those of `shardwise.settings.Settings`, which says what each does; every one has a default.
+    The fields are those of `shardwise.settings.Settings`.
     """
 
     def build(
         self,
-        dp_rank: int,
-        tp_rank: int,
-        pp_rank: int,
+        dp_rank: int | None = None,
+        tp_rank: int | None = None,
+        pp_rank: int | None = None,
         moe_mesh: DeviceMesh | None = None,
         process_group: ProcessGroup | None = None,
         pp_group: ProcessGroup | None = None,
@@ -46,16 +46,26 @@ class CheckpointingConfig(Settings):
 
         The engine is imported here because it is heavy: a configuration by itself is cheap.
 
+        The three ranks may be left out. They are derived from the model at its first save or restore: from the names of
+        the dimensions of its tensors' meshes, pipeline stages also from ``pp_group`` or from the tensors that each rank
+        has, data-parallel ranks also from the order of those that have the same. One process by itself is rank 0 of
+        each. What is given has to be what the meshes say. Only `Checkpointer.save_on_dp_ranks` and its counterpart need
+        them all, and ask for what cannot be derived.
+
         Args:
             dp_rank: This rank's data-parallel coordinate.
             tp_rank: This rank's tensor-parallel coordinate.
             pp_rank: This rank's pipeline stage.
             moe_mesh: Mesh over which experts are spread, where they are.
             process_group: Ranks that save together; all ranks when not given.
-            pp_group: Ranks that hold the stages of one model replica.
+            pp_group: Ranks that hold the stages of one model replica, in the order of the stages; addons are given it.
 
         Returns:
             The `shardwise.checkpointing.Checkpointer`.
+
+        Raises:
+            ConfigError: Settings that contradict each other; see `shardwise.checkpointing.Checkpointer`.
+            MisuseError: One of the ranks is no whole number from 0.
         """
         from shardwise.checkpointing import Checkpointer
 

@@ -20,7 +20,8 @@ from shardwise.setting_kinds import checked, names_unknown_keys, number_in_text,
 
 __all__ = ["SaveConsolidatedMode", "SerializationFormat", "Settings"]
 
-logger = logging.getLogger(__name__)
+# By the name under which users know the settings.
+logger = logging.getLogger("shardwise.config")
 
 _METRIC_MODES = ("min", "max")
 _SHARING_MODES = ("auto", "always", "never")
@@ -107,7 +108,9 @@ class Settings:
         model_repo_id: Hub name or local directory of the base model.
         save_consolidated: When to write the Hugging Face export; a `SaveConsolidatedMode` after construction.
         is_peft: Whether an adapter is trained: it is saved, with what is trained beside it, and not the base model.
-        model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known.
+        model_state_dict_keys: Names of the base model's parameters as they are on the hub, where known; a pipeline
+            stage may list its own. An export that lacks one of them is refused before a tensor is written
+            (``verify_export``), also where the base model itself is not at hand.
         is_async: Write in the background. Needs torch 2.9 or newer; with an older one it becomes ``False``, with a
             warning that says so.
         dequantize_base_checkpoint: Whether quantized base weights become ordinary floating point on loading; ``None``
@@ -123,10 +126,13 @@ class Settings:
         best_metric_key: Key in ``metrics`` that decides which checkpoint is the best.
         wait_for_staging: Return from an asynchronous save only when everything is staged. Without it, copies from an
             accelerator may still be queued then; later work of the loop runs behind them.
-        cpu_offload: Move states to the CPU as they are captured.
+        cpu_offload: Move states to the CPU as they are captured, into memory that the checkpointer keeps for that, and
+            write them from there: a synchronous save then reads an accelerator once, at its beginning. Asynchronous
+            saves do so anyway.
         allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
         legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.
-        consolidation_timeout_minutes: How long the other ranks wait for a merging rank, in minutes.
+        consolidation_timeout_minutes: How long the other ranks wait for a merging rank, in minutes, whatever
+            ``collective_timeout_seconds`` says.
         max_recent_checkpoints: How many of the newest complete checkpoints to keep; ``None`` keeps all.
         random_writes: False where the file system cannot take random writes into shared files: the merging path is
             used. It is apart from ``single_rank_consolidation`` because here every rank may still merge a file.

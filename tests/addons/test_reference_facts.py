@@ -188,7 +188,7 @@ def test_the_models_own_exporter_is_called_inside_wrappers(tmp_path: Path) -> No
     model, tokenizer = _Exporting(2, 2), _Tokenizer()
     model.exporter = _Exporter()
     config = CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated="every")
-    with config.build(0, 0, 0) as checkpointer:
+    with config.build() as checkpointer:
         checkpointer.save(0, 1, torch.compile(model), tokenizer=tokenizer)  # type: ignore[arg-type]
     directory = tmp_path / "epoch_0_step_1" / "model"
     asked = {"tokenizer": tokenizer, "original_model_path": None}
@@ -202,7 +202,7 @@ def test_what_the_models_own_exporter_raises_is_raised_as_it_is(tmp_path: Path) 
     model = _Exporting(2, 2)
     model.exporter = _Exporter()
     model.exporter.refuses = LookupError("no such template")
-    with CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0) as checkpointer:
+    with CheckpointingConfig(checkpoint_dir=tmp_path).build() as checkpointer:
         with pytest.raises(LookupError, match="no such template"):
             checkpointer.save(0, 1, model)
         assert list(tmp_path.glob("*")) == []
@@ -217,7 +217,7 @@ def refused_by_one(root: Path) -> tuple[str, str, int]:
     model = _Exporting(2, 2)
     model.exporter = _Exporter()
     model.exporter.refuses = LookupError("no such template") if dist.get_rank() == 1 else None
-    checkpointer = CheckpointingConfig(checkpoint_dir=root, collective_timeout_seconds=30).build(0, 0, 0)
+    checkpointer = CheckpointingConfig(checkpoint_dir=root, collective_timeout_seconds=30).build()
     try:
         checkpointer.save(0, 1, nn.parallel.DistributedDataParallel(model))
     except Exception as error:  # noqa: BLE001 - given to the test

@@ -56,7 +56,7 @@ def two_by_two(model: Any) -> None:
 
 def checkpointer(tmp_path: Path, storage: Storage | None = None, **settings: Any) -> Checkpointer:
     config = CheckpointingConfig(enabled=True, checkpoint_dir=str(tmp_path / "checkpoints"), **settings)
-    return Checkpointer(config, 0, 0, 0, storage=storage)
+    return Checkpointer(config, storage=storage)
 
 
 def hub_cache(root: Path, repo_id: str, source: Path, commit: str = COMMIT, ref: str | None = "main") -> Path:

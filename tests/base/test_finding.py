@@ -163,7 +163,7 @@ def test_a_bin_only_base_gives_split_dtypes_and_proof(tmp_path: Path) -> None:
 def load_named(root: Path, name: str) -> list[float]:
     model = torch.nn.Linear(2, 2)
     torch.nn.init.constant_(model.weight, 7)
-    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=root), 0, 0, 0)
+    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=root))
     with pytest.raises(ShardwiseError) as caught:
         engine.load_base_model(model, "cpu", None, name)
     assert "is not there" in str(caught.value)

@@ -37,7 +37,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shardwise.base.files import base_dtype, find_base
+from shardwise import base_dtype
+from shardwise.base.files import find_base
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,
@@ -356,8 +357,8 @@ def test_other_ties(model: GPT2LMHeadModel, tmp_path: Path) -> None:
 def test_the_model_keeps_its_dtype_and_the_base_tells_its_own(tmp_path: Path) -> None:
     model = llama().to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
-    assert base_dtype(None, str(tmp_path / "base")) == "bfloat16"
-    assert base_dtype(None, str(tmp_path / "base" / "model.safetensors")) == "bfloat16"
+    assert base_dtype("base", tmp_path) == "bfloat16"
+    assert base_dtype(tmp_path / "base" / "model.safetensors") == "bfloat16"
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         fresh = on_meta(LlamaForCausalLM, model.config, dtype)
         checkpointer(tmp_path).load_base_model(fresh, "cpu", None, str(tmp_path / "base"))

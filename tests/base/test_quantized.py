@@ -34,7 +34,7 @@ from transformers import (
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from shardwise.base.files import base_dtype
+from shardwise import base_dtype
 from shardwise.base.quantized import find_quantized, read_dequantized
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
@@ -455,7 +455,7 @@ def test_the_dtype_of_a_quantized_base(tmp_path: Path) -> None:
     _fp8_base(llama(), tmp_path / "base", (128, 128))
     edit_config(tmp_path / "base", quantization_config=FP8_CONFIG, dtype=None, torch_dtype=None)
     assert json.loads((tmp_path / "base" / "config.json").read_text())["dtype"] is None
-    assert base_dtype(None, str(tmp_path / "base")) == "bfloat16"
+    assert base_dtype(tmp_path / "base") == "bfloat16"
 
 
 def test_column_ranges_of_the_same_rows_are_read_once(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_no_later_save(
 ) -> None:
     model, fs = nn.Linear(2, 2), Stubborn()
     config = CheckpointingConfig(checkpoint_dir=tmp_path, max_recent_checkpoints=1)
-    with Checkpointer(config, 0, 0, 0, storage=fs) as engine:
+    with Checkpointer(config, storage=fs) as engine:
         for step in (1, 2, 3):
             engine.save(0, step, model)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_no_later_save(
     assert all("is published" in text and "step_1" in text and "Permission denied" in text for text in told)
     assert kept(tmp_path) == [3]
     # A process that starts again finds what is left, and goes on as well.
-    with Checkpointer(config, 0, 0, 0, storage=fs) as engine:
+    with Checkpointer(config, storage=fs) as engine:
         engine.save(0, 4, model)
         assert kept(tmp_path) == [4]
         fs.name = ""
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_no_later_save(
 
 def saved(root: Path, metrics: list[dict[str, float] | None], **settings: object) -> list[int]:
     config = CheckpointingConfig(checkpoint_dir=root, max_recent_checkpoints=1, keep_best=1, **settings)  # type: ignore[arg-type]
-    with config.build(0, 0, 0) as engine:
+    with config.build() as engine:
         first = max(kept(root), default=-1) + 1
         for step, numbers in enumerate(metrics, start=first):
             engine.save(0, step, nn.Linear(2, 2), metrics=numbers)

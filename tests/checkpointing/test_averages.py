@@ -23,7 +23,7 @@ from shardwise.ops.verify import verify
 
 def engine(root: Path, **settings: object) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=str(root), **({**SHARDS, **settings}))  # type: ignore[arg-type]
-    return config.build(0, 0, 0)
+    return config.build()
 
 
 def llama(seed: int) -> nn.Module:

@@ -33,7 +33,7 @@ STEPS = itertools.count()
 
 
 def checkpointer(root: Path, mode: dict[str, Any]) -> Checkpointer:
-    return Checkpointer(CheckpointingConfig(checkpoint_dir=root, **mode), 0, 0, 0)
+    return Checkpointer(CheckpointingConfig(checkpoint_dir=root, **mode))
 
 
 def saved(root: Path, model: nn.Module, mode: dict[str, Any], *rest: Any) -> Path:

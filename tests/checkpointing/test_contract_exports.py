@@ -142,7 +142,7 @@ def test_a_base_model(tmp_path: Path, is_meta: bool) -> None:
     else:
         model = Odd()
         model.head.weight.data.fill_(5)
-    with Checkpointer(config, 0, 0, 0) as reader:
+    with Checkpointer(config) as reader:
         reader.load_base_model(model, "cpu", None, str(tmp_path))
     for name in ("transposed.weight", "halved.bias", "derived.weight", "extra.weight"):
         assert torch.equal(model.get_parameter(name), reference.get_parameter(name)), name

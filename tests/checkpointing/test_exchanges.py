@@ -313,6 +313,6 @@ def test_an_addon_that_was_given_a_hook_of_its_own_runs_it(tmp_path: Path) -> No
     addon, seen = ConsolidatedHFAddon(), []
     addon.post_save = lambda **kwargs: seen.append(sorted(kwargs))  # type: ignore[method-assign]
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
-    with Checkpointer(config, 0, 0, 0, addons=[addon]) as checkpointer:
+    with Checkpointer(config, addons=[addon]) as checkpointer:
         checkpointer.save_model(nn.Linear(2, 2), tmp_path)
     assert len(seen) == 1

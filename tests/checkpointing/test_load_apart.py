@@ -1,4 +1,4 @@
-"""Models whose ranks have each read just what they hold, and what must be looked at all the same."""
+"""Loads in which each rank reads the headers of just what it holds, and what all of them have to look at."""
 
 from __future__ import annotations
 

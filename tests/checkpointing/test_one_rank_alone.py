@@ -23,11 +23,11 @@ from peft import LoraConfig
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.background import Background
 from shardwise.engine.computed import gather
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.row_exchange import exchange_rows
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
@@ -364,12 +364,12 @@ def test_a_layer_to_be_computed_that_one_rank_has_others_before(tmp_path: Path) 
 
 def describe() -> list[str]:
     """Rank 0 gets another model; describing rank 1's fails once, while rank 0's is known from then on."""
-    keeper = RosterKeeper(Group.dedicated(None, 15), dist.get_rank())
+    agreement = Agreement(Group.dedicated(None, 15), dist.get_rank())
     first, second = ModelState(Stage()).held(), ModelState(nn.Linear(2, 2)).held()
-    keeper.roster(first)
+    agreement.roster(lambda: first, "describing")
     with pytest.raises(RemoteError):
-        keeper.roster(second if dist.get_rank() == 0 else [None])  # type: ignore[list-item]
-    return [spec.name for spec in keeper.roster(second if dist.get_rank() == 0 else first).specs]
+        agreement.roster(lambda: second if dist.get_rank() == 0 else [None], "describing")  # type: ignore[list-item]
+    return [s.name for s in agreement.roster(lambda: second if dist.get_rank() == 0 else first, "describing").specs]
 
 
 def test_what_was_agreed_on_before_a_failure_is_not_taken_for_now() -> None:
@@ -416,7 +416,7 @@ def gather_lost() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     spread = distribute_tensor(torch.arange(12.0).reshape(6, 2), mesh, [Shard(0)])
     (held,) = held_tensors([("matrix", spread)], MeshRegister())
-    roster = RosterKeeper(group).roster([held])
+    roster = Agreement(group).roster(lambda: [held], "describing")
     whole = gather(held, roster, group, 0)
     assert whole is None or torch.equal(whole, torch.arange(12.0).reshape(6, 2))
     assert (whole is None) == (group.rank != 0)
@@ -434,7 +434,7 @@ def exchange_lost() -> int:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     spread = distribute_tensor(torch.arange(1200.0).reshape(200, 6), mesh, [Shard(1)])
     (held,) = held_tensors([("columns", spread)], MeshRegister())
-    roster = RosterKeeper(group).roster([held])
+    roster = Agreement(group).roster(lambda: [held], "describing")
     layout = lay_out(roster.specs)
     exchanges = [replace(e, rows_per_round=30) for e in schedule([held], layout, roster, group.rank).exchanges]
     written: list[Run] = []

@@ -129,7 +129,7 @@ def test_the_export_made_later_tells_too(tmp_path: Path) -> None:
     run(2, save, tmp_path, True, SHARDS)
     export = consolidate(tmp_path).path
     for model in (Pair(False), Pair(True)):
-        CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0).load_model(model, export)
+        CheckpointingConfig(checkpoint_dir=tmp_path).build().load_model(model, export)
         assert torch.equal(model.a.weight, model.b.weight)
         assert torch.equal(model.a.weight, load_file(export / "model.safetensors")["a.weight"])
 
@@ -137,7 +137,7 @@ def test_the_export_made_later_tells_too(tmp_path: Path) -> None:
 def test_names_are_mapped_like_those_of_files(tmp_path: Path) -> None:
     run(1, save, tmp_path, True, EVERY)
     model = nn.ModuleDict({"net": Pair(False)})
-    engine = CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0)
+    engine = CheckpointingConfig(checkpoint_dir=tmp_path).build()
     engine.load_model(model, tmp_path / "epoch_0_step_1" / "model", key_mapping={r"^": "net."})
     assert torch.equal(model["net"].b.weight, model["net"].a.weight)
 
@@ -146,7 +146,7 @@ def test_a_share_that_came_later_is_told(tmp_path: Path) -> None:
     model, other = Pair(False), Pair(False)
     with torch.no_grad():
         model.b.weight.copy_(model.a.weight)
-    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build() as engine:
         engine.save(0, 1, model)
         model.b.weight = model.a.weight
         engine.save(0, 2, model)
@@ -167,7 +167,7 @@ def test_exact_values_beside_a_rounded_export(tmp_path: Path) -> None:
     config = CheckpointingConfig(
         checkpoint_dir=tmp_path / "run", save_consolidated=True, original_model_root_dir=str(base)
     )
-    with config.build(0, 0, 0) as engine:
+    with config.build() as engine:
         engine.save(0, 1, model)
         engine.restore(other)
     assert torch.equal(other.b.weight, model.a.weight)
@@ -207,7 +207,7 @@ def test_parts_of_one_rank_share(tmp_path: Path) -> None:
         return [first, last]
 
     model, other = parts(True), parts(False)
-    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build() as engine:
         engine.save(0, 1, model)
         engine.restore(other)
     assert torch.equal(other[1]["b"].weight, model[0]["a"].weight)  # type: ignore[index]
@@ -231,7 +231,7 @@ def test_transformers_finds_every_weight_of_an_undeclared_share(
     tmp_path: Path, settings: dict[str, object], tied: bool
 ) -> None:
     model = llama(True, tie_word_embeddings=tied)
-    with CheckpointingConfig(checkpoint_dir=tmp_path, **settings).build(0, 0, 0) as engine:  # type: ignore[arg-type]
+    with CheckpointingConfig(checkpoint_dir=tmp_path, **settings).build() as engine:  # type: ignore[arg-type]
         path = engine.save(0, 1, model)
     assert path is not None
     if settings is SHARDS:
@@ -252,7 +252,7 @@ def test_transformers_finds_every_weight_of_an_undeclared_share(
 @pytest.mark.parametrize("settings", MODES)
 def test_a_declared_tie_is_not_undone(tmp_path: Path, settings: dict[str, object]) -> None:
     model, other = llama(False, tie_word_embeddings=True), llama(False, tie_word_embeddings=False)
-    with CheckpointingConfig(checkpoint_dir=tmp_path, **settings).build(0, 0, 0) as engine:  # type: ignore[arg-type]
+    with CheckpointingConfig(checkpoint_dir=tmp_path, **settings).build() as engine:  # type: ignore[arg-type]
         engine.save(0, 1, model)
         with pytest.raises(MissingTensorError, match=r"lm_head\.weight"):
             engine.restore(other)
@@ -262,7 +262,7 @@ def test_a_declared_tie_is_not_undone(tmp_path: Path, settings: dict[str, object
 def test_a_head_that_is_shared_against_the_configuration_is_written(tmp_path: Path) -> None:
     model = llama(False, tie_word_embeddings=False)
     model.lm_head.weight = model.model.embed_tokens.weight
-    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True).build() as engine:
         path = engine.save(0, 1, model)
     assert path is not None
     opened, told = LlamaForCausalLM.from_pretrained(path / "model" / "consolidated", output_loading_info=True)

@@ -107,7 +107,7 @@ def test_a_change_is_noticed_and_saved(tmp_path: Path, change: Callable[[nn.Sequ
     before = snapshot(net)
     assert before.holds([net])
     config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated=mode)
-    with Checkpointer(config, 0, 0, 0) as engine:
+    with Checkpointer(config) as engine:
         engine.save_model(net, tmp_path)
         change(net)
         assert not before.holds([net])
@@ -179,7 +179,7 @@ def test_what_says_itself_what_is_equal_is_always_listed(tmp_path: Path) -> None
             net[0].weight = AlwaysEqual(torch.zeros(2, 2))
         assert not snapshot(net).holds([net])
         config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="every")
-        with Checkpointer(config, 0, 0, 0) as engine:
+        with Checkpointer(config) as engine:
             engine.save_model(net, tmp_path)
             net[0] = type(net[0])(2, 2)
             engine.save_model(net, tmp_path)

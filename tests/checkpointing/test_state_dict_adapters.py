@@ -120,6 +120,6 @@ def test_something_that_is_no_adapter_is_mentioned(tmp_path: Path, caplog: pytes
     model = nn.Linear(2, 2)
     model.state_dict_adapter = object()
     config = CheckpointingConfig(checkpoint_dir=tmp_path)
-    with caplog.at_level(logging.WARNING), config.build(dp_rank=0, tp_rank=0, pp_rank=0) as engine:
+    with caplog.at_level(logging.WARNING), config.build() as engine:
         engine.save_model(model, tmp_path)
     assert "is not used: it has no to_hf and no from_hf" in caplog.text

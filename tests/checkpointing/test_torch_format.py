@@ -20,13 +20,13 @@ from shardwise.errors import ConfigError
 def test_an_export_that_would_not_be_written_is_refused(tmp_path: Path, mode: str | bool, build: bool) -> None:
     config = CheckpointingConfig(checkpoint_dir=tmp_path, model_save_format="torch_save", save_consolidated=mode)
     with pytest.raises(ConfigError, match="'torch_save' writes no Hugging Face export. Set model_save_format to"):
-        config.build(0, 0, 0) if build else Checkpointer(config, 0, 0, 0)
+        config.build() if build else Checkpointer(config)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_save_says_that_it_has_no_export(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # save_consolidated is "final" where nobody sets it.
-    with CheckpointingConfig(checkpoint_dir=tmp_path, model_save_format="torch_save").build(0, 0, 0) as checkpointer:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, model_save_format="torch_save").build() as checkpointer:
         checkpointer.save(0, 1, nn.Linear(2, 2))
         assert "export" not in caplog.text
         checkpointer.save(0, 2, nn.Linear(2, 2), is_final_checkpoint=True)

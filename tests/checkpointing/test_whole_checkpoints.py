@@ -143,7 +143,7 @@ def test_states_of_ranks(tmp_path: Path) -> None:
 
 
 def load_too_many(root: Path) -> None:
-    with checkpointer(root) as engine:
+    with CheckpointingConfig(checkpoint_dir=root).build(dist.get_rank(), 0, 0) as engine:
         engine.load_on_dp_ranks(Loader(), "dataloader", root)
 
 
@@ -324,7 +324,7 @@ def test_metrics_that_are_not_finite_do_not_make_the_best(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, -1), (0, 1.5), (True, 1)])
 def test_epochs_and_steps_are_whole_numbers(tmp_path: Path, epoch: int, step: int) -> None:
-    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=tmp_path), 0, 0, 0)
+    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=tmp_path))
     with pytest.raises(MisuseError):
         engine.save(epoch, step, torch.nn.Linear(2, 2))
 
@@ -363,7 +363,7 @@ def test_finalize_twice(tmp_path: Path) -> None:
 def test_without_a_process_group(tmp_path: Path) -> None:
     """One process that never heard of torch.distributed."""
     model, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
-    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated="every").build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated="every").build() as engine:
         engine.save(0, 1, model)
         engine.restore(other)
     assert torch.equal(model.weight, other.weight)

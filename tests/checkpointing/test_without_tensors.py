@@ -73,7 +73,7 @@ def test_others_read_the_export(tmp_path: Path) -> None:
     run(2, save_nothing, tmp_path, EVERY)
     export = tmp_path / "epoch_0_step_1" / "model" / "consolidated"
     assert load_file(export / "model.safetensors") == {}
-    engine = CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0)
+    engine = CheckpointingConfig(checkpoint_dir=tmp_path).build()
     engine.load_base_model(Double(), "cpu", None, str(export))
     engine.load_model(Double(), export / "model.safetensors")
 
@@ -82,7 +82,7 @@ def test_shards_are_consolidated(tmp_path: Path) -> None:
     run(2, save_nothing, tmp_path, SHARDS)
     report = consolidate(tmp_path)
     assert (report.files, report.tensors) == (("model.safetensors",), 0)
-    CheckpointingConfig(checkpoint_dir=tmp_path).build(0, 0, 0).load_model(Double(), report.path)
+    CheckpointingConfig(checkpoint_dir=tmp_path).build().load_model(Double(), report.path)
 
 
 @pytest.mark.parametrize("settings", [EVERY, SHARDS])
@@ -92,7 +92,7 @@ def test_a_base_without_tensors_has_no_split_to_follow(tmp_path: Path, settings:
     config = CheckpointingConfig(  # type: ignore[arg-type]
         checkpoint_dir=tmp_path / "run", original_model_root_dir=str(tmp_path / "base"), **settings
     )
-    engine, other = config.build(0, 0, 0), nn.Linear(2, 3)
+    engine, other = config.build(), nn.Linear(2, 3)
     for step, model in enumerate([Double(), nn.Linear(2, 3)]):
         engine.save(0, step, model)
     assert engine.restore(other) is not None

@@ -92,7 +92,7 @@ def test_a_base_for_saving_that_is_a_pointer(tmp_path: Path) -> None:
     config = CheckpointingConfig(
         checkpoint_dir=tmp_path / "run", save_consolidated="every", model_repo_id=str(tmp_path / "base")
     )
-    with Checkpointer(config, 0, 0, 0) as engine, pytest.raises(HeaderError, match="git LFS pointer"):
+    with Checkpointer(config) as engine, pytest.raises(HeaderError, match="git LFS pointer"):
         engine.save(0, 1, sevens())
     assert not (tmp_path / "run").exists()
 

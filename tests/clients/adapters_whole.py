@@ -68,7 +68,7 @@ def evaluate(model: nn.Module) -> torch.Tensor:
 
 def checkpointer(root: Path, **settings: object) -> Checkpointer:
     """One that saves adapters."""
-    return CheckpointingConfig(checkpoint_dir=root, is_peft=True, **settings).build(0, 0, 0)
+    return CheckpointingConfig(checkpoint_dir=root, is_peft=True, **settings).build()
 
 
 def save_evaluated(kind: str, root: str, is_async: bool, reshard: bool) -> None:

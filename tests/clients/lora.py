@@ -115,7 +115,7 @@ def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> Values:
 def checkpointer(root: Path, how: str, **settings: object) -> Checkpointer:
     """One that saves adapters."""
     config = CheckpointingConfig(checkpoint_dir=root, is_peft=True, collective_timeout_seconds=60, **settings)
-    return config.build(dp_rank=0, tp_rank=0, pp_rank=dist.get_rank() if how == "pipeline" else 0)
+    return config.build(pp_rank=dist.get_rank() if how == "pipeline" else None)
 
 
 def save(name: str, how: str, root: str, base: str | None = None, **settings: object) -> None:
@@ -205,5 +205,5 @@ def save_without_a_shard(root: str) -> None:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     model = spread(adapted("dense"), "fsdp")
     config = CheckpointingConfig(checkpoint_dir=Path(root) / str(dist.get_rank()), is_peft=True)
-    with config.build(0, 0, 0, process_group=groups[dist.get_rank()]) as saver:
+    with config.build(process_group=groups[dist.get_rank()]) as saver:
         saver.save(0, 1, model)

@@ -50,7 +50,7 @@ def test_diffusers_finds_both_names_of_a_shared_parameter(tmp_path: Path) -> Non
     first = model.down_blocks[0].resnets[0]
     first.conv2.weight = first.conv1.weight
     config = CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=True, diffusers_compatible=True)
-    path = config.build(0, 0, 0).save(0, 1, model)
+    path = config.build().save(0, 1, model)
     assert path is not None
     opened, info = diffusers.UNet2DModel.from_pretrained(path / "model" / "consolidated", output_loading_info=True)
     assert not any(info.values()), info

@@ -180,4 +180,4 @@ def build(spread: Spreader, seed: int, optimizer: Callable[[nn.Module], torch.op
 def checkpointer(directory: Path, **settings: object) -> Checkpointer:
     """The engine for a directory; the ranks are all of the world."""
     config = CheckpointingConfig(checkpoint_dir=directory, **settings)  # type: ignore[arg-type]
-    return config.build(dp_rank=dist.get_rank(), tp_rank=0, pp_rank=0)
+    return config.build()

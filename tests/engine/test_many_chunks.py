@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
-from shardwise.engine.rosters import RosterKeeper
+from shardwise.engine.agreement import Agreement
+from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.format.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
 from shardwise.ops.verify import verify
@@ -30,12 +31,13 @@ def build(seed: int) -> nn.Module:
 
 
 def save(directory: Path, most_chunks: int) -> int:
-    """Returns how many files and tensors this rank was told of."""
+    """Returns how many files and tensors the ranks have recorded together."""
     group, model = Group(dist.group.WORLD), build(0)
     held = ModelState(model).held()
-    roster = RosterKeeper(group).roster(held)
+    roster = Agreement(group).roster(lambda: held, "describing")
     plan = ShardPlan(directory, "model", roster, plan_shards(held, roster, group.rank))
-    record = write_shards(plan, group, LocalStorage(), most_chunks=most_chunks)
+    own = write_shards(plan, group, LocalStorage(), most_chunks=most_chunks)
+    record = merged(map(ComponentRecord.decoded, group.gather(own.encoded, "gathering records")))
     if group.is_main:
         manifest = encode_manifest(Manifest(record.files, record.tensors, {}))
         (directory / MANIFEST_NAME).write_bytes(manifest)
@@ -50,9 +52,9 @@ def load(directory: Path) -> bool:
     return all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("most_chunks", "told"), [(100, 305), (3, 300)])
-def test_either_way_every_byte_is_checked(tmp_path: Path, most_chunks: int, told: int) -> None:
-    assert run(3, save, tmp_path, most_chunks) == [told, 0, 0]
+@pytest.mark.parametrize(("most_chunks", "recorded"), [(100, 305), (3, 300)])
+def test_either_way_every_byte_is_checked(tmp_path: Path, most_chunks: int, recorded: int) -> None:
+    assert run(3, save, tmp_path, most_chunks) == [recorded] * 3
     assert run(2, load, tmp_path) == [True, True]
     report = verify(tmp_path)
     assert (report.status, report.undigested) == ("whole", ())

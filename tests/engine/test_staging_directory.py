@@ -48,7 +48,7 @@ def _one_of_two_runs(root: Path, single: bool) -> set[float]:
         single_rank_consolidation=single,
         max_file_bytes=400,
     )
-    with Checkpointer(config, 0, 0, 0, process_group=groups[rank], storage=Meets(root / "staging")) as checkpointer:
+    with Checkpointer(config, process_group=groups[rank], storage=Meets(root / "staging")) as checkpointer:
         checkpointer.save(0, 1, _model(float(rank)))
     files = (root / str(rank)).rglob("model-*.safetensors")
     return {v for path in files for tensor in load_file(path).values() for v in tensor.flatten().tolist()}
@@ -84,7 +84,7 @@ class Damages(LocalStorage):
 def test_a_staged_file_that_changed_is_not_published(tmp_path: Path, how: str, message: str) -> None:
     staging = tmp_path / "staging"
     config = CheckpointingConfig(checkpoint_dir=tmp_path / "out", save_consolidated="every", staging_dir=str(staging))
-    checkpointer = Checkpointer(config, 0, 0, 0, storage=Damages(staging, how))
+    checkpointer = Checkpointer(config, storage=Damages(staging, how))
     with checkpointer, pytest.raises(IntegrityError, match=message) as caught:
         checkpointer.save(0, 1, _model(1.0))
     assert str(staging) in str(caught.value.path)
@@ -97,7 +97,7 @@ def test_a_place_where_no_directory_can_be_made(tmp_path: Path) -> None:
     config = CheckpointingConfig(
         checkpoint_dir=tmp_path / "out", save_consolidated="every", staging_dir=str(tmp_path / "file" / "staging")
     )
-    with Checkpointer(config, 0, 0, 0) as checkpointer, pytest.raises(StorageError, match="Not a directory"):
+    with Checkpointer(config) as checkpointer, pytest.raises(StorageError, match="Not a directory"):
         checkpointer.save(0, 1, _model(1.0))
 
 

@@ -96,7 +96,7 @@ def test_beside_an_index_the_standard_file_is_what_transformers_takes(
     assert (tmp_path / "base" / "model.safetensors.index.json").exists()
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     fresh = on_meta(LlamaForCausalLM, llama_config())
-    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=tmp_path), 0, 0, 0)
+    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=tmp_path))
     with caplog.at_level(logging.WARNING):
         engine.load_base_model(fresh, "cpu", None, str(tmp_path / "base"))
     for name, value in fresh.state_dict().items():

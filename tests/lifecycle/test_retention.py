@@ -33,7 +33,8 @@ def info(
     step: int, value: float | None = None, complete: bool = True, verifiable: bool = True, epoch: int = 0
 ) -> CheckpointInfo:
     metrics = {} if value is None else {"default": value}
-    return CheckpointInfo(checkpoint_name(epoch, step), epoch, step, complete, complete and verifiable, metrics)
+    name = checkpoint_name(epoch, step)
+    return CheckpointInfo(name, epoch, step, complete, Path(name), complete and verifiable, metrics)
 
 
 @st.composite

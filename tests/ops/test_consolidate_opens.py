@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft import LoraConfig, get_peft_model
 from shardwise import CheckpointingConfig
 from shardwise.errors import ExportMismatchError
 from shardwise.ops.consolidate import consolidate

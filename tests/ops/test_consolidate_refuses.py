@@ -49,7 +49,7 @@ def save_sharded(root: str) -> None:
     for name, dim in (("big", 1), ("small", 0)):
         whole = net.get_parameter(name).detach()
         net.register_parameter(name, torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)])))
-    with CheckpointingConfig(checkpoint_dir=root, save_consolidated=False).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=root, save_consolidated=False).build() as engine:
         engine.save(0, 1, net, optimizer(net))
 
 
@@ -163,7 +163,7 @@ def test_a_changed_byte_is_named_by_file_and_tensor(checkpoint: Path) -> None:
 
 
 def test_the_metadata_that_is_copied_is_compared_too(tmp_path: Path) -> None:
-    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=False).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, save_consolidated=False).build() as engine:
         engine.save(0, 1, gpt2())
     checkpoint = tmp_path / "epoch_0_step_1"
     config = checkpoint / "model" / ".hf_metadata" / "config.json"
@@ -346,7 +346,7 @@ def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True))
-    with CheckpointingConfig(checkpoint_dir=tmp_path, is_peft=True, save_consolidated=False).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, is_peft=True, save_consolidated=False).build() as engine:
         engine.save(0, 1, adapted)
     refused(tmp_path / "epoch_0_step_1", tmp_path / "new" / "export", 2)
     with pytest.raises(MisuseError, match="adapter"):
@@ -385,7 +385,7 @@ def test_one_process_saves_what_one_process_exports(tmp_path: Path) -> None:
 
 def test_shards_saved_in_the_background(tmp_path: Path) -> None:
     net = model()
-    with CheckpointingConfig(checkpoint_dir=tmp_path, is_async=True, save_consolidated=False).build(0, 0, 0) as engine:
+    with CheckpointingConfig(checkpoint_dir=tmp_path, is_async=True, save_consolidated=False).build() as engine:
         engine.save(0, 1, net)
     found = load_file(consolidate(tmp_path).path / "model.safetensors")
     assert all(torch.equal(found[name], value.detach()) for name, value in net.named_parameters())

@@ -26,7 +26,7 @@ ASYNC = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"]
 
 def engine(root: Path, is_async: bool = False) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="false", is_async=is_async)
-    return config.build(0, 0, 0)
+    return config.build()
 
 
 @contextlib.contextmanager

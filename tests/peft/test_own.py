@@ -439,7 +439,7 @@ def test_settings_in_a_dictionary_are_those_of_the_object(setting: str, kind: ty
             module.scale = 8 / 4**0.5
     with torch.no_grad():
         before = {n: p.clone() for n, p in model.named_parameters()}
-    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True).build(0, 0, 0) as saver:
+    with CheckpointingConfig(checkpoint_dir=str(tmp_path), is_peft=True).build() as saver:
         saver.save(0, 1, model, peft_config=settings)
         saved = read_adapter_config(tmp_path / "LATEST/model")
         assert saved[setting] is True

@@ -15,7 +15,7 @@ from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, raw, values
 
 from shardwise.disk.crc import crc32c
-from shardwise.engine.writer import Digests, FileSet, prepare_all, totals, write_all
+from shardwise.engine.writer import Digests, FileSet, totals, write_all
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.schedule import Run
@@ -68,7 +68,7 @@ def test_written_runs_make_up_the_file_and_the_digest(
             todo.append(Run(0, 10 + start, 0, spec, start, part_of(whole, box)[index]))
     storage = MemoryStorage({Path("/f"): bytearray(10 + spec.nbytes)})
     files, digests = FileSet(storage, [Path("/f")]), Digests()
-    write_all(prepare_all(todo), files, storage, threads, digests)
+    write_all(todo, files, storage, threads, digests)
     files.sync()
     files.close()
     assert bytes(storage.files[Path("/f")][10:]) == raw(whole)
@@ -84,7 +84,7 @@ def test_a_run_larger_than_one_thread_takes_is_cut() -> None:
     spec = TensorSpec("w", (9, 10_000_000), "U8")
     storage = MemoryStorage({Path("/f"): bytearray(spec.nbytes)})
     files, digests = FileSet(storage, [Path("/f")]), Digests()
-    write_all(prepare_all([Run(0, 0, 0, spec, 0, big)]), files, storage, 2, digests)
+    write_all([Run(0, 0, 0, spec, 0, big)], files, storage, 2, digests)
     assert storage.files[Path("/f")] == raw(big)
     assert digests.crcs == {"w": crc32c(raw(big))}
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(operation: str, threads: in
 
     def save() -> None:
         try:
-            write_all(prepare_all(todo), files, storage, threads, Digests())
+            write_all(todo, files, storage, threads, Digests())
             files.sync()
         finally:
             files.close()

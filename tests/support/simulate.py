@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from shardwise.comm import Group
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.rosters import coordinates_of
+from shardwise.engine.agreement import coordinates_of
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided

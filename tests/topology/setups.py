@@ -109,7 +109,6 @@ class Spread:
     """A rank's parts of a model; none where the rank takes no part."""
 
     parts: list[nn.Module]
-    pp_rank: int = 0
     group: dist.ProcessGroup | None = None
 
 
@@ -258,7 +257,7 @@ def _pipeline(make: Callable[[], nn.Module], stages: list[list[Stage]]) -> Sprea
     for number, layers in enumerate(stages[pp_rank]):
         first, last = pp_rank == 0 and number == 0, pp_rank == 1 and number == len(stages[1]) - 1
         parts.append(_fsdp(stage(make(), layers, first, last), mesh["dp"]))
-    return Spread(parts, pp_rank)
+    return Spread(parts)
 
 
 def pp(make: Callable[[], nn.Module]) -> Spread:
@@ -380,10 +379,9 @@ class Run:
                 _same(f"{name} {kind}", local(state[kind]), self.truth[kind][name])
 
     def checkpointer(self, directory: Path, storage: Storage | None = None, **settings: object) -> Checkpointer:
-        """The engine for a directory, told of this rank's place."""
+        """The engine for a directory, which finds out which rank this is."""
         config = CheckpointingConfig(checkpoint_dir=directory, **settings)  # type: ignore[arg-type]
-        place = self.spread
-        return Checkpointer(config, dist.get_rank(), 0, place.pp_rank, process_group=place.group, storage=storage)
+        return Checkpointer(config, process_group=self.spread.group, storage=storage)
 
     def save(self, directory: Path, storage: Storage | None = None, **settings: object) -> None:
         """Save as step 7."""

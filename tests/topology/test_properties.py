@@ -10,7 +10,7 @@ from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, Simulation, Spread, ThreadGroup, in_threads, placements, raw
 
 from shardwise.engine.row_exchange import exchange_rows
-from shardwise.engine.writer import Digests, FileSet, prepare_all, write_all
+from shardwise.engine.writer import Digests, FileSet, write_all
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import lay_out
 from shardwise.plan.placement import Replicated, Sharded, Strided
@@ -66,9 +66,9 @@ def exported(case: Simulation) -> tuple[MemoryStorage, list[SourceTensor], list[
         files, digests = FileSet(storage, paths), Digests()
 
         def put(run: Run) -> None:
-            write_all(prepare_all([run]), files, storage, 1, digests)
+            write_all([run], files, storage, 1, digests)
 
-        write_all(prepare_all(plan.runs), files, storage, 1, digests)
+        write_all(plan.runs, files, storage, 1, digests)
         failure = exchange_rows(plan.exchanges, held, layout, group, put)
         files.close()
         return failure

@@ -78,7 +78,7 @@ class Large(nn.Module):
 def counted_large(root: Path) -> int:
     storage = CountingStorage()
     config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
-    with Checkpointer(config, dist.get_rank(), 0, 0, storage=storage) as engine:
+    with Checkpointer(config, storage=storage) as engine:
         engine.save(0, 0, Large())
     return sum(length for name, _, length in storage.written if name == "model.safetensors")
 
@@ -119,7 +119,7 @@ def turned_there_and_back(root: Path) -> None:
         param.grad = param.detach().clone()
     states[0].step()
     config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
-    with config.build(dp_rank=dist.get_rank(), tp_rank=0, pp_rank=0) as engine:
+    with config.build() as engine:
         engine.save(0, 1, before, states[0])
         engine.restore(after, states[1])
     for a, b in zip(before.parameters(), after.parameters(), strict=True):

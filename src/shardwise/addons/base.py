@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import os
 
     import torch.nn as nn
+    from torch.distributed import ProcessGroup
 
     from shardwise.comm import Group
 
@@ -48,6 +49,7 @@ class SaveHookArgs(TypedDict, total=False):
         group: The ranks that save together; ``None`` means the default process group.
         legacy_paramwrapper_layout: Write expert adapters for peft up to 0.19.0.
         is_final_checkpoint: Whether this is the run's last save.
+        pp_group: The ranks of this pipeline, as `shardwise.config.CheckpointingConfig.build` was given it.
     """
 
     model_state: ModelParts
@@ -64,6 +66,7 @@ class SaveHookArgs(TypedDict, total=False):
     group: Group | None
     legacy_paramwrapper_layout: bool
     is_final_checkpoint: bool
+    pp_group: ProcessGroup | None
 
 
 @runtime_checkable

@@ -75,11 +75,16 @@ def ties_head(config: Mapping[str, object]) -> bool:
     return not said or any(bool(value) for value in said)
 
 
-def base_dtype(root_dir: str | Path | None, model_name: str) -> str:
+def base_dtype(model_name: str | Path, root_dir: str | Path | None = None) -> str:
     """The dtype that a base model was trained or published in, as torch names it: ``"bfloat16"``.
 
     Loading never changes the model's dtype; build the model in this one to have the base's values unchanged:
-    ``torch.set_default_dtype(getattr(torch, base_dtype(...)))`` or ``from_config(config, dtype=...)``. Not collective.
+    ``torch.set_default_dtype(getattr(torch, base_dtype(...)))`` or ``from_config(config, dtype=...)``. Each rank calls
+    for itself; headers are read, and nothing is downloaded.
+
+    Args:
+        model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
+        root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
 
     Returns:
         What ``config.json`` says (``dtype``, ``torch_dtype``); otherwise the floating-point dtype of most of the
@@ -88,7 +93,7 @@ def base_dtype(root_dir: str | Path | None, model_name: str) -> str:
     Raises:
         CheckpointNotFoundError: There is no such base.
     """
-    path = find_base(root_dir, model_name)
+    path = find_base(root_dir, str(model_name))
     config = base_config(path)
     for place in (config, config.get("text_config")):
         for key in ("dtype", "torch_dtype"):

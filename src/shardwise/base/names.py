@@ -21,7 +21,6 @@ from shardwise.convert import (
 from shardwise.peft.models import outer
 from shardwise.peft.own import find_sites
 from shardwise.peft.own import natives as site_natives
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import post_steps
@@ -75,7 +74,6 @@ class _Part:
     steps: tuple[Step, ...]
 
 
-@collector_paused()
 def match_base(
     parts: Sequence[nn.Module],
     names: Sequence[str],

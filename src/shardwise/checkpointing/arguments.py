@@ -78,11 +78,13 @@ class Met:
 
     Attributes:
         names_base: Whether the settings of any rank name a base model.
+        names_keys: Whether those of any rank list the base model's parameters.
         places: Where each rank finds the root.
         token: A text that no other run has; rank 0's.
     """
 
     names_base: bool
+    names_keys: bool
     places: tuple[Place, ...]
     token: str
 
@@ -100,8 +102,9 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    mine = [cast(JsonValue, own), names_base, Place.own(root).to_json(), uuid.uuid4().hex]
-    told = cast(list[tuple[dict[str, str], bool, JsonValue, str]], group.gather_json(mine, "comparing settings"))
+    names = [names_base, bool(config.model_state_dict_keys)]
+    mine = [cast(JsonValue, own), cast(JsonValue, names), Place.own(root).to_json(), uuid.uuid4().hex]
+    told = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
     everyone = [theirs for theirs, _, _, _ in told]
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():
@@ -113,7 +116,8 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
     places = tuple(Place.from_json(place) for _, _, place, _ in told)
     if not config.is_remote:
         check_places(places)
-    return Met(any(named for _, named, _, _ in told), places, told[0][3])
+    named, listed = (any(theirs[number] for _, theirs, _, _ in told) for number in range(2))
+    return Met(named, listed, places, told[0][3])
 
 
 def warn_if_alone(group: Group) -> None:

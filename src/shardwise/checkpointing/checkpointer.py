@@ -1,112 +1,50 @@
-"""The engine's front: save and restore of whole checkpoints; their components are `ComponentCheckpointer`'s."""
+"""The front: one class whose methods are what a training program calls, and whose parts do it."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar, overload
 
-from shardwise._version import __version__
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.arguments import (
-    check_arguments,
-    check_mapping,
-    whole_number,
-)
-from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
 from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.components import ComponentCheckpointer, Model
 from shardwise.checkpointing.inference import outside_inference_mode
+from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.loading import base_model
+from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
-from shardwise.checkpointing.loading.models import OpenedModel
-from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import (
-    OpenedOptimizer,
-    Optimizers,
-    OptimizerSave,
-    Schedulers,
-    as_list,
-    open_optimizer,
-    several,
-)
+from shardwise.checkpointing.optimizers import Optimizers, Schedulers
+from shardwise.checkpointing.parallel_ranks import ParallelRanks, Place
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.run_state.wholes import (
-    FoundExtras,
-    below,
-    capture_extras,
-    find_extras,
-    locate,
-    model_place,
-    unrestored,
-)
-from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training
-from shardwise.checkpointing.saving.commits import Publication, RunLine, check_metrics, warn_of_metrics
-from shardwise.checkpointing.saving.hooks import passed_addons
-from shardwise.comm import Group, JsonValue
-from shardwise.engine.jobs import SaveJob, Step
-from shardwise.engine.near_names import listed
-from shardwise.engine.verify import VerifyLevel, check_checkpoint
-from shardwise.errors import StorageError
-from shardwise.lifecycle import (
-    PreemptionGuard,
-    Start,
-    checkpoint_name,
-    remove_leftovers,
-    reserve,
-    temporary_name,
-)
+from shardwise.checkpointing.run_state.extras import Stateful
+from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.saving import components
+from shardwise.checkpointing.saving.models import default_addons
+from shardwise.checkpointing.saving.request import WhatToSave
+from shardwise.checkpointing.saving.whole import save_checkpoint
+from shardwise.comm import ABSENT_SECONDS
+from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.engine.device_streams import DeviceStreams
+from shardwise.engine.verify import VerifyLevel
+from shardwise.errors import ConfigError
+from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
+from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.stateful_wrappers.model import Model
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """Everything of a run that fits a checkpoint, on every rank; nothing of it has been changed.
-
-    Attributes:
-        model: The model, or its adapters.
-        averaged: The average, with what it has beside tensors.
-        steering: Optimizers and schedulers.
-        extras: Extra state and generators.
-    """
-
-    model: OpenedModel | OpenedAdapter
-    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
-    steering: OpenedOptimizer | None
-    extras: FoundExtras
-
-    def restore(self, group: Group, order: DataOrder) -> None:
-        """Put everything back. All ranks call.
-
-        What has code of its own comes first, since it may refuse: then every rank puts back what it had. From then on
-        only reading can fail, and the error says what it leaves.
-        """
-        if self.steering is not None:
-            self.steering.read_aside()
-        with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
-            if self.steering is not None:
-                self.steering.take_in(undos)
-            self.extras.extra.take_in(undos)
-            if self.averaged is not None:
-                self.averaged[1].take_in(undos)
-        with overwriting("the run's state"):
-            self.model.fill()
-            if self.averaged is not None:
-                self.averaged[0].fill()
-            if self.steering is not None:
-                self.steering.fill()
-            self.extras.spread.fill(group)
-            with group.together("setting the random number generators"):
-                self.extras.set_generators(order)
-
-
-class Checkpointer(ComponentCheckpointer):
+class Checkpointer:
     """Saves and restores training runs. Build it with `CheckpointingConfig.build`.
 
     Every method is called by all ranks of the group together, in the same order. A failure on one rank is raised on
@@ -114,13 +52,13 @@ class Checkpointer(ComponentCheckpointer):
 
     Args:
         config: Settings.
-        dp_rank: Data-parallel rank.
-        tp_rank: Tensor-parallel rank.
-        pp_rank: Pipeline rank.
+        dp_rank: Data-parallel rank; derived where it is not given, as `CheckpointingConfig.build` says.
+        tp_rank: Tensor-parallel rank; likewise.
+        pp_rank: Pipeline rank; likewise.
         moe_mesh: The mesh of expert parallelism, where there is one. Sharding is read from the tensors themselves, so
             it is only kept.
         process_group: The ranks that save together: all that hold a part of the model. Default: all ranks.
-        pp_group: The ranks of this pipeline, kept for addons.
+        pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
             with ``is_peft``).
         storage: Where data is written to and read from, and names are made and renamed; the mounted file systems by
@@ -135,18 +73,51 @@ class Checkpointer(ComponentCheckpointer):
             an export with every save.
     """
 
-    # Whether what interrupted saves left has been removed.
-    _tidied = False
+    def __init__(
+        self,
+        config: Settings,
+        dp_rank: int | None = None,
+        tp_rank: int | None = None,
+        pp_rank: int | None = None,
+        moe_mesh: DeviceMesh | None = None,
+        process_group: ProcessGroup | None = None,
+        pp_group: ProcessGroup | None = None,
+        *,
+        addons: Sequence[CheckpointAddon] | None = None,
+        storage: Storage | None = None,
+        device_streams: DeviceStreams | None = None,
+        absent_seconds: float = ABSENT_SECONDS,
+    ) -> None:
+        self.config = config
+        self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
+        self.moe_mesh, self.pp_group = moe_mesh, pp_group
+        self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
+        if config.is_remote and storage is None:
+            raise ConfigError(
+                "checkpoint_dir is a URL, which the mounted file systems cannot reach",
+                path=config.checkpoint_dir,
+                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
+            )
+        if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
+            raise ConfigError(
+                "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
+                hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
+                "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
+            )
+        self._life = Lifetime(
+            config,
+            ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
+            process_group,
+            pp_group,
+            self.addons,
+            storage or LocalStorage(),
+            device_streams,
+            absent_seconds,
+        )
 
-    @cached_property
-    def _order(self) -> DataOrder:
-        return DataOrder()
+    # --- whole checkpoints ------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _line(self) -> RunLine:
-        return RunLine()
-
-    @outside_inference_mode
+    @overload
     def save(
         self,
         epoch: int,
@@ -161,15 +132,51 @@ class Checkpointer(ComponentCheckpointer):
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+    ) -> Path | None: ...
+
+    @overload
+    def save(
+        self,
+        *,
+        step: int,
+        model: Model,
+        epoch: int | None = None,
+        optimizer: Optimizers | None = None,
+        scheduler: Schedulers | None = None,
+        tokenizer: SavesPretrained | None = None,
+        peft_config: object | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, object] | None = None,
+        is_final_checkpoint: bool = False,
+        ema: Model | None = None,
+    ) -> Path | None: ...
+
+    @outside_inference_mode
+    def save(
+        self,
+        *positional: object,
+        tokenizer: SavesPretrained | None = None,
+        peft_config: object | None = None,
+        metrics: Mapping[str, float] | None = None,
+        extra_state: Mapping[str, object] | None = None,
+        is_final_checkpoint: bool = False,
+        ema: Model | None = None,
+        **named: object,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
+        checkpointer.save(step=step, model=model, optimizer=optimizer)
+        checkpointer.save(epoch, step, model, optimizer)
+
         Args:
-            epoch: Epoch, not negative.
+            epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
+                save or restore was of, whichever came later; 0 where there was none.
             step: Global step, not negative.
             model: The model, or this rank's pipeline stages.
             optimizer: One, or several.
             scheduler: One, or several.
+            *positional: Those above, in this order.
+            **named: Those above, by name.
             tokenizer: A tokenizer or processor to put beside the weights.
             peft_config: The adapter's configuration, for a model with LoRA modules of its own.
             metrics: Numbers to keep; ``config.best_metric_key`` among them decides the best checkpoint.
@@ -187,65 +194,21 @@ class Checkpointer(ComponentCheckpointer):
         Raises:
             CheckpointBusyError: Another checkpointer is saving this very checkpoint; the message names its process.
             CheckpointExistsError: This checkpoint is already published.
+            MisuseError: An argument is missing, given twice, or not what it should be.
             ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
                 earlier asynchronous save: this one is made all the same before that is raised, as the text says.
         """
-        context = self._begin(call := f"save(epoch {epoch}, step {step})")
-        if not self.config.enabled:
-            return None
-        self._ends = self._ends or is_final_checkpoint
-        steers = optimizer is not None or bool(as_list(scheduler))
-        numbers: dict[str, float] = {}
-
-        def look() -> str:
-            nonlocal numbers, epoch, step
-            check_arguments(model, optimizer, scheduler)
-            self._looked(model, saves=True)
-            check_mapping("metrics", metrics)
-            check_mapping("extra_state", extra_state)
-            if ema is not None:
-                self._looked(ema, saves=True)
-            epoch, step = whole_number(epoch), whole_number(step)
-            numbers = check_metrics(metrics)
-            return checkpoint_name(epoch, step)
-
-        given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": is_final_checkpoint}
-        given["an ema"] = ema is not None
-        turn = self._turn(call, look, given | passed_addons(self.addons))
-        if turn.skipped:
-            return None
-        if context.group.is_main:
-            warn_of_metrics(numbers, self.config)
-        name = checkpoint_name(epoch, step)
-        temp, final = context.root / temporary_name(name), context.root / name
-        with turn.telling(name, self.async_wait):
-            publication = self._publication(temp, final, epoch, step, numbers)
-            make_room = partial(self._reserve, name)
-            try:
-                save = self._model_save(
-                    model,
-                    temp / "model",
-                    tokenizer,
-                    peft_config,
-                    is_final_checkpoint,
-                    publication.reserved(make_room),
-                    optimizer,
-                )
-                steps = below("model", save.steps())
-                closing = [*save.closing]
-                if ema is not None:
-                    own, theirs = self._ema_steps(ema, temp / MODEL_EMA, tokenizer, peft_config, is_final_checkpoint)
-                    steps, closing = steps + own, closing + theirs
-                if steers:
-                    chosen = [] if optimizer is None else optimizer
-                    steps += below("optim", OptimizerSave(context, chosen, model, scheduler, temp / "optim").steps())
-                steps += capture_extras(context, temp, extra_state or {}, self._order)
-            except BaseException:
-                publication.abandon(context.group)
-                raise
-            commit = partial(publication.commit, closing=closing)
-            self._run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
-        return final
+        what, mistake = WhatToSave.of(positional, named, self._life.order.epoch)
+        rest = replace(
+            what,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            metrics=metrics,
+            extra_state=extra_state,
+            is_final_checkpoint=is_final_checkpoint,
+            ema=ema,
+        )
+        return save_checkpoint(self._life, rest, mistake)
 
     @outside_inference_mode
     def restore(
@@ -254,7 +217,7 @@ class Checkpointer(ComponentCheckpointer):
         optimizer: Optimizers | None = None,
         scheduler: Schedulers | None = None,
         *,
-        restore_from: str | Path = "LATEST",
+        restore_from: str | Path | int = "LATEST",
         extra_state: MutableMapping[str, object] | None = None,
         verify: VerifyLevel = "sizes",
         key_mapping: Mapping[str, str] | None = None,
@@ -272,7 +235,8 @@ class Checkpointer(ComponentCheckpointer):
             model: The model, or this rank's pipeline stages; its topology may differ from the one that saved.
             optimizer: The optimizer or optimizers, fresh or used.
             scheduler: The scheduler or schedulers.
-            restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, or a path.
+            restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, a path, or the number
+                of a step.
             extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
                 values are replaced in this mapping. Objects take their state in before model and optimizer have
                 theirs, since an object may refuse it.
@@ -290,67 +254,195 @@ class Checkpointer(ComponentCheckpointer):
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
 
         Raises:
-            CheckpointNotFoundError: What ``restore_from`` names does not exist.
+            CheckpointNotFoundError: What ``restore_from`` names does not exist; the message lists what does.
+            MisuseError: Several checkpoints are of the step that ``restore_from`` is; the message lists them.
             IncompleteCheckpointError: It is an interrupted save.
             IntegrityError: A file or a tensor differs from what was saved; nothing was restored.
             AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
         """
-        context = self._begin(call := f"restore({restore_from})")
-        self.async_wait()
-        steers = optimizer is not None or bool(as_list(scheduler))
-        given = {
-            "an optimizer or scheduler": steers,
-            "verify='digests'": verify == "digests",
-            f"key_mapping={key_mapping}": bool(key_mapping),
-            "an ema": ema is not None,
-            "allow_new_parameters=True": allow_new_parameters,
-        }
+        what = loading.WhatToRestore(
+            model, optimizer, scheduler, restore_from, extra_state, verify, key_mapping, ema, allow_new_parameters
+        )
+        return loading.restore_checkpoint(self._life, what)
 
-        def look() -> str:
-            check_mapping("extra_state", extra_state)
-            check_mapping("key_mapping", key_mapping)
-            if ema is not None:
-                self._looked(ema)
-            return self._looked(model, optimizer, scheduler, "checkpoint")
+    def checkpoints(self) -> tuple[CheckpointInfo, ...]:
+        """The checkpoints in ``checkpoint_dir``, by epoch and step, interrupted ones included.
 
-        check_same_call(call, look, given, context.group)
-        if self.config.enabled:
-            context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
-            if self.config.is_peft:
-                check_before_training(context, model, is_adapted=True)
-        starts: list[Start] = []
-        record = locate(context, restore_from, starts.append)
-        if record is None:
-            self._allocate_staging(model, optimizer)
-            return None
-        path = record.path
-        # As in a save, a rank may have a state that others have not.
-        extras = context.group.any(bool(extra_state), "comparing what is to be restored")
-        wanted = {"model": True, "optim": steers, "extra": extras, "rng": self.config.save_rng}
-        wanted[MODEL_EMA] = ema is not None
-        components = [name for name, is_wanted in wanted.items() if is_wanted]
-        check_checkpoint(path, verify, context.group, self._storage, components=components, threads=context.threads)
-        # Everything that can be refused comes before the first byte that is overwritten.
-        opened = self._open_model(model, model_place(path, context.group), key_mapping)
-        averaged = self._open_ema(ema, path / MODEL_EMA) if ema is not None else None
-        steering: OpenedOptimizer | None = None
-        if steers:
-            changes = Changes(key_mapping, allow_new_parameters)
-            chosen = [] if optimizer is None else optimizer
-            steering = open_optimizer(context, chosen, model, scheduler, path / "optim", changes)
-        found = find_extras(context, path, extra_state if extra_state is not None else {})
-        taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
-        taken += ["ema"] * (ema is not None)
-        taken += [*(extra_state or ()), *found.generators.values]
-        partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-        below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
-        left = unrestored(context, path, found, taken, partly, below_name)
-        _Opened(opened, averaged, steering, found).restore(context.group, self._order)
-        self._allocate_staging(model, optimizer)
-        self._line.start, self._line.restored = next(iter(starts), None), True
-        return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
+        Any rank may call, alone or together with others, and sees what is on its file system at that moment; names and
+        small files are read, and no tensors. An asynchronous save is among them once it is published (`async_wait`).
+
+        Returns:
+            For each its ``name``, ``epoch``, ``step``, ``complete`` (it may be resumed from), ``metrics`` and ``path``.
+
+        Raises:
+            StorageError: The directory cannot be read.
+        """
+        return list_checkpoints(self._life.root)
+
+    def latest_step(self) -> int | None:
+        """The step that `restore` would resume from. Any rank may call, as with `checkpoints`.
+
+        Returns:
+            ``None`` where there is nothing to resume from, or another tool's checkpoint does not tell its step.
+
+        Raises:
+            CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
+            StorageError: The directory cannot be read.
+        """
+        return latest_step(self._life.root)
+
+    # --- components -------------------------------------------------------------------------------------------------
+
+    @outside_inference_mode
+    def save_model(
+        self,
+        model: Model,
+        weights_path: str | Path,
+        peft_config: object | None = None,
+        tokenizer: SavesPretrained | None = None,
+        is_final_checkpoint: bool = False,
+    ) -> None:
+        """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
+        components.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
+
+    @outside_inference_mode
+    def load_model(
+        self,
+        model: Model,
+        model_path: str | Path,
+        is_init_step: bool = False,
+        use_checkpoint_id: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_checkpoint_key_subset: bool = False,
+    ) -> None:
+        """Fill ``model`` in place. All ranks call.
+
+        Args:
+            model: The model, or this rank's pipeline stages, with memory (not on the meta device).
+            model_path: A checkpoint's ``model`` directory, ``model/consolidated``, a DCP directory, any Hugging Face
+                model directory, or a single safetensors file.
+            is_init_step: Initialise from a base model: values are cast to the model's dtypes, quantized ones are
+                dequantized (``dequantize_base_checkpoint``), tensors that the model lacks are left alone, adapters
+                are too, and ``skip_task_head_prefixes_for_base_model`` applies. ``.bin`` files are read as well.
+            use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
+            allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
+        """
+        loading.load_model(self._life, model, model_path, is_init_step, key_mapping, allow_checkpoint_key_subset)
+
+    @outside_inference_mode
+    def save_optimizer(
+        self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
+    ) -> None:
+        """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
+        components.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
+
+    @outside_inference_mode
+    def load_optimizer(
+        self,
+        optimizer: Optimizers,
+        model: Model,
+        weights_path: str | Path,
+        scheduler: Schedulers | None = None,
+        *,
+        key_mapping: Mapping[str, str] | None = None,
+        allow_new_parameters: bool = False,
+    ) -> None:
+        """Restore what `save_optimizer` wrote, in place; the optimizer may be fresh. All ranks call.
+
+        Args:
+            optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
+            model: The model, or this rank's pipeline stages.
+            weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
+                with an optimizer's state in any of torch's layouts.
+            scheduler: The scheduler or schedulers.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
+                match.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
+                since, start without state; otherwise they are an error.
+        """
+        changes = Changes(key_mapping, allow_new_parameters)
+        loading.load_optimizer(self._life, optimizer, model, weights_path, scheduler, changes)
+
+    @outside_inference_mode
+    def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call.
+
+        Raises:
+            MisuseError: Which data-parallel rank this is was neither given nor can be derived.
+        """
+        context = self._life.of_ranks(f"save_on_dp_ranks({state_name})", state)
+        places = self._life.ranks.everyones(context.group)
+        own = places[context.group.rank]
+        # Ranks that share a sequence (context parallelism) are at the same place: one of them writes.
+        writes = places.index(Place(own.dp, 0, 0)) == context.group.rank if (own.tp, own.pp) == (0, 0) else False
+        save_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
+
+    @outside_inference_mode
+    def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call.
+
+        Raises:
+            MisuseError: As in `save_on_dp_ranks`.
+            CheckpointNotFoundError: Nothing was saved for it.
+        """
+        context = self._life.of_ranks(f"load_on_dp_ranks({state_name})", state)
+        own = self._life.ranks.everyones(context.group)[context.group.rank]
+        load_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
+
+    @outside_inference_mode
+    def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Write one file for each process, ``path/state_name/``. All ranks call."""
+        context = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
+        rank = f"rank_{context.group.global_rank}"
+        save_rank_state(context, state, state_name, Path(path).absolute(), rank, True)
+
+    @outside_inference_mode
+    def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
+        """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
+        context = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
+        rank = f"rank_{context.group.global_rank}"
+        load_rank_state(context, state, state_name, Path(path).absolute(), rank)
+
+    # --- base models ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    @outside_inference_mode
+    def initialize_model_weights(
+        model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
+    ) -> None:
+        """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
+        base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
+
+    @outside_inference_mode
+    def load_base_model(
+        self,
+        model: Model,
+        device: torch.device | str,
+        root_dir: str | Path | None,
+        model_name: str | None,
+        load_base_model: bool = True,
+    ) -> None:
+        """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
+
+        The model keeps its dtypes; `shardwise.base_dtype` tells the base's.
+
+        Args:
+            model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
+            device: Where it is to be.
+            root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
+            model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
+            load_base_model: Whether to load; otherwise the model is only initialised.
+
+        Raises:
+            CheckpointNotFoundError: The base is not there.
+            TensorError: Model and base do not fit.
+            QuantizationError: The base is quantized in a way that cannot be undone.
+            AdapterError: With ``is_peft``, the model has an adapter that no save could write.
+        """
+        loading.load_base_model(self._life, model, torch.device(device), root_dir, model_name, load_base_model)
 
     # --- random numbers and data ------------------------------------------------------------------------------------
 
@@ -360,7 +452,7 @@ class Checkpointer(ComponentCheckpointer):
         for epoch in range(resumed.epoch if resumed else 0, epochs):
             for batch in checkpointer.batches(loader, epoch):
                 train_step(batch)
-                checkpointer.save(epoch, step, model, optimizer)
+                checkpointer.save(step=step, model=model, optimizer=optimizer)
 
         Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
         is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
@@ -384,7 +476,7 @@ class Checkpointer(ComponentCheckpointer):
             MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
                 restored.
         """
-        return self._order.batches(loader, epoch, name)
+        return self._life.order.batches(loader, epoch, name)
 
     def resume_rng(self) -> None:
         """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
@@ -394,7 +486,7 @@ class Checkpointer(ComponentCheckpointer):
         Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
         checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
         """
-        self._order.set_generators()
+        self._life.order.set_generators()
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
@@ -406,69 +498,73 @@ class Checkpointer(ComponentCheckpointer):
             for step, batch in enumerate(loader):
                 train_step(batch)
                 if checkpointer.asked_to_stop(guard):
-                    checkpointer.save(epoch, step, model, optimizer)
+                    checkpointer.save(step=step, model=model, optimizer=optimizer)
                     checkpointer.finalize()
                     break
         """
-        context = self._begin(call := "asked_to_stop()")
+        context = self._life.begin(call := "asked_to_stop()")
 
         def ask(asked: bool) -> bool:
             return any(check_same_call(call, lambda: "who is to leave", {}, context.group, asked))
 
         # From then on no save is skipped for one that is being written: the next one is the last.
-        self._leaves = guard.should_save(ask) or self._leaves
-        return self._leaves
+        self._life.leaves = guard.should_save(ask) or self._life.leaves
+        return self._life.leaves
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- background -------------------------------------------------------------------------------------------------
 
-    def _ema_steps(
-        self, ema: Model, directory: Path, tokenizer: SavesPretrained | None, peft_config: object | None, is_final: bool
-    ) -> tuple[list[Step], list[Callable[[Group], None]]]:
-        """Capture the average; what is left to do, and with what it ends. All ranks call."""
-        context = self._context
-        average: Average | None = None
-        beside: list[Step] = []
-        with context.group.together("looking at the averaged model"):
-            average = Average.of(ema)
-            beside = average.capture(directory, context.storage)
-        assert average is not None
-        further = context.further(MODEL_EMA)
-        saving = self._model_save(
-            average.model, directory, tokenizer, peft_config, is_final, lambda: None, context=further
-        )
-        return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
+    @outside_inference_mode
+    def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
-    def _open_ema(self, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
-        """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-        context = self._context
-        average: Average | None = None
-        found: FoundAveraging | None = None
-        with context.group.together("looking at the averaged model"):
-            average = Average.of(ema)
-            found = average.find(directory)
-        assert average is not None
-        assert found is not None
-        return self._open_model(average.model, directory, context=context.further(MODEL_EMA)), found
+        `restore` and `load_base_model` call it. An optimizer that has not taken a step has no state to
+        make room for yet: call this after the first step to keep the first save as short as the later ones.
+        """
+        self._life.wait()  # a save that still writes reads that very memory
+        context = self._life.begin(call := "allocate_staging()")
+        check_same_call(call, lambda: self._life.looked(model, optimizer), {}, context.group)
+        loading.allocate_staging(self._life, model, optimizer)
 
-    def _publication(self, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]) -> Publication:
-        context = self._context
-        info: dict[str, JsonValue] = {
-            "shardwise": __version__,
-            "epoch": epoch,
-            "step": step,
-            "world_size": context.group.world_size,
-            "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
-        }
-        return Publication(context, temp, final, info, metrics, self._line)
+    def maybe_wait_for_staging(self) -> None:
+        """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.
 
-    def _reserve(self, name: str) -> None:
-        """Make the directory of a checkpoint to be; once also remove what interrupted saves left. Rank 0 calls."""
-        if not self._tidied:
-            try:
-                active = [self._context.root / temporary_name(name)]  # whose claim is this very save's
-                remove_leftovers(self._context.root, active=active, storage=self._storage)
-            except StorageError as error:
-                # Space that is not freed. Should this save lack it, or want that very name, it says so itself.
-                _LOG.warning("what an interrupted save left could not be removed: %s", error)
-        reserve(self._context.root, name, self._line.left_from, storage=self._storage)
-        self._tidied = True
+        A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
+        thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
+        ``step()`` on any stream. Call it before the state is changed in another way: by kernels or a captured graph on
+        a stream that was not the current one, by another process that shares the memory, or by freeing memory that
+        torch does not manage.
+        """
+        if self._life.background is not None:
+            self._life.background.wait_for_staging()
+
+    @outside_inference_mode
+    def async_wait(self) -> None:
+        """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
+        self._life.wait()
+
+    @outside_inference_mode
+    def finalize(self) -> None:
+        """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
+        self._life.close()
+
+    close = finalize
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish what is pending and release everything, also after an error.
+
+        A save in the background needs no other rank's training loop, so that it is finished even where this rank alone
+        has failed. Should it fail, that is raised, or after an error logged and noted with it.
+        """
+        if error is None or isinstance(error, SystemExit):
+            self.finalize()
+            return
+        try:
+            self.finalize()
+        except Exception as lost:  # noqa: BLE001 - the error that is on its way goes first, with a note of this one
+            _LOG.error("a save that was pending when %s was raised has failed: %s", type(error).__name__, lost)
+            error.add_note(f"A save that was still being written has failed too: {lost}")

@@ -22,7 +22,6 @@ from shardwise.convert import (
 )
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
@@ -102,7 +101,6 @@ class HubNames:
         self._last: tuple[Snapshot, HubState] | None = None
         self._stand_ins = StandIns()
 
-    @collector_paused()
     def capture(self, state: ModelState, *, load: bool = False, norms: bool = False) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 

@@ -34,7 +34,7 @@ from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.shards import plan_shards
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import has_state, pack_state, read_state, unpack_state
@@ -87,14 +87,12 @@ class OptimizerSave:
     def steps(self) -> list[Step]:
         """Capture the state and return what is left to do. All ranks call."""
         context, group = self._context, self._context.group
-        state: OptimizerState | None = None
-        own, attachments, states = b"", b"", b""
+        state: OptimizerState
         unsettled: dict[str, list[object]] = {}
         with group.together("looking at the optimizer") as is_unsettled:
             state = OptimizerState(self._optimizer, self._model)
             unsettled = state.unsettled()
             is_unsettled.flag = bool(unsettled)
-        assert state is not None
         if is_unsettled.any:
             told = group.gather_json(cast(JsonValue, unsettled), "comparing state that each rank keeps as it likes")
             state.settle(cast("list[dict[str, list[object]]]", told))
@@ -123,24 +121,26 @@ class OptimizerSave:
         is_torchs = context.config.model_save_format == "torch_save"
         tensors: dict[str, torch.Tensor] = {}
         held: list[HeldTensor] = []
-        with group.together("describing the optimizer's tensors"):
-            held = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
+
+        def describe() -> list[HeldTensor]:
+            found = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
             if is_torchs:
-                tensors = capture_distcp(context, "optim", state.state_dict())
-            else:
-                held = context.staged("optim", held)
-        roster = context.optimizer_roster.roster(held)
+                tensors.update(capture_distcp(context, "optim", state.state_dict()))
+            held.extend(found if is_torchs else context.staged("optim", found))
+            return held
+
+        roster = context.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
         own_steps = optimizer_steps(context, state, self._directory)
         replicas = comparison(held, roster, group.rank)
         if is_torchs:
             others = left_to_others(held, roster, group.rank)
             write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
             return [write_states, write, *own_steps]
-        files: tuple[ShardFile, ...] = ()
-        with group.together("planning the optimizer's files"):
-            files = plan_shards(held, roster, group.rank, stem="optim")
+        files = group.attempt(
+            lambda: plan_shards(held, roster, group.rank, stem="optim"), "planning the optimizer's files"
+        )
         plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
-        return [write_states, lambda group: write_shards(plan, group, context.storage, later=True), *own_steps]
+        return [write_states, lambda group: write_shards(plan, group, context.storage), *own_steps]
 
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.

@@ -5,25 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import Met
 from shardwise.checkpointing.hub import HubNames, HubState
-from shardwise.checkpointing.saving.answers import Answers
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.opens import OpeningCheck
-from shardwise.checkpointing.saving.recasts import RecastKeeper
+from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
-from shardwise.format.manifest import KnownManifest
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
@@ -37,15 +38,22 @@ class Context:
         config: Settings.
         group: The ranks that save and load together.
         storage: Where data goes, and where names are made and renamed.
-        stage: Pipeline rank.
+        ranks: This process's data-, tensor- and pipeline-parallel ranks.
         may_differ: Of which tensors ranks may have different values.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
         met: What the ranks have told each other when they met.
         staging_dir: Where files are built before they are copied into place; likewise.
+        pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
-        stager: Where captured state is copied aside, in asynchronous mode.
-        model_roster: Who holds what of the model.
-        optimizer_roster: Who holds what of the optimizer.
+        stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
+        further_agreements: What the ranks have told each other of DTensors in extra state, by its name.
+        recast: The model's tensors as they are written, as long as they are the same.
+        is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
+        opening: Exports that the model's class was found to open.
+        opening_untied: The same with a configuration that ties nothing.
+        told: What was logged once and is not to be logged again.
+        model_plan: The last export's plan.
+        shard_plans: The last plan of each component's shards.
         sound: What was captured last, after it was looked through.
         prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
@@ -53,10 +61,11 @@ class Context:
     config: Settings
     group: Group
     storage: Storage
-    stage: int
+    ranks: ParallelRanks
     root: Path
     met: Met
     staging_dir: Path | None = None
+    pp_group: dist.ProcessGroup | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
     sound: HubState | None = None
@@ -69,25 +78,33 @@ class Context:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.model_roster = RosterKeeper(self.group, self.stage)
-        self.recasts = RecastKeeper(self.group)
-        self.peculiar = Answers(self.group, "asking what models have beside plain tensors")
+        self.further_agreements: dict[str, Agreement] = {}
+        self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
         self.opening = OpeningCheck()
         self.opening_untied = OpeningCheck()
-        self.no_config: Memo[str] = Memo()
         self.told: set[str] = set()
-        self.without_adapter: Memo[None] = Memo()
-        self.ties: Memo[dict[str, str]] = Memo()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
-        self.manifests: dict[str, KnownManifest] = {}
-        self.exact_roster = RosterKeeper(self.group, self.stage)
-        self.computed_roster = RosterKeeper(self.group, self.stage)
-        self.optimizer_roster = RosterKeeper(self.group, self.stage)
         self.warned: set[Path] = set()
-        self.further_rosters: dict[str, RosterKeeper] = {}
         self._further: dict[str, Context] = {}
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage."""
+        return self.ranks.stage
+
+    # The stage is known when a model has been looked at, and nothing is agreed on before.
+
+    @cached_property
+    def model_agreement(self) -> Agreement:
+        """What the ranks have told each other of the model."""
+        return Agreement(self.group, self.stage)
+
+    @cached_property
+    def optimizer_agreement(self) -> Agreement:
+        """What the ranks have told each other of the optimizer."""
+        return Agreement(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Context:
         """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
@@ -102,17 +119,18 @@ class Context:
                 config or self.config,
                 self.group,
                 self.storage,
-                self.stage,
+                self.ranks,
                 self.root,
                 self.met if config is None else replace(self.met, names_base=False),
                 self.staging_dir,
+                self.pp_group,
                 stager=self.stager,
                 prefix=f"{self.prefix}{name}/",
             )
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """The tensors as they are to be written: copied aside in asynchronous mode, else as they are."""
+        """The tensors as they are to be written: copied aside where the settings ask for it, else as they are."""
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
@@ -164,7 +182,7 @@ class Context:
     @property
     def writing_threads(self) -> int:
         """Threads for writing on this rank: in asynchronous mode, as many as training leaves cores for."""
-        return self._threads(torch.get_num_threads() if self.stager is not None else 0)
+        return self._threads(torch.get_num_threads() if self.config.is_async else 0)
 
     def _threads(self, taken: int) -> int:
         if self.config.io_threads is not None:

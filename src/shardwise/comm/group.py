@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
 _FAILED = 2
@@ -59,7 +60,7 @@ class Group(Ranks):
     # --- status -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[Vote]:
+    def together(self, what: str, seconds: float | None = None) -> Iterator[Vote]:
         """Run local work that succeeds on every rank or fails on every rank. All ranks call.
 
         The body must not contain a collective. Whatever it raises on any rank is raised on all of them, as the same
@@ -67,6 +68,7 @@ class Group(Ranks):
 
         Args:
             what: What is being done, for messages: "writing model-00001-of-00002.safetensors".
+            seconds: How long a rank that is done waits for the others; the group's time-out if not given.
 
         Yields:
             Something else to ask in the same exchange.
@@ -77,15 +79,28 @@ class Group(Ranks):
             yield vote
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             failure = error
-        vote.any = self.agree(failure, what, vote.flag)
+        vote.any = self.agree(failure, what, vote.flag, seconds)
 
-    def agree(self, failure: BaseException | None, what: str, flag: bool = False) -> bool:
+    def attempt(self, work: Callable[[], T], what: str) -> T:
+        """What ``work`` gives on this rank, if it succeeds on every rank; else raise, as `together`. All ranks call.
+
+        Args:
+            work: Local work, without a collective in it.
+            what: What is being done, for messages.
+        """
+        made: list[T] = []
+        with self.together(what):
+            made.append(work())
+        return made[0]
+
+    def agree(self, failure: BaseException | None, what: str, flag: bool = False, seconds: float | None = None) -> bool:
         """Exchange status; raise on every rank if any rank passes a failure. All ranks call.
 
         Args:
             failure: What went wrong on this rank, or ``None``.
             what: What was being done, for messages.
             flag: Something else to ask in the same exchange.
+            seconds: How long to wait for the others; the group's time-out if not given.
 
         Returns:
             Whether any rank passed a true ``flag``.
@@ -99,7 +114,7 @@ class Group(Ranks):
             return flag
         # Nearly always nobody has anything to say, which one number tells.
         with self.keeping(failure):
-            most = self._largest(_FAILED if own is not None else int(flag), what)
+            most = self._largest(_FAILED if own is not None else int(flag), what, seconds)
         if most != _FAILED:
             return bool(most)
         self._raise_first(own, failure, what)

@@ -226,10 +226,10 @@ class Ranks:
         wires.broadcast(self._alive, buffer, source)
         return buffer
 
-    def _largest(self, value: int, what: str) -> int:
+    def _largest(self, value: int, what: str, seconds: float | None = None) -> int:
         with self._guard(what):
             own = torch.tensor([value], dtype=torch.int64, device=self._device)
-            wires.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX))
+            wires.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
             return int(own.item())
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:

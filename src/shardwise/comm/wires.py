@@ -8,6 +8,7 @@ destroys its groups goes on to its end, since the connections live as long as th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,21 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> No
     group.broadcast([tensor], options).wait()
 
 
-def all_reduce(group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp) -> None:
-    """Combine every rank's tensor, element by element, in place."""
+def all_reduce(
+    group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp, seconds: float | None = None
+) -> None:
+    """Combine every rank's tensor, element by element, in place.
+
+    Args:
+        group: The ranks.
+        tensor: This rank's, and then the result.
+        how: How to combine.
+        seconds: How long to wait for the others; the group's time-out if not given.
+    """
     options = dist.AllreduceOptions()
     options.reduceOp = how
+    if seconds is not None:
+        options.timeout = timedelta(seconds=seconds)
     group.allreduce([tensor], options).wait()
 
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.endings import PendingSave, forget, remember
-from shardwise.engine.jobs import SaveJob
+from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 
 _LOG = logging.getLogger(__name__)
+
+
+def waiting_for_copies(stager: Stager) -> Step:
+    """The first step of a save whose state is copied aside: it is over when every rank's copies are there."""
+
+    def wait(group: Group) -> ComponentRecord:
+        with group.together("copying the state aside"):
+            stager.wait()
+        return ComponentRecord()
+
+    return wait
 
 
 class Background:
@@ -63,18 +73,12 @@ class Background:
 
     def _run(self, job: SaveJob, save: PendingSave) -> None:
         try:
-            replace(job, steps=(self._copied, *job.steps)).run(self._group)
+            job.run(self._group)
         except BaseException as error:  # noqa: BLE001 - raised at the next call of the library
             _LOG.error("%s failed: %s", job.what, error)
             save.failure = error
         finally:
             self.stager.take_back()
-
-    def _copied(self, group: Group) -> ComponentRecord:
-        """Return when what was captured is there on every rank."""
-        with group.together("copying the state aside"):
-            self.stager.wait()
-        return ComponentRecord()
 
     def wait_for_staging(self) -> None:
         """Return when the captured memory may be overwritten."""

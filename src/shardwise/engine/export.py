@@ -16,7 +16,6 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
-from shardwise.engine.memo import Memo
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
@@ -24,12 +23,9 @@ from shardwise.engine.writer import (
     Digest,
     Digests,
     FileSet,
-    Prepared,
-    prepare,
-    prepare_all,
     totals,
     write_all,
-    write_prepared,
+    write_run,
 )
 from shardwise.format.manifest import FileRecord
 from shardwise.plan.fragments import HeldTensor
@@ -96,7 +92,6 @@ class ExportPlan:
         replicas: What this rank holds that others hold too, to be compared before anything is published.
         within: The directory, as paths in the manifest name it; empty for the component's own.
         has_room: Whether `make_room` was called, and has succeeded.
-        prepared: What one writing finds is kept for the next.
     """
 
     directory: Path
@@ -109,7 +104,6 @@ class ExportPlan:
     replicas: tuple[Comparison, ...] = ()
     within: str = ""
     has_room: bool = False
-    prepared: Memo[tuple[Prepared, ...]] = field(default_factory=Memo, repr=False, compare=False)
 
 
 def plan_export(
@@ -162,7 +156,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         digest: How tensors are digested; `crc32c` for anything that is to be verified.
 
     Returns:
-        Files and tensors with their digests, on every rank.
+        Files and tensors with their digests, on rank 0; nothing on the others.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -224,14 +218,12 @@ def _write(
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
 
     def write_rows(run: Run) -> None:
-        piece = prepare(run)
-        digests.take(piece, write_prepared(piece, files, storage, digest))
+        digests.take(run, write_run(run, files, storage, digest))
 
     try:
         failure: Exception | None = None
         try:
-            pieces = plan.prepared.get((), None, lambda: prepare_all(plan.schedule.runs))
-            write_all(pieces, files, storage, plan.options.threads, digests, digest)
+            write_all(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
         # Peers count on this rank's rows even if its own writing has failed.
@@ -286,7 +278,7 @@ def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure:
         path = plan.directory / file.name
         for entry in file.entries:
             check_written(entry.spec, written[entry.spec.name], path)
-    return export_record(plan, dict(zip(names, crcs, strict=True)))
+    return export_record(plan, dict(zip(names, crcs, strict=True))) if group.is_main else ComponentRecord()
 
 
 def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:

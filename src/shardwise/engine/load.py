@@ -23,7 +23,6 @@ from shardwise.errors import (
     UnexpectedTensorError,
 )
 from shardwise.geometry import Box
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
@@ -202,12 +201,13 @@ def open_described(
     held, unclaimed, remote, asked = _described(describe, source, group, storage, options, asks)
     unexpected = [name for name in unclaimed if name not in options.ignored]
     source = source.located(lambda: _regions(held, source), group)
-    replicas = None if source.apart else find_replicas(held, group, options.sharing, remote)
-    planned: PlannedLoad | None = None
-    with group.together(f"comparing the model with {source.path}"), absent_files_named(source):
-        planned = plan_load(held, source, options, unexpected, replicas)
-    assert planned is not None
-    reads, later, missing = planned
+    replicas = find_replicas(held, group, options.sharing, remote)
+
+    def plan() -> PlannedLoad:
+        with absent_files_named(source):
+            return plan_load(held, source, options, unexpected, replicas)
+
+    reads, later, missing = group.attempt(plan, f"comparing the model with {source.path}")
     return OpenedLoad(source, group, storage, options, reads, later, tuple(missing), tuple(unexpected), asked)
 
 
@@ -219,7 +219,6 @@ class PlannedLoad(NamedTuple):
     missing: list[str]
 
 
-@collector_paused()
 def plan_load(
     held: Sequence[HeldTensor],
     source: Source,
@@ -293,13 +292,13 @@ def _described(
 
     In one exchange.
     """
-    names = [] if source.apart else sorted(source.tensors)  # of what is apart there is nothing but what is wanted
+    names = sorted(source.tensors)
     held: Sequence[HeldTensor] = ()
     wants, remote, asked = [0] * len(names), False, False
     failure: Exception | None = None
     try:
         held = describe()
-        own = {tensor.spec.name for tensor in held} if names else set()
+        own = {tensor.spec.name for tensor in held}
         wants = [int(name in own) for name in names]
         remote = finds_remote(source, group, storage, options.sharing)
         asked = asks()

@@ -16,16 +16,15 @@ from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
 from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.merge_computed import write_aside
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import ShardFile, plan_shards
-from shardwise.sources.reader import Reader
-from shardwise.sources.stream import tensor_blocks
+from shardwise.plan.shards import plan_shards
+from shardwise.sources.checked import CheckedReader, Ledger, Recorded
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
@@ -37,10 +36,13 @@ class MergeOptions:
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
         staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
+        patience_seconds: How long ranks that are done wait for those that still merge; the group's time-out if not
+            given.
     """
 
     single_rank: bool
     staging_dir: Path | None
+    patience_seconds: float | None = None
 
 
 def write_merged(
@@ -49,38 +51,44 @@ def write_merged(
     """Write an export without a random write. All ranks of the group call.
 
     Returns:
-        Files and tensors with their digests, on every rank; the same bytes as `write_export` writes.
+        As `write_export`, which writes the same bytes.
     """
     aside = plan.directory.with_name(".merging")
     computed = write_aside(plan, aside, group, storage)
-    files: tuple[ShardFile, ...] = ()
-    with group.together("planning the shards"):
-        files = plan_shards(plan.held, roster, group.rank)
+    files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
     component = plan.options.component
     shards = ShardPlan(aside, component, computed.others(roster), files, replicas=plan.replicas)
-    record = write_shards(shards, group, storage, everywhere=True)
+    own_record = write_shards(shards, group, storage, most_chunks=None)
+    record = merged(map(ComponentRecord.decoded, group.gather(own_record.encoded, "gathering records")))
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
     paths = [*(aside / file.path for file in record.files), *computed.paths, *plan.copies.files]
-    digests: dict[str, int | None] = {tensor.spec.name: tensor.crc32c for tensor in record.tensors}
-    digests |= computed.digests
     sources |= {name: _moved(tensor, len(names)) for name, tensor in computed.sources.items()}
     behind = len(names) + len(computed.paths)
     sources |= {tensor.spec.name: _moved(tensor, behind) for tensor in plan.copies.tensors}
-    copied = {tensor.spec.name: 0 for tensor in plan.copies.tensors}
+    recorded: dict[Path, list[Recorded]] = {path: [] for path in paths}
+    for tensor in record.tensors:
+        for chunk in tensor.chunks:
+            recorded[aside / chunk.file].append(Recorded(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name))
+    for name, made in computed.sources.items():
+        [place] = made.chunks
+        run = Recorded(place.offset, made.spec.nbytes, computed.digests[name], name)
+        recorded[computed.paths[place.file]].append(run)
+    ledger = Ledger({path: sorted(runs) for path, runs in recorded.items()})
+    digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
             storage.make_directory(plan.directory)
             storage.check_space(plan.directory, plan.layout.total_bytes)
-    with group.together(f"merging shards into {plan.directory}"):
-        merging = _Merging(plan.directory, sources, paths, storage, digests)
+    with group.together(f"merging shards into {plan.directory}", options.patience_seconds):
+        merging = _Merging(plan.directory, sources, paths, storage, ledger)
         own = [
             file
             for number, file in enumerate(plan.layout.files)
             if (0 if options.single_rank else number % group.world_size) == group.rank
         ]
-        copied |= _merge_files(own, merging, options.staging_dir)
-    digests |= dict(zip(copied, group.fold(list(copied.values()), [], "sharing digests")[0], strict=True))
+        digests |= _merge_files(own, merging, options.staging_dir)
+    crcs, _ = group.fold(list(digests.values()), [], "sharing digests")
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
             index = plan.layout.index
@@ -88,7 +96,7 @@ def write_merged(
             storage.sync_directory(plan.directory)
             with storage_errors(aside):
                 storage.remove_tree(aside)
-    return export_record(plan, {name: crc or 0 for name, crc in digests.items()})
+    return export_record(plan, dict(zip(digests, crcs, strict=True))) if group.is_main else ComponentRecord()
 
 
 def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
@@ -111,18 +119,18 @@ class _Merging:
         sources: Where each tensor lies in ``paths``.
         paths: The files to read.
         storage: Where data goes.
-        digests: The tensors' digests, as far as they are known.
+        ledger: What was written into them, which what is read is compared with.
     """
 
     directory: Path
     sources: Mapping[str, SourceTensor]
     paths: Sequence[Path]
     storage: Storage
-    digests: Mapping[str, int | None]
+    ledger: Ledger
 
 
 def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Path | None) -> dict[str, int]:
-    """Write final files one after the other; returns the digests of tensors that had none."""
+    """Write final files one after the other; returns the digests of the tensors in them."""
     found: dict[str, int] = {}
     storage, directory = merging.storage, merging.directory
     if staging_dir is None or not files:
@@ -143,25 +151,16 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
     """Write one final file to ``place`` from front to back.
 
     Returns:
-        The digests of tensors that had none, and the whole file's.
+        The digests of the tensors in it, and the whole file's.
     """
     found: dict[str, int] = {}
-    reader = Reader(merging.storage, merging.paths)
+    reader = CheckedReader(merging.storage, merging.paths, merging.ledger)
     try:
         with SequentialFile(merging.storage, place) as made:
             made.append([file.header])
             for entry in file.entries:
                 name = entry.spec.name
-                crc = made.append(tensor_blocks(merging.sources[name], reader), name)
-                if name not in merging.digests:
-                    found[name] = crc
-                elif entry.spec.nbytes and crc != merging.digests[name]:
-                    raise IntegrityError(
-                        "the bytes read back from the shards differ from those written",
-                        path=place,
-                        tensor=name,
-                        hint="The file system or the memory of this node is not reliable; save elsewhere.",
-                    )
+                found[name] = made.append(reader.blocks(merging.sources[name]), name)
     finally:
         reader.close()
     return found, made.crc32c

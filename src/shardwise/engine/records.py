@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import cast
 
 from shardwise.disk.crc import crc32c
 from shardwise.disk.sequential import write_file
@@ -16,55 +16,29 @@ from shardwise.format.manifest import (
     AliasRecord,
     ChunkRecord,
     FileRecord,
-    KnownManifest,
     Manifest,
     TensorRecord,
     encode_manifest,
 )
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.layout import Layout
-
-#: A file's record as it travels between ranks.
-FileRow: TypeAlias = tuple[str, int, int | None, int | None]
-
-
-def file_row(file: FileRecord) -> JsonValue:
-    """A file's record to be told, of which ``FileRecord(*row)`` makes one again."""
-    return [file.path, file.size, file.crc32c, file.header_bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What ranks tell rank 0 of a component at the end of a save, all components in one exchange.
-
-    Attributes:
-        own: What this rank has to tell. Local.
-        read: What rank 0 makes of what all have told, in rank order. Local.
-    """
-
-    own: Callable[[], JsonValue]
-    read: Callable[[Sequence[JsonValue]], ComponentRecord]
 
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """Files and tensors of one component (``model``, ``optim``), paths relative to the component's directory.
+    """What one rank knows of one component (``model``, ``optim``), paths relative to the component's directory.
 
     Attributes:
-        files: The files.
-        tensors: The tensors in them.
+        files: Files.
+        tensors: The tensors in them, as far as this rank knows their pieces; see `merged`.
         aliases: Further names of tensors.
-        told: What is yet to be told of further files and tensors; on every rank alike.
     """
 
     files: tuple[FileRecord, ...] = ()
     tensors: tuple[TensorRecord, ...] = ()
     aliases: tuple[AliasRecord, ...] = ()
-    told: tuple[Told, ...] = ()
 
-    @collector_paused()
     def below(self, prefix: str, component: str = "") -> ComponentRecord:
         """The same, with every path put below ``prefix``.
 
@@ -80,15 +54,25 @@ class ComponentRecord:
         aliases = self.aliases
         if component:
             aliases = tuple(AliasRecord(_renamed(a.component, component), *a[1:]) for a in aliases)
-        told = tuple(_told(t, prefix, component) for t in self.told)
-        return ComponentRecord(tuple(files), tuple(tensors), aliases, told)
+        return ComponentRecord(tuple(files), tuple(tensors), aliases)
 
     def __add__(self, other: ComponentRecord) -> ComponentRecord:
+        return ComponentRecord(self.files + other.files, self.tensors + other.tensors, self.aliases + other.aliases)
+
+    def encoded(self) -> JsonValue:
+        """The record as it travels."""
+        files: list[JsonValue] = [[f.path, f.size, f.crc32c, f.header_bytes] for f in self.files]
+        # Named tuples are arrays in JSON.
+        return [files, cast(JsonValue, self.tensors), cast(JsonValue, self.aliases)]
+
+    @staticmethod
+    def decoded(value: JsonValue) -> ComponentRecord:
+        """The inverse of `encoded`."""
+        files, tensors, aliases = cast(_Encoded, value)
         return ComponentRecord(
-            self.files + other.files,
-            self.tensors + other.tensors,
-            self.aliases + other.aliases,
-            self.told + other.told,
+            tuple([FileRecord(*file) for file in files]),
+            tuple([_decoded(*tensor) for tensor in tensors]),
+            tuple([AliasRecord(*alias) for alias in aliases]),
         )
 
     @property
@@ -107,11 +91,48 @@ def _below(tensor: TensorRecord, prefix: str, component: str) -> TensorRecord:
     return TensorRecord(_renamed(own, component), spec, crc, tuple(moved))
 
 
-def _told(told: Told, prefix: str, component: str) -> Told:
-    return Told(told.own, lambda rows: told.read(rows).below(prefix, component))
+_EncodedChunk = tuple[str, int, int, tuple[list[int], list[int]], int]
+_EncodedTensor = tuple[str, tuple[str, list[int], str], int | None, list[_EncodedChunk]]
+_Encoded = tuple[list[tuple[str, int, int | None, int | None]], list[_EncodedTensor], list[tuple[str, str, str]]]
 
 
-@collector_paused()
+def _decoded(
+    component: str, spec: tuple[str, list[int], str], crc: int | None, chunks: list[_EncodedChunk]
+) -> TensorRecord:
+    name, shape, dtype = spec
+    pieces = [
+        ChunkRecord(file, offset, nbytes, Box(tuple(offsets), tuple(sizes)), digest)
+        for file, offset, nbytes, (offsets, sizes), digest in chunks
+    ]
+    return TensorRecord(component, TensorSpec(name, tuple(shape), dtype), crc, tuple(pieces))
+
+
+def merged(records: Iterable[ComponentRecord]) -> ComponentRecord:
+    """What several ranks know together: each file and each further name once, and of each tensor all pieces.
+
+    Args:
+        records: In rank order. Tensors are in the order in which they are first named.
+    """
+    files: dict[str, FileRecord] = {}
+    aliases: dict[tuple[str, str], AliasRecord] = {}
+    tensors: dict[tuple[str, str], list[TensorRecord]] = {}
+    for record in records:
+        for file in record.files:
+            files.setdefault(file.path, file)
+        for alias in record.aliases:
+            aliases.setdefault((alias.component, alias.name), alias)
+        for tensor in record.tensors:
+            tensors.setdefault((tensor.component, tensor.spec.name), []).append(tensor)
+    joined = [found[0] if len(found) == 1 else _joined(found) for found in tensors.values()]
+    return ComponentRecord(tuple(files.values()), tuple(joined), tuple(aliases.values()))
+
+
+def _joined(found: list[TensorRecord]) -> TensorRecord:
+    chunks = [chunk for tensor in found for chunk in tensor.chunks]
+    chunks.sort(key=lambda chunk: chunk.box.offsets)
+    return found[0]._replace(chunks=tuple(chunks))
+
+
 def layout_record(
     layout: Layout, crcs: Mapping[str, int], component: str = "model", within: str = ""
 ) -> ComponentRecord:
@@ -149,13 +170,7 @@ def write_state(storage: Storage, stem: Path, packed: Mapping[str, bytes]) -> Co
     return ComponentRecord(tuple(files))
 
 
-def write_manifest(
-    storage: Storage,
-    directory: Path,
-    record: ComponentRecord,
-    info: Mapping[str, JsonValue],
-    known: KnownManifest | None = None,
-) -> None:
+def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
     """Write the manifest of a directory, the last file of a save, durably. One rank calls.
 
     Args:
@@ -163,10 +178,9 @@ def write_manifest(
         directory: Which.
         record: Every file but the manifest, and the tensors.
         info: What else there is to know.
-        known: See `encode_manifest`.
     """
     manifest = Manifest(record.files, record.tensors, info, record.aliases)
-    write_file(storage, directory / MANIFEST_NAME, encode_manifest(manifest, known))
+    write_file(storage, directory / MANIFEST_NAME, encode_manifest(manifest))
     storage.sync_directory(directory)
 
 

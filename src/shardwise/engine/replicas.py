@@ -19,7 +19,6 @@ import torch
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.crc import crc32c
 from shardwise.errors import ReplicasDifferError
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.sources.tensor_bytes import byte_blocks
@@ -73,7 +72,6 @@ class Comparison:
         )
 
 
-@collector_paused()
 def comparison(held: Sequence[HeldTensor], roster: Roster, rank: int) -> Comparison:
     """Find what this rank holds as a replica of others, but for what may differ. Local."""
     if roster.world_size == 1:

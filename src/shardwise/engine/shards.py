@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
-from shardwise.dtypes import torch_dtype
-from shardwise.engine.memo import Memo
-from shardwise.engine.records import ComponentRecord, FileRow, Told, check_written, file_row
+from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
-from shardwise.engine.writer import Digests, FileSet, Prepared, prepare, totals, write_prepared
+from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.sharding import encode_sharding_metadata
-from shardwise.geometry import Box, TensorSpec, only_run
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Run
-from shardwise.plan.shards import Piece, ShardFile
-from shardwise.sources.digest import contribution
+from shardwise.plan.shards import ShardFile
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
 MOST_CHUNKS = 300_000
-#: Up to so many chunks rank 0 keeps what the ranks have told of them for the next save: some 500 bytes for each.
-_KEPT_CHUNKS = 40_000
-
-
-class _Piece(NamedTuple):
-    """One piece that is ready to be written.
-
-    Attributes:
-        run: Its bytes.
-        piece: The piece.
-        place: What the manifest says of it, but for its digest.
-        is_one_run: Whether it is one run of bytes of the whole tensor, so that its digest tells what it contributes.
-    """
-
-    run: Prepared
-    piece: Piece
-    place: ChunkRecord
-    is_one_run: bool
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What a rank has written: contributions to digests, those of its pieces, with what it failed; its replicas."""
-
-    digests: Digests
-    crcs: list[int]
-    failure: Exception | None
-    seen: Seen
-
-
-_ChunkRow: TypeAlias = tuple[str, str, int, int, list[int], list[int]]
-_Places: TypeAlias = tuple[tuple[tuple[int, ChunkRecord], ...], ...]
-_Known: TypeAlias = tuple[tuple[FileRecord, ...], _Places]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one writing of a plan finds and the next can use."""
-
-    pieces: Memo[tuple[_Piece, ...]] = field(default_factory=Memo)
-    text: Memo[str] = field(default_factory=Memo)
-    known: Memo[_Known] = field(default_factory=Memo)
 
 
 @dataclass(frozen=True)
@@ -84,7 +35,6 @@ class ShardPlan:
         files: This rank's files.
         all_bytes: Bytes of all ranks' files, if they have been added up.
         replicas: What this rank holds that others hold too, to be compared before anything is published.
-        kept: What one writing leaves for the next.
     """
 
     directory: Path
@@ -93,7 +43,6 @@ class ShardPlan:
     files: tuple[ShardFile, ...]
     all_bytes: int | None = None
     replicas: tuple[Comparison, ...] = ()
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
 
     @property
     def own_bytes(self) -> int:
@@ -112,13 +61,7 @@ def without_tensors(stem: str = "model") -> ShardFile:
 
 
 def write_shards(
-    plan: ShardPlan,
-    group: Group,
-    storage: Storage,
-    *,
-    everywhere: bool = False,
-    later: bool = False,
-    most_chunks: int = MOST_CHUNKS,
+    plan: ShardPlan, group: Group, storage: Storage, *, most_chunks: int | None = MOST_CHUNKS
 ) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
@@ -126,26 +69,21 @@ def write_shards(
         plan: What to write where.
         group: The ranks that save together.
         storage: Through what.
-        everywhere: Whether every rank is to know what all have written. Its cost grows with tensors times ranks, and
-            the manifest, which is what it is for, is written by one.
-        later: Whether the record is only to say what is yet to be told, for one exchange with that of others.
-        most_chunks: Up to how many chunks of all ranks are told, unless ``everywhere`` asks for them.
+        most_chunks: Up to how many chunks of all ranks are recorded; ``None`` for any number.
 
     Returns:
-        Files and tensors of all ranks, on rank 0 or ``everywhere``; nothing on the other ranks. Above ``most_chunks``
-        only files, with digests of their whole content. With ``later``, on every rank, what is yet to be told.
+        This rank's files and its pieces of tensors, to be `shardwise.engine.records.merged` with those of the others.
+        Rank 0's names every tensor. Above ``most_chunks`` only files, with digests of their whole content.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
+        IncompleteTensorError: The ranks together did not write every byte of a tensor.
         ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
-    pieces: tuple[_Piece, ...] = ()
-    digests, own_crcs = Digests(), list[int]()
     nbytes, total = plan.own_bytes, plan.all_bytes
     if total is None:
         _, [total] = group.fold([], [nbytes], "adding up what is to be written")
     with group.together(f"looking for space in {plan.directory}"):
-        pieces = plan.kept.pieces.get((), None, lambda: _prepare(plan.files))
         storage.make_directory(plan.directory)
         storage.check_space(plan.directory, total if group.is_main else nbytes)
     # Not before rank 0 has looked: what others have taken by then it would ask for once more.
@@ -153,132 +91,82 @@ def write_shards(
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     failure: Exception | None = None
+    written: list[list[ChunkRecord]] = []
     seen = Seen()
-    files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     try:
-        try:
-            for piece in pieces:
-                own_crcs.append(_write(piece, files, storage, digests))
-            for number in range(len(plan.files)):
-                files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
-            files.sync()
-            storage.sync_directory(plan.directory)
-        finally:
-            files.close()
+        written = _write(plan, storage)
         seen = look_at(plan.replicas)
-    except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
+    except Exception as error:  # noqa: BLE001 - raised on every rank where it is checked what was written
         failure = error
-    told = _fold(plan, group, _Written(digests, own_crcs, failure, seen), None if everywhere else most_chunks)
-    if later:
-        return ComponentRecord(told=(told,))
-    rows = (group.gather if everywhere else group.collect)(told.own, "gathering records")
-    return told.read(rows) if rows else ComponentRecord()
+    is_listed = _check(plan, group, written, seen, failure, most_chunks)
+    return _listed(plan, written, names_all=group.is_main) if is_listed else _digested(plan, written)
 
 
-def _prepare(files: Sequence[ShardFile]) -> tuple[_Piece, ...]:
-    found = []
-    for number, file in enumerate(files):
-        head = len(file.layout.header)
-        for entry in file.layout.entries:
-            piece = file.pieces[entry.spec.name]
-            run = prepare(Run(number, head + entry.begin, piece.tensor, entry.spec, 0, piece.data))
-            spec, first = piece.spec, only_run(piece.box, piece.spec.shape)
-            behind = 0 if first is None else spec.nbytes - first * spec.itemsize - run.nbytes
-            place = ChunkRecord(file.layout.name, run.offset, run.nbytes, piece.box, 0)
-            found.append(_Piece(run._replace(name=spec.name, behind=behind), piece, place, first is not None))
-    return tuple(found)
+def _write(plan: ShardPlan, storage: Storage) -> list[list[ChunkRecord]]:
+    """Write the files and make them durable; returns the pieces in each, in the order of its entries."""
+    files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
+    written: list[list[ChunkRecord]] = []
+    try:
+        for number, file in enumerate(plan.files):
+            head, chunks = len(file.layout.header), list[ChunkRecord]()
+            files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
+            for spec, begin, end in file.layout.entries:
+                piece = file.pieces[spec.name]
+                crc = write_run(Run(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage)
+                chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
+            written.append(chunks)
+        files.sync()
+        storage.sync_directory(plan.directory)
+    finally:
+        files.close()
+    return written
 
 
-def _write(prepared: _Piece, files: FileSet, storage: Storage, digests: Digests) -> int:
-    run, piece, _, is_one_run = prepared
-    crc = write_prepared(run, files, storage)
-    if is_one_run:
-        digests.take(run, crc)
-    else:
-        share = contribution(piece.box, piece.spec.shape, piece.data, crc, torch_dtype(piece.spec.dtype))
-        digests.add(run.name, share, run.nbytes)
-    return crc
-
-
-def _fold(plan: ShardPlan, group: Group, written: _Written, most_chunks: int | None) -> Told:
-    """Combine digests and check that every byte was written; returns what there is to tell of files and chunks."""
-    specs, own_crcs = plan.roster.specs, written.crcs
-    xors, own_counts = totals([spec.name for spec in specs], written.digests)
-    sums = [*own_counts, len(own_crcs), written.seen.share]
-    crcs, (*counts, all_chunks, differ) = group.fold(xors, sums, f"writing {plan.directory}", written.failure)
+def _check(
+    plan: ShardPlan,
+    group: Group,
+    written: list[list[ChunkRecord]],
+    seen: Seen,
+    failure: Exception | None,
+    most_chunks: int | None,
+) -> bool:
+    """Check that the ranks together wrote every byte, once; returns whether their chunks are to be recorded."""
+    specs = plan.roster.specs
+    own = {spec.name: 0 for spec in specs}
+    for file, chunks in zip(plan.files, written, strict=False):  # after a failure only some have been written
+        for entry, chunk in zip(file.layout.entries, chunks, strict=True):
+            own[entry.spec.name] += chunk.nbytes
+    sums = [*own.values(), sum(map(len, written)), seen.share]
+    _, (*counts, all_chunks, differ) = group.fold([], sums, f"writing {plan.directory}", failure)
     if differ:
-        refuse(written.seen, group)
+        refuse(seen, group)
     for spec, count in zip(specs, counts, strict=True):
         check_written(spec, count, plan.directory)
-    is_listed = most_chunks is None or all_chunks <= most_chunks
-    is_kept = all_chunks <= _KEPT_CHUNKS
-
-    def tell() -> JsonValue:
-        pieces = plan.kept.pieces.get((), None, lambda: _prepare(plan.files))
-        if not is_listed:
-            return ["", [], [file_row(file) for file in _digested(plan.files, pieces, own_crcs)]]
-        # What changes from save to save travels apart from what does not, which nobody has to look at again.
-        text = plan.kept.text.get((), None, lambda: _describe(plan.files, pieces))
-        return [text, cast(JsonValue, own_crcs), []]
-
-    def read(told: Sequence[JsonValue]) -> ComponentRecord:
-        rows = cast(list[tuple[str, list[int], list[FileRow]]], told)
-        if not is_listed:
-            return ComponentRecord(tuple(FileRecord(*row) for *_, named in rows for row in named))
-        texts = tuple(text for text, *_ in rows)
-        known = plan.kept.known if is_kept else Memo[_Known]()
-        files, places = known.get((), texts, lambda: _read(texts, specs))
-        found = [crc for _, theirs, _ in rows for crc in theirs]
-        return ComponentRecord(files, _tensors(plan.component, specs, crcs, places, found))
-
-    return Told(tell, read)
+    return most_chunks is None or all_chunks <= most_chunks
 
 
-def _tensors(
-    component: str, specs: Sequence[TensorSpec], crcs: Sequence[int], places: _Places, found: Sequence[int]
-) -> tuple[TensorRecord, ...]:
-    empty = crc32c(b"")
+def _listed(plan: ShardPlan, written: list[list[ChunkRecord]], *, names_all: bool) -> ComponentRecord:
+    """Records of files, and of the tensors in them."""
+    layouts = [file.layout for file in plan.files]
+    files = [FileRecord.of_tensors(f.name, f.size, f.header) for f in layouts]
+    found: dict[str, list[ChunkRecord]] = {spec.name: [] for spec in plan.roster.specs}
+    for layout, chunks in zip(layouts, written, strict=True):
+        for entry, chunk in zip(layout.entries, chunks, strict=True):
+            found[entry.spec.name].append(chunk)
+    tensors = [
+        TensorRecord(plan.component, spec, None, tuple(sorted(found[spec.name], key=lambda chunk: chunk.box.offsets)))
+        for spec in plan.roster.specs
+        if names_all or found[spec.name]
+    ]
+    return ComponentRecord(tuple(files), tuple(tensors))
+
+
+def _digested(plan: ShardPlan, written: list[list[ChunkRecord]]) -> ComponentRecord:
+    """Records of files alone, with digests of their whole content, put together from those of their pieces."""
     records = []
-    for spec, crc, its_places in zip(specs, crcs, places, strict=True):
-        chunks = [ChunkRecord(file, offset, nbytes, box, found[n]) for n, (file, offset, nbytes, box, _) in its_places]
-        records.append(TensorRecord(component, spec, crc if spec.nbytes else empty, tuple(chunks)))
-    return tuple(records)
-
-
-def _describe(files: Sequence[ShardFile], pieces: Sequence[_Piece]) -> str:
-    """What there is to tell of a rank's files and chunks but for the chunks' digests."""
-    layouts = [file.layout for file in files]
-    told = [FileRecord.of_tensors(f.name, f.size, f.header) for f in layouts]
-    chunks = [[piece.run.name, *piece.place[:3], piece.place.box.offsets, piece.place.box.sizes] for piece in pieces]
-    return json.dumps([[file_row(file) for file in told], chunks])
-
-
-def _read(texts: Sequence[str], specs: Sequence[TensorSpec]) -> _Known:
-    """What all ranks have told: their files, and for each tensor its chunks with the numbers of their digests."""
-    files: list[FileRecord] = []
-    together: dict[str, list[tuple[int, ChunkRecord]]] = {}
-    number = 0
-    for text in texts:
-        named, chunks = cast(tuple[list[FileRow], list[_ChunkRow]], json.loads(text))
-        files += [FileRecord(*row) for row in named]
-        for name, file, offset, nbytes, offsets, sizes in chunks:
-            place = ChunkRecord(file, offset, nbytes, Box(tuple(offsets), tuple(sizes)), 0)
-            together.setdefault(name, []).append((number, place))
-            number += 1
-    ordered = [sorted(together.get(spec.name, []), key=lambda chunk: chunk[1].box.offsets) for spec in specs]
-    return tuple(files), tuple(map(tuple, ordered))
-
-
-def _digested(files: Sequence[ShardFile], pieces: Sequence[_Piece], crcs: Sequence[int]) -> list[FileRecord]:
-    """Records of files with digests of their whole content, put together from those of their pieces."""
-    by_file: dict[int, list[tuple[int, int, int]]] = {}
-    for (run, *_), crc in zip(pieces, crcs, strict=True):
-        if run.nbytes:
-            by_file.setdefault(run.file, []).append((run.offset, run.nbytes, crc))
-    records = []
-    for number, file in enumerate(files):
+    for file, chunks in zip(plan.files, written, strict=True):
         crc = crc32c(file.layout.header)
-        for _, nbytes, its_crc in sorted(by_file.get(number, ())):
-            crc = combine(crc, its_crc, nbytes)
+        for chunk in chunks:  # without gaps
+            crc = combine(crc, chunk.crc32c, chunk.nbytes) if chunk.nbytes else crc
         records.append(FileRecord(file.layout.name, file.layout.size, crc, None))
-    return records
+    return ComponentRecord(tuple(records))

@@ -10,8 +10,8 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
+from shardwise.engine.agreement import roster_of_kind
 from shardwise.engine.read_sharing import Made, Wanted, is_remote, made_of, read_shared, rehearse, spare_memory
-from shardwise.engine.rosters import roster_of_kind
 from shardwise.plan.fragments import HeldPart, HeldTensor
 from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
 from shardwise.plan.sharing import LIMITS, Limits, Replicas

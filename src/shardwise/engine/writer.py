@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from shardwise.disk.crc import crc32c, shift
 from shardwise.disk.storage import Storage, located
@@ -43,9 +40,10 @@ class Digests:
         self.crcs[name] = self.crcs.get(name, 0) ^ share
         self.counts[name] = self.counts.get(name, 0) + nbytes
 
-    def take(self, piece: Prepared, crc: int) -> None:
-        """Take in what was prepared and has been written."""
-        self.add(piece.name, shift(crc, piece.behind), piece.nbytes)
+    def take(self, run: Run, crc: int) -> None:
+        """Take in a run that has been written, and its digest."""
+        behind = run.spec.nbytes - run.start - run.nbytes
+        self.add(run.spec.name, shift(crc, behind), run.nbytes)
 
 
 class FileSet:
@@ -87,98 +85,63 @@ class FileSet:
             raise failure
 
 
-class Prepared(NamedTuple):
-    """A run, or a part of one, with all that can be known before its bytes are written: made once for many saves.
-
-    Attributes:
-        file: Index of the file.
-        offset: Byte offset in the file.
-        name: The tensor's name.
-        nbytes: Length in bytes.
-        behind: Bytes of the tensor that follow it.
-        dtype: The dtype in the file.
-        data: The elements.
-        memory: Their memory, if it can be written as it is.
-    """
-
-    file: int
-    offset: int
-    name: str
-    nbytes: int
-    behind: int
-    dtype: torch.dtype
-    data: torch.Tensor
-    memory: memoryview | None
-
-
-def prepare(run: Run) -> Prepared:
-    """Look at a run. It may be written as often as its tensor stays where it is."""
-    file, offset, _, spec, start, data = run
-    nbytes, dtype = run.nbytes, torch_dtype(spec.dtype)
-    behind = spec.nbytes - start - nbytes
-    return Prepared(file, offset, spec.name, nbytes, behind, dtype, data, bytes_in_place(data, dtype))
-
-
-def prepare_all(runs: Iterable[Run]) -> tuple[Prepared, ...]:
-    """Look at runs, and cut those that several threads can share."""
-    return tuple([prepare(piece) for run in runs for piece in _pieces(run)])
-
-
 def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
     """Write one run; returns its digest."""
-    return write_prepared(prepare(run), files, storage, digest)
-
-
-def write_prepared(piece: Prepared, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
-    """Write what was prepared; returns its digest."""
-    file, offset, name, nbytes, _, dtype, data, memory = piece
-    handle, crc = files.handle(file), 0
+    dtype, offset, crc = torch_dtype(run.spec.dtype), run.offset, 0
+    memory = bytes_in_place(run.data, dtype)
+    handle = files.handle(run.file)
     try:
         # Writing fetches the block into the core's cache, where the digest then finds it; the other way round was
         # slower (docs/benchmarks.md).
-        if memory is not None and 0 < nbytes <= BLOCK_BYTES:
+        if memory is not None and 0 < len(memory) <= BLOCK_BYTES:
             storage.write(handle, memory, offset)
             return digest(memory, 0)
-        for block in byte_blocks(data, dtype) if memory is None else cut_bytes(memory):
+        for block in byte_blocks(run.data, dtype) if memory is None else cut_bytes(memory):
             storage.write(handle, block, offset)
             crc = digest(block, crc)
             offset += len(block)
     except ShardwiseError as error:
-        raise located(error, files.path(file), name) from None
+        raise located(error, files.path(run.file), run.spec.name) from None
     return crc
 
 
 def write_all(
-    pieces: Sequence[Prepared],
+    runs: Iterable[Run],
     files: FileSet,
     storage: Storage,
     threads: int,
     digests: Digests,
     digest: Digest = crc32c,
 ) -> None:
-    """Write what was prepared, in order on each thread, and add its digests.
+    """Write runs, in order on each thread, and add their digests.
 
     Args:
-        pieces: What to write, as `prepare_all` gives it.
+        runs: What to write. Large ones are cut, so that several threads share them.
         files: Where.
         storage: Through what.
         threads: How many at once. Opening and adding digests stay on the calling thread.
         digests: Takes the contributions.
         digest: How to compute them.
     """
+    _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
+
+
+def _write_pieces(
+    pieces: Sequence[Run], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest
+) -> None:
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
         # What modules make is made in order, on one thread: no more than one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
-        write_all(made, files, storage, 1, digests, digest)
+        _write_pieces(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:
         for piece in pieces:
-            digests.take(piece, write_prepared(piece, files, storage, digest))
+            digests.take(piece, write_run(piece, files, storage, digest))
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
-        futures = [pool.submit(write_prepared, piece, files, storage, digest) for piece in pieces]
+        futures = [pool.submit(write_run, piece, files, storage, digest) for piece in pieces]
         try:
             for piece, future in zip(pieces, futures, strict=True):
                 digests.take(piece, future.result())

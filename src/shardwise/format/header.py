@@ -9,9 +9,7 @@ Source: the safetensors format description, and the bytes that safetensors 0.8 w
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,6 @@ from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import HeaderError, MissingTensorError, MisuseError
 from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
 from shardwise.format.strict_json import (
-    MAX_INT,
     MAX_NAME,
     JsonValue,
     as_counts,
@@ -34,7 +31,6 @@ from shardwise.format.strict_json import (
     exact_keys,
     loads,
     quoted,
-    read_object,
 )
 from shardwise.geometry import DTYPE_BYTES, TensorSpec
 
@@ -45,13 +41,6 @@ MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
 
 _METADATA_KEY = "__metadata__"
-_METADATA_START = f'{{"{_METADATA_KEY}":'
-# A tensor as safetensors writes it. A name with an escape is left to the JSON parser.
-_AS_WRITTEN = '"%s":{"dtype":"%s","shape":[%s],"data_offsets":[%s,%s]}'
-_PLAIN = re.compile(
-    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+)","shape":\[([0-9,]{0,2000})\],'
-    r'"data_offsets":\[(0|[1-9][0-9]{0,18}),(0|[1-9][0-9]{0,18})\]\}'
-)
 _RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
@@ -223,13 +212,9 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     if not text.startswith(b"{"):
         _refuse_other_formats(buffer, path)
         fail("does not start with '{'")
-    plain = _plain_entries(text, path)
-    if plain is not None:
-        noted, entries = plain
-    else:
-        table = as_object(loads(text, fail=fail), "which", fail)
-        noted = table.pop(_METADATA_KEY, None)
-        entries = [_entry(name, value, path) for name, value in table.items()]
+    table = as_object(loads(text, fail=fail), "which", fail)
+    noted = table.pop(_METADATA_KEY, None)
+    entries = [_entry(name, value, path) for name, value in table.items()]
     # The safetensors library takes null for an absent entry.
     strings = {} if noted is None else as_object(noted, _METADATA_KEY, fail)
     metadata = {key: as_text(value, f"metadata {key!r}", fail) for key, value in strings.items()}
@@ -268,45 +253,6 @@ def _header_length(start: bytes, file_size: int, path: str) -> int:
             f"{path!r} is truncated: {missing} of its header's {length} bytes are missing", path=path, hint=DAMAGED
         )
     return int(length)
-
-
-def _plain_entries(data: bytes, path: str) -> tuple[JsonValue, list[TensorEntry]] | None:
-    """``__metadata__`` and tensors of a header as safetensors and `encode_header` write it, without a JSON parser.
-
-    It takes a third of the time. ``None`` where there is more to look at: another layout, or something that is wrong.
-    """
-    try:
-        text = data.decode("utf-8").rstrip(" ")
-        noted, start = read_object(text, len(_METADATA_START)) if text.startswith(_METADATA_START) else ({}, 0)
-    except (ValueError, RecursionError):
-        return None
-    body = text[start + 1 :]
-    found: list[tuple[str, str, str, str, str]] = _PLAIN.findall(body)
-    if text[start : start + 1] != ("," if start else "{") or (start and not found):
-        return None
-    # What is put together again equals the text, so that nothing in it was overlooked.
-    if f"{','.join([_AS_WRITTEN % each for each in found])}}}" != body:
-        return None
-    names = {each[0] for each in found}
-    if len(names) != len(found) or _METADATA_KEY in names or max(map(len, names), default=0) > MAX_NAME:
-        return None
-    kinds: dict[tuple[str, str], tuple[tuple[int, ...], str, int]] = {}  # of tens of thousands few differ
-    entries: list[TensorEntry] = []
-    for name, dtype, sizes, first, last in found:
-        begin, end = int(first), int(last)
-        kind = kinds.get((dtype, sizes))
-        if kind is None:
-            try:
-                value = {"dtype": dtype, "shape": json.loads(f"[{sizes}]"), "data_offsets": [begin, end]}
-                spec = _entry(name, value, path).spec
-            except (ValueError, HeaderError):
-                return None
-            kind = kinds[dtype, sizes] = (spec.shape, spec.dtype, spec.nbytes)
-        if end > MAX_INT or end - begin != kind[2]:
-            return None
-        # The dtype was checked with the first of its kind.
-        entries.append(TensorEntry(tuple.__new__(TensorSpec, (name, kind[0], kind[1])), begin, end))
-    return noted, entries
 
 
 def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:

@@ -43,7 +43,6 @@ from shardwise.format.manifest_records import (
     FileRecord,
     Manifest,
     TensorRecord,
-    check_digests,
     check_manifest,
 )
 from shardwise.format.strict_json import (
@@ -68,7 +67,6 @@ __all__ = [
     "AliasRecord",
     "ChunkRecord",
     "FileRecord",
-    "KnownManifest",
     "Manifest",
     "TensorRecord",
     "encode_manifest",
@@ -85,9 +83,6 @@ MANIFEST_VERSION = 2
 #: Largest manifest that is read, in bytes.
 MAX_MANIFEST_BYTES = 2**30
 
-#: Up to so many chunks what was found is kept for the next manifest: some 500 bytes for each.
-_MOST_KNOWN_CHUNKS = 40_000
-
 _FORMAT = "shardwise-manifest"
 _MAX_DEPTH = 32
 _TAIL = b'"crc32c":"%08x"}\n'
@@ -102,47 +97,11 @@ _TENSOR_KEYS = frozenset({"component", "name", "dtype", "shape", "crc32c", "chun
 _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume from another checkpoint."
 
 
-class KnownManifest:
-    """What encoding a manifest found, for the next one whose tensors lie where those of this one lie.
-
-    Saves of one model differ in digests alone: whether chunks cover their tensors and files is the same question with
-    the same answer, and a tensor's line is the same text around other digits.
-    """
-
-    def __init__(self) -> None:
-        self._places: object = None
-        self._templates: list[str] = []
-
-    def knows(self, manifest: Manifest) -> bool:
-        """Whether everything but digests is as it was in the manifest that was taken in last."""
-        return bool(self._templates) and self._places == _places(manifest)
-
-    def take(self, manifest: Manifest, templates: list[str]) -> None:
-        """Take in a manifest that was found sound, unless it is so large that keeping it would be felt."""
-        kept = sum([len(tensor.chunks) for tensor in manifest.tensors]) <= _MOST_KNOWN_CHUNKS
-        self._places, self._templates = (_places(manifest), templates) if kept else (None, [])
-
-    @property
-    def templates(self) -> list[str]:
-        """The line of each tensor, with ``%s`` for each digest."""
-        return self._templates
-
-
-def _places(manifest: Manifest) -> object:
-    """Everything in a manifest that decides whether it contradicts itself, but for digests and plain files."""
-    return (
-        [(file.path, file.size, file.header_bytes) for file in manifest.files if file.header_bytes is not None],
-        [(component, spec, [chunk[:4] for chunk in chunks]) for component, spec, _, chunks in manifest.tensors],
-        manifest.aliases,
-    )
-
-
-def encode_manifest(manifest: Manifest, known: KnownManifest | None = None) -> bytes:
+def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest.
 
     Args:
         manifest: What to write.
-        known: What was found in encoding the last one, and takes in what is found now.
 
     Raises:
         ManifestError: The manifest contradicts itself or could not be read back.
@@ -153,13 +112,9 @@ def encode_manifest(manifest: Manifest, known: KnownManifest | None = None) -> b
             f"a manifest cannot be written: it {reason}", tensor=tensor, hint="This is a bug: report it."
         )
 
-    known = known or KnownManifest()
-    is_known = known.knows(manifest)
-    (check_digests if is_known else check_manifest)(manifest, fail)
+    check_manifest(manifest, fail)
     check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
     try:
-        templates = known.templates if is_known else list(map(_TensorLines().template, manifest.tensors))
-        filled = [text % _digests(tensor) for text, tensor in zip(templates, manifest.tensors, strict=True)]
         info = dumps(dict(manifest.info))
         lines = [
             f'{{"format":"{_FORMAT}","version":{2 if manifest.aliases else 1},',
@@ -167,7 +122,7 @@ def encode_manifest(manifest: Manifest, known: KnownManifest | None = None) -> b
             '"files":[',
             ",\n".join(_file_line(record) for record in manifest.files) + "],",
             '"tensors":[',
-            ",\n".join(filled) + "],",
+            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],",
         ]
         if manifest.aliases:
             lines += ['"aliases":[', ",\n".join(map(dumps, manifest.aliases)) + "],"]
@@ -179,8 +134,6 @@ def encode_manifest(manifest: Manifest, known: KnownManifest | None = None) -> b
         ) from error
     if len(body) + _TAIL_BYTES > MAX_MANIFEST_BYTES:
         fail(f"would have more than {MAX_MANIFEST_BYTES} bytes")
-    if not is_known:
-        known.take(manifest, templates)
     return body + _TAIL % crc32c(body)
 
 
@@ -258,31 +211,23 @@ class _TensorLines:
     def __init__(self) -> None:
         self._counts: dict[tuple[int, ...], str] = {}
 
-    def template(self, record: TensorRecord) -> str:
-        """The line of one tensor, with ``%s`` for each digest."""
-        component, (name, shape, dtype), _, chunks = record
+    def line(self, record: TensorRecord) -> str:
+        """The line of one tensor."""
+        component, (name, shape, dtype), crc, chunks = record
         head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
+        digest = "null" if crc is None else f'"{crc:08x}"'
         places = ",".join([self._chunk(chunk) for chunk in chunks])
-        return f'{head.replace("%", "%%")}"shape":{self._array(shape)},"crc32c":%s,"chunks":[{places}]}}'
+        return f'{head}"shape":{self._array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
 
     def _chunk(self, chunk: ChunkRecord) -> str:
-        file, offset, nbytes, (offsets, sizes), _ = chunk
-        path = quoted(file).replace("%", "%%")
-        return f"[{path},{offset},{nbytes},{self._array(offsets)},{self._array(sizes)},%s]"
+        file, offset, nbytes, (offsets, sizes), crc = chunk
+        return f'[{quoted(file)},{offset},{nbytes},{self._array(offsets)},{self._array(sizes)},"{crc:08x}"]'
 
     def _array(self, counts: tuple[int, ...]) -> str:
         text = self._counts.get(counts)
         if text is None:
             text = self._counts[counts] = dumps(counts)
         return text
-
-
-def _digests(record: TensorRecord) -> tuple[str, ...]:
-    return (_digits(record.crc32c), *[f'"{chunk.crc32c:08x}"' for chunk in record.chunks])
-
-
-def _digits(crc: int | None) -> str:
-    return "null" if crc is None else f'"{crc:08x}"'
 
 
 def _parse_crc(value: JsonValue, fail: Fail) -> int:

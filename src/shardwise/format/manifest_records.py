@@ -167,25 +167,6 @@ def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
             _check_covered(record, record.header_bytes, runs[record.path], fail)
 
 
-def check_digests(manifest: Manifest, fail: FailTensor) -> None:
-    """`check_manifest` for a manifest whose tensors lie where those of one that was found sound lie, byte for byte.
-
-    Args:
-        manifest: One about to be written.
-        fail: Called with what is wrong.
-    """
-    for record in manifest.files:
-        _check_file(record, fail)
-    if len(manifest._by_path) != len(manifest.files):
-        fail("names a file twice")
-    for tensor in manifest.tensors:
-        if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
-            fail("gives the tensor a crc32c that is not a 32-bit number", tensor.spec.name)
-        for chunk in tensor.chunks:
-            if not _is_crc(chunk.crc32c):
-                fail("has a chunk with a crc32c that is not a 32-bit number", tensor.spec.name)
-
-
 def _check_file(record: FileRecord, fail: Fail) -> None:
     reason = why_not_relative(record.path)
     if reason is not None:

@@ -79,19 +79,6 @@ def loads(data: bytes, *, fail: Fail) -> JsonValue:
     return value
 
 
-def read_object(text: str, start: int) -> tuple[JsonValue, int]:
-    """Parse the value that starts at ``start``, as strictly as `loads`; returns it, and where it ends.
-
-    Raises:
-        ValueError: The value is not strict JSON.
-        RecursionError: It is nested too deeply.
-    """
-    value, end = _DECODER.raw_decode(text, start)
-    if "\\u" in text[start:end]:
-        _refuse_surrogates(value)
-    return value, end
-
-
 def check_depth(value: JsonValue, max_depth: int, what: str, fail: Fail) -> None:
     """Make sure that objects and arrays are nested at most ``max_depth`` deep."""
     level: list[JsonValue] = [value]

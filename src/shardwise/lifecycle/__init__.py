@@ -33,7 +33,7 @@ from shardwise.lifecycle.ownership import Claim, claim, claimed_by, publishing
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
-from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, list_checkpoints, resolve
+from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune, select_doomed
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "claimed_by",
     "doomed_name",
     "lacks_metric",
+    "latest_step",
     "list_checkpoints",
     "make_root",
     "next_lineage",

@@ -14,11 +14,13 @@ import errno
 import json
 import logging
 import math
+import operator
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import SupportsIndex
 
 from shardwise.disk.guarded import read_note
 from shardwise.disk.storage import storage_errors
@@ -52,6 +54,7 @@ class CheckpointInfo:
         epoch: E.
         step: S.
         complete: It may be resumed from.
+        path: The directory.
         verifiable: It has a manifest. A complete one without (another tool's) cannot be checked.
         metrics: Finite numbers of its ``losses.json``.
         measurable: Its ``losses.json`` is absent or what it should be; of a damaged one nobody knows what it said.
@@ -63,6 +66,7 @@ class CheckpointInfo:
     epoch: int
     step: int
     complete: bool
+    path: Path
     verifiable: bool = True
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     measurable: bool = True
@@ -136,7 +140,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
-    """Every directory of the root with a checkpoint's name, oldest first; a root that does not exist has none.
+    """Every directory of the root with a checkpoint's name, by epoch and step; a root that does not exist has none.
+
+    Names are read, and the small files beside the tensors.
 
     A link to a directory elsewhere counts as the checkpoint that it is called (`linked_checkpoint`); any other link is
     a pointer, whatever it is called.
@@ -161,7 +167,15 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             measurable = metrics is not None
             found.append(
                 CheckpointInfo(
-                    entry.name, *numbers, complete, verifiable, metrics or {}, measurable, lineage, linked=linked
+                    entry.name,
+                    *numbers,
+                    complete,
+                    directory,
+                    verifiable,
+                    metrics or {},
+                    measurable,
+                    lineage,
+                    linked=linked,
                 )
             )
     return tuple(sorted(found, key=lambda info: info.order))
@@ -204,13 +218,13 @@ def _metrics(directory: Path) -> dict[str, float] | None:
     return numbers
 
 
-def resolve(root: Path, restore_from: str | Path = LATEST) -> ResolvedCheckpoint | None:
+def resolve(root: Path, restore_from: str | Path | int = LATEST) -> ResolvedCheckpoint | None:
     """Find the checkpoint that ``restore_from`` means.
 
     Args:
         root: Directory of the checkpoints and pointers.
-        restore_from: ``LATEST``, another pointer's name, the name of a directory in the root, or a path (a `Path`, or
-            text that names nothing in the root).
+        restore_from: ``LATEST``, another pointer's name, the name of a directory in the root, a path (a `Path`, or
+            text that names nothing in the root), or the number of a step.
 
     Returns:
         The checkpoint, always complete; ``None`` only for ``LATEST`` of a root in which no checkpoint was published.
@@ -219,19 +233,48 @@ def resolve(root: Path, restore_from: str | Path = LATEST) -> ResolvedCheckpoint
         CheckpointNotFoundError: There is no such thing; the text lists what there is.
         IncompleteCheckpointError: It is an interrupted save.
         StorageError: The root or the target cannot be read.
-        MisuseError: ``restore_from`` is neither text nor a path.
+        MisuseError: ``restore_from`` is neither text nor a path nor a number, or the number of several checkpoints.
     """
     if not isinstance(restore_from, str | Path):
-        raise MisuseError(
-            f"restore_from is {restore_from!r}",
-            hint=f"Pass {LATEST!r}, another pointer's or a checkpoint's name, or a path.",
-        )
+        if isinstance(restore_from, bool) or not isinstance(restore_from, SupportsIndex):
+            raise MisuseError(
+                f"restore_from is {restore_from!r}",
+                hint=f"Pass {LATEST!r}, another pointer's or a checkpoint's name, a path, or the number of a step.",
+            )
+        return _of_step(root, operator.index(restore_from))
     with storage_errors(root):
         if isinstance(restore_from, Path):
             return _at_path(root, restore_from)
         if restore_from == LATEST:
             return _latest(root)
         return _named(root, restore_from)
+
+
+def latest_step(root: Path) -> int | None:
+    """The step of the checkpoint that ``LATEST`` means.
+
+    Returns:
+        ``None`` where there is none to resume from, or it is of another tool and does not tell its step.
+
+    Raises:
+        As `resolve`.
+    """
+    found = resolve(root)
+    return None if found is None else found.step
+
+
+def _of_step(root: Path, step: int) -> ResolvedCheckpoint:
+    found = [info for info in list_checkpoints(root) if info.step == step]
+    complete = [info for info in found if info.complete]
+    if len(complete) > 1:
+        raise MisuseError(
+            f"there are several checkpoints of step {step}: {', '.join(info.name for info in complete)}",
+            hint="Pass the name of the one that you mean.",
+        )
+    if not found:
+        raise CheckpointNotFoundError(f"there is no checkpoint of step {step}", path=root, hint=_what_is_there(root))
+    [chosen] = complete or found[:1]
+    return _checked(root, chosen.path, chosen.name)
 
 
 def _latest(root: Path) -> ResolvedCheckpoint | None:

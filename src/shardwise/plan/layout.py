@@ -18,7 +18,6 @@ from shardwise.errors import MisuseError, NameCollisionError
 from shardwise.format.header import TensorEntry, arrange, encode_header
 from shardwise.format.index import encode_index
 from shardwise.geometry import TensorSpec
-from shardwise.plan.collector import collector_paused
 
 #: An inode is locked while it is written, so ranks that share one file take turns. Models above this size are split
 #: into several files even where one would do, and each rank starts in another file.
@@ -91,7 +90,6 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
-@collector_paused()
 def lay_out(
     specs: Iterable[TensorSpec],
     *,

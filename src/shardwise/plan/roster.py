@@ -14,7 +14,6 @@ from functools import cached_property
 
 from shardwise.errors import IncompleteTensorError, NameCollisionError
 from shardwise.geometry import TensorSpec
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldPart, HeldTensor, Part
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
 
@@ -50,7 +49,6 @@ class Declaration:
     digest: str
 
     @staticmethod
-    @collector_paused()
     def of(held: Sequence[HeldTensor], stage: int = 0) -> Declaration:
         """Describe a rank's tensors."""
         # What follows a tensor's name is the same for all tensors of one kind.
@@ -179,7 +177,6 @@ class Roster:
                 replicas.setdefault(own, []).append(rank)
         return ShardSet({where: tuple(ranks) for where, ranks in sorted(replicas.items())})
 
-    @collector_paused()
     def check_complete(self, held: Sequence[HeldTensor]) -> None:
         """Check that the ranks together hold all of every tensor of ``held``.
 

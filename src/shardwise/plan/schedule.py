@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from shardwise.geometry import DTYPE_BYTES, TensorSpec, only_run, runs
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, Place
 from shardwise.plan.ownership import Owned, own
@@ -65,7 +64,6 @@ class Schedule:
         return sum(run.nbytes for run in self.runs)
 
 
-@collector_paused()
 def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: int) -> Schedule:
     """Plan the writes of ``rank``, without asking anybody.
 

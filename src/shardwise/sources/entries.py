@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -12,7 +12,6 @@ from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
 
 
@@ -89,49 +88,6 @@ def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Seq
         if not below:
             sharded_names.update(entry.name for entry in found)
     return [_joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()]
-
-
-def just_held(own: Mapping[int, Sequence[Entry]], held: Sequence[HeldTensor]) -> dict[str, SourceTensor] | None:
-    """What a rank is about to load, where the files that it has read hold that, piece by piece, and nothing else.
-
-    So it is where a run goes on as it was. If it is so on every rank, and no two hold the same, then nobody has to be
-    told anything: what all ranks hold together is the whole model, and so are then the files.
-
-    Args:
-        own: Number of a file, and its entries.
-        held: What the rank is about to load.
-
-    Returns:
-        The tensors, each with this rank's pieces alone; ``None`` where files and model differ, or cannot be compared
-        by one rank: two pieces of one tensor, a tensor without elements.
-    """
-    pieces = {entry.name: (number, entry) for number, entries in own.items() for entry in entries}
-    if len(pieces) != sum(map(len, own.values())) or len(pieces) > len(held):
-        return None
-    found: dict[str, SourceTensor] = {}
-    used = 0
-    for tensor in held:
-        spec, grid, _ = tensor
-        name, shape, dtype = spec
-        if grid != shape or 0 in shape:
-            return None
-        piece = pieces.get(name)
-        if piece is None:
-            if any(0 not in fragment.box.sizes for fragment in tensor.fragments):
-                return None
-            found[name] = SourceTensor(spec, ())
-            continue
-        fragments = tensor.fragments
-        number, (_, sizes, code, offset, saved) = piece
-        if len(fragments) != 1 or code != dtype:
-            return None
-        box = fragments[0].box
-        # A file that does not say where a tensor starts has all of it.
-        if box != (Box.whole(shape) if saved is None else (saved, sizes)) or box.sizes != sizes:
-            return None
-        used += 1
-        found[name] = SourceTensor(spec, (SourceChunk(box, number, offset),))
-    return found if used == len(pieces) and len(found) == len(held) else None
 
 
 def _whole(entry: Entry, file: int) -> SourceTensor:

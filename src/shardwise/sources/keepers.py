@@ -63,9 +63,7 @@ def spread_entries(
     Raises:
         HeaderError: Two files disagree about a tensor.
     """
-    messages: list[bytes] = []
-    with group.together("sorting headers by tensor"):
-        messages = _by_keeper(own, group.world_size)
+    messages = group.attempt(lambda: _by_keeper(own, group.world_size), "sorting headers by tensor")
     theirs = group.deal(messages, "sharing headers")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
@@ -86,10 +84,12 @@ def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTen
     Returns:
         As `spread_entries`.
     """
-    messages: list[bytes] = []
-    with group.together("sorting tensors by keeper"):
+
+    def sort() -> list[bytes]:
         parts = [rows[number :: group.world_size] for number in range(group.world_size)]
-        messages = [json.dumps(part).encode() if part else b"" for part in parts]
+        return [json.dumps(part).encode() if part else b"" for part in parts]
+
+    messages = group.attempt(sort, "sorting tensors by keeper")
     theirs = group.deal(messages, "sharing where pieces of tensors are")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
@@ -200,21 +200,16 @@ def ask_keepers(
         files.
     """
     questions: list[bytes] = []
-    answers: list[bytes] = []
     asked: list[list[tuple[int, int]]] = []
-    found: dict[int, tuple[SourceChunk, ...]] = {}
     with group.together(_ASKING) as asks:
         questions, asked = _questions(wanted(), group.world_size)
         asks.flag = any(questions)
     if not asks.any:
-        return found
+        return {}
     received = group.deal(questions, _ASKING)
-    with group.together(_ASKING):
-        answers = [_answer(question, keeper, group.world_size) for question in received]
+    answers = group.attempt(lambda: [_answer(question, keeper, group.world_size) for question in received], _ASKING)
     told = group.deal(answers, "telling where pieces of tensors are")
-    with group.together("finding pieces of tensors"):
-        found.update(_collected(asked, told))
-    return found
+    return group.attempt(lambda: _collected(asked, told), "finding pieces of tensors")
 
 
 def _questions(

@@ -20,7 +20,6 @@ import torch
 from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
@@ -99,8 +98,7 @@ class Reader:
             IntegrityError: A file ends before a range that its header promises.
             StorageError: The file system failed.
         """
-        with collector_paused():
-            ordered = _in_order(reads)
+        ordered = _in_order(reads)
         for read in ordered:
             self._handle(_file(read))
         if self._threads <= 1 or len(ordered) <= 1:

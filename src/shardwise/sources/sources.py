@@ -8,9 +8,7 @@ Reading headers is shared between the ranks; each file's header is read by one o
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,15 +17,12 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.crc import crc32c
 from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
-from shardwise.geometry import DTYPE_BYTES, Box
-from shardwise.plan.collector import collector_paused
-from shardwise.plan.fragments import HeldTensor
+from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, just_held, read_entries
+from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, read_entries
 from shardwise.sources.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
 from shardwise.sources.whereabouts import did_you_mean, instead, way_in
 
@@ -44,7 +39,6 @@ class Source:
         files: Every file that holds tensor data.
         tensors: By name.
         keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
-        apart: Whether each rank knows only of what it is about to load, which is just what its own files hold.
         dcp: Whether it is a DCP directory, which may hold more than a model.
         below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
     """
@@ -53,7 +47,6 @@ class Source:
     files: tuple[Path, ...]
     tensors: Mapping[str, SourceTensor]
     keeper: Keeper | None = None
-    apart: bool = False
     dcp: bool = False
     below: str = ""
 
@@ -64,7 +57,6 @@ class Source:
             return self
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
-    @collector_paused()
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
         """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
 
@@ -89,16 +81,14 @@ class Source:
         return replace(self, tensors=tensors)
 
 
-@collector_paused()
 def open_source(
     path: str | os.PathLike[str],
     group: Group,
     *,
     spread: bool = False,
-    held: Callable[[], Sequence[HeldTensor] | None] | None = None,
     besides: frozenset[str] = frozenset(),
 ) -> Source:
-    """Find the tensors at ``path``. All ranks of the group call and see the same, unless each finds just what it holds.
+    """Find the tensors at ``path``. All ranks of the group call and see the same.
 
     Args:
         path: A safetensors file, a weight index, or a directory: of safetensors files with or without an index, a
@@ -106,9 +96,6 @@ def open_source(
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
-        held: Where pieces are to be spread: gives what this rank is about to load, or ``None`` where that cannot be
-            told by names and regions alone. Where every rank has read just that, and none has what another has, as in
-            a run that goes on as it was, nothing is told to others (`Source.apart`). Local.
         besides: Names of files in a directory that hold something else than the tensors that are meant.
 
     Raises:
@@ -127,17 +114,12 @@ def open_source(
     if not listed["single"] and SAFETENSORS.index_stem(root.name) is not None:
         root = root.parent  # an index was named, and stands for the files that it lists
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
-    spread = spread and group.world_size > 1
-    # An index, and an export beside shards, are about what other ranks read.
-    comparable = spread and not listed["index"] and all(file.parent == root for file in files)
-    read_all = _read_headers(files, group, spread, held if comparable else None)
-    if read_all.just_held is not None:
-        return Source(root, files, read_all.just_held, apart=True)
+    own, everyone = _read_headers(files, group, spread and group.world_size > 1)
     keeper: Keeper | None = None
-    if read_all.everyone is None:
-        tensors, keeper = spread_entries(read_all.own, root, files, group)
+    if everyone is None:
+        tensors, keeper = spread_entries(own, root, files, group)
     else:
-        tensors = assemble(root, files, read_all.everyone)
+        tensors = assemble(root, files, everyone)
     source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
@@ -230,78 +212,32 @@ def tell_unread(directory: Path, chosen: WeightFiles) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Headers:
-    """What ranks have read, each some of the files.
-
-    Attributes:
-        own: Number of each file that this rank has read, and its entries.
-        everyone: The same of all files, in their order; ``None`` where it is not told to all.
-        just_held: See the function of this name; ``None`` unless it is so on every rank.
-    """
-
-    own: Mapping[int, Sequence[Entry]]
-    everyone: Sequence[tuple[int, Sequence[Entry]]] | None
-    just_held: Mapping[str, SourceTensor] | None = None
-
-
 def _read_headers(
-    files: Sequence[Path], group: Group, spread: bool, held: Callable[[], Sequence[HeldTensor] | None] | None
-) -> _Headers:
-    """Read the files' headers, each of them on one rank."""
+    files: Sequence[Path], group: Group, spread: bool
+) -> tuple[dict[int, list[Entry]], list[tuple[int, list[Entry]]] | None]:
+    """Read the files' headers, each of them on one rank.
+
+    Returns:
+        The number of each file that this rank has read, and its entries; and the same of all files, in their order,
+        ``None`` where there are pieces of tensors and ``spread`` is set.
+    """
     own: dict[int, list[Entry]] = {}
-    ours: dict[str, SourceTensor] | None = None
 
     def read() -> JsonValue:
-        nonlocal ours
-        # First, since a rank may fail with a file alone: whatever a model's own hooks do, all ranks do at this point.
-        wanted = None if held is None else held()
         # Neighbours together: as many ranks as saved then each read what the same of them wrote.
         first, last = (len(files) * rank // group.world_size for rank in (group.rank, group.rank + 1))
         for number in range(first, last):
             own[number] = read_entries(files[number])
-        ours = None if wanted is None else just_held(own, wanted)
-        if ours is not None:
-            return _account(ours)
         if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
             return None
         return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
 
     answers = group.gather(read, "reading safetensors headers")
-    accounts = [cast(dict[str, JsonValue], answer) for answer in answers if isinstance(answer, dict)]
-    if len(accounts) == len(answers) and _add_up(accounts):
-        return _Headers(own, None, ours)
-    if accounts or None in answers:
-        return _Headers(own, None)
+    if None in answers:
+        return own, None
     everyone = cast(list[list[tuple[int, list[JsonValue]]]], answers)
-    rows = sorted(((number, found) for told in everyone for number, found in told), key=itemgetter(0))
-    return _Headers(own, [(number, [decode_entry(row) for row in found]) for number, found in rows])
-
-
-def _account(tensors: Mapping[str, SourceTensor]) -> JsonValue:
-    """What a rank says of what it holds: which tensors these are, their bytes, and how many of these it has."""
-    kinds: dict[tuple[str, tuple[int, ...]], int] = {}  # by number, in the order of the tensors: there are few
-    numbers = [kinds.setdefault((dtype, shape), len(kinds)) for (_, shape, dtype), _, _ in tensors.values()]
-    pieces = Counter([(spec.dtype, chunk.box.sizes) for spec, chunks, _ in tensors.values() for chunk in chunks])
-    which = "\0".join(tensors).encode() + repr((list(kinds), numbers)).encode()
-    return {
-        "tensors": f"{len(which)} {crc32c(which):08x}",
-        "bytes": _bytes(zip(kinds, map(Counter(numbers).__getitem__, kinds.values()), strict=True)),
-        "own": _bytes(pieces.items()),
-    }
-
-
-def _bytes(counted: Iterable[tuple[tuple[str, tuple[int, ...]], int]]) -> int:
-    return sum(count * math.prod(sizes) * DTYPE_BYTES[dtype] for (dtype, sizes), count in counted)
-
-
-def _add_up(accounts: Sequence[Mapping[str, JsonValue]]) -> bool:
-    """Whether all ranks hold parts of the same tensors, and each byte of these once, so that no two read two copies.
-
-    Pipeline stages, which hold different tensors, might have one in common without knowing; they are told.
-    """
-    alike = len({account["tensors"] for account in accounts}) == 1
-    return alike and sum(cast(int, account["own"]) for account in accounts) == accounts[0]["bytes"]
+    rows = sorted(((number, found) for theirs in everyone for number, found in theirs), key=itemgetter(0))
+    return own, [(number, [decode_entry(row) for row in found]) for number, found in rows]
 
 
 def _check_index(root: Path, indices: Sequence[str], source: Source, read: _ReadIndex) -> None:

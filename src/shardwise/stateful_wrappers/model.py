@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
@@ -18,6 +17,9 @@ from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
 from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.upstream.torch_tensors import local_part
+
+#: A model as a rank holds it: one module, or its pipeline stages.
+Model = nn.Module | Sequence[nn.Module]
 
 
 class ModelState:
@@ -71,7 +73,6 @@ class ModelState:
         """Whether nothing of the model is left out."""
         return not self.is_peft and not self._skip
 
-    @collector_paused()
     def listing(self, stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False) -> Listing:
         """What the model's state holds, each tied tensor once, and the modules that have it; see `list_state`."""
         listed = list_state(self.model, stand_ins, values=values, norms=norms)

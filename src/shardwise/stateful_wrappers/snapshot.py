@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.memory import PLAIN, identity
 from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
 from shardwise.upstream.torch_modules import other_stores_in, own_buffers, own_children, parameters_in, unsaved_buffers
@@ -116,7 +115,6 @@ class Snapshot:
         is_plain: Whether all modules keep their state in torch's own way; otherwise the snapshot never holds.
     """
 
-    @collector_paused()
     def __init__(
         self,
         parts: Sequence[nn.Module],

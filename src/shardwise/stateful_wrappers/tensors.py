@@ -13,7 +13,6 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, TensorError
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, hold
 from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided
 from shardwise.stateful_wrappers.memory import plain_memory
@@ -159,7 +158,6 @@ def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTe
     return hold(spec, spread.part, spread.coordinate, local)
 
 
-@collector_paused()
 def held_tensors(named: Iterable[tuple[str, torch.Tensor]], meshes: MeshRegister) -> list[HeldTensor]:
     """As `held_tensor`, for pairs of a name and a tensor."""
     return [held_tensor(name, tensor, meshes) for name, tensor in named]

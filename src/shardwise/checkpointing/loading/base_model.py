@@ -3,7 +3,7 @@
 What is decided here, and why:
 
 * The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
-  sharding are made for what the model is. `shardwise.base.files.base_dtype` tells the base's dtype, for
+  sharding are made for what the model is. `shardwise.base_dtype` tells the base's dtype, for
   building the model in it.
 * A tensor of the model that the base lacks is an error, listed with the nearest names. A task head that is to keep its
   fresh values is named in ``skip_task_head_prefixes_for_base_model``.
@@ -16,6 +16,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +53,6 @@ from shardwise.peft.fresh import (
 )
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.own import find_sites
-from shardwise.plan.collector import collector_paused
 from shardwise.stateful_wrappers.names import declared_ties
 from shardwise.upstream.transformers import may_be_unexpected
 
@@ -179,7 +179,7 @@ def _found(context: Context, root_dir: str | Path | None, model_name: str | None
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
     seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
-    with group.together("materialising the model"), collector_paused():
+    with group.together("materialising the model"):
         for part in parts:
             slots = slots_of(part)
             if not has_meta(slots):
@@ -286,17 +286,16 @@ def _matched(
     key_mapping: Mapping[str, str] | None,
     before: BaseWanted | None = None,
 ) -> BaseWanted:
-    found: BaseWanted | None = None
-    with context.group.together("matching the model with its base"):
-        found = match_base(
-            parts,
-            source.names(),
-            base_ties=ties_head(config),
-            skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
-            key_mapping=key_mapping,
-            before=before,
-        )
-    assert found is not None
+    match = partial(
+        match_base,
+        parts,
+        source.names(),
+        base_ties=ties_head(config),
+        skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
+        key_mapping=key_mapping,
+        before=before,
+    )
+    found = context.group.attempt(match, "matching the model with its base")
     specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
     own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
     theirs = [spec for name, spec in specs.items() if name not in source.behind]

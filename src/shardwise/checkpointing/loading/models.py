@@ -27,7 +27,6 @@ from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.near_names import listed
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
@@ -183,23 +182,14 @@ def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     return _Matched(hub, ties, apart)
 
 
-@collector_paused()
 def _opened(
     context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> _Opened:
     """Look at the checkpoint and at the model. All ranks call."""
     group = context.group
     hub: HubState | None = None
-
-    def held() -> Sequence[HeldTensor] | None:
-        nonlocal hub
-        hub = context.names.capture(state, load=True)
-        # What modules take themselves, and what they take is their own affair.
-        is_known = hub.listing is None and not (hub.groups or hub.ties or hub.kept or hub.hidden)
-        return hub.once.held if is_known else None
-
     notes = read_notes(path, group)
-    source = open_source(path, group, spread=True, held=None if key_mapping or notes.passed else held)
+    source = open_source(path, group, spread=True)
 
     def own_names() -> OwnNames:
         hub = context.names.capture(state, load=True)
@@ -215,25 +205,21 @@ def _opened(
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
-        hub = hub or context.names.capture(state, load=True)
+        hub = context.names.capture(state, load=True)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "memory to load into")
             context.sound = hub
-        if not source.apart and _lacks_buffers(hub, source):
+        if _lacks_buffers(hub, source):
             # Torch's normalisation layers know files that have not all of theirs.
             hub = context.names.capture(state, load=True, norms=True)
-        if not source.apart and _has_wrappers_prefix(source, hub):
+        if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
-        plain = source
-        if source.apart:
-            matched = _Matched(hub, {}, ())
-        else:
-            lacking = names_lacking(source, hub)
-            plain = source.without(notes.passed)
-            if not lacking:
-                matched = _match(state, hub, plain)
-            differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
+        lacking = names_lacking(source, hub)
+        plain = source.without(notes.passed)
+        if not lacking:
+            matched = _match(state, hub, plain)
+        differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
     assert hub is not None
     if not differs.any:
         assert matched is not None

@@ -24,6 +24,8 @@ from shardwise.errors import MisuseError, StateFormatError
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 _State = dict[str, object]
+#: The loader whose epochs are the run's.
+TRAIN = "train"
 
 
 @dataclass(slots=True)
@@ -79,9 +81,14 @@ class _Saved:
 
 
 class DataOrder:
-    """What a checkpointer knows of a loop's random numbers and its data. Local; each rank has its own."""
+    """What a checkpointer knows of a loop's random numbers and its data. Local; each rank has its own.
+
+    Attributes:
+        epoch: The epoch that the loop is in, as far as the checkpointer has been told.
+    """
 
     def __init__(self) -> None:
+        self.epoch = 0
         self._positions: dict[str, tuple[Position, object]] = {}
         self._saved: dict[str, _Saved] = {}
         self._generators: _State | None = None
@@ -132,6 +139,8 @@ class DataOrder:
 
     def batches(self, loader: Iterable[_Batch], epoch: int, name: str) -> Iterator[_Batch]:
         """What is left of an epoch's batches; see `Checkpointer.batches`."""
+        if name == TRAIN:
+            self.epoch = epoch
         saved = self._saved.pop(name, None)
         if saved is None or saved.position.epoch != epoch:
             if saved is not None and not saved.position.is_over:

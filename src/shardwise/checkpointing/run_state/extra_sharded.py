@@ -21,14 +21,14 @@ from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.shards import plan_shards
 from shardwise.settings import SaveConsolidatedMode, SerializationFormat
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -129,14 +129,17 @@ def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], di
     """Capture DTensors now; returns what is left to do. All ranks call, one perhaps with none."""
     own, component = directory_of(directory, name), f"extra/{name}"
     held: list[HeldTensor] = []
-    with context.group.together(f"describing the DTensors of {name!r}"):
-        held = held_tensors(tensors.items(), MeshRegister(context.may_differ.of_state([])))
-        held = context.staged(component, held)
-    keeper = context.further_rosters.setdefault(name, RosterKeeper(context.group, context.stage))
-    roster = keeper.roster(held)
-    files: tuple[ShardFile, ...] = ()
-    with context.group.together(f"planning the files of {name!r}"):
-        files = plan_shards(held, roster, context.group.rank, stem="extra")
+
+    def describe() -> list[HeldTensor]:
+        found = held_tensors(tensors.items(), MeshRegister(context.may_differ.of_state([])))
+        held.extend(context.staged(component, found))
+        return held
+
+    agreement = context.further_agreements.setdefault(name, Agreement(context.group, context.stage))
+    roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
+    files = context.group.attempt(
+        lambda: plan_shards(held, roster, context.group.rank, stem="extra"), f"planning the files of {name!r}"
+    )
     plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, context.group.rank),))
     prefix = own.name
 
@@ -144,7 +147,7 @@ def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], di
         with group.together(f"making {own}"):
             if group.is_main:
                 context.storage.make_directory(own)
-        return write_shards(plan, group, context.storage, later=True).below(prefix)
+        return write_shards(plan, group, context.storage).below(prefix)
 
     return [write]
 

@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 BATCHES = "batches"
 
 
-def locate(context: Context, restore_from: str | Path, seen: Callable[[Start], None]) -> RestoreRecord | None:
+def locate(context: Context, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0 and tell every rank. All ranks call.
 
     Args:

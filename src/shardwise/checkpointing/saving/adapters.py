@@ -20,12 +20,12 @@ from shardwise.checkpointing.saving.hooks import after_arguments, run_hooks
 from shardwise.checkpointing.saving.merged import MERGED, MergedSave, check_merging
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.rosters import RosterKeeper
 from shardwise.errors import AdapterError, MissingTensorError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.peft.capture import capture_adapter, hold_adapter
@@ -102,6 +102,7 @@ class AdapterSave:
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
+            "pp_group": context.pp_group,
         }
 
     def steps(self) -> list[Step]:
@@ -154,7 +155,9 @@ class AdapterSave:
             named = [(entry.spec.name, entry.tensor) for entry in entries]
             own = hold_adapter(entries, MeshRegister(context.may_differ.of_adapter(named, self.state.model)))
             held = context.staged(f"adapter/{file.adapter_name}", own)
-        roster = RosterKeeper(group, context.stage).roster(held)
+        roster = Agreement(group, context.stage).roster(
+            partial(list, held), f"describing the adapter {file.adapter_name}"
+        )
         plan: ExportPlan | None = None
         with group.together(f"checking the adapter {file.adapter_name}"):
             _check(roster, settings, declared, captured, file.adapter_name, self.state.model, component)
@@ -201,7 +204,9 @@ class AdapterSave:
         with group.together("describing what is trained beside the adapter"):
             own = hold_extra(context, captured, self.state.model)
             held = context.staged("adapter_extra", own)
-        roster = RosterKeeper(group, context.stage).roster(held)
+        roster = Agreement(group, context.stage).roster(
+            partial(list, held), "describing what is trained beside the adapter"
+        )
         plan: ExportPlan | None = None
         with group.together("planning the file of what is trained beside the adapter"):
             stem = ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
@@ -213,7 +218,7 @@ class AdapterSave:
         return lambda g, p=plan: write_export(p, g, context.storage)  # type: ignore[misc]
 
     def _after(self, group: Group) -> ComponentRecord:
-        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
@@ -367,10 +372,7 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
 
 
 def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:
-    held: tuple[HeldTensor, ...] = ()
-    with context.group.together("describing the adapter's tensors"):
-        held = hold()
-    return RosterKeeper(context.group, context.stage).roster(held)
+    return Agreement(context.group, context.stage).roster(hold, "describing the adapter's tensors")
 
 
 @dataclass(frozen=True, slots=True)

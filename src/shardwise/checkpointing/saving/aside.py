@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
@@ -41,16 +40,19 @@ class SavedAside:
     metadata: Mapping[str, Mapping[str, object]]
 
 
-def has_aside(listing: Listing | None) -> bool:
-    """Whether a model has anything to be kept beside its tensors. Local."""
-    return listing is not None and bool(listing.aside or listing.metadata)
+def names_beside(listing: Listing | None) -> list[list[str]]:
+    """Names of the values that a model has beside its tensors, and of the modules that torch notes something of."""
+    return [[], []] if listing is None else [sorted(listing.aside), sorted(listing.metadata)]
 
 
-def aside_step(listing: Listing | None, directory: Path, group: Group, storage: Storage) -> Step:
+def aside_step(
+    listing: Listing | None, everyone: Sequence[list[list[str]]], directory: Path, group: Group, storage: Storage
+) -> Step:
     """Take this rank's part of what is beside tensors now, and return what is left to do. All ranks call.
 
     Args:
         listing: What was listed of this rank's model; ``None`` where there is nothing.
+        everyone: The `names_beside` of each rank.
         directory: The model's.
         group: The ranks that save together.
         storage: Through what.
@@ -60,17 +62,16 @@ def aside_step(listing: Listing | None, directory: Path, group: Group, storage: 
     """
     values = {} if listing is None else listing.aside
     metadata = {} if listing is None else listing.metadata
-    names: JsonValue = [sorted(values), sorted(metadata)]
-    everyone = cast(list[list[list[str]]], group.gather_json(names, "comparing what modules have beside tensors"))
-    packed: dict[str, bytes] = {}
     stem = directory / ASIDE_DIR / f"state-{group.rank + 1:05d}"
-    with group.together("taking what modules have beside tensors"):
-        below = [set(theirs[0]) for theirs in everyone[: group.rank]]
-        noted = [set(theirs[1]) for theirs in everyone[: group.rank]]
-        own = {name: value for name, value in values.items() if not any(name in theirs for theirs in below)}
-        own_notes = {name: dict(m) for name, m in metadata.items() if not any(name in theirs for theirs in noted)}
-        if own or own_notes:
-            packed = _packed(own, own_notes)
+
+    def take() -> dict[str, bytes]:
+        below = {name for names, _ in everyone[: group.rank] for name in names}
+        noted = {name for _, names in everyone[: group.rank] for name in names}
+        own = {name: value for name, value in values.items() if name not in below}
+        own_notes = {name: dict(found) for name, found in metadata.items() if name not in noted}
+        return _packed(own, own_notes) if own or own_notes else {}
+
+    packed = group.attempt(take, "taking what modules have beside tensors")
 
     def write(group: Group) -> ComponentRecord:
         record = ComponentRecord()

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import cast
 
 import yaml
 
@@ -20,9 +19,9 @@ from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
-from shardwise.engine.records import ComponentRecord, FileRow, file_row, write_manifest
+from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.format.manifest import AliasRecord, FileRecord, KnownManifest, TensorRecord
+from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.lifecycle import (
     BEST,
     LATEST,
@@ -82,45 +81,26 @@ def gather_records(
             work(group)
         if not (group.is_main or context.config.is_remote):
             check_claim(temp.parent, published_name(temp.name), met.token, group, met.places)
-        aliases: JsonValue = [list(alias) for alias in record.aliases]
-        return [[file_row(file) for file in record.files], aliases, [told.own() for told in record.told]]
+        return None if group.is_main else record.encoded()
 
-    rows = cast(list[_Row], group.collect(close, "gathering records"))
+    rows = group.collect(close, "gathering records")
 
     def union() -> ComponentRecord:
-        whole = _union(record, rows)
+        records = [record, *map(ComponentRecord.decoded, rows[1:])]
+        whole = merged(records)
         if not context.config.is_remote:
-            check_seen(temp, whole.files, cast(list[JsonValue], rows), met.places)
-        return whole
+            check_seen(temp, records, met.places)
+        return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
     return union
 
 
-_Row = tuple[list[FileRow], list[tuple[str, str, str]], list[JsonValue]]
-
-
-def _union(record: ComponentRecord, rows: Sequence[_Row]) -> ComponentRecord:
-    files = {file.path: file for file in record.files}
-    aliases = {(alias.component, alias.name): alias for alias in record.aliases}
-    for their_files, their_aliases, _ in rows:
-        for file in (FileRecord(*row) for row in their_files):
-            files.setdefault(file.path, file)
-        for alias in (AliasRecord(*row) for row in their_aliases):
-            aliases.setdefault((alias.component, alias.name), alias)
-    tensors = record.tensors
-    for number, told in enumerate(record.told):
-        found = told.read([row[2][number] for row in rows])
-        files |= {file.path: file for file in found.files}
-        tensors += found.tensors
-    return ComponentRecord(tuple(files.values()), tensors, _sound(aliases, tensors))
-
-
-def _sound(aliases: Mapping[tuple[str, str], AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
+def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
     """The aliases without those that another stage has a tensor of its own under."""
     if not aliases:
         return ()
     saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
-    return tuple(alias for key, alias in sorted(aliases.items()) if key not in saved)
+    return tuple(alias for alias in sorted(aliases) if (alias.component, alias.name) not in saved)
 
 
 def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
@@ -248,13 +228,12 @@ class Publication:
         with group.together(f"publishing {self._final}"):
             if group.is_main:
                 write_run_files(context.storage, self._temp, context.config, self._metrics)
-                known = context.manifests.setdefault("", KnownManifest())
                 found = union()
                 with nullcontext() if context.config.is_remote else publishing(context.root):
                     # What the line says of other checkpoints has to be true until this one is published.
                     lineage = self._write_lineage()
                     found = complete_record(context.storage, self._temp, found)
-                    write_manifest(context.storage, self._temp, found, self._info, known)
+                    write_manifest(context.storage, self._temp, found, self._info)
                     publish(self._temp, self._final, self._line.left_from, storage=context.storage)
                     self._line.start = Start(self._final, lineage)
                     self._point()

@@ -17,9 +17,9 @@ from torch import nn
 
 from shardwise.addons import ConsolidatedHFAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.hub import HubNames, HubState, memory_of, natives_of
+from shardwise.checkpointing.hub import HubNames, HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.saving.facts import Facts
 from shardwise.checkpointing.saving.models import Described, ModelSave
-from shardwise.checkpointing.saving.recasts import Recasts
 from shardwise.checkpointing.session import Context
 from shardwise.convert import Computed, HeldGroup
 from shardwise.dtypes import torch_dtype
@@ -84,24 +84,21 @@ class MergedSave(ModelSave):
         )
         self._parts, self._merged = parts, merged
 
-    def _captured(self) -> HubState:
+    def _captured(self) -> tuple[HubState, bool]:
         context = self._context
         hub = context.names.capture(self.state)
         hub = merged_state(hub, self._parts, self._merged, context)
         require_memory(memory_of(hub.held), "values to save")
-        context.sound = hub
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups)
+        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups), self._look_at_parameters()
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
         return replace(super()._options(specs), component=MERGED)
 
-    def _prepare_directory(
-        self, recasts: Recasts, passed: Sequence[str], hidden: Sequence[str], quantized: bool
-    ) -> None:
+    def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         # The notes beside an export are for resuming from it.
-        super()._prepare_directory(Recasts({}, False), (), (), quantized)
+        super()._prepare_directory(replace(facts, native={}, apart=frozenset(), hidden=()))
 
     def _beside(self, described: Described) -> list[Step]:
         return []

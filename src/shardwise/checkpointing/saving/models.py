@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -25,22 +25,23 @@ from shardwise.addons.huggingface import (
     why_no_config,
     write_metadata,
 )
-from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
-from shardwise.checkpointing.saving.aside import aside_step, has_aside
+from shardwise.checkpointing.saving.aside import aside_step, names_beside
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
+from shardwise.checkpointing.saving.facts import Facts, OwnFacts
 from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
 from shardwise.checkpointing.saving.opens import refuse_whole_adapter
-from shardwise.checkpointing.saving.proof import promise_of, prove, read_back, require
-from shardwise.checkpointing.saving.recasts import Recast, Recasts
+from shardwise.checkpointing.saving.proof import promise_row, prove, prove_keys, read_back, require
+from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import storage_errors
+from shardwise.engine.agreement import Statement
 from shardwise.engine.computed import ComputedPlan, declared
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -62,14 +63,13 @@ from shardwise.format.notes import (
     PASSED_THROUGH,
 )
 from shardwise.geometry import TensorSpec
-from shardwise.plan.collector import collector_paused
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.model_parts import config_of, described_part
+from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.wrapping import is_hub_mixin
@@ -84,39 +84,25 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What all ranks know of a model that is to be saved.
+    """A model that is to be saved, on one rank, and what all ranks know of it.
 
     Attributes:
         hub: What this rank holds.
         own: The same as it is to be written, and what of it is exported in other dtypes.
-        roster: Who holds what.
-        news: Whether any rank's tensors are others than last time.
-        any: What any rank has.
-        recasts: What the ranks write otherwise than they hold it, or beside the export.
-        hidden: Names of tensors of any rank that its class keeps out of its files.
+        exact: What this rank writes beside an export.
+        roster: Who holds what of the tensors that are written.
+        computed: Who holds what of those that an export's tensors are computed from.
+        beside: Who holds what of those that are written beside an export.
+        facts: What the ranks have told each other.
     """
 
     hub: HubState
     own: Recast
+    exact: list[HeldTensor]
     roster: Roster
-    news: bool
-    any: Peculiar
-    recasts: Recasts
-    hidden: tuple[str, ...]
-
-
-class Peculiar(NamedTuple):
-    """What not every model has.
-
-    Attributes:
-        quantized: Quantized parameters.
-        hidden: Tensors that its class keeps out of its files.
-        aside: State beside ordinary tensors.
-    """
-
-    quantized: bool
-    hidden: bool
-    aside: bool
+    computed: Roster
+    beside: Roster
+    facts: Facts
 
 
 class ModelSave:
@@ -176,6 +162,7 @@ class ModelSave:
             "diffusers_compatible": context.config.diffusers_compatible,
             "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
+            "pp_group": context.pp_group,
         }
 
     def steps(self) -> list[Step]:
@@ -208,10 +195,10 @@ class ModelSave:
             return self._exported()
         described = self._described()
         # An export made later carries the same tensors over.
-        self._carried = self._prove(described.roster.specs, described.hub.absent)
+        self._carried = self._prove(described.roster.specs, described.facts)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [shards, *self._aside(described.any, described.hub.listing), _telling(described.hub.unwritten)]
+        return [shards, *self._aside(described.facts, described.hub.listing), _telling(described.hub.unwritten)]
 
     def _distcp(self) -> list[Step]:
         context = self._context
@@ -223,37 +210,44 @@ class ModelSave:
         kept: dict[str, str] = {}
         held: list[HeldTensor] = []
         listed: Listing | None = None
-        quantized = False
         tensors: dict[str, torch.Tensor] = {}
-        with context.group.together("describing the model"):
+        carries = self.base is not None and context.config.pass_through_unloaded
+
+        def describe() -> Statement:
+            nonlocal listed
             self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
-            kept = undeclared_names(listed.tensors, self.state.model)
+            kept.update(undeclared_names(listed.tensors, self.state.model))
             meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
-            held = held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes)
-            tensors = capture_distcp(context, "model", tensors_alone(self.state.state_dict()))
-            quantized = self._describes and is_quantized(self._args)
-        _, counts = context.group.fold([], [int(quantized), int(has_aside(listed))], "asking what models have")
-        found = Peculiar(bool(counts[0]), False, bool(counts[1]))
-        if self.base is not None and context.config.pass_through_unloaded:
-            self._carried = self._prove(*self._everyones_specs())
-        roster = context.model_roster.roster(held)
+            held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
+            tensors.update(capture_distcp(context, "model", tensors_alone(self.state.state_dict())))
+            facts = OwnFacts(self._describes and is_quantized(self._args), names_beside(listed))
+            if carries:
+                hub = context.names.capture(self.state)
+                specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
+                facts = facts._replace(promise=promise_row(self.state.model, hub.absent), specs=specs)
+            return Statement((held,), cast(JsonValue, facts))
+
+        agreed = context.model_agreement.reach(describe, "describing the model")
+        facts, [roster] = Facts.of(agreed.notes), agreed.rosters
+        if carries:
+            self._carried = self._prove(facts.specs, facts)
         with context.group.together("preparing the model's directory"):
-            self._prepare_directory(Recasts({}, False), (), (), found.quantized)
+            self._prepare_directory(facts)
         self._before()
         rank = context.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
-        return [_telling(kept), *self._aside(found, listed), write]
+        return [_telling(kept), *self._aside(facts, listed), write]
 
-    def _aside(self, found: Peculiar, listing: Listing | None) -> list[Step]:
+    def _aside(self, facts: Facts, listing: Listing | None) -> list[Step]:
         """What is left to do for state beside ordinary tensors. All ranks call."""
-        if not found.aside:
+        if not facts.has_beside:
             return []
-        return [aside_step(listing, self._directory, self._context.group, self._context.storage)]
+        return [aside_step(listing, facts.beside, self._directory, self._context.group, self._context.storage)]
 
     @staticmethod
     def _release_after(step: Step) -> Step:
@@ -267,45 +261,31 @@ class ModelSave:
 
         return run
 
-    def _everyones_specs(self) -> tuple[list[TensorSpec], tuple[str, ...]]:
-        """All ranks' tensors under the names of an export, and the names that this rank's have besides."""
-        absent: list[str] = []
-
-        def describe() -> JsonValue:
-            hub = self._context.names.capture(self.state)
-            absent.extend(hub.absent)
-            return [[name, list(shape), dtype] for name, shape, dtype in (t.spec for t in _declared(hub))]
-
-        told = self._context.group.gather(describe, "naming what an export would have")
-        rows = {name: (shape, dtype) for theirs in cast(list[list[_SpecRow]], told) for name, shape, dtype in theirs}
-        return [TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in rows.items()], tuple(absent)
-
-    @collector_paused()
     def _exported(self) -> list[Step]:
         """Plan an export and prepare its directory; all ranks call."""
         context, described = self._context, self._described()
-        hub, own, roster = described.hub, described.own, described.roster
-        recasts = described.recasts
-        names = self._prove(roster.specs, hub.absent)
+        hub, own, roster, facts = described.hub, described.own, described.roster, described.facts
+        names = self._prove(roster.specs, facts)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
-        natives = natives_of(hub.groups)
-        computed = ComputedPlan(hub.groups, context.computed_roster.settle(natives, described.news))
+        computed = ComputedPlan(hub.groups, described.computed)
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
-        plan: ExportPlan | None = None
-        with context.group.together("planning the export and preparing its directory"):
+
+        def prepare() -> ExportPlan:
             known = context.model_plan.get(
                 [*own.export, roster, *computed.groups],
                 (options, copies),
                 lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
             )
             self._look_at_ties(roster)
-            self._prepare_directory(recasts, names, described.hidden, described.any.quantized)
+            self._prepare_directory(facts, names)
             self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
             if context.group.is_main and plan.has_room:
                 make_room(plan, context.storage)
-        assert plan is not None
+            return plan
+
+        plan = context.group.attempt(prepare, "planning the export and preparing its directory")
         self._before()
         steps = [self._settling_ties(self._export(plan, roster))]
         if context.config.verify_export:
@@ -314,44 +294,43 @@ class ModelSave:
 
     def _beside(self, described: Described) -> list[Step]:
         """What is left to do for what stands beside the export, for resuming. All ranks call."""
-        context, hub = self._context, described.hub
-        steps: list[Step] = []
-        # On any rank: a stage may have no such tensor where another does.
-        if described.recasts.rounds or described.any.hidden:
-            exact = [*_uncomputed(described.own.exact, hub.groups), *hub.hidden]
+        hub, steps = described.hub, list[Step]()
+        if described.beside.specs:  # of any rank: a stage may have no such tensor where another does
             names_apart = {tensor.spec.name for tensor in hub.hidden}
-            steps.append(self._shards(exact, context.exact_roster.roster(exact), EXACT, hidden=names_apart))
-        return [*steps, *self._aside(described.any, hub.listing), _telling(hub.unwritten)]
+            steps.append(self._shards(described.exact, described.beside, EXACT, hidden=names_apart))
+        return [*steps, *self._aside(described.facts, hub.listing), _telling(hub.unwritten)]
 
     def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
-        for keeper in (context.model_roster, context.computed_roster, context.recasts, context.peculiar):
-            keeper.begin()
-        hub: HubState | None = None
-        own: Recast | None = None
-        with context.group.together("describing the model") as news:
+        captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
+        promises = self.base is not None or context.met.names_keys
+
+        def describe() -> Statement:
             self._ask_exporter()
             if context.group.is_main:
                 self._reserve()
-            hub = self._captured()
+            hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
-            own = context.recasts.recast(held, base, hub.apart, exports=self._exports)
-            computed = [context.recasts.look(own)]
-            computed += [context.computed_roster.look(natives)] if self._exports else []
-            # As long as the same is captured, the parameters are the same.
-            seen = [context.sound]
-            quantized = self._describes and context.is_quantized.get(seen, None, lambda: is_quantized(self._args))
-            peculiar = Peculiar(quantized, bool(hub.hidden), has_aside(hub.listing))
-            news.flag = any([context.model_roster.look(own.export), context.peculiar.look(peculiar), *computed])
-        assert hub is not None
-        assert own is not None
-        # In one order on every rank: each may exchange something.
-        found = Peculiar(*context.peculiar.settle(news.any))
-        roster = context.model_roster.settle(own.export, news.any)
-        recasts = context.recasts.settle(own, news.any)
-        return Described(hub, own, roster, news.any, found, recasts, self._hidden(hub) if found.hidden else ())
+            make = partial(Recast.of, held, base, hub.apart) if self._exports else partial(Recast.none, held, hub.apart)
+            own = context.recast.get(held, self._exports, make)
+            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden] if self._exports else []
+            captured.append((hub, own, exact))
+            facts = OwnFacts(
+                quantized,
+                names_beside(hub.listing),
+                promise_row(self.state.model, hub.absent) if promises else None,
+                own.native,
+                sorted(own.apart),
+                [tensor.spec.name for tensor in hub.hidden],
+                keys=list(context.config.model_state_dict_keys or ()),
+            )
+            return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
+
+        agreed = context.model_agreement.reach(describe, "describing the model")
+        roster, computed, beside = agreed.rosters
+        return Described(*captured[0], roster, computed, beside, Facts.of(agreed.notes))
 
     def _ask_exporter(self) -> None:
         """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
@@ -363,26 +342,27 @@ class ModelSave:
             self._refusal = error
             raise
 
-    def _hidden(self, hub: HubState) -> tuple[str, ...]:
-        """Names of what the ranks' classes keep out of their files. All ranks call."""
-        own: JsonValue = [tensor.spec.name for tensor in hub.hidden]
-        everyone = cast(list[list[str]], self._context.group.gather_json(own, "comparing what is in no export"))
-        return tuple(sorted({name for theirs in everyone for name in theirs}))
-
-    def _captured(self) -> HubState:
+    def _captured(self) -> tuple[HubState, bool]:
+        """This rank's tensors, as they are to be written, and whether there are quantized parameters. Local."""
         context = self._context
         hub = context.names.capture(self.state)
         if hub is not context.sound:
             require_memory(memory_of(hub.native), "values to save")
             context.sound = hub
-        if context.may_export and context.config.verify_export:
-            context.without_adapter.get([hub], None, lambda: refuse_whole_adapter(self.state.model))
+        # As long as the same is captured, the parameters are the same.
+        quantized = context.is_quantized.get([hub], None, self._look_at_parameters)
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(context.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         staged = context.staged("model", [*hub.held, *hub.hidden])
         own = len(hub.held)
-        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups)
+        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups), quantized
+
+    def _look_at_parameters(self) -> bool:
+        context = self._context
+        if context.may_export and context.config.verify_export:
+            refuse_whole_adapter(self.state.model)
+        return self._describes and is_quantized(self._args)
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
         config, described = self._context.config, described_part(self.state.model)
@@ -397,29 +377,31 @@ class ModelSave:
             threads=self._context.writing_threads,
         )
 
-    def _prove(self, specs: Sequence[TensorSpec], absent: Sequence[str]) -> list[str]:
+    def _prove(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
         """Compare what will be written with the base model; returns the names of what is carried over.
 
         All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
         """
-        if self.base is None:
+        base, names_keys = self.base, self._context.met.names_keys
+        if base is None and not names_keys:
             return []
         config, group = self._context.config, self._context.group
-        promise = promise_of(self.state.model, absent, group)
+        verifies = config.verify_export and self._exports
 
-        def compare(base: BaseModel) -> JsonValue:
-            proof = prove(specs, base, promise, pass_through=config.pass_through_unloaded)
-            if config.verify_export and self._exports:
+        def compare() -> JsonValue:
+            if verifies:
+                require(prove_keys(specs, facts.promise), self._directory)
+            if base is None:
+                return []
+            proof = prove(specs, base, facts.promise, pass_through=config.pass_through_unloaded)
+            if verifies:
                 require(proof, base.directory)
             base.check_readable(proof.passed)
             return list(proof.passed)
 
-        passed = group.tell(partial(compare, self.base), "comparing the export with the base model")
-        return cast(list[str], passed)
+        return cast(list[str], group.tell(compare, "comparing the export with the base model"))
 
-    def _prepare_directory(
-        self, recasts: Recasts, passed: Sequence[str], hidden: Sequence[str], quantized: bool
-    ) -> None:
+    def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
         context = self._context
         if self.base is not None:
@@ -430,10 +412,10 @@ class ModelSave:
             return
         context.storage.make_directory(self._directory / METADATA_DIR)
         notes = {
-            NATIVE_DTYPES: dict(recasts.native),
+            NATIVE_DTYPES: dict(facts.native),
             PASSED_THROUGH: list(passed),
-            KEPT_OUT: list(hidden),
-            APART: sorted(recasts.apart),
+            KEPT_OUT: list(facts.hidden),
+            APART: sorted(facts.apart),
             LOOSE_TIES: self._loose_ties,
             EXPORT: self._export_note(),
         }
@@ -442,21 +424,21 @@ class ModelSave:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
                 write_file(context.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
-            write_metadata(self._args, quantized, self._exporter)
-            self._tell_of_config(recasts)
+            write_metadata(self._args, facts.quantized, self._exporter)
+            self._tell_of_config(facts)
 
-    def _tell_of_config(self, recasts: Recasts) -> None:
+    def _tell_of_config(self, facts: Facts) -> None:
         """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
         context = self._context
-        if context.may_export and recasts.apart:
-            names = sorted(recasts.apart)
+        if context.may_export and facts.apart:
+            names = sorted(facts.apart)
             said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
             if said not in context.told:
                 context.told.add(said)
                 _LOG.info("%s", said)
         config = self._directory / METADATA_DIR / CONFIG
         if context.may_export and self._exporter is None and not config.is_file():
-            why = context.no_config.get([context.sound], None, lambda: why_no_config(self.state.model))
+            why = why_no_config(self.state.model)
             if why not in context.told:
                 context.told.add(why)
                 _LOG.warning("the export has no config.json: %s", why)
@@ -464,16 +446,7 @@ class ModelSave:
     def _look_at_ties(self, roster: Roster) -> None:
         """Find out what the configuration ties and the files have twice. Local."""
         if self._context.group.is_main and self._describes:
-            self._loose_ties = self._context.ties.get(
-                [roster], self._tie_settings(), lambda: loose_ties(self.state.model, {s.name for s in roster.specs})
-            )
-
-    def _tie_settings(self) -> list[object]:
-        """What may be changed of ties while the tensors stay the same."""
-        model = described_part(self.state.model)
-        config = None if model is None else config_of(model)
-        below = getattr(config, "text_config", None)
-        return [getattr(each, "tie_word_embeddings", None) for each in (config, below)]
+            self._loose_ties = loose_ties(self.state.model, {spec.name for spec in roster.specs})
 
     def _settling_ties(self, step: Step) -> Step:
         """The step, after which the configuration says of ties what was written."""
@@ -499,7 +472,7 @@ class ModelSave:
             return
         if not self._exports and described.hub.groups:
             return  # shards hold what their names are computed from
-        directory, apart = self._directory / METADATA_DIR, {*described.recasts.apart, *described.hidden}
+        directory, apart = self._directory / METADATA_DIR, {*described.facts.apart, *described.facts.hidden}
         context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
         if self._exports and self._loose_ties:
             # What it would be if the two turn out to differ, which is known when they are written.
@@ -542,7 +515,7 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        args = after_arguments(self._args, self.state, in_background=self._context.stager is not None)
+        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
@@ -556,15 +529,10 @@ class ModelSave:
         context = self._context
         config = context.config
         if self._merges:
-            options = MergeOptions(config.single_rank_consolidation, context.staging_dir)
+            patience = config.consolidation_timeout_minutes * 60
+            options = MergeOptions(config.single_rank_consolidation, context.staging_dir, patience)
             return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
-
-        def write(group: Group) -> ComponentRecord:
-            record = write_export(plan, group, context.storage)
-            # What every rank knows needs not travel.
-            return record if group.is_main else ComponentRecord()
-
-        return self._release_after(write)
+        return self._release_after(lambda group: write_export(plan, group, context.storage))
 
     def _shards(
         self,
@@ -588,7 +556,7 @@ class ModelSave:
             nbytes = known.own_bytes
             if described is not None:
                 self._look_at_ties(roster)
-                self._prepare_directory(described.recasts, (), described.hidden, described.any.quantized)
+                self._prepare_directory(described.facts)
                 self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
@@ -597,7 +565,7 @@ class ModelSave:
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return self._release_after(lambda group: write_shards(plan, group, context.storage, later=True))
+        return self._release_after(lambda group: write_shards(plan, group, context.storage))
 
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
@@ -616,13 +584,6 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._context.group.rank, index)
-
-
-_SpecRow = tuple[str, list[int], str]
-
-
-def _declared(hub: HubState) -> list[HeldTensor]:
-    return [*hub.held, *declared(hub.groups)]
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

@@ -9,17 +9,16 @@ writing succeeds. Two things are looked at, neither of which costs an exchange:
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, StorageError
-from shardwise.format.manifest import FileRecord
 from shardwise.lifecycle import claimed_by
 
 _HINT = (
@@ -111,21 +110,20 @@ def check_claim(directory: Path, name: str, token: str, group: Group, places: Se
         )
 
 
-def check_seen(
-    directory: Path, files: Iterable[FileRecord], told: Sequence[JsonValue], places: Sequence[Place]
-) -> None:
+def check_seen(directory: Path, records: Sequence[ComponentRecord], places: Sequence[Place]) -> None:
     """Check that the files of a save are in a directory, with their sizes. Rank 0 calls.
 
     Args:
         directory: The unfinished save.
-        files: What all ranks together wrote.
-        told: What each rank has told of what it wrote.
+        records: What each rank wrote.
         places: Where each finds the root.
 
     Raises:
         StorageError: One is not there, or of another size.
     """
-    for file in files:
+    # What several ranks know of was written by others than rank 0, which would see its own.
+    writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
+    for rank, file in writers.values():
         path = directory / file.path
         try:
             size = os.stat(path).st_size
@@ -134,21 +132,11 @@ def check_seen(
         except OSError as error:
             raise StorageError.from_os(error, path=path) from error
         if size != file.size:
-            rank = _writer(path.name, told)
             sees = "does not see it" if size is None else f"sees {size:,} bytes"
-            who = f"rank {rank} wrote below {places[rank]}" if rank is not None else "it was written"
             raise StorageError(
-                f"{who} {file.size:,} bytes of {file.path}, and rank 0, below {places[0]}, {sees}",
+                f"rank {rank} wrote below {places[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                f"{places[0]}, {sees}",
                 path=path,
                 rank=rank,
                 hint=_HINT,
             )
-
-
-def _writer(name: str, told: Sequence[JsonValue]) -> int | None:
-    """The rank that told of a file, others than rank 0 first."""
-    numbered = list(enumerate(told))
-    for rank, row in [*numbered[1:], *numbered[:1]]:
-        if name in json.dumps(row):
-            return rank
-    return None

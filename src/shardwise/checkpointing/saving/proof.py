@@ -11,13 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
 from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.inside import exported_modules
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
@@ -49,6 +48,7 @@ class Promise:
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
+        keys: Names that the settings say the base model has, of all ranks.
     """
 
     aliases: frozenset[str] = frozenset()
@@ -57,6 +57,7 @@ class Promise:
     prefix: str = ""
     architectures: tuple[str, ...] = ()
     vocab_size: int | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,33 +73,17 @@ class Proof:
     differences: tuple[str, ...] = ()
 
 
-def promise_of(parts: Sequence[nn.Module], absent: Iterable[str], group: Group) -> Promise:
-    """Collect what all ranks' model parts say: pipeline stages have different ones. All ranks call.
+#: What one rank says of its own files: see `promise_row`.
+PromiseRow = tuple[list[str], list[str], list[str], str, str, int | None]
+
+
+def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow | None:
+    """What this rank's parts say of their files, for `promise_of`; ``None`` where it has no part. Local.
 
     Args:
         parts: This rank's parts.
         absent: Names that files of this rank's parts may have and the export does not.
-        group: The ranks that save together.
     """
-    told = group.gather(lambda: _record_of(parts, absent), "comparing what the stages promise")
-    everyone = [cast(_Row, theirs) for theirs in told if theirs is not None]
-    prefixes = [prefix for _, _, _, prefix, _, _ in everyone if prefix]
-    sizes = [size for *_, size in everyone if size is not None]
-    return Promise(
-        frozenset(name for names, *_ in everyone for name in names),
-        tuple(dict.fromkeys(pattern for _, patterns, *_ in everyone for pattern in patterns)),
-        frozenset(name for _, _, names, *_ in everyone for name in names),
-        prefixes[0] if prefixes else "",
-        tuple(architecture for *_, architecture, _ in everyone[:1]),
-        sizes[0] if sizes else None,
-    )
-
-
-_Row = tuple[list[str], list[str], list[str], str, str, int | None]
-
-
-def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
-    """What this rank's parts say, as a `_Row`; nothing where it has none."""
     if not parts:
         return None
     module = exported_modules(parts)[0]
@@ -106,14 +91,34 @@ def _record_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> JsonValue:
     text = getattr(config, "text_config", None) or config
     size = getattr(text, "vocab_size", None)
     computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
-    return [
+    return (
         list(absent),
         sorted(may_be_unexpected(module)),
         sorted(computed),
         str(getattr(module, "base_model_prefix", "") or ""),
         own_class(module).__name__,
         size if isinstance(size, int) else None,
-    ]
+    )
+
+
+def promise_of(rows: Sequence[PromiseRow], keys: Iterable[str]) -> Promise:
+    """What the rows of all ranks say together: pipeline stages have different parts.
+
+    Args:
+        rows: Of those ranks that have parts.
+        keys: Names that the caller says the base model has (``model_state_dict_keys``), of all ranks.
+    """
+    prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
+    sizes = [size for *_, size in rows if size is not None]
+    return Promise(
+        frozenset(name for names, *_ in rows for name in names),
+        tuple(dict.fromkeys(pattern for _, patterns, *_ in rows for pattern in patterns)),
+        frozenset(name for _, _, names, *_ in rows for name in names),
+        prefixes[0] if prefixes else "",
+        tuple(architecture for *_, architecture, _ in rows[:1]),
+        sizes[0] if sizes else None,
+        tuple(dict.fromkeys(keys)),
+    )
 
 
 def _computed_buffers(module: nn.Module) -> Iterable[str]:
@@ -150,6 +155,18 @@ def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pas
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
     return Proof(tuple(passed) if same and pass_through else (), tuple(differences))
+
+
+def prove_keys(specs: Sequence[TensorSpec], promise: Promise) -> Proof:
+    """Compare what will be written with the names in the settings. Pure.
+
+    Args:
+        specs: The union of all ranks' tensors, under the names of the files.
+        promise: What the model says of its files, and the settings of the base model's.
+    """
+    written = {spec.name: spec for spec in specs}
+    lost = [key for key in promise.keys if key not in written and not _accounted(key, written, promise, {})]
+    return Proof((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], promise: Promise) -> str | None:

@@ -16,7 +16,6 @@ from shardwise.checkpointing.session import Context
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import ShardwiseError
-from shardwise.format.manifest import KnownManifest
 from shardwise.lifecycle import Claim, doomed_name, temporary_name
 
 _LOG = logging.getLogger(__name__)
@@ -56,8 +55,7 @@ class Replacement:
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
                 storage = self._context.storage
-                known = self._context.manifests.setdefault(self.place.name, KnownManifest())
-                write_manifest(storage, self.temp, complete_record(storage, self.temp, union()), self._info, known)
+                write_manifest(storage, self.temp, complete_record(storage, self.temp, union()), self._info)
                 for where, _, _ in os.walk(self.temp, topdown=False):
                     storage.sync_directory(Path(where))
                 if not os.path.lexists(self.place):

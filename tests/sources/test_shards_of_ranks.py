@@ -1,4 +1,4 @@
-"""Runs that go on as they were: each rank's own files hold just what it is about to load, and none tells another."""
+"""Loads of shards by several ranks: rows that lie as they are held, or not, or are not there, or are there twice."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from tests.support.ranks import failure, run
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
 from shardwise.engine.load import LoadOptions, load_tensors
-from shardwise.engine.sharing import Sharing
 from shardwise.errors import (
     DtypeMismatchError,
-    HeaderError,
-    MisuseError,
     ShapeMismatchError,
     TensorError,
     UnexpectedTensorError,
@@ -79,56 +75,33 @@ def hold(layout: Layout, rank: int, dtype: torch.dtype = torch.float32) -> dict[
     return found
 
 
-class Counting(Group):
-    """Remembers how much the ranks dealt to each other."""
-
-    def __init__(self) -> None:
-        super().__init__(dist.group.WORLD)
-        self.dealt = 0
-
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
-        """As ever."""
-        self.dealt += 1
-        return super().deal(messages, what)
-
-    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
-        """As ever."""
-        self.dealt += what == "sharing what tensors there are"
-        return super().gather_json(value, what)
-
-
-def load(directory: Path, layout: Layout, options: LoadOptions, dtype: torch.dtype) -> tuple[bool, int]:
-    """Whether nobody had to be told anything; how often the ranks dealt, all values having been checked."""
-    group = Counting()
+def load(directory: Path, layout: Layout, options: LoadOptions, dtype: torch.dtype) -> None:
+    """Loads, and checks all values."""
+    group = Group.current()
     held = hold(layout, group.rank, dtype)
-    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    source = open_source(directory, group, spread=True)
     load_tensors(list(held.values()), source, group, LocalStorage(), options)
     for name, tensor in held.items():
         want = whole(layout, name).narrow(0, *layout.ranks[group.rank][name]).to(dtype)
         assert torch.equal(tensor.fragments[0].data, want), name
-    return source.apart, group.dealt
 
 
 def loaded(
     directory: Path, layout: Layout, options: LoadOptions | None = None, dtype: torch.dtype = torch.float32
-) -> list[tuple[bool, int]]:
-    found = run(len(layout.ranks), load, directory, layout, options or LoadOptions(), dtype)
-    assert len(set(found)) == 1
-    return found
+) -> None:
+    run(len(layout.ranks), load, directory, layout, options or LoadOptions(), dtype)
 
 
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_same_ranks_load_what_they_saved_without_a_word(tmp_path: Path, ranks: int, empty: bool) -> None:
+def test_the_same_ranks_load_what_they_saved(tmp_path: Path, ranks: int, empty: bool) -> None:
     of_two = [
         {name: (0, shape[0] - 1) for name, shape in SHAPES.items()},
         {n: (s[0] - 1, 1) for n, s in SHAPES.items()},
     ]
     layout = Layout(SHAPES, of_two if ranks == 2 else EVEN.ranks[:ranks])
     write(tmp_path, layout, empty=empty)
-    # With replicas asked to share as well: there is nothing that two ranks want alike.
-    for sharing in (Sharing("never"), Sharing("always")):
-        assert loaded(tmp_path, layout, LoadOptions(sharing=sharing))[0] == (True, 0)
+    loaded(tmp_path, layout)
 
 
 def other_rows(layout: Layout) -> Layout:
@@ -149,28 +122,25 @@ def several_ranks_hold_one_row(layout: Layout) -> Layout:
 
 
 @pytest.mark.parametrize("change", [other_rows, one_row_moved, one_more_holder, several_ranks_hold_one_row])
-def test_where_one_rank_holds_something_else_all_are_told(tmp_path: Path, change: Callable[[Layout], Layout]) -> None:
+def test_ranks_load_other_rows_than_they_saved(tmp_path: Path, change: Callable[[Layout], Layout]) -> None:
     write(tmp_path, EVEN)
-    apart, dealt = loaded(tmp_path, change(EVEN))[0]
-    assert not apart
-    assert dealt > 0
+    loaded(tmp_path, change(EVEN))
 
 
-def test_a_cast_is_planned_with_everybodys_files(tmp_path: Path) -> None:
+def test_a_cast(tmp_path: Path) -> None:
     write(tmp_path, EVEN)
-    assert not loaded(tmp_path, EVEN, LoadOptions(allow_cast=True), torch.float64)[0][0]
+    loaded(tmp_path, EVEN, LoadOptions(allow_cast=True), torch.float64)
 
 
 def test_more_files_than_ranks_or_fewer(tmp_path: Path) -> None:
     *others, third, _ = EVEN.ranks
     saved = Layout(SHAPES, [*others, {**third, "a": (4, 0)}, {**third, "a": (4, 1)}])
     write(tmp_path, saved)
-    assert loaded(tmp_path, saved)[0][0]
-    # The last of three reads two files; that one of them is empty is no matter.
-    assert loaded(tmp_path, Layout(SHAPES, EVEN.ranks[:3]))[0][0]
-    assert not loaded(tmp_path, Layout(SHAPES, [{}, *EVEN.ranks[:3]]))[0][0]
+    loaded(tmp_path, saved)
+    loaded(tmp_path, Layout(SHAPES, EVEN.ranks[:3]))
+    loaded(tmp_path, Layout(SHAPES, [{}, *EVEN.ranks[:3]]))
     (tmp_path / "shard-00003-model-00001-of-00001.safetensors").unlink()
-    assert not loaded(tmp_path, saved)[0][0]
+    loaded(tmp_path, saved)
 
 
 def without_rows_of_last(layout: Layout) -> Layout:
@@ -203,7 +173,7 @@ def with_one_without_elements(layout: Layout) -> Layout:
         (lambda layout: layout, torch.float64, DtypeMismatchError, "a"),
     ],
 )
-def test_what_does_not_fit_is_the_error_that_it_ever_was(
+def test_what_does_not_fit_is_refused_by_name(
     tmp_path: Path, change: Callable[[Layout], Layout], dtype: torch.dtype, error: type[TensorError], tensor: str
 ) -> None:
     write(tmp_path, EVEN)
@@ -221,12 +191,12 @@ def write_again(directory: Path, layout: Layout, add: float, first: int) -> None
         save_file(tensors, path, encode_sharding_metadata(offsets))
 
 
-def load_all(directory: Path, layout: Layout) -> tuple[bool, dict[str, torch.Tensor]]:
+def load_all(directory: Path, layout: Layout) -> dict[str, torch.Tensor]:
     group = Group.current()
     held = hold(layout, group.rank)
-    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    source = open_source(directory, group, spread=True)
     load_tensors(list(held.values()), source, group, LocalStorage(), LoadOptions())
-    return source.apart, {name: tensor.fragments[0].data.clone() for name, tensor in held.items()}
+    return {name: tensor.fragments[0].data.clone() for name, tensor in held.items()}
 
 
 WHOLE = {name: (0, shape[0]) for name, shape in SHAPES.items()}
@@ -240,9 +210,8 @@ def test_copies_of_a_model_read_one_file_together(tmp_path: Path, ranks: int) ->
     for add in range(1, ranks):
         write_again(tmp_path, one, add, 10 + add)
     found = run(ranks, load_all, tmp_path, Layout(SHAPES, [WHOLE] * ranks))
-    assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in SHAPES:
-        assert len({values[name].sum().item() for _, values in found}) == 1, name  # type: ignore[misc]
+        assert len({values[name].sum().item() for values in found}) == 1, name
 
 
 def test_two_shard_sets_in_one_directory_are_not_one_model(tmp_path: Path) -> None:
@@ -250,9 +219,8 @@ def test_two_shard_sets_in_one_directory_are_not_one_model(tmp_path: Path) -> No
     write(tmp_path, two)
     write_again(tmp_path, two, 1, 10)
     found = run(4, load_all, tmp_path, Layout(SHAPES, [*two.ranks, *two.ranks]))
-    assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in SHAPES:
-        assert torch.equal(found[0][1][name], found[2][1][name])  # type: ignore[index]
+        assert torch.equal(found[0][name], found[2][name])
 
 
 @pytest.mark.parametrize("order", [["c", "b"], ["c", "b", "a"]])
@@ -263,9 +231,8 @@ def test_ranks_that_hold_different_tensors_take_one_copy_of_a_common_one(tmp_pat
     write(tmp_path, first)
     write_again(tmp_path, second, 1, 10)
     found = run(2, load_all, tmp_path, Layout(SHAPES, [*first.ranks, *second.ranks]))
-    assert not any(apart for apart, _ in found)  # type: ignore[misc]
     for name in ("b", "c"):
-        assert torch.equal(found[0][1][name], found[1][1][name])  # type: ignore[index]
+        assert torch.equal(found[0][name], found[1][name])
 
 
 def load_other_shapes(directory: Path) -> None:
@@ -273,32 +240,13 @@ def load_other_shapes(directory: Path) -> None:
     group = Group.current()
     shapes, rows = ({"c": (4,)}, (0, 2)) if group.rank == 0 else ({"c": (6,)}, (3, 3))
     held = hold(Layout(shapes, [{"c": rows}]), 0)
-    source = open_source(directory, group, spread=True, held=lambda: list(held.values()))
+    source = open_source(directory, group, spread=True)
     load_tensors(list(held.values()), source, group, LocalStorage(), LoadOptions())
 
 
 def test_ranks_that_disagree_about_a_shape_find_out(tmp_path: Path) -> None:
     write(tmp_path, Layout({"c": (6,)}, [{"c": (0, 2)}, {"c": (3, 3)}]))
     assert isinstance(failure(2, load_other_shapes, tmp_path), TensorError)
-
-
-def collective_in_describing(directory: Path) -> None:
-    group = Group.current()
-
-    def held() -> Sequence[HeldTensor]:
-        dist.barrier()
-        return list(hold(EVEN, group.rank).values())
-
-    open_source(directory, group, spread=True, held=held)
-
-
-def test_a_model_whose_hooks_talk_to_other_ranks_is_described_before_a_file_can_fail(tmp_path: Path) -> None:
-    write(tmp_path, EVEN)
-    damaged = tmp_path / "shard-00002-model-00001-of-00001.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-3])
-    found = failure(4, collective_in_describing, tmp_path)
-    assert isinstance(found, HeaderError)
-    assert found.path == str(damaged)
 
 
 def load_stale(directory: Path) -> None:
@@ -333,21 +281,3 @@ def test_rows_that_are_there_twice_do_not_stand_in_for_such_as_are_not_there(tmp
     found = failure(world, load_whole, tmp_path)
     assert isinstance(found, TensorError)
     assert "overlap" in str(found)
-
-
-def cannot_say(directory: Path) -> None:
-    group = Group.current()
-
-    def held() -> Sequence[HeldTensor] | None:
-        if group.rank == 1:
-            raise MisuseError("this rank cannot say what it holds", hint="Nothing.")
-        return list(hold(EVEN, group.rank).values())
-
-    open_source(directory, group, spread=True, held=held)
-
-
-def test_what_one_rank_fails_with_all_learn(tmp_path: Path) -> None:
-    write(tmp_path, EVEN)
-    found = failure(4, cannot_say, tmp_path)
-    assert isinstance(found, MisuseError)
-    assert found.rank == 1

@@ -1,0 +1,228 @@
+"""What a checkpointer is between its first call and its last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from shardwise.addons import CheckpointAddon
+from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
+from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.extras import Stateful
+from shardwise.checkpointing.saving.commits import RunLine
+from shardwise.checkpointing.session import Context
+from shardwise.comm import Group
+from shardwise.disk.storage import Storage
+from shardwise.engine.background import Background, waiting_for_copies
+from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
+from shardwise.engine.jobs import SaveJob
+from shardwise.engine.staging import Stager
+from shardwise.settings import Settings
+from shardwise.stateful_wrappers.model import Model
+
+_LOG = logging.getLogger(__name__)
+
+
+class Lifetime:
+    """From a checkpointer's first call to its last: the ranks meet, saves take turns, what is pending ends.
+
+    Args:
+        config: Settings.
+        ranks: This process's parallel ranks.
+        process_group: The ranks that save together; all where none is given.
+        pp_group: The ranks of this pipeline, for addons.
+        addons: Hooks around the writing of a model.
+        storage: Where data goes, and where names are made and renamed.
+        device_streams: How copies from accelerators are ordered; torch's own streams where none is given.
+        absent_seconds: After how long a warning names the ranks that have not come to a call.
+
+    Attributes:
+        made: The session, from the first call on.
+        background: What writes asynchronous saves, likewise.
+        order: The run's random numbers and data.
+        line: Which checkpoints the run has restored and saved.
+        is_tidied: Whether what interrupted saves left has been removed.
+        ends: Whether a component of the run's last checkpoint was saved.
+        leaves: Whether the ranks have been asked to leave.
+    """
+
+    def __init__(
+        self,
+        config: Settings,
+        ranks: ParallelRanks,
+        process_group: ProcessGroup | None,
+        pp_group: ProcessGroup | None,
+        addons: Sequence[CheckpointAddon],
+        storage: Storage,
+        device_streams: DeviceStreams | None,
+        absent_seconds: float,
+    ) -> None:
+        self.config, self.ranks, self.addons = config, ranks, addons
+        self.storage = storage
+        self._process_group, self.pp_group = process_group, pp_group
+        self._device_streams, self._absent_seconds = device_streams, absent_seconds
+        # Resolved once: a training script may change its working directory, and its checkpoints stay together.
+        self.root = Path(config.checkpoint_dir).absolute()
+        self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
+        self.made: Context | None = None
+        self.background: Background | None = None
+        self.order = DataOrder()
+        self.line = RunLine()
+        self.is_tidied = False
+        self.ends = False
+        self.leaves = False
+
+    @property
+    def session(self) -> Context:
+        """What the parts of the checkpointer need. All ranks call, at the first call; later it is local."""
+        return self.begin("a call of the checkpointer")
+
+    def begin(self, call: str) -> Context:
+        """What every part needs, made at the first call. All ranks call.
+
+        Args:
+            call: The call, for a warning should some rank not come.
+        """
+        if self.made is None:
+            group = self._meet(call)
+            try:
+                met = check_same_settings(self.config, self.root, group)
+                warn_if_alone(group)
+                made = Context(
+                    self.config,
+                    group,
+                    self.storage,
+                    self.ranks,
+                    self.root,
+                    met,
+                    self._staging_dir,
+                    self.pp_group,
+                )
+                if self.config.is_async:
+                    self.background = Background(self._meet(call), self._device_streams)
+                    made.stager = self.background.stager
+                elif self.config.cpu_offload:
+                    made.stager = Stager(self._device_streams)
+            except BaseException:
+                group.close()
+                raise
+            self.made = made
+        return self.made
+
+    def _meet(self, call: str) -> Group:
+        return Group.dedicated(
+            self._process_group, self.config.collective_timeout_seconds, call, absent_seconds=self._absent_seconds
+        )
+
+    def of_ranks(self, call: str, state: Stateful) -> Context:
+        """Begin a call that saves or loads a state of every rank's own."""
+        context = self.begin(call)
+
+        def look() -> str:
+            check_stateful(state)
+            return "a state"
+
+        check_same_call(call, look, {}, context.group)
+        return context
+
+    def looked(
+        self,
+        model: Model,
+        optimizer: object = None,
+        scheduler: object = None,
+        name: str = "model",
+        *,
+        saves: bool = False,
+        is_run: bool = True,
+    ) -> str:
+        """As `checked`; then the model's memory is ready for other threads. Local.
+
+        Args:
+            model: As in `checked`.
+            optimizer: Likewise.
+            scheduler: Likewise.
+            name: Likewise.
+            saves: Whether the model is to be saved: copying aside is ordered by itself, and nobody waits for it.
+            is_run: Whether it is the model of this run, whose meshes say which ranks these are; a base model's do not.
+
+        Raises:
+            MisuseError: A parallel rank was given that contradicts the model's meshes.
+        """
+        checked(model, optimizer, scheduler)
+        if is_run:
+            self.ranks.look([model] if isinstance(model, nn.Module) else model)
+        if not (saves and self.config.is_async):
+            self._settle(model)
+        return name
+
+    def _settle(self, model: Model) -> None:
+        """Wait for what this thread has queued on the model's devices, where other threads read or fill its memory.
+
+        What those threads queue goes to streams of their own.
+        """
+        if self._device_streams is None and not torch.accelerator.is_available():
+            return
+        streams = self._device_streams or AcceleratorStreams()
+        parts = [model] if isinstance(model, nn.Module) else model
+        tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
+        for device in {tensor.device for tensor in tensors}:
+            if streams.has_streams(device):
+                streams.settle(device)
+
+    def turn(self, call: str, look: Callable[[], str], given: Mapping[str, bool]) -> Turn:
+        """Begin a save: the ranks ask for the same, and an earlier asynchronous save is over, or this one is skipped.
+
+        Neither the run's last checkpoint is ever skipped, nor one for which the ranks were asked to leave: no other
+        save comes after it.
+        """
+        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
+        told = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
+        turn = Turn()
+        try:
+            turn = take_turn(told)
+        finally:
+            if self.background is not None and not turn.skipped:
+                self.background.told()
+        if turn.skipped:
+            _LOG.info("skipped a save: the last one is still being written")
+        return turn
+
+    def run(self, job: SaveJob) -> None:
+        """Carry out a save, at once or in the background. All ranks call."""
+        stager = self.session.stager
+        if stager is not None:
+            job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
+        if self.background is None:
+            job.run(self.session.group)
+            return
+        self.background.submit(job)
+        if self.config.wait_for_staging:
+            self.background.wait_for_staging()
+
+    def wait(self) -> None:
+        """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
+        if self.background is not None:
+            self.background.wait()
+
+    def close(self) -> None:
+        """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
+        try:
+            self.wait()
+        finally:
+            if self.background is not None:
+                self.background.close()
+                self.background = None
+            if self.made is not None:
+                if self.made.stager is not None:
+                    self.made.stager.clear()
+                self.made.group.close()
+                self.made = None

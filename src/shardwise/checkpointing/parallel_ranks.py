@@ -1,0 +1,210 @@
+"""This process's data-, tensor- and pipeline-parallel ranks: as they were given, or as the model and its ranks tell.
+
+Saves and loads of models need none of them but the pipeline stage, and that one only to tell two stages' tensors of one
+name from replicas. What is kept for each data-parallel rank (`Checkpointer.save_on_dp_ranks`) needs all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch.distributed as dist
+from torch import nn
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import MisuseError
+from shardwise.stateful_wrappers.mesh_ranks import MeshRanks, mesh_ranks
+from shardwise.stateful_wrappers.names import list_parameters
+
+_HINT = "Pass {} to CheckpointingConfig.build()."
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process stands.
+
+    Attributes:
+        dp: Data-parallel rank.
+        tp: Tensor-parallel rank.
+        pp: Pipeline rank.
+    """
+
+    dp: int
+    tp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What one rank tells the others.
+
+    Attributes:
+        given: Ranks that its caller gave, by name.
+        meshes: What its tensors' meshes say.
+        digest: Of its tensors' names.
+    """
+
+    given: Mapping[str, int]
+    meshes: MeshRanks
+    digest: str
+
+
+class ParallelRanks:
+    """Knows this process's parallel ranks, or finds out.
+
+    Args:
+        dp_rank: Data-parallel rank, where the caller gives it.
+        tp_rank: Tensor-parallel rank, likewise.
+        pp_rank: Pipeline rank, likewise.
+        pp_group: The ranks of this pipeline, where the caller gives it: its order is that of the stages.
+
+    Raises:
+        MisuseError: One is no number that counts from 0.
+    """
+
+    def __init__(
+        self, dp_rank: int | None, tp_rank: int | None, pp_rank: int | None, pp_group: dist.ProcessGroup | None
+    ) -> None:
+        given = {"dp_rank": dp_rank, "tp_rank": tp_rank, "pp_rank": pp_rank}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        for name, value in self._given.items():
+            if type(value) is not int or value < 0:
+                raise MisuseError(
+                    f"{name} is {value!r}", hint="Ranks are whole numbers from 0; left out, they are derived."
+                )
+        self._group_stage = None if pp_group is None else dist.get_rank(pp_group)
+        self._meshes: MeshRanks | None = None
+        self._names: tuple[str, ...] = ()
+        self._seen: tuple[weakref.ref[nn.Module], ...] = ()
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage, as far as it has been told: given, by ``pp_group``, by a mesh; otherwise 0.
+
+        Stages that nothing tells apart are told apart by the names of their tensors wherever it matters.
+        """
+        told = self._told_stage(self._given, self._meshes or MeshRanks())
+        return told if told is not None else 0
+
+    def look(self, parts: Sequence[nn.Module]) -> None:
+        """Look at a model that is to be saved or restored, once. Local.
+
+        Raises:
+            MisuseError: A rank was given that contradicts the meshes of the model's tensors.
+        """
+        if len(parts) == len(self._seen) and all(ref() is part for ref, part in zip(self._seen, parts, strict=True)):
+            return
+        listed = list_parameters(parts)
+        meshes = mesh_ranks(parts, [named.tensor for named in listed])
+        for name, derived in (("dp_rank", meshes.dp), ("tp_rank", meshes.tp), ("pp_rank", meshes.pp)):
+            given = self._given.get(name)
+            if given is not None and derived is not None and given != derived:
+                raise MisuseError(
+                    f"{name} was given as {given}, and by the meshes of the model's tensors it is {derived}",
+                    hint=f"Leave {name} out, so that it is derived, or give this process's coordinate in the mesh.",
+                )
+        self._meshes = meshes
+        self._names = tuple(named.name for named in listed if isinstance(named.tensor, nn.Parameter))
+        self._seen = tuple(map(weakref.ref, parts))
+
+    def everyones(self, group: Group) -> list[Place]:
+        """The place of each rank of the group, in order. All ranks call.
+
+        Raises:
+            MisuseError: One was not given and cannot be derived.
+        """
+        if group.world_size == 1:
+            return [Place(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
+        rows = [_row(told) for told in group.gather(self._own_row, "deriving the parallel ranks")]
+        stages = self._stages(rows, group)
+        tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
+        sharing: dict[tuple[int, int, int | None], list[int]] = {}
+        for number, row in enumerate(rows):
+            sharing.setdefault((stages[number], tensor[number], row.meshes.cp), []).append(number)
+        data: dict[int, int] = {}
+        for members in sharing.values():
+            data |= _data_ranks(members, rows, group.global_ranks())
+        return [Place(data[number], tensor[number], stages[number]) for number in range(len(rows))]
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _own_row(self) -> JsonValue:
+        lacks = [name for name in ("dp_rank", "tp_rank", "pp_rank") if name not in self._given]
+        if lacks and self._meshes is None:
+            raise MisuseError(
+                f"{', '.join(lacks)} cannot be derived yet: no model has been saved or restored",
+                hint=_HINT.format(", ".join(lacks)) + " Or save or restore the model first.",
+            )
+        given = dict(self._given)
+        stage = self._told_stage(given, self._meshes or MeshRanks())
+        if stage is not None:
+            given["pp_rank"] = stage
+        digest = hashlib.blake2b("\n".join(sorted(self._names)).encode(), digest_size=16).hexdigest()
+        return [cast(JsonValue, given), asdict(self._meshes or MeshRanks()), digest]
+
+    def _told_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
+        if "pp_rank" in given:
+            return given["pp_rank"]
+        return self._group_stage if self._group_stage is not None else meshes.pp
+
+    def _stages(self, rows: Sequence[_Row], group: Group) -> list[int]:
+        """The stage of each rank: as told, or by the names of its tensors, which no two stages have in common."""
+        told = [row.given.get("pp_rank") for row in rows]
+        if all(stage is not None for stage in told):
+            return cast(list[int], told)
+        distinct = list(dict.fromkeys(row.digest for row in rows))
+        first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
+        everyones = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
+        seen: set[str] = set()
+        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], everyones), strict=True):
+            alone = len(distinct) == 1
+            if names is None or alone:
+                continue
+            if not names or not seen.isdisjoint(names) or any(stage is not None for stage in told):
+                raise MisuseError(
+                    "pp_rank cannot be derived: the ranks have different tensors, and some of them in common, or none",
+                    rank=rank,
+                    hint=_HINT.format("pp_rank"),
+                )
+            seen.update(names)
+        return [distinct.index(row.digest) for row in rows]
+
+    @staticmethod
+    def _tensor_rank(row: _Row, rank: int) -> int:
+        if "tp_rank" in row.given:
+            return row.given["tp_rank"]
+        if row.meshes.tp is not None:
+            return row.meshes.tp
+        if row.meshes.unclear:
+            raise MisuseError(
+                f"tp_rank cannot be derived: {row.meshes.unclear}", rank=rank, hint=_HINT.format("tp_rank and dp_rank")
+            )
+        return 0
+
+
+def _row(told: JsonValue) -> _Row:
+    given, meshes, digest = cast("tuple[dict[str, int], dict[str, object], str]", told)
+    return _Row(given, MeshRanks(**meshes), digest)  # type: ignore[arg-type]
+
+
+def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequence[int]) -> dict[int, int]:
+    """The data-parallel ranks of those that differ in nothing else.
+
+    Where their meshes tell all of them apart these say which; otherwise, as under DDP, it is their order.
+    """
+    lacking = [number for number in members if "dp_rank" not in rows[number].given]
+    for number in lacking:
+        if rows[number].meshes.unclear:
+            raise MisuseError(
+                f"dp_rank cannot be derived: {rows[number].meshes.unclear}",
+                rank=global_ranks[number],
+                hint=_HINT.format("dp_rank"),
+            )
+    by_mesh = [rows[number].meshes.dp for number in members]
+    apart = None not in by_mesh and len(set(by_mesh)) == len(members)
+    found = dict(zip(members, cast(list[int], by_mesh) if apart else range(len(members)), strict=True))
+    return found | {number: rows[number].given["dp_rank"] for number in members if number not in lacking}

@@ -1,0 +1,238 @@
+"""What ranks agree on before a save: who holds what, and what else each of them has to say.
+
+One gather. What travels of each rank is a digest of all that it says and its coordinates, a few integers; ranks of one
+kind say the same, and what nobody has heard yet is broadcast once by one of those that say it. A later save in which
+nobody says anything new costs the gather alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import cast
+
+from shardwise.comm import Group, JsonValue
+from shardwise.errors import MisuseError
+from shardwise.geometry import TensorSpec
+from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.placement import MeshKey
+from shardwise.plan.roster import Coordinates, Declaration, Roster
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a rank says before a save.
+
+    Attributes:
+        held: Lists of tensors that it holds; as many lists on every rank, each of which gets a roster.
+        note: Whatever else all ranks are to know.
+    """
+
+    held: tuple[Sequence[HeldTensor], ...]
+    note: JsonValue = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks said. The same on every rank, and the same object as long as nobody says anything new.
+
+    Attributes:
+        rosters: Who holds what, for each list of `Statement.held`.
+        notes: Each rank's note, in rank order.
+    """
+
+    rosters: tuple[Roster, ...]
+    notes: tuple[JsonValue, ...]
+
+
+class Agreement:
+    """The ranks' agreement on one component; keeps what they said, so that a later save need not repeat it.
+
+    Args:
+        group: The ranks that save together.
+        stage: This rank's pipeline stage.
+    """
+
+    def __init__(self, group: Group, stage: int = 0) -> None:
+        self._group = group
+        self._stage = stage
+        self._kinds: dict[str, _Kind] = {}
+        self._rows: list[JsonValue] = []
+        self._agreed = Agreed((), ())
+
+    def reach(self, describe: Callable[[], Statement], what: str) -> Agreed:
+        """Exchange what the ranks have to say. All ranks call.
+
+        Args:
+            describe: Gives this rank's statement. Local; what it fails with on one rank is raised on all.
+            what: What is being done, for messages.
+
+        Raises:
+            NameCollisionError: Two kinds of rank declare one name differently.
+            IncompleteTensorError: The ranks together lack a piece of a tensor.
+            MisuseError: Two meshes of a rank cannot be told apart.
+        """
+        held: list[Sequence[HeldTensor]] = []
+        kinds: list[_Kind] = []
+
+        def speak() -> JsonValue:
+            statement = describe()
+            held.extend(statement.held)
+            kind, row = _said(statement, self._stage)
+            kinds.append(kind)
+            return row
+
+        rows = self._group.gather(speak, what)
+        # Every rank compares what all have received, so that they decide alike, whatever became of an earlier save.
+        if rows != self._rows:
+            self._kinds = self._heard(kinds[0], [str(digest) for digest, _ in cast(list[_Row], rows)])
+            agreed = self._agreed_on(cast(list[_Row], rows))
+            with self._group.together("checking that the ranks hold every tensor whole"):
+                for roster, own in zip(agreed.rosters, held, strict=True):
+                    _ = roster.specs
+                    roster.check_complete(own)
+            self._rows, self._agreed = rows, agreed
+        return self._agreed
+
+    def roster(self, describe: Callable[[], Sequence[HeldTensor]], what: str) -> Roster:
+        """Who holds what of the tensors that ``describe`` gives. All ranks call; as `reach`."""
+        return self.reach(lambda: Statement((describe(),)), what).rosters[0]
+
+    def _heard(self, own: _Kind, digests: Sequence[str]) -> dict[str, _Kind]:
+        """What each kind of rank says, by digest."""
+        heard: dict[str, _Kind] = {}
+        for digest in dict.fromkeys(digests):
+            known = self._kinds.get(digest)
+            if known is None:
+                speaker = digests.index(digest)
+                text = own.encoded() if self._group.rank == speaker else None
+                said = self._group.broadcast_json(text, speaker, "exchanging descriptions of the tensors to save")
+                known = own if own.digest == digest else _Kind.decoded(said)
+            heard[digest] = known
+        return heard
+
+    def _agreed_on(self, rows: Sequence[_Row]) -> Agreed:
+        everyone = [self._kinds[digest] for digest, _ in rows]
+        coordinates = tuple(kind.coordinates(theirs) for kind, (_, theirs) in zip(everyone, rows, strict=True))
+        rosters = []
+        for declared in zip(*(kind.declarations for kind in everyone), strict=True):
+            distinct = {declaration.digest: declaration for declaration in declared}
+            rosters.append(Roster(distinct, tuple(each.digest for each in declared), coordinates))
+        return Agreed(tuple(rosters), tuple(kind.note for kind in everyone))
+
+
+#: What travels of a rank: the digest of what it says, and its coordinate in each mesh.
+_Row = tuple[str, list[list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What ranks of one kind say.
+
+    Attributes:
+        declarations: For each list of tensors.
+        meshes: The meshes that the tensors are spread over.
+        note: The note.
+        digest: Of all that.
+    """
+
+    declarations: tuple[Declaration, ...]
+    meshes: tuple[MeshKey, ...]
+    note: JsonValue
+    digest: str
+
+    def coordinates(self, row: Sequence[Sequence[int]]) -> Coordinates:
+        """The coordinates that a rank of this kind has sent."""
+        return {mesh: tuple(at) for mesh, at in zip(self.meshes, row, strict=True)}
+
+    def encoded(self) -> JsonValue:
+        """What is broadcast of it."""
+        declared: list[JsonValue] = [
+            [each.stage, each.digest, [[s.name, list(s.shape), s.dtype] for s in each.specs]]
+            for each in self.declarations
+        ]
+        return [declared, list(map(_mesh, self.meshes)), self.note, self.digest]
+
+    @staticmethod
+    def decoded(value: JsonValue) -> _Kind:
+        """The inverse of `encoded`."""
+        declared, meshes, note, digest = cast(_Encoded, value)
+        declarations = [
+            Declaration(tuple([TensorSpec(n, tuple(shape), dtype) for n, shape, dtype in specs]), stage, own)
+            for stage, own, specs in declared
+        ]
+        keys = tuple([MeshKey(tuple(names), tuple(shape), ordinal) for names, shape, ordinal in meshes])
+        return _Kind(tuple(declarations), keys, note, digest)
+
+
+def _said(statement: Statement, stage: int) -> tuple[_Kind, JsonValue]:
+    """What a rank's kind says, and the rank's own row. Local."""
+    declarations = tuple([Declaration.of(held, stage) for held in statement.held])
+    found = coordinates_of(chain(*statement.held))
+    text = json.dumps([[each.digest for each in declarations], list(map(_mesh, found)), statement.note])
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _Kind(declarations, tuple(found), statement.note, digest), [digest, list(map(list, found.values()))]
+
+
+_Encoded = tuple[
+    list[tuple[int, str, list[tuple[str, list[int], str]]]], list[tuple[list[str], list[int], int]], JsonValue, str
+]
+
+
+def _mesh(mesh: MeshKey) -> JsonValue:
+    return [list(mesh.names), list(mesh.shape), mesh.ordinal]
+
+
+def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Roster | None:
+    """Who holds the same kinds of tensor as this rank, and at which coordinates. All ranks call.
+
+    Nobody's description travels, only its digest: a rank of another kind has nothing in common that could be relied on.
+
+    Returns:
+        A roster that knows of these ranks alone; ``None`` where this rank's meshes cannot be told apart.
+    """
+    own: list[_Kind] = []
+
+    def speak() -> JsonValue:
+        try:
+            kind, row = _said(Statement((held,)), stage)
+        except MisuseError:
+            # What cannot be told apart can still be read by each rank for itself.
+            return ["", []]
+        own.append(kind)
+        return row
+
+    rows = cast(list[_Row], group.gather(speak, "exchanging digests of the tensors to load"))
+    if not own:
+        return None
+    [kind] = own
+    [declaration] = kind.declarations
+    digests = tuple(declaration.digest if digest == kind.digest else "" for digest, _ in rows)
+    coordinates = tuple(kind.coordinates(at) if digest == kind.digest else {} for digest, at in rows)
+    return Roster({declaration.digest: declaration}, digests, coordinates)
+
+
+def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]:
+    """This rank's coordinate in each mesh that its tensors are spread over.
+
+    Raises:
+        MisuseError: Two tensors give different coordinates for one mesh.
+    """
+    found: dict[MeshKey, tuple[int, ...]] = {}
+    seen: dict[int, tuple[int, ...]] = {}  # most tensors share their part and coordinate with others, object and all
+    for tensor in held:
+        for part in tensor.parts:
+            if seen.get(id(part.part)) is part.coordinate:
+                continue
+            seen[id(part.part)] = part.coordinate
+            mesh = part.part.mesh
+            if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
+                raise MisuseError(
+                    f"two meshes {mesh} with different coordinates pass for one",
+                    tensor=tensor.spec.name,
+                    hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
+                )
+    return found

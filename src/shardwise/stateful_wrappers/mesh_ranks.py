@@ -1,0 +1,132 @@
+"""What the meshes of a model's tensors say of this rank: its data-, tensor- and pipeline-parallel coordinates.
+
+Only names tell what a mesh dimension is for. Those below are the ones that torch's documentation, torchtitan,
+accelerate, transformers and NeMo AutoModel give; a dimension of another name says nothing, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+class Role(Enum):
+    """What a mesh dimension is for."""
+
+    DATA = "data"
+    TENSOR = "tensor"
+    PIPELINE = "pipeline"
+    CONTEXT = "context"  # its ranks read the same samples, each another part of the sequence
+    EXPERT = "expert"  # borrows ranks from others, in a way that its name does not tell
+
+
+_ROLES = {
+    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "data", "data_parallel", "replicate", "shard"), Role.DATA),
+    **dict.fromkeys(("dp_replicate", "dp_shard", "dp_shard_mod_ep", "dp_shard_in_ep", "batch"), Role.DATA),
+    **dict.fromkeys(("tp", "tensor", "tensor_parallel"), Role.TENSOR),
+    **dict.fromkeys(("pp", "pipe", "pipeline", "pipeline_parallel"), Role.PIPELINE),
+    **dict.fromkeys(("cp", "sp", "context", "context_parallel"), Role.CONTEXT),
+    **dict.fromkeys(("ep", "etp", "efsdp", "ep_shard", "ep_replicate", "expert", "expert_parallel"), Role.EXPERT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MeshRanks:
+    """This rank's coordinates, as far as the meshes tell; ``None`` where they do not.
+
+    Attributes:
+        dp: Index over the data-parallel dimensions, the last one varying fastest.
+        tp: Coordinate in the tensor-parallel dimension.
+        pp: Coordinate in the pipeline dimension.
+        cp: Coordinate in the context-parallel dimension.
+        unclear: What keeps the data-parallel index from being told, and with it whether ranks differ in it; empty
+            where nothing does.
+    """
+
+    dp: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    cp: int | None = None
+    unclear: str = ""
+
+
+def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> MeshRanks:
+    """Read this rank's coordinates from the meshes of a model's tensors. Local.
+
+    Each mesh is looked at together with the one that it was cut out of, which knows the other dimensions.
+
+    Args:
+        parts: The model's parts on this rank.
+        tensors: Their tensors.
+    """
+    meshes = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
+    is_fsdp = any(isinstance(module, FSDPModule) for part in parts for module in part.modules())
+    found: dict[Role, set[int]] = {}
+    reasons = []
+    for mesh in meshes.values():
+        # FSDP2's own mesh has no names; over another parallelism it demands some.
+        names = mesh.mesh_dim_names or (("dp",) * mesh.ndim if is_fsdp else ())
+        told, reason = _read(mesh, names)
+        reasons.append(reason)
+        for role, coordinate in told.items():
+            found.setdefault(role, set()).add(coordinate)
+    one = {role: next(iter(each)) for role, each in found.items() if len(each) == 1}
+    # Where one mesh tells, as that of the dense layers does, others need not, as those of experts may not.
+    unclear = "" if Role.DATA in one else next(filter(None, reasons), "")
+    for role, coordinates in found.items():
+        if len(coordinates) > 1:
+            unclear = f"the meshes of its tensors disagree about its {role.value}-parallel coordinate"
+    dp = None if unclear else one.get(Role.DATA)
+    return MeshRanks(dp, one.get(Role.TENSOR), one.get(Role.PIPELINE), one.get(Role.CONTEXT), unclear)
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that ``mesh`` was cut out of; itself where it was made by itself."""
+    return mesh._get_root_mesh()
+
+
+def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]:
+    """What a mesh and the one around it tell, and why they do not tell the data-parallel index, where they do not."""
+    if not names:
+        return {}, "the mesh of its tensors has no names of dimensions" if mesh.size() > 1 else ""
+    root = root_mesh(mesh)
+    # A flat mesh around others is all ranks in a row, of which nothing is known.
+    outer = () if root is mesh or root.ndim == 1 else root.mesh_dim_names or ()
+    found, strange = _by_role(root, outer)
+    if Role.DATA in found and not strange:
+        # The mesh itself may be several of these dimensions in one.
+        inner, _ = _by_role(mesh, names)
+        return {**inner, **found}, ""
+    inner, odd = _by_role(mesh, names)
+    strange += odd
+    found = {**inner, **found}
+    if not strange:
+        return found, ""
+    found.pop(Role.DATA, None)
+    return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use nobody said"
+
+
+def _by_role(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], tuple[str, ...]]:
+    """This rank's coordinate in each role, and the names that leave open which ranks share data.
+
+    A dimension of one rank leaves nothing open, whatever it is called.
+    """
+    coordinate = mesh.get_coordinate()
+    found: dict[Role, int] = {}
+    strange = []
+    if coordinate is None or not names:
+        return found, ()
+    for name, size, index in zip(names, mesh.shape, coordinate, strict=True):
+        role = _ROLES.get(name)
+        if role is not None and role is not Role.EXPERT:
+            found[role] = found.get(role, 0) * size + index
+        elif size > 1:
+            strange.append(name)
+    return found, tuple(strange)

@@ -31,6 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.arguments import Met
+from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.inference import without_collector
 from shardwise.checkpointing.loading.models import load_model
 from shardwise.checkpointing.saving.models import ModelSave
@@ -287,9 +288,13 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
                 context, model, directory, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
             ).steps()
 
-    capture, hub = _seconds(lambda: context.names.capture(state))
+    def look_at_modules() -> HubState:
+        with without_collector():
+            return context.names.capture(state)
+
+    capture, hub = _seconds(look_at_modules)
     specs, _ = _seconds(save)
-    look, _ = _seconds(lambda: context.names.capture(state))
+    look, _ = _seconds(look_at_modules)
     later, _ = _seconds(save)
 
     # The coordinator does the same and also puts index and manifest together.

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def without_collector() -> Iterator[None]:
     """Switch Python's cyclic collector off, and on again if it was on.
 
-    A plan is made of some hundred thousand objects that all stay until the call returns; the collector visits them again
-    and again and frees none. Figures with and without it are in docs/benchmarks.md (`benchmarks/run.py plan`).
+    A plan is made of some hundred thousand objects that all stay until the call returns; the collector visits them
+    again and again and frees none. docs/benchmarks.md has figures with and without it (`benchmarks/run.py plan`).
     """
     was_on = gc.isenabled()
     gc.disable()

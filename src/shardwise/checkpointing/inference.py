@@ -1,8 +1,10 @@
-"""Calls made inside ``torch.inference_mode``, by an evaluation function that also saves or loads."""
+"""How the checkpointer's calls run: outside of ``torch.inference_mode``, and without the garbage collector."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -12,8 +14,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Switch Python's cyclic collector off, and on again if it was on.
+
+    A plan is made of some hundred thousand objects that all stay until the call returns; the collector visits them
+    again and again and frees none. docs/benchmarks.md has figures with and without it (`benchmarks/run.py plan`).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function run as it would outside of ``torch.inference_mode``.
+    """Let a function run as it would outside of ``torch.inference_mode``, and without the collector.
 
     Every tensor that is made inside of that mode refuses for good to be changed in place outside of it: staging memory
     that the next save fills, an optimizer's state that the next step updates, a parameter that was given its memory.
@@ -21,9 +39,10 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
-            return function(*args, **kwargs)
+        with without_collector():
+            if not torch.is_inference_mode_enabled():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False):
+                return function(*args, **kwargs)
 
     return call

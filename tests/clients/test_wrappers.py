@@ -12,6 +12,7 @@ from tests.clients.opening import opened, same_weights
 from tests.clients.training import EXPORT
 from tests.clients.wrapped import WRAPPERS, RewardModel, build_checkpointer, llama, save_reward_model
 from tests.support.ranks import run
+from tests.support.releases import needs_add_adapter
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -167,6 +168,7 @@ def adapted(how: str) -> nn.Module:
 
     model, config = llama(), LoraConfig(target_modules=["q_proj"])
     if how == "add_adapter":
+        needs_add_adapter()
         model.add_adapter(config)
         return model
     if how == "prompt":

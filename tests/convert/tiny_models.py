@@ -160,7 +160,9 @@ _OVERRIDES: dict[str, dict[str, object]] = {
     "VibeVoiceAsrModel": _VIBEVOICE,
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "hy_v4_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 0]}},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "inkling2_loop_text": {"unpadded_vocab_size": 90},
     "esm": {"vocab_size": 40, "pad_token_id": 1, "mask_token_id": 2},
 }
 

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from shardwise.upstream.torch_tensors import root_mesh
+
 
 class Role(Enum):
     """What a mesh dimension is for."""
@@ -85,11 +87,6 @@ def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> M
             unclear = f"the meshes of its tensors disagree about its {role.value}-parallel coordinate"
     dp = None if unclear else one.get(Role.DATA)
     return MeshRanks(dp, one.get(Role.TENSOR), one.get(Role.PIPELINE), one.get(Role.CONTEXT), unclear)
-
-
-def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that ``mesh`` was cut out of; itself where it was made by itself."""
-    return mesh._get_root_mesh()
 
 
 def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]:

@@ -96,6 +96,11 @@ TORCH_TENSORS = (
     Name("@dtensor._local_tensor", _DTENSOR, "Tensor"),
     Name("@dtensor._spec", _DTENSOR, "DTensorSpec"),
     Name("@dtensor._spec.mesh", _DTENSOR, "DeviceMesh"),
+    Name(
+        "torch.distributed.device_mesh.DeviceMesh._get_root_mesh",
+        "names of the dimensions around a sliced mesh",
+        "function",
+    ),
     Name("@dtensor._spec.placements", _DTENSOR, "tuple"),
     Name("@dtensor._spec.tensor_meta.shape", _DTENSOR, "Size"),
     Name("torch.distributed.tensor._dtensor_spec.DTensorSpec", "what a DTensor is made from", "type"),

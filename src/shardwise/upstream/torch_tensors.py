@@ -49,6 +49,11 @@ def around(local: torch.Tensor, spread: DTensorSpec) -> DTensor:
     return DTensor(local, spread, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that ``mesh`` was cut out of; itself where it was made by itself."""
+    return mesh._get_root_mesh()
+
+
 def mesh_of(tensor: DTensor) -> DeviceMesh:
     """A DTensor's mesh, in a tenth of the time that its public attribute takes."""
     return tensor._spec.mesh

@@ -51,9 +51,9 @@ except where layers share parameters of peft's: there the whole model is one.
 """
 
 NOTES = """
-- FRoD, VeRA and others keep projections that all layers share; these are saved where `save_projection` says so.
-- *PiSSA, fast*, *LoRA-GA*, CorDA and KaSA change base weights by chance, by measured data or by what a rank has. Those base weights stand in
-  `adapter_extra.safetensors` beside the adapter, since a model that begins again has other ones.
+- FRoD, VeRA and others have projections that all layers share; these are saved where `save_projection` says so.
+- *PiSSA, fast*, LoRA-GA, CorDA and KaSA change base weights by chance, by measured data, or by what a rank has of them.
+  Those base weights stand in `adapter_extra.safetensors` beside the adapter, since another beginning gives other ones.
 - MonteCLoRA draws noise ahead that no state has: values are restored, and the next step has other noise.
 - Of AdaLoRA whole tensors are saved, in which ranks that were pruned are zeros; peft leaves these out.
 - QALoRA does what its name says in GPTQ layers alone; here peft trains it as plain LoRA.

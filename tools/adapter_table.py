@@ -1,8 +1,8 @@
 """Write docs/adapters.md: for every method of peft and every topology, what becomes of a run that is saved and resumed.
 
-Run from the repository: ``python -m tools.adapter_table``. What has been found out is kept in a file (``--known``), so
-that a run that was stopped goes on where it was; ``--shard 0/3`` finds out a third and writes no page; names of methods
-as arguments are found out anew. Takes about an hour of two cores.
+Run from the repository: ``python -m tools.adapter_table``; with names of methods only these are found out anew, and the
+page has the rest. What has been found out is kept in a file (``--known``), so that a run that was stopped goes on where
+it was; ``--shard 0/3`` finds out a third of the methods and writes no page. Takes about an hour of two cores.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.adapters.spreads import SPREADS
 
 import peft
 
+MODES = {False: "(synchronous)", True: "(asynchronous)"}
 PAGE = Path(__file__).parent.parent / "docs" / "adapters.md"
 
 HEAD = """# Adapters
@@ -51,9 +52,9 @@ except where layers share parameters of peft's: there the whole model is one.
 """
 
 NOTES = """
-- FRoD, VeRA and others keep projections that all layers share; these are saved where `save_projection` says so.
-- *PiSSA, fast*, *LoRA-GA* and CorDA change base weights by chance or by measured data. Those base weights stand in
-  `adapter_extra.safetensors` beside the adapter, since a model that begins again has other ones.
+- FRoD, VeRA and others have projections that all layers share; these are saved where `save_projection` says so.
+- *PiSSA, fast*, LoRA-GA, CorDA and KaSA change base weights by chance, by measured data, or by what a rank has of them.
+  Those base weights stand in `adapter_extra.safetensors` beside the adapter, since another beginning gives other ones.
 - MonteCLoRA draws noise ahead that no state has: values are restored, and the next step has other noise.
 - Of AdaLoRA whole tensors are saved, in which ranks that were pruned are zeros; peft leaves these out.
 - QALoRA does what its name says in GPTQ layers alone; here peft trains it as plain LoRA.
@@ -65,7 +66,7 @@ def summary(found: Mapping[bool, str]) -> str:
     texts = {mode: text.replace("|", "\\|").replace("\n", " ") for mode, text in found.items()}
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
-    return "; ".join(f"{text} ({'asynchronous' if mode else 'synchronous'})" for mode, text in texts.items())
+    return "; ".join(f"{text} {MODES[mode]}" for mode, text in texts.items())
 
 
 def page(found: Mapping[Case, str]) -> str:
@@ -73,7 +74,7 @@ def page(found: Mapping[Case, str]) -> str:
     lines = []
     cells: list[str] = []
     for name in ROWS:
-        row = [summary({mode: found[Case(name, spread, mode)] for mode in (False, True)}) for spread in SPREADS]
+        row = [summary({mode: found[Case(name, spread, mode)] for mode in MODES}) for spread in SPREADS]
         cells += row
         lines.append(f"| {name} | {' | '.join(row)} |\n")
     kinds = {kind: sum(cell.startswith(kind) for cell in cells) for kind in ("same", "refused", "cannot")}
@@ -89,21 +90,32 @@ def page(found: Mapping[Case, str]) -> str:
     return head + "".join(lines) + NOTES
 
 
+def written() -> dict[Case, str]:
+    """What the page says, of what is the same in both modes."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    found: dict[Case, str] = {}
+    for line in lines:
+        name, *cells = (cell.strip().replace("\0", "|") for cell in line.replace("\\|", "\0").strip("|").split("|"))
+        if name in ROWS and len(cells) == len(SPREADS):
+            for spread, text in zip(SPREADS, cells, strict=True):
+                found |= {Case(name, spread, mode): text for mode in (False, True) if MODES[True] not in text}
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Find out what is not known, and write the page when all is."""
     parser = argparse.ArgumentParser(prog="python -m tools.adapter_table", description=__doc__)
-    parser.add_argument("names", nargs="*", help="methods to find out anew")
+    parser.add_argument("names", nargs="*", help="methods to find out anew, of a page that there is")
     parser.add_argument("--known", type=Path, help="file of what has been found out")
     parser.add_argument("--shard", default="0/1", help="which part of the methods, of how many")
     options = parser.parse_args(arguments)
     number, parts = map(int, options.shard.split("/"))
+    names = options.names or list(ROWS)[number::parts]
+    everything = [Case(name, spread, mode) for name in ROWS for spread in SPREADS for mode in MODES]
     with tempfile.TemporaryDirectory() as scratch:
         known = options.known or Path(scratch) / "known"
-        names = list(ROWS)[number::parts]
-        cases = [Case(name, spread, mode) for name in names for spread in SPREADS for mode in (False, True)]
-        outcomes(cases, Path(scratch) / "cells", known, again=options.names)
-        found = known_outcomes(known)
-    everything = [Case(name, spread, mode) for name in ROWS for spread in SPREADS for mode in (False, True)]
+        outcomes([case for case in everything if case.name in names], Path(scratch) / "cells", known)
+        found = (written() if options.names else {}) | known_outcomes(known)
     if any(case not in found for case in everything):
         sys.stdout.write("the page is written when all parts are known\n")
         return 0

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 from tests.adapters.methods import FAMILIES, IDS, ROWS, build, keep_bases, opened
 from tests.adapters.spreads import (
-    FSDP,
     ONE,
     SAME_SUMS,
     SPREADS,
@@ -73,20 +72,19 @@ class Case:
     is_async: bool
 
 
-def outcomes(cases: Sequence[Case], scratch: Path, known: Path, again: Sequence[str] = ()) -> dict[Case, str]:
+def outcomes(cases: Sequence[Case], scratch: Path, known: Path) -> dict[Case, str]:
     """What becomes of each case.
 
     Args:
         cases: Those wanted.
         scratch: A directory for the bases and for what is saved.
         known: A file of outcomes, one in a line, which are not found out again; new ones are added to it.
-        again: Methods that are found out all the same.
 
     Returns:
         For each case ``same``, or one of ``cannot``, ``refused`` and ``wrong`` with the reason.
     """
     found = known_outcomes(known)
-    missing = [case for case in cases if case not in found or case.name in again]
+    missing = [case for case in cases if case not in found]
     if missing:
         scratch.mkdir(parents=True, exist_ok=True)
         rows = json.dumps([astuple(case) for case in missing])
@@ -351,7 +349,7 @@ class _Run:
         states = self._whole_states()
         for moment, when in MOMENTS.items():
             if self._spread == ONE:
-                self._resume(moment, FSDP, states)
+                self._resume(moment, ROWS[self._name].elsewhere, states)
             elif not self._rank:
                 self._resume(moment, ONE, states, alone=True, exact=self._spread in SAME_SUMS)
             if not self._rank:

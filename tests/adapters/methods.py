@@ -34,6 +34,7 @@ class Row:
         whole: Whether FSDP2 may not cut the model by layers, since these share parameters.
         stages: Why pipeline stages cannot be adapted one by one; empty where they can.
         after: Called after each step, as the method's documentation says, with the model and the step's number.
+        elsewhere: Where a run of one process goes on: not under FSDP2, if the method does not train there.
         draws: Whether it draws numbers ahead that no state has, so that the next step has others.
         differs: What of peft's own file is another by intent, in a few words.
     """
@@ -45,6 +46,7 @@ class Row:
     whole: bool = False
     stages: str = ""
     after: Callable[[nn.Module, int], None] | None = None
+    elsewhere: str = "FSDP2, 2 ranks"
     draws: bool = False
     differs: str = ""
 
@@ -190,6 +192,8 @@ def _allocate(model: nn.Module, step: int) -> None:
 _ALL = {"target_modules": LINEAR}
 _SQ = {"target_modules": SQUARE}
 
+_ADDS = "peft adds to the loss of a whole model"
+
 ROWS: dict[str, Row] = {
     "LoRA": _lora({}),
     "LoRA, all-linear": _lora({"target_modules": "all-linear", "exclude_modules": ["lm_head"]}),
@@ -245,17 +249,23 @@ ROWS: dict[str, Row] = {
     "VeLoRA": _lora({"velora_config": {"num_groups": 4}}),
     "KaSA": _lora({"kasa_config": {}}),
     "MonteCLoRA": _lora({"monteclora_config": {}}, draws=True),
-    "Arrow": Row(_arrow, "LORA"),
+    "Arrow": Row(_arrow, "LORA", stages="peft's router has nothing to train"),
     "AdaLoRA": _row(
         "AdaLoraConfig",
         "ADALORA",
         {**_ALL, "init_r": 4, "target_r": 2, "total_step": 8, "tinit": 0, "tfinal": 4, "deltaT": 1},
         after=_allocate,
         whole=True,
+        stages=_ADDS,
+        elsewhere="DDP, 2 ranks",
         differs="ranks that were pruned are zeros in whole tensors",
     ),
     "AdaLoRA, ranks not yet allocated": _row(
-        "AdaLoraConfig", "ADALORA", {**_ALL, "init_r": 4, "target_r": 2, "total_step": 100, "tinit": 50}, whole=True
+        "AdaLoraConfig",
+        "ADALORA",
+        {**_ALL, "init_r": 4, "target_r": 2, "total_step": 100, "tinit": 50},
+        whole=True,
+        stages=_ADDS,
     ),
     "AdaMSS": _row("AdamssConfig", "ADAMSS", {**_ALL, "r": 8, "num_subspaces": 2, "subspace_rank": 1}),
     "AdaMSS, subspaces allocated": _row(

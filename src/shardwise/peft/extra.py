@@ -88,6 +88,7 @@ def _begun_otherwise(model: nn.Module) -> frozenset[str]:
         name
         for name, config in adapter_configs([model], None).items()
         if str(getattr(config, "init_lora_weights", None)).lower().startswith(_NOT_REPEATED)
+        or getattr(config, "kasa_config", None) is not None  # truncated otherwise where the weights are shards
     }
     return frozenset(
         join(path, "base_layer.weight")

@@ -37,7 +37,7 @@ from shardwise.checkpointing.loading.models import load_model
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.saved_notes import read_notes
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.disk.storage import LocalStorage
@@ -280,17 +280,17 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     gc.collect()
     state = ModelState(model)
     group = _Alike(rank, ranks)
-    context = _context(group, directory)
+    session = _session(group, directory)
 
     def save() -> None:
         with without_collector():
             ModelSave(
-                context, model, directory, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+                session, model, directory, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
             ).steps()
 
     def look_at_modules() -> HubState:
         with without_collector():
-            return context.names.capture(state)
+            return session.names.capture(state)
 
     capture, hub = _seconds(look_at_modules)
     specs, _ = _seconds(save)
@@ -309,7 +309,7 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
     coordinator, _ = _seconds(describe)
     with tempfile.TemporaryDirectory(dir=directory) as made:
         told = _files(Path(made), plan.layout)
-        fresh = _context(_Alike(rank, ranks, told), directory)
+        fresh = _session(_Alike(rank, ranks, told), directory)
         first_load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
         load, _ = _seconds(lambda: _load(fresh, model, Path(made)))
     of_shards = _plan_shards(model, rank, ranks, rank, directory)
@@ -341,17 +341,17 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
         read_notes(Path(made), notes)
         told |= notes.told
         said: dict[str, list[bytes]] = {}
-        _load(_context(_Keeping(rank, ranks, told, offsets, said), directory), model, Path(made))
-        fresh = _context(_Keeping(rank, ranks, told, offsets, said), directory)
+        _load(_session(_Keeping(rank, ranks, told, offsets, said), directory), model, Path(made))
+        fresh = _session(_Keeping(rank, ranks, told, offsets, said), directory)
         first, _ = _seconds(lambda: _load(fresh, model, Path(made)))
         again, _ = _seconds(lambda: _load(fresh, model, Path(made)))
     return first, again
 
 
-def _context(group: Group, directory: Path) -> Context:
+def _session(group: Group, directory: Path) -> Session:
     config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
     ranks, met = ParallelRanks(None, None, None, None), Met(False, False, (), "none")
-    return Context(config, group, _Unread(), ranks, directory, met)
+    return Session(config, group, _Unread(), ranks, directory, met)
 
 
 def _files(directory: Path, layout: Layout) -> dict[str, str]:
@@ -378,10 +378,10 @@ class _Unread(LocalStorage):
         raise _ReadingStarts
 
 
-def _load(context: Context, model: nn.Module, path: Path) -> None:
+def _load(session: Session, model: nn.Module, path: Path) -> None:
     """All that a load does before it reads, on a rank that other ranks tell what is in the files."""
     with contextlib.suppress(_ReadingStarts), without_collector():
-        load_model(context, model, path, key_mapping=None, options=LoadOptions())
+        load_model(session, model, path, key_mapping=None, options=LoadOptions())
 
 
 def _planned(tensors: int, ranks: int, repeats: int, directory: Path) -> _Planned:

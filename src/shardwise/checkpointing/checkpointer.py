@@ -373,12 +373,12 @@ class Checkpointer:
         Raises:
             MisuseError: Which data-parallel rank this is was neither given nor can be derived.
         """
-        context = self._life.of_ranks(f"save_on_dp_ranks({state_name})", state)
-        places = self._life.ranks.everyones(context.group)
-        own = places[context.group.rank]
+        session = self._life.of_ranks(f"save_on_dp_ranks({state_name})", state)
+        places = self._life.ranks.everyones(session.group)
+        own = places[session.group.rank]
         # Ranks that share a sequence (context parallelism) are at the same place: one of them writes.
-        writes = places.index(Place(own.dp, 0, 0)) == context.group.rank if (own.tp, own.pp) == (0, 0) else False
-        save_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
+        writes = places.index(Place(own.dp, 0, 0)) == session.group.rank if (own.tp, own.pp) == (0, 0) else False
+        save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
     @outside_inference_mode
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -388,23 +388,23 @@ class Checkpointer:
             MisuseError: As in `save_on_dp_ranks`.
             CheckpointNotFoundError: Nothing was saved for it.
         """
-        context = self._life.of_ranks(f"load_on_dp_ranks({state_name})", state)
-        own = self._life.ranks.everyones(context.group)[context.group.rank]
-        load_rank_state(context, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
+        session = self._life.of_ranks(f"load_on_dp_ranks({state_name})", state)
+        own = self._life.ranks.everyones(session.group)[session.group.rank]
+        load_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
 
     @outside_inference_mode
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
-        context = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
-        rank = f"rank_{context.group.global_rank}"
-        save_rank_state(context, state, state_name, Path(path).absolute(), rank, True)
+        session = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
+        rank = f"rank_{session.group.global_rank}"
+        save_rank_state(session, state, state_name, Path(path).absolute(), rank, True)
 
     @outside_inference_mode
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
-        context = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
-        rank = f"rank_{context.group.global_rank}"
-        load_rank_state(context, state, state_name, Path(path).absolute(), rank)
+        session = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
+        rank = f"rank_{session.group.global_rank}"
+        load_rank_state(session, state, state_name, Path(path).absolute(), rank)
 
     # --- base models ------------------------------------------------------------------------------------------------
 
@@ -502,10 +502,10 @@ class Checkpointer:
                     checkpointer.finalize()
                     break
         """
-        context = self._life.begin(call := "asked_to_stop()")
+        session = self._life.begin(call := "asked_to_stop()")
 
         def ask(asked: bool) -> bool:
-            return any(check_same_call(call, lambda: "who is to leave", {}, context.group, asked))
+            return any(check_same_call(call, lambda: "who is to leave", {}, session.group, asked))
 
         # From then on no save is skipped for one that is being written: the next one is the last.
         self._life.leaves = guard.should_save(ask) or self._life.leaves
@@ -521,8 +521,8 @@ class Checkpointer:
         make room for yet: call this after the first step to keep the first save as short as the later ones.
         """
         self._life.wait()  # a save that still writes reads that very memory
-        context = self._life.begin(call := "allocate_staging()")
-        check_same_call(call, lambda: self._life.looked(model, optimizer), {}, context.group)
+        session = self._life.begin(call := "allocate_staging()")
+        check_same_call(call, lambda: self._life.looked(model, optimizer), {}, session.group)
         loading.allocate_staging(self._life, model, optimizer)
 
     def maybe_wait_for_staging(self) -> None:

@@ -19,7 +19,7 @@ from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.saving.commits import RunLine
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.background import Background, waiting_for_copies
@@ -73,7 +73,7 @@ class Lifetime:
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
         self.root = Path(config.checkpoint_dir).absolute()
         self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
-        self.made: Context | None = None
+        self.made: Session | None = None
         self.background: Background | None = None
         self.order = DataOrder()
         self.line = RunLine()
@@ -82,11 +82,11 @@ class Lifetime:
         self.leaves = False
 
     @property
-    def session(self) -> Context:
+    def session(self) -> Session:
         """What the parts of the checkpointer need. All ranks call, at the first call; later it is local."""
         return self.begin("a call of the checkpointer")
 
-    def begin(self, call: str) -> Context:
+    def begin(self, call: str) -> Session:
         """What every part needs, made at the first call. All ranks call.
 
         Args:
@@ -97,7 +97,7 @@ class Lifetime:
             try:
                 met = check_same_settings(self.config, self.root, group)
                 warn_if_alone(group)
-                made = Context(
+                made = Session(
                     self.config,
                     group,
                     self.storage,
@@ -123,16 +123,16 @@ class Lifetime:
             self._process_group, self.config.collective_timeout_seconds, call, absent_seconds=self._absent_seconds
         )
 
-    def of_ranks(self, call: str, state: Stateful) -> Context:
+    def of_ranks(self, call: str, state: Stateful) -> Session:
         """Begin a call that saves or loads a state of every rank's own."""
-        context = self.begin(call)
+        session = self.begin(call)
 
         def look() -> str:
             check_stateful(state)
             return "a state"
 
-        check_same_call(call, look, {}, context.group)
-        return context
+        check_same_call(call, look, {}, session.group)
+        return session
 
     def looked(
         self,

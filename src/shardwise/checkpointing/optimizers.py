@@ -22,7 +22,7 @@ from shardwise.checkpointing.run_state.distinct import blob_of, distinct, unblob
 from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
 from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
@@ -72,13 +72,13 @@ class OptimizerSave:
 
     def __init__(
         self,
-        context: Context,
+        session: Session,
         optimizer: Optimizers,
         model: nn.Module | Sequence[nn.Module],
         scheduler: Schedulers | None,
         directory: Path,
     ) -> None:
-        self._context = context
+        self._session = session
         self._directory = directory
         self._model = model
         self._optimizer = optimizer
@@ -86,7 +86,7 @@ class OptimizerSave:
 
     def steps(self) -> list[Step]:
         """Capture the state and return what is left to do. All ranks call."""
-        context, group = self._context, self._context.group
+        session, group = self._session, self._session.group
         state: OptimizerState
         unsettled: dict[str, list[object]] = {}
         with group.together("looking at the optimizer") as is_unsettled:
@@ -112,25 +112,25 @@ class OptimizerSave:
             record = ComponentRecord()
             with group.together("writing the optimizer's groups"):
                 if group.is_main:
-                    context.storage.make_directory(self._directory)
-                    record = write_state(context.storage, self._directory / OPTIMIZER_STATE, merged)
+                    session.storage.make_directory(self._directory)
+                    record = write_state(session.storage, self._directory / OPTIMIZER_STATE, merged)
                     if schedule:
-                        record += write_state(context.storage, self._directory / SCHEDULER_STATE, schedule)
+                        record += write_state(session.storage, self._directory / SCHEDULER_STATE, schedule)
             return record
 
-        is_torchs = context.config.model_save_format == "torch_save"
+        is_torchs = session.config.model_save_format == "torch_save"
         tensors: dict[str, torch.Tensor] = {}
         held: list[HeldTensor] = []
 
         def describe() -> list[HeldTensor]:
-            found = state.held(MeshRegister(context.may_differ.of_state(state.owners())))
+            found = state.held(MeshRegister(session.may_differ.of_state(state.owners())))
             if is_torchs:
-                tensors.update(capture_distcp(context, "optim", state.state_dict()))
-            held.extend(found if is_torchs else context.staged("optim", found))
+                tensors.update(capture_distcp(session, "optim", state.state_dict()))
+            held.extend(found if is_torchs else session.staged("optim", found))
             return held
 
-        roster = context.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
-        own_steps = optimizer_steps(context, state, self._directory)
+        roster = session.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
+        own_steps = optimizer_steps(session, state, self._directory)
         replicas = comparison(held, roster, group.rank)
         if is_torchs:
             others = left_to_others(held, roster, group.rank)
@@ -140,14 +140,14 @@ class OptimizerSave:
             lambda: plan_shards(held, roster, group.rank, stem="optim"), "planning the optimizer's files"
         )
         plan = ShardPlan(self._directory, "optim", roster, files, replicas=(replicas,))
-        return [write_states, lambda group: write_shards(plan, group, context.storage), *own_steps]
+        return [write_states, lambda group: write_shards(plan, group, session.storage), *own_steps]
 
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.
 
         Not of a parameter whose tensors are saved for each rank: its state would be a mix of two ranks'.
         """
-        may_differ = self._context.may_differ
+        may_differ = self._session.may_differ
         return may_differ.all and not may_differ.is_own(name)
 
 
@@ -156,7 +156,7 @@ class OpenedOptimizer:
     """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
 
     Attributes:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
@@ -164,7 +164,7 @@ class OpenedOptimizer:
         is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
-    context: Context
+    session: Session
     plan: OptimizerRestore
     schedulers: FoundSchedules
     tensors: OpenedLoad | None
@@ -211,9 +211,9 @@ class OpenedOptimizer:
             return
         self.tensors.read()
         if self.tensors.asked:
-            with self.context.group.together("reading the optimizer's state of each rank's own tensors"):
+            with self.session.group.together("reading the optimizer's state of each rank's own tensors"):
                 if self.own is not None:
-                    self.own.read(self.context)
+                    self.own.read(self.session)
 
 
 def _tell_fresh(plan: OptimizerRestore) -> None:
@@ -225,7 +225,7 @@ def _tell_fresh(plan: OptimizerRestore) -> None:
 
 
 def open_optimizer(
-    context: Context,
+    session: Session,
     optimizer: Optimizers,
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
@@ -239,16 +239,16 @@ def open_optimizer(
         MisuseError: It is another optimizer's or scheduler's.
         TensorError: The saved state does not fit the optimizer.
     """
-    group = context.group
+    group = session.group
     state: OptimizerState | None = None
     plan: OptimizerRestore | None = None
     own: OwnRead | None = None
     schedulers = FoundSchedules()
-    foreign = open_foreign(context, optimizer, model, as_list(scheduler), directory, changes or Changes())
+    foreign = open_foreign(session, optimizer, model, as_list(scheduler), directory, changes or Changes())
     if foreign is not None:
         _tell_fresh(foreign.plan)
         schedulers = FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers))
-        return OpenedOptimizer(context, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
+        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
     with group.together("looking at the optimizer") as aside:
         state = OptimizerState(optimizer, model)
         aside.flag = state.has_own_ways
@@ -256,8 +256,8 @@ def open_optimizer(
     def compare() -> JsonValue:
         nonlocal plan, schedulers, own
         assert state is not None
-        plan, schedulers = _compared(context, state, model, as_list(scheduler), directory, changes, aside.any)
-        own = find_optimizer(context, plan, directory)
+        plan, schedulers = _compared(session, state, model, as_list(scheduler), directory, changes, aside.any)
+        own = find_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         return [bool(plan.targets), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
@@ -271,13 +271,13 @@ def open_optimizer(
             schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
     if not any(row[0] for row in rows):
-        return OpenedOptimizer(context, found, schedulers, None, is_aside=aside.any)
+        return OpenedOptimizer(session, found, schedulers, None, is_aside=aside.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
-    options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-    tensors = open_described(found.held_as_saved, source, group, context.storage, options, lambda: own is not None)
-    return OpenedOptimizer(context, found, schedulers, tensors, own, aside.any)
+    options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
+    tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
+    return OpenedOptimizer(session, found, schedulers, tensors, own, aside.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]
@@ -294,7 +294,7 @@ def _warn_of_chosen(group: Group, directory: Path, keys: Sequence[str]) -> None:
 
 
 def load_optimizer(
-    context: Context,
+    session: Session,
     optimizer: Optimizers,
     model: nn.Module | Sequence[nn.Module],
     scheduler: Schedulers | None,
@@ -306,8 +306,8 @@ def load_optimizer(
     Raises:
         ShardwiseError: As `open_optimizer`, with nothing changed; or a file could not be read, as the text then says.
     """
-    group = context.group
-    opened = open_optimizer(context, optimizer, model, scheduler, directory, changes)
+    group = session.group
+    opened = open_optimizer(session, optimizer, model, scheduler, directory, changes)
     opened.read_aside()
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
@@ -328,7 +328,7 @@ def optimizer_components(directory: Path) -> list[str]:
 
 
 def _compared(
-    context: Context,
+    session: Session,
     state: OptimizerState,
     model: nn.Module | Sequence[nn.Module],
     schedulers: Sequence[HasState],
@@ -353,7 +353,7 @@ def _compared(
         raise
     if not schedulers:
         return plan, FoundSchedules()
-    group, key_mapping = context.group, changes.key_mapping
+    group, key_mapping = session.group, changes.key_mapping
     other = {**record.aliases, **state.saved_under}
 
     mapped: dict[str, str] = {}

@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import nn
 
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
@@ -31,25 +31,25 @@ _LOG = logging.getLogger(__name__)
 _PARAMETERS = "parameters"
 
 
-def check_patterns(context: Context, state: ModelState) -> None:
+def check_patterns(session: Session, state: ModelState) -> None:
     """Check that each pattern in ``per_rank_state`` names a tensor of some rank. All ranks call.
 
     Raises:
         ConfigError: One does not.
         MisuseError: It names what is neither a parameter nor a buffer.
     """
-    patterns = context.may_differ.per_rank
+    patterns = session.may_differ.per_rank
     if not patterns:
         return
     names: list[str] = []
 
     def look() -> JsonValue:
         tensors = state.listing(values=False).tensors
-        _require_members(context.may_differ.own(tensors), state.model)
+        _require_members(session.may_differ.own(tensors), state.model)
         names.extend([name for named in tensors for name in (named.name, *named.aliases)])
-        return [context.may_differ.matches(pattern, names) for pattern in patterns]
+        return [session.may_differ.matches(pattern, names) for pattern in patterns]
 
-    rows = cast(list[list[bool]], context.group.gather(look, "looking for the tensors of per_rank_state"))
+    rows = cast(list[list[bool]], session.group.gather(look, "looking for the tensors of per_rank_state"))
     for number, pattern in enumerate(patterns):
         if not any(row[number] for row in rows):
             raise ConfigError(
@@ -76,50 +76,50 @@ def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> 
             )
 
 
-def model_steps(context: Context, state: ModelState, directory: Path) -> list[Step]:
+def model_steps(session: Session, state: ModelState, directory: Path) -> list[Step]:
     """Capture this rank's own tensors of a model now, and return what is left to do. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         state: The model.
         directory: The component's.
     """
-    if not context.may_differ.per_rank:
+    if not session.may_differ.per_rank:
         return []
-    check_patterns(context, state)
+    check_patterns(session, state)
     held: list[HeldTensor] = []
-    with context.group.together("capturing each rank's own tensors"):
-        own = context.may_differ.own(state.listing(values=False).tensors)
+    with session.group.together("capturing each rank's own tensors"):
+        own = session.may_differ.own(state.listing(values=False).tensors)
         held = held_tensors(((named.name, named.tensor) for named in own), MeshRegister())
         require_whole(held)
-        held = context.staged("model.per_rank", held)
-    return [_writing(context, held, directory, {}, bool(held))]
+        held = session.staged("model.per_rank", held)
+    return [_writing(session, held, directory, {}, bool(held))]
 
 
-def optimizer_steps(context: Context, state: OptimizerState, directory: Path) -> list[Step]:
+def optimizer_steps(session: Session, state: OptimizerState, directory: Path) -> list[Step]:
     """As `model_steps`, for the state of the optimizers of such parameters. All ranks call."""
-    if not context.may_differ.per_rank:
+    if not session.may_differ.per_rank:
         return []
     held: list[HeldTensor] = []
     parameters: list[str] = []
-    with context.group.together("capturing the optimizer's state of each rank's own tensors"):
-        parameters = [name for name in state.parameters() if context.may_differ.is_own(name)]
-        own = {name for name, parameter in state.owners() if context.may_differ.is_own(parameter)}
+    with session.group.together("capturing the optimizer's state of each rank's own tensors"):
+        parameters = [name for name in state.parameters() if session.may_differ.is_own(name)]
+        own = {name for name, parameter in state.owners() if session.may_differ.is_own(parameter)}
         held = [tensor for tensor in state.held() if tensor.spec.name in own]
         require_whole(held)
-        held = context.staged("optim.per_rank", held)
-    return [_writing(context, held, directory, {_PARAMETERS: json.dumps(parameters)}, bool(parameters))]
+        held = session.staged("optim.per_rank", held)
+    return [_writing(session, held, directory, {_PARAMETERS: json.dumps(parameters)}, bool(parameters))]
 
 
 def _writing(
-    context: Context, held: Sequence[HeldTensor], directory: Path, metadata: dict[str, str], has_any: bool
+    session: Session, held: Sequence[HeldTensor], directory: Path, metadata: dict[str, str], has_any: bool
 ) -> Step:
     def write(group: Group) -> ComponentRecord:
         record = ComponentRecord()
         with group.together("writing each rank's own tensors"):
             if has_any:
                 path = own_file(directory, group.rank, group.world_size)
-                record = write_own(held, path, context.storage, metadata)
+                record = write_own(held, path, session.storage, metadata)
         return record
 
     return write
@@ -139,17 +139,17 @@ class OwnRead:
     pairs: Sequence[Pair] = ()
     parameters: tuple[str, ...] = ()
 
-    def read(self, context: Context) -> None:
+    def read(self, session: Session) -> None:
         """Read them. Local."""
         if self.pairs:
-            read_own(self.path, self.pairs, context.storage, context.threads)
+            read_own(self.path, self.pairs, session.storage, session.threads)
 
 
-def find_model(context: Context, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
+def find_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
     """Find this rank's own tensors of a model, before anything is overwritten. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         state: The model.
         directory: What is loaded.
         ranks: By how many ranks such tensors were saved, as all ranks know.
@@ -160,11 +160,11 @@ def find_model(context: Context, state: ModelState, directory: Path, ranks: int)
     Raises:
         TensorError: The rank's file does not fit the model.
     """
-    check_patterns(context, state)
-    if not _is_for(context, directory, ranks):
+    check_patterns(session, state)
+    if not _is_for(session, directory, ranks):
         return None
-    with context.group.together("looking for each rank's own tensors"):
-        return _find(context, directory, lambda: _by_name(state))
+    with session.group.together("looking for each rank's own tensors"):
+        return _find(session, directory, lambda: _by_name(state))
 
 
 def _by_name(state: ModelState) -> dict[str, HeldTensor]:
@@ -173,17 +173,17 @@ def _by_name(state: ModelState) -> dict[str, HeldTensor]:
     return {name: tensor for named, tensor in zip(tensors, held, strict=True) for name in (named.name, *named.aliases)}
 
 
-def find_optimizer(context: Context, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
+def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
     """As `find_model`, for the state that optimizers are about to have. Local."""
-    if not _is_for(context, directory, saved_ranks(directory)):
+    if not _is_for(session, directory, saved_ranks(directory)):
         return None
     return _find(
-        context, directory, lambda: {t.spec.name: t for t in held_tensors(plan.tensors().items(), MeshRegister())}
+        session, directory, lambda: {t.spec.name: t for t in held_tensors(plan.tensors().items(), MeshRegister())}
     )
 
 
-def _find(context: Context, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
-    path = own_file(directory, context.group.rank, context.group.world_size)
+def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
+    path = own_file(directory, session.group.rank, session.group.world_size)
     if not path.exists():
         return OwnRead(path)
     pairs, metadata = match_own(path, held())
@@ -203,15 +203,15 @@ def _parameters(text: str, path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _is_for(context: Context, directory: Path, ranks: int) -> bool:
+def _is_for(session: Session, directory: Path, ranks: int) -> bool:
     """Whether a checkpoint has tensors of each rank for as many ranks as there are; says so where it has not."""
-    world_size = context.group.world_size
+    world_size = session.group.world_size
     if ranks == world_size:
         return True
     whole = directory.parent
-    if not context.group.is_main or whole in context.warned:
+    if not session.group.is_main or whole in session.warned:
         return False
-    context.warned.add(whole)  # of model and optimizer together once
+    session.warned.add(whole)  # of model and optimizer together once
     if ranks:
         names = _names(own_file(directory, 0, ranks))
         _LOG.warning(
@@ -221,7 +221,7 @@ def _is_for(context: Context, directory: Path, ranks: int) -> bool:
             world_size,
             f" of {names}" if names else "",
         )
-    elif context.may_differ.per_rank:
+    elif session.may_differ.per_rank:
         _LOG.warning(
             "%s has no tensors of each rank, which per_rank_state asks for: every rank takes the same values", directory
         )

@@ -31,7 +31,7 @@ from shardwise.stateful_wrappers.replicas import MayDiffer
 
 
 @dataclass
-class Context:
+class Session:
     """Settings, ranks and storage of one checkpointer.
 
     Attributes:
@@ -87,7 +87,7 @@ class Context:
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
-        self._further: dict[str, Context] = {}
+        self._further: dict[str, Session] = {}
 
     @property
     def stage(self) -> int:
@@ -106,7 +106,7 @@ class Context:
         """What the ranks have told each other of the optimizer."""
         return Agreement(self.group, self.stage)
 
-    def further(self, name: str, config: Settings | None = None) -> Context:
+    def further(self, name: str, config: Settings | None = None) -> Session:
         """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
 
         Args:
@@ -115,7 +115,7 @@ class Context:
         """
         known = self._further.get(name)
         if known is None:
-            known = self._further[name] = Context(
+            known = self._further[name] = Session(
                 config or self.config,
                 self.group,
                 self.storage,

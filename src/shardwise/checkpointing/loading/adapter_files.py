@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.checkpointing.loading.models import renamed, retitled
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.convert.mapping import rename
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError
 from shardwise.peft.config import read_adapter_config
@@ -131,7 +131,7 @@ def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[st
     check_shared_factors(file, saved.weights, lambda name: rename((name,), key_mapping or {})[0])
 
 
-def open_saved(context: Context, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
+def open_saved(session: Session, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
     """Open an adapter's file under the model's names. All ranks call.
 
     Raises:
@@ -139,7 +139,7 @@ def open_saved(context: Context, saved: SavedAdapter, key_mapping: Mapping[str, 
         FormatError: The file is damaged, or a ``.bin`` file whose tensors no range of bytes holds.
     """
     if saved.weights.name.endswith(".bin"):
-        opened = open_bin(saved.weights, context.group, context.config.allow_legacy_pickle_restore)
+        opened = open_bin(saved.weights, session.group, session.config.allow_legacy_pickle_restore)
         if opened.loose:
             raise FormatError(
                 "no range of bytes of this .bin file holds some of its tensors",
@@ -149,7 +149,7 @@ def open_saved(context: Context, saved: SavedAdapter, key_mapping: Mapping[str, 
             )
         source = opened.source
     else:
-        source = open_source(saved.weights, context.group)
+        source = open_source(saved.weights, session.group)
     if saved.names is not None:
         return retitled(source.without(source.tensors.keys() - saved.names.keys()), saved.names)
     return renamed(source, key_mapping) if key_mapping else source

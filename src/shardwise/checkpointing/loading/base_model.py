@@ -39,7 +39,7 @@ from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.checkpointing.hub import require_memory
 from shardwise.checkpointing.loading.taking import Taking, claimed, in_shapes_of, open_taking
 from shardwise.checkpointing.saving.aside import find_aside
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.near_names import listed
@@ -115,7 +115,7 @@ def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
 
 
 def load_base_model(
-    context: Context,
+    session: Session,
     model: nn.Module | Sequence[nn.Module],
     device: torch.device,
     root_dir: str | Path | None,
@@ -139,20 +139,20 @@ def load_base_model(
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
     fresh: list[nn.Module] = []
-    with context.group.together("looking at the adapters"):
+    with session.group.together("looking at the adapters"):
         fresh += [part for part in parts if has_meta(slots_of(part))]
         for part in parts:
             if is_peft_adapted([part]):
                 (check_can_begin if part in fresh else refuse_changed_base)([part])
     if not load:
-        _materialise(context.group, parts, device, None)
-        _begin_peft(context.group, parts, fresh)
+        _materialise(session.group, parts, device, None)
+        _begin_peft(session.group, parts, fresh)
         return None
-    path = _found(context, root_dir, model_name)
+    path = _found(session, root_dir, model_name)
     report = fill_from_base(
-        context, parts, path, before=lambda wanted: _materialise(context.group, parts, device, wanted)
+        session, parts, path, before=lambda wanted: _materialise(session.group, parts, device, wanted)
     )
-    _begin_peft(context.group, parts, fresh)
+    _begin_peft(session.group, parts, fresh)
     return report
 
 
@@ -167,13 +167,13 @@ def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Mod
             check_attributes(part)
 
 
-def _found(context: Context, root_dir: str | Path | None, model_name: str | None) -> Path:
-    group, told = context.group, ""
+def _found(session: Session, root_dir: str | Path | None, model_name: str | None) -> Path:
+    group, told = session.group, ""
     with group.together(f"looking for the base model {model_name}"):
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         if group.is_main:
-            told = str(find_base(root_dir, model_name, context.config.model_cache_dir))
+            told = str(find_base(root_dir, model_name, session.config.model_cache_dir))
     return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
 
 
@@ -193,7 +193,7 @@ def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device,
 
 
 def fill_from_base(
-    context: Context,
+    session: Session,
     parts: Sequence[nn.Module],
     path: Path,
     *,
@@ -201,10 +201,10 @@ def fill_from_base(
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
 ) -> BaseLoadReport:
-    """Fill a model from a base in place. All ranks of the context's group call.
+    """Fill a model from a base in place. All ranks of the session's group call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         parts: This rank's parts; on the meta device only if ``before`` gives them memory.
         path: A directory or file.
         key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
@@ -215,7 +215,7 @@ def fill_from_base(
         TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
         AdapterError: An adapter of a model with memory began with a part of the base weights.
     """
-    group, config = context.group, context.config
+    group, config = session.group, session.config
     if before is None:
         with group.together("looking at the adapters"):
             for part in parts:
@@ -229,12 +229,12 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = BaseOptions(allow_missing, context.threads, sharing=context.sharing)
-    wanted = _matched(context, parts, source, told, key_mapping)
+    options = BaseOptions(allow_missing, session.threads, sharing=session.sharing)
+    wanted = _matched(session, parts, source, told, key_mapping)
     if before is not None:
         check_base(wanted.held, wanted.groups, source, group, options)
         before(wanted)
-        wanted = _matched(context, parts, source, told, key_mapping, wanted)
+        wanted = _matched(session, parts, source, told, key_mapping, wanted)
     with group.together("checking the model's memory") as asks:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
         asks.flag = bool(wanted.steps)
@@ -247,7 +247,7 @@ def fill_from_base(
         wanted.groups,
         source,
         group,
-        context.storage,
+        session.storage,
         options,
         None if taking is None else lambda values: taking.run(values, str(path), group),
     )
@@ -279,7 +279,7 @@ def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[st
 
 
 def _matched(
-    context: Context,
+    session: Session,
     parts: Sequence[nn.Module],
     source: BaseSource,
     config: Mapping[str, object],
@@ -291,11 +291,11 @@ def _matched(
         parts,
         source.names(),
         base_ties=ties_head(config),
-        skip_prefixes=context.config.skip_task_head_prefixes_for_base_model or [],
+        skip_prefixes=session.config.skip_task_head_prefixes_for_base_model or [],
         key_mapping=key_mapping,
         before=before,
     )
-    found = context.group.attempt(match, "matching the model with its base")
+    found = session.group.attempt(match, "matching the model with its base")
     specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
     own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
     theirs = [spec for name, spec in specs.items() if name not in source.behind]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from shardwise.checkpointing.loading.foreign_states import ForeignSchedules, foreign_schedules, read_schedules
 from shardwise.checkpointing.loading.restoring import HasState
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.convert import rename
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
@@ -217,7 +217,7 @@ class OpenedForeign:
 
 
 def open_foreign(
-    context: Context,
+    session: Session,
     optimizer: AnyOptimizer | Sequence[AnyOptimizer],
     model: nn.Module | Sequence[nn.Module],
     schedulers: Sequence[HasState],
@@ -227,7 +227,7 @@ def open_foreign(
     """Compare optimizers and schedulers with what others saved; ``None`` where there is nothing. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         optimizer: The optimizers.
         model: Their model.
         schedulers: The schedulers.
@@ -240,7 +240,7 @@ def open_foreign(
         TensorError: The saved state does not fit the optimizer.
         UnsafePickleError: A value could run code.
     """
-    group, legacy = context.group, context.config.allow_legacy_pickle_restore
+    group, legacy = session.group, session.config.allow_legacy_pickle_restore
     told = group.tell(lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}")
     if not told:
         return None
@@ -275,8 +275,8 @@ def open_foreign(
     source = found.agreed(names, group)
     tensors: OpenedLoad | None = None
     if has_tensors.any:
-        options = LoadOptions(allow_unexpected=True, threads=context.threads, sharing=context.sharing)
-        tensors = open_described(planned.held_as_saved, source, group, context.storage, options)
+        options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
+        tensors = open_described(planned.held_as_saved, source, group, session.storage, options)
     _count_in_tensors(planned)
     return OpenedForeign(planned, tuple(fitting), tensors, is_aside)
 

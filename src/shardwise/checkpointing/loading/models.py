@@ -21,7 +21,7 @@ from shardwise.checkpointing.loading.ties import under_saved_names, untied
 from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.saving.aside import is_own_aside
 from shardwise.checkpointing.saving.saved_notes import read_notes
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
@@ -39,7 +39,7 @@ _PREFIX = "module."
 
 
 def load_model(
-    context: Context,
+    session: Session,
     model: nn.Module | Sequence[nn.Module],
     path: Path,
     *,
@@ -54,7 +54,7 @@ def load_model(
         FormatError: The checkpoint is damaged.
     """
     return open_model(
-        context, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
+        session, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
     ).fill()
 
 
@@ -63,14 +63,14 @@ class OpenedModel:
     """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
 
     Attributes:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         direct: What is read into the model's memory, and what there is for modules that take their state themselves.
         computed: What is converted first; ``None`` where no rank's model has any.
         taking: How modules take their state, where that is not all that there is to it.
         own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
     """
 
-    context: Context
+    session: Session
     direct: OpenedLoad
     computed: OpenedComputed | None
     taking: Taking
@@ -85,17 +85,17 @@ class OpenedModel:
         """
         report = self.direct.read()
         if self.computed is not None:
-            self.computed.read(self.context.storage)
+            self.computed.read(self.session.storage)
         if self.own is not None:
-            with self.context.group.together("reading each rank's own tensors"):
-                self.own.read(self.context)
+            with self.session.group.together("reading each rank's own tensors"):
+                self.own.read(self.session)
         with self.direct.reading() as values:
-            self.taking.run(values, str(self.direct.source.path), self.context.group)
+            self.taking.run(values, str(self.direct.source.path), self.session.group)
         return report
 
 
 def open_model(
-    context: Context,
+    session: Session,
     model: nn.Module | Sequence[nn.Module],
     path: Path,
     *,
@@ -109,10 +109,10 @@ def open_model(
         TensorError: Model and checkpoint do not fit.
         FormatError: The checkpoint is damaged.
     """
-    group, storage = context.group, context.storage
+    group, storage = session.group, session.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
-    opened = _opened(context, state, path, key_mapping, options)
-    own = find_model(context, state, path, opened.ranks)
+    opened = _opened(session, state, path, key_mapping, options)
+    own = find_model(session, state, path, opened.ranks)
     source, hub, options = opened.source, opened.hub, opened.options
     speaks_native = opened.differs and _speaks_native(hub, source, group)
     computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
@@ -140,7 +140,7 @@ def open_model(
     taking = Taking((), None, options, 0)
     if has_any:
         taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
-    return OpenedModel(context, load, there, taking, own)
+    return OpenedModel(session, load, there, taking, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,16 +183,16 @@ def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
 
 
 def _opened(
-    context: Context, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
+    session: Session, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> _Opened:
     """Look at the checkpoint and at the model. All ranks call."""
-    group = context.group
+    group = session.group
     hub: HubState | None = None
     notes = read_notes(path, group)
     source = open_source(path, group, spread=True)
 
     def own_names() -> OwnNames:
-        hub = context.names.capture(state, load=True)
+        hub = session.names.capture(state, load=True)
         computed = {spec.name for each in hub.groups for spec in each.computed.hub}
         return OwnNames(
             frozenset(tensor.spec.name for tensor in hub.native),
@@ -205,13 +205,13 @@ def _opened(
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
-        hub = context.names.capture(state, load=True)
-        if hub is not context.sound:
+        hub = session.names.capture(state, load=True)
+        if hub is not session.sound:
             require_memory(memory_of(hub.native), "memory to load into")
-            context.sound = hub
+            session.sound = hub
         if _lacks_buffers(hub, source):
             # Torch's normalisation layers know files that have not all of theirs.
-            hub = context.names.capture(state, load=True, norms=True)
+            hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
@@ -233,7 +233,7 @@ def _opened(
             matched = _match(state, hub, plain)
     assert matched is not None
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
-    source = untied(plain, everyone, group, context.storage)
+    source = untied(plain, everyone, group, session.storage)
     ignored = listed_anywhere(matched.apart, source, group)
     kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
     options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)

@@ -31,7 +31,7 @@ from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.wholes import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.saving.torch_format import tensors_alone
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.near_names import listed
@@ -101,7 +101,7 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
     """See `Checkpointer.restore`. All ranks call."""
     model, optimizer, scheduler, ema = what.model, what.optimizer, what.scheduler, what.ema
     extra_state, key_mapping = what.extra_state, what.key_mapping
-    context = life.begin(call := f"restore({what.restore_from})")
+    session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
     steers = optimizer is not None or bool(as_list(scheduler))
     given = {
@@ -119,39 +119,39 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
             life.looked(ema, is_run=False)
         return life.looked(model, optimizer, scheduler, "checkpoint")
 
-    check_same_call(call, look, given, context.group)
+    check_same_call(call, look, given, session.group)
     if life.config.enabled:
-        context.base_path()  # a base that the saves to come would not find is an error now, not after an hour
+        session.base_path()  # a base that the saves to come would not find is an error now, not after an hour
         if life.config.is_peft:
-            check_before_training(context, model, is_adapted=True)
+            check_before_training(session, model, is_adapted=True)
     starts: list[Start] = []
-    record = locate(context, what.restore_from, starts.append)
+    record = locate(session, what.restore_from, starts.append)
     if record is None:
         allocate_staging(life, model, optimizer)
         return None
     path = record.path
     # As in a save, a rank may have a state that others have not.
-    extras = context.group.any(bool(extra_state), "comparing what is to be restored")
+    extras = session.group.any(bool(extra_state), "comparing what is to be restored")
     wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
     wanted[MODEL_EMA] = ema is not None
     components = [name for name, is_wanted in wanted.items() if is_wanted]
-    check_checkpoint(path, what.verify, context.group, life.storage, components=components, threads=context.threads)
+    check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     # Everything that can be refused comes before the first byte that is overwritten.
-    opened = open_component(life, model, model_place(path, context.group), key_mapping)
+    opened = open_component(life, model, model_place(path, session.group), key_mapping)
     averaged = _open_ema(life, ema, path / MODEL_EMA) if ema is not None else None
     steering: OpenedOptimizer | None = None
     if steers:
         changes = Changes(key_mapping, what.allow_new_parameters)
         chosen = [] if optimizer is None else optimizer
-        steering = open_optimizer(context, chosen, model, scheduler, path / "optim", changes)
-    found = find_extras(context, path, extra_state if extra_state is not None else {})
+        steering = open_optimizer(session, chosen, model, scheduler, path / "optim", changes)
+    found = find_extras(session, path, extra_state if extra_state is not None else {})
     taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
     taken += ["ema"] * (ema is not None)
     taken += [*(extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
-    left = unrestored(context, path, found, taken, partly, below_name)
-    _Opened(opened, averaged, steering, found).restore(context.group, life.order)
+    left = unrestored(session, path, found, taken, partly, below_name)
+    _Opened(opened, averaged, steering, found).restore(session.group, life.order)
     allocate_staging(life, model, optimizer)
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
@@ -169,14 +169,14 @@ def load_model(
 ) -> None:
     """See `Checkpointer.load_model`. All ranks call."""
     life.wait()
-    context = life.begin(call := f"load_model({model_path})")
+    session = life.begin(call := f"load_model({model_path})")
     given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-    check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, context.group)
+    check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
     path = Path(model_path).absolute()
     if is_init_step:
         parts = [model] if isinstance(model, nn.Module) else list(model)
         base_model.fill_from_base(
-            context, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
+            session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
         )
         return
     opened = open_component(life, model, path, key_mapping, allow_checkpoint_key_subset)
@@ -194,13 +194,13 @@ def load_optimizer(
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
     life.wait()
-    context = life.begin(call := f"load_optimizer({weights_path})")
+    session = life.begin(call := f"load_optimizer({weights_path})")
     given = {
         f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
         "allow_new_parameters=True": changes.allow_new,
     }
-    check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, context.group)
-    restore_optimizer(context, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+    check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
+    restore_optimizer(session, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
 
 
 def load_base_model(
@@ -212,29 +212,29 @@ def load_base_model(
     loads: bool,
 ) -> None:
     """See `Checkpointer.load_base_model`. All ranks call."""
-    context = life.begin(call := f"load_base_model({model_name})")
+    session = life.begin(call := f"load_base_model({model_name})")
     life.wait()
     given = {"load_base_model=True": loads}
-    check_same_call(call, lambda: life.looked(model, is_run=False), given, context.group)
-    base_model.load_base_model(context, model, device, root_dir, model_name, loads)
+    check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
+    base_model.load_base_model(session, model, device, root_dir, model_name, loads)
     if life.config.is_peft and life.config.enabled:
-        check_before_training(context, model, is_adapted=False)
+        check_before_training(session, model, is_adapted=False)
     allocate_staging(life, model)
 
 
 def allocate_staging(life: Lifetime, model: Model, optimizer: Optimizers | None = None) -> None:
     """As `Checkpointer.allocate_staging`, within another call. All ranks call."""
-    context = life.session
-    stager = context.stager
+    session = life.session
+    stager = session.stager
     if stager is None or life.config.is_peft:
         return
-    with context.group.together("making room for asynchronous saves"):
+    with session.group.together("making room for asynchronous saves"):
         if life.config.model_save_format == "torch_save":
             stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
             if optimizer is not None:
                 stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
             return
-        captured = context.names.capture(ModelState(model), load=True)
+        captured = session.names.capture(ModelState(model), load=True)
         stager.allocate("model", [*captured.held, *captured.hidden])
         if optimizer is not None:
             stager.allocate("optim", OptimizerState(optimizer, model).held())
@@ -246,24 +246,24 @@ def open_component(
     path: Path,
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
-    context: Context | None = None,
+    session: Session | None = None,
 ) -> OpenedModel | OpenedAdapter:
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
-    context = context or life.session
+    session = session or life.session
     if life.config.is_peft:
-        return open_adapter(context, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
-    options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing)
-    return open_model(context, model, path, key_mapping=key_mapping, options=options)
+        return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
+    options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing)
+    return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
 def _open_ema(life: Lifetime, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    context = life.session
+    session = life.session
     average: Average | None = None
     found: FoundAveraging | None = None
-    with context.group.together("looking at the averaged model"):
+    with session.group.together("looking at the averaged model"):
         average = Average.of(ema)
         found = average.find(directory)
     assert average is not None
     assert found is not None
-    return open_component(life, average.model, directory, context=context.further(MODEL_EMA)), found
+    return open_component(life, average.model, directory, session=session.further(MODEL_EMA)), found

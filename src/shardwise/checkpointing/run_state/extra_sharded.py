@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.saving.models import ModelSave
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step
@@ -89,10 +89,10 @@ def directory_of(directory: Path, name: str) -> Path:
     return directory / f"{quote(name, safe='')}{SHARDS}"
 
 
-def further(context: Context, name: str) -> Context:
+def further(session: Session, name: str) -> Session:
     """What a module in extra state is saved and loaded with: as shards, without a base model. Local."""
     config = replace(
-        context.config,
+        session.config,
         save_consolidated=SaveConsolidatedMode.FALSE,
         model_save_format=SerializationFormat.SAFETENSORS,
         model_repo_id=None,
@@ -101,14 +101,14 @@ def further(context: Context, name: str) -> Context:
         per_rank_state=None,
         v4_compatible=False,
     )
-    return context.further(f"extra/{name}", config)
+    return session.further(f"extra/{name}", config)
 
 
-def module_steps(context: Context, name: str, module: nn.Module, directory: Path) -> list[Step]:
+def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
     """Capture a module now; returns what is left to do. All ranks call."""
     own = directory_of(directory, name)
     save = ModelSave(
-        further(context, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+        further(session, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
     )
     steps = save.steps()
     prefix = own.name
@@ -125,29 +125,29 @@ def module_steps(context: Context, name: str, module: nn.Module, directory: Path
     return [*map(moved, steps), finish]
 
 
-def tensor_steps(context: Context, name: str, tensors: Mapping[str, DTensor], directory: Path) -> list[Step]:
+def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> list[Step]:
     """Capture DTensors now; returns what is left to do. All ranks call, one perhaps with none."""
     own, component = directory_of(directory, name), f"extra/{name}"
     held: list[HeldTensor] = []
 
     def describe() -> list[HeldTensor]:
-        found = held_tensors(tensors.items(), MeshRegister(context.may_differ.of_state([])))
-        held.extend(context.staged(component, found))
+        found = held_tensors(tensors.items(), MeshRegister(session.may_differ.of_state([])))
+        held.extend(session.staged(component, found))
         return held
 
-    agreement = context.further_agreements.setdefault(name, Agreement(context.group, context.stage))
+    agreement = session.further_agreements.setdefault(name, Agreement(session.group, session.stage))
     roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
-    files = context.group.attempt(
-        lambda: plan_shards(held, roster, context.group.rank, stem="extra"), f"planning the files of {name!r}"
+    files = session.group.attempt(
+        lambda: plan_shards(held, roster, session.group.rank, stem="extra"), f"planning the files of {name!r}"
     )
-    plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, context.group.rank),))
+    plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, session.group.rank),))
     prefix = own.name
 
     def write(group: Group) -> ComponentRecord:
         with group.together(f"making {own}"):
             if group.is_main:
-                context.storage.make_directory(own)
-        return write_shards(plan, group, context.storage).below(prefix)
+                session.storage.make_directory(own)
+        return write_shards(plan, group, session.storage).below(prefix)
 
     return [write]
 
@@ -178,19 +178,19 @@ class OpenedSharded:
                     take()
 
 
-def open_module(context: Context, name: str, module: nn.Module, directory: Path) -> OpenedModel:
+def open_module(session: Session, name: str, module: nn.Module, directory: Path) -> OpenedModel:
     """Compare a module with what was saved. All ranks call; nothing is changed."""
-    own = further(context, name)
+    own = further(session, name)
     options = LoadOptions(threads=own.threads, sharing=own.sharing)
     return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
 
 
-def open_tensors(context: Context, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
+def open_tensors(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
     """Compare DTensors with what was saved. All ranks call, one perhaps with none; nothing is changed."""
-    source = open_source(directory_of(directory, name), context.group, spread=True)
-    options = LoadOptions(threads=context.threads, sharing=context.sharing)
+    source = open_source(directory_of(directory, name), session.group, spread=True)
+    options = LoadOptions(threads=session.threads, sharing=session.sharing)
 
     def describe() -> list[HeldTensor]:
         return held_tensors(tensors.items(), MeshRegister())
 
-    return open_described(describe, source, context.group, context.storage, options)
+    return open_described(describe, source, session.group, session.storage, options)

@@ -33,7 +33,7 @@ from shardwise.checkpointing.run_state.extra_sharded import (
 )
 from shardwise.checkpointing.run_state.extra_values import as_stateful
 from shardwise.checkpointing.run_state.generators import RandomState
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
@@ -54,15 +54,15 @@ class Stateful(Protocol):
         ...
 
 
-def capture_steps(context: Context, values: Mapping[str, object], directory: Path) -> list[Step]:
+def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
     """Capture named values now and return what is left to do. All ranks call; one may have names of its own.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         values: Name -> a `Stateful` object, or a value that JSON and tensors can express.
         directory: Where they go.
     """
-    group = context.group
+    group = session.group
     taken, modules = _captured(values, group)
     packed, spread = taken.packed, taken.spread
     digests = {name: _digest(found) for name, found in packed.items()}
@@ -74,22 +74,22 @@ def capture_steps(context: Context, values: Mapping[str, object], directory: Pat
         record = ComponentRecord()
         with group.together(f"writing {directory}"):
             if packed:
-                context.storage.make_directory(directory)
+                session.storage.make_directory(directory)
             for name, found in packed.items():
                 if name in shared and group.is_main:
-                    record += write_state(context.storage, directory / quote(name, safe=""), found)
+                    record += write_state(session.storage, directory / quote(name, safe=""), found)
                 elif name not in shared:
                     stem = rank_stem(directory, name, group.rank, group.world_size)
-                    record += write_state(context.storage, stem, found)
+                    record += write_state(session.storage, stem, found)
             if packed:
-                context.storage.sync_directory(directory)
+                session.storage.sync_directory(directory)
         return record
 
     steps: list[Step] = [write] if any(everyone) else []
     for name in sorted({name for theirs in everyone for name, (_, is_spread) in theirs.items() if is_spread}):
-        steps += tensor_steps(context, name, spread.get(name, {}), directory)
+        steps += tensor_steps(session, name, spread.get(name, {}), directory)
     for name in modules:
-        steps += module_steps(context, name, cast(nn.Module, values[name]), directory)
+        steps += module_steps(session, name, cast(nn.Module, values[name]), directory)
     return steps
 
 
@@ -282,14 +282,14 @@ def saved_names(directory: Path) -> list[str]:
     return list(dict.fromkeys(map(unquote, stems)))
 
 
-def open_spread(context: Context, found: FoundValues, directory: Path) -> OpenedSharded:
+def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
     """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed.
 
     Raises:
         MisuseError: A module is not there on every rank.
         TensorError: What is there does not fit.
     """
-    group = context.group
+    group = session.group
     own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
     everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
     modules = sorted({name for names, _ in everyone for name in names})
@@ -302,8 +302,8 @@ def open_spread(context: Context, found: FoundValues, directory: Path) -> Opened
                 path=directory_of(directory, name),
                 hint="Pass the module on every rank.",
             )
-    opened = [open_module(context, name, cast(nn.Module, found.values[name]), directory) for name in modules]
-    loads = [open_tensors(context, name, found.tensors.get(name, {}), directory) for name in tensors]
+    opened = [open_module(session, name, cast(nn.Module, found.values[name]), directory) for name in modules]
+    loads = [open_tensors(session, name, found.tensors.get(name, {}), directory) for name in tensors]
     return OpenedSharded(tuple(opened), tuple(loads), tuple(found.loaders()))
 
 

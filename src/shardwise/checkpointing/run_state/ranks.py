@@ -7,7 +7,7 @@ from typing import cast
 
 from shardwise.checkpointing.arguments import check_stateful
 from shardwise.checkpointing.run_state.extras import Stateful
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.engine.records import write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.torch_value import read_torch_value
@@ -20,25 +20,25 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
     return path / state_name / f"{state_name}_{rank}"
 
 
-def save_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
+def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
     """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
-    with context.group.together(f"writing {state_name} of every rank"):
+    with session.group.together(f"writing {state_name} of every rank"):
         check_stateful(state)
         stem = _stem(path, state_name, rank)
         if writes:
-            context.storage.make_directory(stem.parent)
-            write_state(context.storage, stem, pack_state(state.state_dict()))
-            context.storage.sync_directory(stem.parent)
+            session.storage.make_directory(stem.parent)
+            write_state(session.storage, stem, pack_state(state.state_dict()))
+            session.storage.sync_directory(stem.parent)
 
 
-def load_rank_state(context: Context, state: Stateful, state_name: str, path: Path, rank: str) -> None:
+def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
     """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
-    with context.group.together(f"reading {state_name} of every rank"):
+    with session.group.together(f"reading {state_name} of every rank"):
         check_stateful(state)
         stem = _stem(path, state_name, rank)
         theirs = stem.with_name(f"{stem.name}.pt")
         if not has_state(stem) and theirs.is_file():
-            legacy = context.config.allow_legacy_pickle_restore
+            legacy = session.config.allow_legacy_pickle_restore
             found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
             state.load_state_dict(cast("dict[str, object]", found))
             return

@@ -24,7 +24,7 @@ from shardwise.checkpointing.run_state.extras import (
     state_of,
 )
 from shardwise.checkpointing.run_state.generators import RandomState
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.lifecycle import Start, resolve
@@ -36,30 +36,30 @@ _LOG = logging.getLogger(__name__)
 BATCHES = "batches"
 
 
-def locate(context: Context, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
+def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0 and tell every rank. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         restore_from: What is to be restored.
         seen: Takes what rank 0 has found, on rank 0.
     """
 
     def find() -> JsonValue:
-        found = resolve(context.root, restore_from)
+        found = resolve(session.root, restore_from)
         if found is None:
             return None
         seen(Start.at(found.path))
-        inside = found.path.is_relative_to(context.root)
-        path = found.path.relative_to(context.root) if inside else found.path
+        inside = found.path.is_relative_to(session.root)
+        path = found.path.relative_to(session.root) if inside else found.path
         return [str(path), found.epoch, found.step, dict(found.metrics)]
 
-    told = context.group.tell(find, f"looking for {restore_from}")
+    told = session.group.tell(find, f"looking for {restore_from}")
     if told is None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
     # Below each rank's own root, which may be mounted elsewhere than rank 0's.
-    return RestoreRecord(epoch, step, context.root / path, metrics)
+    return RestoreRecord(epoch, step, session.root / path, metrics)
 
 
 def model_place(directory: Path, group: Group) -> Path:
@@ -72,16 +72,16 @@ def model_place(directory: Path, group: Group) -> Path:
 
 
 def capture_extras(
-    context: Context, directory: Path, extra_state: Mapping[str, object], order: DataOrder
+    session: Session, directory: Path, extra_state: Mapping[str, object], order: DataOrder
 ) -> list[Step]:
     """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
-    generators: dict[str, object] = {"rng": RandomState()} if context.config.save_rng else {}
-    positions = order.state(context.group.rank) if generators else None
+    generators: dict[str, object] = {"rng": RandomState()} if session.config.save_rng else {}
+    positions = order.state(session.group.rank) if generators else None
     if positions is not None:
         generators[BATCHES] = positions
     return [
-        *below("rng", capture_steps(context, generators, directory / "rng")),
-        *below("extra", capture_steps(context, extra_state, directory / "extra")),
+        *below("rng", capture_steps(session, generators, directory / "rng")),
+        *below("extra", capture_steps(session, extra_state, directory / "extra")),
     ]
 
 
@@ -114,20 +114,20 @@ class FoundExtras:
         order.resume(state, found, [self.extra.values[name] for name in self.extra.states])
 
 
-def find_extras(context: Context, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
+def find_extras(session: Session, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
     """Read generators and extra state; nothing is changed. All ranks call, one perhaps with names of its own.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no state of a name.
         StateFormatError: A state is damaged.
     """
-    group = context.group
+    group = session.group
     extra: FoundValues | None = None
     generators: FoundValues | None = None
     # Of others' checkpoints; ours have a directory for it.
     foreign: Mapping[str, object] = {}
     if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
-        legacy = context.config.allow_legacy_pickle_restore
+        legacy = session.config.allow_legacy_pickle_restore
         foreign = read_states(directory, extra_state, group, legacy)
     with group.together("looking for extra state"):
         own = {name: value for name, value in extra_state.items() if name not in foreign}
@@ -135,7 +135,7 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
         states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
         extra = replace(extra, values=extra_state, states={**extra.states, **states})
         wanted: dict[str, object] = {}
-        if context.config.save_rng:
+        if session.config.save_rng:
             wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
         if "rng" in generators.states:
@@ -144,11 +144,11 @@ def find_extras(context: Context, directory: Path, extra_state: MutableMapping[s
             DataOrder.parsed(generators.states[BATCHES])
     assert extra is not None
     assert generators is not None
-    return FoundExtras(extra, generators, open_spread(context, extra, directory / "extra"))
+    return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
 
 
 def unrestored(
-    context: Context,
+    session: Session,
     directory: Path,
     found: FoundExtras,
     given: Sequence[str],
@@ -158,14 +158,14 @@ def unrestored(
     """What the checkpoint has and stays as it is in this run, by name; said once, in the log of rank 0. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         directory: The checkpoint's.
         found: What was found of extra state and generators.
         given: What this rank restores: ``optimizer``, ``scheduler``, ``rng``, and names of extra state.
         partly: What no rank wants of what is restored; the same on every rank.
         model_place: In a DCP directory with more than a model: what the model's names have in front there.
     """
-    group = context.group
+    group = session.group
 
     def tell() -> JsonValue:
         has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []

@@ -18,7 +18,7 @@ from shardwise.checkpointing.loading.adapter_files import SavedAdapter, check_sh
 from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.checkpointing.saving.hooks import after_arguments, run_hooks
 from shardwise.checkpointing.saving.merged import MERGED, MergedSave, check_merging
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -71,7 +71,7 @@ class AdapterSave:
 
     def __init__(
         self,
-        context: Context,
+        session: Session,
         model: nn.Module | Sequence[nn.Module],
         directory: Path,
         addons: Sequence[CheckpointAddon],
@@ -82,7 +82,7 @@ class AdapterSave:
         reserve: Callable[[], None],
         optimizer: Optimizers | None = None,
     ) -> None:
-        self._context = context
+        self._session = session
         self._reserve = reserve
         self.closing: list[Callable[[Group], None]] = []
         self._directory = directory
@@ -97,40 +97,40 @@ class AdapterSave:
             "consolidated_path": None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_name(),
-            "v4_compatible": context.config.v4_compatible,
-            "diffusers_compatible": context.config.diffusers_compatible,
-            "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
+            "original_model_path": session.base_name(),
+            "v4_compatible": session.config.v4_compatible,
+            "diffusers_compatible": session.config.diffusers_compatible,
+            "legacy_paramwrapper_layout": session.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
-            "pp_group": context.pp_group,
+            "pp_group": session.pp_group,
         }
 
     def steps(self) -> list[Step]:
         """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
-        context, group = self._context, self._context.group
+        session, group = self._session, self._session.group
         with group.together("preparing the adapter's directory"):
             refuse_fsdp1(self.state.model)
             if group.is_main:
                 self._reserve()
-                context.storage.make_directory(self._directory)
+                session.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
         component = ""
         with group.together("looking at the adapter"):
-            component = _component(context, self.state.model, self._config)
+            component = _component(session, self.state.model, self._config)
         settings = adapter_settings(
             self.state.model,
             self._config,
             group,
-            v4_compatible=context.config.v4_compatible,
-            original_model_path=context.base_name(),
-            legacy_layout=context.config.legacy_paramwrapper_layout,
-            diffusers_compatible=context.config.diffusers_compatible,
+            v4_compatible=session.config.v4_compatible,
+            original_model_path=session.base_name(),
+            legacy_layout=session.config.legacy_paramwrapper_layout,
+            diffusers_compatible=session.config.diffusers_compatible,
         )
         captured: AdapterTensors | None = None
         with group.together("describing the adapter"):
-            captured = capture(context, self.state.model, self._config, self._stepped)
+            captured = capture(session, self.state.model, self._config, self._stepped)
         assert captured is not None
-        declared = declare(context, captured)
+        declared = declare(session, captured)
         steps = [
             self._file_step(file, settings[file.adapter_name], component, declared, captured) for file in captured.files
         ]
@@ -148,23 +148,23 @@ class AdapterSave:
         captured: AdapterTensors,
     ) -> Step:
         """One adapter's file. All ranks call."""
-        context, group = self._context, self._context.group
+        session, group = self._session, self._session.group
         held: list[HeldTensor] = []
         with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
             entries = as_diffusers(file, component).entries if component else file.entries
             named = [(entry.spec.name, entry.tensor) for entry in entries]
-            own = hold_adapter(entries, MeshRegister(context.may_differ.of_adapter(named, self.state.model)))
-            held = context.staged(f"adapter/{file.adapter_name}", own)
-        roster = Agreement(group, context.stage).roster(
+            own = hold_adapter(entries, MeshRegister(session.may_differ.of_adapter(named, self.state.model)))
+            held = session.staged(f"adapter/{file.adapter_name}", own)
+        roster = Agreement(group, session.stage).roster(
             partial(list, held), f"describing the adapter {file.adapter_name}"
         )
         plan: ExportPlan | None = None
         with group.together(f"checking the adapter {file.adapter_name}"):
             _check(roster, settings, declared, captured, file.adapter_name, self.state.model, component)
             if group.is_main and not component:
-                _tell_vllm(context, file.adapter_name, roster, settings, declared)
+                _tell_vllm(session, file.adapter_name, roster, settings, declared)
             if component:
-                check_opens(self.state.model, self._config, file, context.told)
+                check_opens(self.state.model, self._config, file, session.told)
             options = ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -175,18 +175,18 @@ class AdapterSave:
             )
             plan = plan_export(held, roster, group, self._directory / file.directory, options)
         assert plan is not None
-        return lambda g, p=plan: write_export(p, g, context.storage).below(file.directory)  # type: ignore[misc]
+        return lambda g, p=plan: write_export(p, g, session.storage).below(file.directory)  # type: ignore[misc]
 
     def _merged_steps(self) -> list[Step]:
         """What is left to do for the merged export, where this save writes one. All ranks call."""
-        context, is_final = self._context, self._args["is_final_checkpoint"]
-        if not (context.config.export_merged and context.exports(is_final)):
+        session, is_final = self._session, self._args["is_final_checkpoint"]
+        if not (session.config.export_merged and session.exports(is_final)):
             return []
         merged: list[MergedPart] = []
-        with context.group.together("describing the merged model"):
+        with session.group.together("describing the merged model"):
             merged += merged_parts(self.state.model)
         save = MergedSave(
-            context.further(MERGED),
+            session.further(MERGED),
             self.state.model,
             merged,
             self._directory,
@@ -199,12 +199,12 @@ class AdapterSave:
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """What is trained beside the adapter, as a file of its own. All ranks call."""
-        context, group = self._context, self._context.group
+        session, group = self._session, self._session.group
         held: list[HeldTensor] = []
         with group.together("describing what is trained beside the adapter"):
-            own = hold_extra(context, captured, self.state.model)
-            held = context.staged("adapter_extra", own)
-        roster = Agreement(group, context.stage).roster(
+            own = hold_extra(session, captured, self.state.model)
+            held = session.staged("adapter_extra", own)
+        roster = Agreement(group, session.stage).roster(
             partial(list, held), "describing what is trained beside the adapter"
         )
         plan: ExportPlan | None = None
@@ -213,12 +213,12 @@ class AdapterSave:
             options = ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
             plan = plan_export(held, roster, group, self._directory, options)
             if group.is_main:
-                _tell_extra(context, roster)
+                _tell_extra(session, roster)
         assert plan is not None
-        return lambda g, p=plan: write_export(p, g, context.storage)  # type: ignore[misc]
+        return lambda g, p=plan: write_export(p, g, session.storage)  # type: ignore[misc]
 
     def _after(self, group: Group) -> ComponentRecord:
-        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
+        args = after_arguments(self._args, self.state, in_background=self._session.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
@@ -232,15 +232,15 @@ def stepped(optimizer: Optimizers | None) -> frozenset[int]:
 
 
 def capture(
-    context: Context, parts: Sequence[nn.Module], config: object | None, stepped: Collection[int] = ()
+    session: Session, parts: Sequence[nn.Module], config: object | None, stepped: Collection[int] = ()
 ) -> AdapterTensors:
     """The adapters of this rank's parts, in the layout that the settings promise. Local."""
     return capture_adapter(
         list(parts),
         config,
-        v4_compatible=context.config.v4_compatible,
-        legacy_paramwrapper_layout=context.config.legacy_paramwrapper_layout,
-        base=context.base_name(),
+        v4_compatible=session.config.v4_compatible,
+        legacy_paramwrapper_layout=session.config.legacy_paramwrapper_layout,
+        base=session.base_name(),
         stepped=stepped,
     )
 
@@ -258,15 +258,15 @@ class Declared:
     extra: bool
 
 
-def declare(context: Context, captured: AdapterTensors) -> Declared:
+def declare(session: Session, captured: AdapterTensors) -> Declared:
     """Exchange what the ranks have of the model. All ranks call.
 
     Raises:
         AdapterError: A pipeline stage is missing.
     """
-    group = context.group
+    group = session.group
     layers: dict[str, JsonValue] = {path: list(indices) for path, indices in captured.inventory.items()}
-    own: JsonValue = [layers, bool(captured.cut), context.stage, bool(captured.extra)]
+    own: JsonValue = [layers, bool(captured.cut), session.stage, bool(captured.extra)]
     rows = cast(
         "list[tuple[dict[str, list[int]], bool, int, bool]]", group.gather_json(own, "comparing the stages' layers")
     )
@@ -276,9 +276,9 @@ def declare(context: Context, captured: AdapterTensors) -> Declared:
     return Declared(inventories, any(extra for *_, extra in rows))
 
 
-def _component(context: Context, parts: Sequence[nn.Module], peft_config: object | None) -> str:
+def _component(session: Session, parts: Sequence[nn.Module], peft_config: object | None) -> str:
     """The model's name in a pipeline of diffusers, where its adapter is saved for these; else nothing."""
-    return require_component(parts, peft_config) if context.config.diffusers_compatible else ""
+    return require_component(parts, peft_config) if session.config.diffusers_compatible else ""
 
 
 def _check(
@@ -295,24 +295,24 @@ def _check(
     check_opens_in_peft(parts, name, [spec.name for spec in specs], settings)
 
 
-def _tell_vllm(context: Context, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
+def _tell_vllm(session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
     """Say once what vLLM would not serve of an adapter."""
     limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits and (key := f"vLLM/{name}") not in context.told:
-        context.told.add(key)
+    if limits and (key := f"vLLM/{name}") not in session.told:
+        session.told.add(key)
         _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
 
 
-def hold_extra(context: Context, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
+def hold_extra(session: Session, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
     """What this rank holds of the tensors that are trained beside the adapter."""
     named = [(entry.spec.name, entry.tensor) for entry in captured.extra]
-    return hold_adapter(captured.extra, MeshRegister(context.may_differ.of_adapter(named, parts)))
+    return hold_adapter(captured.extra, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
 
-def _tell_extra(context: Context, roster: Roster) -> None:
+def _tell_extra(session: Session, roster: Roster) -> None:
     names = [spec.name for spec in roster.specs]
-    if ADAPTER_EXTRA_NAME not in context.told:
-        context.told.add(ADAPTER_EXTRA_NAME)
+    if ADAPTER_EXTRA_NAME not in session.told:
+        session.told.add(ADAPTER_EXTRA_NAME)
         _LOG.info(
             "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
             "not: %s",
@@ -322,21 +322,21 @@ def _tell_extra(context: Context, roster: Roster) -> None:
         )
 
 
-def check_before_training(context: Context, model: nn.Module | Sequence[nn.Module], *, is_adapted: bool) -> None:
+def check_before_training(session: Session, model: nn.Module | Sequence[nn.Module], *, is_adapted: bool) -> None:
     """Describe and check a model's adapters as a save would, and write nothing. All ranks call.
 
     What a configuration says that is passed to saves alone (of a model's own LoRA) is checked by these.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         model: The model, or this rank's pipeline stages.
         is_adapted: Whether it has to have an adapter by now.
 
     Raises:
         ShardwiseError: What the first save would raise.
     """
-    group = context.group
-    context.base_name()  # looked for here, since all ranks have to
+    group = session.group
+    session.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
     kind = component = ""
     with group.together("looking at the adapter"):
@@ -352,27 +352,27 @@ def check_before_training(context: Context, model: nn.Module | Sequence[nn.Modul
         return
     captured = AdapterTensors((), {})
     with group.together("describing the adapter"):
-        component = _component(context, parts, None)
+        component = _component(session, parts, None)
         if kind:
-            captured = capture(context, parts, None)
-    declared = declare(context, captured)
+            captured = capture(session, parts, None)
+    declared = declare(session, captured)
     if set(kinds) == {"peft"}:
-        settings = adapter_settings(parts, None, group, v4_compatible=context.config.v4_compatible)
+        settings = adapter_settings(parts, None, group, v4_compatible=session.config.v4_compatible)
         for file in captured.files:
-            roster = _roster(context, partial(hold_adapter, file.entries, MeshRegister()))
+            roster = _roster(session, partial(hold_adapter, file.entries, MeshRegister()))
             with group.together(f"checking the adapter {file.adapter_name}"):
                 _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts, "")
                 if component:
-                    check_opens(parts, None, file, context.told)
+                    check_opens(parts, None, file, session.told)
     if declared.extra:
-        _roster(context, partial(hold_extra, context, captured, parts))
-    if context.config.export_merged:
+        _roster(session, partial(hold_extra, session, captured, parts))
+    if session.config.export_merged:
         with group.together("describing the merged model"):
-            check_merging(context, parts)
+            check_merging(session, parts)
 
 
-def _roster(context: Context, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:
-    return Agreement(context.group, context.stage).roster(hold, "describing the adapter's tensors")
+def _roster(session: Session, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:
+    return Agreement(session.group, session.stage).roster(hold, "describing the adapter's tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +390,7 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    context: Context,
+    session: Session,
     model: nn.Module | Sequence[nn.Module],
     path: Path,
     peft_config: object | None = None,
@@ -401,7 +401,7 @@ def open_adapter(
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         model: The adapted model, or this rank's pipeline stages.
         path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
         peft_config: The adapter's configuration, for parts that do not carry one; the checkpoint's own if not given.
@@ -413,8 +413,8 @@ def open_adapter(
         AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
         TensorError: Model and adapter do not fit.
     """
-    group = context.group
-    context.base_name()  # looked for here, since all ranks have to
+    group = session.group
+    session.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
     captured: AdapterTensors | None = None
     saved: dict[str, SavedAdapter] = {}
@@ -422,7 +422,7 @@ def open_adapter(
     with group.together("describing the adapter"):
         has_config = (directory / ADAPTER_CONFIG_NAME).is_file()
         config = peft_config or (read_adapter_config(directory) if has_config else None)
-        captured = capture(context, parts, config)
+        captured = capture(session, parts, config)
         saved |= find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)
         for file in captured.files:
             if group.is_main and file.adapter_name in saved:
@@ -432,8 +432,8 @@ def open_adapter(
         parts,
         config,
         group,
-        v4_compatible=context.config.v4_compatible,
-        legacy_layout=context.config.legacy_paramwrapper_layout,
+        v4_compatible=session.config.v4_compatible,
+        legacy_layout=session.config.legacy_paramwrapper_layout,
     )
     with group.together("comparing the adapter's settings"):
         for name, adapter in saved.items():
@@ -447,20 +447,20 @@ def open_adapter(
         with group.together(f"describing the tensors of the adapter {file.adapter_name}"):
             # Entries that share memory are equal in the file, as was checked; one of them is enough.
             held = hold_adapter([entry for entry in file.entries if entry.alias_of is None], MeshRegister())
-        source = open_saved(context, saved[file.adapter_name], key_mapping)
+        source = open_saved(session, saved[file.adapter_name], key_mapping)
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
-        options = LoadOptions(allow_missing, threads=context.threads, sharing=context.sharing, ignored=ignored)
-        loads.append(open_described(partial(tuple, held), source, group, context.storage, options))
-    extra, allocators = _open_extra(context, parts, captured, directory, allow_missing)
+        options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing, ignored=ignored)
+        loads.append(open_described(partial(tuple, held), source, group, session.storage, options))
+    extra, allocators = _open_extra(session, parts, captured, directory, allow_missing)
     return OpenedAdapter((*loads, *extra), allocators)
 
 
 def _open_extra(
-    context: Context, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
+    session: Session, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
 ) -> tuple[list[OpenedLoad], AllocatorRestore]:
     """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
-    group, file = context.group, path / ADAPTER_EXTRA_NAME
+    group, file = session.group, path / ADAPTER_EXTRA_NAME
     is_there = group.tell(file.is_file, "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
     source = open_source(file, group) if is_there else None
@@ -488,8 +488,8 @@ def _open_extra(
 
     # A model that is not trained has no allocator.
     ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
-    options = LoadOptions(threads=context.threads, sharing=context.sharing, ignored=ignored)
-    return [open_described(wanted, source, group, context.storage, options)], allocators
+    options = LoadOptions(threads=session.threads, sharing=session.sharing, ignored=ignored)
+    return [open_described(wanted, source, group, session.storage, options)], allocators
 
 
 def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:

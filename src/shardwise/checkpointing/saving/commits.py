@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from shardwise.checkpointing.saving.places import check_claim, check_seen
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
@@ -57,12 +57,12 @@ Closing = Sequence[Callable[[Group], None]]
 
 
 def gather_records(
-    context: Context, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
+    session: Session, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
 ) -> Callable[[], ComponentRecord]:
     """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         group: The ranks that save together.
         temp: Where they write; rank 0 has claimed it.
         record: What this rank knows.
@@ -74,12 +74,12 @@ def gather_records(
     Raises:
         StorageError: A rank writes elsewhere than rank 0.
     """
-    met = context.met
+    met = session.met
 
     def close() -> JsonValue:
         for work in closing:
             work(group)
-        if not (group.is_main or context.config.is_remote):
+        if not (group.is_main or session.config.is_remote):
             check_claim(temp.parent, published_name(temp.name), met.token, group, met.places)
         return None if group.is_main else record.encoded()
 
@@ -88,7 +88,7 @@ def gather_records(
     def union() -> ComponentRecord:
         records = [record, *map(ComponentRecord.decoded, rows[1:])]
         whole = merged(records)
-        if not context.config.is_remote:
+        if not session.config.is_remote:
             check_seen(temp, records, met.places)
         return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
@@ -182,7 +182,7 @@ class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         temp: Where the checkpoint was written.
         final: The name under which it is to be found.
         info: What the manifest says beside files and tensors.
@@ -192,14 +192,14 @@ class Publication:
 
     def __init__(
         self,
-        context: Context,
+        session: Session,
         temp: Path,
         final: Path,
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
         line: RunLine,
     ) -> None:
-        self._context = context
+        self._session = session
         self._temp = temp
         self._final = final
         self._info = info
@@ -215,7 +215,7 @@ class Publication:
         """
 
         def reserve() -> None:
-            self._claim = claimed(self._context, self._final)
+            self._claim = claimed(self._session, self._final)
             make_room()
             self._is_reserved = True
 
@@ -223,18 +223,18 @@ class Publication:
 
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
-        context = self._context
-        union = gather_records(context, group, self._temp, record, closing)
+        session = self._session
+        union = gather_records(session, group, self._temp, record, closing)
         with group.together(f"publishing {self._final}"):
             if group.is_main:
-                write_run_files(context.storage, self._temp, context.config, self._metrics)
+                write_run_files(session.storage, self._temp, session.config, self._metrics)
                 found = union()
-                with nullcontext() if context.config.is_remote else publishing(context.root):
+                with nullcontext() if session.config.is_remote else publishing(session.root):
                     # What the line says of other checkpoints has to be true until this one is published.
                     lineage = self._write_lineage()
-                    found = complete_record(context.storage, self._temp, found)
-                    write_manifest(context.storage, self._temp, found, self._info)
-                    publish(self._temp, self._final, self._line.left_from, storage=context.storage)
+                    found = complete_record(session.storage, self._temp, found)
+                    write_manifest(session.storage, self._temp, found, self._info)
+                    publish(self._temp, self._final, self._line.left_from, storage=session.storage)
                     self._line.start = Start(self._final, lineage)
                     self._point()
                 self._release()
@@ -246,16 +246,16 @@ class Publication:
     def _write_lineage(self) -> Lineage:
         numbers = parse_checkpoint_name(self._final.name)
         assert numbers is not None
-        root = self._context.root
+        root = self._session.root
         lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
-        write_file(self._context.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        write_file(self._session.storage, self._temp / LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
-        context = self._context
-        set_pointer(context.root, LATEST, self._final.name, storage=context.storage)
+        session = self._session
+        set_pointer(session.root, LATEST, self._final.name, storage=session.storage)
         _LOG.info("published %s", self._final)
-        policy = Retention.from_config(context.config)
+        policy = Retention.from_config(session.config)
         # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
         # and find its name taken.
         try:
@@ -270,18 +270,18 @@ class Publication:
 
     def _tidy(self, policy: Retention) -> None:
         """Set the pointer to the best checkpoint, and delete what is not to be kept."""
-        context = self._context
-        checkpoints = list_checkpoints(context.root)
+        session = self._session
+        checkpoints = list_checkpoints(session.root)
         best = best_checkpoint(checkpoints, policy)
         if best is not None:
-            set_pointer(context.root, BEST, best, storage=context.storage)
+            set_pointer(session.root, BEST, best, storage=session.storage)
         if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
                 "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
-                context.root,
+                session.root,
                 policy.metric_key,
             )
-        deleted = prune(context.root, policy, storage=context.storage)
+        deleted = prune(session.root, policy, storage=session.storage)
         if deleted:
             _LOG.info("removed %s", ", ".join(deleted))
 
@@ -291,20 +291,20 @@ class Publication:
             return
         try:
             if self._is_reserved and self._temp.exists():
-                abandon(self._temp, storage=self._context.storage)
+                abandon(self._temp, storage=self._session.storage)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
         finally:
             self._release()
 
 
-def claimed(context: Context, final: Path) -> Claim | None:
+def claimed(session: Session, final: Path) -> Claim | None:
     """Claim what is to be saved as ``final``, whose directory is made. One rank calls.
 
     Raises:
         CheckpointBusyError: A process that is alive is saving it.
     """
-    if context.config.is_remote:
+    if session.config.is_remote:
         return None
-    make_root(final.parent, storage=context.storage)
-    return claim(final.parent, final.name, context.met.token)
+    make_root(final.parent, storage=session.storage)
+    return claim(final.parent, final.name, session.met.token)

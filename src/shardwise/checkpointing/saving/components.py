@@ -14,7 +14,7 @@ from shardwise.checkpointing.saving.adapters import AdapterSave
 from shardwise.checkpointing.saving.hooks import leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.standalone import Replacement
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.engine.jobs import SaveJob
 from shardwise.stateful_wrappers.model import Model
 
@@ -28,7 +28,7 @@ def save_model(
     is_final_checkpoint: bool,
 ) -> None:
     """See `Checkpointer.save_model`. All ranks call."""
-    context = life.begin(call := f"save_model({weights_path})")
+    session = life.begin(call := f"save_model({weights_path})")
     if not life.config.enabled:
         return
     life.ends = life.ends or is_final_checkpoint
@@ -36,13 +36,13 @@ def save_model(
     turn = life.turn(call, lambda: life.looked(model, saves=True), given)
     if turn.skipped:
         return
-    target = Replacement(context, Path(weights_path).absolute() / "model", {"shardwise": __version__})
+    target = Replacement(session, Path(weights_path).absolute() / "model", {"shardwise": __version__})
     with turn.telling(f"{weights_path}/model", life.wait):
         try:
             save = model_save(life, model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
             steps = save.steps()
         except BaseException:
-            target.abandon(context.group)
+            target.abandon(session.group)
             raise
         commit = partial(target.commit, closing=save.closing)
         life.run(SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon))
@@ -52,21 +52,21 @@ def save_optimizer(
     life: Lifetime, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None
 ) -> None:
     """See `Checkpointer.save_optimizer`. All ranks call."""
-    context = life.begin(call := f"save_optimizer({weights_path})")
+    session = life.begin(call := f"save_optimizer({weights_path})")
     if not life.config.enabled:
         return
     turn = life.turn(call, lambda: life.looked(model, optimizer, scheduler, saves=True), {})
     if turn.skipped:
         return
-    target = Replacement(context, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
+    target = Replacement(session, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
     with turn.telling(f"{weights_path}/optim", life.wait):
         try:
-            with context.group.together(f"preparing {weights_path}/optim"):
-                if context.group.is_main:
+            with session.group.together(f"preparing {weights_path}/optim"):
+                if session.group.is_main:
                     target.reserve()
-            steps = OptimizerSave(context, optimizer, model, scheduler, target.temp).steps()
+            steps = OptimizerSave(session, optimizer, model, scheduler, target.temp).steps()
         except BaseException:
-            target.abandon(context.group)
+            target.abandon(session.group)
             raise
         life.run(SaveJob(f"saving {target.place}", tuple(steps), target.commit, target.abandon))
 
@@ -80,14 +80,14 @@ def model_save(
     is_final: bool,
     reserve: Callable[[], None],
     optimizer: Optimizers | None = None,
-    context: Context | None = None,
+    session: Session | None = None,
 ) -> ModelSave | AdapterSave:
     """One save of a model, or of its adapters. All ranks call."""
     kind = partial(AdapterSave, optimizer=optimizer) if life.config.is_peft else ModelSave
     # A hook of others' is for the model: it may write to one place.
-    addons = life.addons if context is None or life.config.is_peft else life.addons[: leading_own(life.addons)]
+    addons = life.addons if session is None or life.config.is_peft else life.addons[: leading_own(life.addons)]
     return kind(
-        context or life.session,
+        session or life.session,
         model,
         directory,
         addons,

@@ -20,7 +20,7 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.hub import HubNames, HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.saving.facts import Facts
 from shardwise.checkpointing.saving.models import Described, ModelSave
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.convert import Computed, HeldGroup
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.export import ExportOptions
@@ -39,7 +39,7 @@ from shardwise.upstream.torch_tensors import storage_key
 MERGED = "merged"
 
 
-def check_merging(context: Context, parts: Sequence[nn.Module]) -> None:
+def check_merging(session: Session, parts: Sequence[nn.Module]) -> None:
     """Describe a model's merged export as a save would, and write nothing. Local.
 
     Raises:
@@ -47,14 +47,14 @@ def check_merging(context: Context, parts: Sequence[nn.Module]) -> None:
     """
     merged = merged_parts(parts)
     state = ModelState([part.model for part in merged])
-    merged_state(HubNames(context.may_differ).capture(state), parts, merged, context)
+    merged_state(HubNames(session.may_differ).capture(state), parts, merged, session)
 
 
 class MergedSave(ModelSave):
     """The merged export of one save of a model's adapters; it writes nothing that resumes. All ranks make one.
 
     Args:
-        context: Settings, ranks and storage, with memory of its own of what was saved before.
+        session: Settings, ranks and storage, with memory of its own of what was saved before.
         parts: This rank's parts with their adapters.
         merged: The same without.
         directory: Where the ``model`` directory's content goes; it exists.
@@ -64,7 +64,7 @@ class MergedSave(ModelSave):
 
     def __init__(
         self,
-        context: Context,
+        session: Session,
         parts: Sequence[nn.Module],
         merged: Sequence[MergedPart],
         directory: Path,
@@ -73,7 +73,7 @@ class MergedSave(ModelSave):
         is_final: bool,
     ) -> None:
         super().__init__(
-            context,
+            session,
             [part.model for part in merged],
             directory,
             [ConsolidatedHFAddon()],
@@ -85,13 +85,13 @@ class MergedSave(ModelSave):
         self._parts, self._merged = parts, merged
 
     def _captured(self) -> tuple[HubState, bool]:
-        context = self._context
-        hub = context.names.capture(self.state)
-        hub = merged_state(hub, self._parts, self._merged, context)
+        session = self._session
+        hub = session.names.capture(self.state)
+        hub = merged_state(hub, self._parts, self._merged, session)
         require_memory(memory_of(hub.held), "values to save")
-        natives = iter(context.staged("model.native", natives_of(hub.groups)))
+        natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        return replace(hub, held=tuple(context.staged("model", hub.held)), groups=groups), self._look_at_parameters()
+        return replace(hub, held=tuple(session.staged("model", hub.held)), groups=groups), self._look_at_parameters()
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
         return replace(super()._options(specs), component=MERGED)
@@ -108,14 +108,14 @@ def _nothing() -> None:
     """The adapter's save has made the directory."""
 
 
-def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], context: Context) -> HubState:
+def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], session: Session) -> HubState:
     """Tell the tensors that have to be computed from those that are there. Local.
 
     Args:
         hub: What was captured of the merged model, whose merged tensors have no memory.
         parts: This rank's parts with their adapters.
         merged: The same without.
-        context: Settings.
+        session: Settings.
 
     Raises:
         ConversionError: The model's own conversion computes tensors of merged ones.
@@ -139,7 +139,7 @@ def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[Mer
                 hint="Let the model's state_dict_adapter only rearrange tensors, or set export_merged to false.",
             )
     named = [(_source(g, name), t) for part in merged for g in part.groups for name, t in g.sources.items()]
-    meshes = MeshRegister(context.may_differ.of_adapter(named, parts))
+    meshes = MeshRegister(session.may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
     computed = [_held_group(together, sources) for together in _together(made)]
     return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), hidden=())

@@ -36,7 +36,7 @@ from shardwise.checkpointing.saving.opens import refuse_whole_adapter
 from shardwise.checkpointing.saving.proof import promise_row, prove, prove_keys, read_back, require
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.sequential import write_file
@@ -109,7 +109,7 @@ class ModelSave:
     """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         model: The model, or this rank's pipeline stages.
         directory: Where the ``model`` directory's content goes.
         addons: Hooks around the writing.
@@ -124,7 +124,7 @@ class ModelSave:
 
     def __init__(
         self,
-        context: Context,
+        session: Session,
         model: nn.Module | Sequence[nn.Module],
         directory: Path,
         addons: Sequence[CheckpointAddon],
@@ -134,7 +134,7 @@ class ModelSave:
         is_final: bool,
         reserve: Callable[[], None],
     ) -> None:
-        self._context = context
+        self._session = session
         self._directory = directory
         self._reserve = reserve
         own = leading_own(addons)
@@ -145,11 +145,11 @@ class ModelSave:
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._wants_export = context.exports(is_final)
-        self._exports = self._wants_export and context.config.model_save_format == "safetensors"
+        self._wants_export = session.exports(is_final)
+        self._exports = self._wants_export and session.config.model_save_format == "safetensors"
         self._carried: list[str] = []
         self.state = ModelState(model)
-        self.base = context.base()
+        self.base = session.base()
         self._args: SaveHookArgs = {
             "model_state": self.state,
             "model_path": str(directory),
@@ -157,12 +157,12 @@ class ModelSave:
             "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
             "tokenizer": tokenizer,
             "peft_config": peft_config,
-            "original_model_path": context.base_path(),
-            "v4_compatible": context.config.v4_compatible,
-            "diffusers_compatible": context.config.diffusers_compatible,
-            "legacy_paramwrapper_layout": context.config.legacy_paramwrapper_layout,
+            "original_model_path": session.base_path(),
+            "v4_compatible": session.config.v4_compatible,
+            "diffusers_compatible": session.config.diffusers_compatible,
+            "legacy_paramwrapper_layout": session.config.legacy_paramwrapper_layout,
             "is_final_checkpoint": is_final,
-            "pp_group": context.pp_group,
+            "pp_group": session.pp_group,
         }
 
     def steps(self) -> list[Step]:
@@ -179,7 +179,7 @@ class ModelSave:
             if self._refusal is not None:
                 raise self._refusal from None
             raise
-        steps += model_steps(self._context, self.state, self._directory)
+        steps += model_steps(self._session, self.state, self._directory)
         if self._describes:
             self.closing.append(self._copy_metadata)
         if not self._addons:
@@ -189,7 +189,7 @@ class ModelSave:
         return [*steps, partial(self._after, closing)]
 
     def _written(self) -> list[Step]:
-        if self._context.config.model_save_format == "torch_save":
+        if self._session.config.model_save_format == "torch_save":
             return self._distcp()
         if self._exports:
             return self._exported()
@@ -201,8 +201,8 @@ class ModelSave:
         return [shards, *self._aside(described.facts, described.hub.listing), _telling(described.hub.unwritten)]
 
     def _distcp(self) -> list[Step]:
-        context = self._context
-        if self._wants_export and context.group.is_main:
+        session = self._session
+        if self._wants_export and session.group.is_main:
             _LOG.warning(
                 "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
                 "`shardwise consolidate` makes one of it"
@@ -211,34 +211,34 @@ class ModelSave:
         held: list[HeldTensor] = []
         listed: Listing | None = None
         tensors: dict[str, torch.Tensor] = {}
-        carries = self.base is not None and context.config.pass_through_unloaded
+        carries = self.base is not None and session.config.pass_through_unloaded
 
         def describe() -> Statement:
             nonlocal listed
             self._ask_exporter()
-            if context.group.is_main:
+            if session.group.is_main:
                 self._reserve()
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept.update(undeclared_names(listed.tensors, self.state.model))
-            meshes = MeshRegister(context.may_differ.of_model(listed.tensors, self.state.model))
+            meshes = MeshRegister(session.may_differ.of_model(listed.tensors, self.state.model))
             held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
-            tensors.update(capture_distcp(context, "model", tensors_alone(self.state.state_dict())))
+            tensors.update(capture_distcp(session, "model", tensors_alone(self.state.state_dict())))
             facts = OwnFacts(self._describes and is_quantized(self._args), names_beside(listed))
             if carries:
-                hub = context.names.capture(self.state)
+                hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
                 facts = facts._replace(promise=promise_row(self.state.model, hub.absent), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
-        agreed = context.model_agreement.reach(describe, "describing the model")
+        agreed = session.model_agreement.reach(describe, "describing the model")
         facts, [roster] = Facts.of(agreed.notes), agreed.rosters
         if carries:
             self._carried = self._prove(facts.specs, facts)
-        with context.group.together("preparing the model's directory"):
+        with session.group.together("preparing the model's directory"):
             self._prepare_directory(facts)
         self._before()
-        rank = context.group.rank
+        rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
         return [_telling(kept), *self._aside(facts, listed), write]
@@ -247,7 +247,7 @@ class ModelSave:
         """What is left to do for state beside ordinary tensors. All ranks call."""
         if not facts.has_beside:
             return []
-        return [aside_step(listing, facts.beside, self._directory, self._context.group, self._context.storage)]
+        return [aside_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
 
     @staticmethod
     def _release_after(step: Step) -> Step:
@@ -263,7 +263,7 @@ class ModelSave:
 
     def _exported(self) -> list[Step]:
         """Plan an export and prepare its directory; all ranks call."""
-        context, described = self._context, self._described()
+        session, described = self._session, self._described()
         hub, own, roster, facts = described.hub, described.own, described.roster, described.facts
         names = self._prove(roster.specs, facts)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
@@ -272,23 +272,23 @@ class ModelSave:
         options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
 
         def prepare() -> ExportPlan:
-            known = context.model_plan.get(
+            known = session.model_plan.get(
                 [*own.export, roster, *computed.groups],
                 (options, copies),
-                lambda: plan_export(own.export, roster, context.group, directory, options, computed, copies),
+                lambda: plan_export(own.export, roster, session.group, directory, options, computed, copies),
             )
             self._look_at_ties(roster)
             self._prepare_directory(facts, names)
             self._check_opening(described, [tensor.spec for tensor in passed])
             plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
-            if context.group.is_main and plan.has_room:
-                make_room(plan, context.storage)
+            if session.group.is_main and plan.has_room:
+                make_room(plan, session.storage)
             return plan
 
-        plan = context.group.attempt(prepare, "planning the export and preparing its directory")
+        plan = session.group.attempt(prepare, "planning the export and preparing its directory")
         self._before()
         steps = [self._settling_ties(self._export(plan, roster))]
-        if context.config.verify_export:
+        if session.config.verify_export:
             self.closing.append(partial(read_back, plan))
         return [*steps, *self._beside(described)]
 
@@ -302,19 +302,19 @@ class ModelSave:
 
     def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
-        context, base = self._context, self.base.specs if self._exports and self.base is not None else {}
+        session, base = self._session, self.base.specs if self._exports and self.base is not None else {}
         captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
-        promises = self.base is not None or context.met.names_keys
+        promises = self.base is not None or session.met.names_keys
 
         def describe() -> Statement:
             self._ask_exporter()
-            if context.group.is_main:
+            if session.group.is_main:
                 self._reserve()
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
             make = partial(Recast.of, held, base, hub.apart) if self._exports else partial(Recast.none, held, hub.apart)
-            own = context.recast.get(held, self._exports, make)
+            own = session.recast.get(held, self._exports, make)
             exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden] if self._exports else []
             captured.append((hub, own, exact))
             facts = OwnFacts(
@@ -324,11 +324,11 @@ class ModelSave:
                 own.native,
                 sorted(own.apart),
                 [tensor.spec.name for tensor in hub.hidden],
-                keys=list(context.config.model_state_dict_keys or ()),
+                keys=list(session.config.model_state_dict_keys or ()),
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 
-        agreed = context.model_agreement.reach(describe, "describing the model")
+        agreed = session.model_agreement.reach(describe, "describing the model")
         roster, computed, beside = agreed.rosters
         return Described(*captured[0], roster, computed, beside, Facts.of(agreed.notes))
 
@@ -344,28 +344,28 @@ class ModelSave:
 
     def _captured(self) -> tuple[HubState, bool]:
         """This rank's tensors, as they are to be written, and whether there are quantized parameters. Local."""
-        context = self._context
-        hub = context.names.capture(self.state)
-        if hub is not context.sound:
+        session = self._session
+        hub = session.names.capture(self.state)
+        if hub is not session.sound:
             require_memory(memory_of(hub.native), "values to save")
-            context.sound = hub
+            session.sound = hub
         # As long as the same is captured, the parameters are the same.
-        quantized = context.is_quantized.get([hub], None, self._look_at_parameters)
+        quantized = session.is_quantized.get([hub], None, self._look_at_parameters)
         # All at once: each component has one piece of memory, which a second call would fill anew.
-        natives = iter(context.staged("model.native", natives_of(hub.groups)))
+        natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        staged = context.staged("model", [*hub.held, *hub.hidden])
+        staged = session.staged("model", [*hub.held, *hub.hidden])
         own = len(hub.held)
         return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups), quantized
 
     def _look_at_parameters(self) -> bool:
-        context = self._context
-        if context.may_export and context.config.verify_export:
+        session = self._session
+        if session.may_export and session.config.verify_export:
             refuse_whole_adapter(self.state.model)
         return self._describes and is_quantized(self._args)
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
-        config, described = self._context.config, described_part(self.state.model)
+        config, described = self._session.config, described_part(self.state.model)
         files = dict(self.base.files) if self.base is not None else {}
         if described is not None and is_hub_mixin(described):
             # huggingface_hub's mixin opens this one file, whatever there is beside it.
@@ -374,7 +374,7 @@ class ModelSave:
             base_files=files,
             max_file_bytes=config.max_file_bytes,
             stem="diffusion_pytorch_model" if config.diffusers_compatible else "model",
-            threads=self._context.writing_threads,
+            threads=self._session.writing_threads,
         )
 
     def _prove(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
@@ -382,10 +382,10 @@ class ModelSave:
 
         All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
         """
-        base, names_keys = self.base, self._context.met.names_keys
+        base, names_keys = self.base, self._session.met.names_keys
         if base is None and not names_keys:
             return []
-        config, group = self._context.config, self._context.group
+        config, group = self._session.config, self._session.group
         verifies = config.verify_export and self._exports
 
         def compare() -> JsonValue:
@@ -403,14 +403,14 @@ class ModelSave:
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
-        context = self._context
+        session = self._session
         if self.base is not None:
             numbers = self.base.numbers
             self._args["fqn_to_file_index_mapping"] = {n: numbers[f] for n, f in self.base.files.items()}
             self._args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
-        if not context.group.is_main:
+        if not session.group.is_main:
             return
-        context.storage.make_directory(self._directory / METADATA_DIR)
+        session.storage.make_directory(self._directory / METADATA_DIR)
         notes = {
             NATIVE_DTYPES: dict(facts.native),
             PASSED_THROUGH: list(passed),
@@ -422,30 +422,30 @@ class ModelSave:
         for name, value in notes.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-                write_file(context.storage, self._directory / METADATA_DIR / name, text.encode())
+                write_file(session.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, facts.quantized, self._exporter)
             self._tell_of_config(facts)
 
     def _tell_of_config(self, facts: Facts) -> None:
         """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
-        context = self._context
-        if context.may_export and facts.apart:
+        session = self._session
+        if session.may_export and facts.apart:
             names = sorted(facts.apart)
             said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
-            if said not in context.told:
-                context.told.add(said)
+            if said not in session.told:
+                session.told.add(said)
                 _LOG.info("%s", said)
         config = self._directory / METADATA_DIR / CONFIG
-        if context.may_export and self._exporter is None and not config.is_file():
+        if session.may_export and self._exporter is None and not config.is_file():
             why = why_no_config(self.state.model)
-            if why not in context.told:
-                context.told.add(why)
+            if why not in session.told:
+                session.told.add(why)
                 _LOG.warning("the export has no config.json: %s", why)
 
     def _look_at_ties(self, roster: Roster) -> None:
         """Find out what the configuration ties and the files have twice. Local."""
-        if self._context.group.is_main and self._describes:
+        if self._session.group.is_main and self._describes:
             self._loose_ties = loose_ties(self.state.model, {spec.name for spec in roster.specs})
 
     def _settling_ties(self, step: Step) -> Step:
@@ -467,17 +467,17 @@ class ModelSave:
 
     def _check_opening(self, described: Described, passed: Sequence[TensorSpec]) -> None:
         """Check that what config.json describes would load the export, this one or a later one. Local."""
-        context = self._context
-        if not (context.group.is_main and context.may_export and context.config.verify_export):
+        session = self._session
+        if not (session.group.is_main and session.may_export and session.config.verify_export):
             return
         if not self._exports and described.hub.groups:
             return  # shards hold what their names are computed from
         directory, apart = self._directory / METADATA_DIR, {*described.facts.apart, *described.facts.hidden}
-        context.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
+        session.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
         if self._exports and self._loose_ties:
             # What it would be if the two turn out to differ, which is known when they are written.
             try:
-                context.opening_untied.check(
+                session.opening_untied.check(
                     self.state.model, directory, described.roster, passed=passed, apart=apart, untie=True
                 )
             except ExportMismatchError as misfit:
@@ -495,13 +495,13 @@ class ModelSave:
 
     def _before(self) -> None:
         """Run the other addons' first hooks now, while the model may be read."""
-        run_hooks(self._addons, "pre_save", self._args, self._context.group)
+        run_hooks(self._addons, "pre_save", self._args, self._session.group)
 
     def _leave_script(self, group: Group) -> None:
         """Put the script that makes the export later beside shards that have none. Local."""
         if group.is_main:
             script = self._directory / CONSOLIDATE_NAME
-            write_file(self._context.storage, script, CONSOLIDATE_SCRIPT)
+            write_file(self._session.storage, script, CONSOLIDATE_SCRIPT)
             if script.exists():  # a storage may keep its files elsewhere
                 with storage_errors(script):
                     mode = script.stat().st_mode
@@ -515,24 +515,24 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        args = after_arguments(self._args, self.state, in_background=self._context.config.is_async)
+        args = after_arguments(self._args, self.state, in_background=self._session.config.is_async)
         run_hooks(self._addons, "post_save", args, group)
         return ComponentRecord()
 
     @property
     def _merges(self) -> bool:
         """Whether shards are merged into the export, instead of writing it in place."""
-        config = self._context.config
+        config = self._session.config
         return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
     def _export(self, plan: ExportPlan, roster: Roster) -> Step:
-        context = self._context
-        config = context.config
+        session = self._session
+        config = session.config
         if self._merges:
             patience = config.consolidation_timeout_minutes * 60
-            options = MergeOptions(config.single_rank_consolidation, context.staging_dir, patience)
-            return self._release_after(lambda group: write_merged(plan, roster, group, context.storage, options))
-        return self._release_after(lambda group: write_export(plan, group, context.storage))
+            options = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
+            return self._release_after(lambda group: write_merged(plan, roster, group, session.storage, options))
+        return self._release_after(lambda group: write_export(plan, group, session.storage))
 
     def _shards(
         self,
@@ -543,11 +543,11 @@ class ModelSave:
         hidden: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
-        context = self._context
+        session = self._session
         known: ShardPlan | None = None
         nbytes, failure = 0, None
         try:
-            memo = context.shard_plans.setdefault(component, Memo())
+            memo = session.shard_plans.setdefault(component, Memo())
             known = memo.get(
                 [*held, roster],
                 None,
@@ -560,30 +560,30 @@ class ModelSave:
                 self._check_opening(described, ())
         except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
             failure = error
-        _, [total] = context.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
+        _, [total] = session.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
         assert known is not None
         if described is not None:
             self._before()
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return self._release_after(lambda group: write_shards(plan, group, context.storage))
+        return self._release_after(lambda group: write_shards(plan, group, session.storage))
 
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
     ) -> ShardPlan:
         # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
         compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
-        replicas = (comparison(compared, roster, self._context.group.rank),)
+        replicas = (comparison(compared, roster, self._session.group.rank),)
         return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
     def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
         if not roster.specs:
-            return (without_tensors(),) if self._context.group.is_main else ()
+            return (without_tensors(),) if self._session.group.is_main else ()
         index = None
         if self.base is not None:
             numbers = self.base.numbers
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        return plan_shards(held, roster, self._context.group.rank, index)
+        return plan_shards(held, roster, self._session.group.rank, index)
 
 
 def _telling(kept: Mapping[str, str]) -> Step:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardwise.checkpointing.saving.commits import Closing, claimed, complete_record, gather_records
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import ShardwiseError
@@ -24,8 +24,8 @@ _LOG = logging.getLogger(__name__)
 class Replacement:
     """Reserve, fill and put in place one component's directory."""
 
-    def __init__(self, context: Context, target: Path, info: Mapping[str, JsonValue]) -> None:
-        self._context = context
+    def __init__(self, session: Session, target: Path, info: Mapping[str, JsonValue]) -> None:
+        self._session = session
         #: Where it is put in the end.
         self.place = target
         self._info = info
@@ -34,16 +34,16 @@ class Replacement:
 
     def reserve(self) -> None:
         """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
-        context = self._context
-        context.storage.make_directory(self.place.parent)
-        self._claim = claimed(context, self.place)
-        context.storage.remove_tree(self.temp)
+        session = self._session
+        session.storage.make_directory(self.place.parent)
+        self._claim = claimed(session, self.place)
+        session.storage.remove_tree(self.temp)
         if os.path.lexists(self._doomed) and not os.path.lexists(self.place):
             # A crash between the two renames of commit(): what stood here is the only copy there is.
-            context.storage.rename_new(self._doomed, self.place)
-            context.storage.sync_directory(self.place.parent)
-        context.storage.remove_tree(self._doomed)
-        context.storage.make_directory(self.temp)
+            session.storage.rename_new(self._doomed, self.place)
+            session.storage.sync_directory(self.place.parent)
+        session.storage.remove_tree(self._doomed)
+        session.storage.make_directory(self.temp)
 
     @property
     def _doomed(self) -> Path:
@@ -51,10 +51,10 @@ class Replacement:
 
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Write the component's manifest and rename it into place. All ranks call."""
-        union = gather_records(self._context, group, self.temp, record, closing)
+        union = gather_records(self._session, group, self.temp, record, closing)
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
-                storage = self._context.storage
+                storage = self._session.storage
                 write_manifest(storage, self.temp, complete_record(storage, self.temp, union()), self._info)
                 for where, _, _ in os.walk(self.temp, topdown=False):
                     storage.sync_directory(Path(where))
@@ -75,10 +75,10 @@ class Replacement:
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, after a failure. Never raises."""
-        if not group.is_main or (self._claim is None and not self._context.config.is_remote):
+        if not group.is_main or (self._claim is None and not self._session.config.is_remote):
             return  # nothing was written, and what stands there may be another process's
         try:
-            self._context.storage.remove_tree(self.temp)
+            self._session.storage.remove_tree(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
         finally:

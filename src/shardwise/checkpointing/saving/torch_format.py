@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from shardwise.checkpointing.session import Context
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
@@ -20,11 +20,11 @@ from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.upstream.torch_tensors import local_part
 
 
-def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state's tensors as DCP is to write them: copied aside in asynchronous mode, else as they are. Local.
 
     Args:
-        context: Settings, ranks and storage.
+        session: Settings, ranks and storage.
         component: What they are part of.
         tensors: Plain tensors and DTensors, by name.
 
@@ -39,7 +39,7 @@ def capture_distcp(context: Context, component: str, tensors: Mapping[str, torch
                 hint='Set model_save_format to "safetensors".',
             )
     return (
-        dict(tensors) if context.stager is None else context.stager.stage_tensors(context.prefix + component, tensors)
+        dict(tensors) if session.stager is None else session.stager.stage_tensors(session.prefix + component, tensors)
     )
 
 

@@ -36,7 +36,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
         mistake: What is wrong with how it was asked for, where something is.
     """
     model, optimizer, scheduler = what.model, what.optimizer, what.scheduler
-    context = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
+    session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:
             raise mistake
@@ -64,10 +64,10 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
     life.order.epoch = what.epoch
     if turn.skipped:
         return None
-    if context.group.is_main:
+    if session.group.is_main:
         warn_of_metrics(numbers, life.config)
     name = checkpoint_name(what.epoch, what.step)
-    temp, final = context.root / temporary_name(name), context.root / name
+    temp, final = session.root / temporary_name(name), session.root / name
     with turn.telling(name, life.wait):
         publication = _publication(life, temp, final, what.epoch, what.step, numbers)
         make_room = partial(_reserve, life, name)
@@ -89,10 +89,10 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
                 steps, closing = steps + own, closing + theirs
             if steers:
                 chosen = [] if optimizer is None else optimizer
-                steps += below("optim", OptimizerSave(context, chosen, model, scheduler, temp / "optim").steps())
-            steps += capture_extras(context, temp, what.extra_state or {}, life.order)
+                steps += below("optim", OptimizerSave(session, chosen, model, scheduler, temp / "optim").steps())
+            steps += capture_extras(session, temp, what.extra_state or {}, life.order)
         except BaseException:
-            publication.abandon(context.group)
+            publication.abandon(session.group)
             raise
         commit = partial(publication.commit, closing=closing)
         life.run(SaveJob(f"saving {final}", tuple(steps), commit, publication.abandon))
@@ -103,14 +103,14 @@ def _ema_steps(
     life: Lifetime, what: WhatToSave, ema: Model, directory: Path
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture the average; what is left to do, and with what it ends. All ranks call."""
-    context = life.session
+    session = life.session
     average: Average | None = None
     beside: list[Step] = []
-    with context.group.together("looking at the averaged model"):
+    with session.group.together("looking at the averaged model"):
         average = Average.of(ema)
-        beside = average.capture(directory, context.storage)
+        beside = average.capture(directory, session.storage)
     assert average is not None
-    further = context.further(MODEL_EMA)
+    further = session.further(MODEL_EMA)
     saving = model_save(
         life,
         average.model,
@@ -119,7 +119,7 @@ def _ema_steps(
         what.peft_config,
         what.is_final_checkpoint,
         lambda: None,
-        context=further,
+        session=further,
     )
     return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
 
@@ -128,15 +128,15 @@ def _publication(
     life: Lifetime, temp: Path, final: Path, epoch: int, step: int, metrics: Mapping[str, float]
 ) -> Publication:
     """What makes the checkpoint visible in the end. Local."""
-    context = life.session
+    session = life.session
     info: dict[str, JsonValue] = {
         "shardwise": __version__,
         "epoch": epoch,
         "step": step,
-        "world_size": context.group.world_size,
+        "world_size": session.group.world_size,
         "metrics": {key: value if math.isfinite(value) else None for key, value in metrics.items()},
     }
-    return Publication(context, temp, final, info, metrics, life.line)
+    return Publication(session, temp, final, info, metrics, life.line)
 
 
 def _reserve(life: Lifetime, name: str) -> None:

@@ -12,7 +12,8 @@ from tests.engine.setups import checkpointer
 from tests.support.ranks import WORLDS, run
 from tests.support.simulate import raw, values
 
-from shardwise.format.manifest import read_manifest
+from shardwise.disk.crc import crc32c
+from shardwise.format.manifest import TensorRecord, read_manifest
 
 
 def save(root: Path, world: int) -> None:
@@ -93,16 +94,28 @@ def test_any_reader_finds_the_bits(saved: Path, kind: str) -> None:
         assert found == {spread.spec.name: raw(values(spread.spec, number)) for number, spread in enumerate(LINE)}
 
 
-def crcs(root: Path) -> dict[str, int | None]:
-    return {tensor.spec.name: tensor.crc32c for tensor in read_manifest(root / "epoch_0_step_0/manifest.json").tensors}
+def tensors(root: Path) -> dict[str, TensorRecord]:
+    return {tensor.spec.name: tensor for tensor in read_manifest(root / "epoch_0_step_0/manifest.json").tensors}
+
+
+WANT = {spread.spec.name: values(spread.spec, number) for number, spread in enumerate(LINE)}
 
 
 def test_digests_do_not_depend_on_ranks_placements_or_files(saved: Path) -> None:
-    want = crcs(checkpoints(saved, "every")[0])
-    assert set(want) == {spread.spec.name for spread in LINE}
-    for kind in ("every", "split", "shards", "merged", "staged"):
+    want = {name: crc32c(raw(value)) for name, value in WANT.items()}
+    for kind in ("every", "split", "merged", "staged"):
         for root in checkpoints(saved, kind):
-            assert crcs(root) == want
+            assert {name: tensor.crc32c for name, tensor in tensors(root).items()} == want
+
+
+def test_each_piece_in_shards_has_the_digest_of_its_values(saved: Path) -> None:
+    for root in checkpoints(saved, "shards"):
+        found = tensors(root)
+        assert found.keys() == WANT.keys()
+        for name, tensor in found.items():
+            for chunk in tensor.chunks:
+                box = tuple(slice(*ends) for ends in zip(chunk.box.offsets, chunk.box.ends, strict=True))
+                assert chunk.crc32c == crc32c(raw(WANT[name][box])), (root.name, chunk)
 
 
 def test_a_rank_writes_no_file_of_another(saved: Path) -> None:

@@ -42,7 +42,7 @@ class FarStorage(CountingStorage):
 
 def engine(root: Path, mode: str, storage: Storage | None = None, **settings: object) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=root, share_replica_reads=mode, **settings)  # type: ignore[arg-type]
-    return Checkpointer(config, dist.get_rank(), 0, 0, storage=storage)
+    return Checkpointer(config, storage=storage)
 
 
 @dataclass(frozen=True)

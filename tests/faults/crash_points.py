@@ -93,16 +93,14 @@ def record(scenario: Scenario) -> Recording:
 
     def earlier(rank: int, mesh: DeviceMesh) -> object:
         run = Run(mesh)
-        with checkpointer(config, Tape(root), rank) as engine:
-            engine._storage.links = scenario.links  # type: ignore[attr-defined]
+        with checkpointer(config, Tape(root), rank, scenario.links) as engine:
             for step in scenario.before:
                 save(engine, run, step)
         return True
 
     def logged(rank: int, mesh: DeviceMesh) -> object:
         run = Run(mesh)
-        with checkpointer(config, Tape(root, log=logs / f"{rank}.jsonl"), rank) as engine:
-            engine._storage.links = scenario.links  # type: ignore[attr-defined]
+        with checkpointer(config, Tape(root, log=logs / f"{rank}.jsonl"), rank, scenario.links) as engine:
             if scenario.back_to is not None:
                 restore(engine, run, f"epoch_0_step_{scenario.back_to}")
             save(engine, run, new)

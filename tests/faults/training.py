@@ -100,11 +100,13 @@ def settings(root: Path, **changes: object) -> CheckpointingConfig:
     return CheckpointingConfig(**values)  # type: ignore[arg-type]
 
 
-def checkpointer(config: CheckpointingConfig, tape: Tape | None = None, rank: int = 0) -> Checkpointer:
-    """A checkpointer, through the layer where there is a tape."""
+def checkpointer(
+    config: CheckpointingConfig, tape: Tape | None = None, rank: int = 0, links: bool = True
+) -> Checkpointer:
+    """A checkpointer, through the layer where there is a tape; ``links``: symbolic links can be made there."""
     if tape is None:
         return Checkpointer(config, rank, 0, 0)
-    return Checkpointer(config, rank, 0, 0, storage=TapedStorage(tape))
+    return Checkpointer(config, rank, 0, 0, storage=TapedStorage(tape, links))
 
 
 def save(engine: Checkpointer, run: Run, step: int) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.disk.crc import combine, crc32c
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import Storage, locating
 from shardwise.dtypes import dtype_code
 from shardwise.errors import FormatError, IntegrityError
 from shardwise.geometry import Box
@@ -122,15 +122,16 @@ def _digest(path: Path, offset: int, nbytes: int, crc: int, storage: Storage) ->
     if not nbytes:
         return crc
     handle = storage.open(path, writable=False)
-    try:
-        buffer = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
-        while nbytes:
-            part = buffer[: min(nbytes, len(buffer))]
-            _read(storage, handle, part, offset, path, None)
-            crc = crc32c(part, crc)
-            offset, nbytes = offset + len(part), nbytes - len(part)
-    finally:
-        storage.close(handle)
+    with locating(path):
+        try:
+            buffer = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
+            while nbytes:
+                part = buffer[: min(nbytes, len(buffer))]
+                _read(storage, handle, part, offset, path, None)
+                crc = crc32c(part, crc)
+                offset, nbytes = offset + len(part), nbytes - len(part)
+        finally:
+            storage.close(handle)
     return crc
 
 
@@ -146,7 +147,8 @@ def _compare(path: Path, run: Recorded, crc: int) -> None:
 
 
 def _read(storage: Storage, handle: int, into: memoryview, offset: int, path: Path, tensor: str | None) -> None:
-    got = storage.read(handle, into, offset)
+    with locating(path):
+        got = storage.read(handle, into, offset)
     if got != len(into):
         raise IntegrityError(
             f"the file ends {len(into) - got} bytes before the end of what was to be read",
@@ -174,7 +176,9 @@ class CheckedReader:
     def close(self) -> None:
         """Close the files."""
         while self._handles:
-            self._storage.close(self._handles.popitem()[1])
+            file, handle = self._handles.popitem()
+            with locating(self._files[file]):
+                self._storage.close(handle)
 
     def blocks(self, tensor: SourceTensor) -> Iterator[memoryview]:
         """A tensor's bytes in row-major order; its pieces have to cover each element once.

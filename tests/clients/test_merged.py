@@ -251,7 +251,6 @@ def test_ranks_that_are_being_allocated(steps: int, tmp_path: Path) -> None:
 def test_memory_is_that_of_a_module(tmp_path: Path) -> None:
     found = run(2, memory_of_merging, str(tmp_path))
     for merged, alone in found:  # type: ignore[misc]
-        print(merged, alone)
         assert merged - alone <= 6 * WIDE_MIB * 2**20 < WIDE_MIB * WIDE_LAYERS * 2**20 / 3
 
 

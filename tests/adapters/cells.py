@@ -288,8 +288,8 @@ class _Run:
             collective_timeout_seconds=200,
         )
         alone = alone or spread == ONE
-        stage = self._rank if spread == STAGES else 0
-        return config.build(0, 0, stage, process_group=self._alone if alone else None)
+        stage = self._rank if spread == STAGES else None
+        return config.build(pp_rank=stage, process_group=self._alone if alone else None)
 
     def _run(self, saver: Checkpointer, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[State]:
         """Two more steps: a save before them, and one between them, after an evaluation."""

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import peft
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def unet() -> Any:
@@ -160,6 +161,17 @@ def save_as_diffusers(model: nn.Module, directory: Path, name: str = "default", 
         noted = {f"{prefix}_lora_adapter_metadata": model.peft_config[name].to_dict()}  # type: ignore[union-attr,index,operator]
     pipeline(model).save_lora_weights(directory, **{f"{prefix}_lora_layers": layers}, **noted)
     return directory / WEIGHTS
+
+
+def save_merged(model: Any, directory: Path) -> Any:
+    """The denoiser that peft, or diffusers where there is no ``PeftModel``, merges the adapter into, as it saves it."""
+    if isinstance(model, peft.PeftModel):
+        model = model.merge_and_unload()
+    else:
+        model.fuse_lora()
+        model.unload_lora()
+    model.save_pretrained(directory)
+    return model
 
 
 def rewritten(tensors: dict[str, torch.Tensor], file: Path) -> Path:

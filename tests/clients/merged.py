@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import torch.nn as nn
 from tests.clients.lora import EXPERTS, LINEAR, spread, step, values
 from tests.peft.models import causal, randomise
 from tests.support.faults import FaultyStorage
+from tests.support.peak import peak, reset_peak
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.disk.storage import Buffer, LocalStorage
 
 #: Name -> family, and settings of LoRA or another method's configuration (class, settings).
 ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -76,10 +82,10 @@ def adapted(name: str, seed: int = 1, base: nn.Module | None = None) -> nn.Modul
     return made
 
 
-def checkpointer(root: Path, stage: int = 0, **settings: object) -> Checkpointer:
+def checkpointer(root: Path, stage: int | None = None, **settings: object) -> Checkpointer:
     """One that merges with every save."""
     config = {"save_consolidated": "every", "export_merged": True, "collective_timeout_seconds": 60, **settings}
-    return CheckpointingConfig(checkpoint_dir=root, is_peft=True, **config).build(0, 0, stage)
+    return CheckpointingConfig(checkpoint_dir=root, is_peft=True, **config).build(pp_rank=stage)
 
 
 def placed(model: nn.Module, how: str) -> nn.Module:
@@ -90,7 +96,7 @@ def placed(model: nn.Module, how: str) -> nn.Module:
 def save(name: str, how: str, root: str, settings: dict[str, object]) -> None:
     """A step and a save; what was trained is put aside, and restored into another model."""
     directory, rank = Path(root), dist.get_rank()
-    stage = rank if how == "pipeline" else 0
+    stage = rank if how == "pipeline" else None
     model = placed(adapted(name), how)
     optimizer = step(model)
     saved = values(model, optimizer)
@@ -110,21 +116,26 @@ def _pairs(ours: dict[str, list[torch.Tensor]], theirs: dict[str, list[torch.Ten
     return [pair for name in ours for pair in zip(ours[name], theirs[name], strict=True)]
 
 
-def save_over_mxfp4(root: str) -> None:
-    """An adapter on layers and experts of a quantized base, which is dequantized as it is loaded onto the shards."""
+#: Quantized bases by what they are quantized to -> settings of the LoRA over them.
+OVER_QUANTIZED: dict[str, dict[str, Any]] = {
+    "mxfp4": {"r": 4, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
+    "fp8": {"r": 4, "target_modules": ["q_proj", "down_proj", "lm_head"]},
+}
+
+
+def save_over_quantized(kind: str, root: str) -> None:
+    """An adapter over a quantized base, which is dequantized as it is loaded onto the shards."""
     from tests.base.support import on_meta
-    from tests.base.test_quantized import _gpt_oss
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from transformers import GptOssForCausalLM
+    from transformers import AutoConfig, GptOssForCausalLM, LlamaForCausalLM
 
     import peft
 
     directory = Path(root)
-    plain = on_meta(GptOssForCausalLM, _gpt_oss().config, torch.bfloat16)
+    config = AutoConfig.from_pretrained(directory / "base")
+    del config.quantization_config
+    plain = on_meta({"mxfp4": GptOssForCausalLM, "fp8": LlamaForCausalLM}[kind], config, torch.bfloat16)
     with torch.device("meta"):
-        config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
-        model = peft.get_peft_model(plain, config)
+        model = peft.get_peft_model(plain, peft.LoraConfig(**OVER_QUANTIZED[kind]))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -136,13 +147,97 @@ def save_over_mxfp4(root: str) -> None:
         saver.save(0, 1, model, optimizer)
 
 
+def convolutions(*, use_dora: bool, seed: int = 1) -> nn.Module:
+    """A network of plain convolutions with an adapter that has been trained."""
+    import peft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, bias=False))
+    made: nn.Module = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=use_dora, use_rslora=True)
+    )
+    randomise(made, seed)
+    return made
+
+
+def save_convolutions(root: str, use_dora: bool) -> None:
+    """Save them in shards."""
+    model = fully_shard(convolutions(use_dora=use_dora), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    with checkpointer(Path(root)) as saver:
+        saver.save(0, 1, model)
+
+
+#: A module of this many MiB, so many of them.
+WIDE_MIB, WIDE_LAYERS = 4, 24
+
+
+def wide() -> nn.Module:
+    """Many adapted layers, each much smaller than all of them."""
+    import peft
+
+    side = 1024
+    assert side * side * 4 == WIDE_MIB * 2**20
+    layers = nn.ModuleDict({f"layer{number}": nn.Linear(side, side, bias=False) for number in range(WIDE_LAYERS)})
+    model: nn.Module = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=list(layers)))
+    randomise(model, 1)
+    return model
+
+
+def memory_of_merging(root: str) -> tuple[int, int]:
+    """By how much a save's peak grows with the merged export, and without it, in bytes."""
+    model = fully_shard(wide(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def grown(path: Path, **settings: object) -> int:
+        with checkpointer(path, **settings) as saver:
+            for step in (1, 2):  # the first one also loads code
+                reset_peak()
+                before = peak()
+                saver.save(0, step, model)
+        return peak() - before
+
+    return grown(Path(root) / "merged"), grown(Path(root) / "adapter", export_merged=False)
+
+
+class _KilledWriting(LocalStorage):
+    """The process is killed by its first write into the merged export's files."""
+
+    def __init__(self) -> None:
+        self._merged: set[int] = set()
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        handle = super().open(path, writable=writable)
+        self._merged.discard(handle)
+        if writable and path.parent.name == "consolidated" and path.suffix == ".safetensors":
+            self._merged.add(handle)
+        return handle
+
+    def write(self, handle: int, data: Buffer, offset: int) -> None:
+        super().write(handle, data, offset)
+        if handle in self._merged:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_until_killed(root: str) -> None:
+    """A save that is published, then one that is cut off."""
+    model = adapted("lora")
+    optimizer = step(model)
+    directory = Path(root)
+    torch.save(values(model, optimizer), directory / "first.pt")
+    with checkpointer(directory / "run") as saver:
+        saver.save(0, 1, model, optimizer)
+        step(model)
+    config = saver.config
+    with Checkpointer(config, storage=_KilledWriting()) as killed:
+        killed.save(0, 2, model, optimizer)
+
+
 def save_without_room(root: str, operation: str, nth: int) -> None:
     """The file system refuses on one rank, while the merged export is written."""
     config = CheckpointingConfig(
         checkpoint_dir=root, is_peft=True, save_consolidated="every", export_merged=True, collective_timeout_seconds=60
     )
     storage = FaultyStorage(operation, 1, nth=nth)
-    with Checkpointer(config, 0, 0, 0, storage=storage) as saver:
+    with Checkpointer(config, storage=storage) as saver:
         saver.save(0, 1, placed(adapted("lora"), "fsdp"))
 
 

@@ -26,6 +26,7 @@ pytest.importorskip("diffusers")
 from tests.clients.diffusers_lora import (
     BY_THE_MODEL_ALONE,
     KINDS,
+    MODEL_WEIGHTS,
     WEIGHTS,
     adapted,
     denoised,
@@ -35,6 +36,7 @@ from tests.clients.diffusers_lora import (
     rewritten,
     save_as_diffusers,
     save_evaluated,
+    save_merged,
     sd3,
     unet,
 )
@@ -123,6 +125,26 @@ def test_two_ranks_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
     assert expected.keys() == found.keys()
     for name, tensors in expected.items():
         assert all(torch.equal(a, b) for a, b in zip(found[name], tensors, strict=True)), name
+
+
+@pytest.mark.parametrize("kind", ["dora", "flux"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_merged_on_the_way_it_is_diffusers_own_model(kind: str, whole: bool, tmp_path: Path) -> None:
+    model = adapted(kind, 1, whole=whole)
+    with saver(tmp_path, export_merged=True, save_consolidated="every") as ours:
+        ours.restore(model)
+        ours.save(0, 1, model)
+    saved = tmp_path / "LATEST/model"
+    assert (saved / WEIGHTS).is_file()
+    merged = save_merged(model, tmp_path / "theirs")
+    found, expected = (load_file(path / MODEL_WEIGHTS) for path in (saved / "consolidated", tmp_path / "theirs"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), t.view(torch.uint8)) for name, t in expected.items())
+    config, theirs = (
+        json.loads((path / "config.json").read_text()) for path in (saved / "consolidated", tmp_path / "theirs")
+    )
+    assert {key: config.get(key) for key in theirs} == theirs
+    assert torch.equal(denoised(type(merged).from_pretrained(saved / "consolidated")), denoised(merged))
 
 
 def test_a_save_in_the_background(tmp_path: Path) -> None:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from tests.base.test_quantized import _mxfp4_base
+from tests.base.support import edit_config
+from tests.base.test_quantized import FP8_CONFIG, _fp8_base, _mxfp4_base
+from tests.checkpointing.test_adapter_methods import _allocating, _train
 from tests.checkpointing.test_state_dict_adapters import Halved
 from tests.clients.adapters_whole import two_alone
-from tests.clients.lora import EXPERTS
+from tests.clients.lora import values
 from tests.clients.merged import (
     ADAPTERS,
+    OVER_QUANTIZED,
+    WIDE_LAYERS,
+    WIDE_MIB,
     adapted,
     checkpointer,
+    convolutions,
+    memory_of_merging,
     save,
-    save_over_mxfp4,
+    save_convolutions,
+    save_over_quantized,
+    save_until_killed,
     save_what_fails,
     save_without_room,
 )
@@ -174,24 +185,93 @@ def test_files_that_join_what_is_merged_with_what_is_not(tmp_path: Path) -> None
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_quantized_base_is_exported_dequantized(tmp_path: Path) -> None:
-    _mxfp4_base(tmp_path / "base")
-    run(2, save_over_mxfp4, str(tmp_path))
+def mxfp4(directory: Path) -> nn.Module:
+    _mxfp4_base(directory)
+    return tf.GptOssForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, quantization_config=tf.Mxfp4Config(dequantize=True)
+    )
+
+
+def fp8(directory: Path) -> nn.Module:
+    model = causal("llama-bf16")
+    plain = _fp8_base(model, directory, (128, 128))
+    edit_config(directory, quantization_config=FP8_CONFIG)
+    model.load_state_dict({name: value.to(torch.bfloat16) for name, value in plain.items()})
+    return model
+
+
+@pytest.mark.parametrize(("kind", "base"), [("mxfp4", mxfp4), ("fp8", fp8)])
+def test_a_quantized_base_is_exported_dequantized(kind: str, base: Callable[[Path], nn.Module], tmp_path: Path) -> None:
+    dequantized = base(tmp_path / "base")
+    run(2, save_over_quantized, kind, str(tmp_path))
     ours = tmp_path / "run/LATEST/model/consolidated"
     assert "quantization_config" not in json.loads((ours / "config.json").read_text())
-    base = tf.GptOssForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.bfloat16, quantization_config=tf.Mxfp4Config(dequantize=True)
-    )
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=EXPERTS)
-    reference = peft.get_peft_model(base, config)
+    reference = peft.get_peft_model(dequantized, peft.LoraConfig(**OVER_QUANTIZED[kind]))
     for path in sorted(tmp_path.glob("saved_[0-9].pt")):
         trained = {key: found[0] for key, found in torch.load(path).items()}
         assert not reference.load_state_dict(trained, strict=False).unexpected_keys
     expected = {n: t.detach() for n, t in reference.merge_and_unload().state_dict().items()}
     found = tensors(ours)
     assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
     assert tf.AutoModelForCausalLM.from_pretrained(ours).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_convolutions(world: int, use_dora: bool, tmp_path: Path) -> None:
+    run(world, save_convolutions, str(tmp_path), use_dora)
+    expected = convolutions(use_dora=use_dora).merge_and_unload().state_dict()
+    found = tensors(tmp_path / "LATEST/model/consolidated")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+def test_ranks_that_are_being_allocated(steps: int, tmp_path: Path) -> None:
+    """AdaLoRA masks ranks and then leaves them out of its file; the run goes on, and what it masked is merged so."""
+    model, optimizer = _allocating(1)
+    _train(model, optimizer, range(steps))
+    with checkpointer(tmp_path / "run") as saver:
+        saver.save(0, steps, model, optimizer)
+    again, other = _allocating(2)
+    with checkpointer(tmp_path / "run") as loader:
+        loader.restore(again, other)
+    assert (tmp_path / "run/LATEST/model/adapter_extra.safetensors").is_file()
+    same_export(tmp_path / "run/LATEST/model/consolidated", deepcopy(model).eval(), tmp_path / "reference")
+    for each, its in ((model, optimizer), (again, other)):
+        _train(each, its, range(steps, 10))
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def test_memory_is_that_of_a_module(tmp_path: Path) -> None:
+    found = run(2, memory_of_merging, str(tmp_path))
+    for merged, alone in found:  # type: ignore[misc]
+        assert merged - alone <= 6 * WIDE_MIB * 2**20 < WIDE_MIB * WIDE_LAYERS * 2**20 / 3
+
+
+def test_a_run_that_is_killed_while_the_export_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    code = fresh(save_until_killed, str(tmp_path), output=output, seconds=100)
+    assert code == -signal.SIGKILL, output.with_name("output.err").read_text()
+    root = tmp_path / "run"
+    assert [path for path in root.rglob("consolidated/*.safetensors") if "epoch_0_step_1" not in str(path)]
+    assert (root / "LATEST").resolve().name == "epoch_0_step_1"
+    assert verify(root / "LATEST").status == "whole"
+    again = adapted("lora", seed=9)
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1.0)
+    with checkpointer(root) as saver:
+        assert saver.restore(again, optimizer) is not None
+        expected, found = torch.load(tmp_path / "first.pt"), values(again, optimizer)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
+        saver.save(0, 2, again, optimizer)
+    assert (root / "LATEST").resolve().name == "epoch_0_step_2"
+    same_export(root / "LATEST/model/consolidated", again.eval(), tmp_path / "reference")
 
 
 def test_several_adapters(tmp_path: Path) -> None:

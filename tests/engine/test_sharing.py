@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from tests.base.support import CountingStorage, llama, llama_config, on_meta, two_by_two, whole_tensor
 from tests.engine.setups import Digests, Spreader, build, ddp, fsdp_over_tp, hsdp, plain, tensor_parallel
 from tests.support.faults import FaultyStorage
+from tests.support.peak import peak, reset_peak
 from tests.support.ranks import failure, run
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -214,14 +214,6 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> str:
     return root
 
 
-def _peak() -> int:
-    """The most memory that this process has had in use since `_reset_peak`, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _load_big(root: str, times: int) -> tuple[int, int]:
     model, expected = Big(), Big()
     with torch.no_grad():
@@ -230,12 +222,10 @@ def _load_big(root: str, times: int) -> tuple[int, int]:
     storage = CountingStorage()
     with engine(Path(root), "always", storage) as made:
         for _ in range(times):
-            # What was freed and is kept for later use would hide what the load takes.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _peak()
+            reset_peak()
+            before = peak()
             made.load_model(model, Path(root) / "model")
-            grown = _peak() - before
+            grown = peak() - before
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     return storage.nbytes, grown
 

@@ -16,7 +16,7 @@ from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.files import copy_file
 from shardwise.base.directory import base_directory, is_inside
 from shardwise.errors import StorageError
-from shardwise.stateful_wrappers.wrapping import original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     Yields:
         Each custom class once, the model's own first.
     """
-    model = without_adapter(model_part)
+    model = bare_model(model_part)
     config: object = getattr(model, "config", None)
     seen: set[type] = set()
     families = _families_of_name(given_path(config))
@@ -112,7 +112,7 @@ def _maybe_save_custom_model_code(
     if model_part is not None:
         for cls in _iter_custom_code_classes(model_part):
             _add_class(copied, cls, target)
-        config = getattr(without_adapter(model_part), "config", None)
+        config = getattr(bare_model(model_part), "config", None)
         _add_referenced(copied, auto_map_references(config), original_model_path)
     for path in copied.written:
         _apply_transformers_compat_guards(str(path))

@@ -21,7 +21,7 @@ from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
-from shardwise.stateful_wrappers.wrapping import original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.diffusers import CLASS_NAME, keeps_config, replace_config
 from shardwise.upstream.huggingface_hub import mixin_config
 from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
@@ -114,7 +114,7 @@ def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
     Args:
         model_part: The model, or the part of it on this rank; wrappers are looked through.
     """
-    model = without_adapter(model_part)
+    model = bare_model(model_part)
     config: object = getattr(model, "config", None)
     if config is None or has_quantized_parameters(model):
         return

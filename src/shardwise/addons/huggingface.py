@@ -36,12 +36,12 @@ from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
 from shardwise.stateful_wrappers.model_parts import config_of, described_part, has_quantized_parameters, written_dtype
 from shardwise.stateful_wrappers.wrapping import (
+    bare_model,
     is_hub_mixin,
     is_sentence_transformer,
     original_class,
     outermost_pretrained,
     unwrap,
-    without_adapter,
 )
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _parts(args: SaveHookArgs) -> list[nn.Module]:
 
 def is_quantized(args: SaveHookArgs) -> bool:
     """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
-    return any(has_quantized_parameters(without_adapter(part)) for part in _parts(args))
+    return any(has_quantized_parameters(bare_model(part)) for part in _parts(args))
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
@@ -176,7 +176,7 @@ def _write_metadata(
     directory.mkdir(parents=True, exist_ok=True)
     _maybe_save_custom_model_code(base_path, str(directory), model)
     if is_transformers_config(config):
-        dtype = written_dtype([without_adapter(part) for part in parts], args.get("fqn_to_dtype_mapping"))
+        dtype = written_dtype([bare_model(part) for part in parts], args.get("fqn_to_dtype_mapping"))
         _write_configs(model, directory, base, dtype, keep_quantization=quantized, v4=v4)
     elif is_hub_mixin(model):
         write_hub_mixin_config(model, directory)
@@ -202,7 +202,7 @@ def why_no_config(parts: Sequence[nn.Module]) -> str:
     inside = [
         f"{path} ({original_class(inner).__name__})"
         for part in parts
-        for path, inner in outermost_pretrained(without_adapter(part))
+        for path, inner in outermost_pretrained(bare_model(part))
     ]
     if inside:
         return (

@@ -26,7 +26,7 @@ from shardwise.stateful_wrappers.install import post_steps
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
-from shardwise.stateful_wrappers.wrapping import adapted_model, plain_name, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_name
 from shardwise.upstream import peft
 from shardwise.upstream.transformers import class_ties as class_ties_of
 from shardwise.upstream.transformers import may_be_missing
@@ -240,7 +240,7 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
 
 
 def _part(module: nn.Module, there: Sequence[str]) -> _Part:
-    inner = without_adapter(module)
+    inner = bare_model(module)
     wrapped, saved = _peft_layers(inner)
     first = _replicated(module, inner)
     adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}

@@ -28,7 +28,7 @@ from shardwise.stateful_wrappers.ways import (
     refuse_hooks_around,
     takes_extra,
 )
-from shardwise.stateful_wrappers.wrapping import adapted_model, unwrap, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, unwrap
 from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
 
@@ -151,7 +151,7 @@ def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, .
 
 
 def _layers(parts: Sequence[nn.Module]) -> int | None:
-    counts = (getattr(text_config(without_adapter(part)), "num_hidden_layers", None) for part in parts)
+    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
     return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
@@ -196,7 +196,7 @@ def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -
     around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
     for part in parts:
         refuse_hooks_around(part, adapted_model(part))
-        for name, module in (*named_modules(adapted_model(part)), *named_modules(without_adapter(part))):
+        for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
             hooks = saving_hooks(module)
             # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
             if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):

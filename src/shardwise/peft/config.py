@@ -28,7 +28,7 @@ from shardwise.peft.own import (
 )
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 from shardwise.stateful_wrappers.model_parts import described_part
-from shardwise.stateful_wrappers.wrapping import original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
 
 _LOG = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
 def base_model_name(parts: Sequence[nn.Module]) -> str | None:
     """Name or path of the base model, from the model's configuration or the model itself."""
     for part in parts:
-        model = without_adapter(part)
+        model = bare_model(part)
         config = getattr(model, "config", None)
         for holder, name in ((config, "name_or_path"), (config, NAME_OR_PATH), (model, "name_or_path")):
             value = getattr(holder, name, None)

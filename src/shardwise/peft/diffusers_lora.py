@@ -27,7 +27,7 @@ from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile
-from shardwise.stateful_wrappers.wrapping import adapted_model, is_of, original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, is_of, original_class
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,7 +64,7 @@ def component_of(parts: Sequence[nn.Module]) -> str | None:
     Returns:
         ``None`` where a part is no such model.
     """
-    found = {_component(without_adapter(part)) for part in parts}
+    found = {_component(bare_model(part)) for part in parts}
     return found.pop() if len(found) == 1 else None
 
 
@@ -90,7 +90,7 @@ def require_component(parts: Sequence[nn.Module], peft_config: object | None = N
     """
     component = component_of(parts)
     if component is None or not is_peft_adapted(parts, peft_config):
-        classes = ", ".join(sorted({original_class(without_adapter(part)).__name__ for part in parts}))
+        classes = ", ".join(sorted({original_class(bare_model(part)).__name__ for part in parts}))
         raise AdapterError(
             f"diffusers_compatible is set, and no pipeline of diffusers loads a LoRA file of {classes}"
             if component is None

@@ -27,7 +27,7 @@ from shardwise.peft.names import clean, join, named_modules
 from shardwise.stateful_wrappers.markers import has_mark, mark
 from shardwise.stateful_wrappers.memory import PLAIN
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.stateful_wrappers.wrapping import adapted_model, original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import (
     BUFFERS,
@@ -265,7 +265,7 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 def _stand_in(part: nn.Module) -> _StandIn:
     kinds = (upstream.layer_class(), upstream.copy_class())
-    inner = without_adapter(part)
+    inner = bare_model(part)
     config = getattr(inner, "config", None)
     kind = getattr(config, "model_type", None) or "custom"
     root = nn.Module()
@@ -302,7 +302,7 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
     tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
-    real_layers = dict(named_modules(without_adapter(part)))
+    real_layers = dict(named_modules(bare_model(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
     adapted = upstream.watched_tuner(tuner_class, copier.before, copier.after)
     if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
@@ -476,7 +476,7 @@ def _begin_attention(part: nn.Module, name: str, seed: int) -> None:
 def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
     """Modules that are trained as copies, and tokens that are trained: both begin as the base's."""
     tokens, copies = upstream.tokens_class(), upstream.copy_class()
-    for path, module in named_modules(without_adapter(part)):
+    for path, module in named_modules(bare_model(part)):
         if isinstance(module, tokens) and name in cast(Any, module).token_indices:
             _begin_tokens(path, module, name, seed)
         elif isinstance(module, copies) and name in _trained_copies(module):

@@ -23,7 +23,7 @@ from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.ways import foreign
-from shardwise.stateful_wrappers.wrapping import adapted_model, original_class, unwrap, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, unwrap
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED
 
@@ -91,12 +91,12 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
                 "export_merged: the model has LoRA modules of its own, and only peft's code says how to merge",
                 hint=f"Adapt the model with peft. {_NO_MERGE}",
             )
-        return [MergedPart(without_adapter(adapted_model(part)), ()) for part in parts]
+        return [MergedPart(bare_model(adapted_model(part)), ()) for part in parts]
     configs = {} if all(_is_bare(part) for part in parts) else adapter_configs(parts, None)
     for name, config in configs.items():
         _require_merge(name, config)
     for part in parts:
-        base = without_adapter(adapted_model(part))
+        base = bare_model(adapted_model(part))
         if has_quantized_parameters(base):
             raise QuantizationError(
                 f"export_merged: weights of {original_class(base).__name__} are quantized in memory, and "
@@ -112,7 +112,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
 def _is_bare(part: nn.Module) -> bool:
     """Whether a stage has no adapted module, and carries no settings."""
     model = adapted_model(part)
-    return not getattr(model, "peft_config", None) and not list(_adapted(without_adapter(model)))
+    return not getattr(model, "peft_config", None) and not list(_adapted(bare_model(model)))
 
 
 def _require_merge(name: str, config: PeftConfig) -> None:
@@ -256,7 +256,7 @@ class _Part:
     """Describes one part after merging."""
 
     def __init__(self, part: nn.Module, methods: str) -> None:
-        self._model = without_adapter(adapted_model(part))
+        self._model = bare_model(adapted_model(part))
         self._methods = methods
         self._reals: dict[int, torch.Tensor] = {}
         self._blueprint = _Copier(self._token)

@@ -25,7 +25,7 @@ from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.wrapping import adapted_model, original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters
 
@@ -110,7 +110,7 @@ class _StandIn:
         self._model = model
         self._is_stage = is_stage
         self.peft_config = dict(configs)
-        self.config: object | None = getattr(without_adapter(model), "config", None)
+        self.config: object | None = getattr(bare_model(model), "config", None)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return named_modules(self._model)
@@ -119,7 +119,7 @@ class _StandIn:
         return self._model.modules()
 
     def get_base_model(self) -> _StandIn:
-        return _StandIn(without_adapter(self._model), self.peft_config, self._is_stage)
+        return _StandIn(bare_model(self._model), self.peft_config, self._is_stage)
 
     def get_input_embeddings(self) -> object | None:
         return self._embeddings("get_input_embeddings")
@@ -128,11 +128,11 @@ class _StandIn:
         found = self._embeddings("get_output_embeddings")
         if found is None and self._is_stage:
             # transformers says that what has no input embeddings has no output embeddings either.
-            found = getattr(without_adapter(self._model), "lm_head", None)
+            found = getattr(bare_model(self._model), "lm_head", None)
         return found
 
     def _embeddings(self, getter: str) -> object | None:
-        get = getattr(without_adapter(self._model), getter, None)
+        get = getattr(bare_model(self._model), getter, None)
         try:
             return None if get is None else cast("object", get())
         except (AttributeError, NotImplementedError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.wrapping import inner_model, original_class, without_adapter
+from shardwise.stateful_wrappers.wrapping import bare_model, inner_model, original_class
 from shardwise.upstream.torch_modules import own_buffers, own_parameters
 from shardwise.upstream.torch_tensors import local_part
 
@@ -27,7 +27,7 @@ _BITSANDBYTES_PARAMETERS = frozenset({"Params4bit", "Int8Params"})
 
 def described_part(parts: Sequence[nn.Module]) -> nn.Module | None:
     """The part that describes the model, as `inner_model` finds it: the first with a config, else the first."""
-    unwrapped = [without_adapter(inner_model(part).module) for part in parts]
+    unwrapped = [bare_model(inner_model(part).module) for part in parts]
     with_config = (part for part in unwrapped if config_of(part) is not None)
     return next(with_config, unwrapped[0] if unwrapped else None)
 

@@ -8,7 +8,7 @@ Four questions, since a wrapper may have state of its own:
   language model, a SentenceTransformer are modules with something besides; their files are the model's inside, under
   the names that it has, and the rest is kept apart.
 * `adapted_model`: which module did peft adapt? The ``PeftModel`` itself, or the model with adapters injected into it.
-* `without_adapter`: which module is the base model, in which peft's layers are?
+* `bare_model`: which module is the base model, in which peft's layers are, out of an average too?
 """
 
 from __future__ import annotations
@@ -61,10 +61,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def without_adapter(module: nn.Module) -> nn.Module:
-    """The base model inside everything that `unwrap` takes off and inside a ``PeftModel``."""
+def bare_model(module: nn.Module) -> nn.Module:
+    """The base model inside everything that `unwrap` takes off, inside ``AveragedModel`` and inside a ``PeftModel``."""
     while True:
         module = unwrap(module)
+        if isinstance(module, _averaged()):
+            module = cast("nn.Module", module.module)
+            continue
         if not (hasattr(type(module), "get_base_model") and hasattr(module, "peft_config")):
             return module
         inner = cast("nn.Module", module.get_base_model())  # type: ignore[operator]
@@ -125,6 +128,11 @@ def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     if len(own) != 1:
         return None
     return own[0][0], own[0][1], True
+
+
+def is_average(module: nn.Module) -> bool:
+    """Whether a module is a running average of another, with a count beside it."""
+    return isinstance(unwrap(module), _averaged())
 
 
 def _averaged() -> type:

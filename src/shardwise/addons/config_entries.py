@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.stateful_wrappers.model_parts import own_class
+from shardwise.stateful_wrappers.wrapping import original_class
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -33,7 +33,7 @@ def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
         entry = offending_entry(config)
         where = f"its entry {entry}" if entry else f"{type(error).__name__}: {error}"
         raise MisuseError(
-            f"the config of {own_class(model).__name__} cannot be written as JSON: {where}",
+            f"the config of {original_class(model).__name__} cannot be written as JSON: {where}",
             hint="Keep only numbers, strings, lists and dicts in model.config, and let its properties return them.",
         ) from error
 

@@ -16,7 +16,7 @@ from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.files import copy_file
 from shardwise.base.directory import base_directory, is_inside
 from shardwise.errors import StorageError
-from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     Yields:
         Each custom class once, the model's own first.
     """
-    model = unwrap(model_part)
+    model = bare_model(model_part)
     config: object = getattr(model, "config", None)
     seen: set[type] = set()
     families = _families_of_name(given_path(config))
@@ -112,7 +112,7 @@ def _maybe_save_custom_model_code(
     if model_part is not None:
         for cls in _iter_custom_code_classes(model_part):
             _add_class(copied, cls, target)
-        config = getattr(unwrap(model_part), "config", None)
+        config = getattr(bare_model(model_part), "config", None)
         _add_referenced(copied, auto_map_references(config), original_model_path)
     for path in copied.written:
         _apply_transformers_compat_guards(str(path))
@@ -291,7 +291,7 @@ def _cache_root(module: str, file: Path) -> Path:
 def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
     """The ``auto_map`` entries of classes that were registered for an auto class, as transformers would write them."""
     entries: dict[str, str] = {}
-    for cls in (own_class(model), type(config)):
+    for cls in (original_class(model), type(config)):
         registered = auto_class(cls)
         if isinstance(registered, str) and cls.__module__ != "__main__":
             entries[registered] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"

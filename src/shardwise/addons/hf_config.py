@@ -20,7 +20,8 @@ from shardwise.base.directory import base_directory
 from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
-from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.diffusers import CLASS_NAME, keeps_config, replace_config
 from shardwise.upstream.huggingface_hub import mixin_config
 from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
@@ -113,7 +114,7 @@ def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
     Args:
         model_part: The model, or the part of it on this rank; wrappers are looked through.
     """
-    model = unwrap(model_part)
+    model = bare_model(model_part)
     config: object = getattr(model, "config", None)
     if config is None or has_quantized_parameters(model):
         return
@@ -179,7 +180,7 @@ def write_config(
     """
     from transformers import PreTrainedModel
 
-    cls = own_class(model)
+    cls = original_class(model)
     with naming_entries(model, model.config):
         exported = copy.deepcopy(cast(_Config, model.config))
         if isinstance(model, PreTrainedModel) or not exported.architectures:
@@ -299,8 +300,8 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
         return True
     entries = read_json_object(path)
     changed = False
-    if CLASS_NAME in entries and entries[CLASS_NAME] != own_class(model).__name__:
-        entries[CLASS_NAME] = own_class(model).__name__
+    if CLASS_NAME in entries and entries[CLASS_NAME] != original_class(model).__name__:
+        entries[CLASS_NAME] = original_class(model).__name__
         changed = True
     if not keep_quantization and _strip(entries):
         changed = True

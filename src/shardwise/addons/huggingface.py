@@ -34,16 +34,15 @@ from shardwise.base.directory import base_directory
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
-from shardwise.stateful_wrappers import wrapping
-from shardwise.stateful_wrappers.model_parts import (
-    config_of,
-    described_part,
-    has_quantized_parameters,
-    own_class,
+from shardwise.stateful_wrappers.model_parts import config_of, described_part, has_quantized_parameters, written_dtype
+from shardwise.stateful_wrappers.wrapping import (
+    bare_model,
+    is_hub_mixin,
+    is_sentence_transformer,
+    original_class,
+    outermost_pretrained,
     unwrap,
-    written_dtype,
 )
-from shardwise.stateful_wrappers.wrapping import is_hub_mixin, is_sentence_transformer, outermost_pretrained
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -130,7 +129,7 @@ def _parts(args: SaveHookArgs) -> list[nn.Module]:
 
 def is_quantized(args: SaveHookArgs) -> bool:
     """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
-    return any(has_quantized_parameters(unwrap(part)) for part in _parts(args))
+    return any(has_quantized_parameters(bare_model(part)) for part in _parts(args))
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
@@ -177,14 +176,14 @@ def _write_metadata(
     directory.mkdir(parents=True, exist_ok=True)
     _maybe_save_custom_model_code(base_path, str(directory), model)
     if is_transformers_config(config):
-        dtype = written_dtype([unwrap(part) for part in parts], args.get("fqn_to_dtype_mapping"))
+        dtype = written_dtype([bare_model(part) for part in parts], args.get("fqn_to_dtype_mapping"))
         _write_configs(model, directory, base, dtype, keep_quantization=quantized, v4=v4)
     elif is_hub_mixin(model):
         write_hub_mixin_config(model, directory)
     else:
         with naming_entries(model, config):
             write_own_config(model, directory, keep_quantization=quantized)
-    around = next((each for part in parts if is_sentence_transformer(each := wrapping.unwrap(part))), None)
+    around = next((each for part in parts if is_sentence_transformer(each := unwrap(part))), None)
     if around is None:
         write_sentence_transformers(base, directory)
     else:
@@ -199,9 +198,11 @@ def why_no_config(parts: Sequence[nn.Module]) -> str:
     model = described_part(parts)
     if model is None:
         return "this rank has no part of the model"
-    cls = own_class(model).__name__
+    cls = original_class(model).__name__
     inside = [
-        f"{path} ({own_class(inner).__name__})" for part in parts for path, inner in outermost_pretrained(unwrap(part))
+        f"{path} ({original_class(inner).__name__})"
+        for part in parts
+        for path, inner in outermost_pretrained(bare_model(part))
     ]
     if inside:
         return (

@@ -13,7 +13,7 @@ from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.comm import JsonValue
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
-from shardwise.stateful_wrappers.model_parts import own_class
+from shardwise.stateful_wrappers.wrapping import original_class
 from shardwise.upstream.sentence_transformers import model_settings
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
         export has not: then the directory is the transformer's alone, as the log says.
     """
     modules = list(model.named_children())
-    others = [f"{name} ({own_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
+    others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
     first = cast(Any, modules[0][1]) if modules else None
     if first is None or others or not callable(getattr(first, "save_config", None)):
         _LOG.warning(
@@ -161,7 +161,7 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
         processor.save_pretrained(str(directory))
     listed: list[JsonValue] = []
     for number, (name, module) in enumerate(modules):
-        cls = own_class(module)
+        cls = original_class(module)
         folder = f"{number}_{cls.__name__}" if number else ""
         if number:
             (directory / folder).mkdir(parents=True, exist_ok=True)

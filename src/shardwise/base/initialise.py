@@ -26,7 +26,7 @@ from shardwise.base.slots import Slot, slots_of
 from shardwise.errors import MisuseError
 from shardwise.sources.tensor_bytes import prefer_huge_pages
 from shardwise.stateful_wrappers.markers import is_untouched, mark
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_modules import INITIALISERS, STORES, apply_to_tensors, own_buffers, own_parameters
 from shardwise.upstream.torch_tensors import around, local_part, spread_of
 from shardwise.upstream.transformers import forget_initialised, mark_initialised

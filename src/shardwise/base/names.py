@@ -18,16 +18,15 @@ from shardwise.convert import (
     identity,
     to_hub,
 )
-from shardwise.peft.models import outer
 from shardwise.peft.own import find_sites
 from shardwise.peft.own import natives as site_natives
 from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import post_steps
-from shardwise.stateful_wrappers.model_parts import unwrap as unwrap_adapted
-from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state, plain_name
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_name
 from shardwise.upstream import peft
 from shardwise.upstream.transformers import class_ties as class_ties_of
 from shardwise.upstream.transformers import may_be_missing
@@ -241,7 +240,7 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
 
 
 def _part(module: nn.Module, there: Sequence[str]) -> _Part:
-    inner = unwrap_adapted(module)
+    inner = bare_model(module)
     wrapped, saved = _peft_layers(inner)
     first = _replicated(module, inner)
     adapters = {id(native.tensor) for site in find_sites(inner) for native in site_natives(site)}
@@ -286,7 +285,7 @@ def _replicated(part: nn.Module, inner: nn.Module) -> Callable[[str], str]:
 
     Source: ``peft.tuners.tuners_utils.replicate_layers``, which looks for the list of layers in these places.
     """
-    configs = getattr(outer(part), "peft_config", None)
+    configs = getattr(adapted_model(part), "peft_config", None)
     config = next(iter(configs.values()), None) if isinstance(configs, Mapping) else None
     ranges = getattr(config, "layer_replication", None)
     if not ranges:

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.base.slots import Slot
 from shardwise.stateful_wrappers.markers import has_mark
-from shardwise.stateful_wrappers.skeleton import original_class
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.wrapping import original_class
 
 _LOG = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from shardwise.stateful_wrappers.names import plain_name, unwrap
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import own_buffers, own_parameters, unsaved_buffers
 
 

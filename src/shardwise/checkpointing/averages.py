@@ -21,7 +21,7 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, pack_state, read_state
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.stateful_wrappers.wrapping import unwrap
 
 MODEL_EMA = "model_ema"
 _AVERAGING = "averaging"

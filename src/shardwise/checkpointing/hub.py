@@ -25,11 +25,12 @@ from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
-from shardwise.stateful_wrappers.names import Listing, NamedTensor, unwrap
+from shardwise.stateful_wrappers.names import Listing, NamedTensor
 from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
+from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_tensors import local_part
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from shardwise.errors import NameCollisionError
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_head, plain_name, unwrap
-from shardwise.stateful_wrappers.wrapping import Inner, inner_model
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_head
+from shardwise.stateful_wrappers.wrapping import Inner, inner_model, plain_name, unwrap
 
 _Pair = tuple[NamedTensor, HeldTensor]
 

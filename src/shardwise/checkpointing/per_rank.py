@@ -21,9 +21,10 @@ from shardwise.format.header import read_header
 from shardwise.plan.deferred import refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState, OptimizerState
-from shardwise.stateful_wrappers.names import NamedTensor, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_modules import own_buffers, own_parameters
 
 _LOG = logging.getLogger(__name__)

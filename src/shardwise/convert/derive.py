@@ -24,7 +24,8 @@ from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
-from shardwise.stateful_wrappers.skeleton import skeleton, unwrapped
+from shardwise.stateful_wrappers.skeleton import skeleton
+from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.transformers import left_out
 from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
 
@@ -77,7 +78,7 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     Raises:
         ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
     """
-    bare = unwrapped(model)
+    bare = unwrap(model)
     ignored = _ignored(bare)
     kept = [spec for spec in natives if spec.name not in ignored]
     left_out = tuple(spec.name for spec in natives if spec.name in ignored)
@@ -100,7 +101,7 @@ def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
     Returns:
         FQNs of tensors; ``None`` where anything is renamed or converted, so that it takes a conversion to tell.
     """
-    bare = unwrapped(model)
+    bare = unwrap(model)
     return None if _mapping(bare) or _rules(bare) is not None else _ignored(bare)
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from shardwise.peft.models import outer
 from shardwise.peft.names import clean, join, named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, entry
 from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.wrapping import adapted_model
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import AdaLoraModel
@@ -61,7 +61,7 @@ def _allocators(parts: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, _Alloca
     from peft.tuners.adalora import AdaLoraModel
 
     for part in parts:
-        for path, module in named_modules(outer(part)):
+        for path, module in named_modules(adapted_model(part)):
             if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
                 names = {clean(name): name for name, _ in module.model.named_parameters()}
                 # peft takes the adapter's name out of the pattern that it has once saved, and goes on with that.
@@ -116,7 +116,7 @@ def restore_allocators(parts: Sequence[nn.Module], shapes: Mapping[str, Sequence
     tensors: dict[str, torch.Tensor] = {}
     given: list[tuple[_Allocator, str, Mapping[str, torch.Tensor]]] = []
     for part, allocator in _allocators(parts):
-        parameters = own_tensors(outer(part))
+        parameters = own_tensors(adapted_model(part))
         for kind in (*_MEANS, _KEPT):
             values: dict[str, torch.Tensor] = {}
             for plain, name in allocator.names.items():

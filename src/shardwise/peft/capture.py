@@ -11,14 +11,12 @@ from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
 from shardwise.peft.allocator import allocator_entries
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import extra_entries
-from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
+from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted
 from shardwise.peft.names import clean, join, named_modules, text_config
 from shardwise.peft.own_capture import capture_own
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 from shardwise.plan.views import AxisView, hub_views
-from shardwise.stateful_wrappers import wrapping
-from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
@@ -30,6 +28,7 @@ from shardwise.stateful_wrappers.ways import (
     refuse_hooks_around,
     takes_extra,
 )
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, unwrap
 from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
 
@@ -91,7 +90,7 @@ def capture_adapter(
     else:
         for part in parts:
             # What reads the modules below is to find shards, and not what a forward pass has left gathered.
-            own_tensors(outer(part))
+            own_tensors(adapted_model(part))
         if adapter_name not in (None, "default"):
             raise MisuseError(
                 f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
@@ -152,7 +151,7 @@ def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, .
 
 
 def _layers(parts: Sequence[nn.Module]) -> int | None:
-    counts = (getattr(text_config(unwrap(part)), "num_hidden_layers", None) for part in parts)
+    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
     return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
@@ -164,12 +163,12 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
     found: dict[str, set[int]] = {}
     cut: set[str] = set()
     for part in parts:
-        pending = [("", outer(part))]
+        pending = [("", adapted_model(part))]
         while pending:
             path, module = pending.pop()
             children = {name: child for name, child in own_children(module).items() if child is not None}
             numbered = bool(children) and all(name.isdecimal() for name in children)
-            layered = any(any(True for _ in wrapping.unwrap(child).children()) for child in children.values())
+            layered = any(any(True for _ in unwrap(child).children()) for child in children.values())
             kept = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
             if kept and numbered and layered:
                 name = clean(path).removeprefix(PEFT_PREFIX)
@@ -196,8 +195,8 @@ def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -
     owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
     around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
     for part in parts:
-        refuse_hooks_around(part, outer(part))
-        for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
+        refuse_hooks_around(part, adapted_model(part))
+        for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
             hooks = saving_hooks(module)
             # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
             if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):

@@ -27,7 +27,8 @@ from shardwise.peft.own import (
     hub_target_modules,
 )
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
-from shardwise.stateful_wrappers.model_parts import described_part, own_class, unwrap
+from shardwise.stateful_wrappers.model_parts import described_part
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
 
 _LOG = logging.getLogger(__name__)
@@ -227,20 +228,20 @@ def task_type(parts: Sequence[nn.Module]) -> tuple[str | None, dict[str, str] | 
         if "ForConditionalGeneration" in name:
             # Vision-language models have the same ending; only an encoder-decoder is sequence to sequence.
             return ("SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) is True else "CAUSAL_LM"), None
-    cls = own_class(model)
+    cls = original_class(model)
     headless = cls.__name__.endswith("Model") and cls.__module__.partition(".")[0].startswith("transformers")
     return ("FEATURE_EXTRACTION" if headless or "FeatureExtraction" in cls.__name__ else "CAUSAL_LM"), None
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    cls = own_class(model)
+    cls = original_class(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def base_model_name(parts: Sequence[nn.Module]) -> str | None:
     """Name or path of the base model, from the model's configuration or the model itself."""
     for part in parts:
-        model = unwrap(part)
+        model = bare_model(part)
         config = getattr(model, "config", None)
         for holder, name in ((config, "name_or_path"), (config, NAME_OR_PATH), (model, "name_or_path")):
             value = getattr(holder, name, None)

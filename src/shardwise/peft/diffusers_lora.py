@@ -24,11 +24,10 @@ from shardwise.errors import AdapterError
 from shardwise.format.header import read_header
 from shardwise.geometry import TensorSpec
 from shardwise.peft.load import changed_base
-from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of, outer
+from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile
-from shardwise.stateful_wrappers.model_parts import own_class, unwrap
-from shardwise.stateful_wrappers.wrapping import is_of
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, is_of, original_class
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -65,7 +64,7 @@ def component_of(parts: Sequence[nn.Module]) -> str | None:
     Returns:
         ``None`` where a part is no such model.
     """
-    found = {_component(unwrap(part)) for part in parts}
+    found = {_component(bare_model(part)) for part in parts}
     return found.pop() if len(found) == 1 else None
 
 
@@ -91,7 +90,7 @@ def require_component(parts: Sequence[nn.Module], peft_config: object | None = N
     """
     component = component_of(parts)
     if component is None or not is_peft_adapted(parts, peft_config):
-        classes = ", ".join(sorted({own_class(unwrap(part)).__name__ for part in parts}))
+        classes = ", ".join(sorted({original_class(bare_model(part)).__name__ for part in parts}))
         raise AdapterError(
             f"diffusers_compatible is set, and no pipeline of diffusers loads a LoRA file of {classes}"
             if component is None
@@ -294,7 +293,7 @@ def check_scales(parts: Sequence[nn.Module], adapter_name: str, path: Path) -> N
         AdapterError: A layer has another scale.
     """
     for part in parts:
-        for name, module in named_modules(outer(part)):
+        for name, module in named_modules(adapted_model(part)):
             scaling = getattr(module, "scaling", None)
             scale = scaling.get(adapter_name) if isinstance(scaling, Mapping) else None
             if scale is not None and not math.isclose(cast("float", scale), 1.0, rel_tol=1e-6):

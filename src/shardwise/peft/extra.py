@@ -15,11 +15,12 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import NameCollisionError
-from shardwise.peft.models import adapter_configs, adapters_prefixes, is_below, is_peft_adapted, outer
+from shardwise.peft.models import adapter_configs, adapters_prefixes, is_below, is_peft_adapted
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry
 from shardwise.stateful_wrappers.names import NamedTensor, list_parameters
+from shardwise.stateful_wrappers.wrapping import adapted_model
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import own_buffers, unsaved_buffers
 
@@ -70,7 +71,7 @@ def base_tensors(parts: Sequence[nn.Module]) -> Iterator[tuple[tuple[str, ...], 
 
 
 def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor]:
-    model = outer(part)
+    model = adapted_model(part)
     listed = list_parameters([model])
     prepared = _is_prepared(model, listed)
     changed = _statistics(model) | _begun_otherwise(model)

@@ -22,13 +22,12 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AdapterError, ShardwiseError
-from shardwise.peft.models import adapter_configs, method_of, outer
+from shardwise.peft.models import adapter_configs, method_of
 from shardwise.peft.names import clean, join, named_modules
 from shardwise.stateful_wrappers.markers import has_mark, mark
 from shardwise.stateful_wrappers.memory import PLAIN
-from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.stateful_wrappers.wrapping import original_class
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import (
     BUFFERS,
@@ -177,7 +176,7 @@ def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Name and tensor of all that peft's layers have besides what they wrap, and of what the tuner itself has."""
     kinds = (upstream.tuner_class(), upstream.layer_class(), *upstream.attention_classes())
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in named_modules(outer(part)):
+    for path, module in named_modules(adapted_model(part)):
         if not (isinstance(module, kinds) or path == "prompt_encoder"):
             continue
         for leaf, tensor in _own_tensors(module):
@@ -266,7 +265,7 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
 
 def _stand_in(part: nn.Module) -> _StandIn:
     kinds = (upstream.layer_class(), upstream.copy_class())
-    inner = unwrap(part)
+    inner = bare_model(part)
     config = getattr(inner, "config", None)
     kind = getattr(config, "model_type", None) or "custom"
     root = nn.Module()
@@ -303,7 +302,7 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
     tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
-    real_layers = dict(named_modules(unwrap(part)))
+    real_layers = dict(named_modules(bare_model(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
     adapted = upstream.watched_tuner(tuner_class, copier.before, copier.after)
     if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
@@ -320,7 +319,7 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
             tensor=copier.at or None,
             hint="Build and adapt this model on a real device, and restore with load_model.",
         ) from error
-    whole = getattr(outer(part), "base_model", None)
+    whole = getattr(adapted_model(part), "base_model", None)
     if isinstance(whole, nn.Module):
         copier.copy(tuner, whole, "")
 
@@ -437,7 +436,7 @@ def _needs_base(config: PeftConfig) -> bool:
 
 def _begin_prompt(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     """Virtual tokens, which may begin as those of the base: peft's own encoder is made once more, with memory."""
-    model = cast(Any, outer(part))
+    model = cast(Any, adapted_model(part))
     real = cast("nn.Module", model.prompt_encoder[name])
     encoder = cast("Callable[..., nn.Module]", original_class(real))
     plain = copy.deepcopy(config)
@@ -466,7 +465,7 @@ def _begin_prompt(part: nn.Module, name: str, config: PeftConfig, seed: int) -> 
 
 def _begin_attention(part: nn.Module, name: str, seed: int) -> None:
     """Adaption prompts: normal tokens behind a gate of zero. Source: peft's ``AdaptedAttention``."""
-    for path, module in named_modules(outer(part)):
+    for path, module in named_modules(adapted_model(part)):
         if isinstance(module, upstream.attention_classes()):
             torch.manual_seed(_seed(seed, name, path))
             for leaf, target in _own_tensors(module):
@@ -477,7 +476,7 @@ def _begin_attention(part: nn.Module, name: str, seed: int) -> None:
 def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
     """Modules that are trained as copies, and tokens that are trained: both begin as the base's."""
     tokens, copies = upstream.tokens_class(), upstream.copy_class()
-    for path, module in named_modules(unwrap(part)):
+    for path, module in named_modules(bare_model(part)):
         if isinstance(module, tokens) and name in cast(Any, module).token_indices:
             _begin_tokens(path, module, name, seed)
         elif isinstance(module, copies) and name in _trained_copies(module):

@@ -15,8 +15,8 @@ from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.own import LinearSite, find_sites
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.stateful_wrappers.wrapping import bare_model
 from shardwise.upstream.torch_modules import own_parameters
 
 #: Spellings of the initialisations.
@@ -109,7 +109,7 @@ def initialise_magnitudes(parts: Sequence[nn.Module]) -> None:
         AdapterError: A module with a magnitude has no base weight, of one row for each of its values.
     """
     for part in parts:
-        modules = dict(named_modules(unwrap(part)))
+        modules = dict(named_modules(bare_model(part)))
         for site in find_sites(part):
             if not isinstance(site, LinearSite) or site.magnitude is None:
                 continue

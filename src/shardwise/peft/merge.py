@@ -16,15 +16,14 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError, QuantizationError
-from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of, outer
+from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
 from shardwise.peft.own import find_sites
 from shardwise.stateful_wrappers.memory import identity
-from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
+from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.skeleton import unwrapped
 from shardwise.stateful_wrappers.ways import foreign
-from shardwise.stateful_wrappers.wrapping import original_class
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, unwrap
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED
 
@@ -92,25 +91,28 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
                 "export_merged: the model has LoRA modules of its own, and only peft's code says how to merge",
                 hint=f"Adapt the model with peft. {_NO_MERGE}",
             )
-        return [MergedPart(unwrap(outer(part)), ()) for part in parts]
+        return [MergedPart(bare_model(adapted_model(part)), ()) for part in parts]
     configs = {} if all(_is_bare(part) for part in parts) else adapter_configs(parts, None)
     for name, config in configs.items():
         _require_merge(name, config)
     for part in parts:
-        if has_quantized_parameters(unwrap(outer(part))):
+        base = bare_model(adapted_model(part))
+        if has_quantized_parameters(base):
             raise QuantizationError(
-                f"export_merged: weights of {own_class(unwrap(outer(part))).__name__} are quantized in memory, and "
+                f"export_merged: weights of {original_class(base).__name__} are quantized in memory, and "
                 "nothing exact can be merged into them",
                 hint=f"Load the base dequantized (dequantize_base_checkpoint=True). {_NO_MERGE}",
             )
-        own_tensors(outer(part))  # what reads the modules below is to find shards, not what a forward pass has gathered
+        # What reads the modules below is to find shards, not what a forward pass has gathered.
+        own_tensors(adapted_model(part))
     methods = ", ".join(sorted({method_of(config) for config in configs.values()}))
     return [_Part(part, methods).merged() for part in parts]
 
 
 def _is_bare(part: nn.Module) -> bool:
     """Whether a stage has no adapted module, and carries no settings."""
-    return not getattr(outer(part), "peft_config", None) and not list(_adapted(unwrap(outer(part))))
+    model = adapted_model(part)
+    return not getattr(model, "peft_config", None) and not list(_adapted(bare_model(model)))
 
 
 def _require_merge(name: str, config: PeftConfig) -> None:
@@ -174,7 +176,7 @@ class _Copier:
         return made
 
     def _module(self, module: nn.Module) -> nn.Module:
-        bare = unwrapped(module)
+        bare = unwrap(module)
         if id(bare) in self._modules:
             return self._modules[id(bare)]
         if id(bare) in self._made:
@@ -254,7 +256,7 @@ class _Part:
     """Describes one part after merging."""
 
     def __init__(self, part: nn.Module, methods: str) -> None:
-        self._model = unwrap(outer(part))
+        self._model = bare_model(adapted_model(part))
         self._methods = methods
         self._reals: dict[int, torch.Tensor] = {}
         self._blueprint = _Copier(self._token)

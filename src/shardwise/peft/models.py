@@ -24,9 +24,8 @@ from shardwise.peft.names import join, named_modules
 from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.plan.views import AxisView
-from shardwise.stateful_wrappers import wrapping
-from shardwise.stateful_wrappers.model_parts import own_class, unwrap
 from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters
 
@@ -52,7 +51,7 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
         return True
     given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
     for part in parts:
-        carried = getattr(outer(part), "peft_config", None)
+        carried = getattr(adapted_model(part), "peft_config", None)
         given += list(carried.values()) if isinstance(carried, Mapping) else [carried]
     known = any(isinstance(config, PeftConfig) for config in given)
     return known and not any(find_sites(part) for part in parts)
@@ -76,12 +75,6 @@ def method_of(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def outer(part: nn.Module) -> nn.Module:
-    """The part inside of what only wraps it, with its ``PeftModel``; of a SentenceTransformer the adapted model."""
-    inner = wrapping.unwrap(part)
-    return wrapping.inner_model(inner).module if wrapping.is_sentence_transformer(inner) else inner
-
-
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
     """Each adapter's configuration, from the model, or ``given`` where the parts do not carry one.
 
@@ -95,7 +88,7 @@ def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[st
     from peft import PeftConfig
 
     for part in parts:
-        found = getattr(outer(part), "peft_config", None)
+        found = getattr(adapted_model(part), "peft_config", None)
         if isinstance(found, Mapping) and found:
             return {str(name): cast("PeftConfig", config) for name, config in found.items()}
     named = (
@@ -117,7 +110,7 @@ class _StandIn:
         self._model = model
         self._is_stage = is_stage
         self.peft_config = dict(configs)
-        self.config: object | None = getattr(unwrap(model), "config", None)
+        self.config: object | None = getattr(bare_model(model), "config", None)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return named_modules(self._model)
@@ -126,7 +119,7 @@ class _StandIn:
         return self._model.modules()
 
     def get_base_model(self) -> _StandIn:
-        return _StandIn(unwrap(self._model), self.peft_config, self._is_stage)
+        return _StandIn(bare_model(self._model), self.peft_config, self._is_stage)
 
     def get_input_embeddings(self) -> object | None:
         return self._embeddings("get_input_embeddings")
@@ -135,11 +128,11 @@ class _StandIn:
         found = self._embeddings("get_output_embeddings")
         if found is None and self._is_stage:
             # transformers says that what has no input embeddings has no output embeddings either.
-            found = getattr(unwrap(self._model), "lm_head", None)
+            found = getattr(bare_model(self._model), "lm_head", None)
         return found
 
     def _embeddings(self, getter: str) -> object | None:
-        get = getattr(unwrap(self._model), getter, None)
+        get = getattr(bare_model(self._model), getter, None)
         try:
             return None if get is None else cast("object", get())
         except (AttributeError, NotImplementedError):
@@ -228,7 +221,7 @@ def capture_peft(
     """
     if adapter_name not in configs:
         raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
-    model = outer(part)
+    model = adapted_model(part)
     config = configs[adapter_name]
     if v4_compatible and getattr(config, "target_parameters", None):
         _require_new_layout()
@@ -503,7 +496,7 @@ def config_as_saved(
     if method_of(config) == "ADALORA":
         out["rank_pattern"] = None  # the tensors are whole: `_for_placeholders`
     if config.task_type is None and model is not None:
-        cls = own_class(model)
+        cls = original_class(model)
         out["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return out
 
@@ -513,7 +506,7 @@ def peft_target_modules(model: nn.Module) -> list[str]:
     layer, wrapper = upstream.layer_class(), upstream.parameter_wrapper_class()
     names = {
         name.removeprefix(PEFT_PREFIX)
-        for name, module in named_modules(outer(model))
+        for name, module in named_modules(adapted_model(model))
         if isinstance(module, layer) and not isinstance(module, wrapper)
     }
     return sorted(names)
@@ -523,7 +516,7 @@ def peft_target_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters that peft's LoRA adapts directly, without peft's prefix."""
     names = {
         join(name.removeprefix(PEFT_PREFIX).replace(".base_layer", ""), str(wrapper.parameter_name))
-        for name, wrapper in _param_wrappers(outer(model)).items()
+        for name, wrapper in _param_wrappers(adapted_model(model)).items()
     }
     return sorted(names)
 
@@ -551,7 +544,7 @@ def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[Expert
     """What an adapter's fused parameters stand for when its tensors are written expert by expert."""
     out: list[ExpertTargets] = []
     for part in parts:
-        for name, wrapper in _param_wrappers(outer(part)).items():
+        for name, wrapper in _param_wrappers(adapted_model(part)).items():
             ranks, alphas = cast("dict[str, int]", wrapper.r), cast("dict[str, float]", wrapper.lora_alpha)
             if not upstream.swaps_in_out(wrapper) or adapter_name not in ranks:
                 continue

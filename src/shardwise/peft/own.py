@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from shardwise.errors import AdapterError
 from shardwise.peft.names import clean, expand_combined, expert_projections, fused_parameter, join, named_modules
-from shardwise.stateful_wrappers.model_parts import own_class, unwrap
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters, unsaved_buffers
 
 _LOG = logging.getLogger(__name__)
@@ -120,7 +120,10 @@ def model_type(model: object) -> str | None:
 
 def has_hub_names(model: nn.Module) -> bool:
     """Whether the module names are those of the Hugging Face model: it is transformers' class or the hub's code."""
-    return own_class(unwrap(model)).__module__.partition(".")[0] in ("transformers", "transformers_modules")
+    return original_class(bare_model(model)).__module__.partition(".")[0] in (
+        "transformers",
+        "transformers_modules",
+    )
 
 
 def named_targets(model: nn.Module) -> list[str]:
@@ -129,7 +132,7 @@ def named_targets(model: nn.Module) -> list[str]:
     Args:
         model: A part, wrapped or not.
     """
-    root = unwrap(model)
+    root = bare_model(model)
     expand = not has_hub_names(root)
     paths = (name.rpartition(".") for name, _ in named_modules(root))
     adapted = {parent for parent, _, child in paths if parent and "lora" in child and "lora" not in parent}
@@ -143,7 +146,7 @@ def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         model: A part, wrapped or not.
         names: Adapted modules.
     """
-    adapter = getattr(unwrap(model), "state_dict_adapter", None)
+    adapter = getattr(bare_model(model), "state_dict_adapter", None)
     rename = getattr(adapter, "map_peft_target_module_to_hf", None)
     return sorted({str(rename(name)) for name in names}) if callable(rename) else sorted(names)
 
@@ -162,7 +165,7 @@ def find_sites(
     Raises:
         AdapterError: A pair is incomplete or its shapes do not fit.
     """
-    root = unwrap(model)
+    root = bare_model(model)
     # Nearly every model has none, and is asked several times while it is loaded.
     if not any(name.startswith("lora_") for m in root.modules() for name in (*own_parameters(m), *own_children(m))):
         return []
@@ -286,7 +289,7 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
     Raises:
         AdapterError: A trained parameter cannot be described: it belongs to a LoRA module or to the model itself.
     """
-    root = unwrap(model)
+    root = bare_model(model)
     lora = {native.fqn for site in sites for native in natives(site)}
     rest = {clean(name): p for name, p in root.named_parameters() if clean(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]

@@ -16,7 +16,7 @@ from shardwise.peft.own import (
     find_trained_modules,
 )
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
-from shardwise.stateful_wrappers.model_parts import unwrap
+from shardwise.stateful_wrappers.wrapping import bare_model
 
 
 def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_layout: bool) -> list[AdapterEntry]:
@@ -31,7 +31,7 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
     Raises:
         AdapterError: A LoRA module cannot be described.
     """
-    config = text_config(unwrap(model))
+    config = text_config(bare_model(model))
     sites = find_sites(model, dim, v4_compatible)
     out: list[AdapterEntry] = []
     for site in sites:

@@ -11,9 +11,9 @@ import torch.nn as nn
 
 from shardwise.errors import AdapterError
 from shardwise.peft.check import adapted_modules
-from shardwise.peft.models import is_peft_adapted, outer
+from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.names import named_modules
-from shardwise.stateful_wrappers.model_parts import unwrap
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model
 from shardwise.upstream import peft as upstream
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_opens(
         return
     leaves = None if isinstance(targets, str) else {str(target).rpartition(".")[2] for target in targets}
     for part in parts:
-        for name in _base_modules(unwrap(outer(part))):
+        for name in _base_modules(bare_model(adapted_model(part))):
             if name in owners or (leaves is not None and name.rpartition(".")[2] not in leaves):
                 continue
             if check_target_module_exists(config, name):

@@ -7,13 +7,13 @@ class's own names lie; otherwise the one mapping that is called as a model's is 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.errors import MisuseError, NameCollisionError
+from shardwise.stateful_wrappers.wrapping import plain_name
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -29,8 +29,6 @@ _OTHER_KEYS = frozenset(
     }
 )
 _OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
-#: What wrappers of torch put into names: torch.compile, FSDP1, activation checkpointing.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = "module."
 _SHOWN = 12
 
@@ -129,7 +127,7 @@ class _Place:
         if not name.startswith(self.front):
             return False
         rest = name.removeprefix(self.front)
-        if _WRAPPERS.sub("", rest) in self.expected:
+        if plain_name(rest) in self.expected:
             return True
         path = paths[name]
         mappings = {str(part) for part in path[:-1]} - set(self.head.split("."))
@@ -163,7 +161,7 @@ def places_of(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
     if not expected:
         return []
     probe = max(expected, key=lambda name: (name.count("."), len(name), name))
-    plain = {_WRAPPERS.sub("", name): name for name in tensors}
+    plain = {plain_name(name): name for name in tensors}
     heads = [name.removesuffix(probe).rstrip(".") for name in plain if name == probe or name.endswith(f".{probe}")]
     found = []
     for head in heads:
@@ -208,10 +206,10 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
 
 def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
     """The names without what torch's wrappers put into them."""
-    strip = all(_WRAPPERS.sub("", name).startswith(_DATA_PARALLEL) for name in found)
+    strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}
     for name, dcp in found.items():
-        plain = _WRAPPERS.sub("", name)
+        plain = plain_name(name)
         plain = plain.removeprefix(_DATA_PARALLEL) if strip else plain
         if names.setdefault(plain, dcp) != dcp:
             raise NameCollisionError(

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
-from shardwise.stateful_wrappers.names import plain_name
 from shardwise.stateful_wrappers.units import Step, Taker, label
 from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
+from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
     LOAD_OWN,

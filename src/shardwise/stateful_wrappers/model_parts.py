@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.skeleton import unwrapped
-from shardwise.stateful_wrappers.wrapping import inner_model, original_class
+from shardwise.stateful_wrappers.wrapping import bare_model, inner_model, original_class
 from shardwise.upstream.torch_modules import own_buffers, own_parameters
 from shardwise.upstream.torch_tensors import local_part
 
@@ -26,21 +25,9 @@ _PACKED_BUFFERS = frozenset({"qweight", "weight_packed"})
 _BITSANDBYTES_PARAMETERS = frozenset({"Params4bit", "Int8Params"})
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of everything that only wraps it, of FSDP1 and of peft."""
-    while True:
-        model = unwrapped(model)
-        if not (hasattr(type(model), "get_base_model") and hasattr(model, "peft_config")):
-            return model
-        inner = cast("nn.Module", model.get_base_model())  # type: ignore[operator]
-        if inner is model:
-            return model
-        model = inner
-
-
 def described_part(parts: Sequence[nn.Module]) -> nn.Module | None:
     """The part that describes the model, as `inner_model` finds it: the first with a config, else the first."""
-    unwrapped = [unwrap(inner_model(part).module) for part in parts]
+    unwrapped = [bare_model(inner_model(part).module) for part in parts]
     with_config = (part for part in unwrapped if config_of(part) is not None)
     return next(with_config, unwrapped[0] if unwrapped else None)
 
@@ -55,15 +42,10 @@ def config_of(model: nn.Module) -> object | None:
         found: object = getattr(model, "config", None)
     except Exception as error:
         raise MisuseError(
-            f"the config of {own_class(model).__name__} cannot be read: {type(error).__name__}: {error}",
+            f"the config of {original_class(model).__name__} cannot be read: {type(error).__name__}: {error}",
             hint="Correct the property: the export's config.json is made of it.",
         ) from error
     return found
-
-
-def own_class(model: nn.Module) -> type:
-    """The model's class as its author wrote it: FSDP2 puts a generated ``FSDP<Name>`` class in front of it."""
-    return original_class(model)
 
 
 def written_dtype(parts: Iterable[nn.Module], mapping: Mapping[str, str] | None) -> str | None:

@@ -14,8 +14,7 @@ from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.memory import address, identity
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
 from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
-from shardwise.stateful_wrappers.wrapping import plain_name as plain_name  # noqa: PLC0414 - also had from here
-from shardwise.stateful_wrappers.wrapping import unwrap as unwrap  # noqa: PLC0414
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,
     MAKES_STATE,

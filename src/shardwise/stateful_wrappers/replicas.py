@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 
 
 class _Everything:

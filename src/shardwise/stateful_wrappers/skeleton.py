@@ -10,20 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from shardwise.stateful_wrappers.wrapping import original_class as original_class  # noqa: PLC0414
-from shardwise.stateful_wrappers.wrapping import wrapped
-from shardwise.upstream.torch_modules import CHILDREN, FSDP1_WRAPPED, own_children
-
-
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside of wrappers, FSDP1's among them, or the module itself."""
-    while True:
-        inner = wrapped(module)
-        if inner is None:  # not by truth: a module may have a length, and a compiled one asks the model's
-            inner = own_children(module).get(FSDP1_WRAPPED)
-        if inner is None:
-            return module
-        module = inner
+from shardwise.stateful_wrappers.wrapping import original_class, unwrap
+from shardwise.upstream.torch_modules import CHILDREN, own_children
 
 
 def skeleton(module: torch.nn.Module) -> torch.nn.Module:
@@ -37,7 +25,7 @@ def skeleton(module: torch.nn.Module) -> torch.nn.Module:
 def _copy(
     module: torch.nn.Module, done: dict[int, torch.nn.Module], originals: dict[type, type[torch.nn.Module]]
 ) -> torch.nn.Module:
-    module = unwrapped(module)
+    module = unwrap(module)
     if id(module) in done:
         return done[id(module)]
     cls = originals.get(type(module))

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from shardwise.stateful_wrappers.memory import PLAIN, identity
-from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways, unwrap
+from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways
+from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_modules import other_stores_in, own_buffers, own_children, parameters_in, unsaved_buffers
 from shardwise.upstream.torch_tensors import local_in, local_part
 

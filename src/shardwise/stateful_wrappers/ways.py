@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from shardwise.errors import MisuseError, ModuleStateError
+from shardwise.stateful_wrappers.wrapping import wrapped
+from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 from shardwise.upstream.torch_modules import (
-    COMPILED,
     HARMLESS_HOOKS,
     LOAD_OWN,
     SAVE_OWN,
@@ -20,7 +21,6 @@ from shardwise.upstream.torch_modules import (
     own_loader,
     saving_hooks,
 )
-from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 
 
 def has_torchs(module: nn.Module, name: str) -> bool:
@@ -99,14 +99,14 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
     Raises:
         ModuleStateError: There are.
     """
-    wrapper: object = part
-    while isinstance(wrapper, nn.Module) and wrapper is not inner:
+    wrapper: nn.Module | None = part
+    while wrapper is not None and wrapper is not inner:
         if foreign([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
             raise ModuleStateError(
                 f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
                 hint="Register them on the module inside.",
             )
-        wrapper = own_children(wrapper).get("module", own_children(wrapper).get(COMPILED))
+        wrapper = wrapped(wrapper)
 
 
 def refuse_fsdp1(parts: Iterable[object]) -> None:

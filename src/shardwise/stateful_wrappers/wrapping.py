@@ -1,12 +1,14 @@
 """What only wraps a model, and the model that the files are of: the one place that knows.
 
-Two questions, since a wrapper may have state of its own:
+Four questions, since a wrapper may have state of its own:
 
-* `unwrap`: which module has just the state of this one? DDP, DataParallel, torch.compile and activation checkpointing
-  add a prefix to names and nothing else.
+* `unwrap`: which module has just the state of this one? DDP, DataParallel, torch.compile, activation checkpointing and
+  FSDP1 add a prefix to names and nothing else.
 * `inner_model`: which module do the files belong to? A running average (``AveragedModel``), a value head around a
   language model, a SentenceTransformer are modules with something besides; their files are the model's inside, under
   the names that it has, and the rest is kept apart.
+* `adapted_model`: which module did peft adapt? The ``PeftModel`` itself, or the model with adapters injected into it.
+* `bare_model`: which module is the base model, in which peft's layers are, out of an average too?
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from shardwise.upstream.transformers import config_class, model_class
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
 _SEGMENTS = re.compile(rf"(?:^|(?<=\.))(?:{COMPILED}|{CHECKPOINTED}|{FSDP1_WRAPPED})\.")
 
-#: Those of them behind which there is a module with the same state.
-_WRAPPED = (COMPILED, CHECKPOINTED)
+#: The children in which these wrappers keep the module that they wrap.
+_WRAPPED = (COMPILED, CHECKPOINTED, FSDP1_WRAPPED)
 
 
 def plain_name(name: str) -> str:
@@ -45,7 +47,7 @@ def wrapped(module: nn.Module) -> nn.Module | None:
     """The module that this one wraps and has the same state as; ``None`` where it wraps none."""
     for name in _WRAPPED:
         inner = own_children(module).get(name)
-        if inner is not None:
+        if inner is not None:  # not by truth: a module may have a length, and a compiled one asks the model's
             return inner
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return cast("nn.Module", module.module)
@@ -53,10 +55,31 @@ def wrapped(module: nn.Module) -> nn.Module | None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel, torch.compile and activation checkpointing."""
+    """The module inside DistributedDataParallel, DataParallel, torch.compile, activation checkpointing and FSDP1."""
     while (inner := wrapped(module)) is not None:
         module = inner
     return module
+
+
+def bare_model(module: nn.Module) -> nn.Module:
+    """The base model inside everything that `unwrap` takes off, inside ``AveragedModel`` and inside a ``PeftModel``."""
+    while True:
+        module = unwrap(module)
+        if isinstance(module, _averaged()):
+            module = cast("nn.Module", module.module)
+            continue
+        if not (hasattr(type(module), "get_base_model") and hasattr(module, "peft_config")):
+            return module
+        inner = cast("nn.Module", module.get_base_model())  # type: ignore[operator]
+        if inner is module:
+            return module
+        module = inner
+
+
+def adapted_model(part: nn.Module) -> nn.Module:
+    """The part out of what only wraps it, a ``PeftModel`` included; of a SentenceTransformer, the model inside."""
+    inner = unwrap(part)
+    return inner_model(inner).module if is_sentence_transformer(inner) else inner
 
 
 class Inner(NamedTuple):
@@ -95,9 +118,6 @@ def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     """Path of the module that the files are of, that module, and whether there is state besides."""
     if isinstance(module, _averaged()):
         return "module", cast("nn.Module", module.module), True
-    sharded = own_children(module).get(FSDP1_WRAPPED)
-    if sharded is not None:
-        return FSDP1_WRAPPED, sharded, False
     if is_loaded_by_others(module) or _speaks_for_itself(module):
         return None
     config = _transformers_config(module)
@@ -108,6 +128,11 @@ def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
     if len(own) != 1:
         return None
     return own[0][0], own[0][1], True
+
+
+def is_average(module: nn.Module) -> bool:
+    """Whether a module is a running average of another, with a count beside it."""
+    return isinstance(unwrap(module), _averaged())
 
 
 def _averaged() -> type:

@@ -19,7 +19,8 @@ from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.saving.further_names import is_pretrained
 from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import plain_name, promised_ties, unwrap
+from shardwise.stateful_wrappers.names import promised_ties
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 

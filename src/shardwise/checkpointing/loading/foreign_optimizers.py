@@ -33,10 +33,10 @@ from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import has_state, pack_state, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
-from shardwise.stateful_wrappers.names import plain_name
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
+from shardwise.stateful_wrappers.wrapping import plain_name
 
 _FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
 _SHOWN = 5

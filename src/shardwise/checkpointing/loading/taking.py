@@ -23,9 +23,10 @@ from shardwise.plan.deferred import Deferred, held_whole, stands_alone
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.install import Installing, post_steps
-from shardwise.stateful_wrappers.names import Listing, plain_name, unwrap
+from shardwise.stateful_wrappers.names import Listing
 from shardwise.stateful_wrappers.units import Step, Taker, label
 from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import own_children
 
 _LOG = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source
 from shardwise.sources.stream import tensor_blocks
-from shardwise.stateful_wrappers.names import promised_ties, unwrap
+from shardwise.stateful_wrappers.names import promised_ties
+from shardwise.stateful_wrappers.wrapping import unwrap
 
 
 def under_saved_names(

@@ -26,7 +26,7 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.near_names import listed
 from shardwise.engine.records import ComponentRecord
-from shardwise.errors import AdapterError, MissingTensorError
+from shardwise.errors import AdapterError, MissingTensorError, MisuseError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
@@ -62,6 +62,7 @@ from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.ways import refuse_fsdp1
+from shardwise.stateful_wrappers.wrapping import is_average
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class AdapterSave:
         """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
         session, group = self._session, self._session.group
         with group.together("preparing the adapter's directory"):
-            refuse_fsdp1(self.state.model)
+            _refuse_wrappers(self.state.model)
             if group.is_main:
                 self._reserve()
                 session.storage.make_directory(self._directory)
@@ -340,7 +341,7 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
     parts = ModelState(model).model
     kind = component = ""
     with group.together("looking at the adapter"):
-        refuse_fsdp1(parts)
+        _refuse_wrappers(parts)
         kind = "peft" if is_peft_adapted(parts) else "own" if any(find_sites(part) for part in parts) else ""
     kinds = group.gather_json(kind, "looking at the adapter")
     if not any(kinds):
@@ -509,4 +510,19 @@ def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]]
             f"the saved adapter {name!r} would mean something else in this model: {listed}",
             path=path,
             hint="Build the model with the adapter configuration that stands in the checkpoint.",
+        )
+
+
+def _refuse_wrappers(parts: Sequence[nn.Module]) -> None:
+    """Check that adapters can be saved out of what wraps the model. Local.
+
+    Raises:
+        MisuseError: It is FSDP1, or an average, whose count no adapter file has a place for.
+    """
+    refuse_fsdp1(parts)
+    if any(is_average(part) for part in parts):
+        raise MisuseError(
+            "the model is an AveragedModel, and is_peft is true: an adapter's files have no place for the average's "
+            "n_averaged, which would be lost",
+            hint="Save the adapted model, and pass the average as ema; or set is_peft to false.",
         )

@@ -19,8 +19,8 @@ from shardwise.addons.hf_config import untie_configs
 from shardwise.checkpointing.inside import Inside, exported_modules
 from shardwise.checkpointing.loading.ties import file_name
 from shardwise.format.manifest import TensorRecord
-from shardwise.stateful_wrappers.names import declared_ties, loaders_ties, plain_name, unwrap
-from shardwise.stateful_wrappers.wrapping import is_pretrained
+from shardwise.stateful_wrappers.names import declared_ties, loaders_ties
+from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
 
 _LOG = logging.getLogger(__name__)
 

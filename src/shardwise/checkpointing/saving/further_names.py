@@ -19,7 +19,7 @@ from shardwise.convert import Conversion, HubTensor, adapter_of, derive, to_hub
 from shardwise.errors import ConversionError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import wrapping
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.stateful_wrappers.wrapping import unwrap
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,8 +27,8 @@ from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.plan.roster import Roster
-from shardwise.stateful_wrappers.model_parts import config_of, described_part, own_class
-from shardwise.stateful_wrappers.wrapping import is_pretrained
+from shardwise.stateful_wrappers.model_parts import config_of, described_part
+from shardwise.stateful_wrappers.wrapping import is_pretrained, original_class
 from shardwise.upstream.diffusers import model_mixin
 from shardwise.upstream.transformers import (
     config_class,
@@ -178,16 +178,18 @@ def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
 def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> tuple[str, Misfit]:
     """The name of the class that is described, and what of the tensors does not fit it."""
     if isinstance(model, model_mixin() or ()):
-        cls = own_class(model)
+        cls = original_class(model)
         return cls.__name__, _by_diffusers(cls, entries, specs)
     config = config_of(model)
     known = config_class()
     if known is None or not isinstance(config, known):
-        raise _CannotCheckError(f"the config of {own_class(model).__name__} is not of a library that builds models")
+        raise _CannotCheckError(
+            f"the config of {original_class(model).__name__} is not of a library that builds models"
+        )
     if entries.get("quantization_config"):
         raise _CannotCheckError("it is quantized")
     if is_pretrained(model):
-        cls = own_class(model)
+        cls = original_class(model)
         return cls.__name__, _by_transformers(cls, type(config), entries, specs)
     named = _named(entries)
     classes = named or registered_classes(type(config))

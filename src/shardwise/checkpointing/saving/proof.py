@@ -25,8 +25,8 @@ from shardwise.format.index import read_index
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
-from shardwise.stateful_wrappers.model_parts import config_of, own_class
-from shardwise.stateful_wrappers.names import unwrap
+from shardwise.stateful_wrappers.model_parts import config_of
+from shardwise.stateful_wrappers.wrapping import original_class, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
@@ -96,7 +96,7 @@ def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow
         sorted(may_be_unexpected(module)),
         sorted(computed),
         str(getattr(module, "base_model_prefix", "") or ""),
-        own_class(module).__name__,
+        original_class(module).__name__,
         size if isinstance(size, int) else None,
     )
 

@@ -127,7 +127,7 @@ class _Alike(Group):
         """What this rank has itself."""
         return value
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """What rank 0 told, or would tell as this rank does."""
         return cast(JsonValue, json.loads(self._told[what])) if what in self._told else make()
 
@@ -145,9 +145,9 @@ class _Telling(Group):
         self.told[what] = json.dumps(found[0])
         return found
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """The same value."""
-        value = super().tell(make, what)
+        value = super().broadcast_result(make, what)
         self.told[what] = json.dumps(value)
         return value
 
@@ -173,7 +173,7 @@ class _Keeping(_Alike):
         self._shapes = {spec.name: spec.shape for spec in _specs(len(offsets))}
         self._names: dict[int, str] = {}
 
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """What every rank has to say to this one."""
         if what not in self._said:
             self._said[what] = [self._message(rank, messages, what) for rank in range(self.world_size)]

@@ -12,7 +12,7 @@ from tests.comm import lost_ranks
 from tests.support.ranks import fresh, run
 
 from shardwise.comm import Group
-from shardwise.comm.lost import Patience
+from shardwise.comm.lost_ranks import Patience
 from shardwise.errors import PeerError
 
 

@@ -27,7 +27,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards

@@ -22,7 +22,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from shardwise.comm import wires
+from shardwise.comm import collectives
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.ranks import Ranks
 from shardwise.errors import ShardwiseError
@@ -195,13 +195,13 @@ class Group(Ranks):
         with self._guard(what):
             if not self.is_main:
                 if packets[self.rank][0] > len(packets[self.rank][1]):
-                    wires.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
+                    collectives.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
                 return []
             found = [value]
             for rank, (size, short) in enumerate(packets[1:], start=1):  # one at a time: memory for one rank's text
                 if size > len(short):
                     buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-                    wires.receive(self._alive, buffer, rank).wait()
+                    collectives.receive(self._alive, buffer, rank).wait()
                     short = to_bytes(buffer)
                 found.append(json.loads(short[len(_MADE) :]))
             return found
@@ -212,7 +212,7 @@ class Group(Ranks):
             return value
         return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """What ``make`` gives on rank 0, on every rank, in one exchange. All ranks call; ``make`` is local.
 
         Raises:
@@ -274,7 +274,7 @@ class Group(Ranks):
         else:
             with self.keeping(failure), self._guard(what):
                 total = self._integers(counts)
-                wires.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
+                collectives.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
                 *added, failed = total.tolist()
             bits = torch.empty(0, 0, dtype=torch.int64)
         if failed:
@@ -285,7 +285,7 @@ class Group(Ranks):
             mine = self._integers(xors)
             if self._device.type != "cpu":  # NCCL has no exclusive or
                 return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
-            wires.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
+            collectives.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
             return mine.tolist(), added
 
 

@@ -15,8 +15,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from shardwise.comm import wires
-from shardwise.comm.lost import Patience, Seat, find_lost
+from shardwise.comm import collectives
+from shardwise.comm.lost_ranks import Patience, Seat, find_lost
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
@@ -176,7 +176,7 @@ class Ranks:
             size, short = unpacked(self._broadcast_sized(packet(own), PACKET_BYTES, source))
             return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
 
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """Send each rank a message of its own. All ranks call.
 
         Args:
@@ -191,11 +191,11 @@ class Ranks:
         with self._guard(what):
             lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
             theirs = torch.empty_like(lengths)
-            wires.all_to_all(self._alive, theirs, lengths)
+            collectives.all_to_all(self._alive, theirs, lengths)
             counts, data = theirs.tolist(), b"".join(messages)
             received = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
             sent = to_tensor(data, len(data), self._device)
-            wires.all_to_all(self._alive, received, sent, counts, lengths.tolist())
+            collectives.all_to_all(self._alive, received, sent, counts, lengths.tolist())
             return [to_bytes(part) for part in torch.split(received, counts)]
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
@@ -218,18 +218,18 @@ class Ranks:
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        wires.all_gather(self._alive, gathered, own)
+        collectives.all_gather(self._alive, gathered, own)
         return gathered
 
     def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
         buffer = to_tensor(data, size, self._device)
-        wires.broadcast(self._alive, buffer, source)
+        collectives.broadcast(self._alive, buffer, source)
         return buffer
 
     def _largest(self, value: int, what: str, seconds: float | None = None) -> int:
         with self._guard(what):
             own = torch.tensor([value], dtype=torch.int64, device=self._device)
-            wires.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
+            collectives.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
             return int(own.item())
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:
@@ -252,8 +252,8 @@ class Ranks:
         if not sends and not receives:
             return
         with self._guard(what):
-            works = [wires.receive(self._alive, tensor, rank) for rank, tensor in receives]
-            works += [wires.send(self._alive, tensor, rank) for rank, tensor in sends]
+            works = [collectives.receive(self._alive, tensor, rank) for rank, tensor in receives]
+            works += [collectives.send(self._alive, tensor, rank) for rank, tensor in sends]
             for work in works:
                 work.wait()
 

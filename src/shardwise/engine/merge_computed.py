@@ -16,7 +16,7 @@ from shardwise.engine.export import ExportPlan
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import byte_blocks
 
 
@@ -62,7 +62,7 @@ def write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storag
         storage.make_directory(directory)
         with SequentialFile(storage, paths[group.rank]) as file:
 
-            def append(run: Run) -> None:
+            def append(run: WriteRun) -> None:
                 start = file.size
                 crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
                 own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])

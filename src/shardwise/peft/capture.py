@@ -20,16 +20,16 @@ from shardwise.plan.views import AxisView, hub_views
 from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.model_parts import unwrap
 from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.state_dict_overrides import (
+    has_foreign_hooks,
+    overrides_get_extra_state,
+    overrides_set_extra_state,
+    refuse_hooks_around,
+    saves_itself,
+    saves_subtree_itself,
+)
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
-from shardwise.stateful_wrappers.ways import (
-    foreign,
-    gives_extra,
-    makes_own,
-    makes_subtree,
-    refuse_hooks_around,
-    takes_extra,
-)
 from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
 
@@ -184,9 +184,14 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
-    if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
+    if (
+        saves_subtree_itself(module)
+        or saves_itself(module)
+        or overrides_get_extra_state(module)
+        or overrides_set_extra_state(module)
+    ):
         return False
-    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
+    if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return False
     return own_loader(type(module)).__module__.startswith("torch.nn.")
 
@@ -200,7 +205,9 @@ def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -
         for name, module in (*named_modules(outer(part)), *named_modules(unwrap(part))):
             hooks = saving_hooks(module)
             # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
-            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
+            if (name in owners and not _is_plain(module)) or (
+                (name in around or not name) and has_foreign_hooks(hooks)
+            ):
                 raise ModuleStateError(
                     f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
                     "parameters and buffers as they are",

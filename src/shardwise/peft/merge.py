@@ -23,7 +23,7 @@ from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.skeleton import unwrapped
-from shardwise.stateful_wrappers.ways import foreign
+from shardwise.stateful_wrappers.state_dict_overrides import has_foreign_hooks
 from shardwise.stateful_wrappers.wrapping import original_class
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED
@@ -188,7 +188,7 @@ class _Copier:
         own = {}
         for key, value in vars(bare).items():
             if key.endswith("_hooks"):
-                kept = isinstance(value, dict) and "state_dict" in key and foreign(value.values())
+                kept = isinstance(value, dict) and "state_dict" in key and has_foreign_hooks(value.values())
                 own[key] = type(value)(value) if kept else type(value)()
             elif key == UNSAVED:
                 own[key] = set(value)

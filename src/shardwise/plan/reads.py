@@ -38,7 +38,7 @@ class SourceChunk(NamedTuple):
     packed: int = 0
 
 
-class Scattered(NamedTuple):
+class RemotePieces(NamedTuple):
     """A tensor of which another rank knows where its pieces are.
 
     Attributes:
@@ -59,18 +59,18 @@ class SourceTensor(NamedTuple):
     Attributes:
         spec: What it is.
         chunks: Its pieces; of a scattered tensor those that this rank knows.
-        scattered: Whom to ask, where this rank does not know all pieces.
+        remote: Whom to ask, where this rank does not know all pieces.
     """
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
-    scattered: Scattered | None = None
+    remote: RemotePieces | None = None
 
     def knows(self, regions: Sequence[Box]) -> bool:
         """Whether nobody has to be asked for these regions: all pieces are known, or each region is one of them."""
-        if self.scattered is None:
+        if self.remote is None:
             return True
-        if not self.scattered.single:
+        if not self.remote.single:
             return False
         if len(regions) == 1 == len(self.chunks):
             return self.chunks[0].box == regions[0]

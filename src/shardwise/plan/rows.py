@@ -26,7 +26,7 @@ FEW_RUNS = 64
 ROUND_BYTES = 8 * 2**20
 
 
-Piece = tuple[tuple[int, ...], tuple[Box, ...]]
+RowsPiece = tuple[tuple[int, ...], tuple[Box, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sources:
         outer: Leading grid dimensions that enumerate the rows.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowsPiece, ...]
     grid: tuple[int, ...]
     outer: int
     _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)

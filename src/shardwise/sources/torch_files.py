@@ -30,10 +30,10 @@ from shardwise.format.weight_files import TORCH, choose_weights, files_of_index
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.sources.directory_contents import torch_files
 from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
 from shardwise.sources.torch_state import distributed_class, unwrapped
-from shardwise.sources.whereabouts import torch_files
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
         UnsafePickleError: A file names something outside torch's allow-list.
         FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
     """
-    listed = group.tell(
+    listed = group.broadcast_result(
         lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
         f"looking for .bin files at {path}",
     )

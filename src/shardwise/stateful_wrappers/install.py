@@ -12,8 +12,8 @@ from torch import nn
 
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.stateful_wrappers.names import plain_name
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
 from shardwise.stateful_wrappers.units import Step, Taker, label
-from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
     LOAD_OWN,
@@ -215,7 +215,7 @@ def post_steps(root: nn.Module) -> list[Step]:
             if child is not None:
                 visit(child, f"{prefix}{name}.")
         # FSDP2's own put sharded parameters back in place, which have not been away.
-        if foreign(loading_post_hooks(module)):
+        if has_foreign_hooks(loading_post_hooks(module)):
             found.append(Step("post", module, prefix))
 
     visit(root, "")

@@ -13,9 +13,9 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state, plain_name, unwrap
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
-from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.upstream.torch_tensors import local_part
 
 #: A model as a rank holds it: one module, or its pipeline stages.

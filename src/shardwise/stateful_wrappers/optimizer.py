@@ -22,15 +22,15 @@ from shardwise.errors import MisuseError, StateFormatError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
-    Keeper,
     Options,
     SharedParameterError,
-    find_keepers,
+    StateHolder,
+    find_state_holders,
     members,
 )
-from shardwise.stateful_wrappers.kinds import equal
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
+from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.stateful_wrappers.own_state import StateView, gives_own_way
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
@@ -295,7 +295,7 @@ def label_of(slot: str, name: str) -> str:
 class Entry:
     """One parameter with the state that an optimizer keeps of it."""
 
-    keeper: Keeper
+    holder: StateHolder
     param: torch.Tensor
     name: str
     state: Mapping[object, object]
@@ -303,7 +303,7 @@ class Entry:
     @property
     def label(self) -> str:
         """What it is saved under."""
-        return label_of(self.keeper.slot, self.name)
+        return label_of(self.holder.slot, self.name)
 
     def tensor_name(self, key: str) -> str:
         """Under which name a tensor of it is saved."""
@@ -351,7 +351,7 @@ class OptimizerState:
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
         self.passed = passed
         try:
-            self.keepers = find_keepers(passed)
+            self.state_holders = find_state_holders(passed)
         except SharedParameterError as error:
             raise self._shared(error) from None
         self.aliases = undeclared_names(named, parts)
@@ -393,11 +393,11 @@ class OptimizerState:
             )
         return name
 
-    def groups(self) -> Iterator[tuple[Keeper, Options]]:
+    def groups(self) -> Iterator[tuple[StateHolder, Options]]:
         """Each optimizer's groups."""
-        for keeper in self.keepers:
-            for group in keeper.groups():
-                yield keeper, group
+        for holder in self.state_holders:
+            for group in holder.groups():
+                yield holder, group
 
     def names(self, group: Options) -> tuple[str, ...]:
         """Names of a group's parameters.
@@ -409,22 +409,22 @@ class OptimizerState:
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter that has state."""
-        for keeper, group in self.groups():
+        for holder, group in self.groups():
             for param in members(group):
-                state = cast("Mapping[torch.Tensor, object]", keeper.optimizer.state).get(param)
+                state = cast("Mapping[torch.Tensor, object]", holder.optimizer.state).get(param)
                 if state is not None:
                     own = state if isinstance(state, Mapping) else {"": state}
-                    yield Entry(keeper, param, self.name(param), own)
+                    yield Entry(holder, param, self.name(param), own)
 
     def view(self, number: int) -> StateView:
-        """The state dict of one of the optimizers that were passed, beside its keepers."""
-        inside = [keeper for keeper in self.keepers if keeper.passed == number]
+        """The state dict of one of the optimizers that were passed, beside its holders."""
+        inside = [holder for holder in self.state_holders if holder.passed == number]
         return StateView(self.passed[number], inside, self.name)
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The innermost optimizers, one for each parameter."""
-        return [keeper.optimizer for keeper in self.keepers if not keeper.slot]
+        return [holder.optimizer for holder in self.state_holders if not holder.slot]
 
     @property
     def has_own_ways(self) -> bool:
@@ -438,8 +438,8 @@ class OptimizerState:
         return self._loose
 
     def _find_loose(self) -> Iterator[_Loose]:
-        for keeper, label in self.labels():
-            state = cast(Mapping[object, object], keeper.optimizer.state)
+        for holder, label in self.labels():
+            state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
                 yield self._taken_apart(label, keyed)
@@ -449,12 +449,12 @@ class OptimizerState:
                 if rest:
                     yield self._taken_apart(label, rest)
 
-    def labels(self) -> list[tuple[Keeper, str]]:
-        """Each keeper, with what its state that belongs to no parameter is saved under."""
-        kinds = [keeper.kind for keeper in self.keepers]
+    def labels(self) -> list[tuple[StateHolder, str]]:
+        """Each holder, with what its state that belongs to no parameter is saved under."""
+        kinds = [holder.kind for holder in self.state_holders]
         return [
             (k, f"<{kind}.{kinds[:n].count(kind)}>")
-            for n, (k, kind) in enumerate(zip(self.keepers, kinds, strict=True))
+            for n, (k, kind) in enumerate(zip(self.state_holders, kinds, strict=True))
         ]
 
     def passed_labels(self) -> list[tuple[int, str]]:
@@ -482,7 +482,7 @@ class OptimizerState:
             for key, value in entry.apart(self.name).tensors.items():
                 if not isinstance(value, DTensor) and value.ndim and "@" not in key:
                     is_local = value.shape == local_of(entry.param).shape
-                    found[entry.tensor_name(key)] = [f"{entry.keeper.kind} {key}", int(is_local), _digest(value)]
+                    found[entry.tensor_name(key)] = [f"{entry.holder.kind} {key}", int(is_local), _digest(value)]
         return found
 
     def settle(self, rows: Sequence[Mapping[str, Sequence[object]]]) -> None:
@@ -521,10 +521,10 @@ class OptimizerState:
         values: dict[str, Mapping[str, StateValue]] = {}
         trees: dict[str, Tree] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for keeper, group in self.groups():
+        for holder, group in self.groups():
             # names of parameters are an option of newer optimizers; ours say the same and survive resharding
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append(SavedGroup(options, self.names(group), keeper.kind, keeper.slot))
+            groups.append(SavedGroup(options, self.names(group), holder.kind, holder.slot))
         for entry in self.entries():
             apart = self._apart(entry)
             shapes[entry.label] = tuple(entry.param.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.stateful_wrappers.names import NamedTensor, plain_name, unwrap
-from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 
 
 class _Everything:

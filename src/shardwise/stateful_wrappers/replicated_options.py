@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.errors import ReplicasDifferError
-from shardwise.stateful_wrappers.kinds import equal
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
+from shardwise.stateful_wrappers.optimizer_classes import equal
 
 _SHOWN = 4
 

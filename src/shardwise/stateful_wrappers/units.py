@@ -18,15 +18,15 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import ModuleStateError
 from shardwise.plan.deferred import Deferred
-from shardwise.stateful_wrappers.ways import (
+from shardwise.stateful_wrappers.state_dict_overrides import (
     EXTRA,
-    gives_extra,
-    has_torchs,
-    makes_own,
-    makes_subtree,
+    has_torch_method,
+    loads_itself,
+    overrides_get_extra_state,
+    overrides_set_extra_state,
     reaches_below,
-    takes_extra,
-    takes_itself,
+    saves_itself,
+    saves_subtree_itself,
 )
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
 from shardwise.upstream.torch_modules import (
@@ -300,7 +300,7 @@ class _Describing:
 
     def described(self) -> Described:
         root = None
-        if not has_torchs(self._root, "load_state_dict"):
+        if not has_torch_method(self._root, "load_state_dict"):
             root = self._stand_ins.taker(self._root, "", True, True, True)
         self._look_at_takers(self._root, "", root)
         self._look_at_makers(self._root, "")
@@ -316,12 +316,12 @@ class _Describing:
     def _look_at_takers(self, module: nn.Module, prefix: str, taker: Taker | None) -> None:
         is_first = taker is None
         own = taker
-        if taker is None and takes_itself(module, norms=self._norms):
+        if taker is None and loads_itself(module, norms=self._norms):
             own = self._stand_ins.taker(module, prefix, reaches_below(module), True)
         below = own if own is not None and own.whole else None
         if is_first or (own is not None and own.calls_root and module is self._root):
             self._steps.append(Step("take", module, prefix, own))
-        if own is None and takes_extra(module):
+        if own is None and overrides_set_extra_state(module):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
             self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
@@ -355,17 +355,17 @@ class _Describing:
     # --- who makes --------------------------------------------------------------------------------------------------
 
     def _look_at_makers(self, module: nn.Module, prefix: str) -> None:
-        if makes_subtree(module):
+        if saves_subtree_itself(module):
             self._add_made(Unit(module, prefix, whole=True))
             return
         for hook in saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
-        if makes_own(module):
+        if saves_itself(module):
             self._add_made(Unit(module, prefix, whole=False))
         else:
             for name, tensor in _tensors_of(module):
                 self._add(prefix + name, tensor, None)
-            if self._values and gives_extra(module):
+            if self._values and overrides_get_extra_state(module):
                 self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
                 self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         for name, child in own_children(module).items():

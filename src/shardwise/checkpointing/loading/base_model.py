@@ -42,7 +42,7 @@ from shardwise.checkpointing.saving.aside import find_aside
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
 from shardwise.peft.fresh import (
     adapter_tensors,
@@ -274,7 +274,9 @@ def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[st
     def look() -> JsonValue:
         return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
 
-    config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
+    config, stems = cast(
+        "tuple[dict[str, object], list[str]]", group.broadcast_result(look, "reading the base model's config")
+    )
     return config, stems
 
 

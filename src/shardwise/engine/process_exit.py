@@ -53,37 +53,37 @@ class PendingSave:
             self.thread.join()
 
 
-_untold: set[PendingSave] = set()
+_pending: set[PendingSave] = set()
 
 
 def remember(save: PendingSave) -> None:
     """Take care of a save until `forget` is called, or the process ends."""
-    _watch_the_end()
-    _untold.add(save)
+    _register_exit_hooks()
+    _pending.add(save)
 
 
 def forget(save: PendingSave) -> None:
     """Its outcome is known to the caller of the library."""
-    _untold.discard(save)
+    _pending.discard(save)
 
 
 @functools.cache
-def _watch_the_end() -> None:
-    atexit.register(_report)
-    os.register_at_fork(after_in_child=_untold.clear)  # a data loader's worker has no thread that writes
+def _register_exit_hooks() -> None:
+    atexit.register(_report_lost)
+    os.register_at_fork(after_in_child=_pending.clear)  # a data loader's worker has no thread that writes
     # Those of `atexit` run only when every thread has ended, and executors close before.
-    before_threads_end(_finish)
+    before_threads_end(_wait_for_pending)
 
 
-def _finish() -> None:
-    for save in list(_untold):
+def _wait_for_pending() -> None:
+    for save in list(_pending):
         if save.is_running:
             _LOG.info("waiting for a save before the process ends: %s", save.what)
         save.join()
 
 
-def _report() -> None:
-    lost = [save for save in _untold if save.failure is not None or save.is_running]
+def _report_lost() -> None:
+    lost = [save for save in _pending if save.failure is not None or save.is_running]
     if not lost:
         return
     for save in lost:

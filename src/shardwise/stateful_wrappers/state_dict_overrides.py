@@ -23,51 +23,51 @@ from shardwise.upstream.torch_modules import (
 from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 
 
-def has_torchs(module: nn.Module, name: str) -> bool:
+def has_torch_method(module: nn.Module, name: str) -> bool:
     """Whether a method is that of ``nn.Module``."""
     return getattr(type(module), name) is getattr(nn.Module, name) and name not in vars(module)
 
 
-def foreign(hooks: Iterable[object]) -> bool:
+def has_foreign_hooks(hooks: Iterable[object]) -> bool:
     """Whether one of the hooks is not known to convert nothing."""
     return not all((getattr(hook, "__module__", None) or "").startswith(HARMLESS_HOOKS) for hook in hooks)
 
 
-def makes_subtree(module: nn.Module) -> bool:
+def saves_subtree_itself(module: nn.Module) -> bool:
     """Whether what is saved of a module and all below it is made by the module, or by somebody's hook on it."""
-    if not has_torchs(module, "state_dict"):
+    if not has_torch_method(module, "state_dict"):
         return True
-    return foreign(saving_hooks(module))
+    return has_foreign_hooks(saving_hooks(module))
 
 
-def makes_own(module: nn.Module) -> bool:
+def saves_itself(module: nn.Module) -> bool:
     """Whether a module makes what is saved of itself, but for extra state."""
-    return not has_torchs(module, SAVE_OWN)
+    return not has_torch_method(module, SAVE_OWN)
 
 
-def gives_extra(module: nn.Module) -> bool:
+def overrides_get_extra_state(module: nn.Module) -> bool:
     """Whether a module has state beside parameters and buffers, as torch asks."""
     return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
 
 
-def takes_extra(module: nn.Module) -> bool:
+def overrides_set_extra_state(module: nn.Module) -> bool:
     """Whether a module takes such state, as torch asks."""
     return getattr(type(module), "set_extra_state", nn.Module.set_extra_state) is not nn.Module.set_extra_state
 
 
-def takes_itself(module: nn.Module, *, norms: bool = False) -> bool:
+def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module takes what is loaded in a way of its own, or somebody's hook changes it before.
 
     Args:
         module: The module.
         norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
     """
-    return not loads_as_torch(module, norms=norms) or foreign(loading_pre_hooks(module))
+    return not loads_as_torch(module, norms=norms) or has_foreign_hooks(loading_pre_hooks(module))
 
 
 def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
-    if has_torchs(module, LOAD_OWN):
+    if has_torch_method(module, LOAD_OWN):
         return True
     if norms or LOAD_OWN in vars(module):
         return False
@@ -81,7 +81,7 @@ def reaches_below(module: nn.Module) -> bool:
     """
     if not any(child is not None for child in own_children(module).values()):
         return False
-    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
+    if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return True
     return not own_loader(type(module)).__module__.startswith("torch.")
 
@@ -89,7 +89,11 @@ def reaches_below(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module makes and takes its state as torch does, load post-hooks aside."""
     return not (
-        makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module) or takes_itself(module)
+        saves_subtree_itself(module)
+        or saves_itself(module)
+        or overrides_get_extra_state(module)
+        or overrides_set_extra_state(module)
+        or loads_itself(module)
     )
 
 
@@ -101,7 +105,7 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
     """
     wrapper: object = part
     while isinstance(wrapper, nn.Module) and wrapper is not inner:
-        if foreign([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
+        if has_foreign_hooks([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
             raise ModuleStateError(
                 f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
                 hint="Register them on the module inside.",

@@ -66,7 +66,7 @@ def _is_torch(found: Recognised | None) -> bool:
     return found is not None and found.kind is Kind.TORCH
 
 
-def instead(directory: Path) -> str:
+def found_instead(directory: Path) -> str:
     """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
     weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
     shown = []
@@ -77,7 +77,7 @@ def instead(directory: Path) -> str:
     return ("only " + ", ".join(shown) + (f" and {more} more" if more else "")) if shown else ""
 
 
-def way_in(directory: Path) -> str:
+def how_to_open(directory: Path) -> str:
     """What to do about the first of the files that `instead` lists; may be empty."""
     for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
         if is_adapter(name):

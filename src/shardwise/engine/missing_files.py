@@ -14,11 +14,11 @@ from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeM
 from shardwise.format.manifest import Manifest
 from shardwise.sources.sources import Source
 
-_CLIMB = 3
+_MAX_LEVELS = 3
 
 
 @contextmanager
-def absent_files_named(source: Source) -> Iterator[None]:
+def missing_files_named(source: Source) -> Iterator[None]:
     """Give errors about tensors their path, and name the absent file where a manifest lists one.
 
     Raises:
@@ -30,7 +30,7 @@ def absent_files_named(source: Source) -> Iterator[None]:
     except (MissingTensorError, ShapeMismatchError) as error:
         if error.path is None:
             error.path = str(source.path)
-        absent = _absent(source.path)
+        absent = _missing_file(source.path)
         if absent is None:
             raise
         raise CheckpointNotFoundError(
@@ -57,7 +57,7 @@ def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
     return {}
 
 
-def _absent(path: Path) -> Path | None:
+def _missing_file(path: Path) -> Path | None:
     """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
     try:
         for directory, manifest in _manifests(path):
@@ -72,7 +72,7 @@ def _absent(path: Path) -> Path | None:
 
 def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
     """The manifests of a directory and of those around it, the nearest first."""
-    for directory in [path, *path.parents][:_CLIMB]:
+    for directory in [path, *path.parents][:_MAX_LEVELS]:
         manifest = load_manifest(directory) if directory.is_dir() else None
         if manifest is not None:
             yield directory, manifest

@@ -27,14 +27,14 @@ from zlib import crc32
 from shardwise.comm import Group, JsonValue
 from shardwise.geometry import Box, TensorSpec, tiles
 from shardwise.plan.pieces import ChunkIndex
-from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
+from shardwise.plan.reads import RemotePieces, SourceChunk, SourceTensor
 from shardwise.sources.entries import Entry, assemble, decode_entry
 
 _ASKING = "asking for pieces of tensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
+class PieceTable:
     """What this rank knows of the pieces of the tensors that it keeps.
 
     Attributes:
@@ -46,9 +46,9 @@ class Keeper:
     pieces: tuple[ChunkIndex, ...]
 
 
-def spread_entries(
+def distribute_entries(
     own: Mapping[int, Sequence[Entry]], root: Path, files: Sequence[Path], group: Group
-) -> tuple[list[SourceTensor], Keeper]:
+) -> tuple[list[SourceTensor], PieceTable]:
     """Put tensors together, each on its keeper. All ranks of the group call.
 
     Args:
@@ -64,7 +64,7 @@ def spread_entries(
         HeaderError: Two files disagree about a tensor.
     """
     messages = group.attempt(lambda: _by_keeper(own, group.world_size), "sorting headers by tensor")
-    theirs = group.deal(messages, "sharing headers")
+    theirs = group.exchange(messages, "sharing headers")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
         entries = _decoded(theirs)
@@ -74,7 +74,7 @@ def spread_entries(
     return _kept(put_together, own, group)
 
 
-def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], Keeper]:
+def distribute_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], PieceTable]:
     """Give each tensor to a keeper. All ranks of the group call.
 
     Args:
@@ -82,7 +82,7 @@ def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTen
         group: The ranks that load together.
 
     Returns:
-        As `spread_entries`.
+        As `distribute_entries`.
     """
 
     def sort() -> list[bytes]:
@@ -90,7 +90,7 @@ def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTen
         return [json.dumps(part).encode() if part else b"" for part in parts]
 
     messages = group.attempt(sort, "sorting tensors by keeper")
-    theirs = group.deal(messages, "sharing where pieces of tensors are")
+    theirs = group.exchange(messages, "sharing where pieces of tensors are")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
         tensors = [tensor_of_row(row) for text in theirs if text for row in json.loads(text)]
@@ -112,7 +112,7 @@ def tensor_of_row(row: JsonValue) -> SourceTensor:
 
 def _kept(
     make: Callable[[], list[tuple[SourceTensor, int]]], own: Mapping[int, Sequence[Entry]], group: Group
-) -> tuple[list[SourceTensor], Keeper]:
+) -> tuple[list[SourceTensor], PieceTable]:
     """Tell all ranks of the tensors that this one keeps.
 
     Args:
@@ -139,7 +139,7 @@ def _kept(
     everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
     known = _chunks_of(own)
     tensors = [tensor for told in everyone for kind in told for tensor in _of_kind(kind, known)]
-    return tensors, Keeper(tuple(dims), tuple(indices))
+    return tensors, PieceTable(tuple(dims), tuple(indices))
 
 
 def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChunk, ...]]:
@@ -161,7 +161,7 @@ def _of_kind(told: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> I
     for name, file, offset, packed in wholes:
         yield SourceTensor(TensorSpec(name, shape, dtype), (SourceChunk(Box.whole(shape), file, offset, packed),))
     for name, number, file, single in scattered:
-        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), Scattered(number, file, single))
+        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), RemotePieces(number, file, single))
 
 
 def _by_keeper(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
@@ -185,14 +185,14 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
     return sorted(found, key=lambda each: each[0])
 
 
-def ask_keepers(
-    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], keeper: Keeper, group: Group
+def look_up_pieces(
+    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], piece_table: PieceTable, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
     """Find the pieces that touch what a rank wants. All ranks of the group call.
 
     Args:
         wanted: Gives scattered tensors, and regions of them, some of which this rank does not know. Local.
-        keeper: What this rank can tell others.
+        piece_table: What this rank can tell others.
         group: The ranks that opened the checkpoint together.
 
     Returns:
@@ -206,9 +206,11 @@ def ask_keepers(
         asks.flag = any(questions)
     if not asks.any:
         return {}
-    received = group.deal(questions, _ASKING)
-    answers = group.attempt(lambda: [_answer(question, keeper, group.world_size) for question in received], _ASKING)
-    told = group.deal(answers, "telling where pieces of tensors are")
+    received = group.exchange(questions, _ASKING)
+    answers = group.attempt(
+        lambda: [_answer(question, piece_table, group.world_size) for question in received], _ASKING
+    )
+    told = group.exchange(answers, "telling where pieces of tensors are")
     return group.attempt(lambda: _collected(asked, told), "finding pieces of tensors")
 
 
@@ -219,22 +221,23 @@ def _questions(
     values: list[list[int]] = [[] for _ in range(world)]
     asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
     for tensor, boxes in wanted:
-        assert tensor.scattered is not None
-        number, dims = tensor.scattered.number, len(tensor.spec.shape)
+        assert tensor.remote is not None
+        number, dims = tensor.remote.number, len(tensor.spec.shape)
         for offsets, sizes in boxes:
             values[number % world] += (number, *offsets, *sizes)
             asked[number % world].append((number, dims))
     return [array("q", each).tobytes() for each in values], asked
 
 
-def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
+def _answer(question: bytes, piece_table: PieceTable, world: int) -> bytes:
     values, answer = _numbers(question), array("q")
     at, end = 0, len(values)
     while at < end:
         index = values[at] // world
-        middle = at + 1 + keeper.dims[index]
-        after = middle + keeper.dims[index]
-        touching = keeper.pieces[index].touching(Box(tuple(values[at + 1 : middle]), tuple(values[middle:after])))
+        middle = at + 1 + piece_table.dims[index]
+        after = middle + piece_table.dims[index]
+        region = Box(tuple(values[at + 1 : middle]), tuple(values[middle:after]))
+        touching = piece_table.pieces[index].touching(region)
         answer.append(len(touching))
         for (offsets, sizes), file, offset, packed in touching:
             answer.extend((file, offset, packed, *offsets, *sizes))

@@ -2,8 +2,8 @@
 
 Every collective of the library goes through `Group`. Two rules keep ranks from waiting for one another for ever:
 
-* local work between collectives runs inside ``with group.together("what")``, which catches what goes wrong, tells every
-  rank, and raises the same typed error on all of them;
+* local work between collectives runs inside ``with group.together("what")``, which catches an exception,
+  sends it to every rank, and raises the same typed error on all of them;
 * a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a
   rank that had failed by itself before also that failure, as its cause.
 
@@ -37,7 +37,7 @@ _FAILED = 2
 #: Up to so many integers of all ranks together are gathered rather than reduced.
 _FEW = 2**14
 
-#: What stands before a value that was made; of one that was not, nothing is told in the first exchange.
+#: Prefix of a value that was computed. A rank that failed sends an empty message in the first exchange.
 _MADE = b"="
 
 
@@ -55,7 +55,7 @@ class Vote:
 
 
 class Group(Ranks):
-    """The ranks that save or load together: what they agree on, and values that they tell each other."""
+    """The ranks that save or load together: what they agree on, and the values that they exchange."""
 
     # --- status -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Group(Ranks):
         if self.world_size == 1:
             self._raise_alone(own, failure)
             return flag
-        # Nearly always nobody has anything to say, which one number tells.
+        # In nearly every call no rank has failed, which one reduced number shows.
         with self.keeping(failure):
             most = self._largest(_FAILED if own is not None else int(flag), what, seconds)
         if most != _FAILED:
@@ -143,11 +143,11 @@ class Group(Ranks):
             raise own from (failure if failure is not own else None)
 
     @staticmethod
-    def _attempt(make: Callable[[], JsonValue], is_told: bool) -> tuple[JsonValue, bytes, Exception | None]:
-        """What ``make`` gives, as it is and as it is told; nothing is told of a failure."""
+    def _attempt(make: Callable[[], JsonValue], is_sent: bool) -> tuple[JsonValue, bytes, Exception | None]:
+        """The result of ``make``, its encoding (empty after a failure), and the failure."""
         try:
             value = make()
-            return value, _MADE + json.dumps(value).encode() if is_told else _MADE, None
+            return value, _MADE + json.dumps(value).encode() if is_sent else _MADE, None
         except Exception as error:  # noqa: BLE001 - raised on every rank
             return None, b"", error
 
@@ -165,7 +165,7 @@ class Group(Ranks):
         Raises:
             ShardwiseError: What it failed with on the lowest rank where it did, on every rank. ``make`` is local.
         """
-        value, text, failure = self._attempt(make, is_told=True)
+        value, text, failure = self._attempt(make, is_sent=True)
         own = self._wrapped(failure)
         if self.world_size == 1:
             self._raise_alone(own, failure)
@@ -181,8 +181,8 @@ class Group(Ranks):
 
         For what every rank has much of and only rank 0 needs: `gather` costs as much again on every rank.
         """
-        # Rank 0 need not tell itself more than that it succeeded.
-        value, text, failure = self._attempt(make, is_told=not self.is_main)
+        # Rank 0 receives its own value directly: its message says only that it succeeded.
+        value, text, failure = self._attempt(make, is_sent=not self.is_main)
         own = self._wrapped(failure)
         if self.world_size == 1:
             self._raise_alone(own, failure)
@@ -213,10 +213,10 @@ class Group(Ranks):
         return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
     def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
-        """What ``make`` gives on rank 0, on every rank, in one exchange. All ranks call; ``make`` is local.
+        """Call ``make`` on rank 0 and broadcast its result, in one exchange. All ranks call; ``make`` is local.
 
         Raises:
-            ShardwiseError: What it failed with, on every rank.
+            ShardwiseError: ``make`` failed on rank 0; raised on every rank.
         """
         failure: Exception | None = None
         own: ShardwiseError | None = None
@@ -228,8 +228,8 @@ class Group(Ranks):
                 failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
                 text = json.dumps([None, own.to_record()]).encode()
         with self.keeping(failure):
-            told = self.broadcast_bytes(text, 0, what)
-        value, record = json.loads(told)
+            received = self.broadcast_bytes(text, 0, what)
+        value, record = json.loads(received)
         self._raise_alone(own, failure)
         if record is not None:
             raise ShardwiseError.from_record(record)

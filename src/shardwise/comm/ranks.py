@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm import collectives
-from shardwise.comm.lost_ranks import Patience, Seat, find_lost
+from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
@@ -38,7 +38,7 @@ class Ranks:
         self._owned = False
         self._broken: PeerError | None = None
         self._name = ""
-        self._seats: tuple[Seat, ...] = ()
+        self._processes: tuple[RankProcess, ...] = ()
         self._report_seconds = 0.0
         self._waiting: Waiting | None = None
         if process_group is None:
@@ -46,7 +46,7 @@ class Ranks:
             self._device = torch.device("cpu")
             self._global_ranks: tuple[int, ...] = (0,)
         else:
-            # Asked for now: once the script has destroyed its groups, torch does not know.
+            # Read now: torch no longer knows the ranks once the script has destroyed its groups.
             self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
@@ -86,15 +86,15 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None)
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
-        # torch wants every rank of the default group to take part in making a group, unless told that only members do.
+        # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
-        patience = Patience.within(timeout_seconds)
+        budget = TimeoutBudget.within(timeout_seconds)
         try:
             with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
                 made = dist.new_group(
                     ranks=ranks,
                     backend="gloo",
-                    timeout=timedelta(seconds=patience.collective),
+                    timeout=timedelta(seconds=budget.collective),
                     use_local_synchronization=few,
                 )
         except RuntimeError as error:
@@ -104,11 +104,11 @@ class Ranks:
             ) from error
         group = cls(made)
         group._owned = True
-        group._report_seconds = patience.report
+        group._report_seconds = budget.report
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
-        own = Seat.own()
-        seats = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
-        group._seats = tuple(Seat(*json.loads(seat)) for seat in seats)
+        own = RankProcess.own()
+        processes = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
+        group._processes = tuple(RankProcess(*json.loads(process)) for process in processes)
         return group
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class Ranks:
         """Find out who is missing, and refuse every later collective: the ranks are out of step."""
         ranks = self.global_ranks()
         host = ranks.index(0) if 0 in ranks else None
-        lost, how = find_lost(self._name, self.rank, self._seats, host, self._report_seconds)
+        lost, how = find_lost(self._name, self.rank, self._processes, host, self._report_seconds)
         named = [ranks[number] for number in lost]
         if named:
             who = f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(map(str, named))}"

@@ -112,7 +112,7 @@ class Background:
         return made
 
     def acknowledge(self) -> None:
-        """What became of the last save, which is over, is known to the caller of the library."""
+        """Forget the last save, which has ended: the caller of the library knows its outcome."""
         if self._save is not None:
             forget(self._save)
             self._save = None

@@ -1,6 +1,6 @@
-"""Tensors whose conversion no view expresses.
+"""Tensors whose conversion cannot be expressed as a view.
 
-Converted whole, one group at a time, on one of the ranks that hold them.
+They are converted whole, one group at a time, on one of the ranks that hold them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def write_computed(
 
 
 def _name(held: HeldGroup) -> str:
-    """What tells a group from others, on every rank alike."""
+    """The name that identifies a group, the same on every rank."""
     return held.computed.natives[0].name
 
 

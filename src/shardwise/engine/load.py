@@ -310,7 +310,7 @@ def _described(
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
-    """Regions that this rank wants of scattered tensors; what does not fit is no question yet."""
+    """Regions that this rank wants of tensors with remote pieces; a mismatch of shapes is reported later."""
     wanted: dict[str, list[Box]] = {}
     for tensor in held:
         spec = tensor.spec

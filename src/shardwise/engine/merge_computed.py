@@ -35,12 +35,14 @@ class ComputedFiles:
     digests: Mapping[str, int]
 
     def others(self, roster: Roster) -> Roster:
-        """Who holds what, without the computed tensors, of which nobody holds a part."""
+        """Who holds what, without the computed tensors, which no rank holds a part of."""
         if not self.sources:
             return roster
         declarations = {
-            digest: replace(told, specs=tuple(spec for spec in told.specs if spec.name not in self.sources))
-            for digest, told in roster.declarations.items()
+            digest: replace(
+                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
+            )
+            for digest, declaration in roster.declarations.items()
         }
         return Roster(declarations, roster.digests, roster.coordinates)
 

@@ -1,6 +1,6 @@
-"""Why a checkpoint's tensors do not fit: what its manifest knows and its headers alone cannot tell.
+"""Why a checkpoint's tensors do not fit the model, as its manifest shows and file headers alone do not.
 
-A file of it may be gone, or a tensor may be saved under another of the names that it had.
+One of its files may be missing, or a tensor may be saved under another of its names.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _missing_file(path: Path) -> Path | None:
                 found = directory / file.path
                 if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
                     return found
-    except (OSError, ShardwiseError):  # the error at hand says more than one about the manifest
+    except (OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
         pass
     return None
 

@@ -1,8 +1,8 @@
-"""How a process ends that still has a save in the background: the save is finished, or its loss is an error.
+"""The end of a process with a save in the background: the save is finished, or its loss is logged as an error.
 
 A training script may return from its last line, raise, or call ``sys.exit`` without `Checkpointer.finalize`. The
-interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and nobody
-is left to whom a failure could be raised. So saves that nobody has waited for yet are known here, and
+interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and no
+caller is left to raise a failure to. So this module keeps a list of the saves that no caller has waited for yet, and
 
 1. before executors close, the interpreter waits for them;
 2. at the very end, one that has failed is logged as an error, and the process ends with a code other than 0.
@@ -30,7 +30,7 @@ LOST_EXIT_CODE = 1
 
 @dataclass(eq=False)
 class PendingSave:
-    """A save in the background, until somebody has waited for it.
+    """A save in the background, until a caller has waited for it.
 
     Attributes:
         what: What is saved, for messages.
@@ -48,7 +48,7 @@ class PendingSave:
         return self.thread is not None and self.thread.is_alive()
 
     def join(self) -> None:
-        """Return when it is over, in one way or the other."""
+        """Return when the save has ended, successfully or not."""
         if self.thread is not None:
             self.thread.join()
 
@@ -57,13 +57,13 @@ _pending: set[PendingSave] = set()
 
 
 def remember(save: PendingSave) -> None:
-    """Take care of a save until `forget` is called, or the process ends."""
+    """Add a save to the list until `forget` is called, or the process ends."""
     _register_exit_hooks()
     _pending.add(save)
 
 
 def forget(save: PendingSave) -> None:
-    """Its outcome is known to the caller of the library."""
+    """Remove a save from the list: the caller of the library knows its outcome."""
     _pending.discard(save)
 
 

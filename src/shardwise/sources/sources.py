@@ -44,7 +44,7 @@ class Source:
         path: What was opened.
         files: Every file that holds tensor data.
         tensors: By name.
-        piece_table: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
+        piece_table: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
         dcp: Whether it is a DCP directory, which may hold more than a model.
         below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
     """
@@ -64,7 +64,7 @@ class Source:
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
-        """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
+        """The same source with just the pieces that this rank wants. All ranks of the group call.
 
         Args:
             wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
@@ -81,9 +81,9 @@ class Source:
 
         pieces = look_up_pieces(questions, self.piece_table, group)
         for name in asked:
-            spec, _, scattered = tensors[name]
-            if scattered is not None:
-                tensors[name] = SourceTensor(spec, pieces[scattered.number], scattered)
+            spec, _, remote = tensors[name]
+            if remote is not None:
+                tensors[name] = SourceTensor(spec, pieces[remote.number], remote)
         return replace(self, tensors=tensors)
 
 
@@ -92,7 +92,7 @@ def open_source(
     group: Group,
     *,
     spread: bool = False,
-    besides: frozenset[str] = frozenset(),
+    exclude: frozenset[str] = frozenset(),
 ) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
@@ -102,7 +102,7 @@ def open_source(
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
-        besides: Names of files in a directory that hold something else than the tensors that are meant.
+        exclude: Names of files in a directory that hold something else than the tensors to load.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -114,7 +114,7 @@ def open_source(
     read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
     listed = cast(
         dict[str, list[str]],
-        group.broadcast_result(lambda: _look(root, read, besides), f"looking for a checkpoint at {root}"),
+        group.broadcast_result(lambda: _look(root, read, exclude), f"looking for a checkpoint at {root}"),
     )
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
@@ -135,7 +135,7 @@ def open_source(
     return source
 
 
-def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
+def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
     """List what is at a path.
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
@@ -149,7 +149,7 @@ def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
     if (root / ".metadata").exists():
         _refuse_both(root)
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
-    own, index = _tensor_files(root, read, besides)
+    own, index = _tensor_files(root, read, exclude)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
         below, index_below = _tensor_files(root / "consolidated", read)
@@ -197,10 +197,10 @@ def _refuse_both(root: Path) -> None:
 
 
 def _tensor_files(
-    directory: Path, read: _ReadIndex, besides: frozenset[str] = frozenset()
+    directory: Path, read: _ReadIndex, exclude: frozenset[str] = frozenset()
 ) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
-    names = [name for name in os.listdir(directory) if name not in besides]
+    names = [name for name in os.listdir(directory) if name not in exclude]
     chosen = choose_weights(directory, names, SAFETENSORS, read)
     if chosen is None:
         return [], []

@@ -1,8 +1,8 @@
 """Weights in ``pytorch_model.bin`` and its like, found without loading them.
 
 A ``.bin`` of today is a zip archive of stored, uncompressed storages. Unpickling it over fake tensors, with torch's
-restricted unpickler, tells each tensor's place in the file, and from there on it is read by byte ranges like any
-other. What cannot be told this way (files of torch before 1.6, tensors that are not contiguous in their storage) is
+restricted unpickler, gives each tensor's place in the file, and from there on it is read by byte ranges like any
+other. What cannot be located this way (files of torch before 1.6, tensors that are not contiguous in their storage) is
 opened by ``torch.load``, memory-mapped where the format allows it, and copied slice by slice.
 """
 

@@ -33,7 +33,7 @@ _HINT = "Restore the file from a copy, or take another checkpoint; `shardwise ve
 
 
 class RecordedDigest(NamedTuple):
-    """A run of bytes of a file, and the digest that it had when it was written."""
+    """The digest of a run of bytes of a file, as recorded when it was written."""
 
     offset: int
     nbytes: int
@@ -49,7 +49,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class DigestLedger:
-    """What was recorded of files' bytes, and what was read of them.
+    """The digests that were recorded of files, and those of the bytes that were read.
 
     Attributes:
         recorded: File -> its runs of bytes with a digest, in the order of their offsets.
@@ -84,14 +84,14 @@ class DigestLedger:
         self.take(path, 0, len(content), crc32c(content))
 
     def headers(self, paths: Iterable[Path], storage: Storage) -> None:
-        """Read and compare the headers of tensor files, of which each is the first recorded run."""
+        """Read and compare the headers of tensor files: the first recorded run of each."""
         for path in paths:
             runs = self.recorded.get(path)
             if runs and runs[0].offset == 0 and runs[0].tensor is None and len(runs) > 1:
                 self.take(path, 0, runs[0].nbytes, _digest(path, 0, runs[0].nbytes, 0, storage))
 
     def settle(self, storage: Storage) -> None:
-        """Compare what is recorded in other runs than it was read in; what lies between is read now.
+        """Compare recorded runs that were read in other pieces; bytes that were not read before are read now.
 
         Raises:
             IntegrityError: A file has changed since it was written.

@@ -191,10 +191,10 @@ class _Keeping(_Alike):
         counts = [0] * self.world_size
         kinds: list[dict[tuple[int, ...], list[JsonValue]]] = [{} for _ in range(self.world_size)]
         for name in self._offsets:
-            keeper = crc32(name.encode()) % self.world_size
-            number = keeper + counts[keeper] * self.world_size
-            counts[keeper] += 1
-            kinds[keeper].setdefault(self._shapes[name], []).append([name, number, 0, True])
+            index_rank = crc32(name.encode()) % self.world_size
+            number = index_rank + counts[index_rank] * self.world_size
+            counts[index_rank] += 1
+            kinds[index_rank].setdefault(self._shapes[name], []).append([name, number, 0, True])
             self._names[number] = name
         return [[["BF16", list(shape), [], rows] for shape, rows in found.items()] for found in kinds]
 

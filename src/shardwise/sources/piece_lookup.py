@@ -152,10 +152,10 @@ def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChun
     return found
 
 
-def _of_kind(answers: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
+def _of_kind(kind: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
     """Tensors of one dtype and shape: first those that are whole in one file, then those with remote pieces."""
     dtype, sizes, wholes, scattered = cast(
-        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], answers
+        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], kind
     )
     shape = tuple(sizes)
     for name, file, offset, packed in wholes:

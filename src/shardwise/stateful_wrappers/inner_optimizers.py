@@ -1,4 +1,4 @@
-"""What keeps the state of what is passed as an optimizer: itself, and the optimizers inside of it.
+"""The optimizers that hold state: those that were passed, and the optimizers inside of them.
 
 Containers, wrappers (Lookahead, SAM, accelerate's) and torch's ``ZeroRedundancyOptimizer`` have optimizers inside,
 which own moments that `Optimizer.state` of the outer one does not show.
@@ -22,7 +22,7 @@ _DEPTH = 4
 
 @runtime_checkable
 class StatefulOptimizer(Protocol):
-    """An optimizer that is no `torch.optim.Optimizer`: what has its two methods."""
+    """An optimizer that is not a `torch.optim.Optimizer` but has its two methods."""
 
     def state_dict(self) -> dict[str, object]:
         """The state."""
@@ -38,7 +38,7 @@ AnyOptimizer = Optimizer | StatefulOptimizer
 
 @dataclass(frozen=True, slots=True)
 class StateHolder:
-    """Something that keeps state by parameter, and groups.
+    """An optimizer that holds state by parameter, and parameter groups.
 
     Attributes:
         optimizer: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
@@ -71,7 +71,7 @@ def members(group: Options) -> list[torch.Tensor]:
 
 
 def find_state_holders(passed: Sequence[AnyOptimizer]) -> list[StateHolder]:
-    """Everything that keeps state in what was passed, the innermost first.
+    """All state holders in the optimizers that were passed, the innermost first.
 
     Raises:
         MisuseError: Two optimizers, neither of which is inside the other, update one parameter; or one has not been
@@ -153,7 +153,7 @@ def is_shell(value: object) -> bool:
 
 
 def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
-    """Tell holders of the same parameters apart, where one is inside the other.
+    """Give each holder of the same parameters its own slot, where one is inside the other.
 
     Raises:
         MisuseError: Neither is.

@@ -42,7 +42,7 @@ class Installing:
         aside: Plain name -> other values of the state; ``None`` where nothing was saved of such.
         metadata: Plain module name -> what torch noted of it.
         allow_missing: Whether tensors may be absent.
-        skips_empty: Whether a module of which there is nothing at all is passed over.
+        skips_empty: Whether a module without any saved entry is skipped.
         without: Modules that found no extra state.
     """
 

@@ -102,8 +102,8 @@ class ModelState:
         """Plain names to detached tensors.
 
         They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
-        `load_state_dict`. Each stands there once: ``lm_head.weight`` is left out where it shares its memory with the
-        embedding, and only there. What modules have beside tensors (extra state) stands there under torch's names.
+        `load_state_dict`. Each is listed once: ``lm_head.weight`` is left out where it shares its memory with the
+        embedding, and only there. Extra state of modules is listed under torch's names.
 
         Raises:
             ModuleStateError: A module gives what cannot be described.

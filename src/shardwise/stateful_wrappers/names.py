@@ -48,7 +48,7 @@ class NamedTensor(NamedTuple):
         tensor: The parameter or buffer itself (not detached).
         aliases: Further names of the very same tensor.
         part: Number of the first of the model's parts that has it under this name.
-        position: Where the name stands among all names of all parts.
+        position: Index of the name among all names of all parts.
     """
 
     name: str

@@ -31,7 +31,7 @@ from shardwise.stateful_wrappers.inner_optimizers import (
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
 from shardwise.stateful_wrappers.optimizer_classes import equal
-from shardwise.stateful_wrappers.own_state import StateView, gives_own_way
+from shardwise.stateful_wrappers.own_state import StateView, makes_or_loads_custom
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
     PLAIN,
@@ -168,8 +168,8 @@ class OptimizerRecord:
             }
             values = cast(dict[str, dict[str, object]], fields["values"])
             aliases = {str(k): str(v) for k, v in cast(dict[str, str], fields.get("aliases", {})).items()}
-            told = cast(dict[str, list[int]], fields.get("shapes", {}))
-            shapes = {name: tuple(int(n) for n in shape) for name, shape in told.items()}
+            saved_shapes = cast(dict[str, list[int]], fields.get("shapes", {}))
+            shapes = {name: tuple(int(n) for n in shape) for name, shape in saved_shapes.items()}
             schedulers = tuple(str(kind) for kind in cast(list[object], fields.get("schedulers", [])))
             held = {name: dict(found) for name, found in values.items()}
             trees = {name: list(tree) for name, tree in cast(dict[str, Tree], fields.get("trees", {})).items()}
@@ -314,7 +314,7 @@ class Entry:
 
         Args:
             name_of: Gives a parameter's name.
-            own: Keys of plain tensors of which each shard has one of its own.
+            own: Keys of plain tensors that differ from shard to shard.
 
         Raises:
             MisuseError: It holds what cannot be saved.
@@ -429,10 +429,10 @@ class OptimizerState:
     @property
     def has_own_ways(self) -> bool:
         """Whether any optimizer makes or takes its state dict in a way of its own."""
-        return any(map(gives_own_way, self.passed))
+        return any(map(makes_or_loads_custom, self.passed))
 
     def loose(self) -> list[_Loose]:
-        """What belongs to no parameter, asked for once: state under other keys, and what state dicts hold besides."""
+        """State that belongs to no parameter, collected once: under other keys, and further entries of state dicts."""
         if self._loose is None:
             self._loose = list(self._find_loose())
         return self._loose
@@ -444,7 +444,7 @@ class OptimizerState:
             if keyed:
                 yield self._taken_apart(label, keyed)
         for number, label in self.passed_labels():
-            if gives_own_way(self.passed[number]):
+            if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
                     yield self._taken_apart(label, rest)
@@ -470,7 +470,7 @@ class OptimizerState:
     # --- what ranks find out together -------------------------------------------------------------------------------
 
     def unsettled(self) -> dict[str, list[object]]:
-        """Plain tensors beside sharded parameters, of which values tell whether each rank has its own.
+        """Plain tensors beside sharded parameters: only their values show whether each rank has its own.
 
         Returns:
             Name -> optimizer class and key, whether the shape is that of this rank's shard, and a digest.
@@ -486,17 +486,17 @@ class OptimizerState:
         return found
 
     def settle(self, rows: Sequence[Mapping[str, Sequence[object]]]) -> None:
-        """Take in what `unsettled` gave on every rank."""
-        told: dict[str, list[Sequence[object]]] = {}
+        """Decide from the gathered results of `unsettled`, one for each rank."""
+        gathered: dict[str, list[Sequence[object]]] = {}
         of_key: dict[str, list[Sequence[object]]] = {}
         for row in rows:
             for name, said in row.items():
-                told.setdefault(name, []).append(said)
-        for said_of_name in told.values():
-            of_key.setdefault(str(said_of_name[0][0]), []).extend(said_of_name)
-        differs = {name: len({str(said[2]) for said in found}) > 1 for name, found in told.items()}
-        some_differ = {str(told[name][0][0]) for name, differ in differs.items() if differ}
-        for name, found in told.items():
+                gathered.setdefault(name, []).append(said)
+        for rows_of_name in gathered.values():
+            of_key.setdefault(str(rows_of_name[0][0]), []).extend(rows_of_name)
+        differs = {name: len({str(said[2]) for said in found}) > 1 for name, found in gathered.items()}
+        some_differ = {str(gathered[name][0][0]) for name, differ in differs.items() if differ}
+        for name, found in gathered.items():
             key = str(found[0][0])
             if all(said[1] for said in found):
                 every = all(said[1] for said in of_key[key])

@@ -27,7 +27,7 @@ from shardwise.stateful_wrappers.optimizer_classes import (
     is_like_parameter,
     is_torchs_own,
 )
-from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, gives_own_way
+from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -420,7 +420,7 @@ class _Planner:
                 self.found.keyed.append(_Keyed(holder.optimizer, found))
         for number, label in self.state.passed_labels():
             passed = self.state.passed[number]
-            if not gives_own_way(passed):
+            if not makes_or_loads_custom(passed):
                 continue
             holder_of = next((holder for holder in self.state.state_holders if holder.passed == number), None)
             rest = cast("list[tuple[list[tuple[str, object]], object]]", self._loose(label, holder_of) or [])

@@ -1,8 +1,9 @@
-"""What an optimizer's own ``state_dict()`` holds beside the state that its holders show, and handing it back.
+"""The further content of an optimizer's own ``state_dict()``: saving it, and loading it back.
 
-Optimizers with ways of their own (overridden methods, hooks, containers, wrappers) may put anything into what they
-give out. What is a holder's state or option is recognised and left to it; the rest is kept as it is, under its path,
-and goes back through the optimizer's own ``load_state_dict``, with the restored state around it.
+Optimizers with custom behaviour (overridden methods, hooks, containers, wrappers) may put anything into their state
+dict. Entries that belong to a `StateHolder` (its state or options) are recognised and saved as such; the rest is kept
+unchanged, under its path, and is loaded through the optimizer's own ``load_state_dict``, with the restored state around
+it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ Path = tuple[Step, ...]
 NameOf = Callable[[torch.Tensor], str]
 
 
-def gives_own_way(optimizer: AnyOptimizer) -> bool:
-    """Whether an optimizer makes or takes its state dict in another way than torch's class does."""
+def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
+    """Whether an optimizer makes or loads its state dict in another way than torch's class does."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
         return True
     own = vars(optimizer)
     has_hooks = any(own.get(hooks) for hooks in STATE_HOOKS)
-    return has_hooks or _overrides(optimizer, "state_dict") or takes_own_way(optimizer)
+    return has_hooks or _overrides(optimizer, "state_dict") or loads_custom(optimizer)
 
 
-def takes_own_way(optimizer: AnyOptimizer) -> bool:
+def loads_custom(optimizer: AnyOptimizer) -> bool:
     """Whether taking a state dict in does something that torch's class does not."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
@@ -216,7 +217,7 @@ class StateView:
         Raises:
             Exception: What the optimizer's own code refuses it with.
         """
-        if not rest and not takes_own_way(self.optimizer):
+        if not rest and not loads_custom(self.optimizer):
             return
         found = copied(self._given())
         for path, value in rest:
@@ -259,7 +260,7 @@ def _refused(optimizer: AnyOptimizer, path: Path) -> MisuseError:
 
 
 def copied(value: object) -> object:
-    """Containers anew, with the same leaves in them."""
+    """New containers with the same leaves."""
     if isinstance(value, dict):
         new = {key: copied(each) for key, each in value.items()}
         if type(value) is dict:
@@ -273,7 +274,7 @@ def copied(value: object) -> object:
 
 
 def cloned(value: object) -> object:
-    """As `copied`, with tensors that nobody else writes."""
+    """As `copied`, with cloned tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""How modules make and take their state: as torch does, or in a way of their own."""
+"""How modules save and load their state: with torch's methods, or with overrides and hooks of their own."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 
 
 def has_torch_method(module: nn.Module, name: str) -> bool:
-    """Whether a method is that of ``nn.Module``."""
+    """Whether a module inherits a method from ``nn.Module``."""
     return getattr(type(module), name) is getattr(nn.Module, name) and name not in vars(module)
 
 
 def has_foreign_hooks(hooks: Iterable[object]) -> bool:
-    """Whether one of the hooks is not known to convert nothing."""
+    """Whether one of the hooks may convert values: it is not on the list of harmless ones."""
     return not all((getattr(hook, "__module__", None) or "").startswith(HARMLESS_HOOKS) for hook in hooks)
 
 
 def saves_subtree_itself(module: nn.Module) -> bool:
-    """Whether what is saved of a module and all below it is made by the module, or by somebody's hook on it."""
+    """Whether a module, or a hook on it, makes the saved state of the module and of all modules below it."""
     if not has_torch_method(module, "state_dict"):
         return True
     return has_foreign_hooks(saving_hooks(module))
 
 
 def saves_itself(module: nn.Module) -> bool:
-    """Whether a module makes what is saved of itself, but for extra state."""
+    """Whether a module makes its own saved state, extra state excepted."""
     return not has_torch_method(module, SAVE_OWN)
 
 
 def overrides_get_extra_state(module: nn.Module) -> bool:
-    """Whether a module has state beside parameters and buffers, as torch asks."""
+    """Whether a module overrides ``get_extra_state``."""
     return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
 
 
 def overrides_set_extra_state(module: nn.Module) -> bool:
-    """Whether a module takes such state, as torch asks."""
+    """Whether a module overrides ``set_extra_state``."""
     return getattr(type(module), "set_extra_state", nn.Module.set_extra_state) is not nn.Module.set_extra_state
 
 
 def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
-    """Whether a module takes what is loaded in a way of its own, or somebody's hook changes it before.
+    """Whether a module loads its state with its own code, or a hook changes it before.
 
     Args:
         module: The module.
@@ -75,7 +75,7 @@ def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
 
 
 def reaches_below(module: nn.Module) -> bool:
-    """Whether what takes a module's state may also change that of the modules below it.
+    """Whether loading a module's state may also change that of the modules below it.
 
     Hooks and methods are given the whole subtree's state. Torch's own methods look at the module's own alone.
     """
@@ -87,7 +87,7 @@ def reaches_below(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module makes and takes its state as torch does, load post-hooks aside."""
+    """Whether a module saves and loads its state as torch does, load post-hooks aside."""
     return not (
         saves_subtree_itself(module)
         or saves_itself(module)
@@ -98,7 +98,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
-    """Check that nobody's hooks are on the wrappers around a model, which are taken off before anything is looked at.
+    """Check that the wrappers around a model, which are taken off first, have no state hooks.
 
     Raises:
         ModuleStateError: There are.
@@ -114,7 +114,7 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
 
 
 def refuse_fsdp1(parts: Iterable[object]) -> None:
-    """Check that no module is wrapped by FSDP1, whose ``state_dict()`` depends on modes and gathers.
+    """Check that no module is wrapped by FSDP1: its ``state_dict()`` depends on modes and gathers.
 
     Raises:
         MisuseError: One is; it is named.

@@ -1,4 +1,4 @@
-"""What ``state_dict()`` gives, told apart: parameters and buffers themselves, and what modules make on the fly.
+"""The entries of ``state_dict()`` by origin: parameters and buffers themselves, and values made by modules.
 
 Names here are those of ``state_dict()``, with what wrappers put into them.
 """
@@ -52,11 +52,11 @@ def label(module: nn.Module, prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A module whose own methods make entries of the state.
+    """A module that makes entries of the state with its own methods.
 
     Attributes:
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         whole: Whether it makes those of the modules below it too.
     """
 
@@ -134,11 +134,11 @@ class OneTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taker:
-    """A module whose own methods take entries of the state.
+    """A module that loads entries of the state with its own methods.
 
     Attributes:
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         whole: Whether it takes those of the modules below it too.
         is_lenient: Whether names and shapes are its own affair: it has methods or hooks of its own for loading.
         calls_root: Whether the model's own ``load_state_dict`` is what takes them.
@@ -163,7 +163,7 @@ class SpreadAs:
     spec: DTensorSpec
 
     def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The DTensor of which ``local`` is this rank's part."""
+        """The DTensor that ``local`` is this rank's part of."""
         return around(local, self.spec)
 
 
@@ -173,7 +173,7 @@ class Step(NamedTuple):
     Attributes:
         kind: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         taker: Who takes, where entries are taken.
     """
 
@@ -219,7 +219,7 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 class StandIns:
-    """Gives equal stand-ins for equal values from save to save, so that nothing is planned anew."""
+    """Gives equal stand-ins for equal values from save to save, so that the plan is kept."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[torch.Tensor, object]] = {}

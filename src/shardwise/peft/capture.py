@@ -9,11 +9,11 @@ import torch.nn as nn
 
 from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
 from shardwise.peft.allocator import allocator_entries
+from shardwise.peft.builtin_lora_capture import capture_own
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import extra_entries
 from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted, outer
 from shardwise.peft.names import clean, join, named_modules, text_config
-from shardwise.peft.own_capture import capture_own
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 from shardwise.plan.views import AxisView, hub_views
@@ -51,7 +51,7 @@ def capture_adapter(
 
     Args:
         parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
-            with LoRA modules of its own (see `shardwise.peft.own`).
+            with LoRA modules of its own (see `shardwise.peft.builtin_lora`).
         peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
             which ``dim`` is read (or ``r`` of what `shardwise.addons.peft.read_adapter_config` returns).
         v4_compatible: Describe expert adapters as one pair for each expert and projection.

@@ -1,8 +1,8 @@
-"""Models without their adapters, which peft's own code has merged into the base weights, one module at a time.
+"""Models with their adapters merged into the base weights by peft's own code, one module at a time.
 
-What a merged weight is, is peft's to say: each method computes it in a way of its own, in the dtypes that the module
-has. So of every adapted module a copy without memory is made; peft merges a copy of that copy, once on the meta device,
-which tells what comes of it, and once with the module's whole tensors, when the merged weights are written.
+Each method computes a merged weight in its own way, in the dtypes that the module has. So every adapted module is
+copied without memory, and peft merges a copy of that copy twice: on the meta device, which gives the shapes and dtypes
+of the result, and with the module's whole tensors, when the merged weights are written.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError, QuantizationError
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of, outer
 from shardwise.peft.names import named_modules
-from shardwise.peft.own import find_sites
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters, own_class, unwrap
 from shardwise.stateful_wrappers.names import own_tensors
@@ -243,7 +243,7 @@ class _Outcome:
 
     Attributes:
         modules: One for each layer.
-        origins: id of a tensor of theirs -> the token whose place it has, for those that merging has not made anew.
+        origins: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
     """
 
     modules: list[nn.Module]

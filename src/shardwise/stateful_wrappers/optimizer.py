@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.custom_optimizer_state import StateView, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
     Options,
@@ -31,7 +32,6 @@ from shardwise.stateful_wrappers.inner_optimizers import (
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
 from shardwise.stateful_wrappers.optimizer_classes import equal
-from shardwise.stateful_wrappers.own_state import StateView, makes_or_loads_custom
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
     PLAIN,

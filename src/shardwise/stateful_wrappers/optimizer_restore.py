@@ -18,6 +18,7 @@ from shardwise.errors import (
     StateFormatError,
 )
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
 from shardwise.stateful_wrappers.optimizer_classes import (
@@ -27,7 +28,6 @@ from shardwise.stateful_wrappers.optimizer_classes import (
     is_like_parameter,
     is_torchs_own,
 )
-from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors

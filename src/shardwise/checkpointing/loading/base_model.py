@@ -44,7 +44,8 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
-from shardwise.peft.fresh import (
+from shardwise.peft.builtin_lora import find_sites
+from shardwise.peft.initial_values import (
     adapter_tensors,
     check_can_begin,
     check_method,
@@ -52,7 +53,6 @@ from shardwise.peft.fresh import (
     refuse_changed_base,
 )
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.own import find_sites
 from shardwise.stateful_wrappers.names import declared_ties
 from shardwise.upstream.transformers import may_be_unexpected
 

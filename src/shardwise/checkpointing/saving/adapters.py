@@ -28,8 +28,11 @@ from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import AdapterError, MissingTensorError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
+from shardwise.peft.compatibility import check_opens as check_opens_in_peft
+from shardwise.peft.compatibility import vllm_limits
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.diffusers_lora import (
     LORA_WEIGHTS_NAME,
@@ -45,9 +48,6 @@ from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
 from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.own import find_sites
-from shardwise.peft.rules import check_opens as check_opens_in_peft
-from shardwise.peft.rules import vllm_limits
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import (
     ADAPTER_CONFIG_NAME,

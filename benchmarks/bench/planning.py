@@ -127,7 +127,7 @@ class _Alike(Group):
         """What this rank has itself."""
         return value
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """What rank 0 told, or would tell as this rank does."""
         return cast(JsonValue, json.loads(self._told[what])) if what in self._told else make()
 
@@ -145,9 +145,9 @@ class _Telling(Group):
         self.told[what] = json.dumps(found[0])
         return found
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """The same value."""
-        value = super().tell(make, what)
+        value = super().broadcast_result(make, what)
         self.told[what] = json.dumps(value)
         return value
 
@@ -173,7 +173,7 @@ class _Keeping(_Alike):
         self._shapes = {spec.name: spec.shape for spec in _specs(len(offsets))}
         self._names: dict[int, str] = {}
 
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """What every rank has to say to this one."""
         if what not in self._said:
             self._said[what] = [self._message(rank, messages, what) for rank in range(self.world_size)]
@@ -191,10 +191,10 @@ class _Keeping(_Alike):
         counts = [0] * self.world_size
         kinds: list[dict[tuple[int, ...], list[JsonValue]]] = [{} for _ in range(self.world_size)]
         for name in self._offsets:
-            keeper = crc32(name.encode()) % self.world_size
-            number = keeper + counts[keeper] * self.world_size
-            counts[keeper] += 1
-            kinds[keeper].setdefault(self._shapes[name], []).append([name, number, 0, True])
+            index_rank = crc32(name.encode()) % self.world_size
+            number = index_rank + counts[index_rank] * self.world_size
+            counts[index_rank] += 1
+            kinds[index_rank].setdefault(self._shapes[name], []).append([name, number, 0, True])
             self._names[number] = name
         return [[["BF16", list(shape), [], rows] for shape, rows in found.items()] for found in kinds]
 

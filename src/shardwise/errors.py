@@ -2,7 +2,7 @@
 
     ShardwiseError
     |- ConfigError             (ValueError)         a setting is wrong or two settings contradict each other
-    |  `- UnknownSettingError  (TypeError)          there is no such setting; names the nearest
+    |  `- UnknownSettingError  (TypeError)          no setting has this name; names the nearest
     |- MisuseError             (ValueError)         a call that cannot be right, whatever the data
     |  `- AmbiguousFilesError                       several files could be what is meant
     |- StorageError            (OSError)            the file system refused: full, read-only, not writable, lost
@@ -145,7 +145,7 @@ class ConfigError(ShardwiseError, ValueError):
 
 
 class UnknownSettingError(ConfigError, TypeError):
-    """There is no such setting. Also what Python raises for an unknown keyword, which it may have been given as."""
+    """No setting has this name. Also a `TypeError`, which Python raises for an unknown keyword."""
 
 
 class MisuseError(ShardwiseError, ValueError):

@@ -244,7 +244,7 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
 def overlap(boxes: Sequence[Box]) -> bool:
     """Whether two of these boxes, which are not empty, share an element."""
-    # Along the dimension that tells most of them apart.
+    # Along the dimension with the most distinct offsets.
     dim = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
     near: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offsets[dim]):
@@ -256,7 +256,7 @@ def overlap(boxes: Sequence[Box]) -> bool:
 
 
 def covers_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
-    """What `tiles` says, also of fine grids, of which it cannot tell: these are looked at box by box."""
+    """The answer of `tiles`, and also for fine grids, which `tiles` cannot decide: those are compared box by box."""
     if tiles(shape, boxes):
         return True
     solid = [box for box in boxes if box.numel]

@@ -33,7 +33,7 @@ from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import lay_out
-from shardwise.plan.schedule import Run, schedule
+from shardwise.plan.schedule import WriteRun, schedule
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -437,7 +437,7 @@ def exchange_lost() -> int:
     roster = Agreement(group).roster(lambda: [held], "describing")
     layout = lay_out(roster.specs)
     exchanges = [replace(e, rows_per_round=30) for e in schedule([held], layout, roster, group.rank).exchanges]
-    written: list[Run] = []
+    written: list[WriteRun] = []
     assert exchange_rows(exchanges, [held], layout, group, written.append) is None
     assert len(written) == 3
     with group.together("exchanging"):

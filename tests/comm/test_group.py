@@ -42,7 +42,7 @@ def test_collect_gives_every_value_in_rank_order_to_rank_0(world: int, length: i
 def deal(length: int) -> list[bytes]:
     group = Group.current()
     messages = [f"{group.rank} to {other}".encode() * (length * other) for other in range(group.world_size)]
-    return group.deal(messages, "testing")
+    return group.exchange(messages, "testing")
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -302,7 +302,7 @@ def tell_numbers(fails: bool) -> tuple[object, int]:
             raise StorageError("the mount is gone", path=Path("/far"), hint="Mount it again.")
         return {"rank": group.rank, "all": [1, None, "ä"]}
 
-    value = group.tell(make, "telling numbers")  # type: ignore[arg-type]
+    value = group.broadcast_result(make, "telling numbers")  # type: ignore[arg-type]
     return value, len(calls)
 
 
@@ -319,7 +319,7 @@ def test_what_rank_0_cannot_make_fails_on_all(world: int) -> None:
 
 
 def tell_what_is_no_json() -> None:
-    Group(dist.group.WORLD).tell(lambda: {1, 2}, "telling a set")  # type: ignore[arg-type, return-value]
+    Group(dist.group.WORLD).broadcast_result(lambda: {1, 2}, "telling a set")  # type: ignore[arg-type, return-value]
 
 
 def test_what_cannot_be_told_fails_on_all() -> None:

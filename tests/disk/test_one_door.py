@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "addons/side_files.py": (2, "likewise"),
     "checkpointing/saving/models.py": (1, "the script beside shards may be executed"),
     "cli.py": (1, "the null device, in place of a pipe that nobody reads any more"),
-    "comm/lost.py": (1, "a process's state in /proc"),
+    "comm/lost_ranks.py": (1, "a process's state in /proc"),
     "lifecycle/ownership.py": (5, "locks of processes, which a remote storage has none of"),
     "ops/consolidate.py": (1, "removes the empty directories that it made"),
     "ops/torch_archives.py": (2, "zipfile reads from files of its own"),

@@ -31,7 +31,7 @@ from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
 from shardwise.plan.placement import MeshKey, Replicated, Sharded, Strided
 from shardwise.plan.roster import Declaration, Roster
 from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner, Sources
-from shardwise.plan.schedule import Run, schedule
+from shardwise.plan.schedule import WriteRun, schedule
 from shardwise.plan.views import Axis, AxisView
 
 
@@ -40,7 +40,7 @@ def write_all(case: Simulation, layout: Layout, rows_per_round: int | None) -> t
     files = [bytearray(file.size) for file in layout.files]
     marks = [bytearray(file.size) for file in layout.files]
 
-    def put(run: Run) -> None:
+    def put(run: WriteRun) -> None:
         data = raw(run.data)
         assert len(data) == run.nbytes
         files[run.file][run.offset : run.offset + len(data)] = data
@@ -146,7 +146,7 @@ def test_a_rank_that_cannot_write_still_serves_its_peers(mesh: tuple[int, ...]) 
         plan = schedule(case.everyone[group.rank], layout, case.roster, group.rank)
         assert len(plan.exchanges) == 2
 
-        def put(run: Run) -> None:
+        def put(run: WriteRun) -> None:
             if group.rank == 0:
                 raise StorageError("the disk is full")
             written.append(run.nbytes)

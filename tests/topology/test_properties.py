@@ -15,7 +15,7 @@ from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import lay_out
 from shardwise.plan.placement import Replicated, Sharded, Strided
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
-from shardwise.plan.schedule import Run, schedule
+from shardwise.plan.schedule import WriteRun, schedule
 from shardwise.plan.shards import plan_shards
 from shardwise.sources.reader import SMALL_GAP_BYTES, Reader
 
@@ -65,7 +65,7 @@ def exported(case: Simulation) -> tuple[MemoryStorage, list[SourceTensor], list[
         plan = schedule(held, layout, case.roster, group.rank)
         files, digests = FileSet(storage, paths), Digests()
 
-        def put(run: Run) -> None:
+        def put(run: WriteRun) -> None:
             write_all([run], files, storage, 1, digests)
 
         write_all(plan.runs, files, storage, 1, digests)

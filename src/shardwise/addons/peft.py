@@ -16,6 +16,7 @@ import torch.nn as nn
 from shardwise.addons.base import ModelParts, SaveHookArgs
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
+from shardwise.peft.builtin_lora import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
 from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter
 from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
@@ -29,7 +30,6 @@ from shardwise.peft.models import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.own import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from shardwise.base.hub_cache import default_cache, find_snapshot, hub_name
-from shardwise.sources.whereabouts import holds_model
+from shardwise.sources.directory_contents import holds_model
 
 #: Files of which at least one is in every model's folder.
 _LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")

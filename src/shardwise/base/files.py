@@ -132,7 +132,7 @@ def open_base_source(
     Raises:
         CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
     """
-    if group.tell(lambda: is_torch_base(path), "looking at the base model's files"):
+    if group.broadcast_result(lambda: is_torch_base(path), "looking at the base model's files"):
         bins = open_bin(path, group, allow_legacy_pickle)
         source = BaseSource(bins.source, bins)
     else:

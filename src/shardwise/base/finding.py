@@ -26,7 +26,7 @@ from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_index
 from shardwise.settings import Settings
-from shardwise.sources.whereabouts import did_you_mean, holds_model, instead, way_in
+from shardwise.sources.directory_contents import did_you_mean, found_instead, holds_model, how_to_open
 
 _LOG = logging.getLogger(__name__)
 
@@ -179,9 +179,9 @@ def _not_found(search: Search, looks: list[_Look]) -> CheckpointNotFoundError | 
         return CheckpointNotFoundError(
             f"the base model {search.label} is not there; looked at: {looked}", path=first, hint=search.hint
         )
-    there = instead(empty)
+    there = found_instead(empty)
     text = f"the base model {search.label} has no safetensors and no .bin weights" + (f", {there}" if there else "")
-    better = did_you_mean(empty) or way_in(empty)
+    better = did_you_mean(empty) or how_to_open(empty)
     return CheckpointNotFoundError(
         f"{text}; looked at: {looked}", path=empty, hint=" ".join(filter(None, [better, search.hint]))
     )

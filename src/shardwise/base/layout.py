@@ -112,7 +112,7 @@ def open_base(path: str | None, group: Group, allow_legacy_pickle: bool = False)
             )
         return [path, place.is_file(), is_torch_base(place)]
 
-    told = group.tell(look, "looking at the base model")
+    told = group.broadcast_result(look, "looking at the base model")
     if told is None:
         return None
     theirs, is_file, is_torch = cast(tuple[str, bool, bool], told)

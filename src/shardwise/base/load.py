@@ -21,7 +21,7 @@ from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import FLOATS, torch_dtype
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError

@@ -18,8 +18,8 @@ from shardwise.convert import (
     identity,
     to_hub,
 )
-from shardwise.peft.own import find_sites
-from shardwise.peft.own import natives as site_natives
+from shardwise.peft.builtin_lora import find_sites
+from shardwise.peft.builtin_lora import natives as site_natives
 from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import post_steps

@@ -25,8 +25,8 @@ from shardwise.errors import QuantizationError, ShapeMismatchError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.quantized import (
-    Piece,
     Quantized,
+    QuantizedPiece,
     Slab,
     byte_box,
     dequantize,
@@ -263,10 +263,10 @@ def read_dequantized(tensor: Quantized, wanted: HeldTensor, reader: Reader) -> N
                     piece.dest.copy_(dequantize(raw, scales, tensor, piece.box, slab.around))
 
 
-def _abreast(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _abreast(pieces: Sequence[QuantizedPiece]) -> Iterator[list[QuantizedPiece]]:
     """Pieces of the same rows together, to be read in one pass; a rank has two in most packed placements."""
 
-    def rows(piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def rows(piece: QuantizedPiece) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return piece.box.offsets[:-1], piece.box.sizes[:-1]
 
     for _, same in itertools.groupby(sorted(pieces, key=lambda piece: (rows(piece), piece.box.offsets)), key=rows):
@@ -304,7 +304,7 @@ def _regions(stored: torch.Tensor, slab: Slab) -> Iterator[Fragment]:
         yield Fragment(box, stored[tuple(slice(o, e) for o, e in zip(inside.offsets, inside.ends, strict=True))])
 
 
-def _read_values(tensor: Quantized, pieces: Sequence[Piece], reader: Reader) -> list[torch.Tensor]:
+def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Reader) -> list[torch.Tensor]:
     spec = tensor.values.spec
     boxes = [byte_box(piece.box) if tensor.packed else piece.box for piece in pieces]
     raws = [torch.empty(box.sizes, dtype=torch_dtype(spec.dtype)) for box in boxes]

@@ -20,7 +20,7 @@ from shardwise.checkpointing.saving.places import Place, check_places
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ConfigError, MisuseError
 from shardwise.settings import Settings
-from shardwise.stateful_wrappers.ways import refuse_fsdp1
+from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 

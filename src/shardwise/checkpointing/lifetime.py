@@ -191,7 +191,7 @@ class Lifetime:
             turn = take_turn(told)
         finally:
             if self.background is not None and not turn.skipped:
-                self.background.told()
+                self.background.acknowledge()
         if turn.skipped:
             _LOG.info("skipped a save: the last one is still being written")
         return turn

@@ -27,7 +27,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, write_shards
@@ -273,7 +273,7 @@ def open_optimizer(
     if not any(row[0] for row in rows):
         return OpenedOptimizer(session, found, schedulers, None, is_aside=aside.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
-    source = open_source(directory, group, spread=True, besides=states)
+    source = open_source(directory, group, spread=True, exclude=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
     tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)

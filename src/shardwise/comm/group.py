@@ -2,8 +2,8 @@
 
 Every collective of the library goes through `Group`. Two rules keep ranks from waiting for one another for ever:
 
-* local work between collectives runs inside ``with group.together("what")``, which catches what goes wrong, tells every
-  rank, and raises the same typed error on all of them;
+* local work between collectives runs inside ``with group.together("what")``, which catches an exception,
+  sends it to every rank, and raises the same typed error on all of them;
 * a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a
   rank that had failed by itself before also that failure, as its cause.
 
@@ -22,7 +22,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from shardwise.comm import wires
+from shardwise.comm import collectives
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.ranks import Ranks
 from shardwise.errors import ShardwiseError
@@ -37,7 +37,7 @@ _FAILED = 2
 #: Up to so many integers of all ranks together are gathered rather than reduced.
 _FEW = 2**14
 
-#: What stands before a value that was made; of one that was not, nothing is told in the first exchange.
+#: Prefix of a value that was computed. A rank that failed sends an empty message in the first exchange.
 _MADE = b"="
 
 
@@ -55,7 +55,7 @@ class Vote:
 
 
 class Group(Ranks):
-    """The ranks that save or load together: what they agree on, and values that they tell each other."""
+    """The ranks that save or load together: what they agree on, and the values that they exchange."""
 
     # --- status -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class Group(Ranks):
         if self.world_size == 1:
             self._raise_alone(own, failure)
             return flag
-        # Nearly always nobody has anything to say, which one number tells.
+        # In nearly every call no rank has failed, which one reduced number shows.
         with self.keeping(failure):
             most = self._largest(_FAILED if own is not None else int(flag), what, seconds)
         if most != _FAILED:
@@ -143,11 +143,11 @@ class Group(Ranks):
             raise own from (failure if failure is not own else None)
 
     @staticmethod
-    def _attempt(make: Callable[[], JsonValue], is_told: bool) -> tuple[JsonValue, bytes, Exception | None]:
-        """What ``make`` gives, as it is and as it is told; nothing is told of a failure."""
+    def _attempt(make: Callable[[], JsonValue], is_sent: bool) -> tuple[JsonValue, bytes, Exception | None]:
+        """The result of ``make``, its encoding (empty after a failure), and the failure."""
         try:
             value = make()
-            return value, _MADE + json.dumps(value).encode() if is_told else _MADE, None
+            return value, _MADE + json.dumps(value).encode() if is_sent else _MADE, None
         except Exception as error:  # noqa: BLE001 - raised on every rank
             return None, b"", error
 
@@ -165,7 +165,7 @@ class Group(Ranks):
         Raises:
             ShardwiseError: What it failed with on the lowest rank where it did, on every rank. ``make`` is local.
         """
-        value, text, failure = self._attempt(make, is_told=True)
+        value, text, failure = self._attempt(make, is_sent=True)
         own = self._wrapped(failure)
         if self.world_size == 1:
             self._raise_alone(own, failure)
@@ -181,8 +181,8 @@ class Group(Ranks):
 
         For what every rank has much of and only rank 0 needs: `gather` costs as much again on every rank.
         """
-        # Rank 0 need not tell itself more than that it succeeded.
-        value, text, failure = self._attempt(make, is_told=not self.is_main)
+        # Rank 0 receives its own value directly: its message says only that it succeeded.
+        value, text, failure = self._attempt(make, is_sent=not self.is_main)
         own = self._wrapped(failure)
         if self.world_size == 1:
             self._raise_alone(own, failure)
@@ -195,13 +195,13 @@ class Group(Ranks):
         with self._guard(what):
             if not self.is_main:
                 if packets[self.rank][0] > len(packets[self.rank][1]):
-                    wires.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
+                    collectives.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
                 return []
             found = [value]
             for rank, (size, short) in enumerate(packets[1:], start=1):  # one at a time: memory for one rank's text
                 if size > len(short):
                     buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-                    wires.receive(self._alive, buffer, rank).wait()
+                    collectives.receive(self._alive, buffer, rank).wait()
                     short = to_bytes(buffer)
                 found.append(json.loads(short[len(_MADE) :]))
             return found
@@ -212,11 +212,11 @@ class Group(Ranks):
             return value
         return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
-    def tell(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
-        """What ``make`` gives on rank 0, on every rank, in one exchange. All ranks call; ``make`` is local.
+    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+        """Call ``make`` on rank 0 and broadcast its result, in one exchange. All ranks call; ``make`` is local.
 
         Raises:
-            ShardwiseError: What it failed with, on every rank.
+            ShardwiseError: ``make`` failed on rank 0; raised on every rank.
         """
         failure: Exception | None = None
         own: ShardwiseError | None = None
@@ -228,8 +228,8 @@ class Group(Ranks):
                 failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
                 text = json.dumps([None, own.to_record()]).encode()
         with self.keeping(failure):
-            told = self.broadcast_bytes(text, 0, what)
-        value, record = json.loads(told)
+            received = self.broadcast_bytes(text, 0, what)
+        value, record = json.loads(received)
         self._raise_alone(own, failure)
         if record is not None:
             raise ShardwiseError.from_record(record)
@@ -274,7 +274,7 @@ class Group(Ranks):
         else:
             with self.keeping(failure), self._guard(what):
                 total = self._integers(counts)
-                wires.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
+                collectives.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
                 *added, failed = total.tolist()
             bits = torch.empty(0, 0, dtype=torch.int64)
         if failed:
@@ -285,7 +285,7 @@ class Group(Ranks):
             mine = self._integers(xors)
             if self._device.type != "cpu":  # NCCL has no exclusive or
                 return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
-            wires.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
+            collectives.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
             return mine.tolist(), added
 
 

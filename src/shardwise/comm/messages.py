@@ -1,4 +1,4 @@
-"""Messages as tensors: what travels when ranks tell each other something."""
+"""Messages as tensors: how bytes travel between ranks."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from shardwise.comm import wires
-from shardwise.comm.lost import Patience, Seat, find_lost
+from shardwise.comm import collectives
+from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
@@ -38,7 +38,7 @@ class Ranks:
         self._owned = False
         self._broken: PeerError | None = None
         self._name = ""
-        self._seats: tuple[Seat, ...] = ()
+        self._processes: tuple[RankProcess, ...] = ()
         self._report_seconds = 0.0
         self._waiting: Waiting | None = None
         if process_group is None:
@@ -46,7 +46,7 @@ class Ranks:
             self._device = torch.device("cpu")
             self._global_ranks: tuple[int, ...] = (0,)
         else:
-            # Asked for now: once the script has destroyed its groups, torch does not know.
+            # Read now: torch no longer knows the ranks once the script has destroyed its groups.
             self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
@@ -86,15 +86,15 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls(None)
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
-        # torch wants every rank of the default group to take part in making a group, unless told that only members do.
+        # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
-        patience = Patience.within(timeout_seconds)
+        budget = TimeoutBudget.within(timeout_seconds)
         try:
             with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
                 made = dist.new_group(
                     ranks=ranks,
                     backend="gloo",
-                    timeout=timedelta(seconds=patience.collective),
+                    timeout=timedelta(seconds=budget.collective),
                     use_local_synchronization=few,
                 )
         except RuntimeError as error:
@@ -104,11 +104,11 @@ class Ranks:
             ) from error
         group = cls(made)
         group._owned = True
-        group._report_seconds = patience.report
+        group._report_seconds = budget.report
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
-        own = Seat.own()
-        seats = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
-        group._seats = tuple(Seat(*json.loads(seat)) for seat in seats)
+        own = RankProcess.own()
+        processes = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
+        group._processes = tuple(RankProcess(*json.loads(process)) for process in processes)
         return group
 
     def close(self) -> None:
@@ -176,7 +176,7 @@ class Ranks:
             size, short = unpacked(self._broadcast_sized(packet(own), PACKET_BYTES, source))
             return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
 
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """Send each rank a message of its own. All ranks call.
 
         Args:
@@ -191,11 +191,11 @@ class Ranks:
         with self._guard(what):
             lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
             theirs = torch.empty_like(lengths)
-            wires.all_to_all(self._alive, theirs, lengths)
+            collectives.all_to_all(self._alive, theirs, lengths)
             counts, data = theirs.tolist(), b"".join(messages)
             received = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
             sent = to_tensor(data, len(data), self._device)
-            wires.all_to_all(self._alive, received, sent, counts, lengths.tolist())
+            collectives.all_to_all(self._alive, received, sent, counts, lengths.tolist())
             return [to_bytes(part) for part in torch.split(received, counts)]
 
     def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
@@ -218,18 +218,18 @@ class Ranks:
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         gathered = [torch.empty_like(own) for _ in range(self.world_size)]
-        wires.all_gather(self._alive, gathered, own)
+        collectives.all_gather(self._alive, gathered, own)
         return gathered
 
     def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
         buffer = to_tensor(data, size, self._device)
-        wires.broadcast(self._alive, buffer, source)
+        collectives.broadcast(self._alive, buffer, source)
         return buffer
 
     def _largest(self, value: int, what: str, seconds: float | None = None) -> int:
         with self._guard(what):
             own = torch.tensor([value], dtype=torch.int64, device=self._device)
-            wires.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
+            collectives.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
             return int(own.item())
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:
@@ -252,8 +252,8 @@ class Ranks:
         if not sends and not receives:
             return
         with self._guard(what):
-            works = [wires.receive(self._alive, tensor, rank) for rank, tensor in receives]
-            works += [wires.send(self._alive, tensor, rank) for rank, tensor in sends]
+            works = [collectives.receive(self._alive, tensor, rank) for rank, tensor in receives]
+            works += [collectives.send(self._alive, tensor, rank) for rank, tensor in sends]
             for work in works:
                 work.wait()
 
@@ -292,7 +292,7 @@ class Ranks:
         """Find out who is missing, and refuse every later collective: the ranks are out of step."""
         ranks = self.global_ranks()
         host = ranks.index(0) if 0 in ranks else None
-        lost, how = find_lost(self._name, self.rank, self._seats, host, self._report_seconds)
+        lost, how = find_lost(self._name, self.rank, self._processes, host, self._report_seconds)
         named = [ranks[number] for number in lost]
         if named:
             who = f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(map(str, named))}"

@@ -1,8 +1,8 @@
-"""Telling who does not come, long before a collective gives up.
+"""Warning about ranks that do not join a call, long before the collective times out.
 
 A call that one rank never makes (``if rank == 0: checkpointer.save(...)``) leaves the others in its first exchange
-until the time-out, half an hour by default. So whoever waits there says so in the job's key-value store, and after
-`ABSENT_SECONDS` the lowest rank that waits warns once: who has not come, and what those who have are doing.
+until the time-out, half an hour by default. So each waiting rank reports in the job's key-value store, and after
+`ABSENT_SECONDS` the lowest waiting rank logs one warning: which ranks have not come, and which calls the others are in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 #: After so many seconds in the first exchange of a call a warning names the ranks that have not come.
 ABSENT_SECONDS = 30.0
-#: Whoever waits says so after this part of that time: what passes sooner costs no message.
+#: A waiting rank reports after this fraction of that time: shorter waits cost no message.
 _REPORTED = 30
 _LISTED = 16
 
@@ -94,7 +94,7 @@ class Waiting:
                 what, turn = self._what, self._turn
             if what is None:
                 return
-            with contextlib.suppress(RuntimeError, ValueError):  # no store to tell in, or its process has gone
+            with contextlib.suppress(RuntimeError, ValueError):  # no store to report to, or its process has ended
                 self._watch(what, turn)
             self._over(turn, None)
 
@@ -112,7 +112,7 @@ class Waiting:
             store.delete_key(self._keys[self._rank])
 
     def _over(self, turn: int, seconds: float | None) -> bool:
-        """Wait until what was being waited for is there; tells whether it is."""
+        """Wait until the exchange is over; returns whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: self._what is None or self._turn != turn or self._closed, seconds)
 
@@ -152,7 +152,7 @@ class Waiting:
 
 @contextlib.contextmanager
 def meeting(ranks: Sequence[int], rank: int, what: str, seconds: float, limit: float) -> Iterator[None]:
-    """Watch over the making of a group, which has no name yet.
+    """Watch over the creation of a group, which has no name yet.
 
     Args:
         ranks: Global ranks of the group to be.

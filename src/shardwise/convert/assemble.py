@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from shardwise.convert.provenance import Piece, Provenance, Span, Untraceable, cumulative, refine_grid, simplify
+from shardwise.convert.provenance import Provenance, SourcePiece, Span, Untraceable, cumulative, refine_grid, simplify
 from shardwise.plan.views import Axis, AxisView
 
 #: Where a piece wraps around in its native tensor it is cut at the wrap, but not more often than this.
@@ -54,7 +54,7 @@ def _is_whole(tensor: Provenance, native_shapes: Sequence[tuple[int, ...]]) -> b
     )
 
 
-def _native_cuts(piece: Piece, shape: tuple[int, ...]) -> list[int]:
+def _native_cuts(piece: SourcePiece, shape: tuple[int, ...]) -> list[int]:
     """Products of the inner sizes of the native grid that the piece needs, ascending, the whole included."""
     cuts = {math.prod(shape[i:]) for i in range(len(shape))} | {1}
     cuts |= {span.stride for span in piece.spans if span.length > 1}
@@ -78,7 +78,7 @@ def _wanted_cuts(tensor: Provenance, at: int, count: int, native_shapes: Sequenc
     return wanted
 
 
-def _extents(piece: Piece, shape: tuple[int, ...]) -> tuple[list[int], dict[int, int], dict[int, int]]:
+def _extents(piece: SourcePiece, shape: tuple[int, ...]) -> tuple[list[int], dict[int, int], dict[int, int]]:
     """Native cuts; and by stride the extent of the native grid dimension and the piece's first index in it."""
     cuts = _native_cuts(piece, shape)
     extent = {low: high // low for low, high in itertools.pairwise(cuts)}
@@ -86,7 +86,7 @@ def _extents(piece: Piece, shape: tuple[int, ...]) -> tuple[list[int], dict[int,
     return cuts, extent, first
 
 
-def _unwrap(piece: Piece, shape: tuple[int, ...]) -> list[Piece]:
+def _unwrap(piece: SourcePiece, shape: tuple[int, ...]) -> list[SourcePiece]:
     """Cut a piece wherever it runs over the edge of a native grid dimension."""
     _, extent, first = _extents(piece, shape)
     wrapping = [
@@ -100,20 +100,20 @@ def _unwrap(piece: Piece, shape: tuple[int, ...]) -> list[Piece]:
     span = piece.spans[at]
     if span.stride not in extent:
         raise Untraceable("a stride as large as the tensor")
-    out: list[Piece] = []
+    out: list[SourcePiece] = []
     start, done = first[span.stride], 0
     while done < span.length:
         length = min(extent[span.stride] - start, span.length - done)
         new = Span(span.start + done, length, span.stride)
         spans = (*piece.spans[:at], new, *piece.spans[at + 1 :])
-        out += _unwrap(Piece(piece.source, piece.base + done * span.stride, spans), shape)
+        out += _unwrap(SourcePiece(piece.source, piece.base + done * span.stride, spans), shape)
         done, start = done + length, 0
         if len(out) > _MAX_WRAPS:
             raise Untraceable("a piece that wraps around too often")
     return out
 
 
-def _view(piece: Piece, grid: tuple[int, ...], shape: tuple[int, ...]) -> AxisView:
+def _view(piece: SourcePiece, grid: tuple[int, ...], shape: tuple[int, ...]) -> AxisView:
     if not shape:
         raise Untraceable("a scalar that becomes part of a tensor")
     _, extent, first = _extents(piece, shape)

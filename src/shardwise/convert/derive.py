@@ -99,7 +99,7 @@ def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
         model: As for `derive`; one with an adapter of its own is not asked about.
 
     Returns:
-        FQNs of tensors; ``None`` where anything is renamed or converted, so that it takes a conversion to tell.
+        FQNs of tensors; ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
     return None if _mapping(bare) or _rules(bare) is not None else _ignored(bare)

@@ -18,7 +18,7 @@ _ASSERTION = re.compile(r"\(\?[=!<](?:[^()]|\([^()]*\))*\)")
 #: A group that catches something and has no group within, and a reference to one in a replacement.
 _GROUP = re.compile(r"(?<!\\)\((?!\?)[^()]*\)")
 _REFERENCE = re.compile(r"\\(?:(\d)|g<(\d+)>)")
-#: What stands for more than one text in a pattern, and in no name.
+#: Characters that match more than one text in a pattern, and occur in no name.
 _MANY = re.compile(r"[*+?()\[\]{}|\\]")
 
 
@@ -138,7 +138,7 @@ def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
 
 
 def _refuse_patterns(names: Sequence[str], in_files: Sequence[str]) -> None:
-    """A pattern that stands for many texts has become part of a name: nobody knows which text it was."""
+    """A pattern that matches many texts has become part of a name: the original text is unknown."""
     for name, file in zip(names, in_files, strict=True):
         if name != file and _MANY.search(file):
             raise ConversionError(

@@ -1,9 +1,10 @@
 """Where every element of a tensor came from, without the elements: the algebra behind tracing a conversion rule. Pure.
 
 A `Provenance` describes a tensor on a grid (a refinement of its shape with the same row-major order). Each of its
-`Piece`s fills one box of the grid with elements of one source tensor, at a linear address that is affine in the grid
-index. Reshapes refine or merge the grid, permutations reorder it, slices restrict the pieces, joins put pieces side by
-side. So a copy costs nothing and forgets nothing, and an operation that this cannot express says so (`Untraceable`).
+`SourcePiece`s fills one box of the grid with elements of one source tensor, at a linear address that is affine in the
+grid index. Reshapes refine or merge the grid, permutations reorder it, slices restrict the pieces, and joins put pieces
+side by side. So a copy costs nothing and loses nothing, and an operation that this algebra cannot express raises
+`Untraceable`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourcePiece:
     """A box of the grid, filled from one source tensor.
 
     Attributes:
@@ -57,7 +58,7 @@ class Provenance:
     """
 
     dims: tuple[tuple[int, ...], ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,21 +79,21 @@ def cumulative(sizes: Sequence[int]) -> list[int]:
 def whole(source: int, shape: tuple[int, ...]) -> Provenance:
     """The source tensor itself."""
     spans = tuple(Span(0, n, stride) for n, stride in zip(shape, cumulative(shape), strict=True))
-    return Provenance(tuple((n,) for n in shape), (Piece(source, 0, spans),))
+    return Provenance(tuple((n,) for n in shape), (SourcePiece(source, 0, spans),))
 
 
 def permute(tensor: Provenance, order: Sequence[int]) -> Provenance:
     """The tensor with its dimensions in another order."""
     at = _positions(tensor.dims)
     grid_order = [position for dim in order for position in at[dim]]
-    pieces = tuple(Piece(p.source, p.base, tuple(p.spans[i] for i in grid_order)) for p in tensor.pieces)
+    pieces = tuple(SourcePiece(p.source, p.base, tuple(p.spans[i] for i in grid_order)) for p in tensor.pieces)
     return Provenance(tuple(tensor.dims[dim] for dim in order), pieces)
 
 
 def insert(tensor: Provenance, dim: int) -> Provenance:
     """The tensor with a new dimension of size 1 before ``dim``."""
     at = sum(len(factors) for factors in tensor.dims[:dim])
-    pieces = tuple(Piece(p.source, p.base, (*p.spans[:at], Span(0, 1, 0), *p.spans[at:])) for p in tensor.pieces)
+    pieces = tuple(SourcePiece(p.source, p.base, (*p.spans[:at], Span(0, 1, 0), *p.spans[at:])) for p in tensor.pieces)
     return Provenance((*tensor.dims[:dim], (1,), *tensor.dims[dim:]), pieces)
 
 
@@ -100,7 +101,8 @@ def remove(tensor: Provenance, dim: int) -> Provenance:
     """The tensor without dimension ``dim``, whose size is 1."""
     dropped = set(_positions(tensor.dims)[dim])
     pieces = tuple(
-        Piece(p.source, p.base, tuple(s for i, s in enumerate(p.spans) if i not in dropped)) for p in tensor.pieces
+        SourcePiece(p.source, p.base, tuple(s for i, s in enumerate(p.spans) if i not in dropped))
+        for p in tensor.pieces
     )
     return Provenance((*tensor.dims[:dim], *tensor.dims[dim + 1 :]), pieces)
 
@@ -118,7 +120,7 @@ def reshape(tensor: Provenance, shape: tuple[int, ...]) -> Provenance:
     if math.prod(shape) == 1:
         return Provenance(
             tuple((1,) for _ in shape),
-            tuple(Piece(p.source, p.base, (Span(0, 1, 0),) * len(shape)) for p in tensor.pieces),
+            tuple(SourcePiece(p.source, p.base, (Span(0, 1, 0),) * len(shape)) for p in tensor.pieces),
         )
     merged = _merge(Provenance((tensor.grid,), tensor.pieces))
     sizes = tuple(n for n in shape if n != 1)
@@ -178,10 +180,10 @@ def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
     else:
         tensors = [_flatten(t, dim) for t in tensors]
     at = _positions(tensors[0].dims)[dim].start
-    pieces: list[Piece] = []
+    pieces: list[SourcePiece] = []
     offset = 0
     for t in tensors:
-        pieces += (Piece(p.source, p.base, _replace(p.spans, at, _shift(p.spans[at], offset))) for p in t.pieces)
+        pieces += (SourcePiece(p.source, p.base, _replace(p.spans, at, _shift(p.spans[at], offset))) for p in t.pieces)
         offset += t.dims[dim][0]
     factors = (offset, *tensors[0].dims[dim][1:])
     if len(pieces) > MAX_PIECES:
@@ -231,7 +233,7 @@ def _with_outer(tensor: Provenance, dim: int, inner: int) -> Provenance:
     if tensor.shape[dim] != inner or inner == 1:
         return tensor
     at = _positions(tensor.dims)[dim].start
-    pieces = tuple(Piece(p.source, p.base, (*p.spans[:at], Span(0, 1, 0), *p.spans[at:])) for p in tensor.pieces)
+    pieces = tuple(SourcePiece(p.source, p.base, (*p.spans[:at], Span(0, 1, 0), *p.spans[at:])) for p in tensor.pieces)
     return Provenance((*tensor.dims[:dim], (1, *tensor.dims[dim]), *tensor.dims[dim + 1 :]), pieces)
 
 
@@ -254,22 +256,22 @@ def _refine(tensor: Provenance, dim: int, cuts: Iterable[int]) -> Provenance:
     return Provenance((*tensor.dims[:dim], tuple(new), *tensor.dims[dim + 1 :]), pieces)
 
 
-def _split(pieces: tuple[Piece, ...], at: int, factors: tuple[int, ...]) -> tuple[Piece, ...]:
+def _split(pieces: tuple[SourcePiece, ...], at: int, factors: tuple[int, ...]) -> tuple[SourcePiece, ...]:
     """Replace grid dimension ``at`` by its factors."""
     strides = cumulative(factors)
-    out: list[Piece] = []
+    out: list[SourcePiece] = []
     for piece in pieces:
         span = piece.spans[at]
         for box in refine_range(span.start, span.length, factors):
             first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
             spans = [Span(o, n, span.stride * s) for o, n, s in zip(box.offsets, box.sizes, strides, strict=True)]
             base = piece.base + (first - span.start) * span.stride
-            out.append(Piece(piece.source, base, _replace(piece.spans, at, *spans)))
+            out.append(SourcePiece(piece.source, base, _replace(piece.spans, at, *spans)))
     return tuple(out)
 
 
-def _restrict(pieces: tuple[Piece, ...], at: int, start: int, stop: int, step: int) -> tuple[Piece, ...]:
-    out: list[Piece] = []
+def _restrict(pieces: tuple[SourcePiece, ...], at: int, start: int, stop: int, step: int) -> tuple[SourcePiece, ...]:
+    out: list[SourcePiece] = []
     for piece in pieces:
         span = piece.spans[at]
         low = -(-(max(span.start, start) - start) // step)
@@ -277,7 +279,7 @@ def _restrict(pieces: tuple[Piece, ...], at: int, start: int, stop: int, step: i
         if low < high:
             base = piece.base + (start + low * step - span.start) * span.stride
             new = Span(low, high - low, span.stride * step)
-            out.append(Piece(piece.source, base, _replace(piece.spans, at, new)))
+            out.append(SourcePiece(piece.source, base, _replace(piece.spans, at, new)))
     return tuple(out)
 
 
@@ -286,14 +288,14 @@ def _flatten(tensor: Provenance, dim: int) -> Provenance:
     factors = tensor.dims[dim]
     positions = _positions(tensor.dims)[dim]
     at, strides = positions.start, cumulative(factors)
-    out: list[Piece] = []
+    out: list[SourcePiece] = []
     for piece in tensor.pieces:
         spans = [piece.spans[i] for i in positions]
         for index in itertools.product(*(range(s.length) for s in spans[:-1])):
             base = piece.base + sum(i * s.stride for i, s in zip(index, spans, strict=False))
             start = sum((i + s.start) * stride for i, s, stride in zip(index, spans, strides, strict=False))
             new = Span(start + spans[-1].start, spans[-1].length, spans[-1].stride)
-            out.append(Piece(piece.source, base, (*piece.spans[:at], new, *piece.spans[positions.stop :])))
+            out.append(SourcePiece(piece.source, base, (*piece.spans[:at], new, *piece.spans[positions.stop :])))
             if len(out) > MAX_PIECES:
                 raise Untraceable("too many pieces")
     dims = (*tensor.dims[:dim], (math.prod(factors),), *tensor.dims[dim + 1 :])
@@ -310,7 +312,7 @@ def _merge(tensor: Provenance) -> Provenance:
         while position < len(new):
             here = at + position
             if new[position] == 1 and len(new) > 1:
-                pieces = tuple(Piece(p.source, p.base, _replace(p.spans, here)) for p in pieces)
+                pieces = tuple(SourcePiece(p.source, p.base, _replace(p.spans, here)) for p in pieces)
                 del new[position]
                 position = max(position - 1, 0)
             elif position + 1 < len(new) and _mergeable(pieces, here, new[position + 1]):
@@ -325,7 +327,7 @@ def _merge(tensor: Provenance) -> Provenance:
     return Provenance(tuple(dims), pieces)
 
 
-def _mergeable(pieces: tuple[Piece, ...], at: int, inner: int) -> bool:
+def _mergeable(pieces: tuple[SourcePiece, ...], at: int, inner: int) -> bool:
     for piece in pieces:
         outer, span = piece.spans[at], piece.spans[at + 1]
         if outer.length == 1:
@@ -335,8 +337,8 @@ def _mergeable(pieces: tuple[Piece, ...], at: int, inner: int) -> bool:
     return True
 
 
-def _merged(piece: Piece, at: int, inner: int) -> Piece:
+def _merged(piece: SourcePiece, at: int, inner: int) -> SourcePiece:
     outer, span = piece.spans[at], piece.spans[at + 1]
     stride = span.stride if inner != 1 and (outer.length == 1 or span.length > 1) else outer.stride
     new = Span(outer.start * inner + span.start, outer.length * span.length, stride)
-    return Piece(piece.source, piece.base, (*piece.spans[:at], new, *piece.spans[at + 2 :]))
+    return SourcePiece(piece.source, piece.base, (*piece.spans[:at], new, *piece.spans[at + 2 :]))

@@ -56,7 +56,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A group of tensors whose conversion no view expresses: converted whole, one group at a time.
+    """A group of tensors with a conversion that no view expresses: converted whole, one group at a time.
 
     Attributes:
         natives: The native tensors of the group.

@@ -107,7 +107,7 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
     """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
 
     The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
-    `PrefixChange` only if it was used in loading, since the name alone does not tell.
+    `PrefixChange` only if it was used in loading, since the name alone does not show it.
 
     Raises:
         ConversionError: A rule has no reverse.

@@ -1,4 +1,4 @@
-"""The items of DCP's plans in our terms, and what ranks and coordinator tell each other about them."""
+"""The items of DCP's plans in this library's terms, and the messages about them between ranks and coordinator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardwise.upstream.torch_tensors import local_part
 
 @dataclass(frozen=True)
 class Task:
-    """What the coordinator tells a rank: its number, and the layout (``None`` for shard files)."""
+    """What the coordinator sends to a rank: its number, and the layout (``None`` for shard files)."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank tells the coordinator of one tensor item.
+    """What a rank sends to the coordinator about one tensor item.
 
     Attributes:
         nbytes: Bytes written.

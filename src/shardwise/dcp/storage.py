@@ -121,7 +121,7 @@ class SafetensorsWriter(StorageWriter):
         self._specs: tuple[TensorSpec, ...] = ()
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
-        """Start anew, at another path if one is given."""
+        """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
         self._layout, self._specs = None, ()
@@ -136,7 +136,7 @@ class SafetensorsWriter(StorageWriter):
             MisuseError: The planner stands for a plan by an empty one where nothing has changed.
         """
         if not plan.usable:
-            # Files are laid out anew for each save, from all ranks' plans; without them all files would be removed.
+            # Files are laid out again for each save, from all ranks' plans; without them all files would be removed.
             raise MisuseError(
                 "the planner left its plan out, since it is the same as for an earlier save",
                 path=self._path,
@@ -258,7 +258,7 @@ class SafetensorsReader(StorageReader):
         self._failure: ShardwiseError | None = None
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
-        """Start anew, at another path if one is given."""
+        """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
         self._source, self._values, self._failure, self._pickled = None, {}, None, None
@@ -301,8 +301,8 @@ class SafetensorsReader(StorageReader):
 
     def _open(self) -> Source:
         try:
-            besides = RECORD_TENSORS if has_record(self._path) else frozenset()
-            source = open_source(self._path, Group(None), besides=besides)
+            exclude = RECORD_TENSORS if has_record(self._path) else frozenset()
+            source = open_source(self._path, Group(None), exclude=exclude)
         except CheckpointNotFoundError:
             if not self._values:
                 raise

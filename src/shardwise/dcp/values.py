@@ -1,4 +1,4 @@
-"""What a DCP state dict holds besides tensors: numbers, text, lists. One JSON file beside the tensor files, no pickle.
+"""The values of a DCP state dict that are not tensors: numbers, text, lists. One JSON file, no pickle.
 
 DCP would pickle every such value. Here the rank that DCP chose for it encodes the object itself and sends the text to
 the coordinator, which writes all of them as one state (`shardwise.format.state_json`): a table from DCP's names

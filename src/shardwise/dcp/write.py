@@ -17,8 +17,8 @@ from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.manifest import ChunkRecord, FileRecord
 from shardwise.geometry import runs
 from shardwise.plan.layout import Layout
-from shardwise.plan.schedule import Run
-from shardwise.plan.shards import Piece, ShardFile, shard_files
+from shardwise.plan.schedule import WriteRun
+from shardwise.plan.shards import ShardFile, ShardPiece, shard_files
 from shardwise.sources.digest import contribution
 from shardwise.sources.tensor_bytes import byte_blocks
 
@@ -37,7 +37,7 @@ def write_final(
             total = 0
             for first, count, index in runs(box, spec.shape):
                 start = first * spec.itemsize
-                run = Run(place.file, place.offset + start, 0, spec, start, data[index])
+                run = WriteRun(place.file, place.offset + start, 0, spec, start, data[index])
                 total ^= shift(write_run(run, files, storage), spec.nbytes - start - count * spec.itemsize)
             nbytes = box.numel * spec.itemsize
             results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
@@ -52,7 +52,7 @@ def write_shards(
 ) -> list[WriteResult]:
     """Make this rank's shard files, write its items into them and make them durable."""
     by_box = {(item.index.fqn, box_of(item)): item for item in items}
-    pieces = [Piece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
+    pieces = [ShardPiece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
     planned = shard_files(pieces, task.rank, task.world_size, None, stem)
     storage.check_space(directory, sum(file.layout.size for file in planned))
     results = []

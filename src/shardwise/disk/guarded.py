@@ -177,7 +177,7 @@ def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[Shar
 
     Args:
         root: A directory; it may itself be reached through symbolic links.
-        relative: A POSIX path as it stands in an index or manifest.
+        relative: A POSIX path from an index or manifest.
         error: Type raised for a path that leads elsewhere.
 
     Raises:

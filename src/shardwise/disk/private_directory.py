@@ -1,4 +1,4 @@
-"""A directory that one process has to itself below one that several runs may share."""
+"""A directory for one process, below a directory that several runs may share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def private_directory(parent: Path) -> Iterator[Path]:
 
 
 def _run() -> str:
-    """What tells people whose directory it is; that no two are the same is not left to it."""
+    """A name that shows people which run a directory belongs to; it does not have to be unique."""
     name = os.environ.get("TORCHELASTIC_RUN_ID") or f"pid{os.getpid()}"
     return re.sub(r"[^A-Za-z0-9]+", "_", name)[:32]
 
@@ -82,7 +82,7 @@ def _locked(directory: Path) -> int | None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove directories whose owner is no more. What cannot be looked at or removed is somebody else's matter."""
+    """Remove directories of processes that have ended; skip those that cannot be read or removed."""
     name = _owner()
     for path in parent.glob(f"{_PREFIX}*/{name}"):
         with contextlib.suppress(OSError):

@@ -83,7 +83,7 @@ class Directories(Protocol):
 class Names(Protocol):
     """Names of files and directories. One rank at a time, the coordinating one, calls these for a root.
 
-    Each raises ``OSError`` on failure, with the system's ``errno``, by which callers tell what can be done instead.
+    Each raises ``OSError`` on failure, with the system's ``errno``, which callers use to choose an alternative.
     """
 
     def rename(self, source: Path, target: Path) -> None:
@@ -115,7 +115,7 @@ class Storage(Ranges, Directories, Names, Protocol):
 
 @runtime_checkable
 class ReadsRows(Protocol):
-    """What a `Storage` may offer besides: rows with gaps between them, many in one operation."""
+    """An optional capability of a `Storage`: rows with gaps between them, many in one operation."""
 
     def read_rows(
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
@@ -323,7 +323,7 @@ def _reserves_cheaply(device: int, directory: Path) -> bool:
 
 
 def file_system_type(path: Path) -> str:
-    """Name of the file system that holds ``path`` ("ext4", "tmpfs"), or "" where the system does not tell."""
+    """Name of the file system that holds ``path`` ("ext4", "tmpfs"), or "" where the system does not report it."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
             lines = mounts.readlines()

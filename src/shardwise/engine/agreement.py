@@ -1,8 +1,8 @@
-"""What ranks agree on before a save: who holds what, and what else each of them has to say.
+"""What ranks agree on before a save: which rank holds which tensors, and one further note of each rank.
 
-One gather. What travels of each rank is a digest of all that it says and its coordinates, a few integers; ranks of one
-kind say the same, and what nobody has heard yet is broadcast once by one of those that say it. A later save in which
-nobody says anything new costs the gather alone.
+One gather. Each rank sends a digest of its statement and its mesh coordinates, a few integers. Ranks of one kind make
+the same statement; a statement that is not known yet is broadcast once, by the lowest rank that makes it. A later save
+without a new statement costs the gather alone.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from shardwise.plan.roster import Coordinates, Declaration, Roster
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a rank says before a save.
+    """What a rank declares before a save.
 
     Attributes:
         held: Lists of tensors that it holds; as many lists on every rank, each of which gets a roster.
-        note: Whatever else all ranks are to know.
+        note: Any other value that all ranks need.
     """
 
     held: tuple[Sequence[HeldTensor], ...]
@@ -37,7 +37,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks said. The same on every rank, and the same object as long as nobody says anything new.
+    """The statements of all ranks. The same on every rank, and the same object until a rank makes a new statement.
 
     Attributes:
         rosters: Who holds what, for each list of `Statement.held`.
@@ -49,7 +49,7 @@ class Agreed:
 
 
 class Agreement:
-    """The ranks' agreement on one component; keeps what they said, so that a later save need not repeat it.
+    """The ranks' agreement on one component; keeps their statements, so that a later save does not send them again.
 
     Args:
         group: The ranks that save together.
@@ -73,22 +73,22 @@ class Agreement:
         Raises:
             NameCollisionError: Two kinds of rank declare one name differently.
             IncompleteTensorError: The ranks together lack a piece of a tensor.
-            MisuseError: Two meshes of a rank cannot be told apart.
+            MisuseError: Two meshes of a rank cannot be distinguished.
         """
         held: list[Sequence[HeldTensor]] = []
         kinds: list[_Kind] = []
 
-        def speak() -> JsonValue:
+        def describe_kind() -> JsonValue:
             statement = describe()
             held.extend(statement.held)
-            kind, row = _said(statement, self._stage)
+            kind, row = _describe(statement, self._stage)
             kinds.append(kind)
             return row
 
-        rows = self._group.gather(speak, what)
+        rows = self._group.gather(describe_kind, what)
         # Every rank compares what all have received, so that they decide alike, whatever became of an earlier save.
         if rows != self._rows:
-            self._kinds = self._heard(kinds[0], [str(digest) for digest, _ in cast(list[_Row], rows)])
+            self._kinds = self._receive(kinds[0], [str(digest) for digest, _ in cast(list[_Row], rows)])
             agreed = self._agreed_on(cast(list[_Row], rows))
             with self._group.together("checking that the ranks hold every tensor whole"):
                 for roster, own in zip(agreed.rosters, held, strict=True):
@@ -101,18 +101,18 @@ class Agreement:
         """Who holds what of the tensors that ``describe`` gives. All ranks call; as `reach`."""
         return self.reach(lambda: Statement((describe(),)), what).rosters[0]
 
-    def _heard(self, own: _Kind, digests: Sequence[str]) -> dict[str, _Kind]:
-        """What each kind of rank says, by digest."""
-        heard: dict[str, _Kind] = {}
+    def _receive(self, own: _Kind, digests: Sequence[str]) -> dict[str, _Kind]:
+        """The statement of each kind of rank, by digest; unknown ones are broadcast."""
+        kinds: dict[str, _Kind] = {}
         for digest in dict.fromkeys(digests):
             known = self._kinds.get(digest)
             if known is None:
-                speaker = digests.index(digest)
-                text = own.encoded() if self._group.rank == speaker else None
-                said = self._group.broadcast_json(text, speaker, "exchanging descriptions of the tensors to save")
-                known = own if own.digest == digest else _Kind.decoded(said)
-            heard[digest] = known
-        return heard
+                source = digests.index(digest)
+                text = own.encoded() if self._group.rank == source else None
+                received = self._group.broadcast_json(text, source, "exchanging descriptions of the tensors to save")
+                known = own if own.digest == digest else _Kind.decoded(received)
+            kinds[digest] = known
+        return kinds
 
     def _agreed_on(self, rows: Sequence[_Row]) -> Agreed:
         everyone = [self._kinds[digest] for digest, _ in rows]
@@ -124,13 +124,13 @@ class Agreement:
         return Agreed(tuple(rosters), tuple(kind.note for kind in everyone))
 
 
-#: What travels of a rank: the digest of what it says, and its coordinate in each mesh.
+#: What a rank sends: the digest of its statement, and its coordinate in each mesh.
 _Row = tuple[str, list[list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What ranks of one kind say.
+    """The statement of ranks of one kind.
 
     Attributes:
         declarations: For each list of tensors.
@@ -168,8 +168,8 @@ class _Kind:
         return _Kind(tuple(declarations), keys, note, digest)
 
 
-def _said(statement: Statement, stage: int) -> tuple[_Kind, JsonValue]:
-    """What a rank's kind says, and the rank's own row. Local."""
+def _describe(statement: Statement, stage: int) -> tuple[_Kind, JsonValue]:
+    """The statement of this rank's kind, and the rank's own row. Local."""
     declarations = tuple([Declaration.of(held, stage) for held in statement.held])
     found = coordinates_of(chain(*statement.held))
     text = json.dumps([[each.digest for each in declarations], list(map(_mesh, found)), statement.note])
@@ -187,25 +187,25 @@ def _mesh(mesh: MeshKey) -> JsonValue:
 
 
 def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Roster | None:
-    """Who holds the same kinds of tensor as this rank, and at which coordinates. All ranks call.
+    """Which ranks hold the same kinds of tensor as this rank, and at which coordinates. All ranks call.
 
-    Nobody's description travels, only its digest: a rank of another kind has nothing in common that could be relied on.
+    Only digests of descriptions are gathered: with a rank of another kind there is nothing in common to rely on.
 
     Returns:
-        A roster that knows of these ranks alone; ``None`` where this rank's meshes cannot be told apart.
+        A roster that knows of these ranks alone; ``None`` where this rank's meshes cannot be distinguished.
     """
     own: list[_Kind] = []
 
-    def speak() -> JsonValue:
+    def describe_kind() -> JsonValue:
         try:
-            kind, row = _said(Statement((held,)), stage)
+            kind, row = _describe(Statement((held,)), stage)
         except MisuseError:
-            # What cannot be told apart can still be read by each rank for itself.
+            # Each rank can still read by itself where meshes cannot be distinguished.
             return ["", []]
         own.append(kind)
         return row
 
-    rows = cast(list[_Row], group.gather(speak, "exchanging digests of the tensors to load"))
+    rows = cast(list[_Row], group.gather(describe_kind, "exchanging digests of the tensors to load"))
     if not own:
         return None
     [kind] = own

@@ -7,8 +7,8 @@ import threading
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
-from shardwise.engine.endings import PendingSave, forget, remember
 from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.process_exit import PendingSave, forget, remember
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
@@ -56,7 +56,7 @@ class Background:
         """Start a save; the previous one must have been waited for. All ranks call.
 
         The thread publishes as soon as every rank is durable; it waits for no later call, and the process does not end
-        before it has (see `shardwise.engine.endings`).
+        before it has (see `shardwise.engine.process_exit`).
         """
         save = PendingSave(job.what)
         save.thread = threading.Thread(target=self._run, args=(job, save), name="shardwise-save", daemon=False)
@@ -91,12 +91,12 @@ class Background:
             ShardwiseError: What failed in it; the same type on every rank. Raised once.
         """
         failure = self.outcome()
-        self.told()
+        self.acknowledge()
         if failure is not None:
             raise failure
 
     def outcome(self) -> ShardwiseError | None:
-        """Wait for the last save; what failed in it, until `told` is called."""
+        """Wait for the last save; what failed in it, until `acknowledge` is called."""
         save = self._save
         if save is None:
             return None
@@ -111,8 +111,8 @@ class Background:
         made.__cause__ = failure
         return made
 
-    def told(self) -> None:
-        """What became of the last save, which is over, is known to the caller of the library."""
+    def acknowledge(self) -> None:
+        """Forget the last save, which has ended: the caller of the library knows its outcome."""
         if self._save is not None:
             forget(self._save)
             self._save = None

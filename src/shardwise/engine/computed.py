@@ -1,6 +1,6 @@
-"""Tensors whose conversion no view expresses.
+"""Tensors whose conversion cannot be expressed as a view.
 
-Converted whole, one group at a time, on one of the ranks that hold them.
+They are converted whole, one group at a time, on one of the ranks that hold them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
 from shardwise.plan.reads import plan_reads
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source
 from shardwise.sources.tensor_bytes import flat_bytes, stored
@@ -46,7 +46,7 @@ def write_computed(
     plan: ComputedPlan,
     layout: Layout,
     group: Group,
-    write: Callable[[Run], None],
+    write: Callable[[WriteRun], None],
     failure: Exception | None = None,
 ) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
@@ -99,12 +99,12 @@ def write_computed(
 
 
 def _name(held: HeldGroup) -> str:
-    """What tells a group from others, on every rank alike."""
+    """The name that identifies a group, the same on every rank."""
     return held.computed.natives[0].name
 
 
 def _write_group(
-    held: HeldGroup, natives: dict[str, torch.Tensor], layout: Layout, write: Callable[[Run], None]
+    held: HeldGroup, natives: dict[str, torch.Tensor], layout: Layout, write: Callable[[WriteRun], None]
 ) -> None:
     made = held.computed.rule.forward(natives)
     for spec in held.computed.hub:
@@ -123,7 +123,7 @@ def _write_group(
             place = layout.places[spec.name]
             # The rule may compute in another dtype; the run casts to the file's.
             written = next(e.spec for e in layout.files[place.file].entries if e.spec.name == spec.name)
-            write(Run(place.file, place.offset, -1, written, 0, tensor))
+            write(WriteRun(place.file, place.offset, -1, written, 0, tensor))
 
 
 def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made: Mapping[str, torch.Tensor]) -> None:

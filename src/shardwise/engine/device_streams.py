@@ -128,7 +128,7 @@ class AcceleratorStreams:
         side.wait_stream(module.current_stream(device))
         with module.stream(side):
             buffer.copy_(source, non_blocking=True)
-            # The allocator, which knows only of the stream that the memory was made on, is told of this one.
+            # The allocator knows only the stream that the memory was allocated on: record this one with it.
             source.record_stream(cast(torch.Stream, side))
 
     def mark(self, device: torch.device) -> CopyEvent:

@@ -32,7 +32,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import Run, Schedule, schedule
+from shardwise.plan.schedule import Schedule, WriteRun, schedule
 from shardwise.sources.reader import Reader
 from shardwise.sources.stream import tensor_blocks
 
@@ -217,7 +217,7 @@ def _write(
 ) -> None:
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
 
-    def write_rows(run: Run) -> None:
+    def write_rows(run: WriteRun) -> None:
         digests.take(run, write_run(run, files, storage, digest))
 
     try:
@@ -251,7 +251,7 @@ def _write(
         files.close()
 
 
-def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run], None]) -> None:
+def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[WriteRun], None]) -> None:
     """Carry tensors over, each by one rank, a block at a time."""
     reader = Reader(storage, plan.copies.files)
     try:
@@ -261,7 +261,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Run
             place, start = plan.layout.places[tensor.spec.name], 0
             for block in tensor_blocks(tensor, reader):
                 data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
-                write(Run(place.file, place.offset + start, -1, tensor.spec, start, data))
+                write(WriteRun(place.file, place.offset + start, -1, tensor.spec, start, data))
                 start += len(block)
     finally:
         reader.close()

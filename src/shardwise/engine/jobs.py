@@ -18,7 +18,7 @@ class SaveJob:
 
     Attributes:
         what: What is saved, for messages.
-        steps: Each writes a component and tells what it wrote; all ranks run them in this order.
+        steps: Each writes a component and returns a record of it; all ranks run them in this order.
         commit: Makes the result visible, given the records of all steps.
         abandon: Removes what was written, after a failure; must not raise.
     """

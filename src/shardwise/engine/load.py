@@ -13,8 +13,8 @@ import torch
 
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
-from shardwise.engine.absent import absent_files_named
-from shardwise.engine.near_names import Shapes, listed, nearest
+from shardwise.engine.missing_files import missing_files_named
+from shardwise.engine.name_suggestions import Shapes, listed, nearest
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
     DtypeMismatchError,
@@ -204,7 +204,7 @@ def open_described(
     replicas = find_replicas(held, group, options.sharing, remote)
 
     def plan() -> PlannedLoad:
-        with absent_files_named(source):
+        with missing_files_named(source):
             return plan_load(held, source, options, unexpected, replicas)
 
     reads, later, missing = group.attempt(plan, f"comparing the model with {source.path}")
@@ -310,12 +310,12 @@ def _described(
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
-    """Regions that this rank wants of scattered tensors; what does not fit is no question yet."""
+    """Regions that this rank wants of tensors with remote pieces; a mismatch of shapes is reported later."""
     wanted: dict[str, list[Box]] = {}
     for tensor in held:
         spec = tensor.spec
         saved = source.tensors.get(spec.name)
-        if saved is None or saved.scattered is None or saved.spec.shape != spec.shape:
+        if saved is None or saved.remote is None or saved.spec.shape != spec.shape:
             continue
         wanted.setdefault(spec.name, []).extend(wanted_regions(tensor))
     return wanted
@@ -323,10 +323,10 @@ def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]
 
 def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
     saved = source.tensors[tensor.spec.name]
-    file = saved.scattered.file if saved.scattered is not None else saved.chunks[0].file if saved.chunks else -1
+    file = saved.remote.file if saved.remote is not None else saved.chunks[0].file if saved.chunks else -1
     where = source.files[file] if file >= 0 else source.path
     if saved.spec.shape != tensor.spec.shape:
-        pieces = saved.scattered is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
+        pieces = saved.remote is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
         pieces = pieces or where.name.startswith("shard-")
         raise ShapeMismatchError(
             f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",

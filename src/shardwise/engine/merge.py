@@ -24,7 +24,7 @@ from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import plan_shards
-from shardwise.sources.checked import CheckedReader, Ledger, Recorded
+from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
@@ -66,15 +66,17 @@ def write_merged(
     sources |= {name: _moved(tensor, len(names)) for name, tensor in computed.sources.items()}
     behind = len(names) + len(computed.paths)
     sources |= {tensor.spec.name: _moved(tensor, behind) for tensor in plan.copies.tensors}
-    recorded: dict[Path, list[Recorded]] = {path: [] for path in paths}
+    recorded: dict[Path, list[RecordedDigest]] = {path: [] for path in paths}
     for tensor in record.tensors:
         for chunk in tensor.chunks:
-            recorded[aside / chunk.file].append(Recorded(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name))
+            recorded[aside / chunk.file].append(
+                RecordedDigest(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name)
+            )
     for name, made in computed.sources.items():
         [place] = made.chunks
-        run = Recorded(place.offset, made.spec.nbytes, computed.digests[name], name)
+        run = RecordedDigest(place.offset, made.spec.nbytes, computed.digests[name], name)
         recorded[computed.paths[place.file]].append(run)
-    ledger = Ledger({path: sorted(runs) for path, runs in recorded.items()})
+    ledger = DigestLedger({path: sorted(runs) for path, runs in recorded.items()})
     digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
@@ -126,7 +128,7 @@ class _Merging:
     sources: Mapping[str, SourceTensor]
     paths: Sequence[Path]
     storage: Storage
-    ledger: Ledger
+    ledger: DigestLedger
 
 
 def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Path | None) -> dict[str, int]:
@@ -154,7 +156,7 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
         The digests of the tensors in it, and the whole file's.
     """
     found: dict[str, int] = {}
-    reader = CheckedReader(merging.storage, merging.paths, merging.ledger)
+    reader = VerifyingReader(merging.storage, merging.paths, merging.ledger)
     try:
         with SequentialFile(merging.storage, place) as made:
             made.append([file.header])

@@ -16,7 +16,7 @@ from shardwise.engine.export import ExportPlan
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import byte_blocks
 
 
@@ -35,12 +35,14 @@ class ComputedFiles:
     digests: Mapping[str, int]
 
     def others(self, roster: Roster) -> Roster:
-        """Who holds what, without the computed tensors, of which nobody holds a part."""
+        """Who holds what, without the computed tensors, which no rank holds a part of."""
         if not self.sources:
             return roster
         declarations = {
-            digest: replace(told, specs=tuple(spec for spec in told.specs if spec.name not in self.sources))
-            for digest, told in roster.declarations.items()
+            digest: replace(
+                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
+            )
+            for digest, declaration in roster.declarations.items()
         }
         return Roster(declarations, roster.digests, roster.coordinates)
 
@@ -62,7 +64,7 @@ def write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storag
         storage.make_directory(directory)
         with SequentialFile(storage, paths[group.rank]) as file:
 
-            def append(run: Run) -> None:
+            def append(run: WriteRun) -> None:
                 start = file.size
                 crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
                 own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])

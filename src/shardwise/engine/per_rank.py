@@ -1,4 +1,4 @@
-"""Tensors of which each rank has a value of its own: one file for each rank, beside what all ranks save together."""
+"""Tensors with a different value on each rank: one file for each rank, beside the files that all ranks share."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
         held: The tensors, each held whole.
         path: As `own_file` gives it.
         storage: Through what.
-        metadata: What the file says besides.
+        metadata: The metadata of the file's header.
 
     Returns:
         The file, with its path in the component's directory.
@@ -107,7 +107,7 @@ def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], M
         held: What the rank holds, by the names that files have.
 
     Returns:
-        What is to be read into what, and what the file says besides.
+        The reads into the rank's tensors, and the file's metadata.
 
     Raises:
         TensorError: They do not fit.

@@ -22,18 +22,18 @@ class _Bar(Protocol):
 
 
 class Progress:
-    """Counts bytes and tells how far things are. Threads may share it.
+    """Counts bytes and shows or logs the progress. Threads may share it.
 
     Args:
         what: What is being done: "loading model".
         total: Bytes expected.
-        shown: Whether this rank tells; one of them is enough.
+        shown: Whether this rank shows the progress; one rank is enough.
     """
 
     def __init__(self, what: str, total: int, shown: bool) -> None:
         self._what, self._total, self._shown = what, total, shown
         self._done = 0
-        self._started = self._told = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._lock = threading.Lock()
         self._bar: _Bar | None = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
@@ -49,8 +49,8 @@ class Progress:
             self._done += nbytes
             if self._bar is not None:
                 self._bar.update(nbytes)
-            elif time.monotonic() - self._told >= LOG_SECONDS:
-                self._told = time.monotonic()
+            elif time.monotonic() - self._logged >= LOG_SECONDS:
+                self._logged = time.monotonic()
                 share = 100 * self._done / max(self._total, self._done, 1)
                 _LOG.info("%s: %.0f%% of %.2f GB, %s", self._what, share, self._total / 1e9, self._rate())
 

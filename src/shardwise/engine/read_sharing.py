@@ -41,7 +41,7 @@ _LOCAL_FUSE = frozenset(("fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.mergerfs
 
 @runtime_checkable
 class KnowsDistance(Protocol):
-    """What a `Storage` may offer besides: whether reading a file goes over a network."""
+    """An optional capability of a `Storage`: whether reading a file goes over a network."""
 
     def is_remote(self, path: Path) -> bool:
         """Whether the files at ``path``, which exists, are on another machine."""
@@ -167,7 +167,7 @@ def made_of(read: PackedRead, _: int) -> Iterator[Made]:
 
 
 def spare_memory() -> torch.Tensor:
-    """Memory for the messages of a rank that has failed, made before there is anybody who could be left waiting.
+    """Memory for the messages of a rank that has failed, allocated before any peer can be left waiting.
 
     Enough for a share of single bytes, each at an aligned place. It is written to only after a failure, and takes
     address space alone until then.
@@ -178,7 +178,8 @@ def spare_memory() -> torch.Tensor:
 def rehearse(shared: Mapping[tuple[int, ...], Wanted], limits: Limits = LIMITS) -> None:
     """Go through the rounds of `read_shared` without reading. Local.
 
-    A rank that cannot tell the sizes of its rounds could not take part in them at all; all ranks learn of it here.
+    A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
+    ranks.
     """
     for members in sorted(shared):
         for _ in _rounds(members, shared[members], limits):
@@ -317,7 +318,7 @@ def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -
 
 
 def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
-    """Read this rank's shares of a round, unless there is no point any more; what fails is kept for later."""
+    """Read this rank's shares of a round, unless ``idle``; a failure is kept and raised later."""
     outcome = _Outcome()
     try:
         if not idle:
@@ -351,7 +352,7 @@ def _pass_on(
     *,
     idle: bool,
 ) -> Exception | None:
-    """Send and receive the messages of a round, in vain if this rank has failed or finds no memory for them."""
+    """Send and receive the messages of a round; blank ones if this rank has failed or finds no memory for them."""
     own, theirs = this.read_by(group.rank), this.read_by_others(group.rank)
     arriving: dict[int, _Parcel] = {}
     failure: Exception | None = None
@@ -360,16 +361,16 @@ def _pass_on(
             arriving = _parcels(theirs, this.limits, slab)
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
-    in_vain = idle or failure is not None
+    sends_blanks = idle or failure is not None
 
     def messages(number: int, made: Mapping[int, _Parcel]) -> list[torch.Tensor]:
-        return _blanks(this.shares[number], this.limits, spare) if in_vain else made[number].messages
+        return _blanks(this.shares[number], this.limits, spare) if sends_blanks else made[number].messages
 
     others = [member for member in this.members if member != group.rank]
     sends = [(other, message) for number in own for message in messages(number, parcels) for other in others]
     receives = [(share.reader, message) for number, share in theirs.items() for message in messages(number, arriving)]
     group.swap(sends, receives, "passing on what replicas have read")
-    if in_vain:
+    if sends_blanks:
         return failure
     reader.counts.passed += sum(message.numel() for _, message in receives)
     try:

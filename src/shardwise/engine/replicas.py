@@ -1,4 +1,4 @@
-"""Comparing replicas: ranks that hold the same tensor have to hold the same bytes, or what is saved is nobody's model.
+"""Comparing replicas: ranks that hold the same tensor have to hold the same bytes, or the saved model is a mix.
 
 Each rank digests what it holds as a replica of others, and contributes one number to an exchange that a save has
 anyway: the numbers of all ranks add up to zero if all replicas are equal. Only where they do not, two more exchanges

@@ -19,7 +19,7 @@ from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout
 from shardwise.plan.ownership import cut
 from shardwise.plan.rows import Exchange
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import flat_bytes, stored
 
 
@@ -28,7 +28,7 @@ def exchange_rows(
     held: Sequence[HeldTensor],
     layout: Layout,
     group: Group,
-    write: Callable[[Run], None],
+    write: Callable[[WriteRun], None],
     *,
     failure: Exception | None = None,
     spare: torch.Tensor | None = None,
@@ -83,7 +83,7 @@ def _dtype(tensor: HeldTensor) -> torch.dtype:
 
 def _round(
     exchange: Exchange, turn: int, tensor: HeldTensor, layout: Layout, group: Group, spare: torch.Tensor
-) -> Run | None:
+) -> WriteRun | None:
     """Swap one round, whatever fails; returns the rows that this rank is to write, if any."""
     what = f"exchanging rows of {tensor.spec.name}"
     dtype = _dtype(tensor)
@@ -108,7 +108,7 @@ def _round(
             position += box.numel
     place = layout.places[tensor.spec.name]
     offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
-    return Run(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+    return WriteRun(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
 
 
 def _incoming(

@@ -16,7 +16,7 @@ from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import ShardFile
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
@@ -112,7 +112,7 @@ def _write(plan: ShardPlan, storage: Storage) -> list[list[ChunkRecord]]:
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                crc = write_run(Run(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage)
+                crc = write_run(WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
             written.append(chunks)
         files.sync()

@@ -1,4 +1,4 @@
-"""Reads of a load, told apart by who else wants the same bytes."""
+"""The reads of a load, grouped by the ranks that want the same bytes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class PlannedReads:
         return tensor._replace(parts=tuple(alone))
 
     def rehearse(self) -> None:
-        """Find out, where all ranks learn of it, whether this rank can tell what is to be passed on. Local."""
+        """Check that this rank can plan the rounds, at a point where a failure reaches all ranks. Local."""
         rehearse(self.shared)
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:

@@ -4,9 +4,9 @@ The memory belongs to the `Stager` and is reused by every save: one arena for ea
 on an accelerator with streams (the copies then run on a stream of their own, see `shardwise.engine.device_streams`),
 and in huge pages on the CPU, whose first touch costs a fraction of that of small ones.
 
-A loop need not know of any of this. What is given to a device's current stream after `Stager.stage`, by the thread that
-called it, runs behind the copies, and so does what an optimizer's ``step`` gives to any stream of any thread. Nothing
-here keeps a source's memory alive.
+A training loop does not have to know any of this: work that the thread that called `Stager.stage` submits afterwards to
+a device's current stream runs behind the copies, and so does work that an optimizer's ``step`` submits to any stream
+of any thread. Nothing here keeps a source's memory alive.
 """
 
 from __future__ import annotations

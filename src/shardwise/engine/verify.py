@@ -264,11 +264,11 @@ def check_extents(
         extents: What to read.
         storage: Through what.
         threads: How many reads at once; each has one buffer of 4 MiB.
-        advance: Told of every run of bytes that was read.
+        advance: Called with the size of every run that was read.
     """
     lock = threading.Lock()
 
-    def told(nbytes: int) -> None:
+    def counted(nbytes: int) -> None:
         if advance is not None:
             with lock:
                 advance(nbytes)
@@ -276,7 +276,7 @@ def check_extents(
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="shardwise-verify") as pool:
         local = threading.local()
         tasks = list(_tasks(extents))
-        results = pool.map(lambda task: _read_task(directory, extents, task, storage, local, told), tasks)
+        results = pool.map(lambda task: _read_task(directory, extents, task, storage, local, counted), tasks)
         return _judge(extents, tasks, results)
 
 
@@ -304,7 +304,7 @@ def _read_task(
     task: Sequence[_Run],
     storage: Storage,
     local: threading.local,
-    told: Advance,
+    advance: Advance,
 ) -> list[int | ShardwiseError]:
     """For each run of one task its digest, or what kept it from being read."""
     if not hasattr(local, "buffer"):
@@ -317,7 +317,7 @@ def _read_task(
     try:
         for run in task:
             try:
-                found.append(_read_run(handle, extents[run.extent], run, storage, local.buffer, told))
+                found.append(_read_run(handle, extents[run.extent], run, storage, local.buffer, advance))
             except ShardwiseError as error:
                 found.append(error)
     finally:
@@ -325,14 +325,14 @@ def _read_task(
     return found
 
 
-def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview, told: Advance) -> int:
+def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview, advance: Advance) -> int:
     crc, done = 0, 0
     while done < run.nbytes:
         part = buffer[: min(len(buffer), run.nbytes - done)]
         got = storage.read(handle, part, extent.offset + run.start + done)
         crc = crc32c(part[:got], crc)
         done += got
-        told(got)
+        advance(got)
         if got < len(part):
             raise IntegrityError(f"the file ends {run.nbytes - done} bytes before the end of this run of bytes")
     return crc

@@ -17,7 +17,7 @@ from shardwise.disk.storage import Storage, located
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ShardwiseError
 from shardwise.plan.deferred import deferred
-from shardwise.plan.schedule import Run
+from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
 
 #: A run larger than this is cut, so that several threads can share it.
@@ -40,7 +40,7 @@ class Digests:
         self.crcs[name] = self.crcs.get(name, 0) ^ share
         self.counts[name] = self.counts.get(name, 0) + nbytes
 
-    def take(self, run: Run, crc: int) -> None:
+    def take(self, run: WriteRun, crc: int) -> None:
         """Take in a run that has been written, and its digest."""
         behind = run.spec.nbytes - run.start - run.nbytes
         self.add(run.spec.name, shift(crc, behind), run.nbytes)
@@ -85,7 +85,7 @@ class FileSet:
             raise failure
 
 
-def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
+def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = crc32c) -> int:
     """Write one run; returns its digest."""
     dtype, offset, crc = torch_dtype(run.spec.dtype), run.offset, 0
     memory = bytes_in_place(run.data, dtype)
@@ -106,7 +106,7 @@ def write_run(run: Run, files: FileSet, storage: Storage, digest: Digest = crc32
 
 
 def write_all(
-    runs: Iterable[Run],
+    runs: Iterable[WriteRun],
     files: FileSet,
     storage: Storage,
     threads: int,
@@ -127,7 +127,7 @@ def write_all(
 
 
 def _write_pieces(
-    pieces: Sequence[Run], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest
+    pieces: Sequence[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest
 ) -> None:
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
@@ -150,13 +150,13 @@ def _write_pieces(
             raise
 
 
-def _pieces(run: Run) -> Iterable[Run]:
+def _pieces(run: WriteRun) -> Iterable[WriteRun]:
     if run.nbytes <= _LARGEST_RUN_BYTES:
         yield run
         return
     start = 0
     for block in blocks(run.data, _LARGEST_RUN_BYTES // run.spec.itemsize):
-        yield Run(run.file, run.offset + start, run.tensor, run.spec, run.start + start, block)
+        yield WriteRun(run.file, run.offset + start, run.tensor, run.spec, run.start + start, block)
         start += block.numel() * run.spec.itemsize
 
 

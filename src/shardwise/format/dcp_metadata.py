@@ -290,7 +290,7 @@ class _Builder:
         )
 
     def _where(self, value: object) -> str:
-        # Where the checkpoint stood when it was written; told to the user, never opened.
+        # The checkpoint's path when it was written; shown to the user, never opened.
         if isinstance(value, PickledCall) and value.function.module.startswith("pathlib") and value.state is None:
             return os.path.join("", *[self._typed(part, str, "a part of a path") for part in value.args])
         return self._typed(value, str, "checkpoint_id")

@@ -1,4 +1,4 @@
-"""Names of the notes that a save leaves beside a model: for resuming, and for making the export later."""
+"""Names of the records that a save writes beside a model: for resuming, and for making the export later."""
 
 from __future__ import annotations
 

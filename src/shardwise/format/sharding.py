@@ -13,7 +13,7 @@ from shardwise.errors import HeaderError
 from shardwise.format.header import DAMAGED, Header
 from shardwise.format.strict_json import MAX_INT, JsonValue, as_counts, as_object, loads
 
-#: Key of ``__metadata__`` under which the record stands.
+#: Key of ``__metadata__`` that holds the record.
 DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
 
 

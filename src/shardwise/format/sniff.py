@@ -1,6 +1,6 @@
-"""What a file is by its first bytes, for messages: which format stands where another was expected, and the way in.
+"""The format of a file by its first bytes, for messages: which format was found, and how to open such a file.
 
-Nothing is parsed and nothing trusted: a format is named where its signature is there, and no decision about values
+Nothing is parsed and nothing trusted: a format is named where its signature is found, and no decision about values
 follows from it. Signatures are those of the formats' own specifications.
 """
 
@@ -15,20 +15,20 @@ from enum import StrEnum
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import FormatError, ShardwiseError
 
-#: How many of a file's first bytes tell all that is told: a tar archive's signature ends at byte 265.
+#: How many of a file's first bytes are read: a tar archive's signature ends at byte 265.
 FIRST_BYTES = 512
 
 _LONGEST_HEADER = 100_000_000
 
 
 class Kind(StrEnum):
-    """Families of formats, as far as callers tell them apart."""
+    """Families of formats, as far as callers distinguish them."""
 
     SAFETENSORS = "safetensors"
     #: A zip archive, a tar archive or a bare pickle of ``torch.save``.
     TORCH = "torch"
     GGUF = "gguf"
-    #: A pointer that stands for a file which was not fetched.
+    #: A pointer to a file that was not fetched.
     POINTER = "pointer"
     #: A page or a text that a server sent in the file's place.
     TEXT = "text"

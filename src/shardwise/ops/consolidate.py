@@ -21,7 +21,7 @@ from shardwise.checkpointing.saving.opens import check_described
 from shardwise.disk.sequential import SequentialFile, write_file
 from shardwise.disk.storage import LocalStorage, Storage, storage_errors
 from shardwise.dtypes import FLOATS, torch_dtype
-from shardwise.engine.absent import saved_aliases
+from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import CheckpointExistsError, ConfigError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
@@ -36,8 +36,8 @@ from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import Layout, index_name, lay_out
-from shardwise.sources.checked import CheckedReader
 from shardwise.sources.tensor_bytes import as_bytes
+from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["ConsolidateReport", "consolidate"]
 
@@ -134,7 +134,7 @@ def consolidate(
     notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
     found = replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
-    reader = CheckedReader(store, found.source.files, found.ledger)
+    reader = VerifyingReader(store, found.source.files, found.ledger)
     tensors = _tensors(found, reader)
     export_note = _object(found, found.directory / METADATA_DIR / EXPORT)
     stem = _stem(found, export_note.get("stem"), diffusers_compatible)
@@ -187,7 +187,7 @@ def _absent(directory: Path) -> list[Path]:
     return absent
 
 
-def _tensors(found: ModelInput, reader: CheckedReader) -> dict[str, _Tensor]:
+def _tensors(found: ModelInput, reader: VerifyingReader) -> dict[str, _Tensor]:
     if found.native and found.kind is not None:
         hub = hub_tensors(found.kind, found.source.tensors, reader)
         return {spec.name: _Tensor(spec, blocks) for spec, blocks in hub}

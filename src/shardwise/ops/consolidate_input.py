@@ -28,12 +28,12 @@ from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.checked import Ledger, Recorded
 from shardwise.sources.dcp_model import find_model
+from shardwise.sources.directory_contents import holds_model
 from shardwise.sources.entries import read_entries
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
-from shardwise.sources.whereabouts import holds_model
+from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPTIMIZER_STATE = "optimizer.json"
@@ -49,7 +49,7 @@ class ModelInput:
         checkpoint: The checkpoint around it, where there is one.
         manifest: Whether a manifest says what every byte must be.
         source: Its tensors, under the names that the export is to have; each of their pieces once.
-        ledger: Recorded digests of the files.
+        ledger: RecordedDigest digests of the files.
         notes: What a reader of the report should know.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
@@ -59,7 +59,7 @@ class ModelInput:
     checkpoint: Path
     manifest: bool
     source: Source
-    ledger: Ledger
+    ledger: DigestLedger
     notes: list[str] = field(default_factory=list)
     kind: ModelClass | None = None
     native: bool = False
@@ -114,7 +114,7 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     _refuse_damaged(report, directory)
     _refuse_others(directory)
     manifests = _manifests(target)
-    ledger = Ledger(_recorded(manifests))
+    ledger = DigestLedger(_recorded(manifests))
     # Before anything in a header is believed.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
     found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
@@ -192,14 +192,14 @@ def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
     return found
 
 
-def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[Recorded]]:
-    found: dict[Path, list[Recorded]] = {}
+def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[RecordedDigest]]:
+    found: dict[Path, list[RecordedDigest]] = {}
     for directory, manifest in manifests:
         for file, offset, nbytes, crc, tensor in (
             (each.file, each.offset, each.nbytes, each.crc32c, each.tensor)
             for each in extents_of(manifest, manifest.files)
         ):
-            found.setdefault(directory / file, []).append(Recorded(offset, nbytes, crc, tensor))
+            found.setdefault(directory / file, []).append(RecordedDigest(offset, nbytes, crc, tensor))
     return found
 
 

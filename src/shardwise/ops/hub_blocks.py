@@ -17,8 +17,8 @@ from shardwise.geometry import TensorSpec
 from shardwise.ops.model_class import ModelClass
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.checked import BLOCK_BYTES, CheckedReader
 from shardwise.sources.tensor_bytes import as_bytes
+from shardwise.sources.verifying_reader import BLOCK_BYTES, VerifyingReader
 from shardwise.upstream.torch_tensors import storage_key
 
 #: So many native tensors are kept: those of one layer that a file's tensors take turns in.
@@ -26,7 +26,7 @@ _MOST_KEPT = 4
 
 
 def hub_tensors(
-    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: CheckedReader
+    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: VerifyingReader
 ) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
     """What the files of a model have: each tensor, and its bytes in row-major order.
 
@@ -69,7 +69,7 @@ def _memory(tensor: HeldTensor) -> int:
     return storage_key(tensor.fragments[0].data)
 
 
-def _plain(tensor: SourceTensor, reader: CheckedReader) -> Callable[[], Iterator[memoryview]]:
+def _plain(tensor: SourceTensor, reader: VerifyingReader) -> Callable[[], Iterator[memoryview]]:
     return lambda: reader.blocks(tensor)
 
 
@@ -96,7 +96,7 @@ class _Natives:
     """Native tensors that were read as a whole, the last few of them."""
 
     tensors: Mapping[str, SourceTensor]
-    reader: CheckedReader
+    reader: VerifyingReader
     _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
 
     def get(self, name: str) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""AdaLoRA's allocator of ranks: what it has measured, and which ranks it has kept, decide what the next steps do.
+"""AdaLoRA's allocator of ranks: its measurements and the ranks that it has kept decide what the next steps do.
 
-Its running means and the ranks that it has kept are in no state dict of peft's. They stand beside the adapter, in the
-file of what else changes while it is trained (`shardwise.peft.extra`).
+Its running means and the ranks that it has kept are in no state dict of peft's. They are saved beside the adapter, with
+the other values that change while it is trained (`shardwise.peft.extra`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Beginning of these tensors' names in that file.
 ALLOCATOR_PREFIX = "rank_allocator."
 
-#: What the allocator keeps of each parameter and reads again; ``ipt`` is computed anew before it is read. Source:
+#: What the allocator keeps of each parameter and reads again; ``ipt`` is computed again before it is read. Source:
 #: ``peft.tuners.adalora.layer.RankAllocator``.
 _MEANS = ("exp_avg_ipt", "exp_avg_unc")
 
@@ -107,7 +107,7 @@ class AllocatorRestore:
 
 
 def restore_allocators(parts: Sequence[nn.Module], shapes: Mapping[str, Sequence[int]]) -> AllocatorRestore:
-    """Make memory for what a file has of the parts' allocators; one that it has nothing of begins anew. Local.
+    """Make memory for what a file has of the parts' allocators; an allocator without saved state starts again. Local.
 
     Args:
         parts: This rank's parts.

@@ -9,25 +9,25 @@ import torch.nn as nn
 
 from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
 from shardwise.peft.allocator import allocator_entries
+from shardwise.peft.builtin_lora_capture import capture_own
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import extra_entries
 from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted
 from shardwise.peft.names import clean, join, named_modules, text_config
-from shardwise.peft.own_capture import capture_own
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
 from shardwise.plan.views import AxisView, hub_views
 from shardwise.stateful_wrappers.names import own_tensors
+from shardwise.stateful_wrappers.state_dict_overrides import (
+    has_foreign_hooks,
+    overrides_get_extra_state,
+    overrides_set_extra_state,
+    refuse_hooks_around,
+    saves_itself,
+    saves_subtree_itself,
+)
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
-from shardwise.stateful_wrappers.ways import (
-    foreign,
-    gives_extra,
-    makes_own,
-    makes_subtree,
-    refuse_hooks_around,
-    takes_extra,
-)
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, unwrap
 from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
@@ -50,7 +50,7 @@ def capture_adapter(
 
     Args:
         parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
-            with LoRA modules of its own (see `shardwise.peft.own`).
+            with LoRA modules of its own (see `shardwise.peft.builtin_lora`).
         peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
             which ``dim`` is read (or ``r`` of what `shardwise.addons.peft.read_adapter_config` returns).
         v4_compatible: Describe expert adapters as one pair for each expert and projection.
@@ -183,9 +183,14 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
-    if makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module):
+    if (
+        saves_subtree_itself(module)
+        or saves_itself(module)
+        or overrides_get_extra_state(module)
+        or overrides_set_extra_state(module)
+    ):
         return False
-    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
+    if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return False
     return own_loader(type(module)).__module__.startswith("torch.nn.")
 
@@ -199,7 +204,9 @@ def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -
         for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
             hooks = saving_hooks(module)
             # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
-            if (name in owners and not _is_plain(module)) or ((name in around or not name) and foreign(hooks)):
+            if (name in owners and not _is_plain(module)) or (
+                (name in around or not name) and has_foreign_hooks(hooks)
+            ):
                 raise ModuleStateError(
                     f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
                     "parameters and buffers as they are",

@@ -18,7 +18,7 @@ import torch.nn as nn
 from shardwise.comm import JsonValue
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.format.json_file import read_json
-from shardwise.peft.own import (
+from shardwise.peft.builtin_lora import (
     ExpertSite,
     LinearSite,
     Site,

@@ -116,14 +116,14 @@ def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
     return spec._replace(name=PEFT_PREFIX + spec.name.removeprefix(f"{component}."))
 
 
-def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: AdapterFile, told: set[str]) -> None:
+def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: AdapterFile, warned: set[str]) -> None:
     """Check that diffusers can open an adapter, before it is trained. Local.
 
     Args:
         parts: This rank's parts.
         peft_config: The adapters' configuration, for parts that do not carry one.
         file: The adapter.
-        told: What has been said in this run.
+        warned: Names of the files that were warned about in this run.
 
     Raises:
         AdapterError: It cannot.
@@ -137,8 +137,8 @@ def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: Ad
             "adapter_model.safetensors.",
         )
     plain = next((item.spec.name for item in file.entries if "lora" not in item.spec.name), None)
-    if plain is not None and LORA_WEIGHTS_NAME not in told:
-        told.add(LORA_WEIGHTS_NAME)
+    if plain is not None and LORA_WEIGHTS_NAME not in warned:
+        warned.add(LORA_WEIGHTS_NAME)
         _LOG.warning(
             "the adapter %r has tensors without 'lora' in their names (%s): the model's own load_lora_adapter opens "
             "its file, and load_lora_weights of most pipelines of diffusers refuses it",

@@ -1,10 +1,10 @@
-"""What changes while an adapter is trained and is not in its file: parameters unfrozen by hand, and statistics.
+"""Values that change while an adapter is trained and are not in its file: parameters unfrozen by hand, and statistics.
 
 peft saves what its layers and ``modules_to_save`` hold. Norms and embeddings that are unfrozen beside them, and the
 running statistics of a batch norm, would be the base model's again after a restore, under an optimizer that goes on
 with its state of them. So would base weights that an adapter's beginning has changed by chance or by measured data:
-another beginning gives other ones, which the saved adapter does not fit. They stand in a file of this library's own
-beside the adapter's.
+another initialisation gives other weights, which the saved adapter does not fit. All of these are saved in a file of
+this library's own beside the adapter's.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import NameCollisionError
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, adapters_prefixes, is_below, is_peft_adapted
 from shardwise.peft.names import join, named_modules
-from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry
 from shardwise.stateful_wrappers.names import NamedTensor, list_parameters
 from shardwise.stateful_wrappers.wrapping import adapted_model

@@ -11,9 +11,9 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AdapterError, MisuseError
+from shardwise.peft.builtin_lora import LinearSite, find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.names import join, named_modules
-from shardwise.peft.own import LinearSite, find_sites
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.stateful_wrappers.wrapping import bare_model

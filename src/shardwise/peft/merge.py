@@ -1,8 +1,8 @@
-"""Models without their adapters, which peft's own code has merged into the base weights, one module at a time.
+"""Models with their adapters merged into the base weights by peft's own code, one module at a time.
 
-What a merged weight is, is peft's to say: each method computes it in a way of its own, in the dtypes that the module
-has. So of every adapted module a copy without memory is made; peft merges a copy of that copy, once on the meta device,
-which tells what comes of it, and once with the module's whole tensors, when the merged weights are written.
+Each method computes a merged weight in its own way, in the dtypes that the module has. So every adapted module is
+copied without memory, and peft merges a copy of that copy twice: on the meta device, which gives the shapes and dtypes
+of the result, and with the module's whole tensors, when the merged weights are written.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError, QuantizationError
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
-from shardwise.peft.own import find_sites
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.ways import foreign
+from shardwise.stateful_wrappers.state_dict_overrides import has_foreign_hooks
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, unwrap
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED
@@ -190,7 +190,7 @@ class _Copier:
         own = {}
         for key, value in vars(bare).items():
             if key.endswith("_hooks"):
-                kept = isinstance(value, dict) and "state_dict" in key and foreign(value.values())
+                kept = isinstance(value, dict) and "state_dict" in key and has_foreign_hooks(value.values())
                 own[key] = type(value)(value) if kept else type(value)()
             elif key == UNSAVED:
                 own[key] = set(value)
@@ -245,7 +245,7 @@ class _Outcome:
 
     Attributes:
         modules: One for each layer.
-        origins: id of a tensor of theirs -> the token whose place it has, for those that merging has not made anew.
+        origins: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
     """
 
     modules: list[nn.Module]

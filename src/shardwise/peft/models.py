@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError, MisuseError
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.load import is_legacy_version
 from shardwise.peft.names import join, named_modules
-from shardwise.peft.own import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers.names import own_tensors
@@ -168,7 +168,7 @@ def _is_dictionary(module: nn.Module | None) -> bool:
 def _keyed(path: str, dictionary: nn.Module, known: Collection[str] | None) -> dict[str, str]:
     """Where a dictionary keeps each adapter's tensors.
 
-    What all layers share may be kept by kinds of layers first (FRoD), which a method's known adapters tell.
+    What all layers share may be kept by kinds of layers first (FRoD), as a method's known adapters show.
     """
     out: dict[str, str] = {}
     children = own_children(dictionary)
@@ -346,7 +346,7 @@ def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Ten
 
 
 def _require_new_layout() -> None:
-    """Check that peft lays out adapters of expert parameters so that single experts can be told.
+    """Check that peft lays out adapters of expert parameters so that single experts can be located.
 
     Raises:
         AdapterError: It is a release up to 0.19.0.

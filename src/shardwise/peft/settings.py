@@ -20,7 +20,7 @@ from shardwise.peft.models import (
     is_peft_adapted,
     v4_config,
 )
-from shardwise.peft.stages import part_settings, united
+from shardwise.peft.stage_settings import part_settings, united
 from shardwise.stateful_wrappers.model_parts import described_part
 
 Settings = dict[str, object]

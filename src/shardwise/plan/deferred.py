@@ -74,10 +74,10 @@ class Deferred:
 
 
 class Template(Protocol):
-    """Puts a whole tensor, of which a rank holds a part, around that part."""
+    """Builds a whole tensor around the part that a rank holds."""
 
     def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The tensor of which ``local`` is this rank's part."""
+        """The whole tensor that ``local`` is this rank's part of."""
         ...
 
 

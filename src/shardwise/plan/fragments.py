@@ -1,4 +1,4 @@
-"""The currency of the engine: what a rank holds of a tensor, under the tensor's name in the file. Pure.
+"""What a rank holds of a tensor, under the tensor's name in the file: the value that all stages exchange. Pure.
 
 A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of
 its shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.

@@ -21,7 +21,7 @@ from shardwise.plan.roster import Roster
 SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20
 
 
-class Owned(NamedTuple):
+class OwnedFragment(NamedTuple):
     """A region that this rank, and no other, writes. ``tensor`` is an index into the list of held tensors."""
 
     tensor: int
@@ -37,7 +37,9 @@ def cut(fragment: Fragment, box: Box) -> Fragment:
     return Fragment(box, data)
 
 
-def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[int] = frozenset()) -> list[Owned]:
+def own(
+    held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[int] = frozenset()
+) -> list[OwnedFragment]:
     """The regions that ``rank`` writes.
 
     Args:
@@ -47,24 +49,24 @@ def own(held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[i
         skip: Indices of tensors that are written in another way (by exchanging rows first).
     """
     loads: dict[tuple[int, ...], list[int]] = {}
-    mine: list[Owned] = []
+    mine: list[OwnedFragment] = []
     for number, part, shard_set in roster.holders(held):
         if number in skip:
             continue
         replicas = shard_set.replicas_of(rank)
         if len(replicas) == 1:
-            mine.extend([Owned(number, fragment) for fragment in part.fragments])
+            mine.extend([OwnedFragment(number, fragment) for fragment in part.fragments])
             continue
         if part.part.may_differ:
             if replicas[0] == rank:
-                mine.extend([Owned(number, fragment) for fragment in part.fragments])
+                mine.extend([OwnedFragment(number, fragment) for fragment in part.fragments])
             continue
         load = loads.setdefault(replicas, [0] * len(replicas))
         position = replicas.index(rank)
         for fragment in part.fragments:
             taken = _share(fragment, held[number].spec.itemsize, load, position)
             if taken is not None:
-                mine.append(Owned(number, taken))
+                mine.append(OwnedFragment(number, taken))
     return mine
 
 

@@ -1,7 +1,7 @@
-"""Which pieces of a sharded tensor a rank has to know of. Pure.
+"""Which pieces of a sharded tensor a rank has to know. Pure.
 
-A checkpoint of N ranks has N pieces of a tensor, of which a rank reads few. It says which regions it wants, and gets
-the pieces that touch them.
+A checkpoint of N ranks has N pieces of a tensor, and a rank reads few of them: it sends the regions that it wants, and
+receives the pieces that touch them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk
 from shardwise.plan.views import factor_shape
 
-#: Regions of a tensor up to which they are told one by one; of more, the region that spans them all is.
+#: Up to so many regions of a tensor are sent one by one; for more, the one region that spans them all.
 MOST_REGIONS = 8
 
 
 class ChunkIndex:
-    """The pieces of one tensor, to be found by region without a look at each.
+    """The pieces of one tensor, found by region without a search through all.
 
     Args:
         chunks: The pieces.
@@ -31,7 +31,7 @@ class ChunkIndex:
     def __init__(self, chunks: Sequence[SourceChunk]) -> None:
         boxes = [chunk.box for chunk in chunks]
         dims = range(len(boxes[0].sizes) if boxes else 0)
-        # Along the dimension that tells most of them apart.
+        # Along the dimension with the most distinct offsets.
         dim = max(dims, key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
         self._dim = dim
         self._chunks = tuple(chunks)

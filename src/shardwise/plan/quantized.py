@@ -1,9 +1,9 @@
 """Quantized tensors by the slice: which values and scales a region needs, and what it becomes. Pure.
 
 A quantized tensor is stored as values of few bits and a grid of scales, one scale for each block of values. What a rank
-wants of it are fragments, cut anywhere. They become `Slab`s: boxes of the scale grid to read, and `Piece`s of bounded
-size, each a box of values with the memory that its floating-point numbers fill. The arithmetic is float32 throughout:
-value times scale, rounded once when it is copied into the destination.
+wants of it are fragments, cut anywhere. They become `Slab`s: boxes of the scale grid to read, and `QuantizedPiece`s of
+bounded size, each a box of values with the memory that its floating-point numbers fill. The arithmetic is float32
+throughout: value times scale, rounded once when it is copied into the destination.
 
 Sources: OCP 8-bit Floating Point Specification 1.0 (E4M3, E5M2), OCP Microscaling Formats 1.0 (E2M1 values, E8M0
 scales, blocks of 32); block-scaled FP8 as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
@@ -63,7 +63,7 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class QuantizedPiece:
     """A box of stored values, and the memory of that shape which its numbers fill."""
 
     box: Box
@@ -82,7 +82,7 @@ class Slab:
 
     around: Box
     scales: tuple[Box, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[QuantizedPiece, ...]
 
 
 def plan_slabs(
@@ -96,12 +96,12 @@ def plan_slabs(
         piece_elements: Most values of a piece.
         slab_scales: Most scales of a slab, as far as whole blocks allow.
     """
-    regions: list[Piece] = []
+    regions: list[QuantizedPiece] = []
     for fragment in wanted.fragments:
         for box, data in in_shape(fragment.box, fragment.data, wanted.grid, tensor.spec.shape):
             if tensor.transposed:
                 box, data = Box(_swap(box.offsets), _swap(box.sizes)), data.transpose(-1, -2)
-            regions.append(Piece(box, data))
+            regions.append(QuantizedPiece(box, data))
     if not regions:
         return
     needed = [scale_box(region.box, tensor.block) for region in regions]
@@ -219,23 +219,25 @@ def _minus(box: Box, other: Box) -> Iterator[Box]:
         offsets[dim], sizes[dim] = low, high - low
 
 
-def _part(region: Piece, dim: int, start: int, size: int) -> Piece:
+def _part(region: QuantizedPiece, dim: int, start: int, size: int) -> QuantizedPiece:
     box = region.box
     offsets = (*box.offsets[:dim], box.offsets[dim] + start, *box.offsets[dim + 1 :])
-    return Piece(Box(offsets, (*box.sizes[:dim], size, *box.sizes[dim + 1 :])), region.dest.narrow(dim, start, size))
+    return QuantizedPiece(
+        Box(offsets, (*box.sizes[:dim], size, *box.sizes[dim + 1 :])), region.dest.narrow(dim, start, size)
+    )
 
 
-def _pieces(region: Piece, most: int) -> Iterator[Piece]:
+def _pieces(region: QuantizedPiece, most: int) -> Iterator[QuantizedPiece]:
     """Cut a region into rows that lie one after the other, of at most ``most`` values."""
     yield from _cut(region, (1,) * len(region.box.sizes), lambda box: box.numel, most)
 
 
-def _aligned(region: Piece, block: tuple[int, ...], most: int) -> Iterator[Piece]:
+def _aligned(region: QuantizedPiece, block: tuple[int, ...], most: int) -> Iterator[QuantizedPiece]:
     """Cut a region at the borders of blocks, so that no two parts share a scale, into parts of ``most`` scales."""
     yield from _cut(region, block, lambda box: scale_box(box, block).numel, most)
 
 
-def _cut(region: Piece, block: tuple[int, ...], cost: _Cost, most: int) -> Iterator[Piece]:
+def _cut(region: QuantizedPiece, block: tuple[int, ...], cost: _Cost, most: int) -> Iterator[QuantizedPiece]:
     box = region.box
     if cost(box) <= most:
         yield region

@@ -38,14 +38,14 @@ class SourceChunk(NamedTuple):
     packed: int = 0
 
 
-class Scattered(NamedTuple):
-    """A tensor of which another rank knows where its pieces are.
+class RemotePieces(NamedTuple):
+    """Where to look up the pieces of a tensor: another rank's part of the distributed table.
 
     Attributes:
-        number: What that rank calls it.
+        number: The tensor's number on that rank.
         file: Index of one of the files that hold it, for messages; -1 if none does.
-        single: Whether each element is in one place alone, so that a piece that this rank knows is all that there is of
-            its region.
+        single: Whether each element is in one place only, so that a piece that this rank knows is the only one for its
+            region.
     """
 
     number: int
@@ -58,19 +58,19 @@ class SourceTensor(NamedTuple):
 
     Attributes:
         spec: What it is.
-        chunks: Its pieces; of a scattered tensor those that this rank knows.
-        scattered: Whom to ask, where this rank does not know all pieces.
+        chunks: Its pieces; where ``remote`` is set, those that this rank knows.
+        remote: Where to look up the pieces, if this rank does not know all of them.
     """
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
-    scattered: Scattered | None = None
+    remote: RemotePieces | None = None
 
     def knows(self, regions: Sequence[Box]) -> bool:
-        """Whether nobody has to be asked for these regions: all pieces are known, or each region is one of them."""
-        if self.scattered is None:
+        """Whether no lookup is needed for these regions: all pieces are known, or each region is one of them."""
+        if self.remote is None:
             return True
-        if not self.scattered.single:
+        if not self.remote.single:
             return False
         if len(regions) == 1 == len(self.chunks):
             return self.chunks[0].box == regions[0]
@@ -153,7 +153,7 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
     if covered > fragment.box.numel or (
         covered == fragment.box.numel
         and len(regions) > 1
-        and not tiles(fragment.box.sizes, regions)  # nearly always so; of fine grids it cannot tell
+        and not tiles(fragment.box.sizes, regions)  # nearly always true; undecided for fine grids
         and overlap(regions)
     ):
         raise MissingTensorError(

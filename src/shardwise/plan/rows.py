@@ -26,7 +26,7 @@ FEW_RUNS = 64
 ROUND_BYTES = 8 * 2**20
 
 
-Piece = tuple[tuple[int, ...], tuple[Box, ...]]
+RowsPiece = tuple[tuple[int, ...], tuple[Box, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Sources:
     Found when asked for: a rank sends to few and receives from few of the many that hold a tensor.
 
     Attributes:
-        pieces: The replicas that hold each piece, and its boxes, of which there is one at least.
+        pieces: The replicas that hold each piece, and its boxes, at least one each.
         grid: Of the tensor.
         outer: Leading grid dimensions that enumerate the rows.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowsPiece, ...]
     grid: tuple[int, ...]
     outer: int
     _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)
@@ -203,7 +203,7 @@ class ExchangePlanner:
         if all(_in_rows(part) for part in key[2]):
             return 0
         # Spread over the ranks, one expert of a fused tensor makes the same boxes as the next: those of the first
-        # expert tell for all, where asking for each would take the number of experts times that of ranks.
+        # expert decide for all; computing each would take the number of experts times that of ranks.
         alike = (*key[:2], tuple([_first_alike(part) for part in key[2]]))
         known = self._alike.get(alike)
         if known is not None:
@@ -245,7 +245,7 @@ class ExchangePlanner:
         return index
 
     def _exchange(self, tensor: HeldTensor, outer: int) -> Exchange:
-        # A rank whose shard is empty takes no part: it has no memory that would tell the elements' dtype.
+        # A rank whose shard is empty takes no part: it has no memory that would show the elements' dtype.
         pieces = tuple(
             # Of replicas that may differ the lowest takes part alone.
             (ranks[:1] if held.part.may_differ else ranks, boxes)

@@ -16,12 +16,12 @@ import torch
 from shardwise.geometry import DTYPE_BYTES, TensorSpec, only_run, runs
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, Place
-from shardwise.plan.ownership import Owned, own
+from shardwise.plan.ownership import OwnedFragment, own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
 
 
-class Run(NamedTuple):
+class WriteRun(NamedTuple):
     """Consecutive bytes of one file.
 
     Attributes:
@@ -55,7 +55,7 @@ class Schedule:
         exchanges: Tensors that it first turns into rows with their other holders, in an order common to all.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[WriteRun, ...]
     exchanges: tuple[Exchange, ...]
 
     @property
@@ -75,7 +75,7 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
     """
     exchanges = ExchangePlanner(roster).plan_all(held) if roster.world_size > 1 else []
     skip = frozenset(exchange.tensor for exchange in exchanges)
-    by_file: list[list[Run]] = [[] for _ in layout.files]
+    by_file: list[list[WriteRun]] = [[] for _ in layout.files]
     places = layout.places
     for owned in own(held, roster, rank, skip):
         number, (box, data) = owned
@@ -86,19 +86,19 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
             by_file[place.file] += _runs_of(owned, held[number], place)
         else:
             start = first * DTYPE_BYTES[spec.dtype]
-            by_file[place.file].append(Run(place.file, place.offset + start, number, spec, start, data))
+            by_file[place.file].append(WriteRun(place.file, place.offset + start, number, spec, start, data))
     turn = rank * len(layout.files) // max(roster.world_size, 1)
-    found: list[Run] = []
+    found: list[WriteRun] = []
     for its_runs in by_file[turn:] + by_file[:turn]:
         its_runs.sort(key=attrgetter("offset"))
         found += its_runs
     return Schedule(tuple(found), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))
 
 
-def _runs_of(owned: Owned, tensor: HeldTensor, place: Place) -> Sequence[Run]:
+def _runs_of(owned: OwnedFragment, tensor: HeldTensor, place: Place) -> Sequence[WriteRun]:
     box, itemsize = owned.fragment.box, tensor.spec.itemsize
     return [
-        Run(
+        WriteRun(
             place.file,
             place.offset + first * itemsize,
             owned.tensor,

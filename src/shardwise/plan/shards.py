@@ -25,7 +25,7 @@ from shardwise.plan.views import factor_shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class ShardPiece:
     """One piece of a tensor in a shard file.
 
     Attributes:
@@ -46,7 +46,7 @@ class ShardFile:
     """A file that one rank writes alone: its bytes and the piece behind each entry."""
 
     layout: FileLayout
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, ShardPiece]
 
 
 def coarsen(fragment: Fragment, shape: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[Box, torch.Tensor]]:
@@ -109,15 +109,15 @@ def plan_shards(
         tensor = held[owned.tensor]
         for box, data in coarsen(owned.fragment, tensor.spec.shape, tensor.grid):
             if box.numel:
-                pieces.append(Piece(owned.tensor, tensor.spec, box, data))
+                pieces.append(ShardPiece(owned.tensor, tensor.spec, box, data))
     pieces += _without_elements(held, roster, rank)
     return shard_files(pieces, rank, roster.world_size, file_index, stem)
 
 
-def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> list[Piece]:
+def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> list[ShardPiece]:
     """Tensors that have no element belong to nobody by their regions; the first of their holders writes them."""
     return [
-        Piece(number, tensor.spec, Box.whole(tensor.spec.shape), torch.empty(tensor.spec.shape))
+        ShardPiece(number, tensor.spec, Box.whole(tensor.spec.shape), torch.empty(tensor.spec.shape))
         for number, tensor in enumerate(held)
         if tensor.spec.numel == 0
         and any(roster.shard_set(tensor.spec.name, part.part).members[0] == rank for part in tensor.parts[:1])
@@ -125,7 +125,7 @@ def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> 
 
 
 def shard_files(
-    pieces: Sequence[Piece], rank: int, world_size: int, file_index: Mapping[str, int] | None, stem: str
+    pieces: Sequence[ShardPiece], rank: int, world_size: int, file_index: Mapping[str, int] | None, stem: str
 ) -> tuple[ShardFile, ...]:
     """Put a rank's pieces into files.
 
@@ -137,7 +137,7 @@ def shard_files(
         stem: As in `plan_shards`.
     """
     files = max((file_index or {}).values(), default=1)
-    groups: dict[tuple[int, int], dict[str, Piece]] = {}
+    groups: dict[tuple[int, int], dict[str, ShardPiece]] = {}
     seen: dict[str, int] = {}
     for piece in pieces:
         name = piece.spec.name
@@ -150,7 +150,7 @@ def shard_files(
     )
 
 
-def _file(name: str, pieces: Mapping[str, Piece]) -> ShardFile:
+def _file(name: str, pieces: Mapping[str, ShardPiece]) -> ShardFile:
     entries = arrange([TensorSpec(n, piece.box.sizes, piece.spec.dtype) for n, piece in pieces.items()])
     header = encode_header(entries, encode_sharding_metadata({n: piece.box.offsets for n, piece in pieces.items()}))
     return ShardFile(FileLayout(name, header, entries), pieces)

@@ -1,8 +1,8 @@
-"""Reading once what several ranks want alike: who reads which piece, in rounds of bounded size. Pure.
+"""Reading bytes once that several ranks want: which rank reads which piece, in rounds of bounded size. Pure.
 
 Ranks that want the same bytes (replicas under DDP or HSDP, norms that tensor parallelism leaves whole) know so from the
 roster, and each computes the same rounds by itself: in every round each of some replicas reads a share, consecutive
-pieces in file order, and has the others' shares passed on to it.
+pieces in file order, and receives the others' shares.
 """
 
 from __future__ import annotations

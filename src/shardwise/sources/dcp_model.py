@@ -1,4 +1,4 @@
-"""What of a DCP directory is the model: one state dict of several, told by structure and never by a guess.
+"""Which part of a DCP directory is the model: one state dict of several, recognised by structure and never guessed.
 
 DCP flattens nested state dicts to names (``model.layers.0.weight``) and records the path of each
 (``("model", "layers.0.weight")``). Where a configuration names the model's class, the place is the one below which that
@@ -135,7 +135,7 @@ class _Place:
 
 
 def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
-    """The path of each item; a name of which nothing is recorded is one of a state dict that is not nested."""
+    """The path of each item; a name without a record belongs to a state dict that is not nested."""
     known = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     found: dict[str, DcpPath] = {}
     for name in metadata.state_dict_metadata:

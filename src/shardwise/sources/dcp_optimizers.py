@@ -1,4 +1,4 @@
-"""The optimizers in a DCP directory: which items are whose, in any of the layouts that torch has for them.
+"""The optimizers in a DCP directory: which items belong to which optimizer, in any of torch's layouts.
 
 Source: ``Optimizer.state_dict`` (parameters by number), ``torch.distributed.checkpoint.state_dict`` (parameters by
 fully qualified name; with ``flatten_optimizer_state_dict`` one key for each parameter and option), and how
@@ -222,7 +222,7 @@ class _Reading:
         return nested(found)
 
     def _groups(self, value: object) -> tuple[list[DcpGroup], bool, Mapping[str, str]]:
-        """Groups, whether their parameters are numbers, and the names of numbers where they are told."""
+        """Groups, whether their parameters are numbers, and the names of numbers where the file gives them."""
         if not isinstance(value, (list, tuple)) or not all(isinstance(group, dict) for group in value):
             self._refuse(self._found.items["param_groups"][0].name, "is no list of parameter groups")
         groups: list[DcpGroup] = []
@@ -230,15 +230,15 @@ class _Reading:
         numbered: set[bool] = set()
         for group in value:
             options = dict(group)
-            params, told = options.pop(_PARAMS, []), options.pop(_NAMES, None)
+            params, given = options.pop(_PARAMS, []), options.pop(_NAMES, None)
             if not isinstance(params, (list, tuple)) or not all(type(each) in (int, str) for each in params):
                 self._refuse(self._found.items["param_groups"][0].name, "has parameters that are no names or numbers")
             own = tuple(map(str, params))
             if any(type(each) is int for each in params):
-                is_told = isinstance(told, (list, tuple)) and len(told) == len(own)
-                if is_told:
-                    names |= dict(zip(own, map(str, cast("list[object]", told)), strict=True))
-                numbered.add(not is_told)
+                is_named = isinstance(given, (list, tuple)) and len(given) == len(own)
+                if is_named:
+                    names |= dict(zip(own, map(str, cast("list[object]", given)), strict=True))
+                numbered.add(not is_named)
             elif params:
                 numbered.add(False)
             groups.append(DcpGroup(options, tuple(names.get(each, each) for each in own)))

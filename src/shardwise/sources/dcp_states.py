@@ -33,7 +33,7 @@ def place_called(values: DcpValues, name: str) -> DcpPath:
     """The place of what is called ``name``: its path in the state dict, joined by dots.
 
     Raises:
-        CheckpointNotFoundError: There is no such thing; lists what there is.
+        CheckpointNotFoundError: There is no such state; lists those that exist.
     """
     for path in values.paths.values():
         for length in range(1, len(path) + 1):

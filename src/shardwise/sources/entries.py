@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint's files say, put together."""
+"""The tensors of a checkpoint, assembled from the headers of its files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_entries(file: Path) -> list[Entry]:
 
 
 def encode_entry(entry: Entry) -> JsonValue:
-    """An entry as it travels."""
+    """An entry as JSON."""
     name, shape, dtype, offset, saved = entry
     return [name, list(shape), dtype, offset, None if saved is None else list(saved)]
 
@@ -60,7 +60,7 @@ def decode_entry(row: JsonValue) -> Entry:
 
 
 def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Sequence[Entry]]]) -> list[SourceTensor]:
-    """Put the tensors together whose pieces are in several files.
+    """Assemble tensors from their pieces in several files.
 
     Args:
         root: The directory that was opened. Where a tensor is in a file below it and in an export in

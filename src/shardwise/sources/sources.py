@@ -22,9 +22,15 @@ from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
+from shardwise.sources.directory_contents import did_you_mean, found_instead, how_to_open
 from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, read_entries
-from shardwise.sources.keepers import Keeper, ask_keepers, spread_entries, spread_rows, tensor_of_row
-from shardwise.sources.whereabouts import did_you_mean, instead, way_in
+from shardwise.sources.piece_lookup import (
+    PieceTable,
+    distribute_entries,
+    distribute_rows,
+    look_up_pieces,
+    tensor_of_row,
+)
 
 _LOG = logging.getLogger(__name__)
 _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
@@ -38,7 +44,7 @@ class Source:
         path: What was opened.
         files: Every file that holds tensor data.
         tensors: By name.
-        keeper: What this rank can tell others of the pieces of tensors; ``None`` where all know all.
+        piece_table: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
         dcp: Whether it is a DCP directory, which may hold more than a model.
         below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
     """
@@ -46,7 +52,7 @@ class Source:
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, SourceTensor]
-    keeper: Keeper | None = None
+    piece_table: PieceTable | None = None
     dcp: bool = False
     below: str = ""
 
@@ -58,13 +64,13 @@ class Source:
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
-        """The same with the pieces of tensors that this rank wants, of each no others. All ranks of the group call.
+        """The same source with just the pieces that this rank wants. All ranks of the group call.
 
         Args:
             wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
             group: The ranks that opened it together.
         """
-        if self.keeper is None:
+        if self.piece_table is None:
             return self
         tensors = dict(self.tensors)
         asked: dict[str, Sequence[Box]] = {}
@@ -73,11 +79,11 @@ class Source:
             asked.update({n: boxes for n, boxes in wanted().items() if boxes and not tensors[n].knows(boxes)})
             return [(tensors[name], boxes) for name, boxes in asked.items()]
 
-        pieces = ask_keepers(questions, self.keeper, group)
+        pieces = look_up_pieces(questions, self.piece_table, group)
         for name in asked:
-            spec, _, scattered = tensors[name]
-            if scattered is not None:
-                tensors[name] = SourceTensor(spec, pieces[scattered.number], scattered)
+            spec, _, remote = tensors[name]
+            if remote is not None:
+                tensors[name] = SourceTensor(spec, pieces[remote.number], remote)
         return replace(self, tensors=tensors)
 
 
@@ -86,7 +92,7 @@ def open_source(
     group: Group,
     *,
     spread: bool = False,
-    besides: frozenset[str] = frozenset(),
+    exclude: frozenset[str] = frozenset(),
 ) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
@@ -96,7 +102,7 @@ def open_source(
         group: The ranks that load together.
         spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
             `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
-        besides: Names of files in a directory that hold something else than the tensors that are meant.
+        exclude: Names of files in a directory that hold something else than the tensors to load.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -107,7 +113,8 @@ def open_source(
     root = Path(path).absolute()
     read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
     listed = cast(
-        dict[str, list[str]], group.tell(lambda: _look(root, read, besides), f"looking for a checkpoint at {root}")
+        dict[str, list[str]],
+        group.broadcast_result(lambda: _look(root, read, exclude), f"looking for a checkpoint at {root}"),
     )
     if listed["dcp"]:
         return _open_dcp(root, group, spread)
@@ -115,12 +122,12 @@ def open_source(
         root = root.parent  # an index was named, and stands for the files that it lists
     files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
     own, everyone = _read_headers(files, group, spread and group.world_size > 1)
-    keeper: Keeper | None = None
+    piece_table: PieceTable | None = None
     if everyone is None:
-        tensors, keeper = spread_entries(own, root, files, group)
+        tensors, piece_table = distribute_entries(own, root, files, group)
     else:
         tensors = assemble(root, files, everyone)
-    source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, keeper)
+    source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, piece_table)
     if listed["index"]:
         with group.together(f"checking the index of {root}"):
             if group.is_main:
@@ -128,7 +135,7 @@ def open_source(
     return source
 
 
-def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
+def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
     """List what is at a path.
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
@@ -142,7 +149,7 @@ def _look(root: Path, read: _ReadIndex, besides: frozenset[str]) -> JsonValue:
     if (root / ".metadata").exists():
         _refuse_both(root)
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
-    own, index = _tensor_files(root, read, besides)
+    own, index = _tensor_files(root, read, exclude)
     merged: list[str] = []
     if (root / "consolidated").is_dir():
         below, index_below = _tensor_files(root / "consolidated", read)
@@ -167,8 +174,8 @@ def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
 
 def nothing_to_open(root: Path) -> CheckpointNotFoundError:
     """The error for a directory without a model: what is there instead, and where below it there is one."""
-    there = instead(root)
-    hint = did_you_mean(root) or way_in(root)
+    there = found_instead(root)
+    hint = did_you_mean(root) or how_to_open(root)
     return CheckpointNotFoundError(
         "the directory holds no safetensors file and no DCP metadata" + (f", {there}" if there else ""),
         path=root,
@@ -190,10 +197,10 @@ def _refuse_both(root: Path) -> None:
 
 
 def _tensor_files(
-    directory: Path, read: _ReadIndex, besides: frozenset[str] = frozenset()
+    directory: Path, read: _ReadIndex, exclude: frozenset[str] = frozenset()
 ) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
-    names = [name for name in os.listdir(directory) if name not in besides]
+    names = [name for name in os.listdir(directory) if name not in exclude]
     chosen = choose_weights(directory, names, SAFETENSORS, read)
     if chosen is None:
         return [], []
@@ -247,7 +254,7 @@ def _check_index(root: Path, indices: Sequence[str], source: Source, read: _Read
         here = set(numbers.values())
         for tensor, file in read(root / name).weight_map.items():
             known = source.tensors.get(tensor)
-            if known is not None and known.scattered is not None:
+            if known is not None and known.remote is not None:
                 continue
             if known is not None:
                 held = {chunk.file for chunk in known.chunks}
@@ -276,14 +283,16 @@ def _open_dcp(root: Path, group: Group, spread: bool) -> Source:
         rows.extend(found)
         return list(files)
 
-    keeper: Keeper | None = None
+    piece_table: PieceTable | None = None
     if spread and group.world_size > 1:
-        files = cast(list[str], group.tell(describe, what))
-        tensors, keeper = spread_rows(rows, group)
+        files = cast(list[str], group.broadcast_result(describe, what))
+        tensors, piece_table = distribute_rows(rows, group)
     else:
-        files, found = cast(tuple[list[str], list[JsonValue]], group.tell(lambda: [*_describe_dcp(root)], what))
+        files, found = cast(
+            tuple[list[str], list[JsonValue]], group.broadcast_result(lambda: [*_describe_dcp(root)], what)
+        )
         tensors = [tensor_of_row(row) for row in found]
-    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, keeper, dcp=True)
+    return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, piece_table, dcp=True)
 
 
 def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:

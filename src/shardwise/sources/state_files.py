@@ -49,7 +49,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_packed(text: Path, tensors: Path) -> object:
-    """Read a state from its two files, of which the second may be absent.
+    """Read a state from its two files; the second may be absent.
 
     Raises:
         CheckpointNotFoundError: There is no such state.

@@ -33,7 +33,7 @@ def bytes_in_place(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview | Non
 
 
 def is_as_stored(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements are what its memory holds: it is no conjugate or negative view of others."""
+    """Whether a tensor's elements are what its memory holds: it is not a conjugate or negative view."""
     return not (tensor.is_conj() or tensor.is_neg())
 
 

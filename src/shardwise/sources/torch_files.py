@@ -1,8 +1,8 @@
 """Weights in ``pytorch_model.bin`` and its like, found without loading them.
 
 A ``.bin`` of today is a zip archive of stored, uncompressed storages. Unpickling it over fake tensors, with torch's
-restricted unpickler, tells each tensor's place in the file, and from there on it is read by byte ranges like any
-other. What cannot be told this way (files of torch before 1.6, tensors that are not contiguous in their storage) is
+restricted unpickler, gives each tensor's place in the file, and from there on it is read by byte ranges like any
+other. What cannot be located this way (files of torch before 1.6, tensors that are not contiguous in their storage) is
 opened by ``torch.load``, memory-mapped where the format allows it, and copied slice by slice.
 """
 
@@ -30,10 +30,10 @@ from shardwise.format.weight_files import TORCH, choose_weights, files_of_index
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.sources.directory_contents import torch_files
 from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
 from shardwise.sources.torch_state import distributed_class, unwrapped
-from shardwise.sources.whereabouts import torch_files
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _LOG = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
         UnsafePickleError: A file names something outside torch's allow-list.
         FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
     """
-    listed = group.tell(
+    listed = group.broadcast_result(
         lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
         f"looking for .bin files at {path}",
     )

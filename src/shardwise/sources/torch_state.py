@@ -44,7 +44,7 @@ def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, obj
         file: The file, for errors.
 
     Raises:
-        FormatError: No entry holds tensors, or several do and there is no telling which is meant.
+        FormatError: No entry holds tensors, or several do and nothing shows which is meant.
     """
     own = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     inner = {
@@ -86,7 +86,7 @@ def _listed(names: list[str]) -> str:
 def distributed_class(file: Path) -> str | None:
     """The class of distributed tensors that a file's pickle names, or ``None``; nothing is unpickled.
 
-    A file of which this cannot be told, a damaged one, say, is for the reader to judge.
+    A file that cannot be recognised, such as a damaged one, is left to the reader.
     """
     try:
         if zipfile.is_zipfile(file):

@@ -1,4 +1,4 @@
-"""What keeps the state of what is passed as an optimizer: itself, and the optimizers inside of it.
+"""The optimizers that hold state: those that were passed, and the optimizers inside of them.
 
 Containers, wrappers (Lookahead, SAM, accelerate's) and torch's ``ZeroRedundancyOptimizer`` have optimizers inside,
 which own moments that `Optimizer.state` of the outer one does not show.
@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.kinds import kind_of
+from shardwise.stateful_wrappers.optimizer_classes import class_name
 
 Options = dict[str, object]
 _DEPTH = 4
@@ -22,7 +22,7 @@ _DEPTH = 4
 
 @runtime_checkable
 class StatefulOptimizer(Protocol):
-    """An optimizer that is no `torch.optim.Optimizer`: what has its two methods."""
+    """An optimizer that is not a `torch.optim.Optimizer` but has its two methods."""
 
     def state_dict(self) -> dict[str, object]:
         """The state."""
@@ -37,12 +37,12 @@ AnyOptimizer = Optimizer | StatefulOptimizer
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
-    """Something that keeps state by parameter, and groups.
+class StateHolder:
+    """An optimizer that holds state by parameter, and parameter groups.
 
     Attributes:
         optimizer: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
-        slot: Empty; the class's name where it is around another keeper of the same parameters.
+        slot: Empty; the class's name where it is around another holder of the same parameters.
         mirrors: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner
             one has this rank's parameters alone).
         passed: Number of the argument that it is, or is inside of.
@@ -58,7 +58,7 @@ class Keeper:
     @property
     def kind(self) -> str:
         """Name of its class."""
-        return kind_of(self.optimizer)
+        return class_name(self.optimizer)
 
     def groups(self) -> list[Options]:
         """Its groups."""
@@ -70,21 +70,23 @@ def members(group: Options) -> list[torch.Tensor]:
     return cast(list[torch.Tensor], group["params"])
 
 
-def find_keepers(passed: Sequence[AnyOptimizer]) -> list[Keeper]:
-    """Everything that keeps state in what was passed, the innermost first.
+def find_state_holders(passed: Sequence[AnyOptimizer]) -> list[StateHolder]:
+    """All state holders in the optimizers that were passed, the innermost first.
 
     Raises:
         MisuseError: Two optimizers, neither of which is inside the other, update one parameter; or one has not been
             built to the end.
     """
-    found: list[Keeper] = []
+    found: list[StateHolder] = []
     for number, each in enumerate(passed):
         seen: set[int] = set()
-        found += _keepers(each, number, frozenset(), seen, 0)
+        found += _state_holders(each, number, frozenset(), seen, 0)
     return _with_slots(found)
 
 
-def _keepers(value: object, number: int, around: frozenset[int], seen: set[int], depth: int) -> Iterator[Keeper]:
+def _state_holders(
+    value: object, number: int, around: frozenset[int], seen: set[int], depth: int
+) -> Iterator[StateHolder]:
     if id(value) in seen or depth > _DEPTH:
         return
     seen.add(id(value))
@@ -96,18 +98,18 @@ def _keepers(value: object, number: int, around: frozenset[int], seen: set[int],
                 hint="With overlap_with_ddp=True it is built in the first iterations: save and restore after them.",
             )
         mirrors = tuple(cast(Optimizer, value).param_groups)
-        yield Keeper(inner, "", mirrors, number, around | {id(value)})
+        yield StateHolder(inner, "", mirrors, number, around | {id(value)})
         return
     if is_shell(value):
-        yield from _keepers(vars(value)["optimizer"], number, around, seen, depth)
+        yield from _state_holders(vars(value)["optimizer"], number, around, seen, depth)
         return
     inside = around | {id(value)}
     own = vars(value) if hasattr(value, "__dict__") else {}
     # Not in what has an entry for each parameter.
     for each in _inside({key: kept for key, kept in own.items() if key not in ("state", "param_groups")}, 0):
-        yield from _keepers(each, number, inside, seen, depth + 1)
+        yield from _state_holders(each, number, inside, seen, depth + 1)
     if _keeps_state(value):
-        yield Keeper(cast(Optimizer, value), "", (), number, around)
+        yield StateHolder(cast(Optimizer, value), "", (), number, around)
 
 
 def _inside(value: object, depth: int) -> Iterator[object]:
@@ -150,26 +152,26 @@ def is_shell(value: object) -> bool:
     return isinstance(inner, Optimizer) and type(value).__module__.partition(".")[0] == "accelerate"
 
 
-def _with_slots(keepers: Sequence[Keeper]) -> list[Keeper]:
-    """Tell keepers of the same parameters apart, where one is inside the other.
+def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
+    """Give each holder of the same parameters its own slot, where one is inside the other.
 
     Raises:
         MisuseError: Neither is.
     """
-    owner: dict[int, list[Keeper]] = {}
-    found: list[Keeper] = []
-    for keeper in keepers:
-        params = [param for group in keeper.groups() for param in members(group)]
+    owner: dict[int, list[StateHolder]] = {}
+    found: list[StateHolder] = []
+    for holder in holders:
+        params = [param for group in holder.groups() for param in members(group)]
         others = {id(k): k for param in params for k in owner.get(id(param), ())}
         for other in others.values():
-            if id(keeper.optimizer) not in other.ancestors:
+            if id(holder.optimizer) not in other.ancestors:
                 shared = next(p for p in params if any(k is other for k in owner.get(id(p), ())))
-                raise SharedParameterError(shared, other, keeper)
+                raise SharedParameterError(shared, other, holder)
         slot = ""
         if others:
             used = {other.slot for other in others.values()}
-            slot = keeper.kind if keeper.kind not in used else f"{keeper.kind}.{len(used)}"
-        new = Keeper(keeper.optimizer, slot, keeper.mirrors, keeper.passed, keeper.ancestors)
+            slot = holder.kind if holder.kind not in used else f"{holder.kind}.{len(used)}"
+        new = StateHolder(holder.optimizer, slot, holder.mirrors, holder.passed, holder.ancestors)
         found.append(new)
         for param in params:
             owner.setdefault(id(param), []).append(new)
@@ -179,6 +181,6 @@ def _with_slots(keepers: Sequence[Keeper]) -> list[Keeper]:
 class SharedParameterError(Exception):
     """Two optimizers update one parameter; for who knows its name to say."""
 
-    def __init__(self, param: torch.Tensor, first: Keeper, second: Keeper) -> None:
+    def __init__(self, param: torch.Tensor, first: StateHolder, second: StateHolder) -> None:
         super().__init__(param, first, second)
         self.param, self.first, self.second = param, first, second

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
 from shardwise.stateful_wrappers.units import Step, Taker, label
-from shardwise.stateful_wrappers.ways import EXTRA, every_module, foreign
 from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
@@ -42,7 +42,7 @@ class Installing:
         aside: Plain name -> other values of the state; ``None`` where nothing was saved of such.
         metadata: Plain module name -> what torch noted of it.
         allow_missing: Whether tensors may be absent.
-        skips_empty: Whether a module of which there is nothing at all is passed over.
+        skips_empty: Whether a module without any saved entry is skipped.
         without: Modules that found no extra state.
     """
 
@@ -215,7 +215,7 @@ def post_steps(root: nn.Module) -> list[Step]:
             if child is not None:
                 visit(child, f"{prefix}{name}.")
         # FSDP2's own put sharded parameters back in place, which have not been away.
-        if foreign(loading_post_hooks(module)):
+        if has_foreign_hooks(loading_post_hooks(module)):
             found.append(Step("post", module, prefix))
 
     visit(root, "")

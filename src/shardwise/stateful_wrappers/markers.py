@@ -1,4 +1,4 @@
-"""A mark in memory that nobody has filled yet, so that what stays unfilled is known and never trained."""
+"""A marker value in memory that is not filled yet, so that unfilled tensors are found and never trained."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_untouched(tensor: torch.Tensor) -> bool:
 def has_mark(tensor: torch.Tensor) -> bool:
     """Whether any element of this rank's part is still the mark.
 
-    Of integers, of which the mark is a possible value, only a part that is nothing else counts.
+    For integers, where the mark is a possible value, only a part that is nothing else counts.
     """
     local, signal = _local(tensor), _signal(tensor.dtype)
     if local.numel() == 0 or signal is None:

@@ -1,6 +1,6 @@
-"""What the meshes of a model's tensors say of this rank: its data-, tensor- and pipeline-parallel coordinates.
+"""This rank's data-, tensor- and pipeline-parallel coordinates, read from the meshes of a model's tensors.
 
-Only names tell what a mesh dimension is for. Those below are the ones that torch's documentation, torchtitan,
+Only its name shows what a mesh dimension is for. Those below are the ones that torch's documentation, torchtitan,
 accelerate, transformers and NeMo AutoModel give; a dimension of another name says nothing, and nothing is guessed.
 """
 
@@ -26,7 +26,7 @@ class Role(Enum):
     TENSOR = "tensor"
     PIPELINE = "pipeline"
     CONTEXT = "context"  # its ranks read the same samples, each another part of the sequence
-    EXPERT = "expert"  # borrows ranks from others, in a way that its name does not tell
+    EXPERT = "expert"  # borrows ranks from others, in a way that its name does not show
 
 
 _ROLES = {
@@ -41,15 +41,15 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class MeshRanks:
-    """This rank's coordinates, as far as the meshes tell; ``None`` where they do not.
+    """This rank's coordinates; ``None`` where the meshes do not determine one.
 
     Attributes:
         dp: Index over the data-parallel dimensions, the last one varying fastest.
         tp: Coordinate in the tensor-parallel dimension.
         pp: Coordinate in the pipeline dimension.
         cp: Coordinate in the context-parallel dimension.
-        unclear: What keeps the data-parallel index from being told, and with it whether ranks differ in it; empty
-            where nothing does.
+        unclear: Why the data-parallel index cannot be determined, nor whether ranks differ in it; empty where it
+            can be.
     """
 
     dp: int | None = None
@@ -75,12 +75,12 @@ def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> M
     for mesh in meshes.values():
         # FSDP2's own mesh has no names; over another parallelism it demands some.
         names = mesh.mesh_dim_names or (("dp",) * mesh.ndim if is_fsdp else ())
-        told, reason = _read(mesh, names)
+        coordinates_by_role, reason = _read(mesh, names)
         reasons.append(reason)
-        for role, coordinate in told.items():
+        for role, coordinate in coordinates_by_role.items():
             found.setdefault(role, set()).add(coordinate)
     one = {role: next(iter(each)) for role, each in found.items() if len(each) == 1}
-    # Where one mesh tells, as that of the dense layers does, others need not, as those of experts may not.
+    # One mesh is enough, such as that of the dense layers; those of experts may leave the index open.
     unclear = "" if Role.DATA in one else next(filter(None, reasons), "")
     for role, coordinates in found.items():
         if len(coordinates) > 1:
@@ -90,11 +90,11 @@ def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> M
 
 
 def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]:
-    """What a mesh and the one around it tell, and why they do not tell the data-parallel index, where they do not."""
+    """The coordinates in a mesh and the one around it; and why these leave the data-parallel index open, if they do."""
     if not names:
         return {}, "the mesh of its tensors has no names of dimensions" if mesh.size() > 1 else ""
     root = root_mesh(mesh)
-    # A flat mesh around others is all ranks in a row, of which nothing is known.
+    # A flat mesh around others is all ranks in a row, without a known structure.
     outer = () if root is mesh or root.ndim == 1 else root.mesh_dim_names or ()
     found, strange = _by_role(root, outer)
     if Role.DATA in found and not strange:

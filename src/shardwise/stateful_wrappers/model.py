@@ -13,9 +13,9 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
-from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_tensors import local_part
 
@@ -103,8 +103,8 @@ class ModelState:
         """Plain names to detached tensors.
 
         They share the model's memory, but for those that a module makes when it is asked; and so do they go back, by
-        `load_state_dict`. Each stands there once: ``lm_head.weight`` is left out where it shares its memory with the
-        embedding, and only there. What modules have beside tensors (extra state) stands there under torch's names.
+        `load_state_dict`. Each is listed once: ``lm_head.weight`` is left out where it shares its memory with the
+        embedding, and only there. Extra state of modules is listed under torch's names.
 
         Raises:
             ModuleStateError: A module gives what cannot be described.

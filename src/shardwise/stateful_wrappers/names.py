@@ -12,8 +12,14 @@ from torch import nn
 
 from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.memory import address, identity
+from shardwise.stateful_wrappers.state_dict_overrides import (
+    has_foreign_hooks,
+    has_torch_method,
+    loads_as_torch,
+    refuse_fsdp1,
+    refuse_hooks_around,
+)
 from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
-from shardwise.stateful_wrappers.ways import foreign, has_torchs, loads_as_torch, refuse_fsdp1, refuse_hooks_around
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,
@@ -41,7 +47,7 @@ class NamedTensor(NamedTuple):
         tensor: The parameter or buffer itself (not detached).
         aliases: Further names of the very same tensor.
         part: Number of the first of the model's parts that has it under this name.
-        position: Where the name stands among all names of all parts.
+        position: Index of the name among all names of all parts.
     """
 
     name: str
@@ -208,7 +214,7 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
     modules: list[nn.Module] = []
     torchs: dict[type[nn.Module], bool] = {}
     pending = [("", root)]
-    if not has_torchs(root, "load_state_dict"):
+    if not has_torch_method(root, "load_state_dict"):
         return None
     while pending:
         prefix, module = pending.pop()
@@ -237,7 +243,7 @@ def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
     while pending:
         prefix, module = pending.pop()
         for hook in saving_pre_hooks(module):  # FSDP2's, which puts sharded parameters back in place
-            if not foreign([hook]):
+            if not has_foreign_hooks([hook]):
                 hook(module, prefix, True)
         _take_own(found, module, prefix)
         children = [(f"{prefix}{name}.", child) for name, child in own_children(module).items() if child is not None]
@@ -267,7 +273,7 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
     if not has_state_hooks(module):
         return True
     # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
-    return not foreign([*saving_hooks(module), *loading_pre_hooks(module)])
+    return not has_foreign_hooks([*saving_hooks(module), *loading_pre_hooks(module)])
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:

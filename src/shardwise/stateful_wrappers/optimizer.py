@@ -20,18 +20,18 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.plan.fragments import HeldTensor
+from shardwise.stateful_wrappers.custom_optimizer_state import StateView, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
-    Keeper,
     Options,
     SharedParameterError,
-    find_keepers,
+    StateHolder,
+    find_state_holders,
     members,
 )
-from shardwise.stateful_wrappers.kinds import equal
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
-from shardwise.stateful_wrappers.own_state import StateView, gives_own_way
+from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
     PLAIN,
@@ -168,8 +168,8 @@ class OptimizerRecord:
             }
             values = cast(dict[str, dict[str, object]], fields["values"])
             aliases = {str(k): str(v) for k, v in cast(dict[str, str], fields.get("aliases", {})).items()}
-            told = cast(dict[str, list[int]], fields.get("shapes", {}))
-            shapes = {name: tuple(int(n) for n in shape) for name, shape in told.items()}
+            saved_shapes = cast(dict[str, list[int]], fields.get("shapes", {}))
+            shapes = {name: tuple(int(n) for n in shape) for name, shape in saved_shapes.items()}
             schedulers = tuple(str(kind) for kind in cast(list[object], fields.get("schedulers", [])))
             held = {name: dict(found) for name, found in values.items()}
             trees = {name: list(tree) for name, tree in cast(dict[str, Tree], fields.get("trees", {})).items()}
@@ -295,7 +295,7 @@ def label_of(slot: str, name: str) -> str:
 class Entry:
     """One parameter with the state that an optimizer keeps of it."""
 
-    keeper: Keeper
+    holder: StateHolder
     param: torch.Tensor
     name: str
     state: Mapping[object, object]
@@ -303,7 +303,7 @@ class Entry:
     @property
     def label(self) -> str:
         """What it is saved under."""
-        return label_of(self.keeper.slot, self.name)
+        return label_of(self.holder.slot, self.name)
 
     def tensor_name(self, key: str) -> str:
         """Under which name a tensor of it is saved."""
@@ -314,7 +314,7 @@ class Entry:
 
         Args:
             name_of: Gives a parameter's name.
-            own: Keys of plain tensors of which each shard has one of its own.
+            own: Keys of plain tensors that differ from shard to shard.
 
         Raises:
             MisuseError: It holds what cannot be saved.
@@ -351,7 +351,7 @@ class OptimizerState:
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
         self.passed = passed
         try:
-            self.keepers = find_keepers(passed)
+            self.state_holders = find_state_holders(passed)
         except SharedParameterError as error:
             raise self._shared(error) from None
         self.aliases = undeclared_names(named, parts)
@@ -393,11 +393,11 @@ class OptimizerState:
             )
         return name
 
-    def groups(self) -> Iterator[tuple[Keeper, Options]]:
+    def groups(self) -> Iterator[tuple[StateHolder, Options]]:
         """Each optimizer's groups."""
-        for keeper in self.keepers:
-            for group in keeper.groups():
-                yield keeper, group
+        for holder in self.state_holders:
+            for group in holder.groups():
+                yield holder, group
 
     def names(self, group: Options) -> tuple[str, ...]:
         """Names of a group's parameters.
@@ -409,52 +409,52 @@ class OptimizerState:
 
     def entries(self) -> Iterator[Entry]:
         """Every parameter that has state."""
-        for keeper, group in self.groups():
+        for holder, group in self.groups():
             for param in members(group):
-                state = cast("Mapping[torch.Tensor, object]", keeper.optimizer.state).get(param)
+                state = cast("Mapping[torch.Tensor, object]", holder.optimizer.state).get(param)
                 if state is not None:
                     own = state if isinstance(state, Mapping) else {"": state}
-                    yield Entry(keeper, param, self.name(param), own)
+                    yield Entry(holder, param, self.name(param), own)
 
     def view(self, number: int) -> StateView:
-        """The state dict of one of the optimizers that were passed, beside its keepers."""
-        inside = [keeper for keeper in self.keepers if keeper.passed == number]
+        """The state dict of one of the optimizers that were passed, beside its holders."""
+        inside = [holder for holder in self.state_holders if holder.passed == number]
         return StateView(self.passed[number], inside, self.name)
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """The innermost optimizers, one for each parameter."""
-        return [keeper.optimizer for keeper in self.keepers if not keeper.slot]
+        return [holder.optimizer for holder in self.state_holders if not holder.slot]
 
     @property
     def has_own_ways(self) -> bool:
         """Whether any optimizer makes or takes its state dict in a way of its own."""
-        return any(map(gives_own_way, self.passed))
+        return any(map(makes_or_loads_custom, self.passed))
 
     def loose(self) -> list[_Loose]:
-        """What belongs to no parameter, asked for once: state under other keys, and what state dicts hold besides."""
+        """State that belongs to no parameter, collected once: under other keys, and further entries of state dicts."""
         if self._loose is None:
             self._loose = list(self._find_loose())
         return self._loose
 
     def _find_loose(self) -> Iterator[_Loose]:
-        for keeper, label in self.labels():
-            state = cast(Mapping[object, object], keeper.optimizer.state)
+        for holder, label in self.labels():
+            state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
                 yield self._taken_apart(label, keyed)
         for number, label in self.passed_labels():
-            if gives_own_way(self.passed[number]):
+            if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
                     yield self._taken_apart(label, rest)
 
-    def labels(self) -> list[tuple[Keeper, str]]:
-        """Each keeper, with what its state that belongs to no parameter is saved under."""
-        kinds = [keeper.kind for keeper in self.keepers]
+    def labels(self) -> list[tuple[StateHolder, str]]:
+        """Each holder, with what its state that belongs to no parameter is saved under."""
+        kinds = [holder.kind for holder in self.state_holders]
         return [
             (k, f"<{kind}.{kinds[:n].count(kind)}>")
-            for n, (k, kind) in enumerate(zip(self.keepers, kinds, strict=True))
+            for n, (k, kind) in enumerate(zip(self.state_holders, kinds, strict=True))
         ]
 
     def passed_labels(self) -> list[tuple[int, str]]:
@@ -470,7 +470,7 @@ class OptimizerState:
     # --- what ranks find out together -------------------------------------------------------------------------------
 
     def unsettled(self) -> dict[str, list[object]]:
-        """Plain tensors beside sharded parameters, of which values tell whether each rank has its own.
+        """Plain tensors beside sharded parameters: only their values show whether each rank has its own.
 
         Returns:
             Name -> optimizer class and key, whether the shape is that of this rank's shard, and a digest.
@@ -482,21 +482,21 @@ class OptimizerState:
             for key, value in entry.apart(self.name).tensors.items():
                 if not isinstance(value, DTensor) and value.ndim and "@" not in key:
                     is_local = value.shape == local_of(entry.param).shape
-                    found[entry.tensor_name(key)] = [f"{entry.keeper.kind} {key}", int(is_local), _digest(value)]
+                    found[entry.tensor_name(key)] = [f"{entry.holder.kind} {key}", int(is_local), _digest(value)]
         return found
 
     def settle(self, rows: Sequence[Mapping[str, Sequence[object]]]) -> None:
-        """Take in what `unsettled` gave on every rank."""
-        told: dict[str, list[Sequence[object]]] = {}
+        """Decide from the gathered results of `unsettled`, one for each rank."""
+        gathered: dict[str, list[Sequence[object]]] = {}
         of_key: dict[str, list[Sequence[object]]] = {}
         for row in rows:
             for name, said in row.items():
-                told.setdefault(name, []).append(said)
-        for said_of_name in told.values():
-            of_key.setdefault(str(said_of_name[0][0]), []).extend(said_of_name)
-        differs = {name: len({str(said[2]) for said in found}) > 1 for name, found in told.items()}
-        some_differ = {str(told[name][0][0]) for name, differ in differs.items() if differ}
-        for name, found in told.items():
+                gathered.setdefault(name, []).append(said)
+        for rows_of_name in gathered.values():
+            of_key.setdefault(str(rows_of_name[0][0]), []).extend(rows_of_name)
+        differs = {name: len({str(said[2]) for said in found}) > 1 for name, found in gathered.items()}
+        some_differ = {str(gathered[name][0][0]) for name, differ in differs.items() if differ}
+        for name, found in gathered.items():
             key = str(found[0][0])
             if all(said[1] for said in found):
                 every = all(said[1] for said in of_key[key])
@@ -521,10 +521,10 @@ class OptimizerState:
         values: dict[str, Mapping[str, StateValue]] = {}
         trees: dict[str, Tree] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for keeper, group in self.groups():
+        for holder, group in self.groups():
             # names of parameters are an option of newer optimizers; ours say the same and survive resharding
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append(SavedGroup(options, self.names(group), keeper.kind, keeper.slot))
+            groups.append(SavedGroup(options, self.names(group), holder.kind, holder.slot))
         for entry in self.entries():
             apart = self._apart(entry)
             shapes[entry.label] = tuple(entry.param.shape)

@@ -18,10 +18,16 @@ from shardwise.errors import (
     StateFormatError,
 )
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.inner_optimizers import Keeper, Options, members
-from shardwise.stateful_wrappers.kinds import equal, is_foreign, is_like_parameter, is_torchs_own, kind_of
+from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
+from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.own_state import Path, StateView, cloned, gives_own_way
+from shardwise.stateful_wrappers.optimizer_classes import (
+    class_name,
+    equal,
+    is_foreign,
+    is_like_parameter,
+    is_torchs_own,
+)
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -72,7 +78,7 @@ class _Keyed:
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """An optimizer with ways of its own, and what its state dict holds beside its keepers' state."""
+    """An optimizer with ways of its own, and what its state dict holds beside its holders' state."""
 
     view: Callable[[], StateView]
     kind: str
@@ -252,13 +258,13 @@ class _Planner:
         kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
-        for keeper in state.keepers:
-            self._check_slot(keeper, slots)
-        for keeper, group in state.groups():
-            position = counts[keeper.slot] = counts.get(keeper.slot, -1) + 1
-            if keeper.slot in ("", *slots):
-                self._plan_group(keeper, group, position)
-        for slot in sorted((slots & kept) - {keeper.slot for keeper in state.keepers}) if self.params else ():
+        for holder in state.state_holders:
+            self._check_slot(holder, slots)
+        for holder, group in state.groups():
+            position = counts[holder.slot] = counts.get(holder.slot, -1) + 1
+            if holder.slot in ("", *slots):
+                self._plan_group(holder, group, position)
+        for slot in sorted((slots & kept) - {holder.slot for holder in state.state_holders}) if self.params else ():
             raise MisuseError(
                 f"the checkpoint has the state of a {slot} around the optimizer, and none is to be restored",
                 hint=f"Build the {slot} that the checkpoint was saved with, or restore without the optimizer.",
@@ -266,19 +272,19 @@ class _Planner:
         self._plan_loose()
         return self.found
 
-    def _check_slot(self, keeper: Keeper, slots: set[str]) -> None:
-        if keeper.slot and keeper.slot not in slots and not self.record.is_old and self.params:
+    def _check_slot(self, holder: StateHolder, slots: set[str]) -> None:
+        if holder.slot and holder.slot not in slots and not self.record.is_old and self.params:
             raise MisuseError(
-                f"the checkpoint's optimizer had no {keeper.slot} around it, and the one to be restored has",
+                f"the checkpoint's optimizer had no {holder.slot} around it, and the one to be restored has",
                 hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved with.",
             )
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
-    def _plan_group(self, keeper: Keeper, group: Options, position: int) -> None:
+    def _plan_group(self, holder: StateHolder, group: Options, position: int) -> None:
         names = self.state.names(group)
-        saved_as = [self._saved_name(keeper, name) for name in names]
-        absent = [name for name in saved_as if (keeper.slot, name) not in self.group_of]
+        saved_as = [self._saved_name(holder, name) for name in names]
+        absent = [name for name in saved_as if (holder.slot, name) not in self.group_of]
         if absent and not self.options.allow_new:
             raise MissingTensorError(
                 f"the saved optimizer did not update {len(absent)} of these parameters: {', '.join(absent[:5])}",
@@ -288,45 +294,45 @@ class _Planner:
                 "allow_new_parameters=True.",
             )
         known = [name for name in saved_as if name not in absent]
-        saved = self._saved_group(keeper, group, known, position if not absent else None)
-        if saved is not None and (names or saved.kind in ("", keeper.kind)):
-            _check_kind(keeper.optimizer, saved, self.record, [label_of(keeper.slot, n) for n in known], members(group))
+        saved = self._saved_group(holder, group, known, position if not absent else None)
+        if saved is not None and (names or saved.kind in ("", holder.kind)):
+            _check_kind(holder.optimizer, saved, self.record, [label_of(holder.slot, n) for n in known], members(group))
             self.found.groups.append(_Group(group, saved.options))
-        self._mirror(keeper, group, saved)
+        self._mirror(holder, group, saved)
         options = {**group, **(saved.options if saved is not None else {})}
         for param, name, saved_name in zip(members(group), names, saved_as, strict=True):
             if saved_name in absent:
                 self.found.fresh.append(name)
-                self.found.params.append(_Param(keeper.optimizer, param, saved_name, None))
+                self.found.params.append(_Param(holder.optimizer, param, saved_name, None))
             elif saved is not None:
-                entry = Entry(keeper, param, name, {})
-                planned = self._planned(entry, label_of(keeper.slot, saved_name), options)
-                self.found.params.append(_Param(keeper.optimizer, param, saved_name, planned))
+                entry = Entry(holder, param, name, {})
+                planned = self._planned(entry, label_of(holder.slot, saved_name), options)
+                self.found.params.append(_Param(holder.optimizer, param, saved_name, planned))
 
-    def _mirror(self, keeper: Keeper, group: Options, saved: SavedGroup | None) -> None:
+    def _mirror(self, holder: StateHolder, group: Options, saved: SavedGroup | None) -> None:
         """The outer group takes the same options; those of a rank without parameters of the group come from it."""
-        number = next(n for n, each in enumerate(keeper.groups()) if each is group)
-        if number >= len(keeper.mirrors):
+        number = next(n for n, each in enumerate(holder.groups()) if each is group)
+        if number >= len(holder.mirrors):
             return
-        outer = keeper.mirrors[number]
-        names = [self._saved_name(keeper, name) for name in self.state.names(outer)]
-        names = [name for name in names if (keeper.slot, name) in self.group_of]
-        chosen = saved if members(group) else self._saved_group(keeper, outer, names, None)
+        outer = holder.mirrors[number]
+        names = [self._saved_name(holder, name) for name in self.state.names(outer)]
+        names = [name for name in names if (holder.slot, name) in self.group_of]
+        chosen = saved if members(group) else self._saved_group(holder, outer, names, None)
         if chosen is not None:
             self.found.groups.append(_Group(outer, chosen.options))
             if not members(group):
                 self.found.groups.append(_Group(group, chosen.options))
 
-    def _saved_name(self, keeper: Keeper, name: str) -> str:
-        return name if (keeper.slot, name) in self.group_of else self.other.get(name, name)
+    def _saved_name(self, holder: StateHolder, name: str) -> str:
+        return name if (holder.slot, name) in self.group_of else self.other.get(name, name)
 
     def _saved_group(
-        self, keeper: Keeper, group: Options, names: Sequence[str], position: int | None
+        self, holder: StateHolder, group: Options, names: Sequence[str], position: int | None
     ) -> SavedGroup | None:
         record = self.record
-        chosen = sorted({self.group_of[keeper.slot, name] for name in names})
+        chosen = sorted({self.group_of[holder.slot, name] for name in names})
         if not chosen:
-            alike = [g for g in record.groups if g.slot == keeper.slot]
+            alike = [g for g in record.groups if g.slot == holder.slot]
             by_number = position is not None and not members(group) and position < len(alike)
             return alike[cast(int, position)] if by_number else None
         first = record.groups[chosen[0]]
@@ -345,7 +351,7 @@ class _Planner:
 
     def _planned(self, entry: Entry, saved_label: str, options: Options) -> dict[object, object] | None:
         """The state of one parameter as it is to be."""
-        record, param, optimizer = self.record, entry.param, entry.keeper.optimizer
+        record, param, optimizer = self.record, entry.param, entry.holder.optimizer
         shape = record.shapes.get(saved_label)
         if shape is not None and shape != tuple(param.shape):
             raise _misfit(saved_label, param, shape)
@@ -408,20 +414,20 @@ class _Planner:
 
     def _plan_loose(self) -> None:
         """State that belongs to no parameter, of each optimizer that has any."""
-        for keeper, label in self.state.labels():
-            found = self._loose(label, keeper)
+        for holder, label in self.state.labels():
+            found = self._loose(label, holder)
             if isinstance(found, dict):
-                self.found.keyed.append(_Keyed(keeper.optimizer, found))
+                self.found.keyed.append(_Keyed(holder.optimizer, found))
         for number, label in self.state.passed_labels():
             passed = self.state.passed[number]
-            if not gives_own_way(passed):
+            if not makes_or_loads_custom(passed):
                 continue
-            keeper_of = next((keeper for keeper in self.state.keepers if keeper.passed == number), None)
-            rest = cast("list[tuple[list[tuple[str, object]], object]]", self._loose(label, keeper_of) or [])
+            holder_of = next((holder for holder in self.state.state_holders if holder.passed == number), None)
+            rest = cast("list[tuple[list[tuple[str, object]], object]]", self._loose(label, holder_of) or [])
             renamed = [(_renamed([*path], self.record.renamed), value) for path, value in rest]
             self.found.own.append(_Own(partial(self.state.view, number), type(passed).__name__, renamed))
 
-    def _loose(self, label: str, keeper: Keeper | None) -> object:
+    def _loose(self, label: str, holder: StateHolder | None) -> object:
         trees = self.record.trees
         if label not in trees:
             kind, _, rest = label[1:-1].partition(".")
@@ -432,7 +438,7 @@ class _Planner:
             if len(same) != 1:
                 return None
             label = same[0]
-        every = [] if keeper is None else [p for group in keeper.groups() for p in members(group)]
+        every = [] if holder is None else [p for group in holder.groups() for p in members(group)]
         params = every or list(self.params.values()) or [torch.empty(0)]
 
         def tensor(key: str) -> torch.Tensor:
@@ -467,7 +473,7 @@ def _check_kind(
     names: Sequence[str],
     group: Sequence[torch.Tensor],
 ) -> None:
-    own = kind_of(optimizer)
+    own = class_name(optimizer)
     hint = (
         "Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the optimizer "
         "(and its scheduler) out of what is restored and let it start afresh."

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.stateful_wrappers.names import NamedTensor
-from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 
 
@@ -26,10 +26,10 @@ class MayDiffer:
     """What the settings say about values that differ between ranks which hold a tensor as replicas.
 
     Parameters are compared. Buffers and extra state are kept by each rank for itself while it trains (statistics of its
-    own batches), and the lowest rank's stand for all, as in DistributedDataParallel's own broadcast.
+    own batches), and the lowest rank's are saved for all, as in DistributedDataParallel's own broadcast.
 
     Attributes:
-        all: Whether nothing is compared: the lowest rank's value stands for all (``replicas="first"``).
+        all: Whether nothing is compared: the lowest rank's value is saved for all (``replicas="first"``).
         per_rank: Patterns of the names of tensors that each rank has a value of its own of (``per_rank_state``).
     """
 
@@ -37,7 +37,7 @@ class MayDiffer:
     per_rank: tuple[str, ...] = ()
 
     def of_model(self, tensors: Sequence[NamedTensor], parts: Sequence[nn.Module]) -> Container[str]:
-        """Names of the model's tensors whose replicas may differ.
+        """Names of the model's tensors with replicas that may differ.
 
         Args:
             tensors: The model's state.
@@ -58,7 +58,7 @@ class MayDiffer:
         return {name for name, tensor in tensors if id(tensor) in buffers}
 
     def of_state(self, names: Iterable[tuple[str, str]]) -> Container[str]:
-        """Names of an optimizer's state tensors whose replicas may differ.
+        """Names of an optimizer's state tensors with replicas that may differ.
 
         Args:
             names: Pairs of a state tensor's name and its parameter's.

@@ -1,8 +1,8 @@
-"""Options and plain values of optimizers that several ranks have of one parameter: they agree, or an error says so.
+"""Optimizer options and plain values that several ranks hold for one parameter: they agree, or it is an error.
 
 A parameter group's options and what an optimizer keeps of a parameter beside tensors are saved once for each parameter.
 Ranks that hold parts of the same parameter have the same ones; where they have not, saving one rank's would lose the
-others', and taking options from one rank and values from another would be a mix that no rank ever had.
+others', and taking options from one rank and values from another would be a mix that no rank had.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.errors import ReplicasDifferError
-from shardwise.stateful_wrappers.kinds import equal
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
+from shardwise.stateful_wrappers.optimizer_classes import equal
 
 _SHOWN = 4
 
@@ -35,7 +35,7 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
 
     Args:
         records: Every different record, in the order of the first rank that has it.
-        may_differ: Whether the lowest rank's stand for all, by the parameter's name.
+        may_differ: Whether the lowest rank's are saved for all, by the parameter's name.
 
     Raises:
         ReplicasDifferError: Ranks differ in a parameter that may not; it names option and ranks.
@@ -55,10 +55,10 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
                 first, theirs = owners[label]
                 if first is own:
                     continue
-                news = _differences(label, (first, theirs), (own, group))
-                if news:
+                differing = _differences(label, (first, theirs), (own, group))
+                if differing:
                     dropped.add(label)
-                    differences += [] if may_differ(name) else news
+                    differences += [] if may_differ(name) else differing
         found.append(_without(own.record, dropped, owners) if dropped else own.record)
     if differences:
         raise ReplicasDifferError(
@@ -138,7 +138,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _without(record: OptimizerRecord, dropped: set[str], owners: _Owners) -> OptimizerRecord:
-    """The record without options and values of parameters for which another rank's stand."""
+    """The record without options and values of parameters for which another rank's are saved."""
     groups = []
     for group in record.groups:
         params = tuple(name for name in group.params if label_of(group.slot, name) not in dropped)

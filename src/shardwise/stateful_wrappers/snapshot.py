@@ -1,4 +1,4 @@
-"""Whether a model still consists of the very tensors that it had, without listing them anew.
+"""Whether a model still consists of the same tensors, without listing them again.
 
 Listing a model's state takes torch and this library several microseconds for each tensor, at every save. A snapshot
 looks at the dictionaries in which modules keep what they have, which is faster by an order of magnitude, and gives up
@@ -176,7 +176,7 @@ class Snapshot:
     def _has_the_same(self) -> bool:
         """Whether the dictionaries have the very same under the same keys.
 
-        Those of parameters are looked up anew: libraries that manage parameters put dictionaries of their own there.
+        Those of parameters are looked up again: libraries that manage parameters put dictionaries of their own there.
         """
         try:
             with _ByIdentity():

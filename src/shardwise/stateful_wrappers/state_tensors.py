@@ -1,8 +1,8 @@
-"""What a state tensor is beside its parameter: spread as it, plain, this rank's shard alone; and making such a one.
+"""How a state tensor relates to its parameter (sharded like it, plain, this rank's shard only), and creating one.
 
 An optimizer that computes with DTensors keeps DTensors, one that works on ``to_local()`` keeps plain tensors of its
-shard, a preconditioner may be plain and the same on all ranks. Values alone do not tell; a state that comes back as
-another kind makes the next step fail, or go wrong.
+shard, a preconditioner may be plain and the same on all ranks. Values alone do not show which; a state that is
+restored as another kind makes the next step fail, or compute wrong values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.upstream.torch_tensors import StridedShard, local_part
 
 #: Kinds of state. `USUAL` is what nearly all optimizers keep: tensors of the parameter's shape and spread, and plain
-#: scalars; older checkpoints say nothing else. `UNCLEAR`: plain, of the shape that both the shard and the whole of the
+#: scalars; older checkpoints have no other. `UNCLEAR`: plain, of the shape that both the shard and the whole of the
 #: state may have.
 USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD = "", "like", "plain", "local", "unclear", "spread"
 _KINDS = frozenset({USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD})
@@ -32,7 +32,7 @@ _DEVICES = frozenset({"", "cpu", "parameter"})
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Of which kind a state tensor is.
+    """The kind of a state tensor.
 
     Attributes:
         name: One of this module's constants.
@@ -214,7 +214,7 @@ def make(saved: SavedTensor, place: Place) -> Made:
     """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
 
     Raises:
-        MisuseError: The kind does not tell what it is to be on this topology.
+        MisuseError: The kind does not determine the tensor on this topology.
     """
     param = place.param
     have = place.have

@@ -1,6 +1,6 @@
 """Nested state as plain containers: dictionaries, lists and tuples with tensors in them, taken apart and put together.
 
-A tree is a list whose first item says what it is: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree],
+A tree is a list; its first item names its type: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree],
 ...]]``, ``["ordered", ...]``, ``["list", [tree, ...]]``, ``["tuple", ...]``, ``["sharded", {region: tree}]`` for what
 each shard of a parameter has of its own, and ``["subclass", module, class, context, shape, stride, [[name, tree],
 ...]]`` for a tensor that consists of others (quantized ones). The tensors go where all others go, under their keys.
@@ -58,7 +58,7 @@ class TreeWriter:
         name: Whose state it is, for messages.
         param: The parameter; ``None`` for what belongs to none.
         name_of: Gives a parameter's name where one is a key.
-        own: Keys of plain tensors of which each shard has one of its own.
+        own: Keys of plain tensors that differ from shard to shard.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What ``state_dict()`` gives, told apart: parameters and buffers themselves, and what modules make on the fly.
+"""The entries of ``state_dict()`` by origin: parameters and buffers themselves, and values made by modules.
 
 Names here are those of ``state_dict()``, with what wrappers put into them.
 """
@@ -18,15 +18,15 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import ModuleStateError
 from shardwise.plan.deferred import Deferred
-from shardwise.stateful_wrappers.ways import (
+from shardwise.stateful_wrappers.state_dict_overrides import (
     EXTRA,
-    gives_extra,
-    has_torchs,
-    makes_own,
-    makes_subtree,
+    has_torch_method,
+    loads_itself,
+    overrides_get_extra_state,
+    overrides_set_extra_state,
     reaches_below,
-    takes_extra,
-    takes_itself,
+    saves_itself,
+    saves_subtree_itself,
 )
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
 from shardwise.upstream.torch_modules import (
@@ -52,11 +52,11 @@ def label(module: nn.Module, prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A module whose own methods make entries of the state.
+    """A module that makes entries of the state with its own methods.
 
     Attributes:
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         whole: Whether it makes those of the modules below it too.
     """
 
@@ -134,11 +134,11 @@ class OneTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taker:
-    """A module whose own methods take entries of the state.
+    """A module that loads entries of the state with its own methods.
 
     Attributes:
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         whole: Whether it takes those of the modules below it too.
         is_lenient: Whether names and shapes are its own affair: it has methods or hooks of its own for loading.
         calls_root: Whether the model's own ``load_state_dict`` is what takes them.
@@ -163,7 +163,7 @@ class SpreadAs:
     spec: DTensorSpec
 
     def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The DTensor of which ``local`` is this rank's part."""
+        """The DTensor that ``local`` is this rank's part of."""
         return around(local, self.spec)
 
 
@@ -173,7 +173,7 @@ class Step(NamedTuple):
     Attributes:
         kind: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
         module: The module.
-        prefix: What stands before its names.
+        prefix: The prefix of its names.
         taker: Who takes, where entries are taken.
     """
 
@@ -219,7 +219,7 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 class StandIns:
-    """Gives equal stand-ins for equal values from save to save, so that nothing is planned anew."""
+    """Gives equal stand-ins for equal values from save to save, so that the plan is kept."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[torch.Tensor, object]] = {}
@@ -300,7 +300,7 @@ class _Describing:
 
     def described(self) -> Described:
         root = None
-        if not has_torchs(self._root, "load_state_dict"):
+        if not has_torch_method(self._root, "load_state_dict"):
             root = self._stand_ins.taker(self._root, "", True, True, True)
         self._look_at_takers(self._root, "", root)
         self._look_at_makers(self._root, "")
@@ -316,12 +316,12 @@ class _Describing:
     def _look_at_takers(self, module: nn.Module, prefix: str, taker: Taker | None) -> None:
         is_first = taker is None
         own = taker
-        if taker is None and takes_itself(module, norms=self._norms):
+        if taker is None and loads_itself(module, norms=self._norms):
             own = self._stand_ins.taker(module, prefix, reaches_below(module), True)
         below = own if own is not None and own.whole else None
         if is_first or (own is not None and own.calls_root and module is self._root):
             self._steps.append(Step("take", module, prefix, own))
-        if own is None and takes_extra(module):
+        if own is None and overrides_set_extra_state(module):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
             self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
@@ -355,17 +355,17 @@ class _Describing:
     # --- who makes --------------------------------------------------------------------------------------------------
 
     def _look_at_makers(self, module: nn.Module, prefix: str) -> None:
-        if makes_subtree(module):
+        if saves_subtree_itself(module):
             self._add_made(Unit(module, prefix, whole=True))
             return
         for hook in saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
-        if makes_own(module):
+        if saves_itself(module):
             self._add_made(Unit(module, prefix, whole=False))
         else:
             for name, tensor in _tensors_of(module):
                 self._add(prefix + name, tensor, None)
-            if self._values and gives_extra(module):
+            if self._values and overrides_get_extra_state(module):
                 self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
                 self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         for name, child in own_children(module).items():

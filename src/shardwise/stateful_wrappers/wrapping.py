@@ -5,7 +5,7 @@ Four questions, since a wrapper may have state of its own:
 * `unwrap`: which module has just the state of this one? DDP, DataParallel, torch.compile, activation checkpointing and
   FSDP1 add a prefix to names and nothing else.
 * `inner_model`: which module do the files belong to? A running average (``AveragedModel``), a value head around a
-  language model, a SentenceTransformer are modules with something besides; their files are the model's inside, under
+  language model, a SentenceTransformer are modules with further state; their files are the model's inside, under
   the names that it has, and the rest is kept apart.
 * `adapted_model`: which module did peft adapt? The ``PeftModel`` itself, or the model with adapters injected into it.
 * `bare_model`: which module is the base model, in which peft's layers are, out of an average too?
@@ -39,7 +39,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_path(path: str) -> str:
-    """The same of a module's path; empty for what stands in the wrapped module's place."""
+    """The same of a module's path; empty for the replacement of the wrapped module."""
     return plain_name(f"{path}.").rstrip(".")
 
 
@@ -97,7 +97,7 @@ class Inner(NamedTuple):
 
 
 def inner_model(part: nn.Module) -> Inner:
-    """The model whose files a save of ``part`` writes: ``part`` itself out of its wrappers, or a model inside it.
+    """The model that a save of ``part`` writes files of: ``part`` itself out of its wrappers, or a model inside it.
 
     A model is looked for inside of ``AveragedModel``, and of a module that is no library's pretrained model and shows
     the configuration of one that it holds. Where several could be meant, none is.
@@ -115,7 +115,7 @@ def inner_model(part: nn.Module) -> Inner:
 
 
 def _inside(module: nn.Module) -> tuple[str, nn.Module, bool] | None:
-    """Path of the module that the files are of, that module, and whether there is state besides."""
+    """The path of the module that the files describe, that module, and whether there is further state."""
     if isinstance(module, _averaged()):
         return "module", cast("nn.Module", module.module), True
     if is_loaded_by_others(module) or _speaks_for_itself(module):

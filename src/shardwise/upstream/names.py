@@ -31,7 +31,7 @@ class Name(NamedTuple):
 
 
 _TREE = "torch's own listing of state takes three times as long, and calls hooks that have to be looked at first"
-_HOOKS = "whether somebody's hook changes what is saved or loaded shows nowhere else"
+_HOOKS = "whether a hook changes what is saved or loaded shows nowhere else"
 _OWN_STATE = "one module's own state, without that of the modules below it"
 _DTENSOR = "the public attributes record gradients, wait for collectives, or take ten times as long for each tensor"
 _NAMES = "it stands in the names of a wrapped module's tensors, and has to come out of them"
@@ -46,7 +46,7 @@ TORCH_MODULES = (
     Name("torch.nn.Module()._parameters", _TREE, "dict"),
     Name("torch.nn.Module()._buffers", _TREE, "dict"),
     Name("torch.nn.Module()._modules", _TREE, "dict"),
-    Name("torch.nn.Module()._non_persistent_buffers_set", "which buffers are no part of the state", "set"),
+    Name("torch.nn.Module()._non_persistent_buffers_set", "which buffers are not part of the state", "set"),
     Name("torch.nn.Module()._state_dict_hooks", _HOOKS, "dict"),
     Name("torch.nn.Module()._state_dict_pre_hooks", _HOOKS + "; FSDP2's puts sharded parameters back", "dict"),
     Name("torch.nn.Module()._load_state_dict_pre_hooks", _HOOKS, "dict"),
@@ -135,7 +135,7 @@ TORCH_TENSORS = (
         "a tensor with a shape and no memory; torch's notes on extending use it",
         "builtin_function_or_method",
     ),
-    Name("torch.empty(1).untyped_storage()._cdata", "tells storages without memory apart", "int"),
+    Name("torch.empty(1).untyped_storage()._cdata", "identifies storages without memory", "int"),
     Name("torch._C.DisableTorchFunctionSubclass", "reads a subclass's memory whatever functions it overrides", "type"),
     Name("torch._neg_view", "memory that is read with the opposite sign", "builtin_function_or_method"),
     Name("torch._make_per_tensor_quantized_tensor", _QUANTIZED, "builtin_function_or_method"),
@@ -169,7 +169,7 @@ TORCH_DISPATCH = (
 TORCH_DISTRIBUTED = (
     Name(
         "torch.distributed.distributed_c10d._get_default_store",
-        "ranks that are missed or lost are told apart by keys",
+        "missing or lost ranks are distinguished by keys",
         "function",
     ),
     Name("torch._C._distributed_c10d.Store", "the type of that store", "type"),

@@ -1,4 +1,4 @@
-"""What ``torch.distributed`` keeps to itself; a group's own collectives are called in `shardwise.comm.wires`."""
+"""Private names of ``torch.distributed``; a group's own collectives are called in `shardwise.comm.collectives`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def converters_of(rules: Iterable[object]) -> list[WeightConverter]:
 
 
 def without_prefix_changes(rules: Iterable[Any]) -> list[Any]:
-    """Some rules without those that take a prefix off or put one on, which only loading can tell were needed."""
+    """Rules without those that remove or add a prefix: only loading shows whether those were needed."""
     from transformers.core_model_loading import PrefixChange
 
     return [rule for rule in rules if not isinstance(rule, PrefixChange)]
@@ -130,7 +130,7 @@ def filled(converter: WeightConverter, group: str, members: Iterable[tuple[str, 
 
 
 def looks_at_names(converter: WeightConverter) -> bool:
-    """Whether one of a converter's operations is told the group's name."""
+    """Whether one of a converter's operations takes the group's name."""
     return any("full_layer_name" in inspect.signature(op.convert).parameters for op in converter.operations)
 
 

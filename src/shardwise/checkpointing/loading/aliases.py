@@ -11,7 +11,7 @@ from typing import cast
 from shardwise.checkpointing.hub import HubState
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import rename
-from shardwise.engine.absent import saved_aliases
+from shardwise.engine.missing_files import saved_aliases
 from shardwise.sources.sources import Source
 
 _NAME = attrgetter("spec.name")
@@ -51,7 +51,9 @@ def with_aliases(
         key_mapping: What the source's names were passed through.
         group: The ranks that load together.
     """
-    told = group.tell(lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared")
+    told = group.broadcast_result(
+        lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"
+    )
     aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], told).items()}
     if not aliases:
         return Aliased(source)

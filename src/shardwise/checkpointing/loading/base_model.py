@@ -42,9 +42,10 @@ from shardwise.checkpointing.saving.aside import find_aside
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
-from shardwise.peft.fresh import (
+from shardwise.peft.builtin_lora import find_sites
+from shardwise.peft.initial_values import (
     adapter_tensors,
     check_can_begin,
     check_method,
@@ -52,7 +53,6 @@ from shardwise.peft.fresh import (
     refuse_changed_base,
 )
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.own import find_sites
 from shardwise.stateful_wrappers.names import declared_ties
 from shardwise.upstream.transformers import may_be_unexpected
 
@@ -274,7 +274,9 @@ def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[st
     def look() -> JsonValue:
         return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
 
-    config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
+    config, stems = cast(
+        "tuple[dict[str, object], list[str]]", group.broadcast_result(look, "reading the base model's config")
+    )
     return config, stems
 
 

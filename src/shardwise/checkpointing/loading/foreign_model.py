@@ -9,7 +9,7 @@ from typing import cast
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import rename
 from shardwise.engine.load import listed_anywhere
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
 from shardwise.sources.dcp_model import MODEL_KEYS, DcpModel, find_model, model_below, places_of
@@ -76,7 +76,7 @@ def model_part(
             raise
         return [model.prefix, cast(JsonValue, dict(model.names))]
 
-    told = group.tell(decide, f"looking for the model in {source.path}")
+    told = group.broadcast_result(decide, f"looking for the model in {source.path}")
     if told is None:
         return source
     prefix, found = cast("tuple[str, dict[str, str]]", told)

@@ -24,7 +24,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.convert import rename
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
@@ -241,7 +241,9 @@ def open_foreign(
         UnsafePickleError: A value could run code.
     """
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
-    told = group.tell(lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}")
+    told = group.broadcast_result(
+        lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
+    )
     if not told:
         return None
     place = Path(cast(str, told))

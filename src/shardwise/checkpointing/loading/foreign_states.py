@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import HasState
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
 from shardwise.sources.dcp_values import DcpValues, is_dcp

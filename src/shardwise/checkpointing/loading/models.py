@@ -26,7 +26,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState

@@ -16,7 +16,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MissingTensorError, UnexpectedTensorError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import Deferred, held_whole, stands_alone
@@ -24,8 +24,8 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.units import Step, Taker, label
-from shardwise.stateful_wrappers.ways import EXTRA
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import own_children
 

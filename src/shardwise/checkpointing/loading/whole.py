@@ -34,7 +34,7 @@ from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.load import LoadOptions
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
 from shardwise.stateful_wrappers import ModelState, OptimizerState

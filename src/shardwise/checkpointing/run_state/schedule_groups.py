@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shardwise.checkpointing.run_state.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.kinds import equal
+from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES
 
 #: What torch's schedulers have one of for each parameter group. Source: ``torch.optim.lr_scheduler``.

@@ -54,7 +54,7 @@ def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Sta
         path = found.path.relative_to(session.root) if inside else found.path
         return [str(path), found.epoch, found.step, dict(found.metrics)]
 
-    told = session.group.tell(find, f"looking for {restore_from}")
+    told = session.group.broadcast_result(find, f"looking for {restore_from}")
     if told is None:
         return None
     path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
@@ -67,7 +67,9 @@ def model_place(directory: Path, group: Group) -> Path:
 
     All ranks call.
     """
-    is_one = group.tell(lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}")
+    is_one = group.broadcast_result(
+        lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}"
+    )
     return directory if is_one else directory / "model"
 
 

@@ -24,12 +24,15 @@ from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
-from shardwise.engine.near_names import listed
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import AdapterError, MissingTensorError, MisuseError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
+from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
+from shardwise.peft.compatibility import check_opens as check_opens_in_peft
+from shardwise.peft.compatibility import vllm_limits
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.diffusers_lora import (
     LORA_WEIGHTS_NAME,
@@ -45,9 +48,6 @@ from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
 from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.own import find_sites
-from shardwise.peft.rules import check_opens as check_opens_in_peft
-from shardwise.peft.rules import vllm_limits
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import (
     ADAPTER_CONFIG_NAME,
@@ -60,8 +60,8 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.stateful_wrappers.ways import refuse_fsdp1
 from shardwise.stateful_wrappers.wrapping import is_average
 
 _LOG = logging.getLogger(__name__)
@@ -462,7 +462,7 @@ def _open_extra(
 ) -> tuple[list[OpenedLoad], AllocatorRestore]:
     """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
     group, file = session.group, path / ADAPTER_EXTRA_NAME
-    is_there = group.tell(file.is_file, "looking for what was trained beside the adapter")
+    is_there = group.broadcast_result(file.is_file, "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
     source = open_source(file, group) if is_there else None
     allocators = AllocatorRestore({}, ())

@@ -399,7 +399,7 @@ class ModelSave:
             base.check_readable(proof.passed)
             return list(proof.passed)
 
-        return cast(list[str], group.tell(compare, "comparing the export with the base model"))
+        return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""

@@ -42,7 +42,7 @@ def read_notes(path: Path, group: Group) -> SavedNotes:
     Raises:
         StateFormatError: One of them is damaged.
     """
-    told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
+    told = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
     exact, passed, ranks, aside = cast(tuple[dict[str, str], list[str], int, list[str]], told)
     return SavedNotes(exact, tuple(passed), ranks, tuple(aside))
 

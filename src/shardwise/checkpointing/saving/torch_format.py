@@ -16,7 +16,7 @@ from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.stateful_wrappers.ways import EXTRA
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.upstream.torch_tensors import local_part
 
 

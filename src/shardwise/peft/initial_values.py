@@ -1,10 +1,10 @@
-"""Fresh values for the adapters of a model that was built on the meta device: peft's own, layer by layer.
+"""Initial values for the adapters of a model that was built on the meta device, computed by peft, layer by layer.
 
-What an adapter begins with is peft's to say, and some of it follows from the base weights (DoRA's magnitudes, PiSSA,
+peft decides what an adapter starts with, and some values follow from the base weights (DoRA's magnitudes, PiSSA,
 OLoRA, tokens that are trained) or from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies).
 So the base is loaded first, and then peft adapts a stand-in for the model: the adapted modules alone, without memory,
-each of which is given its base weights just before peft replaces it. What peft made is copied into the model's shards
-and let go, so that memory is that of the largest adapted module.
+and each receives its base weights just before peft replaces it. The values are copied into the model's shards and
+released, so that memory is that of the largest adapted module.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _method(config: PeftConfig) -> str:
 
 
 def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Name and tensor of all that peft's layers have besides what they wrap, and of what the tuner itself has."""
+    """Names and tensors of peft's layers, without the modules that they wrap, and of the tuner itself."""
     kinds = (upstream.tuner_class(), upstream.layer_class(), *upstream.attention_classes())
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in named_modules(adapted_model(part)):
@@ -258,7 +258,7 @@ def _nothing(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same shape and dtype that takes no memory; whoever looks at it sees no number."""
     local = local_part(tensor)
     if type(local) not in PLAIN and not isinstance(tensor, DTensor):
-        return tensor.detach()  # a quantized weight: its class tells peft which layer to make
+        return tensor.detach()  # a quantized weight: peft chooses the layer by its class
     value = float("nan") if tensor.dtype.is_floating_point else 0
     return torch.full((), value, dtype=tensor.dtype, device="cpu").expand(tensor.shape)
 

@@ -1,4 +1,4 @@
-"""One adapter's settings from those of its pipeline stages: peft writes what it found in each into a configuration."""
+"""One adapter's settings, combined from those of its pipeline stages: peft configures each stage by itself."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Finding out which rank is gone, once a collective has broken.
+"""Finding out which rank is gone after a collective has broken.
 
-A broken collective tells a rank only that some connection ended or that time is up. Two sources say whose fault it was:
-on the same machine the process table, at once; elsewhere the job's key-value store, where every rank that noticed the
-failure reports, so that whoever has not reported is missing.
+A broken collective shows a rank only that some connection ended or that the time-out has passed. Two sources identify
+the lost rank: on the same machine the process table, at once; on other machines the job's key-value store, where every
+rank that noticed the failure reports, so that a rank without a report is missing.
 
-Finding out takes time too, and a rank has promised to raise within the time-out that its user configured; `Patience`
-divides that time.
+Finding the lost rank takes time too, and a rank has to raise within the time-out that its user configured;
+`TimeoutBudget` divides that time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class TimeoutBudget:
     """A configured time-out, divided so that both parts and what lies between them fit into it.
 
     Attributes:
@@ -39,26 +39,26 @@ class Patience:
     report: float
 
     @staticmethod
-    def within(seconds: float) -> Patience:
+    def within(seconds: float) -> TimeoutBudget:
         """Divide ``seconds``: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
         report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
-        return Patience(seconds - report - spare, report)
+        return TimeoutBudget(seconds - report - spare, report)
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankProcess:
     """Where a rank runs: its machine and process."""
 
     host: str
     pid: int
 
     @staticmethod
-    def own() -> Seat:
+    def own() -> RankProcess:
         """This process's."""
-        return Seat(socket.gethostname(), os.getpid())
+        return RankProcess(socket.gethostname(), os.getpid())
 
     def is_gone(self) -> bool:
-        """Whether the process has ended, as far as this machine can tell; false for other machines'."""
+        """Whether the process has ended, as far as this machine can see; false for a process of another machine."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -68,7 +68,9 @@ class Seat:
         return state.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
-def find_lost(name: str, rank: int, seats: Sequence[Seat], host: int | None, seconds: float) -> tuple[list[int], str]:
+def find_lost(
+    name: str, rank: int, processes: Sequence[RankProcess], host: int | None, seconds: float
+) -> tuple[list[int], str]:
     """Who is missing after a collective of group ``name`` broke on ``rank``.
 
     Returns when every rank has either reported or died, or when time is up: whoever comes late to the broken collective
@@ -77,7 +79,7 @@ def find_lost(name: str, rank: int, seats: Sequence[Seat], host: int | None, sec
     Args:
         name: The group's name, the same on every rank.
         rank: This rank in the group.
-        seats: Where each rank of the group runs; may be empty if that is not known.
+        processes: Where each rank of the group runs; may be empty if that is not known.
         host: The rank in the group that is held responsible for the store, if it is a member.
         seconds: How long to wait for the reports of others at most.
 
@@ -86,20 +88,22 @@ def find_lost(name: str, rank: int, seats: Sequence[Seat], host: int | None, sec
     """
     deadline = time.monotonic() + seconds
     # With the processes in the key, since a restarted job may meet in the store that the last one reported to.
-    keys = [f"shardwise/broken/{name}/{number}/{seat.host}/{seat.pid}" for number, seat in enumerate(seats)]
-    with _Board(keys) as board:
-        board.report(rank)
+    keys = [
+        f"shardwise/broken/{name}/{number}/{process.host}/{process.pid}" for number, process in enumerate(processes)
+    ]
+    with _Reports(keys) as reports:
+        reports.report(rank)
         while True:
             left = deadline - time.monotonic()
-            refused, silent = board.refused, board.silent
+            refused, silent = reports.refused, reports.silent
             # Whoever has reported may leave, and is not the one whose absence broke the collective.
-            gone = [number for number, seat in enumerate(seats) if _among(number, silent) and seat.is_gone()]
-            told = silent is not None and len(gone) == len(silent)
-            if left <= 0 or told or (refused and gone):
+            gone = [number for number, process in enumerate(processes) if _among(number, silent) and process.is_gone()]
+            all_found = silent is not None and len(gone) == len(silent)
+            if left <= 0 or all_found or (refused and gone):
                 break
             time.sleep(min(_POLL_SECONDS, left))
         # Others read the reports too, perhaps from a store that ends with this process: they are given time to.
-        time.sleep(max(0.0, min(2 * _POLL_SECONDS, left)) if len(seats) > 2 else 0.0)
+        time.sleep(max(0.0, min(2 * _POLL_SECONDS, left)) if len(processes) > 2 else 0.0)
     # The store lives beside the first process of the job. With it gone, others that left had nowhere to say so.
     if refused and host is not None and host in gone:
         gone = [host]
@@ -112,7 +116,7 @@ def _among(rank: int, silent: tuple[int, ...] | None) -> bool:
     return silent is None or rank in silent
 
 
-class _Board:
+class _Reports:
     """Reports in the job's key-value store, followed by a thread: a store whose process has stopped never answers.
 
     Args:

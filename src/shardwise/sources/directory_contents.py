@@ -1,4 +1,4 @@
-"""What is at a path instead of a model, and where below it one is: for errors that say more than "not found"."""
+"""What a directory holds instead of a model, and which directories below hold one: for the hints of errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_MODEL = re.compile(
     r"^(training_args|optimizer|optim|scheduler|scaler|sched|random_states|rng_state|trainer_state|dataloader|"
     r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
 )
-#: Directories beside a model's, whose tensors are none of its.
+#: Directories beside a model's that hold other tensors than the model's.
 _BESIDE = frozenset({"model_ema", "optim", "optimizer", "rng", "extra", "extra_state", "dataloader", "scheduler"})
 _SHOWN, _DEPTH, _MOST_DIRECTORIES = 3, 3, 400
 
@@ -66,7 +66,7 @@ def _is_torch(found: Recognised | None) -> bool:
     return found is not None and found.kind is Kind.TORCH
 
 
-def instead(directory: Path) -> str:
+def found_instead(directory: Path) -> str:
     """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
     weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
     shown = []
@@ -77,8 +77,8 @@ def instead(directory: Path) -> str:
     return ("only " + ", ".join(shown) + (f" and {more} more" if more else "")) if shown else ""
 
 
-def way_in(directory: Path) -> str:
-    """What to do about the first of the files that `instead` lists; may be empty."""
+def how_to_open(directory: Path) -> str:
+    """What to do about the first of the files that `found_instead` lists; may be empty."""
     for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
         if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."

@@ -150,10 +150,10 @@ class Counting(Group):
         self.said: list[str] = []
         self.received = 0
 
-    def deal(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
         """As ever."""
         self.said.append(what)
-        found = super().deal(messages, what)
+        found = super().exchange(messages, what)
         self.received += sum(map(len, found))
         return found
 

@@ -32,8 +32,8 @@ BLOCK_BYTES = 8 * 2**20
 _HINT = "Restore the file from a copy, or take another checkpoint; `shardwise verify` lists all that is damaged."
 
 
-class Recorded(NamedTuple):
-    """A run of bytes of a file, and the digest that it had when it was written."""
+class RecordedDigest(NamedTuple):
+    """The digest of a run of bytes of a file, as recorded when it was written."""
 
     offset: int
     nbytes: int
@@ -48,14 +48,14 @@ class _Piece(NamedTuple):
 
 
 @dataclass
-class Ledger:
-    """What was recorded of files' bytes, and what was read of them.
+class DigestLedger:
+    """The digests that were recorded of files, and those of the bytes that were read.
 
     Attributes:
         recorded: File -> its runs of bytes with a digest, in the order of their offsets.
     """
 
-    recorded: Mapping[Path, Sequence[Recorded]]
+    recorded: Mapping[Path, Sequence[RecordedDigest]]
     _pieces: dict[Path, list[_Piece]] = field(default_factory=dict)
     _compared: dict[Path, set[int]] = field(default_factory=dict)
 
@@ -84,14 +84,14 @@ class Ledger:
         self.take(path, 0, len(content), crc32c(content))
 
     def headers(self, paths: Iterable[Path], storage: Storage) -> None:
-        """Read and compare the headers of tensor files, of which each is the first recorded run."""
+        """Read and compare the headers of tensor files: the first recorded run of each."""
         for path in paths:
             runs = self.recorded.get(path)
             if runs and runs[0].offset == 0 and runs[0].tensor is None and len(runs) > 1:
                 self.take(path, 0, runs[0].nbytes, _digest(path, 0, runs[0].nbytes, 0, storage))
 
     def settle(self, storage: Storage) -> None:
-        """Compare what is recorded in other runs than it was read in; what lies between is read now.
+        """Compare recorded runs that were read in other pieces; bytes that were not read before are read now.
 
         Raises:
             IntegrityError: A file has changed since it was written.
@@ -107,7 +107,7 @@ class Ledger:
                     _compare(path, run, _folded(path, run, inside, storage))
 
 
-def _folded(path: Path, run: Recorded, pieces: Sequence[_Piece], storage: Storage) -> int:
+def _folded(path: Path, run: RecordedDigest, pieces: Sequence[_Piece], storage: Storage) -> int:
     position, crc = run.offset, 0
     for piece in pieces:
         if piece.offset < position:
@@ -135,7 +135,7 @@ def _digest(path: Path, offset: int, nbytes: int, crc: int, storage: Storage) ->
     return crc
 
 
-def _compare(path: Path, run: Recorded, crc: int) -> None:
+def _compare(path: Path, run: RecordedDigest, crc: int) -> None:
     if crc != run.crc32c:
         raise IntegrityError(
             f"bytes {run.offset} to {run.offset + run.nbytes} changed since the save (CRC-32C {crc:08x} instead of "
@@ -158,7 +158,7 @@ def _read(storage: Storage, handle: int, into: memoryview, offset: int, path: Pa
         )
 
 
-class CheckedReader:
+class VerifyingReader:
     """Reads tensors of some files block by block; `close` releases the files.
 
     Args:
@@ -167,7 +167,7 @@ class CheckedReader:
         ledger: Told of all that is read.
     """
 
-    def __init__(self, storage: Storage, files: Sequence[Path], ledger: Ledger) -> None:
+    def __init__(self, storage: Storage, files: Sequence[Path], ledger: DigestLedger) -> None:
         self._storage = storage
         self._files = files
         self._ledger = ledger
@@ -231,7 +231,7 @@ class CheckedReader:
 class _Stream(ABC):
     """A piece's elements, from the first to the last."""
 
-    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
         self.box = chunk.box
         self._reader = reader
         self._chunk = chunk
@@ -249,7 +249,7 @@ class _Stream(ABC):
 class _Raw(_Stream):
     """A piece that lies in its file as it is."""
 
-    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
         super().__init__(reader, chunk, tensor)
         self._crc = 0
 
@@ -267,7 +267,7 @@ class _Raw(_Stream):
 class _Packed(_Stream):
     """A piece that is a tensor serialised by ``torch.save``, as DCP writes its items."""
 
-    def __init__(self, reader: CheckedReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
         super().__init__(reader, chunk, tensor)
         self._content: memoryview | None = None
 

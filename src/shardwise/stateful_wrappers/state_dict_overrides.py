@@ -1,4 +1,4 @@
-"""How modules make and take their state: as torch does, or in a way of their own."""
+"""How modules save and load their state: with torch's methods, or with overrides and hooks of their own."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ from shardwise.upstream.torch_modules import (
 )
 
 
-def has_torchs(module: nn.Module, name: str) -> bool:
-    """Whether a method is that of ``nn.Module``."""
+def has_torch_method(module: nn.Module, name: str) -> bool:
+    """Whether a module inherits a method from ``nn.Module``."""
     return getattr(type(module), name) is getattr(nn.Module, name) and name not in vars(module)
 
 
-def foreign(hooks: Iterable[object]) -> bool:
-    """Whether one of the hooks is not known to convert nothing."""
+def has_foreign_hooks(hooks: Iterable[object]) -> bool:
+    """Whether one of the hooks may convert values: it is not on the list of harmless ones."""
     return not all((getattr(hook, "__module__", None) or "").startswith(HARMLESS_HOOKS) for hook in hooks)
 
 
-def makes_subtree(module: nn.Module) -> bool:
-    """Whether what is saved of a module and all below it is made by the module, or by somebody's hook on it."""
-    if not has_torchs(module, "state_dict"):
+def saves_subtree_itself(module: nn.Module) -> bool:
+    """Whether a module, or a hook on it, makes the saved state of the module and of all modules below it."""
+    if not has_torch_method(module, "state_dict"):
         return True
-    return foreign(saving_hooks(module))
+    return has_foreign_hooks(saving_hooks(module))
 
 
-def makes_own(module: nn.Module) -> bool:
-    """Whether a module makes what is saved of itself, but for extra state."""
-    return not has_torchs(module, SAVE_OWN)
+def saves_itself(module: nn.Module) -> bool:
+    """Whether a module makes its own saved state, extra state excepted."""
+    return not has_torch_method(module, SAVE_OWN)
 
 
-def gives_extra(module: nn.Module) -> bool:
-    """Whether a module has state beside parameters and buffers, as torch asks."""
+def overrides_get_extra_state(module: nn.Module) -> bool:
+    """Whether a module overrides ``get_extra_state``."""
     return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
 
 
-def takes_extra(module: nn.Module) -> bool:
-    """Whether a module takes such state, as torch asks."""
+def overrides_set_extra_state(module: nn.Module) -> bool:
+    """Whether a module overrides ``set_extra_state``."""
     return getattr(type(module), "set_extra_state", nn.Module.set_extra_state) is not nn.Module.set_extra_state
 
 
-def takes_itself(module: nn.Module, *, norms: bool = False) -> bool:
-    """Whether a module takes what is loaded in a way of its own, or somebody's hook changes it before.
+def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
+    """Whether a module loads its state with its own code, or a hook changes it before.
 
     Args:
         module: The module.
         norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
     """
-    return not loads_as_torch(module, norms=norms) or foreign(loading_pre_hooks(module))
+    return not loads_as_torch(module, norms=norms) or has_foreign_hooks(loading_pre_hooks(module))
 
 
 def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
-    if has_torchs(module, LOAD_OWN):
+    if has_torch_method(module, LOAD_OWN):
         return True
     if norms or LOAD_OWN in vars(module):
         return False
@@ -75,33 +75,37 @@ def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
 
 
 def reaches_below(module: nn.Module) -> bool:
-    """Whether what takes a module's state may also change that of the modules below it.
+    """Whether loading a module's state may also change that of the modules below it.
 
     Hooks and methods are given the whole subtree's state. Torch's own methods look at the module's own alone.
     """
     if not any(child is not None for child in own_children(module).values()):
         return False
-    if foreign(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
+    if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return True
     return not own_loader(type(module)).__module__.startswith("torch.")
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module makes and takes its state as torch does, load post-hooks aside."""
+    """Whether a module saves and loads its state as torch does, load post-hooks aside."""
     return not (
-        makes_subtree(module) or makes_own(module) or gives_extra(module) or takes_extra(module) or takes_itself(module)
+        saves_subtree_itself(module)
+        or saves_itself(module)
+        or overrides_get_extra_state(module)
+        or overrides_set_extra_state(module)
+        or loads_itself(module)
     )
 
 
 def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
-    """Check that nobody's hooks are on the wrappers around a model, which are taken off before anything is looked at.
+    """Check that the wrappers around a model, which are taken off first, have no state hooks.
 
     Raises:
         ModuleStateError: There are.
     """
     wrapper: nn.Module | None = part
     while wrapper is not None and wrapper is not inner:
-        if foreign([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
+        if has_foreign_hooks([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
             raise ModuleStateError(
                 f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
                 hint="Register them on the module inside.",
@@ -110,7 +114,7 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
 
 
 def refuse_fsdp1(parts: Iterable[object]) -> None:
-    """Check that no module is wrapped by FSDP1, whose ``state_dict()`` depends on modes and gathers.
+    """Check that no module is wrapped by FSDP1: its ``state_dict()`` depends on modes and gathers.
 
     Raises:
         MisuseError: One is; it is named.

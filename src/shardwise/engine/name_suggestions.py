@@ -1,4 +1,4 @@
-"""Lists of names for messages, and which other name somebody may have meant."""
+"""Lists of names for messages, and the closest name that may have been meant."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 #: Names that a message lists, and how many others one name is compared with at most.
 _SHOWN, _MOST_CANDIDATES = 5, 20_000
 _CUTOFF = 0.6
-#: How alike two words of at least this length are that differ by a slip.
+#: Similarity of two words that differ by a typing error, and the shortest words that are compared.
 _SLIP, _LONG = 0.8, 3
-#: What tools put around a parameter's own name, which says nothing of what the parameter is.
+#: Path components that tools add around a parameter's own name.
 _WRAPPING = re.compile(r"^(base_layer|base_module|module|default|_orig_mod|parametrizations|original\d*|inner)$")
-#: Parameters that older tools called otherwise.
+#: Parameters that older tools gave another name.
 _SAME_LEAF = ({"weight", "gamma"}, {"bias", "beta"})
 _USUAL_LEAVES = frozenset({"weight", "bias", "gamma", "beta"})
 
@@ -28,8 +28,8 @@ def nearest(name: str, candidates: Collection[str], shapes: Shapes | None = None
     ``q_proj``, or a bias for a weight. Where shapes are known they have to agree.
 
     Args:
-        name: The name that nobody has.
-        candidates: Names that are there.
+        name: The name that has no match.
+        candidates: Names that exist.
         shapes: Name -> shape, of ``name`` and of candidates, as far as they are known.
     """
     module, leaf = _last_two(name)
@@ -70,17 +70,17 @@ def _same_leaf(one: str, other: str) -> bool:
         return True
     if {one, other} <= _USUAL_LEAVES:
         return False
-    # Beside the usual names any other is one's own choice, or a slip.
+    # Any other name was chosen freely, or is a typing error.
     return _same_words(one, other) or difflib.SequenceMatcher(None, one, other).ratio() >= _CUTOFF
 
 
 def _same_module(one: str, other: str) -> bool:
-    # Of a parameter without a module nothing more is known.
+    # For a parameter without a module nothing more is known.
     return one == other or not one or not other or _same_words(one, other)
 
 
 def _same_words(one: str, other: str) -> bool:
-    """Whether two names are of the same words, but for slips, abbreviations and how they are joined."""
+    """Whether two names are of the same words, but for typing errors, abbreviations and how they are joined."""
     first, second = re.split(r"[_.]", one.lower()), re.split(r"[_.]", other.lower())
     if re.findall(r"\d+", one) != re.findall(r"\d+", other):
         return False
@@ -99,19 +99,19 @@ def _slip(one: str, other: str) -> bool:
 
 
 def listed(
-    names: Sequence[str], candidates: Collection[str] = (), whose: str = "", shapes: Shapes | None = None
+    names: Sequence[str], candidates: Collection[str] = (), owner: str = "", shapes: Shapes | None = None
 ) -> str:
     """The first few of some names, each with the nearest of ``candidates`` if one is near.
 
     Args:
         names: What is listed; how many more there are is said.
         candidates: Other names.
-        whose: What stands before the nearest one: "the base has".
+        owner: Text before the nearest name: "the base has".
         shapes: As for `nearest`.
     """
     shown = []
     for name in names[:_SHOWN]:
         close = nearest(name, candidates, shapes)
-        shown.append(name if close is None else f"{name} ({whose} {close})")
+        shown.append(name if close is None else f"{name} ({owner} {close})")
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""LoRA modules that a model brings itself: their tensors in peft's format, as views."""
+"""LoRA modules that are part of a model's own code: their tensors in peft's format, as views."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch.nn as nn
 
-from shardwise.peft.names import combined_sizes, text_config
-from shardwise.peft.own import (
+from shardwise.peft.builtin_lora import (
     ExpertSite,
     LinearSite,
     Native,
@@ -15,6 +14,7 @@ from shardwise.peft.own import (
     find_sites,
     find_trained_modules,
 )
+from shardwise.peft.names import combined_sizes, text_config
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.stateful_wrappers.wrapping import bare_model
 

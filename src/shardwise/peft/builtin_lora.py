@@ -1,4 +1,4 @@
-"""LoRA modules that a model brings itself: finding them.
+"""Finding LoRA modules that are part of a model's own code.
 
 Two layouts are known, both recognised by parameters and not by class:
 
@@ -9,7 +9,7 @@ Two layouts are known, both recognised by parameters and not by class:
   ``(experts, in, rank)`` and ``(experts, rank, out)``, or both with the last two dimensions swapped. The projection is
   ``gate_and_up`` (or ``gate_up``; the gate in the first half of the columns), ``gate``, ``up`` or ``down``.
 
-Where shapes alone do not tell which dimension is the rank, the configured ``dim`` does, else the smaller one is it.
+Where shapes alone do not show which dimension is the rank, the configured ``dim`` decides, else the smaller one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What an optimizer's own ``state_dict()`` holds beside the state that its keepers show, and handing it back.
+"""The further content of an optimizer's own ``state_dict()``: saving it, and loading it back.
 
-Optimizers with ways of their own (overridden methods, hooks, containers, wrappers) may put anything into what they
-give out. What is a keeper's state or option is recognised and left to it; the rest is kept as it is, under its path,
-and goes back through the optimizer's own ``load_state_dict``, with the restored state around it.
+Optimizers with custom behaviour (overridden methods, hooks, containers, wrappers) may put anything into their state
+dict. Entries that belong to a `StateHolder` (its state or options) are recognised and saved as such; the rest is kept
+unchanged, under its path, and is loaded through the optimizer's own ``load_state_dict``, with the restored state around
+it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, Keeper, is_shell, is_zero, members
-from shardwise.stateful_wrappers.kinds import equal
+from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, StateHolder, is_shell, is_zero, members
+from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.upstream.torch_optim import STATE_HOOKS
 from shardwise.upstream.torch_tensors import local_part
 
@@ -25,18 +26,18 @@ Path = tuple[Step, ...]
 NameOf = Callable[[torch.Tensor], str]
 
 
-def gives_own_way(optimizer: AnyOptimizer) -> bool:
-    """Whether an optimizer makes or takes its state dict in another way than torch's class does."""
+def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
+    """Whether an optimizer makes or loads its state dict in another way than torch's class does."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
         return True
     own = vars(optimizer)
     has_hooks = any(own.get(hooks) for hooks in STATE_HOOKS)
-    return has_hooks or _overrides(optimizer, "state_dict") or takes_own_way(optimizer)
+    return has_hooks or _overrides(optimizer, "state_dict") or loads_custom(optimizer)
 
 
-def takes_own_way(optimizer: AnyOptimizer) -> bool:
+def loads_custom(optimizer: AnyOptimizer) -> bool:
     """Whether taking a state dict in does something that torch's class does not."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
@@ -52,32 +53,32 @@ def _overrides(optimizer: Optimizer, method: str) -> bool:
 
 
 class StateView:
-    """One optimizer's state dict, beside its keepers.
+    """One optimizer's state dict, beside its holders.
 
     Args:
         optimizer: The optimizer as it was passed.
-        keepers: What keeps state in it.
+        holders: What keeps state in it.
         name_of: Gives a parameter's name.
     """
 
-    def __init__(self, optimizer: AnyOptimizer, keepers: Sequence[Keeper], name_of: NameOf) -> None:
+    def __init__(self, optimizer: AnyOptimizer, holders: Sequence[StateHolder], name_of: NameOf) -> None:
         self.optimizer = optimizer
-        self._keepers, self._name_of = keepers, name_of
-        self._shown: set[int] = set()  # identities of containers and tensors that keepers show
-        self._entries: dict[int, Keeper] = {}
-        self._named: dict[str, tuple[Keeper, torch.Tensor]] = {}
-        for keeper in keepers:
-            self._shown.add(id(keeper.optimizer.state))
-            for state in keeper.optimizer.state.values():
+        self._holders, self._name_of = holders, name_of
+        self._shown: set[int] = set()  # identities of containers and tensors that holders show
+        self._entries: dict[int, StateHolder] = {}
+        self._named: dict[str, tuple[StateHolder, torch.Tensor]] = {}
+        for holder in holders:
+            self._shown.add(id(holder.optimizer.state))
+            for state in holder.optimizer.state.values():
                 self._shown.add(id(state))
-                self._entries[id(state)] = keeper
+                self._entries[id(state)] = holder
                 self._shown.update(map(id, _tensors(state)))
-            for group in keeper.groups():
+            for group in holder.groups():
                 for param in members(group):
-                    self._named.setdefault(name_of(param), (keeper, param))
+                    self._named.setdefault(name_of(param), (holder, param))
 
     def rest(self) -> list[tuple[Path, object]]:
-        """What no keeper shows: largest parts of the state dict, with their paths.
+        """What no holder shows: largest parts of the state dict, with their paths.
 
         Raises:
             MisuseError: The optimizer's own code fails to give its state.
@@ -97,9 +98,9 @@ class StateView:
         if id(value) in self._shown or (isinstance(value, (Mapping, list, tuple)) and not value):
             return
         if isinstance(value, Mapping):
-            keeper = self._packed_by(value)
-            if keeper is not None:
-                yield from self._rest_of_packed(value, keeper, path)
+            holder = self._packed_by(value)
+            if holder is not None:
+                yield from self._rest_of_packed(value, holder, path)
                 return
             entries = [(("key", key), each) for key, each in value.items() if not self._is_flat(key, each)]
             yield from self._largest(value, [self._named_step(step, each) for step, each in entries], path)
@@ -126,7 +127,7 @@ class StateView:
             yield from found
 
     def _is_flat(self, key: object, value: object) -> bool:
-        """Whether an entry of a flattened state dict (torch.distributed.checkpoint.state_dict) is a keeper's."""
+        """Whether an entry of a flattened state dict (torch.distributed.checkpoint.state_dict) is a holder's."""
         if not isinstance(key, str):
             return False
         for prefix in ("state.", "param_groups."):
@@ -136,41 +137,41 @@ class StateView:
             found = self._named.get(name)
             if found is None:
                 return False
-            keeper, param = found
+            holder, param = found
             if prefix == "state.":
-                state = keeper.optimizer.state.get(param, {})
+                state = holder.optimizer.state.get(param, {})
                 return option in state and _is_same(state[option], value)
-            group = next(g for g in keeper.groups() if any(p is param for p in members(g)))
+            group = next(g for g in holder.groups() if any(p is param for p in members(g)))
             return option in group and equal(group[option], value)
         return False
 
-    def _packed_by(self, value: Mapping[object, object]) -> Keeper | None:
-        """The keeper whose packed state dict this is, as torch's class makes it."""
+    def _packed_by(self, value: Mapping[object, object]) -> StateHolder | None:
+        """The holder whose packed state dict this is, as torch's class makes it."""
         groups = value.get("param_groups")
         if not isinstance(groups, list) or not isinstance(value.get("state"), Mapping):
             return None
         if not all(isinstance(group, Mapping) and "params" in group for group in groups):
             return None
         sizes = [len(cast(Sequence[object], group["params"])) for group in groups]
-        fitting = [k for k in self._keepers if [len(members(group)) for group in k.groups()] == sizes]
+        fitting = [k for k in self._holders if [len(members(group)) for group in k.groups()] == sizes]
         state = cast(Mapping[object, object], value["state"])
         owners = [self._entries[id(each)] for each in state.values() if id(each) in self._entries]
         owners += [k for k in fitting if any(_holds(state, t) for s in k.optimizer.state.values() for t in _tensors(s))]
-        for keeper in [*owners, *fitting]:
-            if keeper in fitting and (owners or self._is_like(groups, keeper)):
-                return keeper
+        for holder in [*owners, *fitting]:
+            if holder in fitting and (owners or self._is_like(groups, holder)):
+                return holder
         return fitting[0] if len(fitting) == 1 else None
 
     @staticmethod
-    def _is_like(groups: Sequence[Mapping[str, object]], keeper: Keeper) -> bool:
-        pairs = zip(groups, keeper.groups(), strict=True)
+    def _is_like(groups: Sequence[Mapping[str, object]], holder: StateHolder) -> bool:
+        pairs = zip(groups, holder.groups(), strict=True)
         return all(equal(v, own.get(k)) for group, own in pairs for k, v in group.items() if k != "params")
 
     def _rest_of_packed(
-        self, value: Mapping[object, object], keeper: Keeper, path: Path
+        self, value: Mapping[object, object], holder: StateHolder, path: Path
     ) -> Iterator[tuple[Path, object]]:
-        numbers = self._numbers(value, keeper)
-        states = cast(Mapping[object, object], keeper.optimizer.state)
+        numbers = self._numbers(value, holder)
+        states = cast(Mapping[object, object], holder.optimizer.state)
         for key, each in value.items():
             if key == "state":
                 for number, state in cast(Mapping[object, object], each).items():
@@ -179,7 +180,7 @@ class StateView:
                     own = states.get(number if param is None else param, {})
                     yield from self._rest_of_entry(state, own, (*path, ("key", key), step))
             elif key == "param_groups":
-                pairs = zip(cast(Sequence[Mapping[str, object]], each), keeper.groups(), strict=True)
+                pairs = zip(cast(Sequence[Mapping[str, object]], each), holder.groups(), strict=True)
                 for n, (group, own_group) in enumerate(pairs):
                     for option, given in group.items():
                         known = option in ("params", "param_names") or (
@@ -200,9 +201,9 @@ class StateView:
             if key not in own or not _is_same(own[key], each):
                 yield (*path, ("key", key)), each
 
-    def _numbers(self, value: Mapping[object, object], keeper: Keeper) -> dict[int, torch.Tensor]:
+    def _numbers(self, value: Mapping[object, object], holder: StateHolder) -> dict[int, torch.Tensor]:
         groups = cast(Sequence[Mapping[str, Sequence[int]]], value["param_groups"])
-        pairs = zip(groups, keeper.groups(), strict=True)
+        pairs = zip(groups, holder.groups(), strict=True)
         return {
             number: param
             for group, own in pairs
@@ -211,12 +212,12 @@ class StateView:
         }
 
     def take(self, rest: Sequence[tuple[Path, object]]) -> None:
-        """Hand the rest back, with what the keepers have by now around it.
+        """Hand the rest back, with what the holders have by now around it.
 
         Raises:
             Exception: What the optimizer's own code refuses it with.
         """
-        if not rest and not takes_own_way(self.optimizer):
+        if not rest and not loads_custom(self.optimizer):
             return
         found = copied(self._given())
         for path, value in rest:
@@ -229,9 +230,9 @@ class StateView:
         for position, (kind, step) in enumerate(path):
             is_last = position == len(path) - 1
             if isinstance(place, Mapping):
-                keeper = self._packed_by(place)
-                if keeper is not None:
-                    packed = self._numbers(place, keeper)
+                holder = self._packed_by(place)
+                if holder is not None:
+                    packed = self._numbers(place, holder)
                     numbers = {self._name_of(param): number for number, param in packed.items()}
             at: object = step
             if kind == "parameter":
@@ -259,7 +260,7 @@ def _refused(optimizer: AnyOptimizer, path: Path) -> MisuseError:
 
 
 def copied(value: object) -> object:
-    """Containers anew, with the same leaves in them."""
+    """New containers with the same leaves."""
     if isinstance(value, dict):
         new = {key: copied(each) for key, each in value.items()}
         if type(value) is dict:
@@ -273,7 +274,7 @@ def copied(value: object) -> object:
 
 
 def cloned(value: object) -> object:
-    """As `copied`, with tensors that nobody else writes."""
+    """As `copied`, with cloned tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) is dict:

@@ -1,8 +1,8 @@
-"""How a process ends that still has a save in the background: the save is finished, or its loss is an error.
+"""The end of a process with a save in the background: the save is finished, or its loss is logged as an error.
 
 A training script may return from its last line, raise, or call ``sys.exit`` without `Checkpointer.finalize`. The
-interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and nobody
-is left to whom a failure could be raised. So saves that nobody has waited for yet are known here, and
+interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and no
+caller is left to raise a failure to. So this module keeps a list of the saves that no caller has waited for yet, and
 
 1. before executors close, the interpreter waits for them;
 2. at the very end, one that has failed is logged as an error, and the process ends with a code other than 0.
@@ -30,7 +30,7 @@ LOST_EXIT_CODE = 1
 
 @dataclass(eq=False)
 class PendingSave:
-    """A save in the background, until somebody has waited for it.
+    """A save in the background, until a caller has waited for it.
 
     Attributes:
         what: What is saved, for messages.
@@ -48,42 +48,42 @@ class PendingSave:
         return self.thread is not None and self.thread.is_alive()
 
     def join(self) -> None:
-        """Return when it is over, in one way or the other."""
+        """Return when the save has ended, successfully or not."""
         if self.thread is not None:
             self.thread.join()
 
 
-_untold: set[PendingSave] = set()
+_pending: set[PendingSave] = set()
 
 
 def remember(save: PendingSave) -> None:
-    """Take care of a save until `forget` is called, or the process ends."""
-    _watch_the_end()
-    _untold.add(save)
+    """Add a save to the list until `forget` is called, or the process ends."""
+    _register_exit_hooks()
+    _pending.add(save)
 
 
 def forget(save: PendingSave) -> None:
-    """Its outcome is known to the caller of the library."""
-    _untold.discard(save)
+    """Remove a save from the list: the caller of the library knows its outcome."""
+    _pending.discard(save)
 
 
 @functools.cache
-def _watch_the_end() -> None:
-    atexit.register(_report)
-    os.register_at_fork(after_in_child=_untold.clear)  # a data loader's worker has no thread that writes
+def _register_exit_hooks() -> None:
+    atexit.register(_report_lost)
+    os.register_at_fork(after_in_child=_pending.clear)  # a data loader's worker has no thread that writes
     # Those of `atexit` run only when every thread has ended, and executors close before.
-    before_threads_end(_finish)
+    before_threads_end(_wait_for_pending)
 
 
-def _finish() -> None:
-    for save in list(_untold):
+def _wait_for_pending() -> None:
+    for save in list(_pending):
         if save.is_running:
             _LOG.info("waiting for a save before the process ends: %s", save.what)
         save.join()
 
 
-def _report() -> None:
-    lost = [save for save in _untold if save.failure is not None or save.is_running]
+def _report_lost() -> None:
+    lost = [save for save in _pending if save.failure is not None or save.is_running]
     if not lost:
         return
     for save in lost:

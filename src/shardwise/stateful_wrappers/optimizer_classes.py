@@ -1,4 +1,4 @@
-"""Of which class an optimizer is, and whether a state can be of that class: one's state means nothing to another's."""
+"""The class of an optimizer, and whether a saved state can belong to it: another class cannot use the state."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ _STATE_KEYS = {
     "SGD": {"momentum_buffer"},
 }
 _OF_NO_SHAPE = {"eta", "mu", "mu_product"}
-#: Counts steps in nearly every class, and so tells none from another.
+#: Counts steps in nearly every class, and so identifies none.
 _COMMON = {"step"}
-#: Options that say how to compute and not what, of which a release of torch may add some.
+#: Options that choose the implementation, not the result; a release of torch may add some.
 _FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 
 
-def kind_of(optimizer: Optimizer) -> str:
+def class_name(optimizer: Optimizer) -> str:
     """Name of the optimizer's class."""
     return type(optimizer).__name__
 
 
 def is_torchs_own(optimizer: Optimizer) -> bool:
     """Whether the optimizer's class is one of torch's."""
-    return type(optimizer) is getattr(torch.optim, kind_of(optimizer), None)
+    return type(optimizer) is getattr(torch.optim, class_name(optimizer), None)
 
 
 def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
-    """Whether a state that does not say whose it is provably is not of this optimizer's class.
+    """Whether a state without a recorded class provably belongs to another class than this optimizer's.
 
     Args:
-        optimizer: Into which it is to go.
+        optimizer: The optimizer to restore.
         options: Names of the saved group's options.
         keys: Names under which parameters of the group have state in the checkpoint.
-        own: Names under which they have some now.
+        own: Names under which they have state now.
     """
-    name, is_torchs = kind_of(optimizer), is_torchs_own(optimizer)
+    name, is_torchs = class_name(optimizer), is_torchs_own(optimizer)
     known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
     has, expects = {*keys} - _COMMON, known - _COMMON
     if has and expects and not has & expects:
@@ -58,7 +58,7 @@ def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[
 
 def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
     """Whether the state ``key`` is known to have its parameter's shape."""
-    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(kind_of(optimizer), set()) - _OF_NO_SHAPE
+    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(class_name(optimizer), set()) - _OF_NO_SHAPE
 
 
 def equal(a: object, b: object) -> bool:

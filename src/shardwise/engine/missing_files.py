@@ -1,6 +1,6 @@
-"""Why a checkpoint's tensors do not fit: what its manifest knows and its headers alone cannot tell.
+"""Why a checkpoint's tensors do not fit the model, as its manifest shows and file headers alone do not.
 
-A file of it may be gone, or a tensor may be saved under another of the names that it had.
+One of its files may be missing, or a tensor may be saved under another of its names.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeM
 from shardwise.format.manifest import Manifest
 from shardwise.sources.sources import Source
 
-_CLIMB = 3
+_MAX_LEVELS = 3
 
 
 @contextmanager
-def absent_files_named(source: Source) -> Iterator[None]:
+def missing_files_named(source: Source) -> Iterator[None]:
     """Give errors about tensors their path, and name the absent file where a manifest lists one.
 
     Raises:
@@ -30,7 +30,7 @@ def absent_files_named(source: Source) -> Iterator[None]:
     except (MissingTensorError, ShapeMismatchError) as error:
         if error.path is None:
             error.path = str(source.path)
-        absent = _absent(source.path)
+        absent = _missing_file(source.path)
         if absent is None:
             raise
         raise CheckpointNotFoundError(
@@ -57,7 +57,7 @@ def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
     return {}
 
 
-def _absent(path: Path) -> Path | None:
+def _missing_file(path: Path) -> Path | None:
     """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
     try:
         for directory, manifest in _manifests(path):
@@ -65,14 +65,14 @@ def _absent(path: Path) -> Path | None:
                 found = directory / file.path
                 if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
                     return found
-    except (OSError, ShardwiseError):  # the error at hand says more than one about the manifest
+    except (OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
         pass
     return None
 
 
 def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
     """The manifests of a directory and of those around it, the nearest first."""
-    for directory in [path, *path.parents][:_CLIMB]:
+    for directory in [path, *path.parents][:_MAX_LEVELS]:
         manifest = load_manifest(directory) if directory.is_dir() else None
         if manifest is not None:
             yield directory, manifest

@@ -1,4 +1,4 @@
-"""Whether the tools that adapters are for would open one as what it is: peft, which has to, and vLLM, which may not."""
+"""Whether other tools would open an adapter correctly: peft, which has to, and vLLM, which may not."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def check_opens(
 ) -> None:
     """Check that peft, given a base model and the adapter's settings, would adapt the modules that have tensors. Local.
 
-    peft looks at the settings alone and leaves aside tensors for which they give it no module, with a warning; a module
-    that they name besides would begin afresh.
+    peft reads the settings alone. It skips tensors without a module in them, with a warning, and a module without saved
+    tensors would start from its initial values.
 
     Args:
         parts: This rank's parts.

@@ -1,15 +1,15 @@
-"""Who knows where the pieces of sharded tensors are.
+"""Looking up where the pieces of sharded tensors are, in a table that is distributed over the ranks.
 
-N ranks save N pieces of each tensor, and M ranks load them: were every rank to know all pieces, what each of them has
-to be told would grow with N times the tensors. So each tensor has a *keeper*, the one rank that knows all pieces of it:
+N ranks save N pieces of each tensor, and M ranks load them. If every rank knew all pieces, each would receive N times
+the number of tensors. Instead each tensor has one *index rank*, which knows all of its pieces:
 
-1. a rank reads some of the files' headers, and tells each tensor's keeper of the pieces in them;
-2. a keeper puts its tensors together, and tells all ranks what they are, but of the pieces only whether there are more
-   than one;
-3. once a rank knows what it wants, it asks the keepers of its tensors, which answer with the pieces that touch it. What
-   it has read of itself, as a rank has that goes on where it stopped, it needs not ask for.
+1. each rank reads some of the files' headers, and sends the entries in them to the index rank of each tensor;
+2. an index rank assembles its tensors; all ranks gather their specs, and of the pieces only whether there are several;
+3. a rank that knows which regions it wants sends them to the index ranks of its tensors, and receives the pieces that
+   touch these regions. It sends no request for pieces from headers that it has read itself, as after a restart on the
+   same ranks.
 
-What a rank sends, gets and keeps then grows with the tensors, and with the pieces that it reads.
+What a rank sends, receives and keeps then grows with the tensors, and with the pieces that it reads.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from zlib import crc32
 from shardwise.comm import Group, JsonValue
 from shardwise.geometry import Box, TensorSpec, tiles
 from shardwise.plan.pieces import ChunkIndex
-from shardwise.plan.reads import Scattered, SourceChunk, SourceTensor
+from shardwise.plan.reads import RemotePieces, SourceChunk, SourceTensor
 from shardwise.sources.entries import Entry, assemble, decode_entry
 
 _ASKING = "asking for pieces of tensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
-    """What this rank knows of the pieces of the tensors that it keeps.
+class PieceTable:
+    """This rank's part of the table: the pieces of the tensors that it is the index rank of.
 
     Attributes:
         dims: Number of dimensions of each tensor.
-        pieces: Its pieces.
+        pieces: The pieces of each tensor.
     """
 
     dims: tuple[int, ...]
     pieces: tuple[ChunkIndex, ...]
 
 
-def spread_entries(
+def distribute_entries(
     own: Mapping[int, Sequence[Entry]], root: Path, files: Sequence[Path], group: Group
-) -> tuple[list[SourceTensor], Keeper]:
-    """Put tensors together, each on its keeper. All ranks of the group call.
+) -> tuple[list[SourceTensor], PieceTable]:
+    """Send entries to index ranks, which assemble their tensors. All ranks of the group call.
 
     Args:
         own: The files whose headers this rank has read, and their entries.
@@ -58,49 +58,49 @@ def spread_entries(
         group: The ranks that load together.
 
     Returns:
-        All tensors, the same on every rank; and what this one keeps of them.
+        All tensors, the same on every rank; and this rank's part of the table.
 
     Raises:
         HeaderError: Two files disagree about a tensor.
     """
-    messages = group.attempt(lambda: _by_keeper(own, group.world_size), "sorting headers by tensor")
-    theirs = group.deal(messages, "sharing headers")
+    messages = group.attempt(lambda: _by_index_rank(own, group.world_size), "sorting headers by tensor")
+    theirs = group.exchange(messages, "sharing headers")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
         entries = _decoded(theirs)
         times = Counter([entry.name for _, found in entries for entry in found])
         return [(tensor, times[tensor.spec.name]) for tensor in assemble(root, files, entries)]
 
-    return _kept(put_together, own, group)
+    return _assembled(put_together, own, group)
 
 
-def spread_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], Keeper]:
-    """Give each tensor to a keeper. All ranks of the group call.
+def distribute_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], PieceTable]:
+    """Send each tensor to an index rank. All ranks of the group call.
 
     Args:
-        rows: Tensors that this rank alone knows, as `tensor_of_row` takes them.
+        rows: Tensors that only this rank knows, in the form that `tensor_of_row` takes.
         group: The ranks that load together.
 
     Returns:
-        As `spread_entries`.
+        As `distribute_entries`.
     """
 
     def sort() -> list[bytes]:
         parts = [rows[number :: group.world_size] for number in range(group.world_size)]
         return [json.dumps(part).encode() if part else b"" for part in parts]
 
-    messages = group.attempt(sort, "sorting tensors by keeper")
-    theirs = group.deal(messages, "sharing where pieces of tensors are")
+    messages = group.attempt(sort, "sorting tensors by index rank")
+    theirs = group.exchange(messages, "sharing where pieces of tensors are")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
         tensors = [tensor_of_row(row) for text in theirs if text for row in json.loads(text)]
         return [(tensor, len(tensor.chunks)) for tensor in tensors]
 
-    return _kept(put_together, {}, group)
+    return _assembled(put_together, {}, group)
 
 
 def tensor_of_row(row: JsonValue) -> SourceTensor:
-    """A tensor as it travels with its pieces.
+    """Decode a tensor with its pieces.
 
     Args:
         row: Name, shape, dtype code, and of each piece offsets, sizes, number of the file, offset in it, packed bytes.
@@ -110,13 +110,13 @@ def tensor_of_row(row: JsonValue) -> SourceTensor:
     return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(pieces))
 
 
-def _kept(
+def _assembled(
     make: Callable[[], list[tuple[SourceTensor, int]]], own: Mapping[int, Sequence[Entry]], group: Group
-) -> tuple[list[SourceTensor], Keeper]:
-    """Tell all ranks of the tensors that this one keeps.
+) -> tuple[list[SourceTensor], PieceTable]:
+    """Assemble the tensors of this index rank, and gather the specs of all ranks' tensors.
 
     Args:
-        make: Gives them, and how many pieces of each are in the files.
+        make: Gives the tensors, and how many pieces of each are in the files.
         own: The files whose headers this rank has read, and their entries.
         group: The ranks that load together.
     """
@@ -138,8 +138,8 @@ def _kept(
     rows: JsonValue = [[dtype, list(shape), *found] for (dtype, shape), found in kinds.items()]
     everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
     known = _chunks_of(own)
-    tensors = [tensor for told in everyone for kind in told for tensor in _of_kind(kind, known)]
-    return tensors, Keeper(tuple(dims), tuple(indices))
+    tensors = [tensor for kinds_of_rank in everyone for kind in kinds_of_rank for tensor in _of_kind(kind, known)]
+    return tensors, PieceTable(tuple(dims), tuple(indices))
 
 
 def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChunk, ...]]:
@@ -152,19 +152,19 @@ def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChun
     return found
 
 
-def _of_kind(told: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
-    """Tensors of one dtype and shape: such as are whole in one file, and such as are scattered."""
+def _of_kind(kind: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> Iterator[SourceTensor]:
+    """Tensors of one dtype and shape: first those that are whole in one file, then those with remote pieces."""
     dtype, sizes, wholes, scattered = cast(
-        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], told
+        tuple[str, list[int], list[tuple[str, int, int, int]], list[tuple[str, int, int, bool]]], kind
     )
     shape = tuple(sizes)
     for name, file, offset, packed in wholes:
         yield SourceTensor(TensorSpec(name, shape, dtype), (SourceChunk(Box.whole(shape), file, offset, packed),))
     for name, number, file, single in scattered:
-        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), Scattered(number, file, single))
+        yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), RemotePieces(number, file, single))
 
 
-def _by_keeper(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
+def _by_index_rank(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
     messages: list[list[tuple[int, list[Entry]]]] = [[] for _ in range(world)]
     for number, entries in own.items():
         found: list[list[Entry]] = [[] for _ in range(world)]
@@ -185,56 +185,59 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
     return sorted(found, key=lambda each: each[0])
 
 
-def ask_keepers(
-    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], keeper: Keeper, group: Group
+def look_up_pieces(
+    wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], piece_table: PieceTable, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
     """Find the pieces that touch what a rank wants. All ranks of the group call.
 
     Args:
-        wanted: Gives scattered tensors, and regions of them, some of which this rank does not know. Local.
-        keeper: What this rank can tell others.
+        wanted: Gives tensors with remote pieces, and the regions wanted of each. Local.
+        piece_table: This rank's part of the table.
         group: The ranks that opened the checkpoint together.
 
     Returns:
-        The number of each scattered tensor -> the pieces that touch the regions, in the order in which they lie in the
+        The number of each such tensor -> the pieces that touch the regions, in the order in which they lie in the
         files.
     """
     questions: list[bytes] = []
     asked: list[list[tuple[int, int]]] = []
-    with group.together(_ASKING) as asks:
+    with group.together(_ASKING) as request:
         questions, asked = _questions(wanted(), group.world_size)
-        asks.flag = any(questions)
-    if not asks.any:
+        request.flag = any(questions)
+    if not request.any:
         return {}
-    received = group.deal(questions, _ASKING)
-    answers = group.attempt(lambda: [_answer(question, keeper, group.world_size) for question in received], _ASKING)
-    told = group.deal(answers, "telling where pieces of tensors are")
-    return group.attempt(lambda: _collected(asked, told), "finding pieces of tensors")
+    received = group.exchange(questions, _ASKING)
+    answers = group.attempt(
+        lambda: [_answer(question, piece_table, group.world_size) for question in received], _ASKING
+    )
+    answered = group.exchange(answers, "sending where pieces of tensors are")
+    return group.attempt(lambda: _collected(asked, answered), "finding pieces of tensors")
 
 
 def _questions(
     wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int
 ) -> tuple[list[bytes], list[list[tuple[int, int]]]]:
-    """What to ask each keeper, and of each question the number of the tensor and of its dimensions."""
+    """The message to each index rank; and for each region in it the tensor's number and number of dimensions."""
     values: list[list[int]] = [[] for _ in range(world)]
     asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
     for tensor, boxes in wanted:
-        assert tensor.scattered is not None
-        number, dims = tensor.scattered.number, len(tensor.spec.shape)
+        assert tensor.remote is not None
+        number, dims = tensor.remote.number, len(tensor.spec.shape)
         for offsets, sizes in boxes:
             values[number % world] += (number, *offsets, *sizes)
             asked[number % world].append((number, dims))
     return [array("q", each).tobytes() for each in values], asked
 
 
-def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
+def _answer(question: bytes, piece_table: PieceTable, world: int) -> bytes:
     values, answer = _numbers(question), array("q")
     at, end = 0, len(values)
     while at < end:
         index = values[at] // world
-        middle = at + 1 + keeper.dims[index]
-        after = middle + keeper.dims[index]
-        touching = keeper.pieces[index].touching(Box(tuple(values[at + 1 : middle]), tuple(values[middle:after])))
+        middle = at + 1 + piece_table.dims[index]
+        after = middle + piece_table.dims[index]
+        region = Box(tuple(values[at + 1 : middle]), tuple(values[middle:after]))
+        touching = piece_table.pieces[index].touching(region)
         answer.append(len(touching))
         for (offsets, sizes), file, offset, packed in touching:
             answer.extend((file, offset, packed, *offsets, *sizes))
@@ -242,10 +245,12 @@ def _answer(question: bytes, keeper: Keeper, world: int) -> bytes:
     return answer.tobytes()
 
 
-def _collected(asked: Sequence[Sequence[tuple[int, int]]], told: Sequence[bytes]) -> dict[int, tuple[SourceChunk, ...]]:
+def _collected(
+    asked: Sequence[Sequence[tuple[int, int]]], answers: Sequence[bytes]
+) -> dict[int, tuple[SourceChunk, ...]]:
     found: dict[int, tuple[SourceChunk, ...]] = {}
     several: set[int] = set()
-    for questions, answer in zip(asked, told, strict=True):
+    for questions, answer in zip(asked, answers, strict=True):
         values, at = _numbers(answer), 0
         for number, dims in questions:
             chunks: list[SourceChunk] = []

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.saving.places import Place, check_places
+from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ConfigError, MisuseError
 from shardwise.settings import Settings
@@ -73,23 +73,23 @@ def checked(model: object, optimizer: object = None, scheduler: object = None, n
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class FirstExchange:
     """What the ranks have told each other when they met.
 
     Attributes:
         names_base: Whether the settings of any rank name a base model.
         names_keys: Whether those of any rank list the base model's parameters.
-        places: Where each rank finds the root.
+        locations: Where each rank finds the root.
         token: A text that no other run has; rank 0's.
     """
 
     names_base: bool
     names_keys: bool
-    places: tuple[Place, ...]
+    locations: tuple[RootLocation, ...]
     token: str
 
 
-def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
+def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Check that the ranks were given the same settings, where others would leave them waiting for each other.
 
     Threads and time-outs may differ, and paths that are looked for on each machine. The directory of the checkpoints
@@ -103,7 +103,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), Place.own(root).to_json(), uuid.uuid4().hex]
+    mine = [cast(JsonValue, own), cast(JsonValue, names), RootLocation.own(root).to_json(), uuid.uuid4().hex]
     told = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
     everyone = [theirs for theirs, _, _, _ in told]
     for rank, theirs in enumerate(everyone):
@@ -113,11 +113,11 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    places = tuple(Place.from_json(place) for _, _, place, _ in told)
+    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in told)
     if not config.is_remote:
-        check_places(places)
+        check_same_root(locations)
     named, listed = (any(theirs[number] for _, theirs, _, _ in told) for number in range(2))
-    return Met(named, listed, places, told[0][3])
+    return FirstExchange(named, listed, locations, told[0][3])
 
 
 def warn_if_alone(group: Group) -> None:

@@ -83,7 +83,7 @@ class Turn:
     earlier: ShardwiseError | None = None
 
     @contextmanager
-    def telling(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
+    def raising_earlier(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
         """Make a save, and then raise what failed in the one before it.
 
         A user who is told of a lost checkpoint wants the next one more than ever, so it comes first, and is durable

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from shardwise.checkpointing.inside import as_exported, check_apart, outer_names
+from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
 from shardwise.checkpointing.saving.config_ties import expected_ties
-from shardwise.checkpointing.saving.further_names import further_names
+from shardwise.checkpointing.saving.shared_names import shared_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
@@ -46,8 +46,8 @@ class HubState:
         ties: Native names of tied tensors that are not kept -> the native name that is.
         copies: The further names in ``held`` of tensors that are there under another name already.
         kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
-        apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
-        hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
+        outside: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
+        excluded: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
         listing: How it was listed, where modules make or take their state in a way of their own.
         joined: Of each tensor in ``held`` that several native ones are joined into, these, one for each of its parts.
     """
@@ -59,13 +59,13 @@ class HubState:
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
-    apart: frozenset[str] = frozenset()
-    hidden: tuple[HeldTensor, ...] = ()
+    outside: frozenset[str] = frozenset()
+    excluded: tuple[HeldTensor, ...] = ()
     listing: Listing | None = None
     joined: Mapping[str, tuple[HeldTensor, ...]] = field(default_factory=dict)
 
     @property
-    def unwritten(self) -> dict[str, str]:
+    def unwritten_aliases(self) -> dict[str, str]:
         """Further names that nothing is written under -> the names that the tensors are written under."""
         return {alias: name for alias, name in self.kept.items() if alias not in self.copies}
 
@@ -132,12 +132,12 @@ class HubNames:
         native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
         # In the order of the model's names, of which a tied tensor keeps not always the first.
         ordered = sorted(zip(tensors, native, strict=True), key=_position)
-        parts = [as_exported(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
+        parts = [exported_part(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
         expected = expected_ties(parts)
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
-        hidden: list[HeldTensor] = []
+        excluded: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
         joined: dict[str, tuple[HeldTensor, ...]] = {}
@@ -156,27 +156,27 @@ class HubNames:
                 ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
                 joined |= _joined(conversion, own)
-            hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
+            excluded += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
-            further = further_names(part.module, tied, expected)
+            further = shared_names(part.module, tied, expected)
             held += further.copies
             copies += [tensor.spec.name for tensor in further.copies]
             kept |= further.kept
             absent += further.absent
             ties |= part.ties
-        apart = [tensor for part in parts for tensor in part.apart]
+        outside = [tensor for part in parts for tensor in part.outside]
         kept |= outer_names(parts, held)
-        check_apart(apart, held, absent)
+        check_outside(outside, held, absent)
         return HubState(
             tuple(native),
-            (*held, *apart),
+            (*held, *outside),
             tuple(groups),
             tuple(absent),
             ties,
             frozenset(copies),
             kept,
-            frozenset(tensor.spec.name for tensor in apart),
-            tuple(hidden),
+            frozenset(tensor.spec.name for tensor in outside),
+            tuple(excluded),
             joined=joined,
         )
 

@@ -95,7 +95,7 @@ class Lifetime:
         if self.made is None:
             group = self._meet(call)
             try:
-                met = check_same_settings(self.config, self.root, group)
+                first_exchange = check_same_settings(self.config, self.root, group)
                 warn_if_alone(group)
                 made = Session(
                     self.config,
@@ -103,7 +103,7 @@ class Lifetime:
                     self.storage,
                     self.ranks,
                     self.root,
-                    met,
+                    first_exchange,
                     self._staging_dir,
                     self.pp_group,
                 )

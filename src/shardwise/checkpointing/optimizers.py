@@ -18,7 +18,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes, open_for
 from shardwise.checkpointing.loading.foreign_states import foreign_components
 from shardwise.checkpointing.loading.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.distinct import blob_of, distinct, unblob
+from shardwise.checkpointing.run_state.distinct_values import blob_of, gather_distinct, unblob
 from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
 from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
@@ -101,7 +101,7 @@ class OptimizerSave:
             attachments, states = capture_schedules(self._schedulers, self._model)
         merged: dict[str, bytes] = {}
         schedule: dict[str, bytes] = {}
-        theirs = distinct(group, [own, attachments, states])
+        theirs = gather_distinct(group, [own, attachments, states])
         with group.together("merging the optimizers' groups"):
             records = [RankRecord(OptimizerRecord.from_state(unpack_state(unblob(o.blob))), o.ranks) for o in theirs[0]]
             merged = pack_state(OptimizerRecord.merge(agreed(records, self._may_differ)).to_state())
@@ -161,7 +161,7 @@ class OpenedOptimizer:
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
         own: State of which this rank has a value of its own; ``None`` where it has none.
-        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+        is_buffered: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
     session: Session
@@ -169,7 +169,7 @@ class OpenedOptimizer:
     schedulers: FoundSchedules
     tensors: OpenedLoad | None
     own: OwnRead | None = None
-    is_aside: bool = False
+    is_buffered: bool = False
 
     @property
     def unwanted(self) -> tuple[str, ...]:
@@ -177,9 +177,9 @@ class OpenedOptimizer:
         names = self.tensors.unexpected if self.tensors is not None else ()
         return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
 
-    def read_aside(self) -> None:
+    def read_buffered(self) -> None:
         """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
-        if self.is_aside:
+        if self.is_buffered:
             self._read()
 
     def take_in(self, undos: Undos) -> None:
@@ -203,7 +203,7 @@ class OpenedOptimizer:
 
     def fill(self) -> None:
         """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
-        if not self.is_aside:
+        if not self.is_buffered:
             self._read()
 
     def _read(self) -> None:
@@ -248,15 +248,15 @@ def open_optimizer(
     if foreign is not None:
         _tell_fresh(foreign.plan)
         schedulers = FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers))
-        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
-    with group.together("looking at the optimizer") as aside:
+        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_buffered=foreign.is_buffered)
+    with group.together("looking at the optimizer") as buffered:
         state = OptimizerState(optimizer, model)
-        aside.flag = state.has_own_ways
+        buffered.flag = state.has_own_ways
 
     def compare() -> JsonValue:
         nonlocal plan, schedulers, own
         assert state is not None
-        plan, schedulers = _compared(session, state, model, as_list(scheduler), directory, changes, aside.any)
+        plan, schedulers = _compared(session, state, model, as_list(scheduler), directory, changes, buffered.any)
         own = find_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
@@ -271,13 +271,13 @@ def open_optimizer(
             schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
     if not any(row[0] for row in rows):
-        return OpenedOptimizer(session, found, schedulers, None, is_aside=aside.any)
+        return OpenedOptimizer(session, found, schedulers, None, is_buffered=buffered.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
     # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
     options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
     tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
-    return OpenedOptimizer(session, found, schedulers, tensors, own, aside.any)
+    return OpenedOptimizer(session, found, schedulers, tensors, own, buffered.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]
@@ -308,7 +308,7 @@ def load_optimizer(
     """
     group = session.group
     opened = open_optimizer(session, optimizer, model, scheduler, directory, changes)
-    opened.read_aside()
+    opened.read_buffered()
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
     with overwriting("the optimizer's state"):
@@ -334,7 +334,7 @@ def _compared(
     schedulers: Sequence[HasState],
     directory: Path,
     changes: Changes | None,
-    is_aside: bool,
+    is_buffered: bool,
 ) -> tuple[OptimizerRestore, FoundSchedules]:
     changes = changes or Changes()
     if not os.path.lexists(directory):
@@ -347,7 +347,7 @@ def _compared(
     try:
         if changes.key_mapping:
             record = _renamed(record, changes.key_mapping)
-        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_aside))
+        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise

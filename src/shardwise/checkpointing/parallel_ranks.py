@@ -24,7 +24,7 @@ _HINT = "Pass {} to CheckpointingConfig.build()."
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Coordinates:
     """Where a process stands.
 
     Attributes:
@@ -87,7 +87,7 @@ class ParallelRanks:
 
         Stages that nothing tells apart are told apart by the names of their tensors wherever it matters.
         """
-        told = self._told_stage(self._given, self._meshes or MeshRanks())
+        told = self._known_stage(self._given, self._meshes or MeshRanks())
         return told if told is not None else 0
 
     def look(self, parts: Sequence[nn.Module]) -> None:
@@ -111,14 +111,14 @@ class ParallelRanks:
         self._names = tuple(named.name for named in listed if isinstance(named.tensor, nn.Parameter))
         self._seen = tuple(map(weakref.ref, parts))
 
-    def everyones(self, group: Group) -> list[Place]:
+    def all_coordinates(self, group: Group) -> list[Coordinates]:
         """The place of each rank of the group, in order. All ranks call.
 
         Raises:
             MisuseError: One was not given and cannot be derived.
         """
         if group.world_size == 1:
-            return [Place(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
+            return [Coordinates(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
         rows = [_row(told) for told in group.gather(self._own_row, "deriving the parallel ranks")]
         stages = self._stages(rows, group)
         tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
@@ -128,7 +128,7 @@ class ParallelRanks:
         data: dict[int, int] = {}
         for members in sharing.values():
             data |= _data_ranks(members, rows, group.global_ranks())
-        return [Place(data[number], tensor[number], stages[number]) for number in range(len(rows))]
+        return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -140,13 +140,13 @@ class ParallelRanks:
                 hint=_HINT.format(", ".join(lacks)) + " Or save or restore the model first.",
             )
         given = dict(self._given)
-        stage = self._told_stage(given, self._meshes or MeshRanks())
+        stage = self._known_stage(given, self._meshes or MeshRanks())
         if stage is not None:
             given["pp_rank"] = stage
         digest = hashlib.blake2b("\n".join(sorted(self._names)).encode(), digest_size=16).hexdigest()
         return [cast(JsonValue, given), asdict(self._meshes or MeshRanks()), digest]
 
-    def _told_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
+    def _known_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
         if "pp_rank" in given:
             return given["pp_rank"]
         return self._group_stage if self._group_stage is not None else meshes.pp
@@ -158,9 +158,9 @@ class ParallelRanks:
             return cast(list[int], told)
         distinct = list(dict.fromkeys(row.digest for row in rows))
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
-        everyones = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
+        all_coordinates = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
-        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], everyones), strict=True):
+        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], all_coordinates), strict=True):
             alone = len(distinct) == 1
             if names is None or alone:
                 continue
@@ -205,6 +205,6 @@ def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequ
                 hint=_HINT.format("dp_rank"),
             )
     by_mesh = [rows[number].meshes.dp for number in members]
-    apart = None not in by_mesh and len(set(by_mesh)) == len(members)
-    found = dict(zip(members, cast(list[int], by_mesh) if apart else range(len(members)), strict=True))
+    are_distinct = None not in by_mesh and len(set(by_mesh)) == len(members)
+    found = dict(zip(members, cast(list[int], by_mesh) if are_distinct else range(len(members)), strict=True))
     return found | {number: rows[number].given["dp_rank"] for number in members if number not in lacking}

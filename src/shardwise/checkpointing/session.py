@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
-from shardwise.checkpointing.arguments import Met
+from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
-from shardwise.checkpointing.saving.opens import OpeningCheck
+from shardwise.checkpointing.saving.class_check import ClassCheck
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
@@ -41,7 +41,7 @@ class Session:
         ranks: This process's data-, tensor- and pipeline-parallel ranks.
         may_differ: Of which tensors ranks may have different values.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
-        met: What the ranks have told each other when they met.
+        first_exchange: What the ranks have told each other when they met.
         staging_dir: Where files are built before they are copied into place; likewise.
         pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
@@ -49,12 +49,12 @@ class Session:
         further_agreements: What the ranks have told each other of DTensors in extra state, by its name.
         recast: The model's tensors as they are written, as long as they are the same.
         is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
-        opening: Exports that the model's class was found to open.
-        opening_untied: The same with a configuration that ties nothing.
+        class_check: Exports that the model's class was found to open.
+        class_check_untied: The same with a configuration that ties nothing.
         told: What was logged once and is not to be logged again.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
-        sound: What was captured last, after it was looked through.
+        checked_state: What was captured last, after it was looked through.
         prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
     """
 
@@ -63,12 +63,12 @@ class Session:
     storage: Storage
     ranks: ParallelRanks
     root: Path
-    met: Met
+    first_exchange: FirstExchange
     staging_dir: Path | None = None
     pp_group: dist.ProcessGroup | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
-    sound: HubState | None = None
+    checked_state: HubState | None = None
     prefix: str = ""
     _base_path: str | None = None
     _base_found: bool = False
@@ -81,9 +81,9 @@ class Session:
         self.further_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
-        self.opening = OpeningCheck()
-        self.opening_untied = OpeningCheck()
-        self.told: set[str] = set()
+        self.class_check = ClassCheck()
+        self.class_check_untied = ClassCheck()
+        self.logged: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
@@ -121,7 +121,7 @@ class Session:
                 self.storage,
                 self.ranks,
                 self.root,
-                self.met if config is None else replace(self.met, names_base=False),
+                self.first_exchange if config is None else replace(self.first_exchange, names_base=False),
                 self.staging_dir,
                 self.pp_group,
                 stager=self.stager,
@@ -139,7 +139,7 @@ class Session:
         Raises:
             CheckpointNotFoundError: One is named on some rank and is not there.
         """
-        if self.met.names_base and not self._base_found:
+        if self.first_exchange.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)
             self._base_found = True
@@ -151,7 +151,7 @@ class Session:
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.met.names_base and not self._base_read:
+        if self.first_exchange.names_base and not self._base_read:
             legacy = self.config.allow_legacy_pickle_restore
             path = self.base_path()
             self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)

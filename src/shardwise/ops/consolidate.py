@@ -16,8 +16,8 @@ import torch
 
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
-from shardwise.checkpointing.saving.opens import check_described
 from shardwise.disk.sequential import SequentialFile, write_file
 from shardwise.disk.storage import LocalStorage, Storage, storage_errors
 from shardwise.dtypes import FLOATS, torch_dtype

@@ -37,8 +37,8 @@ from shardwise.base.load import (
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.taking import Taking, claimed, in_shapes_of, open_taking
-from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
+from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
@@ -238,10 +238,10 @@ def fill_from_base(
     with group.together("checking the model's memory") as asks:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
         asks.flag = bool(wanted.steps)
-    taking: Taking | None = None
+    module_load: ModuleLoad | None = None
     if asks.any or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
-        taking = open_taking(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
+        module_load = open_module_load(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
     report = load_base_tensors(
         wanted.held,
         wanted.groups,
@@ -249,7 +249,7 @@ def fill_from_base(
         group,
         session.storage,
         options,
-        None if taking is None else lambda values: taking.run(values, str(path), group),
+        None if module_load is None else lambda values: module_load.run(values, str(path), group),
     )
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
@@ -272,7 +272,7 @@ def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[st
     """
 
     def look() -> JsonValue:
-        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
+        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]
 
     config, stems = cast("tuple[dict[str, object], list[str]]", group.tell(look, "reading the base model's config"))
     return config, stems

@@ -16,7 +16,7 @@ from torch import nn
 
 from shardwise.base.names import names_in_files
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.further_names import is_pretrained
+from shardwise.checkpointing.saving.shared_names import is_pretrained
 from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import plain_name, promised_ties, unwrap
@@ -73,7 +73,7 @@ def _names_of(part: nn.Module, parts: Sequence[nn.Module], hub: HubState) -> lis
     return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
 
 
-def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
+def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
     """Which names in files a model expects and has no use for: what its class says, and buffers that it recomputes."""
     patterns: list[str] = []
     for part in parts:

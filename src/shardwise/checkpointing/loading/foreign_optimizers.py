@@ -207,13 +207,13 @@ class OpenedForeign:
         plan: What the optimizers become.
         schedulers: Each scheduler with its saved state.
         tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
-        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+        is_buffered: Whether it is read into other memory before the optimizers take it in; the same on every rank.
     """
 
     plan: OptimizerRestore
     schedulers: tuple[tuple[HasState, dict[str, object]], ...]
     tensors: OpenedLoad | None
-    is_aside: bool
+    is_buffered: bool
 
 
 def open_foreign(
@@ -251,7 +251,7 @@ def open_foreign(
         steers.flag = bool(state.optimizers)
     assert state is not None
     own = state
-    is_aside = group.any(own.has_own_ways, "asking how optimizers take their state")
+    is_buffered = group.any(own.has_own_ways, "asking how optimizers take their state")
     found = find_foreign(place, group, legacy, steers.any)
     schedules: ForeignSchedules | None = None
     if group.any(bool(schedulers), "comparing schedulers"):
@@ -262,7 +262,7 @@ def open_foreign(
     with group.together(f"comparing the optimizer with {found.directory}") as has_tensors:
         record, names = found.matched(own, changes.key_mapping)
         try:
-            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_aside))
+            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_buffered))
         except ShardwiseError as error:
             error.path = error.path or str(found.directory)
             _add_names(error, record)
@@ -278,7 +278,7 @@ def open_foreign(
         options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
         tensors = open_described(planned.held_as_saved, source, group, session.storage, options)
     _count_in_tensors(planned)
-    return OpenedForeign(planned, tuple(fitting), tensors, is_aside)
+    return OpenedForeign(planned, tuple(fitting), tensors, is_buffered)
 
 
 def _count_in_tensors(plan: OptimizerRestore) -> None:

@@ -27,8 +27,8 @@ from shardwise.checkpointing.optimizers import (
 )
 from shardwise.checkpointing.optimizers import load_optimizer as restore_optimizer
 from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.run_state.wholes import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
@@ -64,7 +64,7 @@ class _Opened:
         only reading can fail, and the error says what it leaves.
         """
         if self.steering is not None:
-            self.steering.read_aside()
+            self.steering.read_buffered()
         with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
             if self.steering is not None:
                 self.steering.take_in(undos)
@@ -235,7 +235,7 @@ def allocate_staging(life: Lifetime, model: Model, optimizer: Optimizers | None 
                 stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
             return
         captured = session.names.capture(ModelState(model), load=True)
-        stager.allocate("model", [*captured.held, *captured.hidden])
+        stager.allocate("model", [*captured.held, *captured.excluded])
         if optimizer is not None:
             stager.allocate("optim", OptimizerState(optimizer, model).held())
 

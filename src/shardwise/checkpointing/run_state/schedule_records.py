@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import HasState
-from shardwise.checkpointing.run_state.distinct import Distinct, blob_of, unblob
+from shardwise.checkpointing.run_state.distinct_values import DistinctValue, blob_of, unblob
 from shardwise.errors import StateFormatError
 from shardwise.sources.state_files import pack_state, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
@@ -195,7 +195,9 @@ def capture_schedules(schedulers: Sequence[HasState], model: nn.Module | Sequenc
     return blob_of(pack_state(rows)), blob_of(pack_state(states))
 
 
-def merge_schedules(attachments: Sequence[Distinct], states: Sequence[Distinct], world_size: int) -> dict[str, bytes]:
+def merge_schedules(
+    attachments: Sequence[DistinctValue], states: Sequence[DistinctValue], world_size: int
+) -> dict[str, bytes]:
     """All ranks' schedulers as one packed state; empty where no rank has any. Local.
 
     Args:

@@ -164,7 +164,7 @@ class AdapterSave:
             if group.is_main and not component:
                 _tell_vllm(session, file.adapter_name, roster, settings, declared)
             if component:
-                check_opens(self.state.model, self._config, file, session.told)
+                check_opens(self.state.model, self._config, file, session.logged)
             options = ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -298,8 +298,8 @@ def _check(
 def _tell_vllm(session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
     """Say once what vLLM would not serve of an adapter."""
     limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits and (key := f"vLLM/{name}") not in session.told:
-        session.told.add(key)
+    if limits and (key := f"vLLM/{name}") not in session.logged:
+        session.logged.add(key)
         _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
 
 
@@ -311,8 +311,8 @@ def hold_extra(session: Session, captured: AdapterTensors, parts: Sequence[nn.Mo
 
 def _tell_extra(session: Session, roster: Roster) -> None:
     names = [spec.name for spec in roster.specs]
-    if ADAPTER_EXTRA_NAME not in session.told:
-        session.told.add(ADAPTER_EXTRA_NAME)
+    if ADAPTER_EXTRA_NAME not in session.logged:
+        session.logged.add(ADAPTER_EXTRA_NAME)
         _LOG.info(
             "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
             "not: %s",
@@ -363,7 +363,7 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
             with group.together(f"checking the adapter {file.adapter_name}"):
                 _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts, "")
                 if component:
-                    check_opens(parts, None, file, session.told)
+                    check_opens(parts, None, file, session.logged)
     if declared.extra:
         _roster(session, partial(hold_extra, session, captured, parts))
     if session.config.export_merged:

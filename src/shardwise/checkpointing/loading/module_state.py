@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.aside import SavedAside, read_aside
+from shardwise.checkpointing.saving.module_state import SavedModuleState, read_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.dtypes import torch_dtype
@@ -31,7 +31,7 @@ from shardwise.upstream.torch_modules import own_children
 _LOG = logging.getLogger(__name__)
 
 
-def as_owners_take(
+def as_modules_load(
     held: Sequence[HeldTensor], hub: HubState, computed: Sequence[HeldGroup], source: Source
 ) -> list[HeldTensor]:
     """What is to be loaded, with what modules with methods of their own decide about themselves. Local.
@@ -122,19 +122,19 @@ def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
 
 
 @dataclass(frozen=True, slots=True)
-class Taking:
+class ModuleLoad:
     """How a rank's modules take what is not read into their memory.
 
     Attributes:
         steps: What this rank has to do, in order.
-        aside: What was saved beside tensors; ``None`` where nothing was.
+        module_state: What was saved beside tensors; ``None`` where nothing was.
         options: What may differ.
         rounds: How many modules of some rank take tensors, and one more; 0 where no rank has anything to do.
         skips_empty: Whether a module of which there is nothing, such as a fresh head, is passed over.
     """
 
     steps: Sequence[Step]
-    aside: SavedAside | None
+    module_state: SavedModuleState | None
     options: LoadOptions
     rounds: int
     skips_empty: bool = False
@@ -165,11 +165,11 @@ class Taking:
             _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
-        aside = self.aside
+        module_state = self.module_state
         installing = Installing(
             lambda _: values,
-            None if aside is None else aside.values,
-            {} if aside is None else aside.metadata,
+            None if module_state is None else module_state.values,
+            {} if module_state is None else module_state.metadata,
             self.options.allow_missing,
             self.skips_empty,
         )
@@ -189,7 +189,7 @@ def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield group
 
 
-def open_taking(
+def open_module_load(
     steps: Sequence[Step],
     stems: Sequence[str],
     group: Group,
@@ -197,7 +197,7 @@ def open_taking(
     *,
     is_strict: bool,
     skips_empty: bool = False,
-) -> Taking:
+) -> ModuleLoad:
     """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
 
     Args:
@@ -213,11 +213,11 @@ def open_taking(
         UnexpectedTensorError: State was saved that no rank's model takes.
         StateFormatError: It is damaged.
     """
-    found: SavedAside | None = None
+    found: SavedModuleState | None = None
 
     def tell() -> JsonValue:
         nonlocal found
-        found = read_aside(stems)
+        found = read_module_state(stems)
         names = [] if found is None else sorted(found.values)
         if found is not None and is_strict and not options.allow_missing:
             _require_extra(steps, found)
@@ -236,10 +236,10 @@ def open_taking(
             tensor=lost[0],
             hint="Build the model as it was when the checkpoint was saved.",
         )
-    return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
+    return ModuleLoad(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
 
 
-def _require_extra(steps: Sequence[Step], saved: SavedAside) -> None:
+def _require_extra(steps: Sequence[Step], saved: SavedModuleState) -> None:
     for step in steps:
         name = plain_name(step.prefix + EXTRA)
         if step.kind == "extra" and name not in saved.values:

@@ -23,7 +23,7 @@ from shardwise.stateful_wrappers.names import unwrap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FurtherNames:
+class SharedNames:
     """What becomes of the further names of a part's tensors; all as the files have them, but for ``absent``.
 
     Attributes:
@@ -37,7 +37,7 @@ class FurtherNames:
     absent: tuple[str, ...] = ()
 
 
-def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> FurtherNames:
+def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
     """Tell what becomes of further names. Local.
 
     Args:
@@ -48,14 +48,14 @@ def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expec
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
     if not tied or adapter_of(module) is not None:
-        return FurtherNames(absent=names)
+        return SharedNames(absent=names)
     aliases = [tensor._replace(spec=tensor.spec._replace(name=alias)) for alias, tensor in tied]
     specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
         # A rule that needs more than these tensors gives them no names of their own.
-        return FurtherNames(absent=names)
+        return SharedNames(absent=names)
     undeclared = {alias for alias in names if alias not in expected} if _is_loaded_by_others(module) else set()
     written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
     natives = {each.native for hub in written for each in hub.parts}
@@ -69,7 +69,7 @@ def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expec
             kept |= {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
     there = {tensor.spec.name for tensor in copies}
     hub_names = [hub.name for alias in names for hub in conversion.by_native(alias)]
-    return FurtherNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
+    return SharedNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
 
 
 def _views(tensors: Sequence[HubTensor]) -> list[object]:

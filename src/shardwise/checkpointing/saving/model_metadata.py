@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import StateFormatError
@@ -16,23 +16,23 @@ from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 
 
 @dataclass(frozen=True, slots=True)
-class SavedNotes:
+class ModelMetadata:
     """The notes; there are none beside others' checkpoints.
 
     Attributes:
         exact: Name in the file -> dtype in memory, where the export has another.
         passed: Names of the base model's tensors that were carried over.
         ranks: By how many ranks tensors were saved of which each has a value of its own; 0 where there are none.
-        aside: Where there is state beside ordinary tensors.
+        module_state: Where there is state beside ordinary tensors.
     """
 
     exact: Mapping[str, str]
     passed: tuple[str, ...]
     ranks: int = 0
-    aside: tuple[str, ...] = ()
+    module_state: tuple[str, ...] = ()
 
 
-def read_notes(path: Path, group: Group) -> SavedNotes:
+def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
     """The notes beside a model. Rank 0 reads, so that all ranks load by the same ones; all ranks of the group call.
 
     Args:
@@ -43,14 +43,19 @@ def read_notes(path: Path, group: Group) -> SavedNotes:
         StateFormatError: One of them is damaged.
     """
     told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
-    exact, passed, ranks, aside = cast(tuple[dict[str, str], list[str], int, list[str]], told)
-    return SavedNotes(exact, tuple(passed), ranks, tuple(aside))
+    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], told)
+    return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
 
 
 def _noted(path: Path) -> JsonValue:
     exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
     passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
-    return [cast(JsonValue, exact), cast(JsonValue, passed), saved_ranks(path), cast(JsonValue, find_aside(path))]
+    return [
+        cast(JsonValue, exact),
+        cast(JsonValue, passed),
+        saved_ranks(path),
+        cast(JsonValue, find_module_state(path)),
+    ]
 
 
 _Note = TypeVar("_Note", dict[str, str], list[str])

@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 from shardwise.comm import Group, JsonValue
 
 
-class Distinct(NamedTuple):
+class DistinctValue(NamedTuple):
     """A value, and the ranks that have it.
 
     Attributes:
@@ -21,7 +21,7 @@ class Distinct(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def distinct(group: Group, blobs: Sequence[bytes]) -> list[list[Distinct]]:
+def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctValue]]:
     """Of each of several values, every different one among the ranks, on every rank. All ranks call.
 
     Ranks of one kind have the same values, so only their digests and one copy of each travel. An empty value is none.
@@ -42,7 +42,7 @@ def distinct(group: Group, blobs: Sequence[bytes]) -> list[list[Distinct]]:
         for digest in filter(None, dict.fromkeys(digests)):
             ranks = tuple(rank for rank, theirs in enumerate(digests) if theirs == digest)
             raw = group.broadcast_bytes(blob if group.rank == ranks[0] else b"", ranks[0], "exchanging states")
-            rows.append(Distinct(raw, ranks))
+            rows.append(DistinctValue(raw, ranks))
         found.append(rows)
     return found
 

@@ -28,7 +28,7 @@ _HINT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RootLocation:
     """Where a rank finds the root.
 
     Attributes:
@@ -42,26 +42,26 @@ class Place:
     identity: tuple[int, int] | None
 
     @staticmethod
-    def own(root: Path) -> Place:
+    def own(root: Path) -> RootLocation:
         """This rank's."""
         path = os.path.realpath(root)
         try:
             info = os.stat(path)
         except OSError:
-            return Place(socket.gethostname(), path, None)
-        return Place(socket.gethostname(), path, (info.st_dev, info.st_ino))
+            return RootLocation(socket.gethostname(), path, None)
+        return RootLocation(socket.gethostname(), path, (info.st_dev, info.st_ino))
 
     def to_json(self) -> JsonValue:
         """To be told to other ranks."""
         return [self.host, self.path, None if self.identity is None else list(self.identity)]
 
     @staticmethod
-    def from_json(told: JsonValue) -> Place:
+    def from_json(told: JsonValue) -> RootLocation:
         """What `to_json` gave on another rank."""
         host, path, identity = cast(tuple[str, str, list[int] | None], told)
-        return Place(host, path, None if identity is None else (identity[0], identity[1]))
+        return RootLocation(host, path, None if identity is None else (identity[0], identity[1]))
 
-    def is_another(self, other: Place) -> bool:
+    def is_another(self, other: RootLocation) -> bool:
         """Whether the two are certainly not one directory; on different machines nobody can say from outside."""
         if self.path == other.path or self.host != other.host:
             return False
@@ -71,22 +71,22 @@ class Place:
         return f"{self.path} on {self.host}"
 
 
-def check_places(places: Sequence[Place]) -> None:
+def check_same_root(locations: Sequence[RootLocation]) -> None:
     """Check that the ranks of one machine name one directory.
 
     Raises:
         ConfigError: They do not.
     """
-    for rank, place in enumerate(places):
-        first = next(number for number, other in enumerate(places) if other.host == place.host)
-        if places[first].is_another(place):
+    for rank, location in enumerate(locations):
+        first = next(number for number, other in enumerate(locations) if other.host == location.host)
+        if locations[first].is_another(location):
             raise ConfigError(
-                f"checkpoint_dir is {places[first].path} on rank {first} and {place.path} on rank {rank}",
+                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
                 hint=_HINT,
             )
 
 
-def check_claim(directory: Path, name: str, token: str, group: Group, places: Sequence[Place]) -> None:
+def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
     """Check that this rank sees the claim of rank 0's run. Local.
 
     Args:
@@ -94,7 +94,7 @@ def check_claim(directory: Path, name: str, token: str, group: Group, places: Se
         name: What is saved.
         token: The run's.
         group: The ranks that save together.
-        places: Where each finds the root.
+        locations: Where each finds the root.
 
     Raises:
         StorageError: It does not.
@@ -103,20 +103,20 @@ def check_claim(directory: Path, name: str, token: str, group: Group, places: Se
     if found != token:
         seen = "another run is saving there" if found else "rank 0's save is not to be seen there"
         raise StorageError(
-            f"rank {group.global_rank} writes {name} into {directory}, below {places[group.rank]}, and {seen}; rank 0 "
-            f"writes below {places[0]}",
+            f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
+            f"rank 0 writes below {locations[0]}",
             path=directory,
             hint=_HINT,
         )
 
 
-def check_seen(directory: Path, records: Sequence[ComponentRecord], places: Sequence[Place]) -> None:
+def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
     """Check that the files of a save are in a directory, with their sizes. Rank 0 calls.
 
     Args:
         directory: The unfinished save.
         records: What each rank wrote.
-        places: Where each finds the root.
+        locations: Where each finds the root.
 
     Raises:
         StorageError: One is not there, or of another size.
@@ -134,8 +134,8 @@ def check_seen(directory: Path, records: Sequence[ComponentRecord], places: Sequ
         if size != file.size:
             sees = "does not see it" if size is None else f"sees {size:,} bytes"
             raise StorageError(
-                f"rank {rank} wrote below {places[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
-                f"{places[0]}, {sees}",
+                f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                f"{locations[0]}, {sees}",
                 path=path,
                 rank=rank,
                 hint=_HINT,

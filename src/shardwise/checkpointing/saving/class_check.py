@@ -86,7 +86,7 @@ def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
         )
 
 
-class OpeningCheck:
+class ClassCheck:
     """Checks exports, each kind once. Rank 0 has one."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class OpeningCheck:
         roster: Roster,
         *,
         passed: Sequence[TensorSpec] = (),
-        apart: Collection[str] = (),
+        left_out: Collection[str] = (),
         untie: bool = False,
     ) -> None:
         """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
@@ -110,7 +110,7 @@ class OpeningCheck:
             directory: Where config.json is.
             roster: All ranks' tensors, under the names that the files are to have.
             passed: Further tensors, carried over from a base.
-            apart: Names among the tensors that an export leaves out.
+            left_out: Names among the tensors that an export leaves out.
             untie: Whether to take config.json as it were if it tied nothing.
 
         Raises:
@@ -124,7 +124,7 @@ class OpeningCheck:
             entries = untied(entries)
         if self._sound.holds([roster, type(model)], (entries, passed)):
             return
-        specs = [spec for spec in roster.specs if spec.name not in apart]
+        specs = [spec for spec in roster.specs if spec.name not in left_out]
         try:
             name, misfit = _look(model, entries, [*specs, *passed])
         except _CannotCheckError as why:

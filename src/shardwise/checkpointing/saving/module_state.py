@@ -28,7 +28,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class SavedAside:
+class SavedModuleState:
     """What was saved beside a model's tensors.
 
     Attributes:
@@ -40,19 +40,19 @@ class SavedAside:
     metadata: Mapping[str, Mapping[str, object]]
 
 
-def names_beside(listing: Listing | None) -> list[list[str]]:
+def module_state_names(listing: Listing | None) -> list[list[str]]:
     """Names of the values that a model has beside its tensors, and of the modules that torch notes something of."""
     return [[], []] if listing is None else [sorted(listing.aside), sorted(listing.metadata)]
 
 
-def aside_step(
+def module_state_step(
     listing: Listing | None, everyone: Sequence[list[list[str]]], directory: Path, group: Group, storage: Storage
 ) -> Step:
     """Take this rank's part of what is beside tensors now, and return what is left to do. All ranks call.
 
     Args:
         listing: What was listed of this rank's model; ``None`` where there is nothing.
-        everyone: The `names_beside` of each rank.
+        everyone: The `module_state_names` of each rank.
         directory: The model's.
         group: The ranks that save together.
         storage: Through what.
@@ -119,7 +119,7 @@ def _plain(value: object) -> object:
     return value
 
 
-def find_aside(path: Path) -> list[str]:
+def find_module_state(path: Path) -> list[str]:
     """The stems of files with state beside the model at ``path``; none beside others' checkpoints. Local."""
     places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
     for place in places:
@@ -129,13 +129,13 @@ def find_aside(path: Path) -> list[str]:
     return []
 
 
-def is_own_aside(path: Path, stems: Sequence[str]) -> bool:
-    """Whether what `find_aside` found is that of a model's directory, and not of the one around an export."""
+def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
+    """Whether what `find_module_state` found is that of a model's directory, and not of the one around an export."""
     return bool(stems) and Path(stems[0]).parent.parent == path
 
 
-def read_aside(stems: Sequence[str]) -> SavedAside | None:
-    """Read what `aside_step` wrote; ``None`` where there is nothing. Local.
+def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
+    """Read what `module_state_step` wrote; ``None`` where there is nothing. Local.
 
     Raises:
         StateFormatError: A file is damaged.
@@ -156,4 +156,4 @@ def read_aside(stems: Sequence[str]) -> SavedAside | None:
             )
         values |= own
         metadata |= {str(name): dict(found) for name, found in noted.items() if isinstance(found, dict)}
-    return SavedAside(values, metadata)
+    return SavedModuleState(values, metadata)

@@ -21,19 +21,19 @@ _Pair = tuple[NamedTensor, HeldTensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inside:
+class ExportedPart:
     """A part as its files see it.
 
     Attributes:
         module: The model that the files are of.
         own: Its tensors, under its names.
-        apart: What the part has besides, under the part's names.
+        outside: What the part has besides, under the part's names.
         outer: Names outside of the model for tensors of it -> the model's names for them.
     """
 
     module: nn.Module
     own: tuple[_Pair, ...]
-    apart: tuple[HeldTensor, ...] = ()
+    outside: tuple[HeldTensor, ...] = ()
     outer: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -42,7 +42,7 @@ class Inside:
         return {**self.outer, **{alias: named.name for named, _ in self.own for alias in named.aliases}}
 
 
-def as_exported(part: nn.Module, own: Sequence[_Pair]) -> Inside:
+def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
     """Look at a part's tensors as its files do. Local.
 
     Args:
@@ -51,24 +51,24 @@ def as_exported(part: nn.Module, own: Sequence[_Pair]) -> Inside:
     """
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
-        return Inside(part, tuple(own))
+        return ExportedPart(part, tuple(own))
     theirs = _names_inside(inner, (name for named, _ in own for name in (named.name, *named.aliases)))
     ties = declared_ties([inner.module])
     found: list[_Pair] = []
-    apart: list[HeldTensor] = []
+    outside: list[HeldTensor] = []
     outer: dict[str, str] = {}
     for named, held in own:
         names = (named.name, *named.aliases)
         inside = [theirs[name] for name in names if name in theirs]
         if not inside:
-            apart.append(held)
+            outside.append(held)
             continue
         free = [name for name in inside if name not in ties]
         kept = next((name for name in free if not is_lm_head(name)), (free or inside)[0])
         aliases = tuple(name for name in inside if name != kept)
         found.append((named._replace(name=kept, aliases=aliases), held._replace(spec=held.spec._replace(name=kept))))
         outer |= {name: kept for name in names if name not in theirs}
-    return Inside(inner.module, tuple(found), tuple(apart), outer)
+    return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
 
 
 def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
@@ -87,20 +87,20 @@ def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
     return [unwrap(inner_model(part).module) for part in parts]
 
 
-def outer_names(parts: Iterable[Inside], held: Iterable[HeldTensor]) -> dict[str, str]:
+def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> dict[str, str]:
     """Names outside of the models for tensors that their files have under the models' own names -> those names."""
     found = {name: kept for part in parts for name, kept in part.outer.items()}
     written = {tensor.spec.name for tensor in held} if found else set()
     return {name: kept for name, kept in found.items() if kept in written and name not in written}
 
 
-def check_apart(apart: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
+def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
     """Check that what is kept apart has no name that the files have, or could have.
 
     Raises:
         NameCollisionError: Some of it has.
     """
-    names = {tensor.spec.name for tensor in apart}
+    names = {tensor.spec.name for tensor in outside}
     twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
     if twice:
         raise NameCollisionError(

@@ -85,7 +85,7 @@ class OptimizerSave:
         self._schedulers = as_list(scheduler)
 
     def steps(self) -> list[Step]:
-        """Capture the state and return what is left to do. All ranks call."""
+        """Capture the state and return the steps that write it. All ranks call."""
         session, group = self._session, self._session.group
         state: OptimizerState
         unsettled: dict[str, list[object]] = {}
@@ -145,7 +145,7 @@ class OptimizerSave:
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.
 
-        Not of a parameter whose tensors are saved for each rank: its state would be a mix of two ranks'.
+        False for a parameter with per-rank tensors: its state would mix the values of two ranks.
         """
         may_differ = self._session.may_differ
         return may_differ.all and not may_differ.is_own(name)
@@ -153,15 +153,15 @@ class OptimizerSave:
 
 @dataclass(frozen=True, slots=True)
 class OpenedOptimizer:
-    """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
+    """Optimizers and schedulers matched with a checkpoint, on every rank; nothing has been changed yet.
 
     Attributes:
         session: Settings, ranks and storage.
-        plan: What the optimizers become.
+        plan: The state the optimizers will get.
         schedulers: Each scheduler with its saved state.
-        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
-        own: State of which this rank has a value of its own; ``None`` where it has none.
-        is_buffered: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
+        own: Per-rank state of this rank; ``None`` where it has none.
+        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
     """
 
     session: Session
@@ -173,12 +173,12 @@ class OpenedOptimizer:
 
     @property
     def unwanted(self) -> tuple[str, ...]:
-        """Parameters whose saved state no rank's optimizer wants."""
+        """Parameters with saved state that no rank's optimizer has."""
         names = self.tensors.unexpected if self.tensors is not None else ()
         return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
 
     def read_buffered(self) -> None:
-        """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
+        """Read the state into separate memory for optimizers that load it by their own code. All ranks call."""
         if self.is_buffered:
             self._read()
 
@@ -192,7 +192,7 @@ class OpenedOptimizer:
         for each in self.schedulers.schedules:
             scheduler = each.scheduler
             try:
-                # A copy: torch's schedulers keep what they are given, and two may be given the same.
+                # A copy: torch's schedulers keep a reference to the state, and two may share one state.
                 undos.load("the scheduler", scheduler, copy.deepcopy(each.state))
             except Exception as error:
                 raise MisuseError(
@@ -202,7 +202,7 @@ class OpenedOptimizer:
                 ) from error
 
     def fill(self) -> None:
-        """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
+        """Read the state tensors, unless `read_buffered` has. All ranks call, after `take_in`."""
         if not self.is_buffered:
             self._read()
 
@@ -232,11 +232,11 @@ def open_optimizer(
     directory: Path,
     changes: Changes | None = None,
 ) -> OpenedOptimizer:
-    """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
+    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        MisuseError: It is another optimizer's or scheduler's.
+        MisuseError: The saved state is of another optimizer or scheduler.
         TensorError: The saved state does not fit the optimizer.
     """
     group = session.group
@@ -274,7 +274,7 @@ def open_optimizer(
         return OpenedOptimizer(session, found, schedulers, None, is_buffered=buffered.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, besides=states)
-    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
+    # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
     options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
     tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
     return OpenedOptimizer(session, found, schedulers, tensors, own, buffered.any)
@@ -316,7 +316,7 @@ def load_optimizer(
 
 
 def optimizer_components(directory: Path) -> list[str]:
-    """What there is in a checkpoint's ``optim`` directory: ``optimizer``, ``scheduler``. Local."""
+    """Which of ``optimizer`` and ``scheduler`` a checkpoint's ``optim`` directory has. Local."""
     if not os.path.lexists(directory):
         return []
     stem = directory / OPTIMIZER_STATE

@@ -1,4 +1,4 @@
-"""What every part of the checkpointer needs."""
+"""What every part of a save or load uses: settings, ranks, storage, and what earlier calls left for later ones."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ class Session:
         group: The ranks that save and load together.
         storage: Where data goes, and where names are made and renamed.
         ranks: This process's data-, tensor- and pipeline-parallel ranks.
-        may_differ: Of which tensors ranks may have different values.
+        may_differ: The tensors that may have different values on different ranks.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
-        first_exchange: What the ranks have told each other when they met.
-        staging_dir: Where files are built before they are copied into place; likewise.
+        first_exchange: What the ranks exchanged at the first call.
+        staging_dir: The absolute directory where files are built before they are copied into place.
         pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
-        further_agreements: What the ranks have told each other of DTensors in extra state, by its name.
-        recast: The model's tensors as they are written, as long as they are the same.
-        is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
-        class_check: Exports that the model's class was found to open.
-        class_check_untied: The same with a configuration that ties nothing.
-        told: What was logged once and is not to be logged again.
+        further_agreements: What the ranks have agreed on about DTensors in extra state, by its name.
+        recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
+        is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
+        class_check: Checks that the model's class can load an export; each kind of export is checked once.
+        class_check_untied: The same check with a configuration that ties nothing.
+        told: Messages that are logged once per run and were logged already.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
-        checked_state: What was captured last, after it was looked through.
-        prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
+        checked_state: The last captured state that passed the checks.
+        prefix: Put before the names of staging memory where a checkpoint has more than one model.
     """
 
     config: Settings
@@ -94,24 +94,24 @@ class Session:
         """Pipeline stage."""
         return self.ranks.stage
 
-    # The stage is known when a model has been looked at, and nothing is agreed on before.
+    # Lazy: the stage is known only after a model was inspected, and ranks agree on nothing before that.
 
     @cached_property
     def model_agreement(self) -> Agreement:
-        """What the ranks have told each other of the model."""
+        """What the ranks have agreed on about the model."""
         return Agreement(self.group, self.stage)
 
     @cached_property
     def optimizer_agreement(self) -> Agreement:
-        """What the ranks have told each other of the optimizer."""
+        """What the ranks have agreed on about the optimizer."""
         return Agreement(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Session:
-        """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
+        """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
 
         Args:
-            name: The model's name, always the same for the same model.
-            config: Settings of its own; those of the checkpointer by default.
+            name: The model's name; the same name gives the same session.
+            config: Its settings; the checkpointer's by default.
         """
         known = self._further.get(name)
         if known is None:
@@ -130,14 +130,14 @@ class Session:
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """The tensors as they are to be written: copied aside where the settings ask for it, else as they are."""
+        """The tensors to write: staged copies where the settings ask for staging, else the tensors themselves."""
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
-        """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
+        """The base model's local path, ``None`` where none is named; searched for once. All ranks call.
 
         Raises:
-            CheckpointNotFoundError: One is named on some rank and is not there.
+            CheckpointNotFoundError: Some rank names one that does not exist.
         """
         if self.first_exchange.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
@@ -146,7 +146,7 @@ class Session:
         return self._base_path
 
     def base_name(self) -> str | None:
-        """The base model as an adapter names it: its local path, or else the name in the settings. All ranks call."""
+        """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
         return self.base_path() or self.config.model_repo_id
 
     def base(self) -> BaseModel | None:

@@ -1,6 +1,6 @@
-"""Materialising models and loading base weights into them.
+"""Materialises models and loads base weights into them.
 
-What is decided here, and why:
+Decisions made here, and why:
 
 * The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
   sharding are made for what the model is. `shardwise.base_dtype` tells the base's dtype, for
@@ -62,7 +62,7 @@ _LOG = logging.getLogger(__name__)
 def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_method: str | None) -> None:
     """Give meta-device parameters and buffers memory on ``device``, and fresh values by the model's own code.
 
-    FSDP2's and tensor parallelism's DTensors get their shards; no whole model is ever there. Ties are kept. Buffers
+    FSDP2's and tensor parallelism's DTensors get their shards; no rank ever holds a whole model. Ties are kept. Buffers
     that are in no file are recomputed by the module's own code. Random values follow from ``torch.initial_seed()`` of
     the first rank of the parameters' mesh: in-place draws on parameters are the same on every topology and device,
     whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
@@ -133,7 +133,7 @@ def load_base_model(
         What was loaded; ``None`` where ``load`` is false.
 
     Raises:
-        CheckpointNotFoundError: The base is not there.
+        CheckpointNotFoundError: The base was not found.
         TensorError, QuantizationError: Model and base do not fit.
         AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
@@ -266,7 +266,7 @@ def fill_from_base(
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config as rank 0 finds it, since it decides which tensors there are, and where it has more than these.
+    """The base's config as rank 0 finds it, since it decides which tensors exist, and the files of module state.
 
     All ranks call.
     """
@@ -323,5 +323,5 @@ def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]
 
 
 def _expected_leftovers(part: nn.Module) -> list[str]:
-    """Patterns of names that a transformers model knows its files to have in vain, tied heads among them."""
+    """Patterns of names that files may have and a transformers model does not load, tied heads among them."""
     return [*may_be_unexpected(part), *(f"{re.escape(name)}$" for name in declared_ties([part]))]

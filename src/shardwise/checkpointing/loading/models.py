@@ -1,4 +1,4 @@
-"""Loading models: what a checkpoint has, under whose names, and what of it a rank holds."""
+"""Loads models: matches the names in a checkpoint with those of the model, and reads this rank's part."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+    """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
 
     Attributes:
         session: Settings, ranks and storage.
-        direct: What is read into the model's memory, and what there is for modules that take their state themselves.
-        computed: What is converted first; ``None`` where no rank's model has any.
+        direct: Tensors to read into the model's memory, and those for modules that load their state by their own code.
+        computed: Tensors that are converted after reading; ``None`` where no rank's model has any.
         module_load: How modules take their state, where that is not all that there is to it.
-        own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
+        own: Per-rank tensors of this rank; ``None`` on all ranks where there are none.
     """
 
     session: Session
@@ -141,7 +141,7 @@ def open_model(
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
     there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
-    # What was saved beside tensors every rank knows of.
+    # Every rank knows which module state was saved.
     has_any = load.asked or bool(opened.module_state)
     module_load = ModuleLoad((), None, options, 0)
     if has_any:
@@ -153,15 +153,15 @@ def open_model(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What is to be loaded.
+    """A source matched with this rank's model.
 
     Attributes:
-        source: What there is.
-        hub: What this rank holds.
-        options: What may differ between the two.
+        source: The tensors of the checkpoint.
+        hub: The tensors that this rank holds.
+        options: Allowed differences between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
-        ranks: By how many ranks tensors were saved of which each has a value of its own.
-        module_state: Where there is state beside ordinary tensors.
+        ranks: Number of ranks that saved per-rank tensors.
+        module_state: Files with module state beside the ordinary tensors.
     """
 
     source: Source
@@ -174,7 +174,7 @@ class _Opened:
 
 @dataclass(frozen=True, slots=True)
 class _Matched:
-    """A rank's model under the names of files: which of its names it ties, and which of the source are not for it."""
+    """A rank's model under the names of files, the names that it ties, and the source's names that it does not use."""
 
     hub: HubState
     ties: Mapping[str, str]
@@ -185,7 +185,7 @@ def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
     own = {tensor.spec.name for tensor in hub.held}
     unused = expected_unused(exported_modules(state.model), [name for name in source.tensors if name not in own])
-    # What is computed is read apart, and by the ranks of its stage alone.
+    # Computed tensors are read separately, by the ranks of their stage only.
     unused += [spec.name for held in hub.groups for spec in held.computed.hub]
     return _Matched(hub, ties, unused)
 
@@ -193,7 +193,7 @@ def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
 def _opened(
     session: Session, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> _Opened:
-    """Look at the checkpoint and at the model. All ranks call."""
+    """Open the checkpoint and match it with the model. All ranks call."""
     group = session.group
     hub: HubState | None = None
     metadata = read_model_metadata(path, group)
@@ -218,7 +218,7 @@ def _opened(
             require_memory(memory_of(hub.native), "memory to load into")
             session.checked_state = hub
         if _lacks_buffers(hub, source):
-            # Torch's normalisation layers know files that have not all of theirs.
+            # torch's normalisation layers accept files without their counters.
             hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
@@ -249,20 +249,20 @@ def _opened(
 
 
 def _lacks_buffers(hub: HubState, source: Source) -> bool:
-    """Whether the source lacks the counters that normalisation layers of old did not have."""
+    """Whether the source lacks counters that older normalisation layers did not have."""
     lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
     return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
 
 
 def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
-    """Whether the files have the prefix of DistributedDataParallel and DataParallel, and the model has not."""
+    """Whether the files' names have the prefix of DistributedDataParallel and DataParallel, and the model's do not."""
     if not source.tensors or not all(name.startswith(_PREFIX) for name in source.tensors):
         return False
     return not any(tensor.spec.name.startswith(_PREFIX) for tensor in (*hub.held, *hub.native))
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
-    """The source with its names passed through regular expressions; the first that matches a name applies."""
+    """The source with its names mapped by regular expressions; the first match applies."""
     names = tuple(source.tensors)
     return retitled(source, dict(zip(names, rename(names, key_mapping), strict=True)))
 
@@ -284,5 +284,5 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
     lacks = bool(names_lacking(source, hub))
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
-    # Stages may differ; one whose names are the same either way has no say.
+    # Stages may differ; a stage where both kinds of names are equal does not count.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")

@@ -1,7 +1,7 @@
-"""A save that proves itself: what will be written against what the base model and the model itself promise.
+"""Checks an export: the planned headers against the base model and the model class, the written ones against the plan.
 
-The comparison needs headers only, so it is made before a byte is written; after writing, the headers of the files are
-read back and compared with the plan.
+The first comparison needs headers only, so it is made before a byte is written. After writing, the headers of the files
+are read back.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the model says of its own files.
+    """What the model class says about the tensors in its files.
 
     Attributes:
-        aliases: Names that files of this model may have and these do not, such as further names of tied tensors.
+        aliases: Names that files of this model may have and ours do not, such as aliases of tied tensors.
         unloaded: Patterns of tensors that the model class is known not to load (transformers'
             ``_keys_to_ignore_on_load_unexpected``).
         computed: The last two components of the names of buffers that the model computes and does not save.
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
-        keys: Names that the settings say the base model has, of all ranks.
+        keys: Names of the base model's tensors in the settings of all ranks.
     """
 
     aliases: frozenset[str] = frozenset()
@@ -62,23 +62,23 @@ class Expectation:
 
 @dataclass(frozen=True)
 class HeaderComparison:
-    """The outcome.
+    """Result of comparing an export's headers.
 
     Attributes:
         passed: Tensors of the base that the model class does not load and the export carries over.
-        differences: What contradicts; empty for a good export.
+        differences: One sentence for each difference; empty for a correct export.
     """
 
     passed: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
 
-#: What one rank says of its own files: see `expectation_row`.
+#: One rank's part of an `Expectation`: see `expectation_row`.
 ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
 
 
 def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
-    """What this rank's parts say of their files, for `merge_expectations`; ``None`` where it has no part. Local.
+    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local.
 
     Args:
         parts: This rank's parts.
@@ -102,11 +102,11 @@ def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> Expect
 
 
 def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
-    """What the rows of all ranks say together: pipeline stages have different parts.
+    """Merge the rows of all ranks: pipeline stages have different parts of the model.
 
     Args:
-        rows: Of those ranks that have parts.
-        keys: Names that the caller says the base model has (``model_state_dict_keys``), of all ranks.
+        rows: The rows of the ranks that have parts.
+        keys: Names of the base model's tensors in the settings of all ranks (``model_state_dict_keys``).
     """
     prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
     sizes = [size for *_, size in rows if size is not None]
@@ -140,7 +140,7 @@ def compare_with_base(
     Args:
         specs: The union of all ranks' tensors, under the names of the files.
         base: The base model.
-        expectation: What the model says of its files.
+        expectation: What the model says about its files.
         pass_through: Whether tensors that the class does not load are carried over.
     """
     written = {spec.name: spec for spec in specs}
@@ -164,7 +164,7 @@ def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> 
 
     Args:
         specs: The union of all ranks' tensors, under the names of the files.
-        expectation: What the model says of its files, and the settings of the base model's.
+        expectation: What the model says of its files, and what the settings say about the base model's.
     """
     written = {spec.name: spec for spec in specs}
     lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
@@ -190,7 +190,7 @@ def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> b
 def _accounted(
     name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
 ) -> bool:
-    """Whether a tensor of the base is in the export under another name, or needs not be."""
+    """Whether a tensor of the base is in the export under another name, or need not be."""
     if name in expectation.aliases or _tail(name) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
@@ -210,7 +210,7 @@ def _base_config(directory: Path) -> Mapping[str, object]:
     try:
         found = read_json(path)
     except FormatError:
-        # The base is somebody else's; a config that cannot be read promises nothing.
+        # The base's config is not ours to judge: an unreadable one adds no expectation.
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -264,7 +264,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
-    """Whether a file has a size and begins with some bytes. Where not, reading it properly says what is wrong."""
+    """Whether a file has this size and begins with these bytes; if not, parsing it finds what is wrong."""
     try:
         with open_regular(path, FormatError) as (written, found):
             return found == size and read_exactly(written, len(head)) == head

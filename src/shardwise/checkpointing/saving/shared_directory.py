@@ -1,7 +1,7 @@
-"""Whether the ranks write into one and the same directory, seen from rank 0 before anything is published.
+"""Checks that all ranks write into the same directory, before anything is published.
 
 A time stamp in ``checkpoint_dir`` or node-local disks give every rank a directory of its own, in which all of its
-writing succeeds. Two things are looked at, neither of which costs an exchange:
+writing succeeds. Two checks find this without another collective:
 
 1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
 2. rank 0 sees every file that any rank wrote, with its size.
@@ -29,11 +29,11 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class RootLocation:
-    """Where a rank finds the root.
+    """Where a rank's root directory is.
 
     Attributes:
-        host: Its machine.
-        path: The resolved path there.
+        host: Name of the rank's machine.
+        path: The resolved path on that machine.
         identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
     """
 
@@ -43,7 +43,7 @@ class RootLocation:
 
     @staticmethod
     def own(root: Path) -> RootLocation:
-        """This rank's."""
+        """The location on this rank."""
         path = os.path.realpath(root)
         try:
             info = os.stat(path)
@@ -52,17 +52,17 @@ class RootLocation:
         return RootLocation(socket.gethostname(), path, (info.st_dev, info.st_ino))
 
     def to_json(self) -> JsonValue:
-        """To be told to other ranks."""
+        """The location as JSON, to be gathered."""
         return [self.host, self.path, None if self.identity is None else list(self.identity)]
 
     @staticmethod
-    def from_json(told: JsonValue) -> RootLocation:
+    def from_json(value: JsonValue) -> RootLocation:
         """What `to_json` gave on another rank."""
-        host, path, identity = cast(tuple[str, str, list[int] | None], told)
+        host, path, identity = cast(tuple[str, str, list[int] | None], value)
         return RootLocation(host, path, None if identity is None else (identity[0], identity[1]))
 
     def is_another(self, other: RootLocation) -> bool:
-        """Whether the two are certainly not one directory; on different machines nobody can say from outside."""
+        """Whether the two are certainly different directories; unknown (false) on different machines."""
         if self.path == other.path or self.host != other.host:
             return False
         return self.identity is None or self.identity != other.identity
@@ -72,10 +72,10 @@ class RootLocation:
 
 
 def check_same_root(locations: Sequence[RootLocation]) -> None:
-    """Check that the ranks of one machine name one directory.
+    """Check that the ranks of each machine use one root directory.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: Two ranks of one machine use different ones.
     """
     for rank, location in enumerate(locations):
         first = next(number for number, other in enumerate(locations) if other.host == location.host)
@@ -87,17 +87,17 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Check that this rank sees the claim of rank 0's run. Local.
+    """Check that this rank sees rank 0's claim of the save. Local.
 
     Args:
         directory: Where ``name`` is saved.
         name: What is saved.
-        token: The run's.
+        token: The token of this run.
         group: The ranks that save together.
-        locations: Where each finds the root.
+        locations: Each rank's root.
 
     Raises:
-        StorageError: It does not.
+        StorageError: The claim is not visible here.
     """
     found = claimed_by(directory, name)
     if found != token:
@@ -111,15 +111,15 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
 
 
 def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
-    """Check that the files of a save are in a directory, with their sizes. Rank 0 calls.
+    """Check that rank 0 sees every written file with its size. Rank 0 calls.
 
     Args:
         directory: The unfinished save.
         records: What each rank wrote.
-        locations: Where each finds the root.
+        locations: Each rank's root.
 
     Raises:
-        StorageError: One is not there, or of another size.
+        StorageError: A file is absent or has another size.
     """
     # What several ranks know of was written by others than rank 0, which would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}

@@ -1,4 +1,4 @@
-"""What is saved of schedulers: every different state once, of which ranks it is, and which parameters it steers."""
+"""The saved form of schedulers: each distinct state once, with its ranks and the parameters that it steers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardwise.sources.state_files import pack_state, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
 from shardwise.upstream.torch_optim import inner_schedulers
 
-#: A parameter group is told by the names of its parameters.
+#: A parameter group is identified by the names of its parameters.
 Groups = tuple[tuple[str, ...], ...]
 _VERSION = 2
 

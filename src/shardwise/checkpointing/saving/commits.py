@@ -59,7 +59,7 @@ Closing = Sequence[Callable[[Group], None]]
 def gather_records(
     session: Session, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
 ) -> Callable[[], ComponentRecord]:
-    """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
+    """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
     Args:
         session: Settings, ranks and storage.

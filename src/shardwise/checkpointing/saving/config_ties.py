@@ -89,7 +89,7 @@ def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str
 def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
     """Let the configuration in a directory say what was written of tensors that it ties. Rank 0 calls.
 
-    Whether two are equal is told by their digests, which are those of the whole tensors, whoever has written them.
+    Two tensors are equal where their digests are; these are of the whole tensors, whichever rank wrote them.
 
     Args:
         ties: The `loose_ties`.

@@ -243,7 +243,7 @@ class MergeRule:
         return {each.tensor.spec.name: each.of(natives, results) for each in self.made}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Nothing can tell base and adapter apart again: it is never called."""
+        """Never called: a merged tensor cannot be divided into base and adapter."""
         raise NotImplementedError
 
 

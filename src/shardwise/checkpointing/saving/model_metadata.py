@@ -1,4 +1,4 @@
-"""What a save noted beside a model, for whoever loads it."""
+"""Reads the metadata that a save wrote beside a model for later loads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """The notes; there are none beside others' checkpoints.
+    """The metadata; empty for other tools' checkpoints.
 
     Attributes:
-        exact: Name in the file -> dtype in memory, where the export has another.
+        exact: Name in the file -> dtype in memory, where the export has another dtype.
         passed: Names of the base model's tensors that were carried over.
-        ranks: By how many ranks tensors were saved of which each has a value of its own; 0 where there are none.
-        module_state: Where there is state beside ordinary tensors.
+        ranks: Number of ranks that saved per-rank tensors; 0 where there are none.
+        module_state: Stems of the files of module state.
     """
 
     exact: Mapping[str, str]
@@ -33,17 +33,17 @@ class ModelMetadata:
 
 
 def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
-    """The notes beside a model. Rank 0 reads, so that all ranks load by the same ones; all ranks of the group call.
+    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
 
     Args:
         path: The model's directory or file.
         group: The ranks that load together.
 
     Raises:
-        StateFormatError: One of them is damaged.
+        StateFormatError: A file is damaged.
     """
-    told = group.tell(lambda: _noted(path), "reading what was noted beside the model")
-    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], told)
+    found = group.tell(lambda: _noted(path), "reading what was noted beside the model")
+    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
     return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
 
 

@@ -99,7 +99,7 @@ class Described:
         roster: Who holds what of the tensors that are written.
         computed: Who holds what of those that an export's tensors are computed from.
         beside: Who holds what of those that are written beside an export.
-        facts: What the ranks have told each other.
+        facts: The merged facts of all ranks.
     """
 
     hub: HubState
@@ -125,7 +125,7 @@ class ModelSave:
         reserve: Makes the directory above, on rank 0, before anything else is written.
 
     Attributes:
-        closing: Local work that is left when all bytes are durable; known after `steps`.
+        closing: Local work to do when all bytes are durable; known after `steps`.
     """
 
     def __init__(
@@ -172,11 +172,11 @@ class ModelSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
 
         Raises:
             Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
-                tells of it on the other ranks.
+                reports it on the other ranks.
             ShardwiseError: What else failed, on any rank.
         """
         try:
@@ -254,7 +254,7 @@ class ModelSave:
         return [_alias_step(kept), *self._module_state(facts, listed), write]
 
     def _module_state(self, facts: Facts, listing: Listing | None) -> list[Step]:
-        """What is left to do for state beside ordinary tensors. All ranks call."""
+        """The steps that write module state. All ranks call."""
         if not facts.has_beside:
             return []
         return [module_state_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
@@ -303,7 +303,7 @@ class ModelSave:
         return [*steps, *self._beside(described)]
 
     def _beside(self, described: Described) -> list[Step]:
-        """What is left to do for what stands beside the export, for resuming. All ranks call."""
+        """The steps that write what a resume needs beside the export. All ranks call."""
         hub, steps = described.hub, list[Step]()
         if described.beside.specs:  # of any rank: a stage may have no such tensor where another does
             excluded_names = {tensor.spec.name for tensor in hub.excluded}
@@ -601,7 +601,7 @@ class ModelSave:
 
 
 def _alias_step(kept: Mapping[str, str]) -> Step:
-    """A step that writes nothing, and tells the manifest of further names."""
+    """A step that writes nothing and adds aliases to the manifest."""
     record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
     return lambda group: record
 

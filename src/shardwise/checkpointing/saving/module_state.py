@@ -1,7 +1,7 @@
 """State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
 
-It stands in a directory of its own beside the model's tensors, in files that hold JSON and tensors, and is no part of
-an export. Of each name the lowest rank that holds it writes the value.
+It is saved in a directory of its own beside the model's tensors, in files of JSON and tensors, and is not part of an
+export. Each value is written by the lowest rank that holds it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SavedModuleState:
-    """What was saved beside a model's tensors.
+    """The module state saved beside a model's tensors.
 
     Attributes:
         values: By plain name.
-        metadata: Plain module name -> what torch noted of it.
+        metadata: Plain module name -> torch's metadata of the module (its version).
     """
 
     values: Mapping[str, object]
@@ -41,21 +41,21 @@ class SavedModuleState:
 
 
 def module_state_names(listing: Listing | None) -> list[list[str]]:
-    """Names of the values that a model has beside its tensors, and of the modules that torch notes something of."""
+    """Names of a model's values beside its tensors, and names of its modules with torch metadata."""
     return [[], []] if listing is None else [sorted(listing.aside), sorted(listing.metadata)]
 
 
 def module_state_step(
     listing: Listing | None, everyone: Sequence[list[list[str]]], directory: Path, group: Group, storage: Storage
 ) -> Step:
-    """Take this rank's part of what is beside tensors now, and return what is left to do. All ranks call.
+    """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
     Args:
         listing: What was listed of this rank's model; ``None`` where there is nothing.
         everyone: The `module_state_names` of each rank.
         directory: The model's.
         group: The ranks that save together.
-        storage: Through what.
+        storage: Where the files are written.
 
     Raises:
         ModuleStateError: A value cannot be stored; names the module.
@@ -107,7 +107,7 @@ def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, obj
 
 
 def _plain(value: object) -> object:
-    """A value with parameters in it as tensors: what gives them out means their values."""
+    """A value with its parameters replaced by plain tensors."""
     if isinstance(value, nn.Parameter) and not isinstance(value, DTensor):
         return value.detach().as_subclass(torch.Tensor)
     if type(value) is tuple:
@@ -120,7 +120,7 @@ def _plain(value: object) -> object:
 
 
 def find_module_state(path: Path) -> list[str]:
-    """The stems of files with state beside the model at ``path``; none beside others' checkpoints. Local."""
+    """The stems of the files of module state beside the model at ``path``; none in other tools' checkpoints. Local."""
     places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
     for place in places:
         found = sorted((place / ASIDE_DIR).glob("state-*.json"))
@@ -130,7 +130,7 @@ def find_module_state(path: Path) -> list[str]:
 
 
 def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
-    """Whether what `find_module_state` found is that of a model's directory, and not of the one around an export."""
+    """Whether the files that `find_module_state` found belong to this directory, not to the one around an export."""
     return bool(stems) and Path(stems[0]).parent.parent == path
 
 

@@ -1,4 +1,4 @@
-"""Exporting in the base model's dtypes what is in memory in others."""
+"""Casts tensors to the base model's dtypes for an export."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Recast:
         export: The tensors to export, each in the dtype that the base has it in.
         exact: Those among the originals whose values the base's dtype cannot hold exactly: a run that trains in
             float32 from a bfloat16 base exports bfloat16 and resumes from float32.
-        native: Dtype in memory of each tensor that the export has in another.
-        outside: Names of tensors that are no part of the exported model; they are ``exact``.
+        native: Name of a tensor exported in another dtype -> its dtype in memory.
+        outside: Names of tensors outside the exported model; they are in ``exact``.
     """
 
     export: Sequence[HeldTensor]
@@ -31,7 +31,7 @@ class Recast:
 
     @staticmethod
     def none(held: Sequence[HeldTensor], outside: Collection[str]) -> Recast:
-        """All tensors as they are, those apart too, for shards."""
+        """All tensors unchanged, for shards."""
         return Recast(list(held), [], {}, outside)
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Parameters that modules share: what a save does with their further names.
+"""Parameters that modules share: which of their aliases a save writes, and which it records.
 
-A shared tensor is saved once, under one of its names. The manifest tells those of the others that the model does not
+A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not
 declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
 tie is declared, a model without it is another model, and lacks the tensor.
 
@@ -24,12 +24,12 @@ from shardwise.stateful_wrappers.names import unwrap
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedNames:
-    """What becomes of the further names of a part's tensors; all as the files have them, but for ``absent``.
+    """How the aliases of a part's tensors are saved; names as in the files, except in ``absent``.
 
     Attributes:
-        copies: The tensors once more, under the further names that are written too.
-        kept: Further name, unless it is declared to be one -> the name under which the tensor is written in any case.
-        absent: Further names that nothing is written under, as the model has them and as files would.
+        copies: The tensors again, under the aliases that are written too.
+        kept: Undeclared alias -> the name under which the tensor is always written.
+        absent: Aliases that are not written, under the model's names and under those of files.
     """
 
     copies: tuple[HeldTensor, ...] = ()
@@ -38,12 +38,12 @@ class SharedNames:
 
 
 def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
-    """Tell what becomes of further names. Local.
+    """Decide how aliases are saved. Local.
 
     Args:
         part: The model's part.
-        tied: Each further name, and what this rank holds of the tensor under the native name that is kept.
-        expected: Further names that are declared; see `loaders_ties`.
+        tied: Each alias, and the held tensor under its kept native name.
+        expected: Declared aliases; see `loaders_ties`.
     """
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)

@@ -1,7 +1,7 @@
 """Writes the Hugging Face export of a checkpoint saved without one: one process, bounded memory, checkpoint unchanged.
 
-A checkpoint that `verify` calls damaged is refused here. Digests are compared with those of the save while the bytes are read for the
-export, so that damage ends in an error and not in an export with fresh digests.
+A checkpoint that `verify` calls damaged is refused here. Digests are compared with those of the save while the bytes
+are read for the export, so that damage is an error and not an export with fresh digests.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Target:
 
 
 def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
-    """What ``path`` means: a checkpoint, a part of one, components without a checkpoint around them, or a root's ``LATEST``.
+    """Find what ``path`` names: a checkpoint, a part of one, components by themselves, or a root's ``LATEST``.
 
     Returns:
         One target, or one for each component of a directory whose components have manifests of their own.

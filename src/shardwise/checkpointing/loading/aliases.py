@@ -51,8 +51,10 @@ def with_aliases(
         key_mapping: What the source's names were passed through.
         group: The ranks that load together.
     """
-    found = group.tell(lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared")
-    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], found).items()}
+    received = group.tell(
+        lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"
+    )
+    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], received).items()}
     if not aliases:
         return Aliased(source)
     lacking = list(lacking)

@@ -2,9 +2,9 @@
 
 What an interrupted save left and what another checkpointer is writing have the same kind of name. The lock
 distinguishes them: the process that writes ``.saving-NAME`` holds a lock on ``.owner-NAME``, which the system releases
-when the process ends in any way, on this machine or, where the file system passes locks on (NFS, Lustre with ``flock``),
-on another. The file says which host and process it is, for people. It is gone once the save is over, and never part of
-a checkpoint.
+when the process ends in any way, on this machine or, where the file system passes locks on (NFS, Lustre with
+``flock``), on another. The file says which host and process it is, for people. It is gone once the save is over, and
+never part of a checkpoint.
 """
 
 from __future__ import annotations

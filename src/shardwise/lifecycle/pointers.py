@@ -1,7 +1,7 @@
 """Pointers of a root: ``LATEST`` and its like, replaced atomically.
 
-A pointer is a relative symbolic link, or a text file ``NAME.txt`` where the file system has no links. If a crash
-leaves both kinds, the text file decides: one that is new counts at once, one that is old until it is removed, and in either
+A pointer is a relative symbolic link, or a text file ``NAME.txt`` where the file system has no links. If a crash leaves
+both kinds, the text file decides: one that is new counts at once, one that is old until it is removed, and in either
 case the pointer changes in a single step.
 """
 

@@ -1,11 +1,11 @@
 """Resolves what a user names to a checkpoint that may be resumed from; it only reads, so every rank may call it.
 
 Order is never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest. What was
-published later is newer (`shardwise.lifecycle.lineage`); checkpoints without a lineage count as older than all
-others and are ordered by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with one that starts
-again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let retention delete
-the newest instead. The one case that this order gets wrong, epoch numbers that run backwards after a change of the
-data, is decided by ``LATEST``, which is set by publication and always comes first.
+published later is newer (`shardwise.lifecycle.lineage`); checkpoints without a lineage count as older than all others
+and are ordered by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with
+one that starts again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let
+retention delete the newest instead. The one case that this order gets wrong, epoch numbers that run backwards after a
+change of the data, is decided by ``LATEST``, which is set by publication and always comes first.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.inference import without_collector
 from shardwise.checkpointing.loading.models import load_model
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.saving.model_metadata import read_model_metadata
 from shardwise.checkpointing.saving.models import ModelSave
-from shardwise.checkpointing.saving.saved_notes import read_notes
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
@@ -338,7 +338,7 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
         looking = {"single": [], "files": names, "index": [], "dcp": []}
         told = {f"looking for a checkpoint at {made}": json.dumps(looking)}
         notes = _Telling()
-        read_notes(Path(made), notes)
+        read_model_metadata(Path(made), notes)
         told |= notes.told
         said: dict[str, list[bytes]] = {}
         _load(_session(_Keeping(rank, ranks, told, offsets, said), directory), model, Path(made))
@@ -362,7 +362,7 @@ def _files(directory: Path, layout: Layout) -> dict[str, str]:
             stream.truncate(file.size)
     group = _Telling()
     open_source(directory, group)
-    read_notes(directory, group)
+    read_model_metadata(directory, group)
     return group.told
 
 

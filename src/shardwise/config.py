@@ -1,4 +1,4 @@
-"""The documented home of the settings: `CheckpointingConfig`, the `shardwise.settings.Settings` that make the engine.
+"""The documented home of the settings: `CheckpointingConfig`, the `shardwise.settings.Settings` that build the engine.
 
 The engine reads settings and knows nothing of this module, so imports point one way.
 """
@@ -28,7 +28,7 @@ __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 @names_unknown_keys
 @dataclass
 class CheckpointingConfig(Settings):
-    """Everything that can be set about checkpointing, and `build`, which makes the engine of it.
+    """Everything that can be set about checkpointing, and `build`, which makes the engine from it.
 
     The fields are those of `shardwise.settings.Settings`.
     """

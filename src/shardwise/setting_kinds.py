@@ -1,6 +1,6 @@
-"""What kind of value a setting takes, whether it is given to the constructor or read from YAML.
+"""Checks the type of a setting's value, given to the constructor or read from YAML.
 
-A value of the wrong kind must not get by because it happens to be true, or iterable: ``is_async="false"`` would save in
+A value of the wrong type must not pass because it happens to be truthy or iterable: ``is_async="false"`` would save in
 the background, and a prefix given as text would be taken as a list of letters.
 """
 

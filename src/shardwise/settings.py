@@ -1,4 +1,4 @@
-"""What a user may set, checked when it is set.
+"""The settings, checked when they are set.
 
 `CheckpointingConfig` is plain data: it imports neither torch nor transformers until it has to, and a mistake in it is a
 `ConfigError` before the first step rather than a surprise at the first save.
@@ -102,7 +102,7 @@ class Settings:
         enabled: Whether the training loop saves at all.
         checkpoint_dir: Root that holds the checkpoints and the pointers to them: a path, or a URL (``scheme://...``).
         model_save_format: ``safetensors``, or ``torch_save`` for DCP's ``.distcp`` files, which come without an export:
-            building a checkpointer with ``save_consolidated="every"`` besides is an error. A `SerializationFormat`,
+            building a checkpointer with ``save_consolidated="every"`` as well is an error. A `SerializationFormat`,
             which is text too, after construction.
         model_cache_dir: Where base models are cached; the Hugging Face hub's cache when not given.
         model_repo_id: Hub name or local directory of the base model.
@@ -129,13 +129,13 @@ class Settings:
         cpu_offload: Move states to the CPU as they are captured, into memory that the checkpointer keeps for that, and
             write them from there: a synchronous save then reads an accelerator once, at its beginning. Asynchronous
             saves do so anyway.
-        allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states. It runs code from the file.
+        allow_legacy_pickle_restore: Permit unrestricted unpickling of legacy states, which can run code from the file.
         legacy_paramwrapper_layout: Read and write adapters on expert parameters in the layout of older releases.
         consolidation_timeout_minutes: How long the other ranks wait for a merging rank, in minutes, whatever
             ``collective_timeout_seconds`` says.
         max_recent_checkpoints: How many of the newest complete checkpoints to keep; ``None`` keeps all.
         random_writes: False where the file system cannot take random writes into shared files: the merging path is
-            used. It is apart from ``single_rank_consolidation`` because here every rank may still merge a file.
+            used. Unlike with ``single_rank_consolidation``, every rank may still merge files.
         max_file_bytes: Largest exported file, in bytes, where there is no base model whose split is kept: uploads and
             tools dislike larger ones.
         io_threads: Threads per rank that read and write; ``None`` derives it from the cores. Shared nodes and network
@@ -171,8 +171,8 @@ class Settings:
             DistributedDataParallel's own broadcast. Comparing reads each replica's bytes once more.
         per_rank_state: Patterns of names (``*.experts.*``, as for file names) of tensors of which each rank has a value
             of its own: experts kept by hand, statistics of a rank's own batches. They and their optimizer state are
-            saved for each rank besides, and restored to it on the same number of ranks; what other tools and other
-            numbers of ranks get is the lowest rank's. A pattern that matches nothing is an error.
+            also saved for each rank, and restored to it on the same number of ranks; other tools and other numbers
+            of ranks get the lowest rank's. A pattern that matches nothing is an error.
         allow_missing_base: Save without a base model's split, dtypes, configuration and comparison where the one that
             is named (``model_repo_id``, ``original_model_root_dir``) is not found, for a model that trains from
             scratch under a base's name. Otherwise that is an error, since a mistyped name looks just the same.

@@ -1,4 +1,4 @@
-"""What an addon is: two hooks around the writing of a model, and the arguments that they are given."""
+"""The protocol of addons: two hooks around the writing of a model, and their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which entry of a configuration it is that cannot be written."""
+"""Finds the entry of a configuration that cannot be written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEEPEST = 20
 
 @contextlib.contextmanager
 def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
-    """Turn what writing a configuration fails with into an error that names the entry.
+    """Turn an error in writing a configuration into one that names the entry.
 
     Raises:
         MisuseError: A property raises, or a value is none that JSON has.
@@ -52,7 +52,7 @@ def _in_properties(config: object) -> str:
                 getattr(config, name)
             except NotImplementedError:
                 continue  # an abstract one, which nobody reads
-            except Exception as error:  # noqa: BLE001 - what it raises is what is told
+            except Exception as error:  # noqa: BLE001 - its error goes into the message
                 return f"{name}, a property that raises {type(error).__name__}: {error}"
     return ""
 

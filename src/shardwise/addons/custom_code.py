@@ -127,7 +127,7 @@ class _Copies:
         self._sources: dict[Path, Path] = {}
 
     def holds(self, relative: Path) -> bool:
-        """Whether a file already came to stand at ``relative``."""
+        """Whether a file was already copied to ``relative``."""
         return relative in self._sources
 
     def add_all(self, files: list[Path], root: Path) -> None:
@@ -136,7 +136,7 @@ class _Copies:
             self.add(file, file.relative_to(root))
 
     def add(self, source: Path, relative: Path) -> None:
-        """Copy the bytes of ``source`` to ``relative``, unless another source already stands there."""
+        """Copy the bytes of ``source`` to ``relative``, unless another source was copied there."""
         first = self._sources.get(relative)
         if first is not None:
             if first != source and first.read_bytes() != source.read_bytes():

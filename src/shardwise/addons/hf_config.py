@@ -242,7 +242,7 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
 
 
 def untie_configs(directory: Path) -> None:
-    """Let the configurations in a directory say that no two of the model's tensors are one, in sub-configs too.
+    """Set ``tie_word_embeddings`` to false in the configurations of a directory, in sub-configs too.
 
     Args:
         directory: Where ``config.json`` is, and in v4 mode ``config.v5.json``.
@@ -432,7 +432,7 @@ def copy_config(original_model_path: str, directory: str, name: str, *, keep_qua
 
 
 def localize_auto_maps(directory: Path) -> None:
-    """Point ``auto_map`` at the modules that stand beside it: ``repo--module.Class`` becomes ``module.Class``.
+    """Point ``auto_map`` at the modules beside it: ``repo--module.Class`` becomes ``module.Class``.
 
     transformers fetches a prefixed reference from the hub even where the module was exported with the model.
 

@@ -194,7 +194,7 @@ def _write_metadata(
 
 
 def why_no_config(parts: Sequence[nn.Module]) -> str:
-    """What to say where a model's export has no ``config.json``: why, and what to do."""
+    """Message for an export without ``config.json``: the reason, and what to do."""
     model = described_part(parts)
     if model is None:
         return "this rank has no part of the model"

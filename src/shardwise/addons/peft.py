@@ -1,7 +1,7 @@
 """PEFT: the settings and the tokenizer beside an adapter's weights.
 
-The weights themselves are described by `capture_adapter` and written and read by the engine; `check_adapter` says
-whether what all ranks are about to write is a whole adapter.
+The engine writes and reads the weights themselves, as `capture_adapter` describes them; `check_adapter` checks that
+all ranks together write a complete adapter.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 class PeftAddon:
     """Writes ``adapter_config.json``, ``automodel_peft_config.json`` and the tokenizer beside an adapter's weights.
 
-    With ``diffusers_compatible`` the settings stand in the header of the weights, and only the tokenizer is written.
+    With ``diffusers_compatible`` the settings are in the header of the weights, and only the tokenizer is written.
     """
 
     def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:

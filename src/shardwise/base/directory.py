@@ -1,4 +1,4 @@
-"""Finds the base model's directory, and tells links that stay inside it from links that leave it."""
+"""Finds the base model's directory, and checks whether links lead outside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from shardwise.base.hub_cache import default_cache, find_snapshot, hub_name
 from shardwise.sources.directory_contents import holds_model
 
-#: Files of which at least one is in every model's folder.
+#: Every model's folder has at least one of these files.
 _LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")
 
 

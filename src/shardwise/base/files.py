@@ -1,4 +1,4 @@
-"""Finding a base model on this machine and saying what its files hold."""
+"""Finds a base model on this machine and reads its configuration, dtype and tensors."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | 
 def base_config(path: Path) -> dict[str, object]:
     """The base's ``config.json``, empty where there is none.
 
-    Tools older than ``quantization_config`` say in a file of their own how they quantized; that is put in its place
-    where the config has none.
+    Tools older than ``quantization_config`` keep their quantization settings in a file of their own; its content
+    becomes that entry where the config has none.
 
     Raises:
         FormatError: One of the files is not JSON.

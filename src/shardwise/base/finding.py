@@ -1,4 +1,4 @@
-"""Where a base model is. One search serves all that name one: settings, `load_base_model`, and the metadata.
+"""Finds a base model. Settings, `load_base_model` and the metadata all use this one search.
 
 Places are looked at in this order, and the first that holds a model is taken:
 
@@ -39,7 +39,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is looked for.
+    """A search for a base model.
 
     Attributes:
         name: A path, a name below ``root``, or a hub id; ``None`` where ``root`` is all that is known.
@@ -57,11 +57,11 @@ class Search:
 
     @property
     def label(self) -> str:
-        """What is looked for, for messages."""
+        """Description of the search, for messages."""
         return str(self.root) if self.name is None else self.name
 
     def places(self) -> Iterator[Path]:
-        """Paths, in their order."""
+        """Paths to try, in order."""
         if self.root is not None and self.name is not None:
             yield self.root / self.name
         if self.root is not None and self.root_counts:
@@ -72,7 +72,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What is at a place: the model, or what stands there instead."""
+    """What one path holds: a model, or what was found there instead."""
 
     said: str
     model: Path | None = None
@@ -81,7 +81,7 @@ class _Look:
 
 
 def configured(config: Settings) -> Search | None:
-    """What the settings name, or ``None`` where they name no base model."""
+    """The search for the base model in the settings, or ``None`` where they name none."""
     name, root = config.model_repo_id, config.original_model_root_dir
     if name is None and root is None:
         return None
@@ -92,7 +92,7 @@ def configured(config: Settings) -> Search | None:
 
 
 def asked_for(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Search:
-    """What a call names.
+    """The search for the base model that a call names.
 
     Args:
         root_dir: The hub cache, or a directory that models lie in.

@@ -1,7 +1,7 @@
 """Models in a Hugging Face hub cache: ``models--org--name/snapshots/<commit>``. The network is never asked.
 
-Which names are hub ids, and how a model's folder is called, is huggingface_hub's to say; its layout is described in
-its guide "Understand caching". Order never comes from time stamps: where a branch was not fetched and several
+huggingface_hub decides which names are hub ids and how a model's folder is called; its guide "Understand caching"
+describes the layout. Order never comes from time stamps: where a branch was not fetched and several
 snapshots are there, none is taken.
 """
 
@@ -37,11 +37,11 @@ class HubName:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The outcome of a look into a cache.
+    """Result of a search in a cache.
 
     Attributes:
         path: The snapshot's directory, or ``None``.
-        said: Where it was looked, and what was there, for a message.
+        said: Where the search looked and what it found, for a message.
     """
 
     path: Path | None

@@ -2,8 +2,8 @@
 
 First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
 marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
-that are in no file, in most models) come from building their module once more (`base_rebuild`). Nothing here knows a
-model.
+that are in no file, in most models) come from building their module once more (`shardwise.base.rebuild`). Nothing here
+is specific to one model.
 
 A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
 memory held.
@@ -122,7 +122,7 @@ def check_attributes(module: nn.Module) -> None:
 
 
 def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
-    """Buffers that are in no file and have memory: after ``to_empty`` nobody knows what is in it."""
+    """Buffers that are in no file and have memory, whose content is undefined after ``to_empty``."""
     return [
         slot for slot in slots if slot.kind == "buffer" and not slot.persistent and slot.tensor.device.type != "meta"
     ]
@@ -184,7 +184,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _flags(module: nn.Module, tensors: Mapping[str, torch.Tensor], loaded: Collection[str]) -> Iterator[None]:
-    """Tell transformers' initialisation what is loaded and that nothing else is initialised yet."""
+    """Mark for transformers' initialisation which tensors are loaded, and all others as not initialised."""
     for inner in module.modules():
         forget_initialised(inner)
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The base model's files: which tensor stands in which file, and in which dtype."""
+"""The base model's files: which file holds each tensor, and in which dtype."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What the base model's headers say.
+    """The base model's headers.
 
     Attributes:
         directory: Where it is.
@@ -65,8 +65,8 @@ class BaseModel:
 def find_base_path(config: Settings) -> str | None:
     """The local path of the base model that the configuration names, or ``None`` where it names none. Local.
 
-    With ``allow_missing_base`` it is also ``None`` where the base is not there; and where adapters are trained, whose
-    checkpoints hold nothing of the base but its name.
+    Also ``None`` where the base is not found and ``allow_missing_base`` is set, or adapters are trained: their
+    checkpoints hold only the name of the base.
 
     Raises:
         CheckpointNotFoundError: It is not there; the message lists all places that were looked at.

@@ -1,4 +1,4 @@
-"""Filling held tensors from a base model: what is stored how, comparing, reading in bounded memory.
+"""Fills held tensors from a base model: compares them with the files, and reads in bounded memory.
 
 A base model may be quantized, may be in another dtype, and may come as ``.bin`` files; otherwise this is what
 `shardwise.engine.load` does for checkpoints.
@@ -52,7 +52,7 @@ class BaseSource:
         plain: Its stored tensors, as far as byte ranges read them.
         bins: The ``.bin`` files behind it, where there are any.
         quantized: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
-        behind: Names of the stored tensors that ``quantized`` is made of.
+        behind: Names of the stored tensors from which ``quantized`` is computed.
         scaled: Names of stored values whose scales are at hand, whether or not they are to be multiplied.
         settings: What its config says about quantization.
     """
@@ -94,7 +94,7 @@ class BaseOptions:
     Attributes:
         allow_missing: Tensors that the base lacks keep their values.
         threads: Reads at once on each rank.
-        observe: Told of every byte range read, ``(file, offset, length)``.
+        observe: Called with every byte range read, ``(file, offset, length)``.
         sharing: Whether replicas read the same bytes once.
     """
 
@@ -129,7 +129,7 @@ class BaseLoadReport:
 
 @dataclass
 class _Plan:
-    """What a rank has to do."""
+    """The reads and conversions of one rank."""
 
     reads: PlannedReads = field(default_factory=PlannedReads)
     quantized: list[tuple[Quantized, HeldTensor]] = field(default_factory=list)
@@ -257,12 +257,12 @@ def _values(wanted: Iterable[HeldTensor], source: BaseSource, reader: Reader, gr
 def _both(
     first: Callable[[int], None], second: Callable[[int, int, int], None] | None
 ) -> Callable[[int, int, int], None]:
-    def told(file: int, offset: int, length: int) -> None:
+    def both(file: int, offset: int, length: int) -> None:
         first(length)
         if second is not None:
             second(file, offset, length)
 
-    return told
+    return both
 
 
 def _execute(plan: _Plan, source: BaseSource, reader: Reader, group: Group) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors of a model a base model fills, and under which names its files have them."""
+"""Matches a model's tensors with the names in a base model's files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ from shardwise.upstream.transformers import may_be_missing
 
 @dataclass(frozen=True, eq=False)
 class BaseWanted:
-    """What a base fills on this rank.
+    """The tensors that a base fills on this rank.
 
     Attributes:
         held: Destinations under the names of the base's files.
         groups: Native tensors that have to be computed from the base's.
-        copies: ``(from, to)``: memory that gets what another one was filled with.
+        copies: ``(from, to)``: tensors to copy after loading.
         tensors: The model's tensors behind all of these.
-        filled: Those of them that the files fill; the others are not expected to be there.
         conversions: For each part, its tensors and how they become those of the files.
         steps: What modules do that take their state by methods of their own.
         filled: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
@@ -82,7 +81,7 @@ def match_base(
     key_mapping: Mapping[str, str] | None = None,
     before: BaseWanted | None = None,
 ) -> BaseWanted:
-    """Describe what a base's files fill of a model, which may still be on the meta device. Local.
+    """Match a model, which may still be on the meta device, with the tensors in a base's files. Local.
 
     Adapters are left out: their layers' base weights are matched under the names that they have without. A tied tensor
     is matched under whichever of its names the files have; a head that this model does not tie and the files lack gets

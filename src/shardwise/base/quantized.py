@@ -1,4 +1,4 @@
-"""Quantized base models: what ``config.json`` says, which tensors belong together, and reading them dequantized.
+"""Quantized base models: parses their settings, groups values with scales, and reads them dequantized.
 
 Formats, and where they are from:
 
@@ -46,7 +46,7 @@ _SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit f
 
 @dataclass(frozen=True, slots=True)
 class QuantSettings:
-    """What a ``quantization_config`` says.
+    """The content of a ``quantization_config``.
 
     Attributes:
         method: ``quant_method``, with the format behind it where one method has several.

@@ -16,7 +16,7 @@ from shardwise.upstream.torch_dispatch import OpOverload, TorchDispatchMode, ope
 from shardwise.upstream.torch_tensors import local_part
 
 _RANDOM = frozenset({"normal_", "uniform_", "bernoulli_", "random_", "exponential_", "cauchy_", "log_normal_"})
-#: Elements drawn at a time; a rank that holds some rows of a tensor draws the blocks that they lie in and no others.
+#: Elements drawn at a time; a rank draws only the blocks that contain its own rows of a tensor.
 BLOCK_ELEMENTS = 2**20
 
 

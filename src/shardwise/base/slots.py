@@ -18,7 +18,7 @@ class Slot:
 
     Attributes:
         name: Plain name of its first occurrence.
-        places: Modules and attributes that are this very tensor.
+        places: Modules and attributes that refer to this tensor.
         kind: Where modules keep it.
     """
 

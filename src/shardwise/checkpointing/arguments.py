@@ -1,4 +1,4 @@
-"""What callers hand in, looked at before anything is done with it: a mistake is named, and on every rank alike."""
+"""Checks of arguments and settings before a call does anything: a mistake is the same named error on every rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.saving.places import Place, check_places
+from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ConfigError, MisuseError
 from shardwise.settings import Settings
@@ -24,8 +24,8 @@ from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 
-#: Settings in which ranks may differ: places, what a machine can do, and what another pipeline stage has not. Any other
-#: one may decide which collectives a save and a load consist of, or which bytes belong where.
+#: Settings that may differ between ranks: paths, what a machine can do, and what only one pipeline stage has. Any other
+#: setting may decide which collectives a save or load makes, or which bytes belong where.
 _OWN = frozenset(
     {
         "checkpoint_dir",
@@ -43,10 +43,10 @@ _OWN = frozenset(
 
 
 def check_arguments(model: object, optimizer: object = None, scheduler: object = None) -> None:
-    """Check that each is what it is called, or a sequence of such.
+    """Check that each argument has the type its name says, or is a sequence of such objects.
 
     Raises:
-        MisuseError: One is something else.
+        MisuseError: One has another type.
     """
     for part in _several(model):
         if not isinstance(part, nn.Module):
@@ -62,7 +62,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 
 
 def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """As `check_arguments`; also that FSDP1 wraps no module.
+    """Check arguments as `check_arguments` does, and that no module is wrapped by FSDP1.
 
     Returns ``name``, for `shardwise.checkpointing.calls.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
     lists the model, which later saves need not do.
@@ -73,26 +73,26 @@ def checked(model: object, optimizer: object = None, scheduler: object = None, n
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
-    """What the ranks have told each other when they met.
+class FirstExchange:
+    """What the ranks exchanged at the first call.
 
     Attributes:
         names_base: Whether the settings of any rank name a base model.
-        names_keys: Whether those of any rank list the base model's parameters.
-        places: Where each rank finds the root.
-        token: A text that no other run has; rank 0's.
+        names_keys: Whether the settings of any rank list the base model's parameters.
+        locations: Where each rank's root directory is.
+        token: A text unique to this run, chosen by rank 0.
     """
 
     names_base: bool
     names_keys: bool
-    places: tuple[Place, ...]
+    locations: tuple[RootLocation, ...]
     token: str
 
 
-def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
-    """Check that the ranks were given the same settings, where others would leave them waiting for each other.
+def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
+    """Check that all ranks have the same settings, wherever a difference would make them wait for each other.
 
-    Threads and time-outs may differ, and paths that are looked for on each machine. The directory of the checkpoints
+    Threads, time-outs and paths of each machine may differ. The directory of the checkpoints
     may have another path on another machine; on one machine it has to be the same directory. All ranks call.
 
     Raises:
@@ -103,7 +103,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), Place.own(root).to_json(), uuid.uuid4().hex]
+    mine = [cast(JsonValue, own), cast(JsonValue, names), RootLocation.own(root).to_json(), uuid.uuid4().hex]
     told = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
     everyone = [theirs for theirs, _, _, _ in told]
     for rank, theirs in enumerate(everyone):
@@ -113,15 +113,15 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> Met:
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    places = tuple(Place.from_json(place) for _, _, place, _ in told)
+    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in told)
     if not config.is_remote:
-        check_places(places)
+        check_same_root(locations)
     named, listed = (any(theirs[number] for _, theirs, _, _ in told) for number in range(2))
-    return Met(named, listed, places, told[0][3])
+    return FirstExchange(named, listed, locations, told[0][3])
 
 
 def warn_if_alone(group: Group) -> None:
-    """Say so where a launcher has started several processes and each of them takes itself for the only one."""
+    """Warn where a launcher started several processes but this one has no process group and would act alone."""
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
         _LOG.warning(
@@ -132,7 +132,7 @@ def warn_if_alone(group: Group) -> None:
 
 
 def whole_number(value: int) -> int:
-    """An integer of any library as Python's own; anything else as it is, for the caller to refuse."""
+    """Convert any library's integer to Python's ``int``; return anything else unchanged, for the caller to refuse."""
     try:
         return value if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -140,20 +140,20 @@ def whole_number(value: int) -> int:
 
 
 def check_mapping(key: str, value: object) -> None:
-    """Check that an argument that is given by name and value is that.
+    """Check that an argument is a mapping with text keys.
 
     Raises:
-        MisuseError: It is something else.
+        MisuseError: It is not.
     """
     if value is not None and not isinstance(value, Mapping):
         raise _not(key, value, "a dictionary")
 
 
 def check_stateful(value: object) -> None:
-    """Check that an object has the two methods of a state.
+    """Check that an object has ``state_dict`` and ``load_state_dict``.
 
     Raises:
-        MisuseError: It lacks one.
+        MisuseError: One of them is missing.
     """
     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
         raise _not("state", value, "an object with state_dict() and load_state_dict()")

@@ -1,6 +1,6 @@
 """A second model in a checkpoint: the moving average of the first, saved and exported as the first is.
 
-It stands in ``model_ema/`` as the model stands in ``model/``, under the same names. What a wrapper such as torch's
+It is saved in ``model_ema/`` as the model is in ``model/``, under the same names. What a wrapper such as torch's
 ``AveragedModel`` keeps beside the model, ``n_averaged`` above all, is in ``model_ema/averaging``.
 """
 
@@ -30,11 +30,11 @@ _INSIDE = "module."
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """An averaged model, without what wraps it.
+    """An averaged model without its wrapper.
 
     Attributes:
         model: The model, or this rank's pipeline stages.
-        beside: What the wrapper keeps beside it, by name, sharing its memory; nothing where there is no wrapper.
+        beside: The wrapper's own tensors by name (views of its memory); empty where there is no wrapper.
     """
 
     model: nn.Module | list[nn.Module]
@@ -45,7 +45,7 @@ class Average:
         """Take the wrappers off. Local.
 
         Raises:
-            MisuseError: A wrapper keeps what is no plain tensor.
+            MisuseError: A wrapper has state that is not a plain tensor.
         """
         parts = [ema] if isinstance(ema, nn.Module) else list(ema)
         beside: dict[str, torch.Tensor] = {}
@@ -68,7 +68,7 @@ class Average:
         return Average(models[0] if isinstance(ema, nn.Module) else models, beside)
 
     def capture(self, directory: Path, storage: Storage) -> list[Step]:
-        """Pack now what the wrappers keep; returns what is left to do. Local.
+        """Capture the wrappers' tensors now and return the steps that write them. Local.
 
         Args:
             directory: The average's directory.
@@ -80,7 +80,7 @@ class Average:
             record = ComponentRecord()
             with group.together("writing what is kept of the averaging"):
                 if packed and group.is_main:
-                    own = directory / _AVERAGING  # apart: files of tensors beside a model's would be taken for its own
+                    own = directory / _AVERAGING  # tensor files beside the model's would be read as the model's
                     storage.make_directory(own)
                     record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
                     storage.sync_directory(own)
@@ -89,11 +89,11 @@ class Average:
         return [write]
 
     def find(self, directory: Path) -> FoundAveraging:
-        """Read what was saved of the wrappers, and compare it. Local; nothing is changed.
+        """Read the wrappers' saved tensors and compare them. Local; changes nothing.
 
         Raises:
-            CheckpointNotFoundError: The checkpoint has no average, or nothing of its wrapper.
-            StateFormatError: It is damaged, or of another wrapper.
+            CheckpointNotFoundError: The checkpoint has no average, or no state of its wrapper.
+            StateFormatError: The saved state is damaged or belongs to another wrapper.
         """
         if not directory.is_dir():
             raise CheckpointNotFoundError(
@@ -125,7 +125,7 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class FoundAveraging:
-    """What wrappers keep, and what is to be put there.
+    """The wrappers' tensors and their saved values.
 
     Attributes:
         beside: Their tensors.

@@ -1,4 +1,4 @@
-"""With what every call of the checkpointer begins: the ranks find out that they make the same one."""
+"""The first exchange of every call of the checkpointer: all ranks must make the same call."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def check_same_call(
     group: Group,
     note: JsonValue = None,
 ) -> list[JsonValue]:
-    """Check that the ranks ask for the same: which call, with which arguments, for what. All ranks call.
+    """Check that all ranks make the same call with the same kinds of arguments. All ranks call.
 
-    It is the first exchange of every call, so that one that meets another is named at once.
+    Every call begins with this exchange, so that two different calls that meet are named at once.
 
     Args:
-        call: The method with what tells one call from another, as a message has it: ``save(epoch_0_step_1)``.
-        look: Looks at this rank's arguments, and tells what is saved; the same text on every rank where it is not for
-            the caller to say. What it raises on one rank is raised on all.
-        given: Arguments that decide which messages travel, as a message names them -> whether they were passed.
+        call: The method and its target, as messages show it: ``save(epoch_0_step_1)``.
+        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on the
+            caller. An error on one rank is raised on all.
+        given: Name of an optional argument that decides which collectives follow -> whether it was passed.
         group: The ranks that save or load together.
-        note: Something else that every rank is to know.
+        note: Another value to gather from every rank.
 
     Returns:
         The note of each rank.
 
     Raises:
-        MisuseError: They differ.
+        MisuseError: The calls differ.
     """
     names = sorted(key for key, is_given in given.items() if is_given)
     with group.coming(call):
@@ -72,29 +72,29 @@ def _method(call: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Whether a save is made, and what became of the one before it.
+    """Whether a save is made, and the error of the previous save.
 
     Attributes:
-        skipped: It is not: the last one is still being written, and the settings say that it need not wait.
-        earlier: What failed in the last one, on any rank; the same on every rank.
+        skipped: The save is not made: the previous one is still being written, and the settings say not to wait for it.
+        earlier: The error of the previous save, from any rank; the same on every rank.
     """
 
     skipped: bool = False
     earlier: ShardwiseError | None = None
 
     @contextmanager
-    def telling(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
-        """Make a save, and then raise what failed in the one before it.
+    def raising_earlier(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
+        """Make a save, and then raise the error of the previous one.
 
-        A user who is told of a lost checkpoint wants the next one more than ever, so it comes first, and is durable
-        before anything is raised.
+        A user who has lost a checkpoint needs the next one all the more, so the new save is made durable before the
+        error is raised.
 
         Args:
-            what: The save that is made.
-            wait: Returns when it is durable and published.
+            what: Name of the new save, for messages.
+            wait: Returns when the new save is durable and published.
 
         Raises:
-            ShardwiseError: What failed in the one before.
+            ShardwiseError: The error of the previous save.
         """
         earlier = self.earlier
         try:
@@ -112,10 +112,10 @@ class Turn:
 
 
 def own_state(background: Background | None, waits: bool) -> JsonValue:
-    """What the others are to know of this rank's background before a save: is it busy, has it failed. Local.
+    """The state of this rank's background thread, to be gathered before a save: is it busy, has it failed. Local.
 
     Args:
-        background: Where there is one.
+        background: The background; ``None`` in synchronous mode.
         waits: Whether to wait for the save that is being written.
     """
     if background is None:
@@ -127,11 +127,10 @@ def own_state(background: Background | None, waits: bool) -> JsonValue:
 
 
 def take_turn(states: list[JsonValue]) -> Turn:
-    """Decide from every rank's state, the same on every rank.
+    """Decide from the states of all ranks whether a save is made; the result is the same on every rank.
 
     Raises:
-        ShardwiseError: What failed in the last save, where the ranks' background has broken, so that it cannot write
-            another one.
+        ShardwiseError: The error of the previous save, where it left the background unable to write another one.
     """
     everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
     records = [record for _, _, record in everyone if record is not None]

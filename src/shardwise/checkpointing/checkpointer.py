@@ -23,7 +23,7 @@ from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
-from shardwise.checkpointing.parallel_ranks import ParallelRanks, Place
+from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
@@ -374,10 +374,12 @@ class Checkpointer:
             MisuseError: Which data-parallel rank this is was neither given nor can be derived.
         """
         session = self._life.of_ranks(f"save_on_dp_ranks({state_name})", state)
-        places = self._life.ranks.everyones(session.group)
-        own = places[session.group.rank]
-        # Ranks that share a sequence (context parallelism) are at the same place: one of them writes.
-        writes = places.index(Place(own.dp, 0, 0)) == session.group.rank if (own.tp, own.pp) == (0, 0) else False
+        coordinates = self._life.ranks.all_coordinates(session.group)
+        own = coordinates[session.group.rank]
+        # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
+        writes = (
+            coordinates.index(Coordinates(own.dp, 0, 0)) == session.group.rank if (own.tp, own.pp) == (0, 0) else False
+        )
         save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
     @outside_inference_mode
@@ -389,7 +391,7 @@ class Checkpointer:
             CheckpointNotFoundError: Nothing was saved for it.
         """
         session = self._life.of_ranks(f"load_on_dp_ranks({state_name})", state)
-        own = self._life.ranks.everyones(session.group)[session.group.rank]
+        own = self._life.ranks.all_coordinates(session.group)[session.group.rank]
         load_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
 
     @outside_inference_mode

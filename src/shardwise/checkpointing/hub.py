@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from shardwise.checkpointing.inside import as_exported, check_apart, outer_names
+from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
 from shardwise.checkpointing.saving.config_ties import expected_ties
-from shardwise.checkpointing.saving.further_names import further_names
+from shardwise.checkpointing.saving.shared_names import shared_names
 from shardwise.convert import (
     Conversion,
     HeldGroup,
@@ -36,21 +36,21 @@ from shardwise.upstream.torch_tensors import local_part
 
 @dataclass(frozen=True)
 class HubState:
-    """What this rank holds of the model, in the terms of its files.
+    """What this rank holds of the model, under its own names and under those of its files.
 
     Attributes:
-        native: Under the model's own names.
-        held: Under the hub's names, as views. In saving, some tensors stand there under further names too.
-        groups: What has to be computed.
-        absent: Names that files of this model may have and these do not: other names of tied tensors, and what the
-            class keeps out of its files.
-        ties: Native names of tied tensors that are not kept -> the native name that is.
-        copies: The further names in ``held`` of tensors that are there under another name already.
-        kept: Undeclared other names of shared tensors, as files may have them -> those in ``held``.
-        apart: Names in ``held`` of what is no tensor of the exported model: an export has it in shards beside.
-        hidden: Under the model's own names, what its class keeps out of its files: a resume needs it all the same.
-        listing: How it was listed, where modules make or take their state in a way of their own.
-        joined: Of each tensor in ``held`` that several native ones are joined into, these, one for each of its parts.
+        native: The held tensors under the model's own names.
+        held: The held tensors under the hub's names, as views. For a save some are listed under several names.
+        groups: Tensors whose hub form has to be computed.
+        absent: Names that other files of this model may have and ours do not: aliases of tied tensors, and tensors that
+            the class excludes from its files.
+        ties: Native alias of a tied tensor -> the native name under which it is kept.
+        copies: Names in ``held`` of tensors that are in ``held`` under another name already.
+        kept: Undeclared alias of a shared tensor, as files may have it -> its name in ``held``.
+        outside: Names in ``held`` of tensors outside the exported model: an export has them in shards beside it.
+        excluded: Tensors that the class excludes from its files and a resume needs, under the model's own names.
+        listing: The listing of the model's state, where modules have their own state_dict or load_state_dict code.
+        joined: Name in ``held`` of a tensor joined from several native ones -> those, one for each of its parts.
     """
 
     native: tuple[HeldTensor, ...]
@@ -60,19 +60,19 @@ class HubState:
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
-    apart: frozenset[str] = frozenset()
-    hidden: tuple[HeldTensor, ...] = ()
+    outside: frozenset[str] = frozenset()
+    excluded: tuple[HeldTensor, ...] = ()
     listing: Listing | None = None
     joined: Mapping[str, tuple[HeldTensor, ...]] = field(default_factory=dict)
 
     @property
-    def unwritten(self) -> dict[str, str]:
-        """Further names that nothing is written under -> the names that the tensors are written under."""
+    def unwritten_aliases(self) -> dict[str, str]:
+        """Alias that is not written -> the name under which the tensor is written."""
         return {alias: name for alias, name in self.kept.items() if alias not in self.copies}
 
     @property
     def once(self) -> HubState:
-        """The same with each tensor once, as it is to be loaded."""
+        """The same state with each tensor once, for loading."""
         if not self.copies:
             return self
         return replace(self, held=tuple(t for t in self.held if t.spec.name not in self.copies), copies=frozenset())
@@ -80,7 +80,7 @@ class HubState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Captured:
-    """A state, and the tensors and names that it was captured from."""
+    """A captured state, and the tensors and names it was captured from."""
 
     names: list[str]
     aliases: list[tuple[str, tuple[str, ...]]]
@@ -92,7 +92,7 @@ class HubNames:
     """Derives a model's conversion once and applies it at every save and load.
 
     Args:
-        may_differ: Of which tensors ranks may have different values.
+        may_differ: The tensors that may have different values on different ranks.
     """
 
     def __init__(self, may_differ: MayDiffer | None = None) -> None:
@@ -105,13 +105,13 @@ class HubNames:
     def capture(self, state: ModelState, *, load: bool = False, norms: bool = False) -> HubState:
         """The model's tensors under their names in the files. Local; no element is copied.
 
-        As long as the model's tensors are the same objects at the same addresses, the same result is given.
+        The earlier result is returned while the model's tensors are the same objects at the same addresses.
 
         Args:
             state: The model.
-            load: Whether it is to be loaded: extra state is not asked for, and how modules take their state is looked
-                at anew.
-            norms: Whether torch's normalisation layers take their state themselves.
+            load: Whether the model is loaded: extra state is not captured, and the modules' loading code is inspected
+                again.
+            norms: Whether torch's normalisation layers load their state by their own code.
         """
         if not load and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
@@ -121,9 +121,9 @@ class HubNames:
         aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
         known = self._captured
         if known is None or known.names != names or known.aliases != aliases or not known.memory.is_of(own):
-            captured = self._capture(state, tensors)  # refuses what has no memory to remember
+            captured = self._capture(state, tensors)  # raises for tensors without memory
             known = self._captured = _Captured(names, aliases, Memory(own), captured)
-        # FSDP2 adds its hooks at the first step: a snapshot of before that holds no longer, though nothing moved.
+        # FSDP2 adds its hooks at the first step: an earlier snapshot is outdated then, though no tensor moved.
         if state.is_whole:
             self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
         return known.state if modules is not None else replace(known.state, listing=listing)
@@ -131,14 +131,14 @@ class HubNames:
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
         native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
-        # In the order of the model's names, of which a tied tensor keeps not always the first.
+        # In the order of the model's names; a tied tensor is not always kept under its first name.
         ordered = sorted(zip(tensors, native, strict=True), key=_position)
-        parts = [as_exported(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
+        parts = [exported_part(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
         expected = expected_ties(parts)
         held: list[HeldTensor] = []
         groups: list[HeldGroup] = []
         absent: list[str] = []
-        hidden: list[HeldTensor] = []
+        excluded: list[HeldTensor] = []
         copies: list[str] = []
         kept: dict[str, str] = {}
         joined: dict[str, tuple[HeldTensor, ...]] = {}
@@ -157,34 +157,34 @@ class HubNames:
                 ignored = frozenset(conversion.ignored)
                 absent += conversion.ignored
                 joined |= _joined(conversion, own)
-            hidden += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
+            excluded += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
-            further = further_names(part.module, tied, expected)
+            further = shared_names(part.module, tied, expected)
             held += further.copies
             copies += [tensor.spec.name for tensor in further.copies]
             kept |= further.kept
             absent += further.absent
             ties |= part.ties
-        apart = [tensor for part in parts for tensor in part.apart]
+        outside = [tensor for part in parts for tensor in part.outside]
         kept |= outer_names(parts, held)
-        check_apart(apart, held, absent)
+        check_outside(outside, held, absent)
         return HubState(
             tuple(native),
-            (*held, *apart),
+            (*held, *outside),
             tuple(groups),
             tuple(absent),
             ties,
             frozenset(copies),
             kept,
-            frozenset(tensor.spec.name for tensor in apart),
-            tuple(hidden),
+            frozenset(tensor.spec.name for tensor in outside),
+            tuple(excluded),
             joined=joined,
         )
 
     def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
         module = unwrap(part)
-        # Models of two classes may have the same tensors and other rules.
+        # Models of two classes may have the same tensors and different conversion rules.
         key = (type(module), specs)
         known = self._known.get(key)
         if known is None:
@@ -213,11 +213,11 @@ def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: 
     """Check that none of a model's tensors is on the meta device.
 
     Args:
-        tensors: Names, as far as they are known, and tensors.
-        lacking: What such a model has none of: "values to save".
+        tensors: Pairs of name (``None`` where unknown) and tensor.
+        lacking: What the model lacks, for the message: "values to save".
 
     Raises:
-        MisuseError: One is.
+        MisuseError: One of them is.
     """
     for name, tensor in tensors:
         what = deferred(local_part(tensor)) if tensor.is_meta else None

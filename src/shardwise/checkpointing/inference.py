@@ -1,4 +1,4 @@
-"""How the checkpointer's calls run: outside of ``torch.inference_mode``, and without the garbage collector."""
+"""Runs the checkpointer's calls outside ``torch.inference_mode`` and without Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 def without_collector() -> Iterator[None]:
     """Switch Python's cyclic collector off, and on again if it was on.
 
-    A plan is made of some hundred thousand objects that all stay until the call returns; the collector visits them
-    again and again and frees none. docs/benchmarks.md has figures with and without it (`benchmarks/run.py plan`).
+    A plan consists of some hundred thousand objects that all live until the call returns; the collector would visit
+    them again and again and free none. docs/benchmarks.md has figures with and without it (`benchmarks/run.py plan`).
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""What a checkpointer is between its first call and its last."""
+"""A checkpointer's state from its first call to its last: the session, the background thread, the run's history."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Lifetime:
-    """From a checkpointer's first call to its last: the ranks meet, saves take turns, what is pending ends.
+    """Opens the session at the first call, lets saves take turns, and finishes what is pending at the end.
 
     Args:
         config: Settings.
@@ -47,12 +47,12 @@ class Lifetime:
 
     Attributes:
         made: The session, from the first call on.
-        background: What writes asynchronous saves, likewise.
-        order: The run's random numbers and data.
+        background: Writes asynchronous saves, from the first call on; ``None`` in synchronous mode.
+        order: The state of the run's random number generators and data loaders.
         line: Which checkpoints the run has restored and saved.
-        is_tidied: Whether what interrupted saves left has been removed.
-        ends: Whether a component of the run's last checkpoint was saved.
-        leaves: Whether the ranks have been asked to leave.
+        is_tidied: Whether leftovers of interrupted saves have been removed.
+        ends: Whether a component of the run's final checkpoint was saved.
+        leaves: Whether the ranks have been asked to stop.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class Lifetime:
 
     @property
     def session(self) -> Session:
-        """What the parts of the checkpointer need. All ranks call, at the first call; later it is local."""
+        """The session, opened at the first call, which all ranks make; later accesses are local."""
         return self.begin("a call of the checkpointer")
 
     def begin(self, call: str) -> Session:
-        """What every part needs, made at the first call. All ranks call.
+        """Return the session, which the first call opens. All ranks call.
 
         Args:
-            call: The call, for a warning should some rank not come.
+            call: Name of the call, for the warning that names absent ranks.
         """
         if self.made is None:
             group = self._meet(call)
             try:
-                met = check_same_settings(self.config, self.root, group)
+                first_exchange = check_same_settings(self.config, self.root, group)
                 warn_if_alone(group)
                 made = Session(
                     self.config,
@@ -103,7 +103,7 @@ class Lifetime:
                     self.storage,
                     self.ranks,
                     self.root,
-                    met,
+                    first_exchange,
                     self._staging_dir,
                     self.pp_group,
                 )
@@ -124,7 +124,7 @@ class Lifetime:
         )
 
     def of_ranks(self, call: str, state: Stateful) -> Session:
-        """Begin a call that saves or loads a state of every rank's own."""
+        """Begin a call that saves or loads one state per rank. All ranks call."""
         session = self.begin(call)
 
         def look() -> str:
@@ -144,15 +144,15 @@ class Lifetime:
         saves: bool = False,
         is_run: bool = True,
     ) -> str:
-        """As `checked`; then the model's memory is ready for other threads. Local.
+        """Check the arguments with `checked`, then make the model's memory safe to use from other threads. Local.
 
         Args:
             model: As in `checked`.
             optimizer: Likewise.
             scheduler: Likewise.
             name: Likewise.
-            saves: Whether the model is to be saved: copying aside is ordered by itself, and nobody waits for it.
-            is_run: Whether it is the model of this run, whose meshes say which ranks these are; a base model's do not.
+            saves: Whether the model is saved: in asynchronous mode staging orders its own copies, so nobody waits.
+            is_run: Whether this is the run's own model, whose meshes give the parallel ranks; a base model's do not.
 
         Raises:
             MisuseError: A parallel rank was given that contradicts the model's meshes.
@@ -165,9 +165,9 @@ class Lifetime:
         return name
 
     def _settle(self, model: Model) -> None:
-        """Wait for what this thread has queued on the model's devices, where other threads read or fill its memory.
+        """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
 
-        What those threads queue goes to streams of their own.
+        Those threads queue their work on streams of their own.
         """
         if self._device_streams is None and not torch.accelerator.is_available():
             return
@@ -179,10 +179,10 @@ class Lifetime:
                 streams.settle(device)
 
     def turn(self, call: str, look: Callable[[], str], given: Mapping[str, bool]) -> Turn:
-        """Begin a save: the ranks ask for the same, and an earlier asynchronous save is over, or this one is skipped.
+        """Begin a save: check that all ranks make the same one, then wait for a pending asynchronous save or skip.
 
-        Neither the run's last checkpoint is ever skipped, nor one for which the ranks were asked to leave: no other
-        save comes after it.
+        The run's final checkpoint is never skipped, nor one made because the ranks were asked to stop: no other save
+        follows it.
         """
         waits = not self.config.skip_save_while_busy or self.ends or self.leaves
         told = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
@@ -197,7 +197,7 @@ class Lifetime:
         return turn
 
     def run(self, job: SaveJob) -> None:
-        """Carry out a save, at once or in the background. All ranks call."""
+        """Run a save, at once or in the background. All ranks call."""
         stager = self.session.stager
         if stager is not None:
             job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
@@ -209,7 +209,7 @@ class Lifetime:
             self.background.wait_for_staging()
 
     def wait(self) -> None:
-        """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
+        """Return when the last asynchronous save is durable and published; raises its error. All ranks call."""
         if self.background is not None:
             self.background.wait()
 

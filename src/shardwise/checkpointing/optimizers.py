@@ -18,7 +18,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes, open_for
 from shardwise.checkpointing.loading.foreign_states import foreign_components
 from shardwise.checkpointing.loading.restoring import HasState, Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.distinct import blob_of, distinct, unblob
+from shardwise.checkpointing.run_state.distinct_values import blob_of, gather_distinct, unblob
 from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
 from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, Schedule, saved_schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
@@ -85,7 +85,7 @@ class OptimizerSave:
         self._schedulers = as_list(scheduler)
 
     def steps(self) -> list[Step]:
-        """Capture the state and return what is left to do. All ranks call."""
+        """Capture the state and return the steps that write it. All ranks call."""
         session, group = self._session, self._session.group
         state: OptimizerState
         unsettled: dict[str, list[object]] = {}
@@ -101,7 +101,7 @@ class OptimizerSave:
             attachments, states = capture_schedules(self._schedulers, self._model)
         merged: dict[str, bytes] = {}
         schedule: dict[str, bytes] = {}
-        theirs = distinct(group, [own, attachments, states])
+        theirs = gather_distinct(group, [own, attachments, states])
         with group.together("merging the optimizers' groups"):
             records = [RankRecord(OptimizerRecord.from_state(unpack_state(unblob(o.blob))), o.ranks) for o in theirs[0]]
             merged = pack_state(OptimizerRecord.merge(agreed(records, self._may_differ)).to_state())
@@ -145,7 +145,7 @@ class OptimizerSave:
     def _may_differ(self, name: str) -> bool:
         """Whether ranks may have different options and plain values of a parameter, and the lowest rank's are saved.
 
-        Not of a parameter whose tensors are saved for each rank: its state would be a mix of two ranks'.
+        False for a parameter with per-rank tensors: its state would mix the values of two ranks.
         """
         may_differ = self._session.may_differ
         return may_differ.all and not may_differ.is_own(name)
@@ -153,15 +153,15 @@ class OptimizerSave:
 
 @dataclass(frozen=True, slots=True)
 class OpenedOptimizer:
-    """Optimizers and schedulers that fit a checkpoint, on every rank; nothing of theirs has been changed.
+    """Optimizers and schedulers matched with a checkpoint, on every rank; nothing has been changed yet.
 
     Attributes:
         session: Settings, ranks and storage.
-        plan: What the optimizers become.
+        plan: The state the optimizers will get.
         schedulers: Each scheduler with its saved state.
-        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
-        own: State of which this rank has a value of its own; ``None`` where it has none.
-        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
+        own: Per-rank state of this rank; ``None`` where it has none.
+        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
     """
 
     session: Session
@@ -169,17 +169,17 @@ class OpenedOptimizer:
     schedulers: FoundSchedules
     tensors: OpenedLoad | None
     own: OwnRead | None = None
-    is_aside: bool = False
+    is_buffered: bool = False
 
     @property
     def unwanted(self) -> tuple[str, ...]:
-        """Parameters whose saved state no rank's optimizer wants."""
+        """Parameters with saved state that no rank's optimizer has."""
         names = self.tensors.unexpected if self.tensors is not None else ()
         return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
 
-    def read_aside(self) -> None:
-        """Read the state where an optimizer's own code takes it in, which needs the values. All ranks call."""
-        if self.is_aside:
+    def read_buffered(self) -> None:
+        """Read the state into separate memory for optimizers that load it by their own code. All ranks call."""
+        if self.is_buffered:
             self._read()
 
     def take_in(self, undos: Undos) -> None:
@@ -192,7 +192,7 @@ class OpenedOptimizer:
         for each in self.schedulers.schedules:
             scheduler = each.scheduler
             try:
-                # A copy: torch's schedulers keep what they are given, and two may be given the same.
+                # A copy: torch's schedulers keep a reference to the state, and two may share one state.
                 undos.load("the scheduler", scheduler, copy.deepcopy(each.state))
             except Exception as error:
                 raise MisuseError(
@@ -202,8 +202,8 @@ class OpenedOptimizer:
                 ) from error
 
     def fill(self) -> None:
-        """Read the state tensors, unless they have been read aside. All ranks call, after `take_in`."""
-        if not self.is_aside:
+        """Read the state tensors, unless `read_buffered` has. All ranks call, after `take_in`."""
+        if not self.is_buffered:
             self._read()
 
     def _read(self) -> None:
@@ -232,11 +232,11 @@ def open_optimizer(
     directory: Path,
     changes: Changes | None = None,
 ) -> OpenedOptimizer:
-    """Compare optimizers (fresh or used) and schedulers with what was saved. All ranks call; nothing is changed.
+    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        MisuseError: It is another optimizer's or scheduler's.
+        MisuseError: The saved state is of another optimizer or scheduler.
         TensorError: The saved state does not fit the optimizer.
     """
     group = session.group
@@ -248,15 +248,15 @@ def open_optimizer(
     if foreign is not None:
         _tell_fresh(foreign.plan)
         schedulers = FoundSchedules(tuple(Schedule(*pair) for pair in foreign.schedulers))
-        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_aside=foreign.is_aside)
-    with group.together("looking at the optimizer") as aside:
+        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_buffered=foreign.is_buffered)
+    with group.together("looking at the optimizer") as buffered:
         state = OptimizerState(optimizer, model)
-        aside.flag = state.has_own_ways
+        buffered.flag = state.has_own_ways
 
     def compare() -> JsonValue:
         nonlocal plan, schedulers, own
         assert state is not None
-        plan, schedulers = _compared(session, state, model, as_list(scheduler), directory, changes, aside.any)
+        plan, schedulers = _compared(session, state, model, as_list(scheduler), directory, changes, buffered.any)
         own = find_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
@@ -271,13 +271,13 @@ def open_optimizer(
             schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
     if not any(row[0] for row in rows):
-        return OpenedOptimizer(session, found, schedulers, None, is_aside=aside.any)
+        return OpenedOptimizer(session, found, schedulers, None, is_buffered=buffered.any)
     states = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
     source = open_source(directory, group, spread=True, exclude=states)
-    # A frozen stage, or an optimizer over fewer parameters, may want less than what was saved.
+    # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
     options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
     tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
-    return OpenedOptimizer(session, found, schedulers, tensors, own, aside.any)
+    return OpenedOptimizer(session, found, schedulers, tensors, own, buffered.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]
@@ -308,7 +308,7 @@ def load_optimizer(
     """
     group = session.group
     opened = open_optimizer(session, optimizer, model, scheduler, directory, changes)
-    opened.read_aside()
+    opened.read_buffered()
     with undone_on_failure() as undos, group.together("setting the optimizer's options"):
         opened.take_in(undos)
     with overwriting("the optimizer's state"):
@@ -316,7 +316,7 @@ def load_optimizer(
 
 
 def optimizer_components(directory: Path) -> list[str]:
-    """What there is in a checkpoint's ``optim`` directory: ``optimizer``, ``scheduler``. Local."""
+    """Which of ``optimizer`` and ``scheduler`` a checkpoint's ``optim`` directory has. Local."""
     if not os.path.lexists(directory):
         return []
     stem = directory / OPTIMIZER_STATE
@@ -334,7 +334,7 @@ def _compared(
     schedulers: Sequence[HasState],
     directory: Path,
     changes: Changes | None,
-    is_aside: bool,
+    is_buffered: bool,
 ) -> tuple[OptimizerRestore, FoundSchedules]:
     changes = changes or Changes()
     if not os.path.lexists(directory):
@@ -347,7 +347,7 @@ def _compared(
     try:
         if changes.key_mapping:
             record = _renamed(record, changes.key_mapping)
-        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_aside))
+        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise

@@ -1,7 +1,7 @@
-"""This process's data-, tensor- and pipeline-parallel ranks: as they were given, or as the model and its ranks tell.
+"""This process's data-, tensor- and pipeline-parallel ranks: given by the caller, or derived from the model.
 
-Saves and loads of models need none of them but the pipeline stage, and that one only to tell two stages' tensors of one
-name from replicas. What is kept for each data-parallel rank (`Checkpointer.save_on_dp_ranks`) needs all three.
+Saves and loads of models need only the pipeline stage, to distinguish two stages' tensors of one name from replicas.
+`Checkpointer.save_on_dp_ranks`, which writes a file for each data-parallel rank, needs all three.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _HINT = "Pass {} to CheckpointingConfig.build()."
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a process stands.
+class Coordinates:
+    """A process's parallel coordinates.
 
     Attributes:
         dp: Data-parallel rank.
@@ -40,12 +40,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What one rank tells the others.
+    """What is gathered from one rank.
 
     Attributes:
-        given: Ranks that its caller gave, by name.
-        meshes: What its tensors' meshes say.
-        digest: Of its tensors' names.
+        given: Parallel ranks that the caller gave, by name.
+        meshes: Parallel ranks in the meshes of its tensors.
+        digest: Digest of its tensors' names.
     """
 
     given: Mapping[str, int]
@@ -54,7 +54,7 @@ class _Row:
 
 
 class ParallelRanks:
-    """Knows this process's parallel ranks, or finds out.
+    """Derives this process's parallel ranks where the caller did not give them.
 
     Args:
         dp_rank: Data-parallel rank, where the caller gives it.
@@ -63,7 +63,7 @@ class ParallelRanks:
         pp_group: The ranks of this pipeline, where the caller gives it: its order is that of the stages.
 
     Raises:
-        MisuseError: One is no number that counts from 0.
+        MisuseError: One is not a whole number from 0.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class ParallelRanks:
 
     @property
     def stage(self) -> int:
-        """The pipeline stage, as far as it has been told: given, by ``pp_group``, by a mesh; otherwise 0.
+        """The pipeline stage: as given, by ``pp_group``, or by a mesh; 0 where none of them says.
 
-        Stages that nothing tells apart are told apart by the names of their tensors wherever it matters.
+        Stages that share one number here are distinguished by the names of their tensors wherever it matters.
         """
-        told = self._told_stage(self._given, self._meshes or MeshRanks())
-        return told if told is not None else 0
+        known = self._known_stage(self._given, self._meshes or MeshRanks())
+        return known if known is not None else 0
 
     def look(self, parts: Sequence[nn.Module]) -> None:
-        """Look at a model that is to be saved or restored, once. Local.
+        """Read the meshes of a model before its first save or restore; later calls do nothing. Local.
 
         Raises:
             MisuseError: A rank was given that contradicts the meshes of the model's tensors.
@@ -111,15 +111,15 @@ class ParallelRanks:
         self._names = tuple(named.name for named in listed if isinstance(named.tensor, nn.Parameter))
         self._seen = tuple(map(weakref.ref, parts))
 
-    def everyones(self, group: Group) -> list[Place]:
-        """The place of each rank of the group, in order. All ranks call.
+    def all_coordinates(self, group: Group) -> list[Coordinates]:
+        """The coordinates of each rank of the group, in order. All ranks call.
 
         Raises:
             MisuseError: One was not given and cannot be derived.
         """
         if group.world_size == 1:
-            return [Place(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
-        rows = [_row(told) for told in group.gather(self._own_row, "deriving the parallel ranks")]
+            return [Coordinates(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
+        rows = [_row(row) for row in group.gather(self._own_row, "deriving the parallel ranks")]
         stages = self._stages(rows, group)
         tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
         sharing: dict[tuple[int, int, int | None], list[int]] = {}
@@ -128,7 +128,7 @@ class ParallelRanks:
         data: dict[int, int] = {}
         for members in sharing.values():
             data |= _data_ranks(members, rows, group.global_ranks())
-        return [Place(data[number], tensor[number], stages[number]) for number in range(len(rows))]
+        return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -140,27 +140,27 @@ class ParallelRanks:
                 hint=_HINT.format(", ".join(lacks)) + " Or save or restore the model first.",
             )
         given = dict(self._given)
-        stage = self._told_stage(given, self._meshes or MeshRanks())
+        stage = self._known_stage(given, self._meshes or MeshRanks())
         if stage is not None:
             given["pp_rank"] = stage
         digest = hashlib.blake2b("\n".join(sorted(self._names)).encode(), digest_size=16).hexdigest()
         return [cast(JsonValue, given), asdict(self._meshes or MeshRanks()), digest]
 
-    def _told_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
+    def _known_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
         if "pp_rank" in given:
             return given["pp_rank"]
         return self._group_stage if self._group_stage is not None else meshes.pp
 
     def _stages(self, rows: Sequence[_Row], group: Group) -> list[int]:
-        """The stage of each rank: as told, or by the names of its tensors, which no two stages have in common."""
+        """The stage of each rank: as known, or derived from its tensors' names, which no two stages share."""
         told = [row.given.get("pp_rank") for row in rows]
         if all(stage is not None for stage in told):
             return cast(list[int], told)
         distinct = list(dict.fromkeys(row.digest for row in rows))
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
-        everyones = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
+        all_coordinates = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
-        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], everyones), strict=True):
+        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], all_coordinates), strict=True):
             alone = len(distinct) == 1
             if names is None or alone:
                 continue
@@ -186,15 +186,15 @@ class ParallelRanks:
         return 0
 
 
-def _row(told: JsonValue) -> _Row:
-    given, meshes, digest = cast("tuple[dict[str, int], dict[str, object], str]", told)
+def _row(gathered: JsonValue) -> _Row:
+    given, meshes, digest = cast("tuple[dict[str, int], dict[str, object], str]", gathered)
     return _Row(given, MeshRanks(**meshes), digest)  # type: ignore[arg-type]
 
 
 def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequence[int]) -> dict[int, int]:
-    """The data-parallel ranks of those that differ in nothing else.
+    """The data-parallel ranks of processes that differ in no other coordinate.
 
-    Where their meshes tell all of them apart these say which; otherwise, as under DDP, it is their order.
+    Their meshes give them where all differ there; otherwise, as under DDP, their order does.
     """
     lacking = [number for number in members if "dp_rank" not in rows[number].given]
     for number in lacking:
@@ -205,6 +205,6 @@ def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequ
                 hint=_HINT.format("dp_rank"),
             )
     by_mesh = [rows[number].meshes.dp for number in members]
-    apart = None not in by_mesh and len(set(by_mesh)) == len(members)
-    found = dict(zip(members, cast(list[int], by_mesh) if apart else range(len(members)), strict=True))
+    are_distinct = None not in by_mesh and len(set(by_mesh)) == len(members)
+    found = dict(zip(members, cast(list[int], by_mesh) if are_distinct else range(len(members)), strict=True))
     return found | {number: rows[number].given["dp_rank"] for number in members if number not in lacking}

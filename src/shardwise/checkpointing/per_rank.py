@@ -1,4 +1,4 @@
-"""``per_rank_state``: tensors of which each rank has a value of its own, under names that all ranks have."""
+"""``per_rank_state``: tensors with a different value on each rank, under the same names on all ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_modules import own_buffers, own_parameters
 
 _LOG = logging.getLogger(__name__)
-#: What a rank's file of optimizer state says besides: the parameters whose state is the rank's own.
+#: Metadata key in a rank's file of optimizer state: the parameters that have state of this rank only.
 _PARAMETERS = "parameters"
 
 
@@ -36,8 +36,8 @@ def check_patterns(session: Session, state: ModelState) -> None:
     """Check that each pattern in ``per_rank_state`` names a tensor of some rank. All ranks call.
 
     Raises:
-        ConfigError: One does not.
-        MisuseError: It names what is neither a parameter nor a buffer.
+        ConfigError: A pattern matches nothing.
+        MisuseError: A pattern matches a tensor that is neither a parameter nor a buffer.
     """
     patterns = session.may_differ.per_rank
     if not patterns:
@@ -61,7 +61,7 @@ def check_patterns(session: Session, state: ModelState) -> None:
 
 
 def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> None:
-    """Check that tensors are parameters or buffers themselves, into which can be read."""
+    """Check that tensors are parameters or buffers, which a load can fill in place."""
     members = {
         id(tensor)
         for part in parts
@@ -78,7 +78,7 @@ def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> 
 
 
 def model_steps(session: Session, state: ModelState, directory: Path) -> list[Step]:
-    """Capture this rank's own tensors of a model now, and return what is left to do. All ranks call.
+    """Capture this rank's own tensors of a model now, and return the steps that write them. All ranks call.
 
     Args:
         session: Settings, ranks and storage.
@@ -98,7 +98,7 @@ def model_steps(session: Session, state: ModelState, directory: Path) -> list[St
 
 
 def optimizer_steps(session: Session, state: OptimizerState, directory: Path) -> list[Step]:
-    """As `model_steps`, for the state of the optimizers of such parameters. All ranks call."""
+    """Do what `model_steps` does for the optimizer state of such parameters. All ranks call."""
     if not session.may_differ.per_rank:
         return []
     held: list[HeldTensor] = []
@@ -132,8 +132,8 @@ class OwnRead:
 
     Attributes:
         path: The rank's file.
-        pairs: What is to be read into what.
-        parameters: Of an optimizer's: the parameters whose state is the rank's own.
+        pairs: Saved tensors and the tensors they are read into.
+        parameters: Parameters with optimizer state of this rank only; empty for a model.
     """
 
     path: Path
@@ -141,7 +141,7 @@ class OwnRead:
     parameters: tuple[str, ...] = ()
 
     def read(self, session: Session) -> None:
-        """Read them. Local."""
+        """Read the tensors. Local."""
         if self.pairs:
             read_own(self.path, self.pairs, session.storage, session.threads)
 
@@ -153,10 +153,10 @@ def find_model(session: Session, state: ModelState, directory: Path, ranks: int)
         session: Settings, ranks and storage.
         state: The model.
         directory: What is loaded.
-        ranks: By how many ranks such tensors were saved, as all ranks know.
+        ranks: Number of ranks that saved such tensors; the same on all ranks.
 
     Returns:
-        What is to be read; ``None`` on all ranks where there is nothing for as many ranks as there are.
+        What to read; ``None`` on all ranks where nothing was saved for this number of ranks.
 
     Raises:
         TensorError: The rank's file does not fit the model.
@@ -205,14 +205,14 @@ def _parameters(text: str, path: Path) -> tuple[str, ...]:
 
 
 def _is_for(session: Session, directory: Path, ranks: int) -> bool:
-    """Whether a checkpoint has tensors of each rank for as many ranks as there are; says so where it has not."""
+    """Whether a checkpoint has tensors of each rank for this number of ranks; warns if not."""
     world_size = session.group.world_size
     if ranks == world_size:
         return True
     whole = directory.parent
     if not session.group.is_main or whole in session.warned:
         return False
-    session.warned.add(whole)  # of model and optimizer together once
+    session.warned.add(whole)  # one warning for model and optimizer together
     if ranks:
         names = _names(own_file(directory, 0, ranks))
         _LOG.warning(

@@ -1,4 +1,4 @@
-"""What the checkpointer tells its caller."""
+"""Results that the checkpointer returns to its caller."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class RestoreRecord:
-    """What was resumed.
+    """The checkpoint that was resumed.
 
     Attributes:
         epoch: Epoch of the checkpoint; ``None`` where its directory is not called ``epoch_E_step_S``.
-        step: Step of the checkpoint; likewise.
+        step: Step of the checkpoint; ``None`` likewise.
         path: Its directory.
         metrics: The metrics it was saved with.
-        unrestored: What the checkpoint has and was left as it is in the run: ``optimizer``, ``scheduler``, ``rng`` and
+        unrestored: What the checkpoint has and the run did not take from it: ``optimizer``, ``scheduler``, ``rng`` and
             names of extra state that `restore` was not given, and names of per-rank states (random number generators,
             entries of ``extra_state``) that differed between ranks when they were saved on another number of ranks.
             The same on every rank.

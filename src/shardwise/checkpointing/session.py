@@ -1,4 +1,4 @@
-"""What every part of the checkpointer needs."""
+"""What every part of a save or load uses: settings, ranks, storage, and what earlier calls left for later ones."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
-from shardwise.checkpointing.arguments import Met
+from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
-from shardwise.checkpointing.saving.opens import OpeningCheck
+from shardwise.checkpointing.saving.class_check import ClassCheck
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
@@ -39,23 +39,23 @@ class Session:
         group: The ranks that save and load together.
         storage: Where data goes, and where names are made and renamed.
         ranks: This process's data-, tensor- and pipeline-parallel ranks.
-        may_differ: Of which tensors ranks may have different values.
+        may_differ: The tensors that may have different values on different ranks.
         root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
-        met: What the ranks have told each other when they met.
-        staging_dir: Where files are built before they are copied into place; likewise.
+        first_exchange: What the ranks exchanged at the first call.
+        staging_dir: The absolute directory where files are built before they are copied into place.
         pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
-        further_agreements: What the ranks have told each other of DTensors in extra state, by its name.
-        recast: The model's tensors as they are written, as long as they are the same.
-        is_quantized: Whether the model that was captured last has quantized parameters; its adapters were looked for.
-        opening: Exports that the model's class was found to open.
-        opening_untied: The same with a configuration that ties nothing.
-        told: What was logged once and is not to be logged again.
+        further_agreements: What the ranks have agreed on about DTensors in extra state, by its name.
+        recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
+        is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
+        class_check: Checks that the model's class can load an export; each kind of export is checked once.
+        class_check_untied: The same check with a configuration that ties nothing.
+        told: Messages that are logged once per run and were logged already.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
-        sound: What was captured last, after it was looked through.
-        prefix: What is put before names of staging memory, where there is more than one model in a checkpoint.
+        checked_state: The last captured state that passed the checks.
+        prefix: Put before the names of staging memory where a checkpoint has more than one model.
     """
 
     config: Settings
@@ -63,12 +63,12 @@ class Session:
     storage: Storage
     ranks: ParallelRanks
     root: Path
-    met: Met
+    first_exchange: FirstExchange
     staging_dir: Path | None = None
     pp_group: dist.ProcessGroup | None = None
     names: HubNames = field(init=False)
     stager: Stager | None = None
-    sound: HubState | None = None
+    checked_state: HubState | None = None
     prefix: str = ""
     _base_path: str | None = None
     _base_found: bool = False
@@ -81,9 +81,9 @@ class Session:
         self.further_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
-        self.opening = OpeningCheck()
-        self.opening_untied = OpeningCheck()
-        self.told: set[str] = set()
+        self.class_check = ClassCheck()
+        self.class_check_untied = ClassCheck()
+        self.logged: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
@@ -94,24 +94,24 @@ class Session:
         """Pipeline stage."""
         return self.ranks.stage
 
-    # The stage is known when a model has been looked at, and nothing is agreed on before.
+    # Lazy: the stage is known only after a model was inspected, and ranks agree on nothing before that.
 
     @cached_property
     def model_agreement(self) -> Agreement:
-        """What the ranks have told each other of the model."""
+        """What the ranks have agreed on about the model."""
         return Agreement(self.group, self.stage)
 
     @cached_property
     def optimizer_agreement(self) -> Agreement:
-        """What the ranks have told each other of the optimizer."""
+        """What the ranks have agreed on about the optimizer."""
         return Agreement(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Session:
-        """The same ranks, settings and memory for a further model in the same checkpoint, known by ``name``. Local.
+        """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
 
         Args:
-            name: The model's name, always the same for the same model.
-            config: Settings of its own; those of the checkpointer by default.
+            name: The model's name; the same name gives the same session.
+            config: Its settings; the checkpointer's by default.
         """
         known = self._further.get(name)
         if known is None:
@@ -121,7 +121,7 @@ class Session:
                 self.storage,
                 self.ranks,
                 self.root,
-                self.met if config is None else replace(self.met, names_base=False),
+                self.first_exchange if config is None else replace(self.first_exchange, names_base=False),
                 self.staging_dir,
                 self.pp_group,
                 stager=self.stager,
@@ -130,28 +130,28 @@ class Session:
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """The tensors as they are to be written: copied aside where the settings ask for it, else as they are."""
+        """The tensors to write: staged copies where the settings ask for staging, else the tensors themselves."""
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
-        """The base model's local path, ``None`` where none is named; looked for once. All ranks call.
+        """The base model's local path, ``None`` where none is named; searched for once. All ranks call.
 
         Raises:
-            CheckpointNotFoundError: One is named on some rank and is not there.
+            CheckpointNotFoundError: Some rank names one that does not exist.
         """
-        if self.met.names_base and not self._base_found:
+        if self.first_exchange.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)
             self._base_found = True
         return self._base_path
 
     def base_name(self) -> str | None:
-        """The base model as an adapter names it: its local path, or else the name in the settings. All ranks call."""
+        """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
         return self.base_path() or self.config.model_repo_id
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.met.names_base and not self._base_read:
+        if self.first_exchange.names_base and not self._base_read:
             legacy = self.config.allow_legacy_pickle_restore
             path = self.base_path()
             self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)

@@ -1,6 +1,6 @@
 """Which checkpoint a run came from: the line of checkpoints that leads to the newest one.
 
-A run that was rolled back goes on beside the checkpoints that it left. Names do not tell which of them belong to it:
+A run that was rolled back goes on beside the checkpoints that it left. Names do not show which of them belong to it:
 step 60 of the abandoned line is not newer than step 45 of the present one. So each checkpoint has a small file that
 says which one it is and which checkpoints of its root came before it. The *present line* is the newest checkpoint with
 those. What is not on it was either abandoned (it came from a checkpoint of the line) or is another run's.
@@ -28,11 +28,11 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A checkpoint, told apart from another one that had its name before.
+    """The identity of a checkpoint, distinct from an earlier one of the same name.
 
     Attributes:
         name: Its directory's name when it was published.
-        id: A text that no other checkpoint has; empty for one that was saved without a lineage.
+        id: A unique text; empty for one that was saved without a lineage.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Who a checkpoint is and where it came from.
+    """A checkpoint's identity and ancestors.
 
     Attributes:
         own: The checkpoint.
@@ -99,7 +99,7 @@ def read_lineage(directory: Path) -> Lineage | None:
 class Start:
     """The checkpoint that a run goes on from, as it was when the run restored or saved it.
 
-    What stands under its name later may be another one, or nothing.
+    Later, another checkpoint or none may have its name.
 
     Attributes:
         path: Its directory.

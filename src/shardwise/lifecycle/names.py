@@ -17,7 +17,7 @@ BEST = "LOWEST_VAL"
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "losses.json"
-#: Who a checkpoint is and which ones it came from.
+#: File with a checkpoint's identity and ancestors.
 LINEAGE_NAME = "lineage.json"
 
 #: Text file that names the checkpoint whose publication has begun and whose ``LATEST`` is not set yet.
@@ -78,12 +78,12 @@ def draft_name(name: str) -> str:
 
 
 def owner_name(name: str) -> str:
-    """Name of the file whose lock tells that ``name`` is being saved by a process that is alive."""
+    """Name of the lock file held while a live process saves ``name``."""
     return _OWNER + name
 
 
 def leftover_of(name: str) -> str | None:
-    """The name whose unfinished save, deletion or claim ``name`` is; ``None`` for any other name."""
+    """The checkpoint's name in the name of an unfinished save, deletion or claim; ``None`` for any other name."""
     for prefix in (_SAVING, _DOOMED, _OWNER):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
@@ -106,7 +106,7 @@ def is_hidden(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Whether ``name`` is a single, visible, unsurprising path component."""
+    """Whether ``name`` is a single, visible path component without special characters."""
     return _PLAIN.fullmatch(name) is not None
 
 

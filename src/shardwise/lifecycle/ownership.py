@@ -1,10 +1,10 @@
-"""Who is saving: a lock beside an unfinished save, held as long as its process lives.
+"""Ownership of an unfinished save: a lock file beside it, held as long as the saving process lives.
 
-What an interrupted save left and what another checkpointer is writing have the same kind of name. They are told apart
-by who is alive. Whoever writes ``.saving-NAME`` holds a lock on ``.owner-NAME``, which the system releases when the
-process ends in whatever way, on this machine or, where the file system passes locks on (NFS, Lustre with ``flock``),
-on another. The file says which host and process it is, for people. It is gone once the save is over, and never part of
-a checkpoint.
+What an interrupted save left and what another checkpointer is writing have the same kind of name. The lock
+distinguishes them: the process that writes ``.saving-NAME`` holds a lock on ``.owner-NAME``, which the system releases
+when the process ends in any way, on this machine or, where the file system passes locks on (NFS, Lustre with
+``flock``), on another. The file says which host and process it is, for people. It is gone once the save is over, and
+never part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
     Args:
         root: The directory that holds it; it exists.
         name: The name under which it is to be published.
-        token: What tells this run, for other ranks that look whether they see the same directory.
+        token: Identifies this run, for other ranks that check whether they see the same directory.
 
     Raises:
         CheckpointBusyError: A process that is alive has it; the message names its host and number.

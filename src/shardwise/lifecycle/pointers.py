@@ -1,6 +1,6 @@
 """Pointers of a root: ``LATEST`` and its like, replaced atomically.
 
-A pointer is a relative symbolic link, or a text file ``NAME.txt`` where links are not to be had. Should a crash leave
+A pointer is a relative symbolic link, or a text file ``NAME.txt`` where the file system has no links. If a crash leaves
 both kinds, the text file decides: one that is new counts at once, one that is old until it is removed, and in either
 case the pointer changes in a single step.
 """
@@ -121,13 +121,13 @@ def announce(root: Path, name: str, known_as: str = "", *, storage: Storage = LO
     """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
 
     Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
-    checkpoint, and the next save of the same step would then find its name taken. With the record `announced` tells
-    that case from a ``LATEST`` that somebody set back on purpose.
+    checkpoint, and the next save of the same step would then find its name taken. With the record,
+    `announced` distinguishes that case from a ``LATEST`` that somebody set back on purpose.
 
     Args:
         root: Directory of the checkpoints.
         name: The checkpoint's name.
-        known_as: Its id, by which it is told from one that it replaces.
+        known_as: Its id, which distinguishes it from a checkpoint that it replaces.
         storage: Where to.
     """
     with storage_errors(root):
@@ -183,7 +183,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def linked_checkpoint(root: Path, name: str) -> bool:
-    """Whether ``name`` in the root is a link that stands for a checkpoint directory elsewhere (an archive).
+    """Whether ``name`` in the root is a link to a checkpoint directory elsewhere (an archive).
 
     A link within the root is a pointer, and so is one to a checkpoint with another number.
     """

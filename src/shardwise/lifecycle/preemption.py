@@ -54,7 +54,7 @@ class PreemptionGuard:
     After the first signal the signal's default action is in force, so that the second ends the process even while the
     main thread waits in a collective. Publication is one rename, so nothing is half-published then. The previous
     handlers are back when the context is left. A process forked meanwhile (a data loader's worker) is not guarded: the
-    signals' default actions are in force there, so that it ends when it is told to.
+    signals' default actions are in force there, so that it ends when it is asked to.
 
     Args:
         signals: What counts as a request.
@@ -113,7 +113,7 @@ class PreemptionGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the previous handlers back."""
+        """Restore the previous handlers."""
         self._put_back()
 
     def _put_back(self) -> None:
@@ -133,8 +133,8 @@ class PreemptionGuard:
         """Whether to save now and leave; every rank calls it at the same step boundaries.
 
         Args:
-            any_rank: Tells whether any rank passed ``True``; a collective, called on every call, so that no rank waits
-                for one that already knows. ``None`` for a single process.
+            any_rank: Returns whether any rank passed ``True``; a collective, called on every call, so that no rank
+                waits for one that already knows. ``None`` for a single process.
         """
         mine = self.requested_locally
         return mine if any_rank is None else any_rank(mine)
@@ -143,7 +143,7 @@ class PreemptionGuard:
         # Nothing is logged here: a handler may run in the middle of a logging call.
         now = self._clock()
         if os.getpid() != self._owner:
-            # A forked worker that was told to end before its handlers were put back.
+            # A forked worker that was asked to end before its handlers were restored.
             self._leave(number)
         elif self._first_at is None:
             self._first_at = now

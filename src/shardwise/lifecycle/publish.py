@@ -148,7 +148,7 @@ def _replace(temp: Path, final: Path, storage: Storage) -> None:
 
 
 def abandon(temp: Path, *, storage: Storage = LOCAL) -> None:
-    """Delete an unfinished save; one rank calls, when no rank writes to it any more. Twice is once.
+    """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing.
 
     Raises:
         MisuseError: ``temp`` is not an unfinished save; nothing is deleted.
@@ -162,9 +162,9 @@ def abandon(temp: Path, *, storage: Storage = LOCAL) -> None:
 def remove_leftovers(root: Path, *, active: Collection[Path] = (), storage: Storage = LOCAL) -> tuple[str, ...]:
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
-    A killed save of a step that is never saved again would otherwise hold its space for ever. What a process that is
-    alive is saving, as its lock tells, is no leftover; nor are components that stand alone (``.saving-model``), which
-    their own next save sees to.
+    A killed save of a step that is never saved again would otherwise hold its space for ever. A save whose lock is held
+    by a live process is no leftover. Neither are components saved by themselves (``.saving-model``): their own next
+    save removes what is left of them.
 
     Args:
         root: Directory of the checkpoints; it need not exist.

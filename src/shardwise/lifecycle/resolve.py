@@ -1,11 +1,11 @@
-"""From what a user names to a checkpoint that may be resumed from; reading only, so every rank may call.
+"""Resolves what a user names to a checkpoint that may be resumed from; it only reads, so every rank may call it.
 
 Order is never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest. What was
-published later is newer (`shardwise.lifecycle.lineage`); checkpoints that do not tell, older than all that do, order by
-``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with one that starts
-again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let retention delete
-the newest in its stead. The one case that this order gets wrong, epoch numbers that run backwards after a change of the
-data, is decided by ``LATEST``, which is set by publication and always comes first.
+published later is newer (`shardwise.lifecycle.lineage`); checkpoints without a lineage count as older than all others
+and are ordered by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with
+one that starts again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let
+retention delete the newest instead. The one case that this order gets wrong, epoch numbers that run backwards after a
+change of the data, is decided by ``LATEST``, which is set by publication and always comes first.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ResolvedCheckpoint:
         path: Its directory.
         name: Last component of ``path``.
         epoch: From the name, also in the forms that other tools use, or of a copy with another name from its lineage or
-            manifest; ``None`` where none tells.
+            manifest; ``None`` where none of them says.
         step: Likewise.
         verifiable: It has a manifest.
         metrics: Finite numbers of its ``losses.json``.
@@ -193,7 +193,7 @@ def read_metrics(directory: Path) -> dict[str, float]:
 
 
 def _metrics(directory: Path) -> dict[str, float] | None:
-    """As `read_metrics`; ``None`` where something stands there that cannot be read."""
+    """As `read_metrics`; ``None`` where the file is there and cannot be read."""
     path = directory / METRICS_NAME
     data = read_note(directory, METRICS_NAME, _METRICS_LIMIT)
     if data is None:

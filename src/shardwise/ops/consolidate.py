@@ -1,7 +1,7 @@
-"""The Hugging Face export of a checkpoint that was saved without: one process, bounded memory, the checkpoint stays.
+"""Writes the Hugging Face export of a checkpoint saved without one: one process, bounded memory, checkpoint unchanged.
 
-What `verify` refuses is refused here. Digests are compared with those of the save while the bytes are read for the
-export, so that damage ends in an error and not in an export with fresh digests.
+A checkpoint that `verify` calls damaged is refused here. Digests are compared with those of the save while the bytes
+are read for the export, so that damage is an error and not an export with fresh digests.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
-from shardwise.checkpointing.saving.opens import check_described
 from shardwise.disk.sequential import SequentialFile, write_file
 from shardwise.disk.storage import LocalStorage, Storage, storage_errors
 from shardwise.dtypes import FLOATS, torch_dtype
@@ -29,7 +29,7 @@ from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import temporary_name
-from shardwise.ops.carried import carry_over
+from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
 from shardwise.ops.hub_blocks import hub_tensors
 from shardwise.ops.run_config import run_settings
@@ -58,7 +58,7 @@ class ConsolidateReport:
         files: Names of its tensor files.
         tensors: Number of tensors.
         nbytes: Bytes of the tensor files.
-        verified: Every byte was compared with the digest that the checkpoint's manifest has of it.
+        verified: Every byte was compared with the digests in the checkpoint's manifest.
         notes: What was left out, or could not be checked, one sentence each.
     """
 
@@ -93,16 +93,16 @@ def consolidate(
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
-    It is written beside its place and renamed into it, with a manifest of its own: that of a checkpoint is never
-    rewritten. What fails leaves nothing.
+    The export is written beside its final directory and renamed into place, with a manifest of its own: the
+    checkpoint's manifest is never rewritten. A failure leaves no files.
 
     Args:
         path: A checkpoint, its ``model`` directory, or a root, whose ``LATEST`` is meant: saved as shards or with
             ``torch_save``. Others' too: a directory of shards, a DCP directory, a Hugging Face directory.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
         max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
-        progress: Told of bytes written and bytes to write.
-        storage: Through what.
+        progress: Called with the bytes written and the bytes to write.
+        storage: Where files are read and written.
         prefix: What the names of the model's tensors begin with in a DCP directory that holds more than a model, where
             its structure does not tell; "" for all of them.
         base: The base model, whose tensors that the model's class does not load are carried over; where the save found
@@ -252,7 +252,7 @@ def _names(found: ModelInput, path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Export:
-    """An export that only waits for its bytes."""
+    """A planned export whose bytes are not written yet."""
 
     found: ModelInput
     tensors: Mapping[str, _Tensor]
@@ -287,7 +287,7 @@ class _Export:
         write_manifest(storage, aside, record, self._info())
 
     def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
-        """What stands beside the tensors; the configuration says of ties what was written."""
+        """The files beside the tensors; the configuration's ties are those that were written."""
         note = _object(self.found, self.found.directory / METADATA_DIR / LOOSE_TIES)
         if not differing_ties({name: str(kept) for name, kept in note.items()}, tensors):
             return self.plain
@@ -298,7 +298,7 @@ class _Export:
         return {} if self.found.manifest else {"source": "no manifest", "notes": list(self.found.notes)}
 
     def _aliases(self) -> tuple[AliasRecord, ...]:
-        """Further names of the tensors, which the manifest of the checkpoint tells."""
+        """Aliases of the tensors, from the checkpoint's manifest."""
         return tuple(
             AliasRecord("model", name, kept)
             for name, kept in saved_aliases(self.found.source).items()

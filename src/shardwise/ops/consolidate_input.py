@@ -1,4 +1,4 @@
-"""From the path that somebody names to the tensors of one model, each of them whole, or an error that says why not."""
+"""Finds the model at a path given by a user, and checks that each of its tensors is complete."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A model that is to be exported.
+    """A model to export.
 
     Attributes:
         directory: Where its files are.
-        checkpoint: The checkpoint around it, where there is one.
-        manifest: Whether a manifest says what every byte must be.
-        source: Its tensors, under the names that the export is to have; each of their pieces once.
-        ledger: RecordedDigest digests of the files.
-        notes: What a reader of the report should know.
+        checkpoint: The checkpoint that contains it, where there is one.
+        manifest: Whether a manifest has digests of every byte.
+        source: Its tensors under the names of the export, each of their pieces once.
+        ledger: Recorded digests of the files.
+        notes: Notes for the report, one sentence each.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
     """
@@ -87,11 +87,11 @@ class ModelInput:
 
 
 def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool) -> ModelInput:
-    """Find the model at a path, and make sure that it is whole.
+    """Find the model at a path, and check that it is complete.
 
     Args:
         path: A checkpoint, its ``model`` directory, a root, or another tool's directory.
-        storage: Through what headers are read.
+        storage: Where headers are read from.
         prefix: What the names of the model's tensors begin with in a DCP directory.
         assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
 
@@ -115,7 +115,7 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = DigestLedger(_recorded(manifests))
-    # Before anything in a header is believed.
+    # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
     found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
     if not manifests:
@@ -183,7 +183,7 @@ def _refuse_others(directory: Path) -> None:
 
 
 def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
-    """The manifests that describe what is named: its own, and those of exports that were made later."""
+    """The target's manifests: its own, and those of exports made later."""
     found = []
     for each in with_nested((target,)):
         manifest = load_manifest(each.directory)

@@ -1,9 +1,9 @@
-"""What can be said about a directory that has no manifest: each file against what other files say of it.
+"""Checks a directory without a manifest: compares each file with what other files say about it.
 
 A safetensors file is compared with its own header, its shards with each other, an index with its files, a DCP
 directory's files with ``.metadata``, a ``.bin`` with the directory at the end of its archive, and file names with each
-other (``-00001-of-00003``). Links to files are followed: a hub cache consists of them. Bytes of tensors are compared
-with nothing, for want of digests.
+other (``-00001-of-00003``). Links to files are followed: a hub cache consists of them. Bytes of tensors cannot be
+checked, since there are no digests.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 @dataclass
 class Contents:
-    """What was found.
+    """Results of the checks.
 
     Attributes:
         files: Number of files.
         tensors: Number of tensors, pieces of one counted once.
-        damages: What is wrong.
-        extra: Files of tensors that no load reads.
+        damages: Damages found.
+        extra: Tensor files that no load reads.
         checked: What was compared, one phrase for each kind of file.
-        unchecked: What could not be.
+        unchecked: What could not be compared, one phrase each.
     """
 
     files: int = 0
@@ -136,7 +136,7 @@ def _check_safetensors(
 
 
 def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Contents) -> None:
-    """Compare pieces of one tensor with each other; how large it was nobody says, unless an index lists one file."""
+    """Compare the pieces of each tensor with each other; its full size is unknown unless an index lists one file."""
     lost: dict[str, list[str]] = {}
     for name, held in pieces.items():
         boxes = list({box: None for box, _ in held})
@@ -161,7 +161,7 @@ def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found
 
 
 def _absent_of_sets(root: Path, directory: str, names: Sequence[str]) -> Iterator[Damage]:
-    """Files of which others' names say that they exist."""
+    """Absent files whose existence follows from the names of others (``-00001-of-00003``)."""
     sets: dict[tuple[str, str, int], set[int]] = {}
     for relative in names:
         name = _NUMBERED.fullmatch(PurePosixPath(relative).name)
@@ -205,7 +205,7 @@ def check_index(root: Path, relative: str) -> list[Damage]:
 
 
 def _names_in(path: Path) -> frozenset[str] | None:
-    """Names of a file's tensors; none of one that cannot be read, ``None`` of a sound one that does not tell."""
+    """Names of a file's tensors; empty for an unreadable file, ``None`` for a sound one that does not list them."""
     if path.suffix != ".safetensors":
         return None if path.is_file() else frozenset()
     try:

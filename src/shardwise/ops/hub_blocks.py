@@ -1,4 +1,4 @@
-"""Tensors under the model's own names, as its files have them: the views that the model's conversion looks through.
+"""Converts tensors from the model's own names to those of its files, through the views of the model's conversion.
 
 The views were derived on a model without memory; here each is laid over a tensor that was read.
 """
@@ -21,14 +21,14 @@ from shardwise.sources.tensor_bytes import as_bytes
 from shardwise.sources.verifying_reader import BLOCK_BYTES, VerifyingReader
 from shardwise.upstream.torch_tensors import storage_key
 
-#: So many native tensors are kept: those of one layer that a file's tensors take turns in.
+#: Number of native tensors kept in memory: those of one layer, which the tensors of a file use in turn.
 _MOST_KEPT = 4
 
 
 def hub_tensors(
     kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: VerifyingReader
 ) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
-    """What the files of a model have: each tensor, and its bytes in row-major order.
+    """The tensors of a model's files, each with its bytes in row-major order.
 
     Tensors that the class does not know keep their names. Memory: the tensor, and a few of those that it is made of.
 
@@ -93,7 +93,7 @@ def _viewed(
 
 @dataclass
 class _Natives:
-    """Native tensors that were read as a whole, the last few of them."""
+    """Caches the last few native tensors that were read whole."""
 
     tensors: Mapping[str, SourceTensor]
     reader: VerifyingReader

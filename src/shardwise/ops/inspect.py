@@ -1,4 +1,4 @@
-"""What is in a checkpoint: files, tensors, and how it was saved. Reads manifests and headers, never tensor data."""
+"""Describes a checkpoint: files, tensors, and how it was saved. Reads manifests and headers, never tensor data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shardwise.format.manifest import Manifest
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
-from shardwise.ops.described import DCP_SUFFIX, read_contents
 from shardwise.ops.targets import Target, find_targets
+from shardwise.ops.tensor_listing import DCP_SUFFIX, read_contents
 
 __all__ = ["CheckpointDescription", "FileDescription", "TensorDescription", "inspect"]
 
@@ -53,7 +53,7 @@ class CheckpointDescription:
         files: Every file that belongs to it.
         tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
             since each model of a pipeline has one of its own; ``model`` at the top.
-        unread: Files whose tensors could not be told, and why.
+        unread: Files whose tensors could not be listed, and why.
     """
 
     path: Path
@@ -137,7 +137,7 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
         if places or not target.under:
             tensors.append(TensorDescription(tensor.component, tensor.spec, places))
             counts.update(places)
-    # Of DCP's files a manifest knows the bytes; what tensors these are their own metadata says.
+    # A manifest has the bytes of DCP's files; their tensors are in DCP's own metadata.
     described = read_contents(
         target.directory, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], target.directory.name
     )
@@ -194,7 +194,7 @@ def _listed(root: Path, top: Path) -> list[str]:
     found: list[str] = []
     for where, directories, names in os.walk(top):
         if "snapshots" in directories and "blobs" in directories:
-            directories.remove("blobs")  # what the links of snapshots lead to
+            directories.remove("blobs")  # the targets of the snapshots' links
         directories.sort()
         found += [path.relative_to(root).as_posix() for name in sorted(names) if (path := Path(where) / name).is_file()]
     return found

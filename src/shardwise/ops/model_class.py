@@ -1,4 +1,4 @@
-"""Which tensors a model has by its configuration: the class that it names, built without memory.
+"""The tensors that a model has according to its configuration, from its class built on the meta device.
 
 Classes are those that transformers and diffusers themselves have; no code of the checkpoint runs.
 """
@@ -55,9 +55,9 @@ class ModelClass:
         config: The file that names it.
         native: Name in the model -> shape, each tied tensor under one name.
         hub: The same under the names of its files.
-        others: Further names of tied tensors, which files may have or not.
+        others: Aliases of tied tensors, which files may have or lack.
         prefix: transformers' ``base_model_prefix``.
-        state: What would be captured of such a model, without memory.
+        state: The captured state of such a model, on the meta device.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What stands beside a model's weights and belongs to it: configuration, tokenizer, code."""
+"""Finds the files beside a model's weights that belong to it: configuration, tokenizer, code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx", ".tensors"),
     *(".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
 )
-#: What saves and tools leave in such a directory and no reader of the model opens.
+#: Files that saves and tools leave in such a directory and that no reader of the model opens.
 _OTHERS = frozenset({MANIFEST_NAME, "consolidate.sh", "dcp_values.json", "losses.json", "config.yaml"})
 _TEMPLATES = "additional_chat_templates"
 
 
 def side_files(directory: Path) -> dict[str, Path]:
-    """Path in the export -> the file, of everything but weights that belongs to the model in a directory.
+    """Path in the export -> file, for every file but the weights that belongs to the model in a directory.
 
-    Where a save noted it apart (``.hf_metadata``), just that.
+    Where a save wrote ``.hf_metadata``, only its content.
     """
     noted = directory / METADATA_DIR
     if noted.is_dir():

@@ -1,4 +1,4 @@
-"""From the path that somebody names to the directories whose content can be judged."""
+"""Finds the directories to verify or inspect for a path given by a user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
 from shardwise.lifecycle.names import is_doomed, is_temporary
 
-#: Directories of a checkpoint that may stand alone, each with a manifest of its own.
+#: Directories of a checkpoint that may exist alone, each with a manifest of its own.
 COMPONENTS = ("model", "optim")
 _EXPORTS = ("model/consolidated", "consolidated")
 _CLIMB = 4
@@ -20,11 +20,11 @@ _CLIMB = 4
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Something that can be judged.
+    """A directory to verify or inspect.
 
     Attributes:
         directory: The directory that the manifest, if there is one, describes.
-        under: What of it was named: a path relative to ``directory``, or "" for all of it.
+        under: The requested part, as a path relative to ``directory``; "" for all of it.
         nested: Directories below it that have manifests of their own and are targets of their own.
     """
 
@@ -34,12 +34,12 @@ class Target:
 
     @property
     def has_manifest(self) -> bool:
-        """Whether something stands in the manifest's place."""
+        """Whether an entry with the manifest's name exists."""
         return os.path.lexists(self.directory / MANIFEST_NAME)
 
 
 def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
-    """What ``path`` means: a checkpoint, a part of one, components that stand alone, or a root's ``LATEST``.
+    """Find what ``path`` names: a checkpoint, a part of one, components by themselves, or a root's ``LATEST``.
 
     Returns:
         One target, or one for each component of a directory whose components have manifests of their own.

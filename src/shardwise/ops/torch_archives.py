@@ -1,4 +1,4 @@
-"""Whether a file of ``torch.save`` is all there, without unpickling it: the zip archive's own directory says."""
+"""Checks that a file of ``torch.save`` is complete, by its zip archive's directory and without unpickling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCAL_BYTES = 30
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was found: a damage, why nothing can be said, or neither."""
+    """Result of the check: a damage, why the file could not be checked, or neither."""
 
     damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
     unchecked: str | None = None

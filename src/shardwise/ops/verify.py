@@ -1,4 +1,4 @@
-"""Is a checkpoint what was saved? What differs, by file and tensor."""
+"""Verifies that a checkpoint is what was saved, and lists the differences by file and tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shardwise.ops.targets import Target, find_targets, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
 
-#: Told of bytes read so far and bytes to read in all; from any thread, one call at a time.
+#: Called with the bytes read so far and the bytes to read in all; from any thread, one call at a time.
 Progress = Callable[[int, int], None]
 
 Status = Literal["whole", "damaged", "unverifiable"]
@@ -43,11 +43,11 @@ class VerifyReport:
     """What a verification found.
 
     Attributes:
-        requested: What was named.
+        requested: The path as the caller gave it.
         path: What was verified: for a root, its newest checkpoint; for a part of a checkpoint, that part.
         level: ``sizes`` or ``digests``.
-        verifiable: A manifest says what every byte must be. Without one, files are compared with what others say of
-            them, and their bytes with nothing.
+        verifiable: A manifest says what every byte must be. Without one, files are compared with what other files say
+            about them, and their bytes are not checked.
         files: Number of files looked at.
         tensors: Number of tensors in them.
         bytes_read: Bytes whose digest was computed.
@@ -56,7 +56,7 @@ class VerifyReport:
         extra: Files that no save wrote and no load reads (notes, a README); not damage.
         undigested: Files of the manifest without a digest: only their size could be compared.
         checked: Without a manifest, what was compared with what.
-        unchecked: Without a manifest, what could not be.
+        unchecked: Without a manifest, what could not be compared.
     """
 
     requested: Path
@@ -94,9 +94,9 @@ def verify(
     Args:
         path: Its directory. A component with a manifest of its own is judged by it.
         threads: Reads at once; the cores, at most 8, by default. Memory is 4 MiB for each.
-        progress: Told of bytes read and bytes to read.
+        progress: Called with the bytes read and the bytes to read.
         digests: Read every byte; else manifest, kinds and sizes are compared.
-        storage: Through what bytes are read.
+        storage: Where bytes are read from.
 
     Raises:
         CheckpointNotFoundError: There is nothing to verify.
@@ -131,7 +131,7 @@ class _Job:
         try:
             manifest = load_manifest(target.directory)
         except ManifestError as error:
-            # What can be said without a manifest is said all the same.
+            # Checks that need no manifest are made all the same.
             found = self._without_manifest(report, target)
             own = Damage(MANIFEST_NAME, "manifest", error.message)
             return replace(found, damages=(own, *found.damages))

@@ -1,4 +1,4 @@
-"""Finding the tensors of a model under the names that they were saved under, where modules shared them then."""
+"""Finds the tensors of a model under the names they were saved under, where modules shared them in the save."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NAME = attrgetter("spec.name")
 
 @dataclass(frozen=True)
 class Aliased:
-    """A source with tensors under further names.
+    """A source with tensors under additional names.
 
     Attributes:
         source: The source.
-        kept: The further names that were added -> the names that the tensors are saved under.
+        kept: Added alias -> the name under which the tensor is saved.
     """
 
     source: Source
@@ -31,7 +31,7 @@ class Aliased:
 
 
 def names_lacking(source: Source, hub: HubState) -> list[str]:
-    """Names of the model's files that the source does not have. Local."""
+    """Names of the model's tensors that the source lacks. Local."""
     # Walked by the interpreter itself, since every load of a model goes through here.
     lacking = list(filterfalse(source.tensors.__contains__, map(_NAME, hub.held)))
     return lacking + [s.name for held in hub.groups for s in held.computed.hub if s.name not in source.tensors]
@@ -40,21 +40,21 @@ def names_lacking(source: Source, hub: HubState) -> list[str]:
 def with_aliases(
     source: Source, hub: HubState, lacking: Sequence[str], key_mapping: Mapping[str, str] | None, group: Group
 ) -> Aliased:
-    """Add the further names of saved tensors under which a rank's model has a tensor and the files have none.
+    """Add aliases of saved tensors, under names that a rank's model has and the files lack.
 
-    All ranks of the group call if any of them lacks something, and get the same. One rank reads the manifest.
+    All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
 
     Args:
-        source: What is to be loaded.
+        source: The source to load from.
         hub: What this rank holds.
         lacking: The `names_lacking` on this rank.
         key_mapping: What the source's names were passed through.
         group: The ranks that load together.
     """
-    told = group.broadcast_result(
+    received = group.broadcast_result(
         lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"
     )
-    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], told).items()}
+    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], received).items()}
     if not aliases:
         return Aliased(source)
     lacking = list(lacking)

@@ -1,6 +1,6 @@
-"""Materialising models and loading base weights into them.
+"""Materialises models and loads base weights into them.
 
-What is decided here, and why:
+Decisions made here, and why:
 
 * The model keeps its own dtypes and values are cast to them, since loading happens in place and the optimizer and the
   sharding are made for what the model is. `shardwise.base_dtype` tells the base's dtype, for
@@ -37,8 +37,8 @@ from shardwise.base.load import (
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.taking import Taking, claimed, in_shapes_of, open_taking
-from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
+from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
@@ -62,7 +62,7 @@ _LOG = logging.getLogger(__name__)
 def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_method: str | None) -> None:
     """Give meta-device parameters and buffers memory on ``device``, and fresh values by the model's own code.
 
-    FSDP2's and tensor parallelism's DTensors get their shards; no whole model is ever there. Ties are kept. Buffers
+    FSDP2's and tensor parallelism's DTensors get their shards; no rank ever holds a whole model. Ties are kept. Buffers
     that are in no file are recomputed by the module's own code. Random values follow from ``torch.initial_seed()`` of
     the first rank of the parameters' mesh: in-place draws on parameters are the same on every topology and device,
     whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
@@ -133,7 +133,7 @@ def load_base_model(
         What was loaded; ``None`` where ``load`` is false.
 
     Raises:
-        CheckpointNotFoundError: The base is not there.
+        CheckpointNotFoundError: The base was not found.
         TensorError, QuantizationError: Model and base do not fit.
         AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
@@ -238,10 +238,10 @@ def fill_from_base(
     with group.together("checking the model's memory") as asks:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
         asks.flag = bool(wanted.steps)
-    taking: Taking | None = None
+    module_load: ModuleLoad | None = None
     if asks.any or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
-        taking = open_taking(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
+        module_load = open_module_load(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
     report = load_base_tensors(
         wanted.held,
         wanted.groups,
@@ -249,7 +249,7 @@ def fill_from_base(
         group,
         session.storage,
         options,
-        None if taking is None else lambda values: taking.run(values, str(path), group),
+        None if module_load is None else lambda values: module_load.run(values, str(path), group),
     )
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
@@ -266,13 +266,13 @@ def fill_from_base(
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config as rank 0 finds it, since it decides which tensors there are, and where it has more than these.
+    """The base's config as rank 0 finds it, since it decides which tensors exist, and the files of module state.
 
     All ranks call.
     """
 
     def look() -> JsonValue:
-        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_aside(path))]
+        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]
 
     config, stems = cast(
         "tuple[dict[str, object], list[str]]", group.broadcast_result(look, "reading the base model's config")
@@ -325,5 +325,5 @@ def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]
 
 
 def _expected_leftovers(part: nn.Module) -> list[str]:
-    """Patterns of names that a transformers model knows its files to have in vain, tied heads among them."""
+    """Patterns of names that files may have and a transformers model does not load, tied heads among them."""
     return [*may_be_unexpected(part), *(f"{re.escape(name)}$" for name in declared_ties([part]))]

@@ -1,8 +1,8 @@
-"""A model's tensors under the names of files that somebody else has written, perhaps long ago.
+"""A model's tensors under the names in files that other tools wrote.
 
-A checkpoint of ours, and what ``save_pretrained`` writes today, has the names that the model's conversion gives. Others
+Our checkpoints, and those of today's ``save_pretrained``, have the names that the model's conversion gives. Other files
 come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
-unconverted; `shardwise.convert.for_files` knows what transformers would make of them.
+unconverted; `shardwise.convert.for_files` maps them as transformers would.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from shardwise.base.names import names_in_files
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.further_names import is_pretrained
+from shardwise.checkpointing.saving.shared_names import is_pretrained
 from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import promised_ties
@@ -28,12 +28,12 @@ from shardwise.upstream.transformers import may_be_unexpected
 def in_names_of_files(
     parts: Sequence[nn.Module], hub: HubState, ties: Mapping[str, str], names: Sequence[str]
 ) -> tuple[HubState, dict[str, str]]:
-    """Put what this rank holds of a model under the names that the files have. Local.
+    """Give this rank's tensors of a model the names that the files have. Local.
 
     Args:
         parts: This rank's parts.
-        hub: What it holds.
-        ties: Native names of tied tensors that are not kept -> the native name that is.
+        hub: The tensors that this rank holds.
+        ties: Native alias of a tied tensor -> the native name under which it is kept.
         names: All names in the files.
 
     Returns:
@@ -74,14 +74,14 @@ def _names_of(part: nn.Module, parts: Sequence[nn.Module], hub: HubState) -> lis
     return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
 
 
-def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
-    """Which names in files a model expects and has no use for: what its class says, and buffers that it recomputes."""
+def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
+    """Names in files that a model expects but does not load: those its class lists, and buffers that it recomputes."""
     patterns: list[str] = []
     for part in parts:
         module = unwrap(part)
         patterns += may_be_unexpected(module)
         if is_pretrained(part):
-            # Releases differ in where the module that recomputes them stands, not in what it is called.
+            # Releases place the module that recomputes them differently, but do not rename it.
             patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
     if not patterns:
         return []
@@ -90,7 +90,7 @@ def in_vain(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
 
 
 def _recomputed(module: nn.Module) -> set[str]:
-    """Names of buffers that are in no file, with that of the module around."""
+    """Names of buffers that are in no file, each with its module's name."""
     found: set[str] = set()
     for name, inner in module.named_modules():
         found |= {f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in unsaved_buffers(inner)}
@@ -98,7 +98,7 @@ def _recomputed(module: nn.Module) -> set[str]:
 
 
 def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """The ties whose other name the files have, in their names."""
+    """The ties for which the files have the alias, under the files' names."""
     if not ties:
         return {}
     found = _find(module, [*ties, *ties.values()], names)
@@ -106,7 +106,7 @@ def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[s
 
 
 def _copies_of_ties(module: nn.Module, held: Sequence[HeldTensor], names: Sequence[str]) -> list[HeldTensor]:
-    """A stage's own copies of tied tensors, where the files lack them, under the names of what they are tied to."""
+    """A stage's copies of tied tensors that the files lack, under the names of the tensors they are tied to."""
     available = set(names)
     promised = promised_ties([module])
     lacking = {t.spec.name for t in held if t.spec.name not in available and t.spec.name in promised}

@@ -1,4 +1,4 @@
-"""The model in a DCP directory that holds more than a model: below which name it is, and what is not its own."""
+"""Finds the model in a DCP directory that holds more than a model: the prefix of its names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class OwnNames:
-    """A rank's model: its own names, and those under which files have it."""
+    """The names of a rank's model: its native ones, and those in its files."""
 
     native: frozenset[str]
     hub: frozenset[str]
@@ -32,18 +32,18 @@ class OwnNames:
 def model_part(
     source: Source, names: Callable[[], OwnNames], key_mapping: Mapping[str, str] | None, group: Group
 ) -> Source:
-    """The tensors of a DCP directory that are the model's, without what their names have in front. All ranks call.
+    """Select the model's tensors in a DCP directory and remove the prefix of their names. All ranks call.
 
     Other sources, and a directory that holds a model alone, are returned as they are.
 
     Args:
-        source: What was opened.
-        names: Gives the names that this rank's model has. Local.
-        key_mapping: What the caller maps the checkpoint's names with: with what they have in front, or without.
+        source: The opened source.
+        names: Returns the names of this rank's model. Local.
+        key_mapping: The caller's mapping of the checkpoint's names, with or without the prefix.
         group: The ranks that load together.
 
     Raises:
-        MisuseError: Which part is the model cannot be told.
+        MisuseError: Which part is the model is not clear.
         NameCollisionError: Two tensors have the model's name.
     """
     if not source.dcp or not source.tensors:
@@ -76,10 +76,10 @@ def model_part(
             raise
         return [model.prefix, cast(JsonValue, dict(model.names))]
 
-    told = group.broadcast_result(decide, f"looking for the model in {source.path}")
-    if told is None:
+    found_model = group.broadcast_result(decide, f"looking for the model in {source.path}")
+    if found_model is None:
         return source
-    prefix, found = cast("tuple[str, dict[str, str]]", told)
+    prefix, found = cast("tuple[str, dict[str, str]]", found_model)
     model = DcpModel(found, prefix)
     if key_mapping and prefix:
         mapped = frozenset(rename([*model.names.values()], key_mapping))
@@ -90,7 +90,7 @@ def model_part(
 
 
 def _common(everyone: Sequence[Collection[str]], source: Source) -> str | None:
-    """The place where every rank's names are; ``None`` where that does not say it.
+    """The prefix under which every rank's names are; ``None`` where the names do not decide it.
 
     Raises:
         MisuseError: There are several.

@@ -1,8 +1,8 @@
-"""Optimizers that others saved, in DCP directories: torch's own layouts, torchtitan's, NeMo AutoModel's.
+"""Optimizers that other tools saved in DCP directories: torch's own layouts, torchtitan's, NeMo AutoModel's.
 
-They become what our own record says of an optimizer (`OptimizerRecord`), and a source with the names that its tensors
-have here; comparing, reshaping and reading are then those of every restore. Rank 0 reads what is no sharded tensor,
-through unpicklers with an allow-list, and tells the others.
+They are converted to our own `OptimizerRecord` and a source under our names; comparing, reshaping and reading are then
+the same as in every restore. Rank 0 reads everything that is not a sharded tensor, through unpicklers with an
+allow-list, and broadcasts it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ForeignOptimizers:
 
     Attributes:
         directory: The DCP directory.
-        found: What there is; none where no optimizer is to be restored.
+        found: The optimizers found; empty where none is to be restored.
         source: All tensors of the directory, under DCP's names.
     """
 
@@ -59,14 +59,14 @@ class ForeignOptimizers:
     def matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
-        """What this rank's optimizers are to become, and under which name DCP has each of the tensors. Local.
+        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local.
 
         Args:
             state: This rank's optimizers.
             key_mapping: Regular expression -> replacement, applied to parameters' names.
 
         Raises:
-            MisuseError: Which parameter is which cannot be told.
+            MisuseError: Parameters cannot be matched without doubt.
         """
         named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
         numbered = [each for each in self.found if each.numbered]
@@ -129,7 +129,7 @@ class ForeignOptimizers:
         return list(zip(numbered, optimizers, strict=True))
 
     def _by_position(self, saved: DcpOptimizer, optimizer: Optimizer, state: OptimizerState) -> DcpOptimizer:
-        """The same with names, where numbers of parameters, groups and all shapes leave no doubt."""
+        """The saved optimizer with names for numbers, where counts of parameters and groups and all shapes agree."""
         own = [(state.names(group), group["params"]) for group in optimizer.param_groups]
         sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
         if sizes != saved_sizes:
@@ -166,16 +166,16 @@ class ForeignOptimizers:
         )
 
     def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
-        """The optimizers' tensors under the names that they have here. All ranks call.
+        """The optimizers' tensors under our names. All ranks call.
 
         Raises:
-            MisuseError: By position ranks would take one tensor for different parameters'.
+            MisuseError: Ranks that match by position would use one tensor for different parameters.
         """
         if any(each.numbered for each in self.found):
-            # What is known by number each rank has named by its own parameters.
+            # Each rank named numbered entries by its own parameters.
             own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
-            told = group.gather_json(own, "comparing parameters of optimizers")
-            if len(set(cast("list[str]", told))) > 1:
+            gathered = group.gather_json(own, "comparing parameters of optimizers")
+            if len(set(cast("list[str]", gathered))) > 1:
                 raise MisuseError(
                     "the checkpoint's optimizer knows its parameters by number alone, and the ranks' optimizers have "
                     "different parameters",
@@ -188,7 +188,7 @@ class ForeignOptimizers:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What is meant to be other than when the optimizer was saved; the same on every rank.
+    """Intended differences from the saved optimizer; the same on every rank.
 
     Attributes:
         key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
@@ -201,19 +201,19 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class OpenedForeign:
-    """Optimizers and schedulers that fit what others saved, on every rank; nothing of theirs has been changed.
+    """Optimizers and schedulers matched with another tool's state, on every rank; nothing has been changed yet.
 
     Attributes:
-        plan: What the optimizers become.
+        plan: The state the optimizers will get.
         schedulers: Each scheduler with its saved state.
-        tensors: What is read into the optimizers' memory; ``None`` where no rank has any.
-        is_aside: Whether it is read into other memory before the optimizers take it in; the same on every rank.
+        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
+        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
     """
 
     plan: OptimizerRestore
     schedulers: tuple[tuple[HasState, dict[str, object]], ...]
     tensors: OpenedLoad | None
-    is_aside: bool
+    is_buffered: bool
 
 
 def open_foreign(
@@ -224,7 +224,7 @@ def open_foreign(
     directory: Path,
     changes: Changes,
 ) -> OpenedForeign | None:
-    """Compare optimizers and schedulers with what others saved; ``None`` where there is nothing. All ranks call.
+    """Match optimizers and schedulers with another tool's state; ``None`` where there is none. All ranks call.
 
     Args:
         session: Settings, ranks and storage.
@@ -232,28 +232,28 @@ def open_foreign(
         model: Their model.
         schedulers: The schedulers.
         directory: Where a checkpoint of ours would have its optimizer.
-        changes: What is meant to be other than when it was saved.
+        changes: Intended differences from the saved state.
 
     Raises:
         CheckpointNotFoundError: There is no optimizer or scheduler in it.
-        MisuseError: It is another optimizer's or scheduler's, or which parameter is which cannot be told.
+        MisuseError: It is another optimizer's or scheduler's, or parameters cannot be matched without doubt.
         TensorError: The saved state does not fit the optimizer.
         UnsafePickleError: A value could run code.
     """
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
-    told = group.broadcast_result(
+    found_place = group.broadcast_result(
         lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
     )
-    if not told:
+    if not found_place:
         return None
-    place = Path(cast(str, told))
+    place = Path(cast(str, found_place))
     state: OptimizerState | None = None
     with group.together("describing the optimizer") as steers:
         state = OptimizerState(optimizer, model)
         steers.flag = bool(state.optimizers)
     assert state is not None
     own = state
-    is_aside = group.any(own.has_own_ways, "asking how optimizers take their state")
+    is_buffered = group.any(own.has_own_ways, "asking how optimizers take their state")
     found = find_foreign(place, group, legacy, steers.any)
     schedules: ForeignSchedules | None = None
     if group.any(bool(schedulers), "comparing schedulers"):
@@ -264,7 +264,7 @@ def open_foreign(
     with group.together(f"comparing the optimizer with {found.directory}") as has_tensors:
         record, names = found.matched(own, changes.key_mapping)
         try:
-            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_aside))
+            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_buffered))
         except ShardwiseError as error:
             error.path = error.path or str(found.directory)
             _add_names(error, record)
@@ -280,7 +280,7 @@ def open_foreign(
         options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
         tensors = open_described(planned.held_as_saved, source, group, session.storage, options)
     _count_in_tensors(planned)
-    return OpenedForeign(planned, tuple(fitting), tensors, is_aside)
+    return OpenedForeign(planned, tuple(fitting), tensors, is_buffered)
 
 
 def _count_in_tensors(plan: OptimizerRestore) -> None:
@@ -319,7 +319,7 @@ def foreign_place(directory: Path) -> Path | None:
 
 
 def find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
-    """Read what a DCP directory has of optimizers. All ranks call.
+    """Read the optimizers of a DCP directory. All ranks call.
 
     Args:
         place: The directory.
@@ -385,7 +385,7 @@ def _renamed(saved: DcpOptimizer, names: Mapping[str, str]) -> DcpOptimizer:
 
 
 def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
-    """Say in an error about absent parameters what others call theirs."""
+    """Add the other tool's names to an error about absent parameters."""
     if isinstance(error, MissingTensorError):
         there = [param for group in record.groups for param in group.params]
         error.hint = (

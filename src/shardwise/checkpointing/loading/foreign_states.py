@@ -1,7 +1,7 @@
-"""Schedulers and extra state that others saved in a DCP directory, as their owners take them.
+"""Schedulers and extra state that other tools saved in a DCP directory, in the form their objects load.
 
-DCP flattens a state dict and loses what is empty in it; loading fills the state dict that an object has. So it is done
-here: what the owner has and DCP cannot express (empty dictionaries) stays as the owner has it.
+DCP flattens a state dict and loses its empty containers, and its loading fills the state dict that an object has. The
+same is done here: empty dictionaries, which DCP cannot express, stay as the object has them.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedu
         states = {".".join(map(str, place)): state_at(values, place) for place in places}
         return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
 
-    told = cast("dict[str, object]", _told(read, group, f"reading the schedulers of {directory}"))
-    return ForeignSchedules(directory, cast("dict[str, object]", told["states"]), cast(bool, told["listed"]))
+    found = cast("dict[str, object]", _broadcast(read, group, f"reading the schedulers of {directory}"))
+    return ForeignSchedules(directory, cast("dict[str, object]", found["states"]), cast(bool, found["listed"]))
 
 
 def foreign_schedules(
     schedulers: Sequence[HasState], found: ForeignSchedules
 ) -> list[tuple[HasState, dict[str, object]]]:
-    """Each scheduler with the state that was saved of it. Local; nothing is changed.
+    """Each scheduler with its saved state. Local; nothing is changed.
 
     Raises:
         CheckpointNotFoundError: None was saved.
-        MisuseError: Others were saved, or another number, or which is which cannot be told.
+        MisuseError: Others were saved, or another number, or they cannot be matched without doubt.
         StateFormatError: What is there is no scheduler's state.
     """
     path = found.directory
@@ -92,7 +92,7 @@ def _fitting(scheduler: HasState, place: str, saved: object, path: Path) -> dict
         raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_FRESH)
     lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
     if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
-        # What begins with an underscore differs between releases of torch.
+        # Attributes with a leading underscore differ between releases of torch.
         lacking = [key for key in lacking if not key.startswith("_")]
         beyond = sorted(key for key in {*state} - {*own} - _MAY_DIFFER if not str(key).startswith("_"))
     else:
@@ -116,7 +116,7 @@ def _fitting(scheduler: HasState, place: str, saved: object, path: Path) -> dict
 
 
 def filled(own: object, saved: object) -> object:
-    """The saved state, with what DCP cannot express as the owner has it, and with the owner's numbers for keys."""
+    """The saved state, completed with the object's own empty containers and numeric keys."""
     if isinstance(own, Mapping) and isinstance(saved, Mapping):
         made = dict(saved)
         for key, value in own.items():
@@ -132,7 +132,7 @@ def filled(own: object, saved: object) -> object:
 
 
 def _vanishes(value: object) -> bool:
-    """Whether nothing is left of a value when DCP flattens it."""
+    """Whether DCP's flattening leaves nothing of a value."""
     if isinstance(value, Mapping):
         return all(_vanishes(each) for each in value.values())
     return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and _vanishes(v) for v in value)
@@ -148,7 +148,7 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
         legacy: Whether to unpickle without restrictions what cannot be read otherwise.
 
     Returns:
-        What any rank wants; nothing where the checkpoint is no DCP directory.
+        The states that any rank wants; empty where the checkpoint is not a DCP directory.
 
     Raises:
         CheckpointNotFoundError: There is no such part.
@@ -160,20 +160,20 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
     def tell() -> JsonValue:
         return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
 
-    told = cast("list[tuple[list[str], bool]]", group.gather(tell, "comparing what is to be restored"))
-    names = sorted({name for theirs, _ in told for name in theirs})
-    if not told[0][1] or not names:
+    gathered = cast("list[tuple[list[str], bool]]", group.gather(tell, "comparing what is to be restored"))
+    names = sorted({name for theirs, _ in gathered for name in theirs})
+    if not gathered[0][1] or not names:
         return {}
 
     def read() -> dict[str, object]:
         values = DcpValues(directory, legacy)
         return {name: state_at(values, place_called(values, name)) for name in names}
 
-    return cast("dict[str, object]", _told(read, group, f"reading extra state of {directory}"))
+    return cast("dict[str, object]", _broadcast(read, group, f"reading extra state of {directory}"))
 
 
 def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
-    """What others have put into a DCP directory beside a model; nothing where it is none. Local.
+    """Names of what a DCP directory has beside a model; empty where it is not a DCP directory. Local.
 
     Args:
         directory: Of a checkpoint, or of its optimizer.
@@ -193,8 +193,8 @@ def torch_leftovers(directory: Path) -> list[str]:
     return found
 
 
-def _told(read: Callable[[], object], group: Group, what: str) -> object:
-    """What ``read`` gives on rank 0, on every rank; it may hold tensors."""
+def _broadcast(read: Callable[[], object], group: Group, what: str) -> object:
+    """Call ``read`` on rank 0 and broadcast its result, which may hold tensors."""
     packed: dict[str, bytes] = {}
     with group.together(what):
         if group.is_main:

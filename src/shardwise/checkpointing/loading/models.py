@@ -1,4 +1,4 @@
-"""Loading models: what a checkpoint has, under whose names, and what of it a rank holds."""
+"""Loads models: matches the names in a checkpoint with those of the model, and reads this rank's part."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import cast
 
 from torch import nn
 
+from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.inside import exported_modules
 from shardwise.checkpointing.loading.aliases import Aliased, names_lacking, with_aliases
-from shardwise.checkpointing.loading.foreign import in_names_of_files, in_vain
+from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files
 from shardwise.checkpointing.loading.foreign_model import OwnNames, model_part
-from shardwise.checkpointing.loading.taking import Taking, as_owners_take, open_taking, steps_of, with_extra_in_files
+from shardwise.checkpointing.loading.module_state import (
+    ModuleLoad,
+    as_modules_load,
+    open_module_load,
+    steps_of,
+    with_extra_in_files,
+)
 from shardwise.checkpointing.loading.ties import under_saved_names, untied
 from shardwise.checkpointing.per_rank import OwnRead, find_model
-from shardwise.checkpointing.saving.aside import is_own_aside
-from shardwise.checkpointing.saving.saved_notes import read_notes
+from shardwise.checkpointing.saving.model_metadata import read_model_metadata
+from shardwise.checkpointing.saving.module_state import is_own_module_state
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
@@ -60,20 +66,20 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model and a checkpoint that are known to fit, on every rank; nothing has been read or written.
+    """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
 
     Attributes:
         session: Settings, ranks and storage.
-        direct: What is read into the model's memory, and what there is for modules that take their state themselves.
-        computed: What is converted first; ``None`` where no rank's model has any.
-        taking: How modules take their state, where that is not all that there is to it.
-        own: Tensors of which this rank has a value of its own; ``None`` on all ranks where there are none.
+        direct: Tensors to read into the model's memory, and those for modules that load their state by their own code.
+        computed: Tensors that are converted after reading; ``None`` where no rank's model has any.
+        module_load: How modules take their state, where that is not all that there is to it.
+        own: Per-rank tensors of this rank; ``None`` on all ranks where there are none.
     """
 
     session: Session
     direct: OpenedLoad
     computed: OpenedComputed | None
-    taking: Taking
+    module_load: ModuleLoad
     own: OwnRead | None = None
 
     def fill(self) -> LoadReport:
@@ -90,7 +96,7 @@ class OpenedModel:
             with self.session.group.together("reading each rank's own tensors"):
                 self.own.read(self.session)
         with self.direct.reading() as values:
-            self.taking.run(values, str(self.direct.source.path), self.session.group)
+            self.module_load.run(values, str(self.direct.source.path), self.session.group)
         return report
 
 
@@ -125,35 +131,37 @@ def open_model(
         else:
             held = under_saved_names(exported_modules(state.model), hub.held, source.tensors.keys())
             held += natives_of([group for group in hub.groups if group not in computed])
-            held += [tensor for tensor in hub.hidden if tensor.spec.name in source.tensors]
-            absent = [tensor.spec.name for tensor in hub.hidden if tensor.spec.name not in source.tensors]
+            held += [tensor for tensor in hub.excluded if tensor.spec.name in source.tensors]
+            absent = [tensor.spec.name for tensor in hub.excluded if tensor.spec.name not in source.tensors]
             if absent:
                 _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
         own_steps, extra = with_extra_in_files(steps_of(state.model, hub.listing), source)
         steps.extend(own_steps)
-        return held if hub.listing is None else [*as_owners_take(held, hub, computed, source), *extra]
+        return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
     there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
-    # What was saved beside tensors every rank knows of.
-    has_any = load.asked or bool(opened.aside)
-    taking = Taking((), None, options, 0)
+    # Every rank knows which module state was saved.
+    has_any = load.asked or bool(opened.module_state)
+    module_load = ModuleLoad((), None, options, 0)
     if has_any:
-        taking = open_taking(steps, opened.aside, group, options, is_strict=is_own_aside(path, opened.aside))
-    return OpenedModel(session, load, there, taking, own)
+        module_load = open_module_load(
+            steps, opened.module_state, group, options, is_strict=is_own_module_state(path, opened.module_state)
+        )
+    return OpenedModel(session, load, there, module_load, own)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What is to be loaded.
+    """A source matched with this rank's model.
 
     Attributes:
-        source: What there is.
-        hub: What this rank holds.
-        options: What may differ between the two.
+        source: The tensors of the checkpoint.
+        hub: The tensors that this rank holds.
+        options: Allowed differences between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
-        ranks: By how many ranks tensors were saved of which each has a value of its own.
-        aside: Where there is state beside ordinary tensors.
+        ranks: Number of ranks that saved per-rank tensors.
+        module_state: Files with module state beside the ordinary tensors.
     """
 
     source: Source
@@ -161,34 +169,34 @@ class _Opened:
     options: LoadOptions
     differs: bool
     ranks: int
-    aside: tuple[str, ...]
+    module_state: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Matched:
-    """A rank's model under the names of files: which of its names it ties, and which of the source are not for it."""
+    """A rank's model under the names of files, the names that it ties, and the source's names that it does not use."""
 
     hub: HubState
     ties: Mapping[str, str]
-    apart: Sequence[str]
+    unused: Sequence[str]
 
 
 def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
     hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
     own = {tensor.spec.name for tensor in hub.held}
-    apart = in_vain(exported_modules(state.model), [name for name in source.tensors if name not in own])
-    # What is computed is read apart, and by the ranks of its stage alone.
-    apart += [spec.name for held in hub.groups for spec in held.computed.hub]
-    return _Matched(hub, ties, apart)
+    unused = expected_unused(exported_modules(state.model), [name for name in source.tensors if name not in own])
+    # Computed tensors are read separately, by the ranks of their stage only.
+    unused += [spec.name for held in hub.groups for spec in held.computed.hub]
+    return _Matched(hub, ties, unused)
 
 
 def _opened(
     session: Session, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> _Opened:
-    """Look at the checkpoint and at the model. All ranks call."""
+    """Open the checkpoint and match it with the model. All ranks call."""
     group = session.group
     hub: HubState | None = None
-    notes = read_notes(path, group)
+    metadata = read_model_metadata(path, group)
     source = open_source(path, group, spread=True)
 
     def own_names() -> OwnNames:
@@ -206,55 +214,55 @@ def _opened(
         if key_mapping:
             source = renamed(source, key_mapping)
         hub = session.names.capture(state, load=True)
-        if hub is not session.sound:
+        if hub is not session.checked_state:
             require_memory(memory_of(hub.native), "memory to load into")
-            session.sound = hub
+            session.checked_state = hub
         if _lacks_buffers(hub, source):
-            # Torch's normalisation layers know files that have not all of theirs.
+            # torch's normalisation layers accept files without their counters.
             hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
         lacking = names_lacking(source, hub)
-        plain = source.without(notes.passed)
+        plain = source.without(metadata.passed)
         if not lacking:
             matched = _match(state, hub, plain)
-        differs.flag = matched is None or bool(matched.ties or matched.apart or names_lacking(plain, matched.hub))
+        differs.flag = matched is None or bool(matched.ties or matched.unused or names_lacking(plain, matched.hub))
     assert hub is not None
     if not differs.any:
         assert matched is not None
-        options = replace(options, exact=dict(notes.exact))
-        return _Opened(plain, matched.hub, options, False, notes.ranks, notes.aside)
+        options = replace(options, exact=dict(metadata.exact))
+        return _Opened(plain, matched.hub, options, False, metadata.ranks, metadata.module_state)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
         with group.together("matching the model's names with the checkpoint's"):
-            plain = aliased.source.without(notes.passed)
+            plain = aliased.source.without(metadata.passed)
             matched = _match(state, hub, plain)
     assert matched is not None
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
     source = untied(plain, everyone, group, session.storage)
-    ignored = listed_anywhere(matched.apart, source, group)
-    kept = {alias: notes.exact[name] for alias, name in aliased.kept.items() if name in notes.exact}
-    options = replace(options, exact={**notes.exact, **kept}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, notes.ranks, notes.aside)
+    ignored = listed_anywhere(matched.unused, source, group)
+    kept = {alias: metadata.exact[name] for alias, name in aliased.kept.items() if name in metadata.exact}
+    options = replace(options, exact={**metadata.exact, **kept}, ignored=ignored)
+    return _Opened(source, matched.hub, options, True, metadata.ranks, metadata.module_state)
 
 
 def _lacks_buffers(hub: HubState, source: Source) -> bool:
-    """Whether the source lacks the counters that normalisation layers of old did not have."""
+    """Whether the source lacks counters that older normalisation layers did not have."""
     lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
     return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
 
 
 def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
-    """Whether the files have the prefix of DistributedDataParallel and DataParallel, and the model has not."""
+    """Whether the files' names have the prefix of DistributedDataParallel and DataParallel, and the model's do not."""
     if not source.tensors or not all(name.startswith(_PREFIX) for name in source.tensors):
         return False
     return not any(tensor.spec.name.startswith(_PREFIX) for tensor in (*hub.held, *hub.native))
 
 
 def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
-    """The source with its names passed through regular expressions; the first that matches a name applies."""
+    """The source with its names mapped by regular expressions; the first match applies."""
     names = tuple(source.tensors)
     return retitled(source, dict(zip(names, rename(names, key_mapping), strict=True)))
 
@@ -276,5 +284,5 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
     lacks = bool(names_lacking(source, hub))
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
-    # Stages may differ; one whose names are the same either way has no say.
+    # Stages may differ; a stage where both kinds of names are equal does not count.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")

@@ -1,8 +1,8 @@
-"""Restoring without halves: what can be refused comes first and is taken back, what is left can only fail at reading.
+"""Restores all or nothing, as far as possible: steps that may be refused come first and can be undone.
 
-1. Everything is opened, matched and compared, on all ranks; nothing is changed.
-2. Small states are taken in: options of optimizers, schedulers, extra state. Their own code may refuse them. If it does
-   on any rank, all ranks put back what they had.
+1. Everything is opened, matched and compared on all ranks; nothing is changed.
+2. Small states are loaded: options of optimizers, schedulers, extra state. Their own code may refuse them. If it does
+   on any rank, all ranks restore their previous state.
 3. Bytes are read into model and optimizer. Should that fail, the error says that the state is partly overwritten.
 """
 
@@ -32,26 +32,26 @@ class HasState(Protocol):
 
 
 class Undos:
-    """What has been changed, and how it was."""
+    """The changes made so far, and how to undo them."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[str, Callable[[], None]]] = []
 
     def add(self, what: str, undo: Callable[[], None]) -> None:
-        """Remember how to put ``what`` back; call before it is changed, or at once after."""
+        """Remember how to undo a change of ``what``; call before the change, or directly after it."""
         self._steps.append((what, undo))
 
     def load(self, what: str, target: HasState, state: dict[str, object]) -> None:
-        """Have ``target`` take ``state`` in, and remember the state that it had.
+        """Load ``state`` into ``target``, and remember its previous state.
 
         Raises:
-            Exception: What ``target`` refuses it with.
+            Exception: Raised by ``target`` when it refuses the state.
         """
         self.add(what, _back(target))
         target.load_state_dict(state)
 
     def refill(self, what: str, target: MutableMapping[object, object], values: dict[object, object]) -> None:
-        """Replace what is in ``target``."""
+        """Replace the content of ``target``."""
         had = dict(target)
 
         def undo() -> None:
@@ -63,7 +63,7 @@ class Undos:
         target.update(values)
 
     def run(self) -> None:
-        """Put everything back, the last first. Never raises; what cannot be put back is named in the log."""
+        """Undo all changes, the last first. Never raises; a change that cannot be undone is logged."""
         while self._steps:
             what, undo = self._steps.pop()
             try:
@@ -75,7 +75,7 @@ class Undos:
 def _back(target: HasState) -> Callable[[], None]:
     try:
         had = copy.deepcopy(target.state_dict())
-    except Exception as error:  # noqa: BLE001 - it matters only if the state is refused, and is told then
+    except Exception as error:  # noqa: BLE001 - it matters only if the state is refused, and is logged then
         failure = error
 
         def refuse() -> None:
@@ -87,7 +87,7 @@ def _back(target: HasState) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def undone_on_failure() -> Iterator[Undos]:
-    """Changes that are taken back if what is inside fails; on all ranks, where it fails on all."""
+    """Undo the changes made in the context if it fails."""
     undos = Undos()
     try:
         yield undos
@@ -98,7 +98,7 @@ def undone_on_failure() -> Iterator[Undos]:
 
 @contextlib.contextmanager
 def overwriting(what: str) -> Iterator[None]:
-    """The reading of bytes into ``what``: an error says that it is neither the old nor the new by then."""
+    """Read bytes into ``what``: an error in the context says that it is partly overwritten."""
     try:
         yield
     except ShardwiseError as error:

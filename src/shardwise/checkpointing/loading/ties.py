@@ -1,7 +1,7 @@
 """A pipeline stage's own copy of a tied tensor.
 
-One process has one tensor for the embedding and the head, and its files have one; two pipeline stages have one each. So
-the last stage may find nothing under its head's name in the files, and is meant to take the embedding.
+One process has one tensor for embedding and head, and so have its files; two pipeline stages have one each. The last
+stage may therefore find no tensor under its head's name in the files, and loads the embedding instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 def under_saved_names(
     parts: Sequence[nn.Module], held: Sequence[HeldTensor], available: Collection[str]
 ) -> list[HeldTensor]:
-    """Put copies of tied tensors that the files lack under the name that they are tied to. Local.
+    """Give copies of tied tensors that the files lack the name of the tensor they are tied to. Local.
 
     Args:
         parts: This rank's parts.
@@ -51,7 +51,7 @@ def under_saved_names(
 
 
 def file_name(part: nn.Module, name: str) -> str:
-    """What a tensor that is only renamed is called in the model's files."""
+    """Name in the model's files of a tensor that conversion only renames."""
     made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
     return made.hub[0].name if len(made.hub) == 1 else name
 

@@ -27,8 +27,8 @@ from shardwise.checkpointing.optimizers import (
 )
 from shardwise.checkpointing.optimizers import load_optimizer as restore_optimizer
 from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.run_state.wholes import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
@@ -43,11 +43,11 @@ from shardwise.stateful_wrappers.model import Model
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """Everything of a run that fits a checkpoint, on every rank; nothing of it has been changed.
+    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet.
 
     Attributes:
         model: The model, or its adapters.
-        averaged: The average, with what it has beside tensors.
+        averaged: The averaged model, with the state of its wrapper.
         steering: Optimizers and schedulers.
         extras: Extra state and generators.
     """
@@ -58,13 +58,13 @@ class _Opened:
     extras: FoundExtras
 
     def restore(self, group: Group, order: DataOrder) -> None:
-        """Put everything back. All ranks call.
+        """Restore everything. All ranks call.
 
-        What has code of its own comes first, since it may refuse: then every rank puts back what it had. From then on
-        only reading can fail, and the error says what it leaves.
+        Objects with loading code of their own come first, since they may refuse: then every rank undoes its changes.
+        After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
-            self.steering.read_aside()
+            self.steering.read_buffered()
         with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
             if self.steering is not None:
                 self.steering.take_in(undos)
@@ -121,7 +121,7 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
 
     check_same_call(call, look, given, session.group)
     if life.config.enabled:
-        session.base_path()  # a base that the saves to come would not find is an error now, not after an hour
+        session.base_path()  # a base that later saves would not find is an error now, not after an hour
         if life.config.is_peft:
             check_before_training(session, model, is_adapted=True)
     starts: list[Start] = []
@@ -130,13 +130,13 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         allocate_staging(life, model, optimizer)
         return None
     path = record.path
-    # As in a save, a rank may have a state that others have not.
+    # As in a save, a rank may have states that other ranks lack.
     extras = session.group.any(bool(extra_state), "comparing what is to be restored")
     wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
     wanted[MODEL_EMA] = ema is not None
     components = [name for name, is_wanted in wanted.items() if is_wanted]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
-    # Everything that can be refused comes before the first byte that is overwritten.
+    # All checks come before the first byte is overwritten.
     opened = open_component(life, model, model_place(path, session.group), key_mapping)
     averaged = _open_ema(life, ema, path / MODEL_EMA) if ema is not None else None
     steering: OpenedOptimizer | None = None
@@ -235,7 +235,7 @@ def allocate_staging(life: Lifetime, model: Model, optimizer: Optimizers | None 
                 stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
             return
         captured = session.names.capture(ModelState(model), load=True)
-        stager.allocate("model", [*captured.held, *captured.hidden])
+        stager.allocate("model", [*captured.held, *captured.excluded])
         if optimizer is not None:
             stager.allocate("optim", OptimizerState(optimizer, model).held())
 

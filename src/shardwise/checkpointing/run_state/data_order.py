@@ -1,4 +1,4 @@
-"""Going on with random numbers and data where a run stopped.
+"""Resumes random numbers and data at the point where a run stopped.
 
 Making an iterator over a ``DataLoader`` draws random numbers: a seed for its workers, and with the first batch one for
 the order. The run that was never stopped drew them at the start of its epoch. A run that is resumed in the middle of
@@ -30,14 +30,14 @@ TRAIN = "train"
 
 @dataclass(slots=True)
 class Position:
-    """Where a loop is in its data.
+    """The position of a training loop in its data.
 
     Attributes:
         epoch: The epoch.
-        start: The process's generators when the epoch began.
-        loader: The generators that the loader was given, likewise, by where it has them.
-        count: Batches that the loop has had.
-        is_over: Whether that was all of them.
+        start: States of the process's generators when the epoch began.
+        loader: States of the loader's own generators at that time, by attribute.
+        count: Number of batches that the loop has taken.
+        is_over: Whether the epoch has no more batches.
     """
 
     epoch: int
@@ -47,14 +47,14 @@ class Position:
     is_over: bool = False
 
     def to_state(self, now: Mapping[str, torch.Tensor]) -> _State:
-        """As plain containers, with what the loader's generators are now."""
+        """The position as plain containers, with the present states of the loader's generators."""
         state: _State = {"epoch": self.epoch, "count": self.count, "is_over": self.is_over, "start": self.start}
         return state | {"loader": dict(self.loader), "now": dict(now)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """A position that was saved, and what the loader's generators were then."""
+    """A saved position, and the states of the loader's generators at the save."""
 
     position: Position
     now: Mapping[str, torch.Tensor]
@@ -81,10 +81,10 @@ class _Saved:
 
 
 class DataOrder:
-    """What a checkpointer knows of a loop's random numbers and its data. Local; each rank has its own.
+    """Tracks a loop's random numbers and data positions. Local; each rank has its own.
 
     Attributes:
-        epoch: The epoch that the loop is in, as far as the checkpointer has been told.
+        epoch: The epoch that the loop is in, as far as `batches` or a restore has said.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class DataOrder:
         """The positions of all loaders; ``None`` where the loop uses no `batches`.
 
         Args:
-            rank: This rank. It is part of the state, since a position means nothing to another number of ranks.
+            rank: This rank. It is part of the state, since a position is meaningless on another number of ranks.
         """
         found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
         # A loader that the resumed loop has not come to yet is still where it was.

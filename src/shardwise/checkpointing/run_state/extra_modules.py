@@ -19,7 +19,7 @@ _Row: TypeAlias = tuple[bool, str, list[str]]
 def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
     """Names of the modules whose state is one, spread over the ranks or the same on all of them. All ranks call.
 
-    Others are objects with a state of each rank's own, such as metrics that a rank counts for itself.
+    Other modules have a separate state on each rank, such as metrics that a rank counts for itself.
 
     Args:
         values: This rank's extra state.

@@ -1,8 +1,8 @@
 """Extra state that is spread over the ranks: modules, and DTensors anywhere in plain containers.
 
-Each rank writes its shards, as of a model; nothing is gathered. A module's directory is ``extra/<name>.shards/``, as
-``model/`` without an export. Of other values the DTensors are there, named by the keys that lead to them, and the rest
-is in ``extra/<name>.json``.
+Each rank writes its shards, as for a model; nothing is gathered. A module's directory is ``extra/<name>.shards/``, laid
+out as ``model/`` is without an export. Other values have their DTensors in that directory, named by the keys that lead
+to them, and the rest in ``extra/<name>.json``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shardwise.settings import SaveConsolidatedMode, SerializationFormat
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
-#: What stands in a saved tree where a DTensor was.
+#: Placeholder in a saved tree for a DTensor.
 _HOLE = None
 #: How the name of a directory ends that holds a value's shards; no file of a state's ends so.
 SHARDS = ".shards"
@@ -65,7 +65,7 @@ def _like(value: Mapping[object, object], rest: dict[object, object]) -> object:
 
 
 def _below(path: str, key: object) -> str:
-    """The name of what stands under a key: text as it is, but for what tells levels and numbers apart."""
+    """The name of the value under a key: text keys unchanged, apart from escapes for separators and numbers."""
     own = key.replace("%", "%25").replace("/", "%2F").replace("#", "%23") if isinstance(key, str) else f"#{key!r}"
     return f"{path}/{own}" if path else own
 

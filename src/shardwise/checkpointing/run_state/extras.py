@@ -1,7 +1,7 @@
 """States that are neither model nor optimizer: random number generators, dataloaders, whatever the loop keeps.
 
 A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
-and restored only on the same number of ranks; on another it stays as it is, and the caller is told.
+and restored only on the same number of ranks; on another number it is left alone, and the caller gets its name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Stateful(Protocol):
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
-    """Capture named values now and return what is left to do. All ranks call; one may have names of its own.
+    """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
 
     Args:
         session: Settings, ranks and storage.
@@ -152,7 +152,7 @@ def _digest(packed: Mapping[str, bytes]) -> str:
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
     """Where one rank's state of a name is.
 
-    The number of ranks is part of it, since the state means nothing on another.
+    The number of ranks is part of the name, since the state is meaningless on another number.
     """
     return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
 

@@ -1,4 +1,4 @@
-"""What is saved of schedulers: every different state once, of which ranks it is, and which parameters it steers."""
+"""The saved form of schedulers: each distinct state once, with its ranks and the parameters that it steers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import HasState
-from shardwise.checkpointing.run_state.distinct import Distinct, blob_of, unblob
+from shardwise.checkpointing.run_state.distinct_values import DistinctValue, blob_of, unblob
 from shardwise.errors import StateFormatError
 from shardwise.sources.state_files import pack_state, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
 from shardwise.upstream.torch_optim import inner_schedulers
 
-#: A parameter group is told by the names of its parameters.
+#: A parameter group is identified by the names of its parameters.
 Groups = tuple[tuple[str, ...], ...]
 _VERSION = 2
 
@@ -195,7 +195,9 @@ def capture_schedules(schedulers: Sequence[HasState], model: nn.Module | Sequenc
     return blob_of(pack_state(rows)), blob_of(pack_state(states))
 
 
-def merge_schedules(attachments: Sequence[Distinct], states: Sequence[Distinct], world_size: int) -> dict[str, bytes]:
+def merge_schedules(
+    attachments: Sequence[DistinctValue], states: Sequence[DistinctValue], world_size: int
+) -> dict[str, bytes]:
     """All ranks' schedulers as one packed state; empty where no rank has any. Local.
 
     Args:

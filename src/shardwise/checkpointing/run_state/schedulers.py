@@ -1,7 +1,7 @@
 """Which of the saved schedulers' states belongs to a scheduler that is to be restored.
 
-A scheduler is told by what it steers: the parameters of its optimizer, by name. The order in which schedulers are
-passed only tells those apart that are of one class and steer the same.
+A scheduler is identified by the parameters of its optimizer, by name. The order in which schedulers are passed only
+distinguishes schedulers of one class that steer the same parameters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FoundSchedules:
         schedules: Each scheduler with its state.
         entries: Everything that was saved, in order; none where an older release saved it.
         used: Numbers of the entries that this rank's schedulers are restored from, or that stand for the same one.
-        chosen: What ranks that held the same had different values of, where the lowest rank's was taken.
+        chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
 
     schedules: tuple[Schedule, ...] = ()
@@ -176,7 +176,8 @@ class _Match:
     def _steering(self, own: Attached) -> list[tuple[int, SavedSchedule]]:
         """The entries that steer any of a scheduler's parameters.
 
-        Of one that steers none, those that steer none; or all of them, to be told by class and order.
+        For a scheduler without parameters: the entries without parameters, or else all entries, to be matched by class
+        and order.
         """
         everything = list(enumerate(self.saved.entries))
         names = own.names
@@ -211,7 +212,7 @@ class _Match:
 
 
 def _differing(entries: Sequence[SavedSchedule]) -> list[str]:
-    """Keys of which replicas have different values."""
+    """Keys with different values on replicas."""
     first = entries[0].state
     found: dict[str, None] = {}
     for entry in entries[1:]:

@@ -107,7 +107,7 @@ class AdapterSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the adapters, check that they are whole, and return what is left to do. All ranks call."""
+        """Capture the adapters, check that they are complete, and return the steps that write them. All ranks call."""
         session, group = self._session, self._session.group
         with group.together("preparing the adapter's directory"):
             _refuse_wrappers(self.state.model)
@@ -163,9 +163,9 @@ class AdapterSave:
         with group.together(f"checking the adapter {file.adapter_name}"):
             _check(roster, settings, declared, captured, file.adapter_name, self.state.model, component)
             if group.is_main and not component:
-                _tell_vllm(session, file.adapter_name, roster, settings, declared)
+                _log_vllm_limits(session, file.adapter_name, roster, settings, declared)
             if component:
-                check_opens(self.state.model, self._config, file, session.told)
+                check_opens(self.state.model, self._config, file, session.logged)
             options = ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -214,7 +214,7 @@ class AdapterSave:
             options = ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
             plan = plan_export(held, roster, group, self._directory, options)
             if group.is_main:
-                _tell_extra(session, roster)
+                _log_extra_weights(session, roster)
         assert plan is not None
         return lambda g, p=plan: write_export(p, g, session.storage)  # type: ignore[misc]
 
@@ -248,7 +248,7 @@ def capture(
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What the ranks say of their parts of an adapted model.
+    """Gathered facts about the ranks' parts of an adapted model.
 
     Attributes:
         inventories: Each rank's layers, where one of them has a part of a model; else nothing.
@@ -260,7 +260,7 @@ class Declared:
 
 
 def declare(session: Session, captured: AdapterTensors) -> Declared:
-    """Exchange what the ranks have of the model. All ranks call.
+    """Gather the layers of the model on each rank. All ranks call.
 
     Raises:
         AdapterError: A pipeline stage is missing.
@@ -296,11 +296,13 @@ def _check(
     check_opens_in_peft(parts, name, [spec.name for spec in specs], settings)
 
 
-def _tell_vllm(session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared) -> None:
-    """Say once what vLLM would not serve of an adapter."""
+def _log_vllm_limits(
+    session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared
+) -> None:
+    """Log once which features of an adapter vLLM does not serve."""
     limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits and (key := f"vLLM/{name}") not in session.told:
-        session.told.add(key)
+    if limits and (key := f"vLLM/{name}") not in session.logged:
+        session.logged.add(key)
         _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
 
 
@@ -310,10 +312,10 @@ def hold_extra(session: Session, captured: AdapterTensors, parts: Sequence[nn.Mo
     return hold_adapter(captured.extra, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
 
-def _tell_extra(session: Session, roster: Roster) -> None:
+def _log_extra_weights(session: Session, roster: Roster) -> None:
     names = [spec.name for spec in roster.specs]
-    if ADAPTER_EXTRA_NAME not in session.told:
-        session.told.add(ADAPTER_EXTRA_NAME)
+    if ADAPTER_EXTRA_NAME not in session.logged:
+        session.logged.add(ADAPTER_EXTRA_NAME)
         _LOG.info(
             "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
             "not: %s",
@@ -364,7 +366,7 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
             with group.together(f"checking the adapter {file.adapter_name}"):
                 _check(roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts, "")
                 if component:
-                    check_opens(parts, None, file, session.told)
+                    check_opens(parts, None, file, session.logged)
     if declared.extra:
         _roster(session, partial(hold_extra, session, captured, parts))
     if session.config.export_merged:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from shardwise.checkpointing.saving.places import check_claim, check_seen
+from shardwise.checkpointing.saving.shared_directory import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.sequential import digest_file, sync_file, write_file
@@ -59,7 +59,7 @@ Closing = Sequence[Callable[[Group], None]]
 def gather_records(
     session: Session, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
 ) -> Callable[[], ComponentRecord]:
-    """Tell rank 0 of files, tensors and aliases that only their writer knows of. All ranks call.
+    """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
     Args:
         session: Settings, ranks and storage.
@@ -74,13 +74,13 @@ def gather_records(
     Raises:
         StorageError: A rank writes elsewhere than rank 0.
     """
-    met = session.met
+    first_exchange = session.first_exchange
 
     def close() -> JsonValue:
         for work in closing:
             work(group)
         if not (group.is_main or session.config.is_remote):
-            check_claim(temp.parent, published_name(temp.name), met.token, group, met.places)
+            check_claim(temp.parent, published_name(temp.name), first_exchange.token, group, first_exchange.locations)
         return None if group.is_main else record.encoded()
 
     rows = group.collect(close, "gathering records")
@@ -89,7 +89,7 @@ def gather_records(
         records = [record, *map(ComponentRecord.decoded, rows[1:])]
         whole = merged(records)
         if not session.config.is_remote:
-            check_seen(temp, records, met.places)
+            check_files_visible(temp, records, first_exchange.locations)
         return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
     return union
@@ -307,4 +307,4 @@ def claimed(session: Session, final: Path) -> Claim | None:
     if session.config.is_remote:
         return None
     make_root(final.parent, storage=session.storage)
-    return claim(final.parent, final.name, session.met.token)
+    return claim(final.parent, final.name, session.first_exchange.token)

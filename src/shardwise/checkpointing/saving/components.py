@@ -37,7 +37,7 @@ def save_model(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "model", {"shardwise": __version__})
-    with turn.telling(f"{weights_path}/model", life.wait):
+    with turn.raising_earlier(f"{weights_path}/model", life.wait):
         try:
             save = model_save(life, model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
             steps = save.steps()
@@ -59,7 +59,7 @@ def save_optimizer(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
-    with turn.telling(f"{weights_path}/optim", life.wait):
+    with turn.raising_earlier(f"{weights_path}/optim", life.wait):
         try:
             with session.group.together(f"preparing {weights_path}/optim"):
                 if session.group.is_main:

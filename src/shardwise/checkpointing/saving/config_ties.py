@@ -16,7 +16,7 @@ from typing import cast
 from torch import nn
 
 from shardwise.addons.hf_config import untie_configs
-from shardwise.checkpointing.inside import Inside, exported_modules
+from shardwise.checkpointing.exported_part import ExportedPart, exported_modules
 from shardwise.checkpointing.loading.ties import file_name
 from shardwise.format.manifest import TensorRecord
 from shardwise.stateful_wrappers.names import declared_ties, loaders_ties
@@ -47,7 +47,7 @@ def ties_by_config(module: nn.Module) -> dict[str, str]:
     return {plain_name(str(name)): plain_name(str(source)) for name, source in ties.items() if source}
 
 
-def expected_ties(parts: Sequence[Inside]) -> frozenset[str]:
+def expected_ties(parts: Sequence[ExportedPart]) -> frozenset[str]:
     """Names whose tensors whoever loads these parts takes from others, so that they need not be in the files.
 
     None of a model of which the configuration ties something that memory does not: it may have to be exported as
@@ -64,7 +64,7 @@ def expected_ties(parts: Sequence[Inside]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _loose(ties: Mapping[str, str], part: Inside) -> bool:
+def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
     places = {name: number for number, (named, _) in enumerate(part.own) for name in (named.name, *named.aliases)}
     return any(name in places and source in places and places[name] != places[source] for name, source in ties.items())
 
@@ -89,7 +89,7 @@ def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str
 def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
     """Let the configuration in a directory say what was written of tensors that it ties. Rank 0 calls.
 
-    Whether two are equal is told by their digests, which are those of the whole tensors, whoever has written them.
+    Two tensors are equal where their digests are; these are of the whole tensors, whichever rank wrote them.
 
     Args:
         ties: The `loose_ties`.

@@ -1,4 +1,4 @@
-"""What ranks tell each other of a model before they save it: pipeline stages have different parts of one."""
+"""Facts about a model that the ranks gather before a save: each pipeline stage knows only its own part."""
 
 from __future__ import annotations
 
@@ -6,56 +6,56 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from shardwise.checkpointing.saving.proof import Promise, PromiseRow, promise_of
+from shardwise.checkpointing.saving.header_checks import Expectation, ExpectationRow, merge_expectations
 from shardwise.comm import JsonValue
 from shardwise.geometry import TensorSpec
 
 
-class OwnFacts(NamedTuple):
-    """What one rank tells of its part, as it travels.
+class RankFacts(NamedTuple):
+    """The facts of one rank, as they are gathered.
 
     Attributes:
-        quantized: Whether it has quantized parameters.
-        beside: Names of the state beside ordinary tensors, as `shardwise.checkpointing.saving.aside.names_beside`
+        quantized: Whether the rank has quantized parameters.
+        beside: Names of the state beside ordinary tensors, as `saving.module_state.module_state_names`
             gives them.
-        promise: What it says of the model's files, where there is a base model to compare them with.
-        native: Dtype in memory of each tensor that the export has in another.
-        apart: Names of tensors that are no part of the exported model.
-        hidden: Names of tensors that its class keeps out of its files.
-        specs: Names, shapes and dtypes of what an export would have, where the files that are written do not tell.
-        keys: Names that its settings say the base model has (``model_state_dict_keys``).
+        expectation: What its part of the model says about its files, where there is a base model to compare with.
+        native: Name of a tensor exported in another dtype -> its dtype in memory.
+        outside: Names of tensors outside the exported model.
+        excluded: Names of tensors that the class excludes from its files.
+        specs: Names, shapes and dtypes that an export would have, where the written files do not show them.
+        keys: Names of the base model's tensors in its settings (``model_state_dict_keys``).
     """
 
     quantized: bool
     beside: list[list[str]]
-    promise: PromiseRow | None = None
+    expectation: ExpectationRow | None = None
     native: Mapping[str, str] = {}
-    apart: Collection[str] = ()
-    hidden: Collection[str] = ()
+    outside: Collection[str] = ()
+    excluded: Collection[str] = ()
     specs: Sequence[tuple[str, Sequence[int], str]] = ()
     keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What all ranks know of a model that is to be saved.
+    """The merged facts of all ranks about a model to save.
 
     Attributes:
         quantized: Whether any rank has quantized parameters.
         beside: For each rank, the names of its state beside ordinary tensors.
-        promise: What the model says of its files.
-        native: Dtype in memory of each tensor of any rank that the export has in another.
-        apart: Names of any rank's tensors that are no part of the exported model; they are saved beside it.
-        hidden: Names of tensors of any rank that its class keeps out of its files.
-        specs: What an export would have, where the files that are written do not tell.
+        expectation: What the model says about its files.
+        native: Name of any rank's tensor exported in another dtype -> its dtype in memory.
+        outside: Names of any rank's tensors outside the exported model; they are saved beside it.
+        excluded: Names of any rank's tensors that the class excludes from its files.
+        specs: The specs that an export would have, where the written files do not show them.
     """
 
     quantized: bool
     beside: tuple[list[list[str]], ...]
-    promise: Promise
+    expectation: Expectation
     native: Mapping[str, str]
-    apart: frozenset[str]
-    hidden: tuple[str, ...]
+    outside: frozenset[str]
+    excluded: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
 
     @property
@@ -65,18 +65,19 @@ class Facts:
 
     @staticmethod
     def of(notes: Sequence[JsonValue]) -> Facts:
-        """What the notes of all ranks say together, each an `OwnFacts`."""
-        rows = [OwnFacts(*cast(_Row, note)) for note in notes]
+        """Merge the gathered `RankFacts` of all ranks."""
+        rows = [RankFacts(*cast(_Row, note)) for note in notes]
         specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),
             tuple(row.beside for row in rows),
-            promise_of(
-                [row.promise for row in rows if row.promise is not None], (key for row in rows for key in row.keys)
+            merge_expectations(
+                [row.expectation for row in rows if row.expectation is not None],
+                (key for row in rows for key in row.keys),
             ),
             {name: dtype for row in rows for name, dtype in row.native.items()},
-            frozenset(name for row in rows for name in row.apart),
-            tuple(sorted({name for row in rows for name in row.hidden})),
+            frozenset(name for row in rows for name in row.outside),
+            tuple(sorted({name for row in rows for name in row.excluded})),
             tuple(TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in specs.items()),
         )
 
@@ -84,7 +85,7 @@ class Facts:
 _Row = tuple[
     bool,
     list[list[str]],
-    PromiseRow | None,
+    ExpectationRow | None,
     dict[str, str],
     list[str],
     list[str],

@@ -98,7 +98,7 @@ class MergedSave(ModelSave):
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         # The notes beside an export are for resuming from it.
-        super()._prepare_directory(replace(facts, native={}, apart=frozenset(), hidden=()))
+        super()._prepare_directory(replace(facts, native={}, outside=frozenset(), excluded=()))
 
     def _beside(self, described: Described) -> list[Step]:
         return []
@@ -142,7 +142,7 @@ def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[Mer
     meshes = MeshRegister(session.may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
     computed = [_held_group(together, sources) for together in _together(made)]
-    return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), hidden=())
+    return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), excluded=())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,13 +198,13 @@ def _together(made: Sequence[_Made]) -> list[list[_Made]]:
     lists: list[tuple[set[int], list[_Made]]] = []
     for each in made:
         keys, own = {id(group) for group in each.groups}, [each]
-        apart = []
+        outside = []
         for known, theirs in lists:
             if known.isdisjoint(keys):
-                apart.append((known, theirs))
+                outside.append((known, theirs))
             else:
                 keys, own = keys | known, [*theirs, *own]
-        lists = [*apart, (keys, own)]
+        lists = [*outside, (keys, own)]
     return [own for _, own in lists]
 
 
@@ -243,7 +243,7 @@ class MergeRule:
         return {each.tensor.spec.name: each.of(natives, results) for each in self.made}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Nothing can tell base and adapter apart again: it is never called."""
+        """Never called: a merged tensor cannot be divided into base and adapter."""
         raise NotImplementedError
 
 

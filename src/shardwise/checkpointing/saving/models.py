@@ -27,13 +27,19 @@ from shardwise.addons.huggingface import (
 )
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
-from shardwise.checkpointing.saving.aside import aside_step, names_beside
+from shardwise.checkpointing.saving.class_check import refuse_whole_adapter
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
-from shardwise.checkpointing.saving.facts import Facts, OwnFacts
+from shardwise.checkpointing.saving.facts import Facts, RankFacts
+from shardwise.checkpointing.saving.header_checks import (
+    compare_with_base,
+    compare_with_keys,
+    expectation_row,
+    read_back,
+    require_equal,
+)
 from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
-from shardwise.checkpointing.saving.opens import refuse_whole_adapter
-from shardwise.checkpointing.saving.proof import promise_row, prove, prove_keys, read_back, require
+from shardwise.checkpointing.saving.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.session import Session
@@ -93,7 +99,7 @@ class Described:
         roster: Who holds what of the tensors that are written.
         computed: Who holds what of those that an export's tensors are computed from.
         beside: Who holds what of those that are written beside an export.
-        facts: What the ranks have told each other.
+        facts: The merged facts of all ranks.
     """
 
     hub: HubState
@@ -119,7 +125,7 @@ class ModelSave:
         reserve: Makes the directory above, on rank 0, before anything else is written.
 
     Attributes:
-        closing: Local work that is left when all bytes are durable; known after `steps`.
+        closing: Local work to do when all bytes are durable; known after `steps`.
     """
 
     def __init__(
@@ -166,11 +172,11 @@ class ModelSave:
         }
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' first hooks, and return what is left to do. All ranks call.
+        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
 
         Raises:
             Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
-                tells of it on the other ranks.
+                reports it on the other ranks.
             ShardwiseError: What else failed, on any rank.
         """
         try:
@@ -195,10 +201,14 @@ class ModelSave:
             return self._exported()
         described = self._described()
         # An export made later carries the same tensors over.
-        self._carried = self._prove(described.roster.specs, described.facts)
+        self._carried = self._compare_with_base(described.roster.specs, described.facts)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [shards, *self._aside(described.facts, described.hub.listing), _telling(described.hub.unwritten)]
+        return [
+            shards,
+            *self._module_state(described.facts, described.hub.listing),
+            _alias_step(described.hub.unwritten_aliases),
+        ]
 
     def _distcp(self) -> list[Step]:
         session = self._session
@@ -224,30 +234,30 @@ class ModelSave:
             meshes = MeshRegister(session.may_differ.of_model(listed.tensors, self.state.model))
             held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
             tensors.update(capture_distcp(session, "model", tensors_alone(self.state.state_dict())))
-            facts = OwnFacts(self._describes and is_quantized(self._args), names_beside(listed))
+            facts = RankFacts(self._describes and is_quantized(self._args), module_state_names(listed))
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
-                facts = facts._replace(promise=promise_row(self.state.model, hub.absent), specs=specs)
+                facts = facts._replace(expectation=expectation_row(self.state.model, hub.absent), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
         facts, [roster] = Facts.of(agreed.notes), agreed.rosters
         if carries:
-            self._carried = self._prove(facts.specs, facts)
+            self._carried = self._compare_with_base(facts.specs, facts)
         with session.group.together("preparing the model's directory"):
             self._prepare_directory(facts)
         self._before()
         rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
-        return [_telling(kept), *self._aside(facts, listed), write]
+        return [_alias_step(kept), *self._module_state(facts, listed), write]
 
-    def _aside(self, facts: Facts, listing: Listing | None) -> list[Step]:
-        """What is left to do for state beside ordinary tensors. All ranks call."""
+    def _module_state(self, facts: Facts, listing: Listing | None) -> list[Step]:
+        """The steps that write module state. All ranks call."""
         if not facts.has_beside:
             return []
-        return [aside_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
+        return [module_state_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
 
     @staticmethod
     def _release_after(step: Step) -> Step:
@@ -265,7 +275,7 @@ class ModelSave:
         """Plan an export and prepare its directory; all ranks call."""
         session, described = self._session, self._described()
         hub, own, roster, facts = described.hub, described.own, described.roster, described.facts
-        names = self._prove(roster.specs, facts)
+        names = self._compare_with_base(roster.specs, facts)
         passed = [self.base.source.tensors[name] for name in names] if self.base is not None else []
         computed = ComputedPlan(hub.groups, described.computed)
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
@@ -293,18 +303,18 @@ class ModelSave:
         return [*steps, *self._beside(described)]
 
     def _beside(self, described: Described) -> list[Step]:
-        """What is left to do for what stands beside the export, for resuming. All ranks call."""
+        """The steps that write what a resume needs beside the export. All ranks call."""
         hub, steps = described.hub, list[Step]()
         if described.beside.specs:  # of any rank: a stage may have no such tensor where another does
-            names_apart = {tensor.spec.name for tensor in hub.hidden}
-            steps.append(self._shards(described.exact, described.beside, EXACT, hidden=names_apart))
-        return [*steps, *self._aside(described.facts, hub.listing), _telling(hub.unwritten)]
+            excluded_names = {tensor.spec.name for tensor in hub.excluded}
+            steps.append(self._shards(described.exact, described.beside, EXACT, excluded=excluded_names))
+        return [*steps, *self._module_state(described.facts, hub.listing), _alias_step(hub.unwritten_aliases)]
 
     def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
         session, base = self._session, self.base.specs if self._exports and self.base is not None else {}
         captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
-        promises = self.base is not None or session.met.names_keys
+        has_expectation = self.base is not None or session.first_exchange.names_keys
 
         def describe() -> Statement:
             self._ask_exporter()
@@ -312,18 +322,22 @@ class ModelSave:
                 self._reserve()
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
-            held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.hidden])]
-            make = partial(Recast.of, held, base, hub.apart) if self._exports else partial(Recast.none, held, hub.apart)
+            held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.excluded])]
+            make = (
+                partial(Recast.of, held, base, hub.outside)
+                if self._exports
+                else partial(Recast.none, held, hub.outside)
+            )
             own = session.recast.get(held, self._exports, make)
-            exact = [*_uncomputed(own.exact, hub.groups), *hub.hidden] if self._exports else []
+            exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
-            facts = OwnFacts(
+            facts = RankFacts(
                 quantized,
-                names_beside(hub.listing),
-                promise_row(self.state.model, hub.absent) if promises else None,
+                module_state_names(hub.listing),
+                expectation_row(self.state.model, hub.absent) if has_expectation else None,
                 own.native,
-                sorted(own.apart),
-                [tensor.spec.name for tensor in hub.hidden],
+                sorted(own.outside),
+                [tensor.spec.name for tensor in hub.excluded],
                 keys=list(session.config.model_state_dict_keys or ()),
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
@@ -346,17 +360,17 @@ class ModelSave:
         """This rank's tensors, as they are to be written, and whether there are quantized parameters. Local."""
         session = self._session
         hub = session.names.capture(self.state)
-        if hub is not session.sound:
+        if hub is not session.checked_state:
             require_memory(memory_of(hub.native), "values to save")
-            session.sound = hub
+            session.checked_state = hub
         # As long as the same is captured, the parameters are the same.
         quantized = session.is_quantized.get([hub], None, self._look_at_parameters)
         # All at once: each component has one piece of memory, which a second call would fill anew.
         natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        staged = session.staged("model", [*hub.held, *hub.hidden])
+        staged = session.staged("model", [*hub.held, *hub.excluded])
         own = len(hub.held)
-        return replace(hub, held=tuple(staged[:own]), hidden=tuple(staged[own:]), groups=groups), quantized
+        return replace(hub, held=tuple(staged[:own]), excluded=tuple(staged[own:]), groups=groups), quantized
 
     def _look_at_parameters(self) -> bool:
         session = self._session
@@ -377,12 +391,12 @@ class ModelSave:
             threads=self._session.writing_threads,
         )
 
-    def _prove(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
+    def _compare_with_base(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
         """Compare what will be written with the base model; returns the names of what is carried over.
 
         All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
         """
-        base, names_keys = self.base, self._session.met.names_keys
+        base, names_keys = self.base, self._session.first_exchange.names_keys
         if base is None and not names_keys:
             return []
         config, group = self._session.config, self._session.group
@@ -390,14 +404,14 @@ class ModelSave:
 
         def compare() -> JsonValue:
             if verifies:
-                require(prove_keys(specs, facts.promise), self._directory)
+                require_equal(compare_with_keys(specs, facts.expectation), self._directory)
             if base is None:
                 return []
-            proof = prove(specs, base, facts.promise, pass_through=config.pass_through_unloaded)
+            comparison = compare_with_base(specs, base, facts.expectation, pass_through=config.pass_through_unloaded)
             if verifies:
-                require(proof, base.directory)
-            base.check_readable(proof.passed)
-            return list(proof.passed)
+                require_equal(comparison, base.directory)
+            base.check_readable(comparison.passed)
+            return list(comparison.passed)
 
         return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
 
@@ -414,8 +428,8 @@ class ModelSave:
         notes = {
             NATIVE_DTYPES: dict(facts.native),
             PASSED_THROUGH: list(passed),
-            KEPT_OUT: list(facts.hidden),
-            APART: sorted(facts.apart),
+            KEPT_OUT: list(facts.excluded),
+            APART: sorted(facts.outside),
             LOOSE_TIES: self._loose_ties,
             EXPORT: self._export_note(),
         }
@@ -425,22 +439,22 @@ class ModelSave:
                 write_file(session.storage, self._directory / METADATA_DIR / name, text.encode())
         if self._describes:
             write_metadata(self._args, facts.quantized, self._exporter)
-            self._tell_of_config(facts)
+            self._log_missing_config(facts)
 
-    def _tell_of_config(self, facts: Facts) -> None:
+    def _log_missing_config(self, facts: Facts) -> None:
         """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
         session = self._session
-        if session.may_export and facts.apart:
-            names = sorted(facts.apart)
+        if session.may_export and facts.outside:
+            names = sorted(facts.outside)
             said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
-            if said not in session.told:
-                session.told.add(said)
+            if said not in session.logged:
+                session.logged.add(said)
                 _LOG.info("%s", said)
         config = self._directory / METADATA_DIR / CONFIG
         if session.may_export and self._exporter is None and not config.is_file():
             why = why_no_config(self.state.model)
-            if why not in session.told:
-                session.told.add(why)
+            if why not in session.logged:
+                session.logged.add(why)
                 _LOG.warning("the export has no config.json: %s", why)
 
     def _look_at_ties(self, roster: Roster) -> None:
@@ -472,13 +486,13 @@ class ModelSave:
             return
         if not self._exports and described.hub.groups:
             return  # shards hold what their names are computed from
-        directory, apart = self._directory / METADATA_DIR, {*described.facts.apart, *described.facts.hidden}
-        session.opening.check(self.state.model, directory, described.roster, passed=passed, apart=apart)
+        directory, left_out = self._directory / METADATA_DIR, {*described.facts.outside, *described.facts.excluded}
+        session.class_check.check(self.state.model, directory, described.roster, passed=passed, left_out=left_out)
         if self._exports and self._loose_ties:
             # What it would be if the two turn out to differ, which is known when they are written.
             try:
-                session.opening_untied.check(
-                    self.state.model, directory, described.roster, passed=passed, apart=apart, untie=True
+                session.class_check_untied.check(
+                    self.state.model, directory, described.roster, passed=passed, left_out=left_out, untie=True
                 )
             except ExportMismatchError as misfit:
                 self._untied_misfit = misfit
@@ -540,7 +554,7 @@ class ModelSave:
         roster: Roster,
         component: str,
         described: Described | None = None,
-        hidden: Collection[str] = (),
+        excluded: Collection[str] = (),
     ) -> Step:
         """Plan shards, and with what was described of the model prepare the directory. All ranks call."""
         session = self._session
@@ -551,7 +565,7 @@ class ModelSave:
             known = memo.get(
                 [*held, roster],
                 None,
-                lambda: self._shard_plan(held, roster, component, hidden),
+                lambda: self._shard_plan(held, roster, component, excluded),
             )
             nbytes = known.own_bytes
             if described is not None:
@@ -568,10 +582,10 @@ class ModelSave:
         return self._release_after(lambda group: write_shards(plan, group, session.storage))
 
     def _shard_plan(
-        self, held: Sequence[HeldTensor], roster: Roster, component: str, hidden: Collection[str]
+        self, held: Sequence[HeldTensor], roster: Roster, component: str, excluded: Collection[str]
     ) -> ShardPlan:
         # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
-        compared = held if component != EXACT else [t for t in held if t.spec.name in hidden]
+        compared = held if component != EXACT else [t for t in held if t.spec.name in excluded]
         replicas = (comparison(compared, roster, self._session.group.rank),)
         return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
 
@@ -586,8 +600,8 @@ class ModelSave:
         return plan_shards(held, roster, self._session.group.rank, index)
 
 
-def _telling(kept: Mapping[str, str]) -> Step:
-    """A step that writes nothing, and tells the manifest of further names."""
+def _alias_step(kept: Mapping[str, str]) -> Step:
+    """A step that writes nothing and adds aliases to the manifest."""
     record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
     return lambda group: record
 
@@ -605,5 +619,5 @@ def _uncomputed(rounded: Sequence[HeldTensor], groups: Sequence[HeldGroup]) -> l
     """What holds the exact values: the tensors, but for those that have to be computed what they are computed from."""
     names = {tensor.spec.name for tensor in rounded}
     computed = [held for held in groups if not names.isdisjoint(spec.name for spec in held.computed.hub)]
-    apart = {spec.name for held in computed for spec in held.computed.hub}
-    return [*(tensor for tensor in rounded if tensor.spec.name not in apart), *natives_of(computed)]
+    outside = {spec.name for held in computed for spec in held.computed.hub}
+    return [*(tensor for tensor in rounded if tensor.spec.name not in outside), *natives_of(computed)]

@@ -1,4 +1,4 @@
-"""Exporting in the base model's dtypes what is in memory in others."""
+"""Casts tensors to the base model's dtypes for an export."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Recast:
         export: The tensors to export, each in the dtype that the base has it in.
         exact: Those among the originals whose values the base's dtype cannot hold exactly: a run that trains in
             float32 from a bfloat16 base exports bfloat16 and resumes from float32.
-        native: Dtype in memory of each tensor that the export has in another.
-        apart: Names of tensors that are no part of the exported model; they are ``exact``.
+        native: Name of a tensor exported in another dtype -> its dtype in memory.
+        outside: Names of tensors outside the exported model; they are in ``exact``.
     """
 
     export: Sequence[HeldTensor]
     exact: Sequence[HeldTensor]
     native: Mapping[str, str]
-    apart: Collection[str]
+    outside: Collection[str]
 
     @staticmethod
-    def none(held: Sequence[HeldTensor], apart: Collection[str]) -> Recast:
-        """All tensors as they are, those apart too, for shards."""
-        return Recast(list(held), [], {}, apart)
+    def none(held: Sequence[HeldTensor], outside: Collection[str]) -> Recast:
+        """All tensors unchanged, for shards."""
+        return Recast(list(held), [], {}, outside)
 
     @staticmethod
-    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec], apart: Collection[str] = ()) -> Recast:
+    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec], outside: Collection[str] = ()) -> Recast:
         """Give each tensor the dtype that the base model has it in, where both are of ordinary weights."""
-        if not base and not apart:
+        if not base and not outside:
             return Recast(list(held), [], {}, ())
         export, exact, native = [], [], {}
         for tensor in held:
-            if tensor.spec.name in apart:
+            if tensor.spec.name in outside:
                 exact.append(tensor)
                 continue
             known = base.get(tensor.spec.name)
@@ -56,4 +56,4 @@ class Recast:
             export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
             if DTYPE_BYTES[known.dtype] <= DTYPE_BYTES[have]:
                 exact.append(tensor)
-        return Recast(export, exact, native, apart)
+        return Recast(export, exact, native, outside)

@@ -13,7 +13,7 @@ from shardwise.checkpointing.arguments import check_arguments, check_mapping
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import OptimizerSave, as_list
-from shardwise.checkpointing.run_state.wholes import below, capture_extras
+from shardwise.checkpointing.run_state.checkpoint_state import below, capture_extras
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
 from shardwise.checkpointing.saving.hooks import passed_addons
@@ -68,7 +68,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
         warn_of_metrics(numbers, life.config)
     name = checkpoint_name(what.epoch, what.step)
     temp, final = session.root / temporary_name(name), session.root / name
-    with turn.telling(name, life.wait):
+    with turn.raising_earlier(name, life.wait):
         publication = _publication(life, temp, final, what.epoch, what.step, numbers)
         make_room = partial(_reserve, life, name)
         try:

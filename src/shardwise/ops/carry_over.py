@@ -1,4 +1,4 @@
-"""Tensors of the base model that the model's class does not load, and that its export carries over as they are."""
+"""Tensors of the base model that the model's class does not load, and that its export copies unchanged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _HINT = "Say where the base model is: --base PATH (base=PATH)."
 
 
 def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
-    """The tensors of the export: the model's, and those that the save noted as carried over from its base.
+    """The tensors of the export: the model's, and those that the save recorded as carried over from its base.
 
     Args:
         found: The model.
-        base: Where the base model is; else where the save found it.
+        base: Path of the base model; by default the path that the save recorded.
 
     Raises:
-        CheckpointNotFoundError: The base model is not there.
-        MissingTensorError: It lacks such a tensor.
+        CheckpointNotFoundError: The base model was not found.
+        MissingTensorError: The base model lacks such a tensor.
         DtypeMismatchError: Its tensor has another dtype than when the model was saved.
     """
     notes = found.directory / METADATA_DIR

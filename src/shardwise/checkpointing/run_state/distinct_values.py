@@ -1,4 +1,4 @@
-"""What ranks have in common of small states: each different one travels once."""
+"""Gathers small states of all ranks, where each distinct value is sent once."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import NamedTuple, cast
 from shardwise.comm import Group, JsonValue
 
 
-class Distinct(NamedTuple):
+class DistinctValue(NamedTuple):
     """A value, and the ranks that have it.
 
     Attributes:
         blob: The value.
-        ranks: Its ranks in the group, in order.
+        ranks: Ranks in the group that have the value, in order.
     """
 
     blob: bytes
     ranks: tuple[int, ...]
 
 
-def distinct(group: Group, blobs: Sequence[bytes]) -> list[list[Distinct]]:
-    """Of each of several values, every different one among the ranks, on every rank. All ranks call.
+def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctValue]]:
+    """Gather several values from all ranks, and return the distinct ones of each. All ranks call.
 
-    Ranks of one kind have the same values, so only their digests and one copy of each travel. An empty value is none.
+    Many ranks have equal values, so only digests and one copy of each distinct value are sent. Empty ones are left out.
 
     Args:
         group: The ranks.
         blobs: This rank's values; as many on every rank.
 
     Returns:
-        For each value the different ones, in the order of the first rank that has it.
+        For each of the values, the distinct ones in the order of the first rank that has each.
     """
     own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
     everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))
@@ -42,18 +42,18 @@ def distinct(group: Group, blobs: Sequence[bytes]) -> list[list[Distinct]]:
         for digest in filter(None, dict.fromkeys(digests)):
             ranks = tuple(rank for rank, theirs in enumerate(digests) if theirs == digest)
             raw = group.broadcast_bytes(blob if group.rank == ranks[0] else b"", ranks[0], "exchanging states")
-            rows.append(Distinct(raw, ranks))
+            rows.append(DistinctValue(raw, ranks))
         found.append(rows)
     return found
 
 
 def blob_of(packed: dict[str, bytes]) -> bytes:
-    """A packed state as one text."""
+    """A packed state as one byte string."""
     return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
 
 
 def unblob(raw: bytes) -> dict[str, bytes]:
-    """What `blob_of` put together."""
+    """The packed state that `blob_of` was given."""
     found: dict[str, bytes] = {}
     position = 0
     while position < len(raw):

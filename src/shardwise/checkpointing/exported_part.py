@@ -1,8 +1,8 @@
-"""A model inside of a module that has state of its own: its tensors under its own names, and the rest apart.
+"""The model inside a module with state of its own: which tensors are exported, and which stay outside the export.
 
-The files of a value head around a language model, or of a running average, are the model's: they have its names, and
-its class opens them. What is outside is kept in shards beside the export, under the names that the module gives it,
-and loading finds it there.
+A value head around a language model, or a running average, is exported as the language model alone: its files use the
+model's own names, and the model's class opens them. Tensors outside that model are written to shards beside the export
+under the outer module's names, and loading reads them from there.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _Pair = tuple[NamedTensor, HeldTensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inside:
-    """A part as its files see it.
+class ExportedPart:
+    """A part of the model, divided into what is exported and what is not.
 
     Attributes:
-        module: The model that the files are of.
-        own: Its tensors, under its names.
-        apart: What the part has besides, under the part's names.
-        outer: Names outside of the model for tensors of it -> the model's names for them.
+        module: The exported model.
+        own: The exported tensors, under the exported model's names.
+        outside: Tensors of the part that are not exported, under the part's names.
+        outer: Name outside the exported model of a tensor that it shares -> the exported model's name.
     """
 
     module: nn.Module
     own: tuple[_Pair, ...]
-    apart: tuple[HeldTensor, ...] = ()
+    outside: tuple[HeldTensor, ...] = ()
     outer: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ties(self) -> dict[str, str]:
-        """Names of tensors that are not kept -> the model's names that are."""
+        """Alias of a tensor -> the exported model's name under which it is kept."""
         return {**self.outer, **{alias: named.name for named, _ in self.own for alias in named.aliases}}
 
 
-def as_exported(part: nn.Module, own: Sequence[_Pair]) -> Inside:
-    """Look at a part's tensors as its files do. Local.
+def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
+    """Divide a part's tensors into exported ones and others. Local.
 
     Args:
         part: The part.
@@ -51,56 +51,56 @@ def as_exported(part: nn.Module, own: Sequence[_Pair]) -> Inside:
     """
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
-        return Inside(part, tuple(own))
+        return ExportedPart(part, tuple(own))
     theirs = _names_inside(inner, (name for named, _ in own for name in (named.name, *named.aliases)))
     ties = declared_ties([inner.module])
     found: list[_Pair] = []
-    apart: list[HeldTensor] = []
+    outside: list[HeldTensor] = []
     outer: dict[str, str] = {}
     for named, held in own:
         names = (named.name, *named.aliases)
         inside = [theirs[name] for name in names if name in theirs]
         if not inside:
-            apart.append(held)
+            outside.append(held)
             continue
         free = [name for name in inside if name not in ties]
         kept = next((name for name in free if not is_lm_head(name)), (free or inside)[0])
         aliases = tuple(name for name in inside if name != kept)
         found.append((named._replace(name=kept, aliases=aliases), held._replace(spec=held.spec._replace(name=kept))))
         outer |= {name: kept for name in names if name not in theirs}
-    return Inside(inner.module, tuple(found), tuple(apart), outer)
+    return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
 
 
 def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
-    """Those of a part's names that are of the model inside -> its own names for them."""
+    """Names in the part that belong to the inner model -> the inner model's own names."""
     listed = list(names)
     found = {name: name[len(inner.prefix) :] for name in listed if name.startswith(inner.prefix)}
     if inner.prefix and not found:
-        # A part that lists its state by itself may leave the prefix out, as value heads of TRL do.
+        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
         own = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
         found = {name: name for name in listed if name in own}
     return found
 
 
 def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
-    """The model that the files are of, in each part."""
+    """The exported model of each part."""
     return [unwrap(inner_model(part).module) for part in parts]
 
 
-def outer_names(parts: Iterable[Inside], held: Iterable[HeldTensor]) -> dict[str, str]:
-    """Names outside of the models for tensors that their files have under the models' own names -> those names."""
+def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> dict[str, str]:
+    """Names outside the exported models of tensors that are written -> the names they are written under."""
     found = {name: kept for part in parts for name, kept in part.outer.items()}
     written = {tensor.spec.name for tensor in held} if found else set()
     return {name: kept for name, kept in found.items() if kept in written and name not in written}
 
 
-def check_apart(apart: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
-    """Check that what is kept apart has no name that the files have, or could have.
+def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
+    """Check that no tensor outside the exported model has a name that the files have or could have.
 
     Raises:
-        NameCollisionError: Some of it has.
+        NameCollisionError: One has.
     """
-    names = {tensor.spec.name for tensor in apart}
+    names = {tensor.spec.name for tensor in outside}
     twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
     if twice:
         raise NameCollisionError(

@@ -1,4 +1,4 @@
-"""Would the class that an export's config.json names load what is about to be written?
+"""Checks that the class named in an export's config.json would load the export.
 
 The class is built from that very config.json on the meta device, and its library's own code for loading is run on
 tensors without memory: renamings, conversions, the base model's prefix, ties and what the class knows to be missing are
@@ -45,11 +45,11 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """What a class would make of files: nothing of it is right for a good export.
+    """Differences between a class and the files of an export; none for a correct export.
 
     Attributes:
-        missing: Names that it has and would not find.
-        unexpected: Names in the files that it has no use for.
+        missing: Names of the class that the files lack.
+        unexpected: Names in the files that the class does not load.
         shapes: Names whose shapes differ, with both.
     """
 
@@ -68,14 +68,14 @@ class Misfit:
 
 
 class _CannotCheckError(Exception):
-    """Why nothing can be said."""
+    """Why the check is not possible."""
 
 
 def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
     """Refuse a model that peft has adapted and that is about to be exported as if it were not. Local.
 
     Raises:
-        AdapterError: It is one.
+        AdapterError: The model is adapted.
     """
     if is_whole_with_adapter(parts):
         raise AdapterError(
@@ -86,8 +86,8 @@ def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
         )
 
 
-class OpeningCheck:
-    """Checks exports, each kind once. Rank 0 has one."""
+class ClassCheck:
+    """Checks exports, each kind once. Used on rank 0."""
 
     def __init__(self) -> None:
         self._sound: Memo[None] = Memo()
@@ -100,7 +100,7 @@ class OpeningCheck:
         roster: Roster,
         *,
         passed: Sequence[TensorSpec] = (),
-        apart: Collection[str] = (),
+        left_out: Collection[str] = (),
         untie: bool = False,
     ) -> None:
         """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
@@ -110,8 +110,8 @@ class OpeningCheck:
             directory: Where config.json is.
             roster: All ranks' tensors, under the names that the files are to have.
             passed: Further tensors, carried over from a base.
-            apart: Names among the tensors that an export leaves out.
-            untie: Whether to take config.json as it were if it tied nothing.
+            left_out: Names of tensors that the export does not contain.
+            untie: Whether to check with a config.json that ties nothing.
 
         Raises:
             ExportMismatchError: The class would not load them.
@@ -124,7 +124,7 @@ class OpeningCheck:
             entries = untied(entries)
         if self._sound.holds([roster, type(model)], (entries, passed)):
             return
-        specs = [spec for spec in roster.specs if spec.name not in apart]
+        specs = [spec for spec in roster.specs if spec.name not in left_out]
         try:
             name, misfit = _look(model, entries, [*specs, *passed])
         except _CannotCheckError as why:

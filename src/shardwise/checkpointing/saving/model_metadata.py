@@ -1,4 +1,4 @@
-"""What a save noted beside a model, for whoever loads it."""
+"""Reads the metadata that a save wrote beside a model for later loads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from shardwise.checkpointing.saving.aside import find_aside
+from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import StateFormatError
@@ -16,41 +16,46 @@ from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 
 
 @dataclass(frozen=True, slots=True)
-class SavedNotes:
-    """The notes; there are none beside others' checkpoints.
+class ModelMetadata:
+    """The metadata; empty for other tools' checkpoints.
 
     Attributes:
-        exact: Name in the file -> dtype in memory, where the export has another.
+        exact: Name in the file -> dtype in memory, where the export has another dtype.
         passed: Names of the base model's tensors that were carried over.
-        ranks: By how many ranks tensors were saved of which each has a value of its own; 0 where there are none.
-        aside: Where there is state beside ordinary tensors.
+        ranks: Number of ranks that saved per-rank tensors; 0 where there are none.
+        module_state: Stems of the files of module state.
     """
 
     exact: Mapping[str, str]
     passed: tuple[str, ...]
     ranks: int = 0
-    aside: tuple[str, ...] = ()
+    module_state: tuple[str, ...] = ()
 
 
-def read_notes(path: Path, group: Group) -> SavedNotes:
-    """The notes beside a model. Rank 0 reads, so that all ranks load by the same ones; all ranks of the group call.
+def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
+    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
 
     Args:
         path: The model's directory or file.
         group: The ranks that load together.
 
     Raises:
-        StateFormatError: One of them is damaged.
+        StateFormatError: A file is damaged.
     """
-    told = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
-    exact, passed, ranks, aside = cast(tuple[dict[str, str], list[str], int, list[str]], told)
-    return SavedNotes(exact, tuple(passed), ranks, tuple(aside))
+    found = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
+    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
+    return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
 
 
 def _noted(path: Path) -> JsonValue:
     exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
     passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
-    return [cast(JsonValue, exact), cast(JsonValue, passed), saved_ranks(path), cast(JsonValue, find_aside(path))]
+    return [
+        cast(JsonValue, exact),
+        cast(JsonValue, passed),
+        saved_ranks(path),
+        cast(JsonValue, find_module_state(path)),
+    ]
 
 
 _Note = TypeVar("_Note", dict[str, str], list[str])

@@ -1,7 +1,7 @@
-"""A save that proves itself: what will be written against what the base model and the model itself promise.
+"""Checks an export: the planned headers against the base model and the model class, the written ones against the plan.
 
-The comparison needs headers only, so it is made before a byte is written; after writing, the headers of the files are
-read back and compared with the plan.
+The first comparison needs headers only, so it is made before a byte is written. After writing, the headers of the files
+are read back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from shardwise.base.layout import BaseModel
-from shardwise.checkpointing.inside import exported_modules
+from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.engine.export import ExportPlan
@@ -37,18 +37,18 @@ _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What the model says of its own files.
+class Expectation:
+    """What the model class says about the tensors in its files.
 
     Attributes:
-        aliases: Names that files of this model may have and these do not, such as further names of tied tensors.
+        aliases: Names that files of this model may have and ours do not, such as aliases of tied tensors.
         unloaded: Patterns of tensors that the model class is known not to load (transformers'
             ``_keys_to_ignore_on_load_unexpected``).
         computed: The last two components of the names of buffers that the model computes and does not save.
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
-        keys: Names that the settings say the base model has, of all ranks.
+        keys: Names of the base model's tensors in the settings of all ranks.
     """
 
     aliases: frozenset[str] = frozenset()
@@ -61,24 +61,24 @@ class Promise:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The outcome.
+class HeaderComparison:
+    """Result of comparing an export's headers.
 
     Attributes:
         passed: Tensors of the base that the model class does not load and the export carries over.
-        differences: What contradicts; empty for a good export.
+        differences: One sentence for each difference; empty for a correct export.
     """
 
     passed: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
 
 
-#: What one rank says of its own files: see `promise_row`.
-PromiseRow = tuple[list[str], list[str], list[str], str, str, int | None]
+#: One rank's part of an `Expectation`: see `expectation_row`.
+ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
 
 
-def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow | None:
-    """What this rank's parts say of their files, for `promise_of`; ``None`` where it has no part. Local.
+def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
+    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local.
 
     Args:
         parts: This rank's parts.
@@ -101,16 +101,16 @@ def promise_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> PromiseRow
     )
 
 
-def promise_of(rows: Sequence[PromiseRow], keys: Iterable[str]) -> Promise:
-    """What the rows of all ranks say together: pipeline stages have different parts.
+def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
+    """Merge the rows of all ranks: pipeline stages have different parts of the model.
 
     Args:
-        rows: Of those ranks that have parts.
-        keys: Names that the caller says the base model has (``model_state_dict_keys``), of all ranks.
+        rows: The rows of the ranks that have parts.
+        keys: Names of the base model's tensors in the settings of all ranks (``model_state_dict_keys``).
     """
     prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
     sizes = [size for *_, size in rows if size is not None]
-    return Promise(
+    return Expectation(
         frozenset(name for names, *_ in rows for name in names),
         tuple(dict.fromkeys(pattern for _, patterns, *_ in rows for pattern in patterns)),
         frozenset(name for _, _, names, *_ in rows for name in names),
@@ -132,71 +132,75 @@ def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def prove(specs: Sequence[TensorSpec], base: BaseModel, promise: Promise, *, pass_through: bool) -> Proof:
+def compare_with_base(
+    specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
+) -> HeaderComparison:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
     Args:
         specs: The union of all ranks' tensors, under the names of the files.
         base: The base model.
-        promise: What the model says of its files.
+        expectation: What the model says about its files.
         pass_through: Whether tensors that the class does not load are carried over.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)
-    same = _same_architecture(config, promise)
+    same = _same_architecture(config, expectation)
     differences = [
         difference
         for name, spec in written.items()
-        if name in base.specs and (difference := _differs(spec, base.specs[name], config, promise))
+        if name in base.specs and (difference := _differs(spec, base.specs[name], config, expectation))
     ]
-    absent = [name for name in base.specs if name not in written and not _accounted(name, written, promise, config)]
-    passed = [name for name in absent if any(re.search(p, name) for p in promise.unloaded)]
+    absent = [name for name in base.specs if name not in written and not _accounted(name, written, expectation, config)]
+    passed = [name for name in absent if any(re.search(p, name) for p in expectation.unloaded)]
     if same:
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
-    return Proof(tuple(passed) if same and pass_through else (), tuple(differences))
+    return HeaderComparison(tuple(passed) if same and pass_through else (), tuple(differences))
 
 
-def prove_keys(specs: Sequence[TensorSpec], promise: Promise) -> Proof:
+def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> HeaderComparison:
     """Compare what will be written with the names in the settings. Pure.
 
     Args:
         specs: The union of all ranks' tensors, under the names of the files.
-        promise: What the model says of its files, and the settings of the base model's.
+        expectation: What the model says of its files, and what the settings say about the base model's.
     """
     written = {spec.name: spec for spec in specs}
-    lost = [key for key in promise.keys if key not in written and not _accounted(key, written, promise, {})]
-    return Proof((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
+    lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
+    return HeaderComparison((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
 
 
-def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], promise: Promise) -> str | None:
+def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], expectation: Expectation) -> str | None:
     quantized = bool(config.get("quantization_config"))
-    if spec.shape != known.shape and not (quantized or _resized(spec, known, promise)):
+    if spec.shape != known.shape and not (quantized or _resized(spec, known, expectation)):
         return f"{spec.name}: shape {list(spec.shape)}, in the base model {list(known.shape)}"
     if spec.dtype != known.dtype and not quantized:
         return f"{spec.name}: dtype {spec.dtype}, in the base model {known.dtype}"
     return None
 
 
-def _resized(spec: TensorSpec, known: TensorSpec, promise: Promise) -> bool:
+def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> bool:
     """Whether the only difference is a vocabulary that was resized, as the model's configuration says too."""
-    if len(spec.shape) != len(known.shape) or spec.shape[1:] != known.shape[1:] or promise.vocab_size is None:
+    if len(spec.shape) != len(known.shape) or spec.shape[1:] != known.shape[1:] or expectation.vocab_size is None:
         return False
-    return spec.shape[0] == promise.vocab_size
+    return spec.shape[0] == expectation.vocab_size
 
 
-def _accounted(name: str, written: Mapping[str, TensorSpec], promise: Promise, config: Mapping[str, object]) -> bool:
-    """Whether a tensor of the base is in the export under another name, or needs not be."""
-    if name in promise.aliases or _tail(name) in promise.computed:
+def _accounted(
+    name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
+) -> bool:
+    """Whether a tensor of the base is in the export under another name, or need not be."""
+    if name in expectation.aliases or _tail(name) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
         return True
     plain = name
     for pattern, replacement in _LEGACY:
         plain = pattern.sub(replacement, plain)
-    prefix = f"{promise.prefix}." if promise.prefix else ""
+    prefix = f"{expectation.prefix}." if expectation.prefix else ""
     candidates = (plain, prefix + plain, plain.removeprefix(prefix))
-    return any(candidate in written or candidate in promise.aliases for candidate in candidates)
+    return any(candidate in written or candidate in expectation.aliases for candidate in candidates)
 
 
 def _base_config(directory: Path) -> Mapping[str, object]:
@@ -206,30 +210,30 @@ def _base_config(directory: Path) -> Mapping[str, object]:
     try:
         found = read_json(path)
     except FormatError:
-        # The base is somebody else's; a config that cannot be read promises nothing.
+        # The base's config is not ours to judge: an unreadable one adds no expectation.
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _same_architecture(config: Mapping[str, object], promise: Promise) -> bool:
+def _same_architecture(config: Mapping[str, object], expectation: Expectation) -> bool:
     named = config.get("architectures")
-    return isinstance(named, list) and set(map(str, named)) == set(promise.architectures)
+    return isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
 
 
-def require(proof: Proof, path: Path) -> None:
+def require_equal(comparison: HeaderComparison, path: Path) -> None:
     """Raise if there are differences.
 
     Raises:
         ExportMismatchError: Lists them.
     """
-    if not proof.differences:
+    if not comparison.differences:
         return
-    more = len(proof.differences) - _SHOWN
-    listed = "; ".join(proof.differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    more = len(comparison.differences) - _SHOWN
+    listed = "; ".join(comparison.differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     raise ExportMismatchError(
         f"the export would differ from what the base model promises: {listed}",
         path=path,
-        tensor=proof.differences[0].partition(":")[0],
+        tensor=comparison.differences[0].partition(":")[0],
         hint="Nothing is published. Set verify_export to false if this is what you want.",
     )
 
@@ -256,11 +260,11 @@ def read_back(plan: ExportPlan, group: Group) -> None:
         if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
             same = read_index(index).weight_map == layout.weight_map
             differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
-    require(Proof((), tuple(differences)), directory)
+    require_equal(HeaderComparison((), tuple(differences)), directory)
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
-    """Whether a file has a size and begins with some bytes. Where not, reading it properly says what is wrong."""
+    """Whether a file has this size and begins with these bytes; if not, parsing it finds what is wrong."""
     try:
         with open_regular(path, FormatError) as (written, found):
             return found == size and read_exactly(written, len(head)) == head

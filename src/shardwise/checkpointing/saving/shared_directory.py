@@ -1,7 +1,7 @@
-"""Whether the ranks write into one and the same directory, seen from rank 0 before anything is published.
+"""Checks that all ranks write into the same directory, before anything is published.
 
 A time stamp in ``checkpoint_dir`` or node-local disks give every rank a directory of its own, in which all of its
-writing succeeds. Two things are looked at, neither of which costs an exchange:
+writing succeeds. Two checks find this without another collective:
 
 1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
 2. rank 0 sees every file that any rank wrote, with its size.
@@ -28,12 +28,12 @@ _HINT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a rank finds the root.
+class RootLocation:
+    """Where a rank's root directory is.
 
     Attributes:
-        host: Its machine.
-        path: The resolved path there.
+        host: Name of the rank's machine.
+        path: The resolved path on that machine.
         identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
     """
 
@@ -42,27 +42,27 @@ class Place:
     identity: tuple[int, int] | None
 
     @staticmethod
-    def own(root: Path) -> Place:
-        """This rank's."""
+    def own(root: Path) -> RootLocation:
+        """The location on this rank."""
         path = os.path.realpath(root)
         try:
             info = os.stat(path)
         except OSError:
-            return Place(socket.gethostname(), path, None)
-        return Place(socket.gethostname(), path, (info.st_dev, info.st_ino))
+            return RootLocation(socket.gethostname(), path, None)
+        return RootLocation(socket.gethostname(), path, (info.st_dev, info.st_ino))
 
     def to_json(self) -> JsonValue:
-        """To be told to other ranks."""
+        """The location as JSON, to be gathered."""
         return [self.host, self.path, None if self.identity is None else list(self.identity)]
 
     @staticmethod
-    def from_json(told: JsonValue) -> Place:
+    def from_json(value: JsonValue) -> RootLocation:
         """What `to_json` gave on another rank."""
-        host, path, identity = cast(tuple[str, str, list[int] | None], told)
-        return Place(host, path, None if identity is None else (identity[0], identity[1]))
+        host, path, identity = cast(tuple[str, str, list[int] | None], value)
+        return RootLocation(host, path, None if identity is None else (identity[0], identity[1]))
 
-    def is_another(self, other: Place) -> bool:
-        """Whether the two are certainly not one directory; on different machines nobody can say from outside."""
+    def is_another(self, other: RootLocation) -> bool:
+        """Whether the two are certainly different directories; unknown (false) on different machines."""
         if self.path == other.path or self.host != other.host:
             return False
         return self.identity is None or self.identity != other.identity
@@ -71,55 +71,55 @@ class Place:
         return f"{self.path} on {self.host}"
 
 
-def check_places(places: Sequence[Place]) -> None:
-    """Check that the ranks of one machine name one directory.
+def check_same_root(locations: Sequence[RootLocation]) -> None:
+    """Check that the ranks of each machine use one root directory.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: Two ranks of one machine use different ones.
     """
-    for rank, place in enumerate(places):
-        first = next(number for number, other in enumerate(places) if other.host == place.host)
-        if places[first].is_another(place):
+    for rank, location in enumerate(locations):
+        first = next(number for number, other in enumerate(locations) if other.host == location.host)
+        if locations[first].is_another(location):
             raise ConfigError(
-                f"checkpoint_dir is {places[first].path} on rank {first} and {place.path} on rank {rank}",
+                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
                 hint=_HINT,
             )
 
 
-def check_claim(directory: Path, name: str, token: str, group: Group, places: Sequence[Place]) -> None:
-    """Check that this rank sees the claim of rank 0's run. Local.
+def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
+    """Check that this rank sees rank 0's claim of the save. Local.
 
     Args:
         directory: Where ``name`` is saved.
         name: What is saved.
-        token: The run's.
+        token: The token of this run.
         group: The ranks that save together.
-        places: Where each finds the root.
+        locations: Each rank's root.
 
     Raises:
-        StorageError: It does not.
+        StorageError: The claim is not visible here.
     """
     found = claimed_by(directory, name)
     if found != token:
         seen = "another run is saving there" if found else "rank 0's save is not to be seen there"
         raise StorageError(
-            f"rank {group.global_rank} writes {name} into {directory}, below {places[group.rank]}, and {seen}; rank 0 "
-            f"writes below {places[0]}",
+            f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
+            f"rank 0 writes below {locations[0]}",
             path=directory,
             hint=_HINT,
         )
 
 
-def check_seen(directory: Path, records: Sequence[ComponentRecord], places: Sequence[Place]) -> None:
-    """Check that the files of a save are in a directory, with their sizes. Rank 0 calls.
+def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
+    """Check that rank 0 sees every written file with its size. Rank 0 calls.
 
     Args:
         directory: The unfinished save.
         records: What each rank wrote.
-        places: Where each finds the root.
+        locations: Each rank's root.
 
     Raises:
-        StorageError: One is not there, or of another size.
+        StorageError: A file is absent or has another size.
     """
     # What several ranks know of was written by others than rank 0, which would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
@@ -134,8 +134,8 @@ def check_seen(directory: Path, records: Sequence[ComponentRecord], places: Sequ
         if size != file.size:
             sees = "does not see it" if size is None else f"sees {size:,} bytes"
             raise StorageError(
-                f"rank {rank} wrote below {places[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
-                f"{places[0]}, {sees}",
+                f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                f"{locations[0]}, {sees}",
                 path=path,
                 rank=rank,
                 hint=_HINT,

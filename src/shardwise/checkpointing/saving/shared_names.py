@@ -1,6 +1,6 @@
-"""Parameters that modules share: what a save does with their further names.
+"""Parameters that modules share: which of their aliases a save writes, and which it records.
 
-A shared tensor is saved once, under one of its names. The manifest tells those of the others that the model does not
+A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not
 declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
 tie is declared, a model without it is another model, and lacks the tensor.
 
@@ -23,13 +23,13 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FurtherNames:
-    """What becomes of the further names of a part's tensors; all as the files have them, but for ``absent``.
+class SharedNames:
+    """How the aliases of a part's tensors are saved; names as in the files, except in ``absent``.
 
     Attributes:
-        copies: The tensors once more, under the further names that are written too.
-        kept: Further name, unless it is declared to be one -> the name under which the tensor is written in any case.
-        absent: Further names that nothing is written under, as the model has them and as files would.
+        copies: The tensors again, under the aliases that are written too.
+        kept: Undeclared alias -> the name under which the tensor is always written.
+        absent: Aliases that are not written, under the model's names and under those of files.
     """
 
     copies: tuple[HeldTensor, ...] = ()
@@ -37,25 +37,25 @@ class FurtherNames:
     absent: tuple[str, ...] = ()
 
 
-def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> FurtherNames:
-    """Tell what becomes of further names. Local.
+def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
+    """Decide how aliases are saved. Local.
 
     Args:
         part: The model's part.
-        tied: Each further name, and what this rank holds of the tensor under the native name that is kept.
-        expected: Further names that are declared; see `loaders_ties`.
+        tied: Each alias, and the held tensor under its kept native name.
+        expected: Declared aliases; see `loaders_ties`.
     """
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
     if not tied or adapter_of(module) is not None:
-        return FurtherNames(absent=names)
+        return SharedNames(absent=names)
     aliases = [tensor._replace(spec=tensor.spec._replace(name=alias)) for alias, tensor in tied]
     specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
         # A rule that needs more than these tensors gives them no names of their own.
-        return FurtherNames(absent=names)
+        return SharedNames(absent=names)
     undeclared = {alias for alias in names if alias not in expected} if _is_loaded_by_others(module) else set()
     written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
     natives = {each.native for hub in written for each in hub.parts}
@@ -69,7 +69,7 @@ def further_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expec
             kept |= {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
     there = {tensor.spec.name for tensor in copies}
     hub_names = [hub.name for alias in names for hub in conversion.by_native(alias)]
-    return FurtherNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
+    return SharedNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
 
 
 def _views(tensors: Sequence[HubTensor]) -> list[object]:

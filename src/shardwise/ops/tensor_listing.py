@@ -1,4 +1,4 @@
-"""The tensors of files as the files themselves describe them: headers, DCP's metadata, archives of torch."""
+"""Lists the tensors of files without a manifest, from headers, DCP's metadata and torch's archives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.geometry import TensorSpec
 
-#: With what the name of DCP's metadata ends.
+#: Suffix of the name of DCP's metadata file.
 DCP_SUFFIX = ".metadata"
 
 _TORCH_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
@@ -23,13 +23,13 @@ _TOP = "model"
 
 @dataclass
 class Described:
-    """What was found.
+    """The files and their tensors.
 
     Attributes:
         files: Path -> bytes.
         counts: Path -> how many tensors have a part in it.
-        tensors: (component, name) -> what the tensor is, and the files that hold it.
-        unread: Path -> why its tensors could not be told.
+        tensors: (component, name) -> the tensor's spec, and the files that hold it.
+        unread: Path -> why its tensors could not be listed.
     """
 
     files: dict[str, int] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def _add_torch(root: Path, relative: str, component: str, found: Described) -> N
     try:
         opened = open_bin(root / relative, Group(None))
     except ShardwiseError as error:
-        # Others' files are shown as far as they can be: what is in them is no news that inspecting could fail with.
+        # Other tools' files are shown as far as possible: what they contain is no reason for `inspect` to fail.
         found.unread[relative] = str(error)
         return
     for tensor in opened.source.tensors.values():
@@ -114,7 +114,7 @@ def _add_torch(root: Path, relative: str, component: str, found: Described) -> N
 
 
 def _placed(spec: TensorSpec, offsets: tuple[int, ...] | None) -> TensorSpec:
-    """The least tensor that a piece at ``offsets`` can belong to."""
+    """The smallest tensor that a piece at ``offsets`` can belong to."""
     if offsets is None:
         return spec
     return TensorSpec(spec.name, tuple(o + n for o, n in zip(offsets, spec.shape, strict=True)), spec.dtype)

@@ -1,4 +1,4 @@
-"""What a whole checkpoint has beside model and optimizer, and finding one to resume from."""
+"""Finds the checkpoint to resume from; captures and restores its state beside model and optimizer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ BATCHES = "batches"
 
 
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
-    """Resolve a checkpoint on rank 0 and tell every rank. All ranks call.
+    """Resolve a checkpoint on rank 0 and broadcast the result. All ranks call.
 
     Args:
         session: Settings, ranks and storage.
         restore_from: What is to be restored.
-        seen: Takes what rank 0 has found, on rank 0.
+        seen: Called on rank 0 with the checkpoint found.
     """
 
     def find() -> JsonValue:
@@ -54,10 +54,10 @@ def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Sta
         path = found.path.relative_to(session.root) if inside else found.path
         return [str(path), found.epoch, found.step, dict(found.metrics)]
 
-    told = session.group.broadcast_result(find, f"looking for {restore_from}")
-    if told is None:
+    found = session.group.broadcast_result(find, f"looking for {restore_from}")
+    if found is None:
         return None
-    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], told)
+    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], found)
     # Below each rank's own root, which may be mounted elsewhere than rank 0's.
     return RestoreRecord(epoch, step, session.root / path, metrics)
 

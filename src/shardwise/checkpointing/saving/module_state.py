@@ -1,7 +1,7 @@
 """State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
 
-It stands in a directory of its own beside the model's tensors, in files that hold JSON and tensors, and is no part of
-an export. Of each name the lowest rank that holds it writes the value.
+It is saved in a directory of its own beside the model's tensors, in files of JSON and tensors, and is not part of an
+export. Each value is written by the lowest rank that holds it.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class SavedAside:
-    """What was saved beside a model's tensors.
+class SavedModuleState:
+    """The module state saved beside a model's tensors.
 
     Attributes:
         values: By plain name.
-        metadata: Plain module name -> what torch noted of it.
+        metadata: Plain module name -> torch's metadata of the module (its version).
     """
 
     values: Mapping[str, object]
     metadata: Mapping[str, Mapping[str, object]]
 
 
-def names_beside(listing: Listing | None) -> list[list[str]]:
-    """Names of the values that a model has beside its tensors, and of the modules that torch notes something of."""
+def module_state_names(listing: Listing | None) -> list[list[str]]:
+    """Names of a model's values beside its tensors, and names of its modules with torch metadata."""
     return [[], []] if listing is None else [sorted(listing.aside), sorted(listing.metadata)]
 
 
-def aside_step(
+def module_state_step(
     listing: Listing | None, everyone: Sequence[list[list[str]]], directory: Path, group: Group, storage: Storage
 ) -> Step:
-    """Take this rank's part of what is beside tensors now, and return what is left to do. All ranks call.
+    """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
     Args:
         listing: What was listed of this rank's model; ``None`` where there is nothing.
-        everyone: The `names_beside` of each rank.
+        everyone: The `module_state_names` of each rank.
         directory: The model's.
         group: The ranks that save together.
-        storage: Through what.
+        storage: Where the files are written.
 
     Raises:
         ModuleStateError: A value cannot be stored; names the module.
@@ -107,7 +107,7 @@ def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, obj
 
 
 def _plain(value: object) -> object:
-    """A value with parameters in it as tensors: what gives them out means their values."""
+    """A value with its parameters replaced by plain tensors."""
     if isinstance(value, nn.Parameter) and not isinstance(value, DTensor):
         return value.detach().as_subclass(torch.Tensor)
     if type(value) is tuple:
@@ -119,8 +119,8 @@ def _plain(value: object) -> object:
     return value
 
 
-def find_aside(path: Path) -> list[str]:
-    """The stems of files with state beside the model at ``path``; none beside others' checkpoints. Local."""
+def find_module_state(path: Path) -> list[str]:
+    """The stems of the files of module state beside the model at ``path``; none in other tools' checkpoints. Local."""
     places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
     for place in places:
         found = sorted((place / ASIDE_DIR).glob("state-*.json"))
@@ -129,13 +129,13 @@ def find_aside(path: Path) -> list[str]:
     return []
 
 
-def is_own_aside(path: Path, stems: Sequence[str]) -> bool:
-    """Whether what `find_aside` found is that of a model's directory, and not of the one around an export."""
+def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
+    """Whether the files that `find_module_state` found belong to this directory, not to the one around an export."""
     return bool(stems) and Path(stems[0]).parent.parent == path
 
 
-def read_aside(stems: Sequence[str]) -> SavedAside | None:
-    """Read what `aside_step` wrote; ``None`` where there is nothing. Local.
+def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
+    """Read what `module_state_step` wrote; ``None`` where there is nothing. Local.
 
     Raises:
         StateFormatError: A file is damaged.
@@ -156,4 +156,4 @@ def read_aside(stems: Sequence[str]) -> SavedAside | None:
             )
         values |= own
         metadata |= {str(name): dict(found) for name, found in noted.items() if isinstance(found, dict)}
-    return SavedAside(values, metadata)
+    return SavedModuleState(values, metadata)

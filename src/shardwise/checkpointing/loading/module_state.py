@@ -1,4 +1,4 @@
-"""Loading what modules take by their own methods: what there is for them, and calling them in torch's order."""
+"""Loads the state of modules that have loading code of their own: finds it, and calls them in torch's order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.aside import SavedAside, read_aside
+from shardwise.checkpointing.saving.module_state import SavedModuleState, read_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.dtypes import torch_dtype
@@ -32,19 +32,19 @@ from shardwise.upstream.torch_modules import own_children
 _LOG = logging.getLogger(__name__)
 
 
-def as_owners_take(
+def as_modules_load(
     held: Sequence[HeldTensor], hub: HubState, computed: Sequence[HeldGroup], source: Source
 ) -> list[HeldTensor]:
-    """What is to be loaded, with what modules with methods of their own decide about themselves. Local.
+    """Adjust the tensors to load for modules that load their state by their own code. Local.
 
-    Of what such a module takes, shapes are those of the files; what the files lack is for it to miss; and what they
-    have below its name, and nobody else wants, is for it to take.
+    Such a module gets tensors in the shapes of the files, decides itself whether one is missing, and also gets every
+    tensor in the files below its name that no other module loads.
 
     Args:
         held: What this rank holds, under the names of the files.
-        hub: The same, and how it was listed.
-        computed: What is converted apart.
-        source: What there is.
+        hub: The same tensors, and how they were listed.
+        computed: Tensors that are converted separately.
+        source: The tensors of the checkpoint.
     """
     found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
     own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
@@ -53,12 +53,12 @@ def as_owners_take(
 
 
 def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorSpec]) -> Iterator[HeldTensor]:
-    """What files have below the names of modules with methods of their own, and nobody else wants. Local.
+    """Tensors in the files below the names of modules with their own loading code that no other module loads. Local.
 
     Args:
-        steps: What this rank's modules do.
-        own: Names that are wanted already.
-        specs: What the files have.
+        steps: The loading steps of this rank's modules.
+        own: Names that are loaded already.
+        specs: The tensors in the files.
     """
     takers = [step.taker for step in steps if step.taker is not None and step.taker.is_lenient]
     takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
@@ -73,7 +73,7 @@ def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorS
 
 
 def with_extra_in_files(steps: Sequence[Step], source: Source) -> tuple[list[Step], list[HeldTensor]]:
-    """The steps, and what they take of extra state that others' files have among their tensors. Local."""
+    """The steps, and the extra state they load that other tools' files have among their tensors. Local."""
     own: list[Step] = []
     held: list[HeldTensor] = []
     for step in steps:
@@ -89,7 +89,7 @@ def with_extra_in_files(steps: Sequence[Step], source: Source) -> tuple[list[Ste
 
 
 def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) -> Iterator[HeldTensor]:
-    """What is to be loaded; what modules take in any shape in that of the files, as far as these have it. Local."""
+    """The tensors to load; those that modules load in any shape get the shape in the files. Local."""
     for tensor in held:
         what = stands_alone(tensor)
         saved = specs.get(tensor.spec.name)
@@ -109,11 +109,11 @@ def _is_below(name: str, taker: Taker) -> bool:
 
 
 def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
-    """What a rank's parts have to do beside having their memory filled. Local.
+    """The steps of a rank's parts beyond filling their memory. Local.
 
     Args:
         parts: The parts.
-        listing: How they were listed; ``None`` where all take their state as torch does.
+        listing: How they were listed; ``None`` where all load their state as torch does.
     """
     found: list[Step] = []
     for number, part in enumerate(parts):
@@ -123,40 +123,40 @@ def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
 
 
 @dataclass(frozen=True, slots=True)
-class Taking:
-    """How a rank's modules take what is not read into their memory.
+class ModuleLoad:
+    """The state that a rank's modules load by their own code.
 
     Attributes:
-        steps: What this rank has to do, in order.
-        aside: What was saved beside tensors; ``None`` where nothing was.
-        options: What may differ.
-        rounds: How many modules of some rank take tensors, and one more; 0 where no rank has anything to do.
-        skips_empty: Whether a module of which there is nothing, such as a fresh head, is passed over.
+        steps: The loading steps of this rank, in order.
+        module_state: The saved module state; ``None`` where none was saved.
+        options: Allowed differences.
+        rounds: One more than the largest number of modules on a rank that load tensors; 0 where no rank has steps.
+        skips_empty: Whether a module without saved state, such as a fresh head, is skipped.
     """
 
     steps: Sequence[Step]
-    aside: SavedAside | None
+    module_state: SavedModuleState | None
     options: LoadOptions
     rounds: int
     skips_empty: bool = False
 
     def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
-        """Let the modules take their state, one by one. All ranks call.
+        """Call the modules' loading code, one module after the other. All ranks call.
 
         Args:
-            values: Reads what there is for one of them.
-            what: Where it comes from, for messages.
+            values: Reads the tensors of one module.
+            what: Name of the source, for messages.
             group: The ranks that load together.
 
         Raises:
-            ModuleStateError: A module refuses what it is given; which modules came before it is torch's order.
+            ModuleStateError: A module refuses its state; modules before it in torch's order were loaded.
         """
         without: list[str] = []
         rounds = list(_rounds(self.steps))
         for number in range(self.rounds):
             tensors: dict[str, torch.Tensor] = {}
             steps = rounds[number] if number < len(rounds) else []
-            # Apart: a module's own method may communicate, so that no rank may have failed before it.
+            # On its own: a module's own method may communicate, so no rank may have failed before it.
             with group.together(f"reading {what}"):
                 if steps and steps[0].taker is not None:
                     tensors = values(steps[0].taker)
@@ -166,11 +166,11 @@ class Taking:
             _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
-        aside = self.aside
+        module_state = self.module_state
         installing = Installing(
             lambda _: values,
-            None if aside is None else aside.values,
-            {} if aside is None else aside.metadata,
+            None if module_state is None else module_state.values,
+            {} if module_state is None else module_state.metadata,
             self.options.allow_missing,
             self.skips_empty,
         )
@@ -179,7 +179,7 @@ class Taking:
 
 
 def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Steps in groups, of which only the first of each may take tensors."""
+    """Steps in groups, where only the first step of a group may load tensors."""
     group: list[Step] = []
     for step in steps:
         if step.taker is not None and group:
@@ -190,7 +190,7 @@ def _rounds(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield group
 
 
-def open_taking(
+def open_module_load(
     steps: Sequence[Step],
     stems: Sequence[str],
     group: Group,
@@ -198,27 +198,27 @@ def open_taking(
     *,
     is_strict: bool,
     skips_empty: bool = False,
-) -> Taking:
-    """Agree on what modules have to take, and read what was saved beside tensors. All ranks call; nothing is written.
+) -> ModuleLoad:
+    """Agree on the modules' loading steps, and read the saved module state. All ranks call; nothing is written.
 
     Args:
-        steps: What this rank's modules have to do.
-        stems: Where there is state beside tensors.
+        steps: The loading steps of this rank's modules.
+        stems: Files of the saved module state.
         group: The ranks that load together.
-        options: What may differ.
-        is_strict: Whether it has to be just what the modules take: an export beside it is for other models, too.
-        skips_empty: Whether a module of which there is nothing is passed over.
+        options: Allowed differences.
+        is_strict: Whether every saved state needs a module: the state beside an export serves other models, too.
+        skips_empty: Whether a module without saved state is skipped.
 
     Raises:
-        MissingTensorError: State was saved, and not that of a module that takes some.
-        UnexpectedTensorError: State was saved that no rank's model takes.
+        MissingTensorError: Module state was saved, but not that of a module that needs some.
+        UnexpectedTensorError: State was saved that no rank's model loads.
         StateFormatError: It is damaged.
     """
-    found: SavedAside | None = None
+    found: SavedModuleState | None = None
 
     def tell() -> JsonValue:
         nonlocal found
-        found = read_aside(stems)
+        found = read_module_state(stems)
         names = [] if found is None else sorted(found.values)
         if found is not None and is_strict and not options.allow_missing:
             _require_extra(steps, found)
@@ -237,10 +237,10 @@ def open_taking(
             tensor=lost[0],
             hint="Build the model as it was when the checkpoint was saved.",
         )
-    return Taking(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
+    return ModuleLoad(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
 
 
-def _require_extra(steps: Sequence[Step], saved: SavedAside) -> None:
+def _require_extra(steps: Sequence[Step], saved: SavedModuleState) -> None:
     for step in steps:
         name = plain_name(step.prefix + EXTRA)
         if step.kind == "extra" and name not in saved.values:

@@ -89,7 +89,7 @@ def ask(directory: Path, wanted: Sequence[dict[str, list[Box]]]) -> list[bool]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_the_keepers_tell_what_touches_a_region(tmp_path: Path, ranks: int) -> None:
+def test_index_ranks_answer_with_what_touches_a_region(tmp_path: Path, ranks: int) -> None:
     write_shards(tmp_path, ranks)
     wanted = [
         {"t0": [Box((0, 0), (ROWS, 3))], "t1": [Box((2, 1), (5, 1)), Box((9, 0), (1, 3))]},
@@ -320,6 +320,6 @@ def test_an_error_names_the_directory_where_no_file_has_a_piece(tmp_path: Path) 
     assert (error.path, error.tensor) == (str(tmp_path), "t")
 
 
-def test_of_a_dcp_directory_one_rank_reads_the_metadata_and_tells_the_keepers(tmp_path: Path) -> None:
+def test_of_a_dcp_directory_one_rank_reads_the_metadata_and_sends_it_to_the_index_ranks(tmp_path: Path) -> None:
     run(3, save_dcp, tmp_path)
     assert run(2, look_dcp, tmp_path) == [[0, True, True, True]] * 2

@@ -113,7 +113,7 @@ def gathered(name: str, root: Path) -> nn.Module:
 
 
 CASES = [
-    ("lora", 1, "fsdp", {}),
+    pytest.param("lora", 1, "fsdp", {}, marks=pytest.mark.slow),
     ("lora", 2, "fsdp", {}),
     ("lora", 2, "ddp", {}),
     ("lora", 2, "pipeline", {}),
@@ -126,7 +126,7 @@ CASES = [
     ("both ends of a tie", 2, "fsdp", {}),
     ("tokens", 2, "fsdp", {}),
     ("more", 2, "pipeline", {}),
-    ("VeRA", 2, "fsdp", {}),
+    pytest.param("VeRA", 2, "fsdp", {}, marks=pytest.mark.slow),
 ]
 
 
@@ -219,8 +219,10 @@ def test_a_quantized_base_is_exported_dequantized(kind: str, base: Callable[[Pat
     assert tf.AutoModelForCausalLM.from_pretrained(ours).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "use_dora"),
+    [(2, False), (2, True), *(pytest.param(1, dora, marks=pytest.mark.slow) for dora in (False, True))],
+)
 def test_convolutions(world: int, use_dora: bool, tmp_path: Path) -> None:
     run(world, save_convolutions, str(tmp_path), use_dora)
     expected = convolutions(use_dora=use_dora).merge_and_unload().state_dict()
@@ -251,7 +253,7 @@ def test_ranks_that_are_being_allocated(steps: int, tmp_path: Path) -> None:
 def test_memory_is_that_of_a_module(tmp_path: Path) -> None:
     found = run(2, memory_of_merging, str(tmp_path))
     for merged, alone in found:  # type: ignore[misc]
-        assert merged - alone <= 6 * WIDE_MIB * 2**20 < WIDE_MIB * WIDE_LAYERS * 2**20 / 3
+        assert merged - alone <= 8 * WIDE_MIB * 2**20 < WIDE_MIB * WIDE_LAYERS * 2**20 / 2
 
 
 def test_a_run_that_is_killed_while_the_export_is_written(tmp_path: Path) -> None:

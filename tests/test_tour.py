@@ -39,7 +39,7 @@ class Killed(LocalStorage):
 
 
 def settings(root: Path) -> CheckpointingConfig:
-    # "every": each checkpoint holds a finished Hugging Face model, which is also what a run resumes from.
+    # "every": each checkpoint holds a Hugging Face model, which is also what a run resumes from.
     return CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="every")
 
 
@@ -67,7 +67,7 @@ def train(checkpointer: Checkpointer, last: int) -> dict[str, torch.Tensor]:
     return everything(model, optimizer)
 
 
-def everything(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def everything(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """All that training has changed, gathered for the comparison, and what the model answers."""
     found = {"logits": model(input_ids=TOKENS).logits.detach()}
     for name, parameter in model.named_parameters():
@@ -88,8 +88,7 @@ def train_two_steps(root: Path) -> None:
 
 
 def die_saving_step_three(root: Path) -> None:
-    # `Checkpointer` is what `build()` makes; made by hand it takes another storage, here one that kills rank 0, which
-    # coordinates the save: nobody is left to remove what it has begun.
+    # `Checkpointer` is what `build()` makes; made by hand it takes another storage, here one that kills rank 0.
     storage = Killed() if torch.distributed.get_rank() == 0 else LocalStorage()
     train(Checkpointer(settings(root), storage=storage), last=3)
 

@@ -1,6 +1,6 @@
-"""A tour in one test: train on two ranks, kill a save, resume on four ranks, open the result with transformers.
+"""Train on two ranks, kill a save, resume on four ranks, open the result with transformers: the test to read first.
 
-Read this first. It uses shardwise as a training program does; only the two helpers `Killed` and `run` belong to tests.
+It uses shardwise as a training program does. Only `run`, which starts ranks, and `Killed` belong to tests.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ def die_saving_step_three(root: Path) -> None:
 def test_save_kill_resume_on_other_ranks_and_open(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     wanted = run(2, train_undisturbed, whole)[0]  # four steps on two ranks: what the other run has to end with
-
     run(2, train_two_steps, broken)
     with pytest.raises(RuntimeError, match="rank 0 died"):  # no handler, no clean-up; the other rank is ended too
         run(2, die_saving_step_three, broken)

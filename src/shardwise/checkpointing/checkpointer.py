@@ -268,7 +268,10 @@ class Checkpointer:
         return loading.restore_checkpoint(self._life, what)
 
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
-        """The checkpoints in ``checkpoint_dir``, by epoch and step, interrupted ones included.
+        """The checkpoints in ``checkpoint_dir``, by epoch and step.
+
+        A directory with a checkpoint's name that cannot be resumed from, as another tool leaves it when it is
+        interrupted, is among them as not complete. What an interrupted save of this library left has another name.
 
         Any rank may call, alone or together with others, and sees what is on its file system at that moment; names and
         small files are read, and no tensors. An asynchronous save is among them once it is published (`async_wait`).

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -377,19 +377,20 @@ class _Run:
         _same_files(ours, theirs, ROWS[self._name].differs)
 
 
-def _same_files(ours: Path, theirs: Path, differs: str) -> None:
+def _same_files(ours: Path, theirs: Path, differs: Collection[str]) -> None:
     for path in sorted(theirs.rglob("adapter_model.safetensors")):
-        name = path.relative_to(theirs)
-        if not (ours / name).exists():
-            raise Differs(f"peft writes {name}")
-        if not differs and (ours / name).read_bytes() != path.read_bytes():
-            raise Differs(f"{name} is not peft's: {_difference(ours / name, path)}")
-    for path in sorted(theirs.rglob("adapter_config.json")):
-        a, b = (_settings(each) for each in (ours / path.relative_to(theirs), path))
-        wrong = sorted(key for key in {**a, **b} if a.get(key) != b.get(key))
-        if wrong and not differs:
+        directory = path.parent.relative_to(theirs)
+        own = ours / directory / path.name
+        if not own.exists():
+            raise Differs(f"peft writes {directory / path.name}")
+        if str(directory) in differs:
+            continue
+        if own.read_bytes() != path.read_bytes():
+            raise Differs(f"{directory / path.name} is not peft's: {_difference(own, path)}")
+        a, b = (_settings(each.with_name("adapter_config.json")) for each in (own, path))
+        if wrong := sorted(key for key in {**a, **b} if a.get(key) != b.get(key)):
             key = wrong[0]
-            raise Differs(f"{path.relative_to(theirs)} has {key}={a.get(key)!r}, and peft's {b.get(key)!r}")
+            raise Differs(f"the settings in {directory} have {key}={a.get(key)!r}, and peft's {b.get(key)!r}")
 
 
 def _settings(path: Path) -> dict[str, object]:

@@ -37,7 +37,7 @@ class Row:
         elsewhere: Where a run of one process goes on: not under FSDP2, if the method does not train there.
         following: Where the step after a restore has to be that of the run: not where a method draws numbers ahead that
             no state has, or projects gradients in hooks that FSDP2 drops.
-        differs: What of peft's own file is another by intent, in a few words.
+        differs: Directories whose files are others than peft's by intent, as the page says.
     """
 
     make: Make
@@ -49,7 +49,7 @@ class Row:
     after: Callable[[nn.Module, int], None] | None = None
     elsewhere: str = "FSDP2, 2 ranks"
     following: Literal["everywhere", "same ranks", "nowhere"] = "everywhere"
-    differs: str = ""
+    differs: tuple[str, ...] = ()
 
 
 def base(family: str) -> nn.Module:
@@ -260,7 +260,7 @@ ROWS: dict[str, Row] = {
         whole=True,
         stages=_ADDS,
         elsewhere="DDP, 2 ranks",
-        differs="ranks that were pruned are zeros in whole tensors",
+        differs=(".",),
     ),
     "AdaLoRA, ranks not yet allocated": _row(
         "AdaLoraConfig",
@@ -342,7 +342,12 @@ ROWS: dict[str, Row] = {
     "VeRA": _row("VeraConfig", "VERA", {**_SQ, "r": 4}),
     "VeRA, projections not saved": _row("VeraConfig", "VERA", {**_SQ, "r": 4, "save_projection": False}),
     "WaveFT": _row("WaveFTConfig", "WAVEFT", {**_SQ, "n_frequency": 16}),
-    "X-LoRA": Row(_xlora, "XLORA", stages="peft runs a whole model twice to scale its adapters"),
+    "X-LoRA": Row(
+        _xlora,
+        "XLORA",
+        stages="peft runs a whole model twice to scale its adapters",
+        differs=("0", "1"),
+    ),
     "Adaption prompt": _row(
         "AdaptionPromptConfig",
         "ADAPTION_PROMPT",

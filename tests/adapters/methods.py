@@ -346,7 +346,7 @@ ROWS: dict[str, Row] = {
         _xlora,
         "XLORA",
         stages="peft runs a whole model twice to scale its adapters",
-        differs=("0", "1"),
+        differs=(".", "0", "1"),
     ),
     "Adaption prompt": _row(
         "AdaptionPromptConfig",

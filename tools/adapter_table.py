@@ -58,8 +58,8 @@ NOTES = """
 - OSF projects gradients in hooks on parameters, which FSDP2 drops when it replaces these: values are restored on other
   ranks, and the next step there is another than on the same ones.
 - Of AdaLoRA whole tensors are saved, in which ranks that were pruned are zeros; peft leaves these out.
-- X-LoRA calls its experts "0", "1" and so on, and peft leaves tensors with these numbers in their names out of its files,
-  layers of the router among them. Here they are whole, and not compared.
+- X-LoRA calls its experts "0", "1" and so on, and peft leaves tensors with these numbers in their names out of its
+  files, layers of the router among them. Here they are whole, and not compared.
 - QALoRA does what its name says in GPTQ layers alone; here peft trains it as plain LoRA.
 """
 

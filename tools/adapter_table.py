@@ -56,7 +56,11 @@ NOTES = """
 - *PiSSA, fast*, LoRA-GA, CorDA and KaSA change base weights by chance, by measured data, or by what a rank has of them.
   Those base weights stand in `adapter_extra.safetensors` beside the adapter, since another beginning gives other ones.
 - MonteCLoRA draws noise ahead that no state has: values are restored, and the next step has other noise.
+- OSF projects gradients in hooks on parameters, which FSDP2 drops when it replaces these: values are restored on other
+  ranks, and the next step there is another than on the same ones.
 - Of AdaLoRA whole tensors are saved, in which ranks that were pruned are zeros; peft leaves these out.
+- X-LoRA calls its experts "0", "1" and so on, and peft leaves tensors with these numbers in their names out of its
+  files, layers of the router among them. Here they are whole, and not compared.
 - QALoRA does what its name says in GPTQ layers alone; here peft trains it as plain LoRA.
 """
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tests.peft.models import SIZES
@@ -35,8 +36,9 @@ class Row:
         stages: Why pipeline stages cannot be adapted one by one; empty where they can.
         after: Called after each step, as the method's documentation says, with the model and the step's number.
         elsewhere: Where a run of one process goes on: not under FSDP2, if the method does not train there.
-        draws: Whether it draws numbers ahead that no state has, so that the next step has others.
-        differs: What of peft's own file is another by intent, in a few words.
+        following: Where the step after a restore has to be that of the run: not where a method draws numbers ahead that
+            no state has, or projects gradients in hooks that FSDP2 drops.
+        differs: Directories whose files are others than peft's by intent, as the page says.
     """
 
     make: Make
@@ -47,8 +49,8 @@ class Row:
     stages: str = ""
     after: Callable[[nn.Module, int], None] | None = None
     elsewhere: str = "FSDP2, 2 ranks"
-    draws: bool = False
-    differs: str = ""
+    following: Literal["everywhere", "same ranks", "nowhere"] = "everywhere"
+    differs: tuple[str, ...] = ()
 
 
 def base(family: str) -> nn.Module:
@@ -192,6 +194,7 @@ def _allocate(model: nn.Module, step: int) -> None:
 _ALL = {"target_modules": LINEAR}
 _SQ = {"target_modules": SQUARE}
 
+_SHARED = "peft's layers share parameters, of which each stage would train its own"
 _ADDS = "peft adds to the loss of a whole model"
 
 ROWS: dict[str, Row] = {
@@ -248,7 +251,7 @@ ROWS: dict[str, Row] = {
     ),
     "VeLoRA": _lora({"velora_config": {"num_groups": 4}}),
     "KaSA": _lora({"kasa_config": {}}),
-    "MonteCLoRA": _lora({"monteclora_config": {}}, draws=True),
+    "MonteCLoRA": _lora({"monteclora_config": {}}, following="nowhere"),
     "Arrow": Row(_arrow, "LORA", stages="peft's router has nothing to train"),
     "AdaLoRA": _row(
         "AdaLoraConfig",
@@ -258,7 +261,7 @@ ROWS: dict[str, Row] = {
         whole=True,
         stages=_ADDS,
         elsewhere="DDP, 2 ranks",
-        differs="ranks that were pruned are zeros in whole tensors",
+        differs=(".",),
     ),
     "AdaLoRA, ranks not yet allocated": _row(
         "AdaLoraConfig",
@@ -296,7 +299,7 @@ ROWS: dict[str, Row] = {
     "HiRA": _row("HiraConfig", "HIRA", {**_ALL, "r": 4}),
     "HRA": _row("HRAConfig", "HRA", {**_ALL, "r": 4}),
     "IA3": _row("IA3Config", "IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
-    "Lily": _row("LilyConfig", "LILY", {**_ALL, "r": 4}, whole=True),
+    "Lily": _row("LilyConfig", "LILY", {**_ALL, "r": 4}, whole=True, stages=_SHARED),
     "LN tuning": _row("LNTuningConfig", "LN_TUNING", {"target_modules": ["norm", "input_layernorm"]}),
     "LoHa": _row("LoHaConfig", "LOHA", {**_ALL, "r": 4}),
     "LoKr": _row("LoKrConfig", "LOKR", {**_ALL, "r": 4}),
@@ -305,7 +308,7 @@ ROWS: dict[str, Row] = {
     "MiSS, bat": _row("MissConfig", "MISS", {**_SQ, "r": 4, "init_weights": "bat"}),
     "OFT": _row("OFTConfig", "OFT", {**_ALL, "r": 0, "oft_block_size": 4}),
     "OFT, shared blocks": _row("OFTConfig", "OFT", {**_ALL, "r": 0, "oft_block_size": 4, "block_share": True}),
-    "OSF": _row("OSFConfig", "OSF", _SQ),
+    "OSF": _row("OSFConfig", "OSF", _SQ, following="same ranks"),
     "PEANuT": _row("PeanutConfig", "PEANUT", {**_ALL, "r": 4}),
     "Poly": _row(
         "PolyConfig",
@@ -322,20 +325,30 @@ ROWS: dict[str, Row] = {
         "ShadowConfig",
         "SHADOW",
         {"target_modules": r".*\.layers\.\d+$", "r": 4, "shadow_dropout": 0.0, "shadow_num_attention_heads": 4},
+        whole=True,
         stages="peft runs its shadow model beside a whole model",
     ),
     "SHiRA": _row("ShiraConfig", "SHIRA", {**_SQ, "r": 2}),
     "Supertuning": _row("SupertuningConfig", "SUPERTUNING", {**_SQ, "sparsity": 0.9}),
-    "TinyLoRA": _row("TinyLoraConfig", "TINYLORA", {**_ALL, "u": 4}, whole=True),
+    "TinyLoRA": _row("TinyLoraConfig", "TINYLORA", {**_ALL, "u": 4}, whole=True, stages=_SHARED),
     "Trainable tokens": _row("TrainableTokensConfig", "TRAINABLE_TOKENS", {"token_indices": [1, 5]}),
-    "UniLoRA": _row("UniLoraConfig", "UNILORA", {**_ALL, "r": 4, "theta_d_length": 64}, whole=True),
+    "UniLoRA": _row("UniLoraConfig", "UNILORA", {**_ALL, "r": 4, "theta_d_length": 64}, whole=True, stages=_SHARED),
     "VBLoRA": _row(
-        "VBLoRAConfig", "VBLORA", {**_ALL, "r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2}, whole=True
+        "VBLoRAConfig",
+        "VBLORA",
+        {**_ALL, "r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2},
+        whole=True,
+        stages=_SHARED,
     ),
     "VeRA": _row("VeraConfig", "VERA", {**_SQ, "r": 4}),
     "VeRA, projections not saved": _row("VeraConfig", "VERA", {**_SQ, "r": 4, "save_projection": False}),
     "WaveFT": _row("WaveFTConfig", "WAVEFT", {**_SQ, "n_frequency": 16}),
-    "X-LoRA": Row(_xlora, "XLORA", stages="peft runs a whole model twice to scale its adapters"),
+    "X-LoRA": Row(
+        _xlora,
+        "XLORA",
+        stages="peft runs a whole model twice to scale its adapters",
+        differs=(".", "0", "1"),
+    ),
     "Adaption prompt": _row(
         "AdaptionPromptConfig",
         "ADAPTION_PROMPT",

@@ -175,8 +175,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Each parameter and buffer, gathered, and what the optimizer keeps of it. All ranks call."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    out = {name: whole(buffer) for name, buffer in inner.named_buffers()}
-    for name, parameter in inner.named_parameters():
+    out = {name: whole(buffer) for name, buffer in inner.named_buffers(remove_duplicate=False)}
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
         out[name] = whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             out[f"{name} {key}"] = whole(value)

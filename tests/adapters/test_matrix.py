@@ -17,8 +17,7 @@ FAST = [
     Case("FRoD", ONE, False),  # what layers share was left out of the file
     Case("PiSSA, fast", FSDP, True),  # base weights that were changed by chance were others after a restore
     Case("LoRA, embeddings and head", STAGES, False),  # the last stage's head was left out
-    Case("AdaMSS, subspaces allocated", ONE, False),  # a resumed run trained other subspaces
-    Case("DoRA", TP, True),
+    Case("rsLoRA", TP, True),
     Case("VeRA", DDP, False),
 ]
 

@@ -24,7 +24,7 @@ from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
-from shardwise.engine.background import Background
+from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.computed import gather
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
@@ -264,7 +264,8 @@ def write_uncopied() -> list[str]:
         seen.append("written")
         return ComponentRecord()
 
-    background.submit(SaveJob("saving", (step,), lambda group, record: None, lambda group: seen.append("abandoned")))
+    steps = (waiting_for_copies(background.stager), step)
+    background.submit(SaveJob("saving", steps, lambda group, record: None, lambda group: seen.append("abandoned")))
     with pytest.raises(RemoteError, match="the device is lost"):
         background.wait()
     return seen

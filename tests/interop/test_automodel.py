@@ -52,9 +52,9 @@ def load_parts(path: Path) -> object:
     model, optimizer, scheduler = build(seed=1)
     loader = Position()
     with checkpointer(path) as engine:
+        engine.load_model(model, path / "model")
         engine.load_on_dp_ranks(loader, "dataloader", path)
         assert loader.state == {"position": 7}
-        engine.load_model(model, path / "model")
         engine.load_optimizer(optimizer, model, path, scheduler)
     return everything(model, optimizer)
 

@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("wrong", [None, 3, ["LATEST"], True])
+@pytest.mark.parametrize("wrong", [None, 3.0, ["LATEST"], True])
 def test_what_is_neither_text_nor_a_path(root: Path, wrong: object) -> None:
     with pytest.raises(MisuseError, match="restore_from is .*LATEST"):
         resolve(root, wrong)  # type: ignore[arg-type]

@@ -91,7 +91,6 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
-        self.addons = list(addons) if addons is not None else default_addons(config.is_peft)
         if config.is_remote and storage is None:
             raise ConfigError(
                 "checkpoint_dir is a URL, which the mounted file systems cannot reach",
@@ -109,11 +108,20 @@ class Checkpointer:
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
             process_group,
             pp_group,
-            self.addons,
+            list(addons) if addons is not None else default_addons(config.is_peft),
             storage or LocalStorage(),
             device_streams,
             absent_seconds,
         )
+
+    @property
+    def addons(self) -> list[CheckpointAddon]:
+        """What writes metadata around the weights, in this order; another list counts from the next save on."""
+        return self._life.addons
+
+    @addons.setter
+    def addons(self, addons: Sequence[CheckpointAddon]) -> None:
+        self._life.addons = list(addons)
 
     # --- whole checkpoints ------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -61,7 +61,7 @@ class Lifetime:
         ranks: ParallelRanks,
         process_group: ProcessGroup | None,
         pp_group: ProcessGroup | None,
-        addons: Sequence[CheckpointAddon],
+        addons: list[CheckpointAddon],
         storage: Storage,
         device_streams: DeviceStreams | None,
         absent_seconds: float,

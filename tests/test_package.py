@@ -101,7 +101,7 @@ def test_the_range_of_peft_begins_after_the_legacy_layout_of_expert_adapters() -
     from shardwise.peft.load import is_legacy_version
 
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    lowest = re.findall(r'"peft>=([\d.]+)"', text)
+    lowest = re.findall(r'"peft>=([\d.]+)[",]', text)
     assert lowest
     assert not any(map(is_legacy_version, lowest))
     assert is_legacy_version("0.18.0")

@@ -297,10 +297,10 @@ def test_training_in_float8_is_not_quantization() -> None:
         return nn.Sequential(nn.Linear(32, 32))
 
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
-    assert not has_quantized_parameters(convert_to_float8_training(build(), config=config))
+    assert not has_quantized_parameters(convert_to_float8_training(build(), config=config).modules())
     quantized_for_good = build()
     quantize_(quantized_for_good, Int8WeightOnlyConfig())
-    assert has_quantized_parameters(quantized_for_good)
+    assert has_quantized_parameters(quantized_for_good.modules())
 
 
 def test_the_state_for_dcp_is_plain_memory() -> None:

@@ -147,6 +147,53 @@ def save_over_quantized(kind: str, root: str) -> None:
         saver.save(0, 1, model, optimizer)
 
 
+#: How bitsandbytes quantizes a base as it is loaded -> its settings.
+QUANTIZED_IN_MEMORY: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "nf4, its scales quantized": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantized_in_memory(kind: str, base: Path) -> Any:
+    """The base, with linear layers of bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**QUANTIZED_IN_MEMORY[kind])
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
+
+
+def over_quantized_in_memory(base: nn.Module, *, use_dora: bool = False) -> nn.Module:
+    """An adapter on some of the linear layers, that has been trained."""
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], use_dora=use_dora)
+    model: nn.Module = peft.get_peft_model(base, config)
+    randomise(model, 1)
+    return model
+
+
+def save_over_quantized_in_memory(kind: str, how: str, root: str, use_dora: bool) -> None:
+    """A step over a base that is quantized in memory, and a save; the model that trains stays as it is."""
+    directory = Path(root)
+    model = over_quantized_in_memory(quantized_in_memory(kind, directory / "base"), use_dora=use_dora)
+    spread_out = placed(model, how) if how else model
+    optimizer = step(spread_out)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, directory / "trained.pt")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with checkpointer(directory / "run", model_repo_id=str(directory / "base")) as saver:
+        saver.save(0, 1, spread_out, optimizer)
+    after = model.state_dict()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+    assert model.base_model.model.config.quantization_config is not None
+
+
 def convolutions(*, use_dora: bool, seed: int = 1) -> nn.Module:
     """A network of plain convolutions with an adapter that has been trained."""
     import peft

@@ -27,9 +27,12 @@ from tests.clients.merged import (
     checkpointer,
     convolutions,
     memory_of_merging,
+    over_quantized_in_memory,
+    quantized_in_memory,
     save,
     save_convolutions,
     save_over_quantized,
+    save_over_quantized_in_memory,
     save_until_killed,
     save_what_fails,
     save_without_room,
@@ -217,6 +220,71 @@ def test_a_quantized_base_is_exported_dequantized(kind: str, base: Callable[[Pat
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     assert tf.AutoModelForCausalLM.from_pretrained(ours).dtype == torch.bfloat16
+
+
+def _needs_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes quantizes the base")
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "use_dora"),
+    [
+        ("nf4", 1, False),
+        ("nf4, its scales quantized", 2, False),
+        ("int8", 1, False),
+        pytest.param("nf4, its scales quantized", 1, True, marks=pytest.mark.slow),
+        pytest.param("int8", 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_base_quantized_in_memory_is_exported_dequantized(
+    kind: str, world: int, use_dora: bool, tmp_path: Path
+) -> None:
+    """As ``dequantize()``, ``merge_and_unload()`` and ``save_pretrained`` do, also what has no adapter."""
+    _needs_bitsandbytes()
+    causal("qwen2").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    if world == 1:
+        save_over_quantized_in_memory(kind, "", str(tmp_path), use_dora)
+    else:
+        run(world, save_over_quantized_in_memory, kind, "ddp", str(tmp_path), use_dora)
+    dequantized = quantized_in_memory(kind, tmp_path / "base").dequantize()
+    reference = over_quantized_in_memory(dequantized, use_dora=use_dora)
+    trained = torch.load(tmp_path / "trained.pt")
+    assert set(trained) == {name for name, p in reference.named_parameters() if p.requires_grad}
+    reference.load_state_dict(trained, strict=False)
+    ours = tmp_path / "run/LATEST/model/consolidated"
+    same_export(ours, reference.eval(), tmp_path / "reference")
+    assert "quantization_config" not in json.loads((ours / "config.json").read_text())
+
+
+def test_shards_of_a_base_quantized_in_memory_are_refused(tmp_path: Path) -> None:
+    _needs_bitsandbytes()
+    causal("llama-bf16").save_pretrained(tmp_path / "base")
+    error = failure(2, save_over_quantized_in_memory, "nf4", "fsdp", str(tmp_path), False)
+    assert isinstance(error, QuantizationError)
+    assert "only whole linear layers of bitsandbytes" in str(error)
+
+
+def test_quantized_weights_that_are_laid_out_to_compute(tmp_path: Path) -> None:
+    """As bitsandbytes does it in eval mode where the processor has AVX512-BF16."""
+    _needs_bitsandbytes()
+    causal("llama-bf16").save_pretrained(tmp_path / "base")
+    model = over_quantized_in_memory(quantized_in_memory("nf4", tmp_path / "base"))
+    model.base_model.model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with checkpointer(tmp_path / "run") as saver, pytest.raises(QuantizationError, match="layout in which"):
+        saver.restore(model)
+
+
+def test_methods_that_merge_into_quantized_layers_alone(tmp_path: Path) -> None:
+    """What they would do to dequantized ones is not known, so they are refused by name."""
+    _needs_bitsandbytes()
+    causal("llama-bf16").save_pretrained(tmp_path / "base")
+    base = quantized_in_memory("nf4", tmp_path / "base")
+    model = peft.get_peft_model(base, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with (
+        checkpointer(tmp_path / "run") as saver,
+        pytest.raises(AdapterError, match="IA3 over layers that bitsandbytes"),
+    ):
+        saver.restore(model)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
     """
     model = bare_model(model_part)
     config: object = getattr(model, "config", None)
-    if config is None or has_quantized_parameters(model):
+    if config is None or has_quantized_parameters(model.modules()):
         return
     if isinstance(config, dict) and _QUANTIZATION in config and keeps_config(model):
         # diffusers' FrozenDict refuses deletion, and repeats its entries as attributes: it has to be rebuilt.

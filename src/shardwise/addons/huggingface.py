@@ -129,7 +129,7 @@ def _parts(args: SaveHookArgs) -> list[nn.Module]:
 
 def is_quantized(args: SaveHookArgs) -> bool:
     """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
-    return any(has_quantized_parameters(bare_model(part)) for part in _parts(args))
+    return any(has_quantized_parameters(bare_model(part).modules()) for part in _parts(args))
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:

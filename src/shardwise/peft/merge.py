@@ -3,12 +3,16 @@
 Each method computes a merged weight in its own way, in the dtypes that the module has. So every adapted module is
 copied without memory, and peft merges a copy of that copy twice: on the meta device, which gives the shapes and dtypes
 of the result, and with the module's whole tensors, when the merged weights are written.
+
+A linear layer that bitsandbytes keeps quantized is a dense one in the copies, adapted or not, and is dequantized where
+the whole tensors are.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -19,13 +23,14 @@ from shardwise.errors import AdapterError, QuantizationError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
+from shardwise.peft.quantized import QuantizedWeight, is_over_quantized, make_dense, quantized_weight
 from shardwise.stateful_wrappers.memory import identity
-from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
+from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.state_dict_overrides import has_foreign_hooks
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, unwrap
 from shardwise.upstream import peft as upstream
-from shardwise.upstream.torch_modules import STORES, UNSAVED
+from shardwise.upstream.torch_modules import STORES, UNSAVED, own_parameters
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -35,7 +40,7 @@ _NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedGroup:
-    """Adapted modules that are merged together: one, or several that share a base weight.
+    """Adapted modules that are merged together: one, or several that share a base weight. Or a quantized module.
 
     Attributes:
         name: The first one's path in the model.
@@ -48,6 +53,7 @@ class MergedGroup:
     results: tuple[torch.Tensor, ...]
     _layers: tuple[nn.Module, ...]
     _tokens: Mapping[str, torch.Tensor]
+    _quantized: Mapping[str, QuantizedWeight]
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Compute the merged tensors, one for each of ``results``, as peft does in this memory. Local; any thread.
@@ -55,10 +61,21 @@ class MergedGroup:
         Args:
             values: For each name of ``sources`` the whole tensor; it may be written to.
         """
-        memory = {id(token): _like(token, values[name]) for name, token in self._tokens.items()}
+        memory = {id(token): _like(token, self._whole(name, token, values)) for name, token in self._tokens.items()}
         copied = _Copier(lambda tensor: memory[id(tensor)])
         unloaded = _unload([copied.module(layer) for layer in self._layers])
         return [tensor.detach() for tensor in _tensors(unloaded)]
+
+    def _whole(self, name: str, token: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        weight = self._quantized.get(name)
+        if weight is None:
+            return values[name]
+        return weight.dequantize({key: values[_part_of(name, key)] for key in weight.sources}).to(token.dtype)
+
+
+def _part_of(name: str, key: str) -> str:
+    """The name of one of the tensors that a quantized weight is kept as."""
+    return f"{name}/{key}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +100,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
 
     Raises:
         AdapterError: An adapter cannot be merged into the base weights.
-        QuantizationError: The base weights are quantized in memory.
+        QuantizationError: Base weights are quantized in memory, and not whole linear layers of bitsandbytes.
     """
     if not is_peft_adapted(parts):
         if any(find_sites(part) for part in parts):
@@ -97,14 +114,14 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
         _require_merge(name, config)
     for part in parts:
         base = bare_model(adapted_model(part))
-        if has_quantized_parameters(base):
-            raise QuantizationError(
-                f"export_merged: weights of {original_class(base).__name__} are quantized in memory, and "
-                "nothing exact can be merged into them",
-                hint=f"Load the base dequantized (dequantize_base_checkpoint=True). {_NO_MERGE}",
-            )
         # What reads the modules below is to find shards, not what a forward pass has gathered.
         own_tensors(adapted_model(part))
+        if has_quantized_parameters(module for module in base.modules() if quantized_weight(module) is None):
+            raise QuantizationError(
+                f"export_merged: weights of {original_class(base).__name__} are quantized in memory, and only whole "
+                "linear layers of bitsandbytes can be dequantized to merge into them",
+                hint=f"Load the base dequantized (dequantize_base_checkpoint=True). {_NO_MERGE}",
+            )
     methods = ", ".join(sorted({method_of(config) for config in configs.values()}))
     return [_Part(part, methods).merged() for part in parts]
 
@@ -183,8 +200,7 @@ class _Copier:
             return cast("nn.Module", self._made[id(bare)][1])
         cls = original_class(bare)
         out = cls.__new__(cls)
-        self._made[id(bare)] = (bare, out)
-        self._made[id(module)] = (module, out)
+        self._note(module, bare, out)
         # Also of classes that others have derived: what merging notes must not reach the training model.
         is_pefts = any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__)
         own = {}
@@ -198,6 +214,45 @@ class _Copier:
                 own[key] = self._copied(value) if is_pefts or key in STORES else value
         out.__dict__.update(own)
         return out
+
+    def _note(self, module: nn.Module, bare: nn.Module, made: nn.Module) -> None:
+        self._made[id(bare)] = (bare, made)
+        self._made[id(module)] = (module, made)
+
+
+class _DenseCopier(_Copier):
+    """Copies also quantized modules as what they are when they are dequantized, and peft's layers over them.
+
+    Args:
+        tensor: As for `_Copier`.
+        weight: What to put in the place of a quantized weight.
+        methods: Names of the methods that adapt the model, for errors.
+    """
+
+    def __init__(
+        self,
+        tensor: Callable[[torch.Tensor], torch.Tensor],
+        weight: Callable[[QuantizedWeight], nn.Parameter],
+        methods: str,
+    ) -> None:
+        super().__init__(tensor)
+        self._weight, self._methods = weight, methods
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        bare = unwrap(module)
+        weight = None if id(bare) in self._made else quantized_weight(bare)
+        if weight is None:
+            out = super()._module(module)
+            if is_over_quantized(out) and not make_dense(out):
+                reason = f"over layers that bitsandbytes quantizes is unknown ({type(out).__qualname__})"
+                raise _refused(type(out).__name__, self._methods, reason)
+            return out
+        outputs, inputs = weight.shape
+        dense = nn.Linear(inputs, outputs, bias=False, device="meta").train(bare.training)
+        self._note(module, bare, dense)
+        dense.weight = self._weight(weight)
+        dense.register_parameter("bias", cast("nn.Parameter | None", self._copied(own_parameters(bare).get("bias"))))
+        return dense
 
 
 def _like(token: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -222,6 +277,8 @@ def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
             if hasattr(layer, "unload_and_optionally_merge_module"):
                 unload = cast("Callable[..., nn.Module]", layer.unload_and_optionally_merge_module)
                 out.append(unload(merge=True, safe_merge=False, adapter_names=None))
+            elif not _is_adapted(layer):
+                out.append(layer)
             else:
                 cast("Callable[..., None]", layer.merge)(safe_merge=False, adapter_names=None)
                 out.append(cast("Callable[[], nn.Module]", layer.get_base_layer)())
@@ -230,11 +287,21 @@ def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that peft has put in place of others, in the order in which it merges them."""
-    kinds = (upstream.layer_class(), upstream.copy_class())
+    yield from _outermost(model, _is_adapted)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, (upstream.layer_class(), upstream.copy_class()))
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return _is_adapted(module) or quantized_weight(unwrap(module)) is not None
+
+
+def _outermost(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
     inside: list[str] = []
     for path, module in named_modules(model):
-        is_adapted = isinstance(module, kinds)
-        if is_adapted and not any(path.startswith(f"{above}.") for above in inside):
+        if is_wanted(module) and not any(path.startswith(f"{above}.") for above in inside):
             inside.append(path)
             yield path, module
 
@@ -259,7 +326,9 @@ class _Part:
         self._model = bare_model(adapted_model(part))
         self._methods = methods
         self._reals: dict[int, torch.Tensor] = {}
-        self._blueprint = _Copier(self._token)
+        self._quantized: dict[int, QuantizedWeight] = {}
+        self._dtype = getattr(config_of(self._model), "dtype", None)
+        self._blueprint = _DenseCopier(self._token, self._dense_token, methods)
         self._names: dict[int, str] = {}
         self._memory: dict[tuple[object, ...], set[int]] = {}
         for name, tensor in own_tensors(self._model).items():
@@ -272,13 +341,22 @@ class _Part:
         self._reals[id(made)] = tensor
         return made
 
+    def _dense_token(self, weight: QuantizedWeight) -> nn.Parameter:
+        """The same for a quantized weight, as transformers' ``dequantize()`` would leave it."""
+        dtype = self._dtype if isinstance(self._dtype, torch.dtype) else weight.dtype
+        made = nn.Parameter(torch.empty(weight.shape, dtype=dtype, device="meta"), requires_grad=False)
+        self._reals[id(made)] = weight.parameter
+        self._quantized[id(weight.parameter)] = weight
+        return made
+
     def merged(self) -> MergedPart:
         """The part without adapters."""
-        layers = {path: (module, self._blueprint.module(module)) for path, module in _adapted(self._model)}
+        changed = _outermost(self._model, _is_changed)
+        layers = {path: (module, self._blueprint.module(module)) for path, module in changed}
         kept: dict[int, nn.Module] = {}
         outcomes: dict[str, _Outcome] = {}
         for path, (module, copy) in layers.items():
-            if _is_copy(copy):
+            if _is_copy(copy) and not any(quantized_weight(unwrap(each)) for each in module.modules()):
                 [left] = _unload([_Copier(lambda tensor: tensor).module(copy)])
                 kept[id(module)] = _Copier(lambda tensor: self._reals[id(tensor)]).module(left)
             else:
@@ -301,6 +379,9 @@ class _Part:
         model.__dict__.pop("peft_config", None)
         if "_hf_peft_config_loaded" in vars(model):
             model.__dict__["_hf_peft_config_loaded"] = False
+        if self._quantized and "config" in vars(model):
+            # An export's config says that it is dequantized, the training model's still that it is not.
+            model.__dict__["config"] = deepcopy(vars(model)["config"])
         return MergedPart(model, tuple(groups))
 
     def _require_alone(self, tensor: torch.Tensor) -> None:
@@ -327,12 +408,19 @@ class _Part:
             noting.module(copy)
         reals = [self._reals[key] for key in tokens]
         names = [self._names.get(id(real), f"{path}.{number}") for number, real in enumerate(reals)]
+        quantized = {
+            name: self._quantized[id(r)] for name, r in zip(names, reals, strict=True) if id(r) in self._quantized
+        }
+        sources = {name: real for name, real in zip(names, reals, strict=True) if name not in quantized}
+        for name, weight in quantized.items():
+            sources |= {_part_of(name, key): tensor for key, tensor in weight.sources.items()}
         return MergedGroup(
             path,
-            dict(zip(names, reals, strict=True)),
+            sources,
             tuple(_tensors(outcome.modules)),
             tuple(copies),
             dict(zip(names, tokens.values(), strict=True)),
+            quantized,
         )
 
     def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
@@ -362,8 +450,7 @@ class _Part:
         copied = _Copier(fresh)
         layers = [copied.module(copy) for copy in copies]
         left = _unload(layers)
-        kinds = (upstream.layer_class(), upstream.copy_class())
-        if any(isinstance(module, kinds) for each in left for module in each.modules()):
+        if any(_is_adapted(module) for each in left for module in each.modules()):
             raise NotImplementedError("merging leaves an adapter inside of the module")
         if device == "meta":
             return _Outcome(left, {id(t): origins[id(t)] for t in _tensors(left) if id(t) in origins})

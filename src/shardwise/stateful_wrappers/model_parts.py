@@ -78,8 +78,8 @@ def _computes(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
-def has_quantized_parameters(model: nn.Module) -> bool:
-    """Whether any weight of ``model`` is held in a quantized form.
+def has_quantized_parameters(modules: Iterable[nn.Module]) -> bool:
+    """Whether any weight that these modules have themselves (``model.modules()``) is held in a quantized form.
 
     That is: a parameter of a one-byte float or an integer dtype of up to 32 bits (64-bit integers are tables of ids),
     one of bitsandbytes' or torchao's own tensor classes (which report the dtype that they compute in), or a packed
@@ -87,7 +87,7 @@ def has_quantized_parameters(model: nn.Module) -> bool:
     """
     # Looked at in every save. Asking a DTensor for its data is slow, and most parameters of a model are of one kind.
     kinds: dict[tuple[type, type, torch.dtype], torch.Tensor] = {}
-    for module in model.modules():
+    for module in modules:
         for parameter in own_parameters(module).values():
             if parameter is not None:
                 kinds.setdefault((type(parameter), type(local_part(parameter)), parameter.dtype), parameter)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.adapters.cells import Case, outcomes
 from tests.adapters.methods import ROWS
-from tests.adapters.spreads import DDP, FSDP, ONE, SPREADS, STAGES, TP
+from tests.adapters.spreads import FSDP, ONE, SPREADS, STAGES, TP
 from tools.adapter_table import PAGE, summary
 
 import peft
@@ -18,7 +18,6 @@ FAST = [
     Case("PiSSA, fast", FSDP, True),  # base weights that were changed by chance were others after a restore
     Case("LoRA, embeddings and head", STAGES, False),  # the last stage's head was left out
     Case("rsLoRA", TP, True),
-    Case("VeRA", DDP, False),
 ]
 
 

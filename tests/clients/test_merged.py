@@ -122,13 +122,13 @@ CASES = [
     ("lora", 2, "pipeline", {}),
     ("lora", 4, "fsdp+tp", {}),
     ("dora", 2, "fsdp", {}),
-    ("dora", 4, "fsdp", {"single_rank_consolidation": True}),
+    pytest.param("dora", 4, "fsdp", {"single_rank_consolidation": True}, marks=pytest.mark.slow),
     ("experts", 2, "fsdp", {}),
     ("experts", 4, "fsdp", {"random_writes": False}),
     ("copies, tied", 2, "fsdp", {}),
     ("both ends of a tie", 2, "fsdp", {}),
     ("tokens", 2, "fsdp", {}),
-    ("more", 2, "pipeline", {}),
+    pytest.param("more", 2, "pipeline", {}, marks=pytest.mark.slow),
     pytest.param("VeRA", 2, "fsdp", {}, marks=pytest.mark.slow),
 ]
 

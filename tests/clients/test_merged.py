@@ -293,7 +293,13 @@ def test_methods_that_merge_into_quantized_layers_alone(tmp_path: Path) -> None:
 )
 def test_convolutions(world: int, use_dora: bool, tmp_path: Path) -> None:
     run(world, save_convolutions, str(tmp_path), use_dora)
-    expected = convolutions(use_dora=use_dora).merge_and_unload().state_dict()
+    # On one thread, as the ranks: sums in another order have another last bit.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = convolutions(use_dora=use_dora).merge_and_unload().state_dict()
+    finally:
+        torch.set_num_threads(threads)
     found = tensors(tmp_path / "LATEST/model/consolidated")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

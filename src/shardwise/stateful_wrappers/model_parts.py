@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     import torch
     import torch.nn as nn
 
-#: safetensors codes of the dtypes that a model computes in, and torch's names for them.
-
 #: Buffers in which packed integer weights are kept by layers that have no float weight (GPTQ, AWQ, compressed-tensors).
 _PACKED_BUFFERS = frozenset({"qweight", "weight_packed"})
 
-#: Parameter classes of bitsandbytes, known by name so that the package need not be installed.
+#: Parameter classes of bitsandbytes, known by name, so that the package may be absent.
 _BITSANDBYTES_PARAMETERS = frozenset({"Params4bit", "Int8Params"})
 
 

@@ -278,12 +278,12 @@ def save_until_killed(root: str) -> None:
         killed.save(0, 2, model, optimizer)
 
 
-def save_without_room(root: str, operation: str, nth: int) -> None:
+def save_without_room(root: str, operation: str, rank: int, nth: int) -> None:
     """The file system refuses on one rank, while the merged export is written."""
     config = CheckpointingConfig(
         checkpoint_dir=root, is_peft=True, save_consolidated="every", export_merged=True, collective_timeout_seconds=60
     )
-    storage = FaultyStorage(operation, 1, nth=nth)
+    storage = FaultyStorage(operation, rank, nth=nth, folder="consolidated")
     with Checkpointer(config, storage=storage) as saver:
         saver.save(0, 1, placed(adapted("lora"), "fsdp"))
 

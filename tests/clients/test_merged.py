@@ -380,10 +380,11 @@ def test_merging_is_done_when_an_export_is(tmp_path: Path) -> None:
     same_export(tmp_path / "alone/model/consolidated", model.eval(), tmp_path / "reference")
 
 
-@pytest.mark.parametrize(("operation", "nth"), [("create", 1), ("write", 3), ("sync", 2)])
-def test_a_save_that_fails_leaves_nothing(operation: str, nth: int, tmp_path: Path) -> None:
-    error = failure(2, save_without_room, str(tmp_path), operation, nth)
+@pytest.mark.parametrize(("operation", "rank", "nth"), [("create", 0, 1), ("write", 1, 2), ("sync", 1, 1)])
+def test_a_save_that_fails_leaves_nothing(operation: str, rank: int, nth: int, tmp_path: Path) -> None:
+    error = failure(2, save_without_room, str(tmp_path), operation, rank, nth)
     assert isinstance(error, StorageError)
+    assert "consolidated" in str(error)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not (tmp_path / "LATEST").exists()
 

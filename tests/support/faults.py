@@ -20,12 +20,18 @@ class FaultyStorage(LocalStorage):
         rank: On which rank.
         code: The operating system's error.
         nth: Which call is the first to fail.
+        folder: Only calls for files in folders of this name count.
     """
 
-    def __init__(self, operation: str, rank: int, code: int = errno.ENOSPC, nth: int = 1) -> None:
+    def __init__(
+        self, operation: str, rank: int, code: int = errno.ENOSPC, nth: int = 1, folder: str | None = None
+    ) -> None:
         self._operation, self._rank, self._code, self._left = operation, rank, code, nth
+        self._folder, self._opened = folder, dict[int, Path]()
 
     def _maybe(self, operation: str, path: Path | None = None) -> None:
+        if self._folder is not None and (path is None or self._folder not in path.parts):
+            return
         if operation == self._operation and dist.get_rank() == self._rank:
             self._left -= 1
             if self._left <= 0:
@@ -45,29 +51,31 @@ class FaultyStorage(LocalStorage):
 
     def open(self, path: Path, *, writable: bool) -> int:
         self._maybe("open", path)
-        return super().open(path, writable=writable)
+        handle = super().open(path, writable=writable)
+        self._opened[handle] = path
+        return handle
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
-        self._maybe("write")
+        self._maybe("write", self._opened.get(handle))
         super().write(handle, data, offset)
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        self._maybe("read")
+        self._maybe("read", self._opened.get(handle))
         return super().read(handle, into, offset)
 
     def read_rows(
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
     ) -> int:
-        self._maybe("read")
+        self._maybe("read", self._opened.get(handle))
         return super().read_rows(handle, into, rows, width, pitch, period, offset)
 
     def sync(self, handle: int) -> None:
-        self._maybe("sync")
+        self._maybe("sync", self._opened.get(handle))
         super().sync(handle)
 
     def close(self, handle: int) -> None:
         super().close(handle)
-        self._maybe("close")
+        self._maybe("close", self._opened.get(handle))
 
     def sync_directory(self, path: Path) -> None:
         self._maybe("sync_directory", path)

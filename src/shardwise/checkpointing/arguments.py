@@ -46,7 +46,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     """Check that each argument has the type its name says, or is a sequence of such objects.
 
     Raises:
-        MisuseError: One has another type.
+        MisuseError: One has another type, or a module is wrapped by FSDP1.
     """
     for part in _several(model):
         if not isinstance(part, nn.Module):
@@ -59,17 +59,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     for each in () if scheduler is None else _several(scheduler):
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
-
-
-def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """Check arguments as `check_arguments` does, and that no module is wrapped by FSDP1.
-
-    Returns ``name``, for `shardwise.checkpointing.calls.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
-    lists the model, which later saves need not do.
-    """
-    check_arguments(model, optimizer, scheduler)
     refuse_fsdp1(_several(model))
-    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +82,8 @@ class FirstExchange:
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Check that all ranks have the same settings, wherever a difference would make them wait for each other.
 
-    Threads, time-outs and paths of each machine may differ. The directory of the checkpoints
-    may have another path on another machine; on one machine it has to be the same directory. All ranks call.
+    Threads, time-outs and paths may differ between machines; on one machine ``checkpoint_dir`` has to be the same
+    directory for all ranks. All ranks call.
 
     Raises:
         ConfigError: They differ.
@@ -104,8 +94,8 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = [names_base, bool(config.model_state_dict_keys)]
     mine = [cast(JsonValue, own), cast(JsonValue, names), RootLocation.own(root).to_json(), uuid.uuid4().hex]
-    told = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
-    everyone = [theirs for theirs, _, _, _ in told]
+    rows = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
+    everyone = [theirs for theirs, _, _, _ in rows]
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():
             if theirs[key] != value:
@@ -113,11 +103,11 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in told)
+    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in rows)
     if not config.is_remote:
         check_same_root(locations)
-    named, listed = (any(theirs[number] for _, theirs, _, _ in told) for number in range(2))
-    return FirstExchange(named, listed, locations, told[0][3])
+    named, listed = (any(theirs[number] for _, theirs, _, _ in rows) for number in range(2))
+    return FirstExchange(named, listed, locations, rows[0][3])
 
 
 def warn_if_alone(group: Group) -> None:

@@ -15,9 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from shardwise.checkpointing.loading.restoring import Undos
-from shardwise.comm import Group
 from shardwise.disk.storage import Storage
-from shardwise.engine.jobs import Step
+from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, pack_state, read_state
@@ -32,9 +31,7 @@ _INSIDE = "module."
 class Average:
     """An averaged model without its wrapper.
 
-    Attributes:
-        model: The model, or this rank's pipeline stages.
-        beside: The wrapper's own tensors by name (views of its memory); empty where there is no wrapper.
+    ``beside`` has views of the wrapper's own tensors by name; empty without a wrapper.
     """
 
     model: nn.Module | list[nn.Module]
@@ -68,25 +65,19 @@ class Average:
         return Average(models[0] if isinstance(ema, nn.Module) else models, beside)
 
     def capture(self, directory: Path, storage: Storage) -> list[Step]:
-        """Capture the wrappers' tensors now and return the steps that write them. Local.
-
-        Args:
-            directory: The average's directory.
-            storage: Where it goes.
-        """
+        """Capture the wrappers' tensors now and return the steps that write them below ``directory``. Local."""
         packed = pack_state(dict(self.beside)) if self.beside else {}
 
-        def write(group: Group) -> ComponentRecord:
-            record = ComponentRecord()
-            with group.together("writing what is kept of the averaging"):
-                if packed and group.is_main:
-                    own = directory / _AVERAGING  # tensor files beside the model's would be read as the model's
-                    storage.make_directory(own)
-                    record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
-                    storage.sync_directory(own)
+        def write() -> ComponentRecord:
+            if not packed:
+                return ComponentRecord()
+            own = directory / _AVERAGING  # tensor files beside the model's would be read as the model's
+            storage.make_directory(own)
+            record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
+            storage.sync_directory(own)
             return record
 
-        return [write]
+        return [local_step("writing the state of the averaged model's wrapper", write, main_only=True)]
 
     def find(self, directory: Path) -> FoundAveraging:
         """Read the wrappers' saved tensors and compare them. Local; changes nothing.
@@ -125,12 +116,7 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class FoundAveraging:
-    """The wrappers' tensors and their saved values.
-
-    Attributes:
-        beside: Their tensors.
-        saved: The saved values.
-    """
+    """The wrappers' tensors and their saved values, by name."""
 
     beside: Mapping[str, torch.Tensor]
     saved: Mapping[str, torch.Tensor]

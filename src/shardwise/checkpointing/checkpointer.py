@@ -22,10 +22,10 @@ from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
 from shardwise.checkpointing.saving.models import default_addons
@@ -536,7 +536,7 @@ class Checkpointer:
         self._life.wait()  # a save that still writes reads that very memory
         session = self._life.begin(call := "allocate_staging()")
         check_same_call(call, lambda: self._life.looked(model, optimizer), {}, session.group)
-        loading.allocate_staging(self._life, model, optimizer)
+        self._life.allocate_staging(model, optimizer)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.

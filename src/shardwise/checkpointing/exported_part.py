@@ -43,12 +43,7 @@ class ExportedPart:
 
 
 def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
-    """Divide a part's tensors into exported ones and others. Local.
-
-    Args:
-        part: The part.
-        own: Its tensors, under its names.
-    """
+    """Divide a part's tensors into exported ones and others. Local."""
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
         return ExportedPart(part, tuple(own))

@@ -89,11 +89,7 @@ class _Captured:
 
 
 class HubNames:
-    """Derives a model's conversion once and applies it at every save and load.
-
-    Args:
-        may_differ: The tensors that may have different values on different ranks.
-    """
+    """Derives a model's conversion once and applies it at every save and load."""
 
     def __init__(self, may_differ: MayDiffer | None = None) -> None:
         self._may_differ = may_differ or MayDiffer()
@@ -212,9 +208,7 @@ def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
     """Check that none of a model's tensors is on the meta device.
 
-    Args:
-        tensors: Pairs of name (``None`` where unknown) and tensor.
-        lacking: What the model lacks, for the message: "values to save".
+    ``lacking`` says in the message what the model lacks: "values to save".
 
     Raises:
         MisuseError: One of them is.

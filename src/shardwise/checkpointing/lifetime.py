@@ -13,12 +13,14 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
-from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
+from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, warn_if_alone
 from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
+from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.saving.commits import RunLine
+from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
@@ -27,6 +29,7 @@ from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.staging import Stager
 from shardwise.settings import Settings
+from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
 
 _LOG = logging.getLogger(__name__)
@@ -87,26 +90,14 @@ class Lifetime:
         return self.begin("a call of the checkpointer")
 
     def begin(self, call: str) -> Session:
-        """Return the session, which the first call opens. All ranks call.
-
-        Args:
-            call: Name of the call, for the warning that names absent ranks.
-        """
+        """Return the session, which the first call opens. All ranks call; a warning names ``call`` if some do not."""
         if self.made is None:
             group = self._meet(call)
             try:
                 first_exchange = check_same_settings(self.config, self.root, group)
                 warn_if_alone(group)
-                made = Session(
-                    self.config,
-                    group,
-                    self.storage,
-                    self.ranks,
-                    self.root,
-                    first_exchange,
-                    self._staging_dir,
-                    self.pp_group,
-                )
+                parts = self.config, group, self.storage, self.ranks, self.root, first_exchange, self._staging_dir
+                made = Session(*parts, self.pp_group)
                 if self.config.is_async:
                     self.background = Background(self._meet(call), self._device_streams)
                     made.stager = self.background.stager
@@ -144,20 +135,15 @@ class Lifetime:
         saves: bool = False,
         is_run: bool = True,
     ) -> str:
-        """Check the arguments with `checked`, then make the model's memory safe to use from other threads. Local.
+        """Check the arguments, make the model's memory safe to use from other threads, and return ``name``. Local.
 
-        Args:
-            model: As in `checked`.
-            optimizer: Likewise.
-            scheduler: Likewise.
-            name: Likewise.
-            saves: Whether the model is saved: in asynchronous mode staging orders its own copies, so nobody waits.
-            is_run: Whether this is the run's own model, whose meshes give the parallel ranks; a base model's do not.
+        In asynchronous mode a save (``saves``) orders its own copies, so nobody waits. The meshes of the run's own
+        model (``is_run``) give the parallel ranks; those of a base model or an average do not.
 
         Raises:
-            MisuseError: A parallel rank was given that contradicts the model's meshes.
+            MisuseError: An argument has a wrong type, or a parallel rank was given that contradicts the model's meshes.
         """
-        checked(model, optimizer, scheduler)
+        check_arguments(model, optimizer, scheduler)
         if is_run:
             self.ranks.look([model] if isinstance(model, nn.Module) else model)
         if not (saves and self.config.is_async):
@@ -185,10 +171,10 @@ class Lifetime:
         follows it.
         """
         waits = not self.config.skip_save_while_busy or self.ends or self.leaves
-        told = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
+        states = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
         turn = Turn()
         try:
-            turn = take_turn(told)
+            turn = take_turn(states)
         finally:
             if self.background is not None and not turn.skipped:
                 self.background.acknowledge()
@@ -207,6 +193,22 @@ class Lifetime:
         self.background.submit(job)
         if self.config.wait_for_staging:
             self.background.wait_for_staging()
+
+    def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """As `Checkpointer.allocate_staging`, within another call. All ranks call."""
+        session, stager = self.session, self.session.stager
+        if stager is None or self.config.is_peft:
+            return
+        with session.group.together("making room for asynchronous saves"):
+            if self.config.model_save_format == "torch_save":
+                stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
+                if optimizer is not None:
+                    stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
+                return
+            captured = session.names.capture(ModelState(model), load=True)
+            stager.allocate("model", [*captured.held, *captured.excluded])
+            if optimizer is not None:
+                stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def wait(self) -> None:
         """Return when the last asynchronous save is durable and published; raises its error. All ranks call."""

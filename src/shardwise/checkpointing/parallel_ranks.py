@@ -25,13 +25,7 @@ _HINT = "Pass {} to CheckpointingConfig.build()."
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """A process's parallel coordinates.
-
-    Attributes:
-        dp: Data-parallel rank.
-        tp: Tensor-parallel rank.
-        pp: Pipeline rank.
-    """
+    """A process's parallel coordinates."""
 
     dp: int
     tp: int
@@ -40,13 +34,7 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is gathered from one rank.
-
-    Attributes:
-        given: Parallel ranks that the caller gave, by name.
-        meshes: Parallel ranks in the meshes of its tensors.
-        digest: Digest of its tensors' names.
-    """
+    """What is gathered from one rank."""
 
     given: Mapping[str, int]
     meshes: MeshRanks

@@ -49,12 +49,7 @@ class Agreed:
 
 
 class Agreement:
-    """The ranks' agreement on one component; keeps their statements, so that a later save does not send them again.
-
-    Args:
-        group: The ranks that save together.
-        stage: This rank's pipeline stage.
-    """
+    """The ranks' agreement on one component; keeps their statements, so that a later save does not send them again."""
 
     def __init__(self, group: Group, stage: int = 0) -> None:
         self._group = group
@@ -66,9 +61,7 @@ class Agreement:
     def reach(self, describe: Callable[[], Statement], what: str) -> Agreed:
         """Exchange what the ranks have to say. All ranks call.
 
-        Args:
-            describe: Gives this rank's statement. Local; what it fails with on one rank is raised on all.
-            what: What is being done, for messages.
+        ``describe`` gives this rank's statement; a failure in it on one rank is raised on all.
 
         Raises:
             NameCollisionError: Two kinds of rank declare one name differently.
@@ -130,14 +123,7 @@ _Row = tuple[str, list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The statement of ranks of one kind.
-
-    Attributes:
-        declarations: For each list of tensors.
-        meshes: The meshes that the tensors are spread over.
-        note: The note.
-        digest: Of all that.
-    """
+    """The statement of ranks of one kind."""
 
     declarations: tuple[Declaration, ...]
     meshes: tuple[MeshKey, ...]

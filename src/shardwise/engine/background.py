@@ -32,9 +32,7 @@ class Background:
 
     Its process group is used by that thread alone, so that no collective of the training can get between the save's.
 
-    Args:
-        group: The background's own group; closed with it.
-        streams: How copies from accelerators are ordered; torch's own if not given.
+    ``group``, its own, is closed with it.
     """
 
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:

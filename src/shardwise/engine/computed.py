@@ -51,15 +51,9 @@ def write_computed(
 ) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
-    Args:
-        plan: What to convert.
-        layout: Where it goes.
-        group: Whose ranks swap.
-        write: Writes one run.
-        failure: What this rank has failed with before, if it has: it takes part, and writes nothing.
+    A rank that has a ``failure`` already takes part and writes nothing.
 
-    Returns:
-        What failed locally first; the remaining groups are still swapped, so that no peer waits.
+    Returns what failed locally first; the remaining groups are still swapped, so that no peer waits.
 
     Raises:
         PeerError: A peer left.

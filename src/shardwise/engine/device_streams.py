@@ -95,11 +95,7 @@ class DeviceModule(Protocol):
 
 
 class AcceleratorStreams:
-    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device.
-
-    Args:
-        module_of: Gives a device's module.
-    """
+    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device."""
 
     def __init__(self, module_of: Callable[[torch.device], object] = torch.get_device_module) -> None:
         self._module_of = module_of

@@ -64,12 +64,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Copies:
-    """Tensors that are carried over from other files as they are.
-
-    Attributes:
-        tensors: What to copy; ``chunks`` refer to ``files``.
-        files: Where from.
-    """
+    """Tensors that are carried over from other files as they are."""
 
     tensors: tuple[SourceTensor, ...] = ()
     files: tuple[Path, ...] = ()
@@ -117,14 +112,8 @@ def plan_export(
 ) -> ExportPlan:
     """Lay out the files and find this rank's writes. Local: no communication.
 
-    Args:
-        held: What this rank holds, under the names of the files.
-        roster: Who holds what.
-        group: The ranks that save together.
-        directory: Where the files go.
-        options: How.
-        computed: Groups of tensors that have to be computed while writing; ``held`` declares their results.
-        copies: Tensors to carry over from other files.
+    ``held`` and ``roster`` are under the names of the files and declare the results of ``computed``, groups of tensors
+    that are computed while writing. ``copies`` are carried over from other files.
     """
     copied = [tensor.spec for tensor in copies.tensors] if copies is not None else []
     layout = lay_out(
@@ -149,14 +138,9 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     Extra memory is bounded by a constant: a block for conversion, and one round of rows where tensors are cut along
     another dimension than the first.
 
-    Args:
-        plan: What to write where.
-        group: The ranks that save together.
-        storage: Through what.
-        digest: How tensors are digested; `crc32c` for anything that is to be verified.
+    ``digest`` is `crc32c` for anything that is to be verified.
 
-    Returns:
-        Files and tensors with their digests, on rank 0; nothing on the others.
+    Returns files and tensors with their digests, on rank 0; nothing on the others.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -191,8 +175,7 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
 
     The index is known by then as well, and written.
 
-    Returns:
-        Memory with which this rank takes part in exchanges of rows if it fails.
+    Returns memory with which this rank takes part in exchanges of rows if it fails.
     """
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):

@@ -12,6 +12,15 @@ Step = Callable[[Group], ComponentRecord]
 Commit = Callable[[Group, ComponentRecord], None]
 
 
+def local_step(what: str, write: Callable[[], ComponentRecord], *, main_only: bool = False) -> Step:
+    """A step without messages between ranks, of every rank or of rank 0; a failure in it is raised on all ranks."""
+
+    def run(group: Group) -> ComponentRecord:
+        return group.attempt(lambda: write() if group.is_main or not main_only else ComponentRecord(), what)
+
+    return run
+
+
 @dataclass(frozen=True)
 class SaveJob:
     """Everything that is left of a save once the state is captured. Every rank has one, with the same steps.

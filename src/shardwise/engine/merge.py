@@ -50,8 +50,7 @@ def write_merged(
 ) -> ComponentRecord:
     """Write an export without a random write. All ranks of the group call.
 
-    Returns:
-        As `write_export`, which writes the same bytes.
+    Returns what `write_export` returns, which writes the same bytes.
     """
     aside = plan.directory.with_name(".merging")
     computed = write_aside(plan, aside, group, storage)
@@ -116,12 +115,7 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
 class _Merging:
     """What files are merged from, and where to.
 
-    Attributes:
-        directory: The final files' directory.
-        sources: Where each tensor lies in ``paths``.
-        paths: The files to read.
-        storage: Where data goes.
-        ledger: What was written into them, which what is read is compared with.
+    Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``.
     """
 
     directory: Path
@@ -150,11 +144,7 @@ def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Pa
 
 
 def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[str, int], int]:
-    """Write one final file to ``place`` from front to back.
-
-    Returns:
-        The digests of the tensors in it, and the whole file's.
-    """
+    """Write one final file to ``place`` from front to back."""
     found: dict[str, int] = {}
     reader = VerifyingReader(merging.storage, merging.paths, merging.ledger)
     try:
@@ -170,13 +160,6 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
 
 def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
     """Copy a finished file to its place with large sequential writes, compare what is copied, and remove the copy.
-
-    Args:
-        place: The finished file.
-        target: Its place.
-        size: Its bytes.
-        crc: The digest of what was written to it.
-        storage: Where data goes.
 
     Raises:
         IntegrityError: It has other bytes, or fewer.

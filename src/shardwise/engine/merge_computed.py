@@ -24,10 +24,7 @@ from shardwise.sources.tensor_bytes import byte_blocks
 class ComputedFiles:
     """Where the computed tensors of all ranks lie. The same on every rank.
 
-    Attributes:
-        paths: Files that hold their bytes, one behind the other.
-        sources: By name; chunks refer to ``paths``.
-        digests: By name.
+    ``sources`` and ``digests`` are by tensor name; chunks refer to ``paths``.
     """
 
     paths: tuple[Path, ...]

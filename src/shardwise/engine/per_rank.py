@@ -74,17 +74,7 @@ def require_whole(held: Sequence[HeldTensor]) -> None:
 
 
 def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata: Mapping[str, str]) -> ComponentRecord:
-    """Write a rank's file, durable. Local.
-
-    Args:
-        held: The tensors, each held whole.
-        path: As `own_file` gives it.
-        storage: Through what.
-        metadata: The metadata of the file's header.
-
-    Returns:
-        The file, with its path in the component's directory.
-    """
+    """Write a rank's file, durable. Local."""
     data = {tensor.spec.name: tensor.fragments[0].data for tensor in held}
     entries = arrange([tensor.spec for tensor in held])
     header = encode_header(entries, metadata)
@@ -102,12 +92,7 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
 def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:
     """Compare a rank's file with what the rank holds, before anything is overwritten. Local.
 
-    Args:
-        path: The file.
-        held: What the rank holds, by the names that files have.
-
-    Returns:
-        The reads into the rank's tensors, and the file's metadata.
+    Returns the reads into the rank's tensors, and the file's metadata.
 
     Raises:
         TensorError: They do not fit.

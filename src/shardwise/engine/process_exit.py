@@ -30,13 +30,7 @@ LOST_EXIT_CODE = 1
 
 @dataclass(eq=False)
 class PendingSave:
-    """A save in the background, until a caller has waited for it.
-
-    Attributes:
-        what: What is saved, for messages.
-        thread: Writes it.
-        failure: What failed in it.
-    """
+    """A save in the background, until a caller has waited for it."""
 
     what: str
     thread: threading.Thread | None = None

@@ -107,9 +107,7 @@ class _Slab:
     def clear(self, nbytes: int, largest: int) -> None:
         """Have ``nbytes`` for a new round; what was taken before is not in use any more.
 
-        Args:
-            nbytes: How much the round takes.
-            largest: How much is kept for later rounds; a tensor that had to be taken whole may have needed more.
+        Of what the round before had, at most ``largest`` is kept; a tensor that is read whole may have needed more.
         """
         self._used = 0
         if not nbytes <= self._memory.numel() <= max(nbytes, largest):
@@ -195,15 +193,10 @@ def read_shared(
 ) -> Exception | None:
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
-    Args:
-        shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
-        reader: Reads this rank's shares, and counts.
-        group: Whose ranks pass on.
-        spare: From `spare_memory`.
-        limits: How much at a time; the same on every rank.
+    ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
+    `spare_memory`; ``limits`` are the same on every rank.
 
-    Returns:
-        What failed locally first; what is passed on in later rounds is then of no use.
+    Returns what failed locally first; what is passed on in later rounds is then of no use.
 
     Raises:
         PeerError: A peer left.

@@ -29,10 +29,7 @@ from shardwise.plan.layout import Layout
 class ComponentRecord:
     """What one rank knows of one component (``model``, ``optim``), paths relative to the component's directory.
 
-    Attributes:
-        files: Files.
-        tensors: The tensors in them, as far as this rank knows their pieces; see `merged`.
-        aliases: Further names of tensors.
+    Of a tensor it has the pieces that this rank knows; see `merged`.
     """
 
     files: tuple[FileRecord, ...] = ()
@@ -110,8 +107,7 @@ def _decoded(
 def merged(records: Iterable[ComponentRecord]) -> ComponentRecord:
     """What several ranks know together: each file and each further name once, and of each tensor all pieces.
 
-    Args:
-        records: In rank order. Tensors are in the order in which they are first named.
+    Records are in rank order, tensors in the order in which they are first named.
     """
     files: dict[str, FileRecord] = {}
     aliases: dict[tuple[str, str], AliasRecord] = {}
@@ -138,11 +134,7 @@ def layout_record(
 ) -> ComponentRecord:
     """Finished tensor files, each tensor whole in one of them.
 
-    Args:
-        layout: The files.
-        crcs: CRC-32C of each tensor that has bytes.
-        component: Name of the component in the manifest.
-        within: What paths begin with: empty, or a directory and a slash.
+    ``crcs`` has the CRC-32C of each tensor that has bytes; ``within`` is empty, or a directory and a slash.
     """
     files, tensors = [], []
     empty = crc32c(b"")
@@ -171,14 +163,7 @@ def write_state(storage: Storage, stem: Path, packed: Mapping[str, bytes]) -> Co
 
 
 def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
-    """Write the manifest of a directory, the last file of a save, durably. One rank calls.
-
-    Args:
-        storage: Through what.
-        directory: Which.
-        record: Every file but the manifest, and the tensors.
-        info: What else there is to know.
-    """
+    """Write the manifest of a directory, the last file of a save, durably. One rank calls."""
     manifest = Manifest(record.files, record.tensors, info, record.aliases)
     write_file(storage, directory / MANIFEST_NAME, encode_manifest(manifest))
     storage.sync_directory(directory)
@@ -187,10 +172,7 @@ def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, i
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
     """Check that all ranks together wrote a tensor whole.
 
-    Args:
-        spec: The tensor.
-        nbytes: Bytes that were written of it, over all ranks.
-        path: Where it was written, for the error.
+    ``nbytes`` is the number of its bytes that all ranks wrote.
 
     Raises:
         IncompleteTensorError: They did not.

@@ -53,13 +53,7 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared. Every rank has one for the same tensors.
-
-    Attributes:
-        roster: Who holds what.
-        rank: This rank.
-        own: What it holds as a replica.
-    """
+    """What is to be compared. Every rank has one for the same tensors."""
 
     roster: Roster
     rank: int

@@ -35,17 +35,10 @@ def exchange_rows(
 ) -> Exception | None:
     """Turn column shards into rows and hand each range of rows to ``write``. The tensors' holders call.
 
-    Args:
-        exchanges: In an order common to all ranks.
-        held: What this rank holds.
-        layout: Where the tensors lie.
-        group: Whose ranks swap.
-        write: Writes one run; called on the calling thread.
-        failure: What this rank has failed with before, if it has: its rows are swapped, and none is written.
-        spare: From `spare_memory`, made where all ranks learn of it if one cannot; made here if not given.
+    ``exchanges`` are in an order common to all ranks. A rank that has a ``failure`` already swaps its rows and writes
+    none; ``spare`` is from `spare_memory`, made here if not given. ``write`` is called on the calling thread.
 
-    Returns:
-        What failed first on this rank, if anything; later rows are then swapped and dropped.
+    Returns what failed first on this rank, if anything; later rows are then swapped and dropped.
 
     Raises:
         PeerError: A peer left.

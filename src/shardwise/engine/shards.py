@@ -51,11 +51,7 @@ class ShardPlan:
 
 
 def without_tensors(stem: str = "model") -> ShardFile:
-    """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor.
-
-    Args:
-        stem: What the second half of the file's name starts with.
-    """
+    """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor."""
     header = encode_header((), encode_sharding_metadata({}))
     return ShardFile(FileLayout(shard_name(1, 1, 1, stem), header, ()), {})
 
@@ -65,11 +61,7 @@ def write_shards(
 ) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
-    Args:
-        plan: What to write where.
-        group: The ranks that save together.
-        storage: Through what.
-        most_chunks: Up to how many chunks of all ranks are recorded; ``None`` for any number.
+    Chunks are recorded if all ranks together have at most ``most_chunks``; ``None`` for any number.
 
     Returns:
         This rank's files and its pieces of tensors, to be `shardwise.engine.records.merged` with those of the others.

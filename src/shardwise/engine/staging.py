@@ -53,11 +53,7 @@ class _Plan:
 
 
 class Stager:
-    """Owns the staging memory of one checkpointer. Threads may share it.
-
-    Args:
-        streams: How copies from accelerators are ordered among their other work.
-    """
+    """Owns the staging memory of one checkpointer. Threads may share it."""
 
     def __init__(self, streams: DeviceStreams | None = None) -> None:
         self._streams: DeviceStreams = streams or AcceleratorStreams()

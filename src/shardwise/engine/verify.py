@@ -177,10 +177,7 @@ def check_files(
     Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
     a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
 
-    Args:
-        directory: The checkpoint.
-        files: What to look at.
-        tensors: The tensors of each file, to name those that a short file lacks.
+    ``tensors`` has those of each file, to name what a short file lacks.
 
     Raises:
         StorageError: The file system refused for another reason than that a file is absent.
@@ -259,12 +256,7 @@ def check_extents(
 ) -> list[Damage]:
     """Read runs of bytes and compare their digests. Files must have passed `check_files`.
 
-    Args:
-        directory: The checkpoint.
-        extents: What to read.
-        storage: Through what.
-        threads: How many reads at once; each has one buffer of 4 MiB.
-        advance: Called with the size of every run that was read.
+    Each thread has one buffer of 4 MiB; ``advance`` is called with the size of every run that was read.
     """
     lock = threading.Lock()
 

@@ -115,13 +115,7 @@ def write_all(
 ) -> None:
     """Write runs, in order on each thread, and add their digests.
 
-    Args:
-        runs: What to write. Large ones are cut, so that several threads share them.
-        files: Where.
-        storage: Through what.
-        threads: How many at once. Opening and adding digests stay on the calling thread.
-        digests: Takes the contributions.
-        digest: How to compute them.
+    Large runs are cut, so that several threads share them; opening and adding digests stay on the calling thread.
     """
     _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
 

@@ -39,10 +39,7 @@ BATCHES = "batches"
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0 and broadcast the result. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        restore_from: What is to be restored.
-        seen: Called on rank 0 with the checkpoint found.
+    On rank 0, ``seen`` is called with the checkpoint found.
     """
 
     def find() -> JsonValue:
@@ -89,13 +86,7 @@ def capture_extras(
 
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
-    """Extra state and generators that were found, read and looked at, on every rank.
-
-    Attributes:
-        extra: Extra state.
-        generators: The generators' states.
-        spread: Extra state that is spread over the ranks.
-    """
+    """Extra state and generators that were found, read and looked at, on every rank."""
 
     extra: FoundValues
     generators: FoundValues

@@ -98,8 +98,7 @@ class DataOrder:
     def state(self, rank: int) -> _State | None:
         """The positions of all loaders; ``None`` where the loop uses no `batches`.
 
-        Args:
-            rank: This rank. It is part of the state, since a position is meaningless on another number of ranks.
+        The rank is part of the state, since a position is meaningless on another number of ranks.
         """
         found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
         # A loader that the resumed loop has not come to yet is still where it was.

@@ -20,10 +20,6 @@ def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
     """Names of the modules whose state is one, spread over the ranks or the same on all of them. All ranks call.
 
     Other modules have a separate state on each rank, such as metrics that a rank counts for itself.
-
-    Args:
-        values: This rank's extra state.
-        group: The ranks that save together.
     """
 
     def tell() -> JsonValue:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 from urllib.parse import quote, unquote
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpointing.loading.restoring import Undos
+from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.run_state.extra_modules import shared_modules
 from shardwise.checkpointing.run_state.extra_sharded import (
     SHARDS,
@@ -38,34 +38,18 @@ from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.state_files import has_state, pack_state, read_state
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with DCP's two methods of a state."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The state."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the state in."""
-        ...
+from shardwise.sources.state_files import has_state, joined, pack_state, read_state
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
     """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
 
-    Args:
-        session: Settings, ranks and storage.
-        values: Name -> a `Stateful` object, or a value that JSON and tensors can express.
-        directory: Where they go.
+    A value is a `Stateful` object, or what JSON and tensors can express.
     """
     group = session.group
     taken, modules = _captured(values, group)
     packed, spread = taken.packed, taken.spread
-    digests = {name: _digest(found) for name, found in packed.items()}
+    digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
     own = {name: [digest, name in spread] for name, digest in digests.items()}
     everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
     shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
@@ -97,9 +81,7 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
 class _Captured:
     """Values as they are now.
 
-    Attributes:
-        packed: Name -> what is written of it on this rank, or once.
-        spread: Name -> the DTensors in it.
+    For each name the encoded state that is written, once or by this rank, and the DTensors in it.
     """
 
     packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -140,13 +122,6 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
             if isinstance(value, nn.Module) and name not in modules:
                 taken.take(name, value)
     return taken, modules
-
-
-def _digest(packed: Mapping[str, bytes]) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
-    for suffix, content in sorted(packed.items()):
-        hasher.update(suffix.encode() + len(content).to_bytes(8, "little") + content)
-    return hasher.hexdigest()
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:

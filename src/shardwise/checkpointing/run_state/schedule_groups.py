@@ -34,10 +34,8 @@ class _Place:
 def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str, object]) -> object:
     """The state of one of torch's schedulers, of the saved ones that steered its parameters. Local.
 
-    Args:
-        sources: The saved schedulers; one at least.
-        groups: The groups of the scheduler to be restored, under the names of the checkpoint.
-        own: Its state now, from which a group takes what it has where no parameter of it was steered by any of them.
+    ``groups`` has the names of the checkpoint. A group of which no saved scheduler steered a parameter keeps its values
+    in ``own``, the state that the scheduler has now.
 
     Raises:
         MisuseError: They differ in what is not said of groups, or in groups that are one now.
@@ -69,12 +67,7 @@ def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int)
 
 @dataclass(frozen=True, slots=True)
 class _Merge:
-    """What is put together.
-
-    Attributes:
-        sources: The saved schedulers.
-        places: For each group of the result, where it was.
-    """
+    """What is put together."""
 
     sources: Sequence[SavedSchedule]
     places: Sequence[Sequence[_Place]]

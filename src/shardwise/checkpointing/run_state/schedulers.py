@@ -13,7 +13,7 @@ from typing import cast
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedule_groups import composed
 from shardwise.checkpointing.run_state.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
@@ -21,22 +21,14 @@ from shardwise.sources.state_files import has_state, read_state
 from shardwise.stateful_wrappers.optimizer_classes import equal
 
 SCHEDULER_STATE = "scheduler"
-#: Of torch's schedulers, and gone from newer releases.
+#: An attribute of torch's schedulers that newer releases lack.
 _GONE = {"verbose"}
 _BUILD = "Build the scheduler that the checkpoint was saved with; or restore without it, and it starts afresh."
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """A scheduler, and the state that it gets."""
-
-    scheduler: HasState
-    state: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
 class FoundSchedules:
-    """The states of this rank's schedulers; nothing has taken them in yet.
+    """The states of this rank's schedulers, not yet loaded.
 
     Attributes:
         schedules: Each scheduler with its state.
@@ -45,17 +37,13 @@ class FoundSchedules:
         chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
 
-    schedules: tuple[Schedule, ...] = ()
+    schedules: tuple[tuple[Stateful, dict[str, object]], ...] = ()
     entries: tuple[SavedSchedule, ...] = ()
     used: frozenset[int] = frozenset()
     chosen: tuple[str, ...] = ()
 
     def check_all_used(self, used: frozenset[int], directory: Path) -> None:
-        """Check that every saved scheduler was restored on some rank. Local.
-
-        Args:
-            used: What all ranks use.
-            directory: The optimizer's directory.
+        """Check that every saved scheduler was restored on some rank (``used``, of all ranks). Local.
 
         Raises:
             MisuseError: One was not.
@@ -69,7 +57,7 @@ class FoundSchedules:
 
 
 def saved_schedules(
-    schedulers: Sequence[HasState],
+    schedulers: Sequence[Stateful],
     own: Sequence[Attached],
     renamed: Callable[[str, frozenset[str]], str],
     kinds: Sequence[str],
@@ -80,10 +68,10 @@ def saved_schedules(
     """The state of each scheduler. Local; nothing is changed.
 
     Args:
-        schedulers: What is to be restored; one at least.
+        schedulers: The schedulers to restore; one at least.
         own: What they are and steer.
         renamed: The name under which a parameter was saved, given its name and those that were saved.
-        kinds: The classes of those that an older release saved; the oldest do not say.
+        kinds: The classes of schedulers that an older release saved; the oldest do not say.
         directory: The optimizer's directory.
         rank: This rank.
         world_size: Number of ranks.
@@ -115,7 +103,7 @@ def saved_schedules(
     for scheduler, each in zip(schedulers, own, strict=True):
         groups = tuple(tuple(renamed(name, every) for name in group) for group in each.groups)
         state, entries, differing = match.find(inner_of(scheduler), replace(each, groups=groups))
-        found.append(Schedule(scheduler, cast(dict[str, object], state)))
+        found.append((scheduler, cast(dict[str, object], state)))
         used |= entries
         chosen |= dict.fromkeys(differing)
     return FoundSchedules(tuple(found), saved.entries, frozenset(used), tuple(chosen))
@@ -126,7 +114,7 @@ class _Match:
     """Finds the states of schedulers.
 
     Attributes:
-        saved: What there is.
+        saved: The saved schedulers.
         rank: This rank, where as many ranks restore as saved; ``None`` on another number.
         count: Number of schedulers to be restored on this rank, for messages.
         path: The file.
@@ -138,7 +126,7 @@ class _Match:
     path: Path
 
     def find(self, scheduler: object, own: Attached) -> tuple[object, set[int], list[str]]:
-        """A scheduler's state; the entries that it stands for; and what ranks had different values of.
+        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed.
 
         Raises:
             MisuseError: There is none for it.
@@ -225,7 +213,7 @@ def _differing(entries: Sequence[SavedSchedule]) -> list[str]:
 
 
 def _by_position(
-    schedulers: Sequence[HasState], states: list[object], kinds: Sequence[str], path: Path
+    schedulers: Sequence[Stateful], states: list[object], kinds: Sequence[str], path: Path
 ) -> FoundSchedules:
     """As older releases saved them: rank 0's, in order."""
     if len(states) != len(schedulers):
@@ -234,8 +222,7 @@ def _by_position(
         inner = inner_of(scheduler)
         if isinstance(inner, LRScheduler):
             _check_fit(inner, state, kinds[number] if number < len(kinds) else "", path)
-    pairs = zip(schedulers, cast(list[dict[str, object]], states), strict=True)
-    return FoundSchedules(tuple(Schedule(*pair) for pair in pairs))
+    return FoundSchedules(tuple(zip(schedulers, cast(list[dict[str, object]], states), strict=True)))
 
 
 def _other_number(saved: int, wanted: int, path: Path, which: str) -> MisuseError:
@@ -254,7 +241,7 @@ def _other_kind(saved: str, own: str, path: Path) -> MisuseError:
 
 
 def _check_fit(scheduler: LRScheduler, state: object, kind: str, path: Path) -> None:
-    """Torch's schedulers take in whatever they are given, attribute by attribute, so they are compared here."""
+    """Compare here what torch's schedulers would load unchecked, attribute by attribute."""
     own = type(scheduler).__name__
     if not isinstance(state, Mapping):
         raise StateFormatError("a scheduler's state is not a dictionary", path=path, hint="Restore the file.")

@@ -61,15 +61,9 @@ def gather_records(
 ) -> Callable[[], ComponentRecord]:
     """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        group: The ranks that save together.
-        temp: Where they write; rank 0 has claimed it.
-        record: What this rank knows.
-        closing: Local work to be done first; what fails in it on one rank is raised on all.
+    ``closing`` is local work to be done first.
 
-    Returns:
-        Puts the union together, and checks that rank 0 sees every file. Local; rank 0 calls.
+    Returns a function for rank 0 that merges the records and checks that rank 0 sees every file.
 
     Raises:
         StorageError: A rank writes elsewhere than rank 0.
@@ -181,13 +175,7 @@ class RunLine:
 class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
-    Args:
-        session: Settings, ranks and storage.
-        temp: Where the checkpoint was written.
-        final: The name under which it is to be found.
-        info: What the manifest says beside files and tensors.
-        metrics: Metrics, for the best pointer.
-        line: Where the run came from.
+    It is written to ``temp`` and published as ``final``. ``info`` goes into the manifest beside files and tensors.
     """
 
     def __init__(

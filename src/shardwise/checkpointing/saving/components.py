@@ -9,7 +9,7 @@ from pathlib import Path
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.lifetime import Lifetime
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers
+from shardwise.checkpointing.optimizers import Optimizers, Schedulers, capture_optimizer
 from shardwise.checkpointing.saving.adapters import AdapterSave
 from shardwise.checkpointing.saving.hooks import leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
@@ -64,7 +64,7 @@ def save_optimizer(
             with session.group.together(f"preparing {weights_path}/optim"):
                 if session.group.is_main:
                     target.reserve()
-            steps = OptimizerSave(session, optimizer, model, scheduler, target.temp).steps()
+            steps = capture_optimizer(session, optimizer, model, scheduler, target.temp)
         except BaseException:
             target.abandon(session.group)
             raise

@@ -70,14 +70,10 @@ def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
 
 
 def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
-    """Ties by configuration of which files are to have both names: ``{tied name: the name that it is tied to}``.
+    """The configuration's ties of which files are to have both names: ``{tied name: the name that it is tied to}``.
 
-    Args:
-        parts: This rank's parts.
-        written: Names in the files, of all ranks: pipeline stages have one of the two each.
-
-    Returns:
-        Names in the files. A tie of which they have one name alone is in memory as well.
+    ``written`` has the names in the files of all ranks, since two pipeline stages may have one name of a tie each. A tie
+    with only one name in the files is a tie in memory as well.
     """
     found: dict[str, str] = {}
     for module in exported_modules(parts):
@@ -91,13 +87,7 @@ def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], direct
 
     Two tensors are equal where their digests are; these are of the whole tensors, whichever rank wrote them.
 
-    Args:
-        ties: The `loose_ties`.
-        tensors: What was written.
-        directory: Where config.json is.
-
-    Returns:
-        Whether the configuration was changed: it ties nothing any more.
+    Returns whether the configuration was changed: it then ties nothing any more.
     """
     differ = differing_ties(ties, tensors)
     if not differ:

@@ -78,12 +78,7 @@ ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
 
 
 def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
-    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local.
-
-    Args:
-        parts: This rank's parts.
-        absent: Names that files of this rank's parts may have and the export does not.
-    """
+    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local."""
     if not parts:
         return None
     module = exported_modules(parts)[0]
@@ -102,12 +97,7 @@ def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> Expect
 
 
 def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
-    """Merge the rows of all ranks: pipeline stages have different parts of the model.
-
-    Args:
-        rows: The rows of the ranks that have parts.
-        keys: Names of the base model's tensors in the settings of all ranks (``model_state_dict_keys``).
-    """
+    """Merge the rows of all ranks: pipeline stages have different parts of the model."""
     prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
     sizes = [size for *_, size in rows if size is not None]
     return Expectation(
@@ -137,11 +127,8 @@ def compare_with_base(
 ) -> HeaderComparison:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
-    Args:
-        specs: The union of all ranks' tensors, under the names of the files.
-        base: The base model.
-        expectation: What the model says about its files.
-        pass_through: Whether tensors that the class does not load are carried over.
+    ``specs`` are the tensors of all ranks, under the names of the files. With ``pass_through``, tensors that the class
+    does not load are carried over.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)
@@ -160,12 +147,7 @@ def compare_with_base(
 
 
 def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> HeaderComparison:
-    """Compare what will be written with the names in the settings. Pure.
-
-    Args:
-        specs: The union of all ranks' tensors, under the names of the files.
-        expectation: What the model says of its files, and what the settings say about the base model's.
-    """
+    """Compare what will be written with the names in the settings. Pure."""
     written = {spec.name: spec for spec in specs}
     lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
     return HeaderComparison((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))

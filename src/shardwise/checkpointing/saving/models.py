@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.hf_config import CONFIG
 from shardwise.addons.huggingface import (
@@ -38,7 +38,7 @@ from shardwise.checkpointing.saving.header_checks import (
     read_back,
     require_equal,
 )
-from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
+from shardwise.checkpointing.saving.hooks import hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
@@ -156,20 +156,10 @@ class ModelSave:
         self._carried: list[str] = []
         self.state = ModelState(model)
         self.base = session.base()
-        self._args: SaveHookArgs = {
-            "model_state": self.state,
-            "model_path": str(directory),
-            "hf_metadata_dir": str(directory / METADATA_DIR),
-            "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
-            "tokenizer": tokenizer,
-            "peft_config": peft_config,
-            "original_model_path": session.base_path(),
-            "v4_compatible": session.config.v4_compatible,
-            "diffusers_compatible": session.config.diffusers_compatible,
-            "legacy_paramwrapper_layout": session.config.legacy_paramwrapper_layout,
-            "is_final_checkpoint": is_final,
-            "pp_group": session.pp_group,
-        }
+        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self._args["original_model_path"] = session.base_path()
+        self._args["hf_metadata_dir"] = str(directory / METADATA_DIR)
+        self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
 
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
@@ -529,9 +519,7 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        args = after_arguments(self._args, self.state, in_background=self._session.config.is_async)
-        run_hooks(self._addons, "post_save", args, group)
-        return ComponentRecord()
+        return run_after(self._addons, self._args, self._session, group)
 
     @property
     def _merges(self) -> bool:

@@ -50,12 +50,7 @@ def module_state_step(
 ) -> Step:
     """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
-    Args:
-        listing: What was listed of this rank's model; ``None`` where there is nothing.
-        everyone: The `module_state_names` of each rank.
-        directory: The model's.
-        group: The ranks that save together.
-        storage: Where the files are written.
+    ``everyone`` has the `module_state_names` of each rank, ``directory`` is the model's.
 
     Raises:
         ModuleStateError: A value cannot be stored; names the module.

@@ -89,12 +89,7 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
     """Check that this rank sees rank 0's claim of the save. Local.
 
-    Args:
-        directory: Where ``name`` is saved.
-        name: What is saved.
-        token: The token of this run.
-        group: The ranks that save together.
-        locations: Each rank's root.
+    ``name`` is saved in ``directory``; ``token`` is this run's, ``locations`` are the roots of all ranks.
 
     Raises:
         StorageError: The claim is not visible here.
@@ -113,10 +108,7 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
 def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
     """Check that rank 0 sees every written file with its size. Rank 0 calls.
 
-    Args:
-        directory: The unfinished save.
-        records: What each rank wrote.
-        locations: Each rank's root.
+    ``records`` say what each rank wrote, ``locations`` where its root is.
 
     Raises:
         StorageError: A file is absent or has another size.

@@ -40,10 +40,8 @@ class SharedNames:
 def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
     """Decide how aliases are saved. Local.
 
-    Args:
-        part: The model's part.
-        tied: Each alias, and the held tensor under its kept native name.
-        expected: Declared aliases; see `loaders_ties`.
+    ``tied`` has each alias with the held tensor under its kept native name; ``expected`` are declared aliases, see
+    `loaders_ties`.
     """
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from shardwise._version import __version__
-from shardwise.checkpointing.arguments import check_arguments, check_mapping
+from shardwise.checkpointing.arguments import check_mapping
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
-from shardwise.checkpointing.optimizers import OptimizerSave, as_list
+from shardwise.checkpointing.optimizers import as_list, capture_optimizer
 from shardwise.checkpointing.run_state.checkpoint_state import below, capture_extras
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
@@ -30,10 +30,7 @@ _LOG = logging.getLogger(__name__)
 def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None) -> Path | None:
     """See `Checkpointer.save`. All ranks call.
 
-    Args:
-        life: The checkpointer's.
-        what: What is to be saved.
-        mistake: What is wrong with how it was asked for, where something is.
+    ``mistake`` is what is wrong with the arguments, if anything; raised where all ranks receive it.
     """
     model, optimizer, scheduler = what.model, what.optimizer, what.scheduler
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
@@ -49,8 +46,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
         nonlocal numbers
         if mistake is not None:
             raise mistake
-        check_arguments(model, optimizer, scheduler)
-        life.looked(model, saves=True)
+        life.looked(model, optimizer, scheduler, saves=True)
         check_mapping("metrics", what.metrics)
         check_mapping("extra_state", what.extra_state)
         if what.ema is not None:
@@ -89,7 +85,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
                 steps, closing = steps + own, closing + theirs
             if steers:
                 chosen = [] if optimizer is None else optimizer
-                steps += below("optim", OptimizerSave(session, chosen, model, scheduler, temp / "optim").steps())
+                steps += below("optim", capture_optimizer(session, chosen, model, scheduler, temp / "optim"))
             steps += capture_extras(session, temp, what.extra_state or {}, life.order)
         except BaseException:
             publication.abandon(session.group)

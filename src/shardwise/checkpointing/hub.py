@@ -127,8 +127,8 @@ class HubNames:
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
         native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
-        # In the order of the model's names; a tied tensor is not always kept under its first name.
-        ordered = sorted(zip(tensors, native, strict=True), key=_position)
+        # In the model's order: a tied tensor is not always kept under its first name.
+        ordered = sorted(zip(tensors, native, strict=True), key=lambda pair: pair[0].position)
         parts = [exported_part(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
         expected = expected_ties(parts)
         held: list[HeldTensor] = []
@@ -141,7 +141,8 @@ class HubNames:
         ties = {alias: named.name for named in tensors for alias in named.aliases}
         for part in parts:
             own = [tensor for _, tensor in part.own]
-            ignored = _kept_out(part.module)
+            module = unwrap(part.module)
+            ignored = None if adapter_of(module) is not None else kept_out(module)
             if ignored is not None:
                 held += [tensor for tensor in own if tensor.spec.name not in ignored]
                 absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
@@ -194,15 +195,6 @@ def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tupl
     several = [hub for hub in conversion.hub if len(hub.parts) > 1]
     natives = {tensor.spec.name: tensor for tensor in own} if several else {}
     return {hub.name: tuple(natives[p.native] for p in hub.parts if p.native in natives) for hub in several}
-
-
-def _kept_out(part: nn.Module) -> frozenset[str] | None:
-    module = unwrap(part)
-    return None if adapter_of(module) is not None else kept_out(module)
-
-
-def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
-    return pair[0].position
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
-from shardwise.engine.jobs import SaveJob
+from shardwise.engine.jobs import Commit, SaveJob, Step
 from shardwise.engine.staging import Stager
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
@@ -37,16 +37,6 @@ _LOG = logging.getLogger(__name__)
 
 class Lifetime:
     """Opens the session at the first call, lets saves take turns, and finishes what is pending at the end.
-
-    Args:
-        config: Settings.
-        ranks: This process's parallel ranks.
-        process_group: The ranks that save together; all where none is given.
-        pp_group: The ranks of this pipeline, for addons.
-        addons: Hooks around the writing of a model.
-        storage: Where data goes, and where names are made and renamed.
-        device_streams: How copies from accelerators are ordered; torch's own streams where none is given.
-        absent_seconds: After how long a warning names the ranks that have not come to a call.
 
     Attributes:
         made: The session, from the first call on.
@@ -182,8 +172,27 @@ class Lifetime:
             _LOG.info("skipped a save: the last one is still being written")
         return turn
 
-    def run(self, job: SaveJob) -> None:
-        """Run a save, at once or in the background. All ranks call."""
+    def save(
+        self,
+        what: str,
+        place: Path,
+        turn: Turn,
+        capture: Callable[[], tuple[Sequence[Step], Commit]],
+        abandon: Callable[[Group], None],
+    ) -> None:
+        """Save to ``place``: ``capture`` the steps and the commit now, then run them. All ranks call.
+
+        ``abandon`` removes what was written, after a failure. What failed in the previous save is raised at the end.
+        """
+        with turn.raising_earlier(what, self.wait):
+            try:
+                steps, commit = capture()
+            except BaseException:
+                abandon(self.session.group)
+                raise
+            self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
+
+    def _run(self, job: SaveJob) -> None:
         stager = self.session.stager
         if stager is not None:
             job = replace(job, steps=(waiting_for_copies(stager), *job.steps))

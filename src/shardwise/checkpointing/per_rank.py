@@ -14,6 +14,7 @@ from torch import nn
 from shardwise.checkpointing.session import Session
 from shardwise.comm import JsonValue
 from shardwise.engine.jobs import Step, local_step
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
@@ -200,7 +201,8 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
         return False
     session.warned.add(whole)  # one warning for model and optimizer together
     if ranks:
-        names = _names(own_file(directory, 0, ranks))
+        path = own_file(directory, 0, ranks)
+        names = listed([entry.spec.name for entry in read_header(path).entries]) if path.exists() else ""
         _LOG.warning(
             "%s has tensors of each of %d ranks, and these are %d: every rank takes the lowest rank's values%s",
             directory,
@@ -213,8 +215,3 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
             "%s has no tensors of each rank, which per_rank_state asks for: every rank takes the same values", directory
         )
     return False
-
-
-def _names(path: Path) -> str:
-    names = [entry.spec.name for entry in read_header(path).entries] if path.exists() else []
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,23 +7,28 @@ every byte is written, read and written again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.disk.private_directory import private_directory
 from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
+from shardwise.dtypes import torch_dtype
+from shardwise.engine.computed import write_computed
 from shardwise.engine.export import ExportPlan, export_record
-from shardwise.engine.merge_computed import write_aside
 from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import plan_shards
+from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
@@ -53,7 +58,7 @@ def write_merged(
     Returns what `write_export` returns, which writes the same bytes.
     """
     aside = plan.directory.with_name(".merging")
-    computed = write_aside(plan, aside, group, storage)
+    computed = _write_aside(plan, aside, group, storage)
     files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
     component = plan.options.component
     shards = ShardPlan(aside, component, computed.others(roster), files, replicas=plan.replicas)
@@ -176,3 +181,64 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
             )
     with storage_errors(place):
         storage.remove_file(place)
+
+
+@dataclass(frozen=True)
+class _ComputedFiles:
+    """Where the computed tensors of all ranks lie. The same on every rank.
+
+    ``sources`` and ``digests`` are by tensor name; chunks refer to ``paths``.
+    """
+
+    paths: tuple[Path, ...]
+    sources: Mapping[str, SourceTensor]
+    digests: Mapping[str, int]
+
+    def others(self, roster: Roster) -> Roster:
+        """Who holds what, without the computed tensors, which no rank holds a part of."""
+        if not self.sources:
+            return roster
+        declarations = {
+            digest: replace(
+                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
+            )
+            for digest, declaration in roster.declarations.items()
+        }
+        return Roster(declarations, roster.digests, roster.coordinates)
+
+
+def _write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> _ComputedFiles:
+    """Compute what has to be computed and put it into ``directory``, front to back. All ranks of the group call.
+
+    One group of tensors is in memory at a time, on the rank that computes it.
+
+    Raises:
+        ConversionError: The conversion did not give what it announced.
+        StorageError: The file system refused, on any rank; the same error on every rank.
+    """
+    if not group.any(bool(plan.computed.groups), "looking for tensors that have to be computed"):
+        return _ComputedFiles((), {}, {})
+    paths = tuple(directory / f"computed-{rank:05d}" for rank in range(1, group.world_size + 1))
+    own: list[JsonValue] = []
+    with group.together(f"computing tensors of {plan.directory}"):
+        storage.make_directory(directory)
+        with SequentialFile(storage, paths[group.rank]) as file:
+
+            def append(run: WriteRun) -> None:
+                start = file.size
+                crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
+                own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
+
+            failure = write_computed(plan.computed, plan.layout, group, append)
+            if failure is not None:
+                raise failure
+    rows = cast(list[list[list[JsonValue]]], group.gather_json(own, "gathering records"))
+    sources: dict[str, SourceTensor] = {}
+    digests: dict[str, int] = {}
+    for number, theirs in enumerate(rows):
+        for row in theirs:
+            name, shape, dtype, offset, crc = cast(tuple[str, list[int], str, int, int], tuple(row))
+            spec = TensorSpec(name, tuple(shape), dtype)
+            sources[name] = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, offset),))
+            digests[name] = crc
+    return _ComputedFiles(paths, sources, digests)

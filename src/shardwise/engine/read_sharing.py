@@ -45,7 +45,6 @@ class KnowsDistance(Protocol):
 
     def is_remote(self, path: Path) -> bool:
         """Whether the files at ``path``, which exists, are on another machine."""
-        ...
 
 
 def is_remote(storage: Storage, path: Path) -> bool:

@@ -61,13 +61,8 @@ def open_adapter(
 ) -> OpenedAdapter:
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
-    Args:
-        session: Settings, ranks and storage.
-        model: The adapted model, or this rank's pipeline stages.
-        path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
-        key_mapping: Regular expressions and replacements, from the file's names to the model's; first match.
-        allow_missing: Adapters, their tensors, and what is trained beside them and is not in the checkpoint keep
-            their values.
+    ``path`` is a checkpoint's ``model`` directory, another adapter's directory, or an adapter's file. With
+    ``allow_missing``, what is not in the checkpoint keeps its values.
 
     Raises:
         AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).

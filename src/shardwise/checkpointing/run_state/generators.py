@@ -15,19 +15,15 @@ class DeviceGenerators(Protocol):
 
     def device_count(self) -> int:
         """Number of devices that the process sees."""
-        ...
 
     def current_device(self) -> int:
         """Number of the current one."""
-        ...
 
     def get_rng_state(self, device: int) -> torch.Tensor:
         """The state of one device's generator."""
-        ...
 
     def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
         """Set one device's generator."""
-        ...
 
 
 def of_accelerator() -> tuple[str, DeviceGenerators] | None:

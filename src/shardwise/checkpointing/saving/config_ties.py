@@ -72,8 +72,8 @@ def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
 def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
     """The configuration's ties of which files are to have both names: ``{tied name: the name that it is tied to}``.
 
-    ``written`` has the names in the files of all ranks, since two pipeline stages may have one name of a tie each. A tie
-    with only one name in the files is a tie in memory as well.
+    ``written`` has the names in the files of all ranks, since pipeline stages may have one name of a tie each. A tie
+    with one name in the files is a tie in memory as well.
     """
     found: dict[str, str] = {}
     for module in exported_modules(parts):

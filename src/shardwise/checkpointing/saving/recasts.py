@@ -9,8 +9,6 @@ from shardwise.dtypes import FLOATS
 from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 
-#: Dtypes between which an export may convert: those of ordinary weights.
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recast:

@@ -106,7 +106,7 @@ def check_adapter_file(
 
 
 def hold_extra(session: Session, captured: AdapterTensors, parts: Sequence[nn.Module]) -> tuple[HeldTensor, ...]:
-    """What this rank holds of the tensors that are trained beside the adapter."""
+    """The tensors that are trained beside the adapter, as this rank holds them."""
     named = [(entry.spec.name, entry.tensor) for entry in captured.extra]
     return hold_adapter(captured.extra, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
@@ -168,7 +168,7 @@ def refuse_wrappers(parts: Sequence[nn.Module]) -> None:
     """Check that adapters can be saved out of what wraps the model. Local.
 
     Raises:
-        MisuseError: It is FSDP1, or an average, whose count no adapter file has a place for.
+        MisuseError: It is FSDP1, or an average: no adapter file has a place for its count.
     """
     refuse_fsdp1(parts)
     if any(is_average(part) for part in parts):

@@ -1,4 +1,4 @@
-"""The model inside a module with state of its own: which tensors are exported, and which stay outside the export.
+"""The model inside a module that has state beside it: which tensors are exported, and which stay outside the export.
 
 A value head around a language model, or a running average, is exported as the language model alone: its files use the
 model's own names, and the model's class opens them. Tensors outside that model are written to shards beside the export
@@ -99,7 +99,7 @@ def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], abs
     twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
     if twice:
         raise NameCollisionError(
-            f"a module around the model calls a tensor of its own as the model's files call one: {twice[0]}",
+            f"a module around the model has a tensor under a name that the model's files use: {twice[0]}",
             tensor=twice[0],
             hint="Rename it in the module, or save the model inside by itself.",
         )

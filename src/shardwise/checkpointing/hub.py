@@ -36,7 +36,7 @@ from shardwise.upstream.torch_tensors import local_part
 
 @dataclass(frozen=True)
 class HubState:
-    """What this rank holds of the model, under its own names and under those of its files.
+    """This rank's tensors of the model, under the model's names and under those of its files.
 
     Attributes:
         native: The held tensors under the model's own names.
@@ -156,11 +156,11 @@ class HubNames:
                 joined |= _joined(conversion, own)
             excluded += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
-            further = shared_names(part.module, tied, expected)
-            held += further.copies
-            copies += [tensor.spec.name for tensor in further.copies]
-            kept |= further.kept
-            absent += further.absent
+            shared = shared_names(part.module, tied, expected)
+            held += shared.copies
+            copies += [tensor.spec.name for tensor in shared.copies]
+            kept |= shared.kept
+            absent += shared.absent
             ties |= part.ties
         outside = [tensor for part in parts for tensor in part.outside]
         kept |= outer_names(parts, held)

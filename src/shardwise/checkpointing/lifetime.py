@@ -143,7 +143,7 @@ class Lifetime:
     def _settle(self, model: Model) -> None:
         """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
 
-        Those threads queue their work on streams of their own.
+        Those threads queue their work on other streams.
         """
         if self._device_streams is None and not torch.accelerator.is_available():
             return

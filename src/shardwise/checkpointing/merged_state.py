@@ -180,8 +180,7 @@ def _makers(tensor: HeldTensor, makers: Mapping[int, MergedGroup]) -> tuple[Merg
         what = deferred(fragment.data)
         if what is not None and what.device.type == "meta":
             raise ModuleStateError(
-                "export_merged: a module makes its state in a way of its own, of a tensor that an adapter is merged "
-                "into",
+                "export_merged: a module's own code makes its state from a tensor that an adapter is merged into",
                 tensor=tensor.spec.name,
                 hint="Leave the module out of the adapter's targets, or set export_merged to false.",
             )

@@ -1,4 +1,4 @@
-"""What every part of a save or load uses: settings, ranks, storage, and what earlier calls left for later ones."""
+"""The session: settings, ranks and storage that every save and load uses, and results kept for later calls."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ class Session:
 
     @cached_property
     def model_agreement(self) -> Agreement:
-        """What the ranks have agreed on about the model."""
+        """The ranks' agreement about the model."""
         return Agreement(self.group, self.stage)
 
     @cached_property
     def optimizer_agreement(self) -> Agreement:
-        """What the ranks have agreed on about the optimizer."""
+        """The ranks' agreement about the optimizer."""
         return Agreement(self.group, self.stage)
 
     def further(self, name: str, config: Settings | None = None) -> Session:

@@ -1,4 +1,4 @@
-"""What ranks agree on before a save: which rank holds which tensors, and one further note of each rank.
+"""The ranks' agreement before a save: which rank holds which tensors, and one other note of each rank.
 
 One gather. Each rank sends a digest of its statement and its mesh coordinates, a few integers. Ranks of one kind make
 the same statement; a statement that is not known yet is broadcast once, by the lowest rank that makes it. A later save
@@ -24,7 +24,7 @@ from shardwise.plan.roster import Coordinates, Declaration, Roster
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a rank declares before a save.
+    """A rank's declaration before a save.
 
     Attributes:
         held: Lists of tensors that it holds; as many lists on every rank, each of which gets a roster.
@@ -91,7 +91,7 @@ class Agreement:
         return self._agreed
 
     def roster(self, describe: Callable[[], Sequence[HeldTensor]], what: str) -> Roster:
-        """Who holds what of the tensors that ``describe`` gives. All ranks call; as `reach`."""
+        """The roster of the tensors that ``describe`` gives. All ranks call; errors as of `reach`."""
         return self.reach(lambda: Statement((describe(),)), what).rosters[0]
 
     def _receive(self, own: _Kind, digests: Sequence[str]) -> dict[str, _Kind]:
@@ -135,7 +135,7 @@ class _Kind:
         return {mesh: tuple(at) for mesh, at in zip(self.meshes, row, strict=True)}
 
     def encoded(self) -> JsonValue:
-        """What is broadcast of it."""
+        """The statement as it is broadcast."""
         declared: list[JsonValue] = [
             [each.stage, each.digest, [[s.name, list(s.shape), s.dtype] for s in each.specs]]
             for each in self.declarations
@@ -217,7 +217,7 @@ def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
                 raise MisuseError(
-                    f"two meshes {mesh} with different coordinates pass for one",
+                    f"two meshes {mesh} with different coordinates cannot be distinguished",
                     tensor=tensor.spec.name,
                     hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
                 )

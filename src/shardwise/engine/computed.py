@@ -1,7 +1,4 @@
-"""Tensors whose conversion cannot be expressed as a view.
-
-They are converted whole, one group at a time, on one of the ranks that hold them.
-"""
+"""Tensors that no view converts: they are converted whole, one group at a time, on one of the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -141,14 +138,14 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Put one tensor together on rank ``owner``. Its holders call.
+    """Assemble one tensor on rank ``owner``. Its holders call.
 
     Returns:
-        The tensor on ``owner``, unless a holder has failed, whose failure is raised there; ``None`` on other ranks.
+        The tensor on ``owner``, ``None`` on other ranks. Where a holder has failed, ``None``; that rank raises.
 
     Raises:
         PeerError: A peer left.
-        Exception: This rank found no memory, or could not read its own; its peers know, and do not wait.
+        Exception: This rank found no memory, or could not read its tensors; its peers know, and do not wait.
     """
     pieces = _pieces(tensor, roster, owner)
     sources = sorted({source for source, _ in pieces} - {owner})
@@ -181,7 +178,7 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What one rank sends and receives to put a tensor together; ``whole`` has its own pieces already."""
+    """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
 
     sends: list[tuple[int, torch.Tensor]]
     receives: list[tuple[int, torch.Tensor, Box]]
@@ -224,7 +221,7 @@ def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OpenedComputed:
-    """Groups of which all is known to be there, on every rank, and nothing has been read."""
+    """Groups with all their tensors in the source, checked on every rank; nothing has been read."""
 
     groups: Sequence[HeldGroup]
     source: Source

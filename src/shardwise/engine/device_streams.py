@@ -1,8 +1,8 @@
-"""The order of copies from an accelerator among its other work, as an interface, and torch's streams behind it.
+"""An interface to order copies from an accelerator among its other work, and its implementation by torch's streams.
 
-Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a stream of its
-own; what keeps it from reading values of a later step is order: it waits for what its device's current stream has been
-given so far, and whatever is given to that stream afterwards waits for it.
+Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a separate
+stream. So that it does not read values of a later step, it waits for the work that its device's current stream has so
+far, and later work on that stream waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CopyEvent(Protocol):
 
 
 class DeviceStreams(Protocol):
-    """What staging asks of accelerators.
+    """The operations on accelerators that staging needs.
 
     For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
     each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`

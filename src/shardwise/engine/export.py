@@ -1,4 +1,4 @@
-"""Writing an export once: every rank writes what it holds at its final place in the final files."""
+"""Writes an export once: every rank writes its bytes at their final place in the final files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is laid out.
+    """The options of an export's layout.
 
     Attributes:
         base_files: File of each tensor in the base model, or empty.
@@ -72,9 +72,9 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that only waits for its bytes: the layout, and this rank's part of the work.
+    """A planned export: the layout, and this rank's part of the work.
 
-    It may be written again as long as what is held stays where it is.
+    It may be written again as long as the held tensors stay where they are.
 
     Attributes:
         directory: Where the files go.
@@ -165,7 +165,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
-    """Make the directory, and find out whether there is space. Rank 0 calls, before any file is created."""
+    """Make the directory and check its space. Rank 0 calls, before any file is created."""
     storage.make_directory(plan.directory)
     storage.check_space(plan.directory, plan.layout.total_bytes)
 
@@ -173,7 +173,7 @@ def make_room(plan: ExportPlan, storage: Storage) -> None:
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
-    The index is known by then as well, and written.
+    The index is known by then, and written.
 
     Returns memory with which this rank takes part in exchanges of rows if it fails.
     """
@@ -226,7 +226,7 @@ def _write(
             raise failure
         _copy(plan, group, storage, write_rows)
         for number in _created(plan, group):
-            files.handle(number)  # its header was written by this rank, if nothing else in it
+            files.handle(number)  # this rank wrote its header, perhaps nothing else in it
         files.sync()
         if group.is_main:  # every rank has created its files by now
             storage.sync_directory(plan.directory)

@@ -1,8 +1,8 @@
-"""A save as a value: steps that write, and one commit at the end. It runs at once, or in the background."""
+"""A save as a value: steps that write, and one commit at the end; run at once, or in the background."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardwise.comm import Group
@@ -21,9 +21,18 @@ def local_step(what: str, write: Callable[[], ComponentRecord], *, main_only: bo
     return run
 
 
+def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]:
+    """The steps with the paths of their records put below ``prefix``; see `ComponentRecord.below`."""
+
+    def moved(step: Step) -> Step:
+        return lambda group: step(group).below(prefix, component)
+
+    return [moved(step) for step in steps]
+
+
 @dataclass(frozen=True)
 class SaveJob:
-    """Everything that is left of a save once the state is captured. Every rank has one, with the same steps.
+    """The rest of a save once the state is captured. Every rank has one, with the same steps.
 
     Attributes:
         what: What is saved, for messages.
@@ -38,7 +47,7 @@ class SaveJob:
     abandon: Callable[[Group], None]
 
     def run(self, group: Group) -> None:
-        """Carry out the save. All ranks of ``group`` call.
+        """Run the save. All ranks of ``group`` call.
 
         Raises:
             ShardwiseError: What failed, the same on every rank; nothing was made visible.

@@ -1,7 +1,7 @@
-"""The merging path, for file systems that cannot take random writes: shards first, then finished files in turn.
+"""The merging path, for file systems without random writes: first shards, then finished files in turn.
 
-It gives the same bytes as the direct path, because both follow the same layout; it costs what the direct path saves:
-every byte is written, read and written again.
+It gives the same bytes as the direct path, because both follow the same layout, but every byte is written, read and
+written again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge.
+    """Options of the merging path.
 
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
@@ -118,7 +118,7 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Merging:
-    """What files are merged from, and where to.
+    """The sources of merged files, and their directory.
 
     Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``.
     """
@@ -185,7 +185,7 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
 
 @dataclass(frozen=True)
 class _ComputedFiles:
-    """Where the computed tensors of all ranks lie. The same on every rank.
+    """The files of all ranks' computed tensors; the same on every rank.
 
     ``sources`` and ``digests`` are by tensor name; chunks refer to ``paths``.
     """
@@ -195,7 +195,7 @@ class _ComputedFiles:
     digests: Mapping[str, int]
 
     def others(self, roster: Roster) -> Roster:
-        """Who holds what, without the computed tensors, which no rank holds a part of."""
+        """The roster without the computed tensors, which no rank holds."""
         if not self.sources:
             return roster
         declarations = {

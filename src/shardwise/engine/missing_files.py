@@ -1,7 +1,4 @@
-"""Why a checkpoint's tensors do not fit the model, as its manifest shows and file headers alone do not.
-
-One of its files may be missing, or a tensor may be saved under another of its names.
-"""
+"""Finds in the manifest why tensors do not fit a model: a missing file, or a tensor saved under another name."""
 
 from __future__ import annotations
 

@@ -27,19 +27,19 @@ from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
 from shardwise.sources.reader import Reader
 from shardwise.sources.tensor_bytes import byte_blocks
 
-#: What a file has, and the memory that it is read into.
+#: A tensor of a file, and the memory that it is read into.
 Pair: TypeAlias = tuple[SourceTensor, HeldTensor]
 
 _NAME = re.compile(r"rank_\d{5,}_of_(\d{5,})\.safetensors")
 
 
 def own_file(directory: Path, rank: int, world_size: int) -> Path:
-    """The file of one rank. The number of ranks is part of its name, since its content means nothing on another."""
+    """The file of one rank. Its name has the number of ranks, since its content is meaningless on another number."""
     return directory / PER_RANK_DIR / f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
 def saved_ranks(directory: Path) -> int:
-    """By how many ranks a component's own tensors were saved; 0 where there are none. Local.
+    """The number of ranks that saved per-rank tensors of a component; 0 where there are none. Local.
 
     Raises:
         StateFormatError: There are files of several saves.

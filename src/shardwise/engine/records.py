@@ -1,4 +1,4 @@
-"""What a stage of a save reports to the next: which files and tensors a component consists of."""
+"""Records of a save's steps: the files and tensors of a component."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from shardwise.plan.layout import Layout
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """What one rank knows of one component (``model``, ``optim``), paths relative to the component's directory.
+    """One rank's record of a component (``model``, ``optim``); paths are relative to the component's directory.
 
     Of a tensor it has the pieces that this rank knows; see `merged`.
     """
@@ -45,7 +45,7 @@ class ComponentRecord:
         """
         if not prefix:
             return self
-        # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
+        # Not by dataclasses.replace, which took a third of the time of assembling a manifest.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
         tensors = [_below(tensor, prefix, component) for tensor in self.tensors]
         aliases = self.aliases
@@ -105,7 +105,7 @@ def _decoded(
 
 
 def merged(records: Iterable[ComponentRecord]) -> ComponentRecord:
-    """What several ranks know together: each file and each further name once, and of each tensor all pieces.
+    """Merge the records of several ranks: each file and alias once, and each tensor with all its pieces.
 
     Records are in rank order, tensors in the order in which they are first named.
     """

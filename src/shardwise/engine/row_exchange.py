@@ -1,4 +1,4 @@
-"""Carrying out an exchange: column shards come in, rows go to the file, in bounded memory.
+"""Exchanges column shards for rows, which are written to the file, in bounded memory.
 
 A rank that fails (in writing, or for lack of memory) keeps taking part until the exchange is over, so that its peers
 are not left waiting; its failure is then raised where all ranks learn of it.
@@ -60,9 +60,9 @@ def exchange_rows(
 
 
 def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
-    """Memory for the messages of a rank that has failed, be it for lack of memory. Local; call while no peer waits.
+    """Memory for the messages of a rank that has failed, also for lack of memory. Local; call while no peer waits.
 
-    As long as nothing fails it is not written to, and takes address space alone.
+    It is written to only after a failure; until then it takes address space alone.
     """
     own = (exchange for exchange in exchanges if rank in exchange.members)
     rounds = (e.rows_per_round * math.prod(e.row_shape) * _dtype(held[e.tensor]).itemsize for e in own)
@@ -70,7 +70,7 @@ def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank
 
 
 def _dtype(tensor: HeldTensor) -> torch.dtype:
-    """In which its elements travel."""
+    """The dtype in which a tensor's elements travel."""
     return tensor.fragments[0].data.dtype
 
 
@@ -86,7 +86,7 @@ def _round(
         receives = _incoming(exchange, turn, group.rank, dtype)
     except Exception as error:
         with group.keeping(error):
-            _swap_in_vain(exchange, turn, dtype.itemsize, group, what, spare)
+            _swap_blanks(exchange, turn, dtype.itemsize, group, what, spare)
         raise
     group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
     if not count:
@@ -107,7 +107,7 @@ def _round(
 def _incoming(
     exchange: Exchange, turn: int, rank: int, dtype: torch.dtype
 ) -> list[tuple[int, torch.Tensor, list[Box]]]:
-    """What this rank receives in a round: from whom, memory for it as bytes, and the regions."""
+    """This rank's receives of a round: from whom, memory as bytes, and the regions."""
     start, count = exchange.target(rank, turn)
     receives: list[tuple[int, torch.Tensor, list[Box]]] = []
     for source, boxes in exchange.sources[rank] if count else ():
@@ -118,8 +118,8 @@ def _incoming(
     return receives
 
 
-def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
-    """Send and receive messages of the sizes that the peers expect, with nothing of use in them."""
+def _swap_blanks(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
+    """Send and receive messages of the sizes that the peers expect, with meaningless content."""
     sizes: dict[tuple[int, int], int] = {}
     for target in exchange.members:
         start, count = exchange.target(target, turn)
@@ -137,7 +137,7 @@ def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, wh
 def _outgoing(
     exchange: Exchange, turn: int, fragments: Sequence[Fragment], rank: int
 ) -> tuple[list[Fragment], list[tuple[int, torch.Tensor]]]:
-    """What this rank keeps of its fragments in a round, and what it sends to whom."""
+    """The fragments that this rank keeps in a round, and those that it sends to other ranks."""
     own: list[Fragment] = []
     sends: list[tuple[int, torch.Tensor]] = []
     for target in exchange.members:

@@ -1,4 +1,4 @@
-"""Writing sharded files: no file is shared between ranks."""
+"""Writes sharded files: no file is shared between ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_CHUNKS = 300_000
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A sharded save that only waits for its bytes, and may be written again as long as what is held stays there.
+    """A planned sharded save; it may be written again as long as the held tensors stay where they are.
 
     Attributes:
         directory: Where the files go.
@@ -78,7 +78,7 @@ def write_shards(
     with group.together(f"looking for space in {plan.directory}"):
         storage.make_directory(plan.directory)
         storage.check_space(plan.directory, total if group.is_main else nbytes)
-    # Not before rank 0 has looked: what others have taken by then it would ask for once more.
+    # After rank 0 has checked: it would otherwise ask again for space that other ranks have reserved.
     with group.together(f"reserving space in {plan.directory}"):
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)

@@ -25,7 +25,7 @@ class Sharing:
 
     Attributes:
         mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
-        stage: Pipeline stage, whose tensors are not another's.
+        stage: Pipeline stage; stages do not share tensors.
     """
 
     mode: str = "never"

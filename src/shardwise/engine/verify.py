@@ -1,4 +1,4 @@
-"""Comparing a directory with its manifest: kinds and sizes of files, then the digest of every byte.
+"""Compares a directory with its manifest: kinds and sizes of files, then the digest of every byte.
 
 Nothing here needs torch, so that the command line answers at once; offline verification shares it with restoring, where
 all ranks share the work and all of them learn of what is wrong (`check_checkpoint`). A link is never followed out of
@@ -58,7 +58,7 @@ DamageKind = Literal[
 _TASK_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 
-#: Told of every run of bytes that has been read; may be called from any thread, one call at a time.
+#: Called with the size of every run of bytes that was read; from any thread, one call at a time.
 Advance = Callable[[int], None]
 
 
@@ -71,7 +71,7 @@ class Damage:
         kind: Sort of damage.
         message: What is wrong, without the names.
         component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
-        tensors: Names of the tensors whose bytes are concerned. Empty for a header or a file without tensors.
+        tensors: Names of the damaged tensors. Empty for a header or a file without tensors.
     """
 
     file: str
@@ -98,7 +98,7 @@ class Extent:
         crc32c: What its CRC-32C must be.
         kind: ``header`` or ``digest``.
         component: Component of the tensor; ``None`` for anything but a chunk.
-        tensor: Name of the tensor; likewise.
+        tensor: Name of the tensor; ``None`` in the same case.
     """
 
     file: str
@@ -220,7 +220,7 @@ def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRec
 def _concerned(
     record: FileRecord, tensors: Sequence[TensorRecord], kind: DamageKind, message: str, size: int
 ) -> list[Damage]:
-    """One damage for each component of which a chunk ends beyond ``size``; at least one."""
+    """One damage for each component with a chunk that ends beyond ``size``; at least one."""
     lost: dict[str, list[str]] = {}
     for tensor in tensors:
         if any(
@@ -361,7 +361,7 @@ def check_checkpoint(
     components: Collection[str] = (),
     threads: int = 1,
 ) -> bool:
-    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
+    """Check that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
 
     The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
 

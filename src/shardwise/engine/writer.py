@@ -1,4 +1,4 @@
-"""Writing runs of bytes at their final offsets, with their digests.
+"""Writes runs of bytes at their final offsets, with their digests.
 
 The digest of a tensor does not depend on who wrote which run of it: a run's CRC-32C, shifted by the bytes that follow
 it in the tensor, is its contribution, and the exclusive or of all contributions is the CRC-32C of the tensor. So ranks
@@ -127,7 +127,7 @@ def _write_pieces(
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
-        # What modules make is made in order, on one thread: no more than one module's at a time.
+        # Tensors that modules make are made in order, on one thread: one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
         _write_pieces(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:

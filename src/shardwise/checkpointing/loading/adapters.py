@@ -116,7 +116,7 @@ def open_adapter(
 def _open_extra(
     session: Session, parts: Sequence[nn.Module], captured: AdapterTensors, path: Path, allow_missing: bool
 ) -> tuple[list[OpenedLoad], AllocatorRestore]:
-    """What was trained beside the adapter, whether or not this model trains it. All ranks call; nothing is changed."""
+    """Compare the tensors that were trained beside the adapter; this model may not train them. All ranks call."""
     group, file = session.group, path / ADAPTER_EXTRA_NAME
     is_there = group.broadcast_result(file.is_file, "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]

@@ -254,7 +254,7 @@ def open_foreign(
     plan, names, fitting = group.attempt(compare, f"comparing the optimizer with {place}")
     source = found.agreed(names, group)
     tensors: OpenedLoad | None = None
-    if group.any(bool(plan.targets), "asking whose optimizers have tensors"):
+    if group.any(bool(plan.targets), "asking which optimizers have tensors"):
         options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
         tensors = open_described(plan.held_as_saved, source, group, session.storage, options)
     _count_in_tensors(plan)

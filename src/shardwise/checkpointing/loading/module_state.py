@@ -1,4 +1,4 @@
-"""Loads the state of modules that have loading code of their own: finds it, and calls them in torch's order."""
+"""Loads the state of modules with their own loading code: finds the state, and calls the modules in torch's order."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def open_module_load(
     """
     found: SavedModuleState | None = None
 
-    def tell() -> JsonValue:
+    def describe() -> JsonValue:
         nonlocal found
         found = read_module_state(stems)
         names = [] if found is None else sorted(found.values)
@@ -197,7 +197,7 @@ def open_module_load(
             _require_extra(steps, found)
         return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
 
-    everyone = cast("list[tuple[int, list[int]]]", group.gather(tell, "comparing what modules take"))
+    everyone = cast("list[tuple[int, list[int]]]", group.gather(describe, "comparing the state that modules load"))
     counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
     names = [] if found is None else sorted(found.values)
     lost = [name for name, count in zip(names, counts, strict=True) if not count]

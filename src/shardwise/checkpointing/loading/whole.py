@@ -51,7 +51,7 @@ class _Opened:
     def restore(self, group: Group, order: DataOrder) -> None:
         """Restore everything. All ranks call.
 
-        Objects with loading code of their own come first, since they may refuse: then every rank undoes its changes.
+        Objects with their own loading code come first, since they may refuse: then every rank undoes its changes.
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:

@@ -1,4 +1,4 @@
-"""States that are neither model nor optimizer: random number generators, dataloaders, whatever the loop keeps.
+"""States beside model and optimizer: random number generators, dataloaders, values that the loop keeps.
 
 A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
 and restored only on the same number of ranks; on another number it is left alone, and the caller gets its name.
@@ -109,7 +109,7 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
     with group.together("capturing extra state") as has_modules:
         for name, value in values.items():
             if not isinstance(name, str) or name in ("", "."):
-                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
+                raise MisuseError(f"extra_state has the name {name!r}", hint="Use a word as the name of each state.")
             if isinstance(value, nn.Module):
                 has_modules.flag = True
             else:
@@ -125,7 +125,7 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
-    """Where one rank's state of a name is.
+    """The stem of one rank's state of a name.
 
     The number of ranks is part of the name, since the state is meaningless on another number.
     """
@@ -134,14 +134,14 @@ def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class FoundValues:
-    """States of named values, read and parsed; nothing has taken them in yet.
+    """States of named values, read and parsed, not yet loaded.
 
     Attributes:
-        values: Where the values are, by name; what has no methods of its own is replaced in it.
+        values: The values by name; those without methods are replaced in this mapping.
         states: Name -> the state that was saved.
-        skipped: Names that were saved for each rank on another number of ranks, and stay as they are.
+        skipped: Names of states that were saved for each of another number of ranks, and stay unchanged.
         spread: Names of modules that were saved by all ranks together, and are restored by them.
-        tensors: Of values with DTensors: these, to be filled after their values have been taken in.
+        tensors: Name -> its DTensors, read after the other states have been loaded.
     """
 
     values: MutableMapping[str, object]
@@ -151,7 +151,7 @@ class FoundValues:
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
     def loaders(self) -> list[Callable[[], None]]:
-        """What objects with DTensors do when these are filled: they take their state in."""
+        """The calls that load the state of objects with DTensors, once these have been read."""
         return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
 
     def _load(self, name: str) -> None:
@@ -161,7 +161,7 @@ class FoundValues:
     def take_in(self, undos: Undos) -> None:
         """Put the states in place. Local.
 
-        A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced.
+        A `Stateful` object loads its state, a mutable mapping is refilled, anything else is replaced.
 
         Raises:
             MisuseError: An object refuses its state.
@@ -191,7 +191,7 @@ class FoundValues:
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
-    """Read the states of named values. Local, and changes nothing; one rank may have names of its own.
+    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no state of a name, or none for this rank.
@@ -283,7 +283,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
 
 
 def check_generators(state: object) -> None:
-    """Find out whether the generators take ``state``, and leave them as they are. Local.
+    """Check that the generators can load ``state``; they stay unchanged. Local.
 
     Raises:
         StateFormatError: They do not.

@@ -1,8 +1,8 @@
 """One scheduler's state from those of several, or for other parameter groups than it was saved with.
 
-On pipeline stages each rank's scheduler knows the groups of its own stage. On another topology a scheduler takes what
-is said of each of its groups from whichever saved scheduler steered these parameters. What is not said of groups is
-the same in all of them, or nothing is taken.
+On pipeline stages each rank's scheduler knows the groups of its stage. On another topology a scheduler gets the values
+of each of its groups from the saved scheduler that steered these parameters. Values that do not belong to a group have
+to be equal in all saved schedulers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES
 
-#: What torch's schedulers have one of for each parameter group. Source: ``torch.optim.lr_scheduler``.
+#: Attributes of torch's schedulers with one value for each parameter group. Source: ``torch.optim.lr_scheduler``.
 _OF_GROUPS = frozenset({"base_lrs", LAST_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 _HINT = (
     "Build optimizers and schedulers with the parameter groups that the checkpoint was saved with; or restore without "
@@ -38,7 +38,7 @@ def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str,
     in ``own``, the state that the scheduler has now.
 
     Raises:
-        MisuseError: They differ in what is not said of groups, or in groups that are one now.
+        MisuseError: They differ in values that do not belong to a group, or in groups that are one now.
     """
     first = sources[0]
     if len(sources) == 1 and _alike(first.of.groups, groups):
@@ -60,14 +60,14 @@ def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int)
         if not wanted.isdisjoint(names)
     ]
     if not found and not group and all(number < len(saved.of.groups) for saved in sources):
-        # Nothing tells a group without parameters but its number.
+        # A group without parameters is known by its number alone.
         found = [_Place(source, number) for source in range(len(sources))]
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Merge:
-    """What is put together."""
+    """The saved schedulers, and for each group of the result its places in them."""
 
     sources: Sequence[SavedSchedule]
     places: Sequence[Sequence[_Place]]

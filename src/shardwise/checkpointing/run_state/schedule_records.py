@@ -23,10 +23,10 @@ _VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A scheduler of this rank's: what it is, and what it steers.
+    """A scheduler of this rank: its class, and the parameters that it steers.
 
     Attributes:
-        kind: Its class; of one that is made of others, theirs as well.
+        kind: Its class, with those of the schedulers that it is made of.
         groups: The parameter groups of its optimizer, by the names of the model's parameters in them; none where it
             belongs to no optimizer of the model's.
         order: Which one it is among the rank's schedulers of this kind for these groups.
@@ -94,7 +94,7 @@ class SavedSchedules:
 
     @staticmethod
     def from_state(state: object) -> SavedSchedules:
-        """Check and take in what `to_state` gave.
+        """Parse what `to_state` gave.
 
         Raises:
             StateFormatError: It is something else.
@@ -129,7 +129,7 @@ def _index(value: object) -> int:
 
 
 def attached(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
-    """What this rank's schedulers are and steer. Local."""
+    """Describe this rank's schedulers: their classes, and the parameters that they steer. Local."""
     if not schedulers:
         return []
     parts = [model] if isinstance(model, nn.Module) else list(model)

@@ -33,7 +33,7 @@ class FoundSchedules:
     Attributes:
         schedules: Each scheduler with its state.
         entries: Everything that was saved, in order; none where an older release saved it.
-        used: Numbers of the entries that this rank's schedulers are restored from, or that stand for the same one.
+        used: Numbers of the entries that this rank's schedulers are restored from, with equivalent ones.
         chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
 
@@ -52,7 +52,7 @@ class FoundSchedules:
         if left:
             of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
             raise _other_number(
-                len(of_rank), len(self.schedules), directory, f"; nothing takes that of {left[0].where}"
+                len(of_rank), len(self.schedules), directory, f"; none is restored from that of {left[0].where}"
             )
 
 
@@ -69,7 +69,7 @@ def saved_schedules(
 
     Args:
         schedulers: The schedulers to restore; one at least.
-        own: What they are and steer.
+        own: Their descriptions.
         renamed: The name under which a parameter was saved, given its name and those that were saved.
         kinds: The classes of schedulers that an older release saved; the oldest do not say.
         directory: The optimizer's directory.

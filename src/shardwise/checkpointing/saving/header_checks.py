@@ -31,7 +31,7 @@ from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
 _SHOWN = 10
-#: What a quantized base has beside or instead of a weight; gone once the weight is ordinary floating point.
+#: Tensors that a quantized base has beside or instead of a weight; an ordinary floating point weight has none.
 _QUANTIZED = re.compile(r"(_scale_inv|_scale|_scales|_blocks|_zero_point|weight_packed|weight_shape|input_scale)$")
 _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
@@ -172,7 +172,7 @@ def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> b
 def _accounted(
     name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
 ) -> bool:
-    """Whether a tensor of the base is in the export under another name, or need not be."""
+    """Whether a tensor of the base is in the export under another name, or may be absent."""
     if name in expectation.aliases or _tail(name) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
@@ -246,7 +246,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
-    """Whether a file has this size and begins with these bytes; if not, parsing it finds what is wrong."""
+    """Whether a file has this size and begins with these bytes; if not, parsing it shows the difference."""
     try:
         with open_regular(path, FormatError) as (written, found):
             return found == size and read_exactly(written, len(head)) == head

@@ -83,7 +83,7 @@ def run_after(addons: Sequence[CheckpointAddon], args: SaveHookArgs, session: Se
 
 
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
-    """How many addons at the start are the library's, with its own hooks.
+    """The number of addons at the start that are the library's, with its own hooks.
 
     Their work is local, and is done where failures reach all ranks anyway; `run_hooks` is for the addons behind them.
     """

@@ -1,6 +1,6 @@
 """State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
 
-It is saved in a directory of its own beside the model's tensors, in files of JSON and tensors, and is not part of an
+It is saved in a separate directory beside the model's tensors, in files of JSON and tensors, and is not part of an
 export. Each value is written by the lowest rank that holds it.
 """
 

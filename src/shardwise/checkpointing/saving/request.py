@@ -1,4 +1,4 @@
-"""What a caller asks to save: by position or by name, looked at before anything is done with it."""
+"""The arguments of a save, by position or by name, checked before anything is done with them."""
 
 from __future__ import annotations
 

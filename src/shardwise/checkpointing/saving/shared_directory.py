@@ -1,6 +1,6 @@
 """Checks that all ranks write into the same directory, before anything is published.
 
-A time stamp in ``checkpoint_dir`` or node-local disks give every rank a directory of its own, in which all of its
+A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its
 writing succeeds. Two checks find this without another collective:
 
 1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
@@ -29,7 +29,7 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class RootLocation:
-    """Where a rank's root directory is.
+    """The location of a rank's root directory.
 
     Attributes:
         host: Name of the rank's machine.
@@ -96,7 +96,7 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
     """
     found = claimed_by(directory, name)
     if found != token:
-        seen = "another run is saving there" if found else "rank 0's save is not to be seen there"
+        seen = "another run is saving there" if found else "rank 0's save is not visible there"
         raise StorageError(
             f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
             f"rank 0 writes below {locations[0]}",
@@ -113,7 +113,7 @@ def check_files_visible(directory: Path, records: Sequence[ComponentRecord], loc
     Raises:
         StorageError: A file is absent or has another size.
     """
-    # What several ranks know of was written by others than rank 0, which would see its own.
+    # A file in several records was written by the last of these ranks; rank 0 would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
     for rank, file in writers.values():
         path = directory / file.path

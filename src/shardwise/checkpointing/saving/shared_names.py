@@ -2,7 +2,7 @@
 
 A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not
 declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
-tie is declared, a model without it is another model, and lacks the tensor.
+tie is declared, a model without it is another model, and misses the tensor.
 
 Other libraries read files and no manifest. Of a model that they build by themselves, a share that is not declared is
 therefore written under every name: transformers would give those that are not there new random values.
@@ -52,7 +52,7 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
-        # A rule that needs more than these tensors gives them no names of their own.
+        # A rule that needs more than these tensors gives them no separate names.
         return SharedNames(absent=names)
     # huggingface_hub's mixin loads into a model that shares what it shares.
     is_loaded_by_others = wrapping.is_loaded_by_others(module) and not wrapping.is_hub_mixin(module)

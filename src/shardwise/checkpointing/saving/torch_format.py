@@ -21,7 +21,7 @@ from shardwise.upstream.torch_tensors import local_part
 
 
 def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state's tensors as DCP is to write them: copied aside in asynchronous mode, else as they are. Local.
+    """A state's tensors for DCP to write: staged copies in asynchronous mode, else the tensors themselves. Local.
 
     Raises:
         MisuseError: A tensor is sharded in a way that DCP's format describes wrongly, or cannot be copied aside.
@@ -68,7 +68,7 @@ def write_distcp(
 
 
 def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's state without what is written beside its tensors: extra state, and what is no ordinary tensor."""
+    """The ordinary tensors of a model's state, without extra state and quantized tensors."""
     return {name: value for name, value in state.items() if not _is_aside(name, value)}
 
 

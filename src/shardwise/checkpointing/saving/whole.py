@@ -13,13 +13,13 @@ from shardwise.checkpointing.arguments import check_mapping
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import as_list, capture_optimizer
-from shardwise.checkpointing.run_state.checkpoint_state import below, capture_extras
+from shardwise.checkpointing.run_state.checkpoint_state import capture_extras
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
 from shardwise.checkpointing.saving.hooks import passed_addons
 from shardwise.checkpointing.saving.request import WhatToSave
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.jobs import Commit, Step
+from shardwise.engine.jobs import Commit, Step, below
 from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
 from shardwise.stateful_wrappers.model import Model

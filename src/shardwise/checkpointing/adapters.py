@@ -18,16 +18,10 @@ from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
 from shardwise.peft.compatibility import check_opens as check_opens_in_peft
-from shardwise.peft.diffusers_lora import (
-    as_peft,
-    check_opens,
-    require_component,
-)
+from shardwise.peft.diffusers_lora import as_peft, check_opens, require_component
 from shardwise.peft.models import is_peft_adapted
 from shardwise.peft.settings import adapter_settings
-from shardwise.peft.tensors import (
-    AdapterTensors,
-)
+from shardwise.peft.tensors import AdapterTensors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers import ModelState
@@ -95,11 +89,7 @@ def check_adapter_file(
     parts: Sequence[nn.Module],
     component: str,
 ) -> None:
-    """Check that an adapter's file is complete, and that its library would open it. Local.
-
-    Raises:
-        AdapterError: It is not, or it would not.
-    """
+    """Raise `AdapterError` unless an adapter's file is complete and its library would open it. Local."""
     specs = [as_peft(spec, component) for spec in roster.specs] if component else roster.specs
     check_adapter(specs, settings, declared.inventories, captured.layers, declared=True)
     check_opens_in_peft(parts, name, [spec.name for spec in specs], settings)
@@ -165,11 +155,7 @@ def _roster(session: Session, hold: Callable[[], tuple[HeldTensor, ...]]) -> Ros
 
 
 def refuse_wrappers(parts: Sequence[nn.Module]) -> None:
-    """Check that adapters can be saved out of what wraps the model. Local.
-
-    Raises:
-        MisuseError: It is FSDP1, or an average: no adapter file has a place for its count.
-    """
+    """Raise `MisuseError` for FSDP1, and for an average: no adapter file has a place for its count. Local."""
     refuse_fsdp1(parts)
     if any(is_average(part) for part in parts):
         raise MisuseError(

@@ -43,11 +43,7 @@ _OWN = frozenset(
 
 
 def check_arguments(model: object, optimizer: object = None, scheduler: object = None) -> None:
-    """Check that each argument has the type its name says, or is a sequence of such objects.
-
-    Raises:
-        MisuseError: One has another type, or a module is wrapped by FSDP1.
-    """
+    """Raise `MisuseError` if an argument, or an item of one, has a wrong type, or a module is wrapped by FSDP1."""
     for part in _several(model):
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
@@ -80,13 +76,10 @@ class FirstExchange:
 
 
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
-    """Check that all ranks have the same settings, wherever a difference would make them wait for each other.
+    """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
 
     Threads, time-outs and paths may differ between machines; on one machine ``checkpoint_dir`` has to be the same
-    directory for all ranks. All ranks call.
-
-    Raises:
-        ConfigError: They differ.
+    directory for all ranks.
     """
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
@@ -130,21 +123,13 @@ def whole_number(value: int) -> int:
 
 
 def check_mapping(key: str, value: object) -> None:
-    """Check that an argument is a mapping with text keys.
-
-    Raises:
-        MisuseError: It is not.
-    """
+    """Raise `MisuseError` unless an argument is a mapping or not given."""
     if value is not None and not isinstance(value, Mapping):
         raise _not(key, value, "a dictionary")
 
 
 def check_stateful(value: object) -> None:
-    """Check that an object has ``state_dict`` and ``load_state_dict``.
-
-    Raises:
-        MisuseError: One of them is missing.
-    """
+    """Raise `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
         raise _not("state", value, "an object with state_dict() and load_state_dict()")
 

@@ -39,11 +39,7 @@ class Average:
 
     @staticmethod
     def of(ema: nn.Module | Sequence[nn.Module]) -> Average:
-        """Take the wrappers off. Local.
-
-        Raises:
-            MisuseError: A wrapper has state that is not a plain tensor.
-        """
+        """Take the wrappers off; `MisuseError` if a wrapper has state that is not a plain tensor. Local."""
         parts = [ema] if isinstance(ema, nn.Module) else list(ema)
         beside: dict[str, torch.Tensor] = {}
         models = []

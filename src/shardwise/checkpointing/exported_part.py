@@ -90,11 +90,7 @@ def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> di
 
 
 def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
-    """Check that no tensor outside the exported model has a name that the files have or could have.
-
-    Raises:
-        NameCollisionError: One has.
-    """
+    """Raise `NameCollisionError` if a tensor outside the exported model has a name that the files may have."""
     names = {tensor.spec.name for tensor in outside}
     twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
     if twice:

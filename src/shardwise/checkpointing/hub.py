@@ -11,15 +11,7 @@ from torch import nn
 from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
 from shardwise.checkpointing.saving.config_ties import expected_ties
 from shardwise.checkpointing.saving.shared_names import shared_names
-from shardwise.convert import (
-    Conversion,
-    HeldGroup,
-    adapter_of,
-    check_adapter,
-    conversion_of,
-    kept_out,
-    to_hub,
-)
+from shardwise.convert import Conversion, HeldGroup, adapter_of, check_adapter, conversion_of, kept_out, to_hub
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import deferred
@@ -198,12 +190,9 @@ def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tupl
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
-    """Check that none of a model's tensors is on the meta device.
+    """Raise `MisuseError` if one of a model's tensors is on the meta device.
 
     ``lacking`` says in the message what the model lacks: "values to save".
-
-    Raises:
-        MisuseError: One of them is.
     """
     for name, tensor in tensors:
         what = deferred(local_part(tensor)) if tensor.is_meta else None

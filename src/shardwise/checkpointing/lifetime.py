@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -172,24 +173,23 @@ class Lifetime:
             _LOG.info("skipped a save: the last one is still being written")
         return turn
 
-    def save(
-        self,
-        what: str,
-        place: Path,
-        turn: Turn,
-        capture: Callable[[], tuple[Sequence[Step], Commit]],
-        abandon: Callable[[Group], None],
-    ) -> None:
-        """Save to ``place``: ``capture`` the steps and the commit now, then run them. All ranks call.
+    @contextmanager
+    def saving(
+        self, what: str, place: Path, turn: Turn, abandon: Callable[[Group], None]
+    ) -> Iterator[Callable[[Sequence[Step], Commit], None]]:
+        """Capture a save to ``place`` in the context, which passes its steps and its commit; then run them.
 
-        ``abandon`` removes what was written, after a failure. What failed in the previous save is raised at the end.
+        All ranks call. ``abandon`` removes what was written, after a failure. The error of the previous save is raised
+        at the end.
         """
+        captured: list[tuple[Sequence[Step], Commit]] = []
         with turn.raising_earlier(what, self.wait):
             try:
-                steps, commit = capture()
+                yield lambda steps, commit: captured.append((steps, commit))
             except BaseException:
                 abandon(self.session.group)
                 raise
+            [(steps, commit)] = captured
             self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
 
     def _run(self, job: SaveJob) -> None:

@@ -139,7 +139,6 @@ class OpenedOptimizer:
     """Optimizers and schedulers matched with a checkpoint, on every rank; nothing has been changed yet.
 
     Attributes:
-        session: Settings, ranks and storage.
         plan: The state that the optimizers will get.
         schedulers: Each scheduler with its saved state.
         tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.

@@ -125,7 +125,6 @@ class OwnRead:
     """This rank's own tensors in a checkpoint, found and compared, but not yet read.
 
     Attributes:
-        path: The rank's file.
         pairs: Saved tensors and the tensors they are read into.
         parameters: Parameters with optimizer state of this rank only; empty for a model.
     """

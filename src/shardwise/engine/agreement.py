@@ -202,11 +202,7 @@ def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Rost
 
 
 def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]:
-    """This rank's coordinate in each mesh that its tensors are spread over.
-
-    Raises:
-        MisuseError: Two tensors give different coordinates for one mesh.
-    """
+    """This rank's coordinate in each mesh of its tensors; `MisuseError` if two tensors disagree on one."""
     found: dict[MeshKey, tuple[int, ...]] = {}
     seen: dict[int, tuple[int, ...]] = {}  # most tensors share their part and coordinate with others, object and all
     for tensor in held:

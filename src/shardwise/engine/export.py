@@ -19,14 +19,7 @@ from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
-from shardwise.engine.writer import (
-    Digest,
-    Digests,
-    FileSet,
-    totals,
-    write_all,
-    write_run,
-)
+from shardwise.engine.writer import Digest, Digests, FileSet, totals, write_all, write_run
 from shardwise.format.manifest import FileRecord
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
@@ -77,13 +70,6 @@ class ExportPlan:
     It may be written again as long as the held tensors stay where they are.
 
     Attributes:
-        directory: Where the files go.
-        options: How they are laid out.
-        layout: Where each tensor lies.
-        schedule: What this rank writes.
-        held: What this rank holds.
-        computed: What is computed while writing.
-        copies: What is carried over.
         replicas: What this rank holds that others hold too, to be compared before anything is published.
         within: The directory, as paths in the manifest name it; empty for the component's own.
         has_room: Whether `make_room` was called, and has succeeded.
@@ -211,13 +197,7 @@ def _write(
             failure = error
         # Peers count on this rank's rows even if its own writing has failed.
         refused = exchange_rows(
-            plan.schedule.exchanges,
-            plan.held,
-            plan.layout,
-            group,
-            write_rows,
-            failure=failure,
-            spare=spare,
+            plan.schedule.exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare
         )
         failure = failure or refused
         refused = write_computed(plan.computed, plan.layout, group, write_rows, failure)

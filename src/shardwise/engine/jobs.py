@@ -35,7 +35,6 @@ class SaveJob:
     """The rest of a save once the state is captured. Every rank has one, with the same steps.
 
     Attributes:
-        what: What is saved, for messages.
         steps: Each writes a component and returns a record of it; all ranks run them in this order.
         commit: Makes the result visible, given the records of all steps.
         abandon: Removes what was written, after a failure; must not raise.
@@ -47,11 +46,7 @@ class SaveJob:
     abandon: Callable[[Group], None]
 
     def run(self, group: Group) -> None:
-        """Run the save. All ranks of ``group`` call.
-
-        Raises:
-            ShardwiseError: What failed, the same on every rank; nothing was made visible.
-        """
+        """Run the save; nothing becomes visible if it fails on any rank, which is raised on all. All ranks call."""
         record = ComponentRecord()
         try:
             for step in self.steps:

@@ -58,11 +58,7 @@ def saved_ranks(directory: Path) -> int:
 
 
 def require_whole(held: Sequence[HeldTensor]) -> None:
-    """Check that each tensor is held whole.
-
-    Raises:
-        MisuseError: One is spread over ranks.
-    """
+    """Raise `MisuseError` if a tensor is spread over ranks."""
     for tensor in held:
         boxes = [fragment.box for fragment in tensor.fragments]
         if boxes != [Box.whole(tensor.spec.shape)]:

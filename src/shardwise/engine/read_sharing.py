@@ -73,7 +73,6 @@ class Wanted:
     """The reads that a set of replicas has in common, in one order on all of them; destinations are each rank's.
 
     Attributes:
-        reads: Byte ranges.
         made: Given the most bytes of a piece, the pieces of what has to be made; generated as they are needed.
     """
 
@@ -184,11 +183,7 @@ def rehearse(shared: Mapping[tuple[int, ...], Wanted], limits: Limits = LIMITS) 
 
 
 def read_shared(
-    shared: Mapping[tuple[int, ...], Wanted],
-    reader: Reader,
-    group: Group,
-    spare: torch.Tensor,
-    limits: Limits = LIMITS,
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
 ) -> Exception | None:
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 

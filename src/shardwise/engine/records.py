@@ -170,13 +170,7 @@ def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, i
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
-    """Check that all ranks together wrote a tensor whole.
-
-    ``nbytes`` is the number of its bytes that all ranks wrote.
-
-    Raises:
-        IncompleteTensorError: They did not.
-    """
+    """Raise `IncompleteTensorError` unless all ranks together wrote ``nbytes``, all bytes of a tensor."""
     if nbytes != spec.nbytes:
         raise IncompleteTensorError(
             f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",

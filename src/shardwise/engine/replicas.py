@@ -39,8 +39,6 @@ class Replica(NamedTuple):
     """Something that this rank holds as a replica of what others hold.
 
     Attributes:
-        name: The tensor.
-        part: Which of its parts.
         ranks: Those that hold the same, ascending, this one among them.
         data: This rank's memory of it.
     """
@@ -156,10 +154,9 @@ def _crc(data: tuple[torch.Tensor, ...]) -> int:
 
 
 def refuse(seen: Seen, group: Group) -> None:
-    """Find and name the replicas that differ. All ranks call, once the sum of their shares is not zero.
+    """Find the replicas that differ and raise `ReplicasDifferError`, the same on every rank.
 
-    Raises:
-        ReplicasDifferError: Always, the same on every rank.
+    All ranks call, once the sum of their shares is not zero.
     """
     for digested in seen.digested:
         sums = dict.fromkeys([spec.name for spec in digested.of.roster.specs], 0)

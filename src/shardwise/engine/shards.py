@@ -29,10 +29,6 @@ class ShardPlan:
     """A planned sharded save; it may be written again as long as the held tensors stay where they are.
 
     Attributes:
-        directory: Where the files go.
-        component: Name of the component in the manifest.
-        roster: Who holds what.
-        files: This rank's files.
         all_bytes: Bytes of all ranks' files, if they have been added up.
         replicas: What this rank holds that others hold too, to be compared before anything is published.
     """

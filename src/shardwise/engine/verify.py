@@ -68,7 +68,6 @@ class Damage:
 
     Attributes:
         file: The file, relative to the checkpoint's directory (POSIX).
-        kind: Sort of damage.
         message: What is wrong, without the names.
         component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
         tensors: Names of the damaged tensors. Empty for a header or a file without tensors.
@@ -92,10 +91,6 @@ class Extent:
     """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file.
 
     Attributes:
-        file: Path relative to the checkpoint's directory.
-        offset: First byte in the file.
-        nbytes: Length.
-        crc32c: What its CRC-32C must be.
         kind: ``header`` or ``digest``.
         component: Component of the tensor; ``None`` for anything but a chunk.
         tensor: Name of the tensor; ``None`` in the same case.

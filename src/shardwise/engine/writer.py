@@ -106,12 +106,7 @@ def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = 
 
 
 def write_all(
-    runs: Iterable[WriteRun],
-    files: FileSet,
-    storage: Storage,
-    threads: int,
-    digests: Digests,
-    digest: Digest = crc32c,
+    runs: Iterable[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest = crc32c
 ) -> None:
     """Write runs, in order on each thread, and add their digests.
 

@@ -19,18 +19,11 @@ from shardwise.errors import AdapterError, MissingTensorError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.peft.capture import hold_adapter
 from shardwise.peft.config import read_adapter_config
-from shardwise.peft.diffusers_lora import (
-    check_scales,
-    component_of,
-)
+from shardwise.peft.diffusers_lora import check_scales, component_of
 from shardwise.peft.extra import base_tensors
 from shardwise.peft.load import differing_settings
 from shardwise.peft.settings import adapter_settings
-from shardwise.peft.tensors import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_EXTRA_NAME,
-    AdapterTensors,
-)
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState

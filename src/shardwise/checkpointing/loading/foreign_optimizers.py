@@ -47,7 +47,6 @@ class ForeignOptimizers:
     """Optimizers in a DCP directory, on every rank alike.
 
     Attributes:
-        directory: The DCP directory.
         found: The optimizers found; empty where none is to be restored.
         source: All tensors of the directory, under DCP's names.
     """
@@ -130,8 +129,7 @@ class ForeignOptimizers:
         sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
         if sizes != saved_sizes:
             raise self._no_match(
-                saved,
-                f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}",
+                saved, f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}"
             )
         names: dict[str, str] = {}
         for group, (group_names, params) in zip(saved.groups, own, strict=True):

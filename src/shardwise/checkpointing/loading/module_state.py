@@ -112,7 +112,6 @@ class ModuleLoad:
     Attributes:
         steps: The loading steps of this rank, in order.
         module_state: The saved module state; ``None`` where none was saved.
-        options: Allowed differences.
         rounds: One more than the largest number of modules on a rank that load tensors; 0 where no rank has steps.
         skips_empty: Whether a module without saved state, such as a fresh head, is skipped.
     """

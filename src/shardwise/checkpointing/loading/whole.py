@@ -19,14 +19,7 @@ from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import (
-    OpenedOptimizer,
-    Optimizers,
-    Schedulers,
-    as_list,
-    open_optimizer,
-    several,
-)
+from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.run_state.data_order import DataOrder
@@ -204,12 +197,7 @@ def load_optimizer(
 
 
 def load_base_model(
-    life: Lifetime,
-    model: Model,
-    device: torch.device,
-    root_dir: str | Path | None,
-    model_name: str | None,
-    loads: bool,
+    life: Lifetime, model: Model, device: torch.device, root_dir: str | Path | None, model_name: str | None, loads: bool
 ) -> None:
     """See `Checkpointer.load_base_model`. All ranks call."""
     session = life.begin(call := f"load_base_model({model_name})")

@@ -33,7 +33,6 @@ class Position:
     """The position of a training loop in its data.
 
     Attributes:
-        epoch: The epoch.
         start: States of the process's generators when the epoch began.
         loader: States of the loader's own generators at that time, by attribute.
         count: Number of batches that the loop has taken.
@@ -61,11 +60,7 @@ class _Saved:
 
     @staticmethod
     def of(state: object) -> _Saved:
-        """Parse what `Position.to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `Position.to_state` gave; `StateFormatError` if it is something else."""
         try:
             table = cast(_State, state)
             epoch, count = cast(int, table["epoch"]), cast(int, table["count"])
@@ -107,11 +102,7 @@ class DataOrder:
 
     @staticmethod
     def parsed(state: object) -> dict[str, _Saved]:
-        """Check what `state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `state` gave; `StateFormatError` if it is something else."""
         loaders = state.get("loaders") if isinstance(state, Mapping) else None
         if not isinstance(loaders, Mapping):
             raise StateFormatError("these are no positions in data", hint="Restore the file.")

@@ -152,7 +152,6 @@ class OpenedSharded:
     """Values that are spread over the ranks and fit the checkpoint, on every rank; nothing has been read.
 
     Attributes:
-        modules: Modules.
         tensors: DTensors of other values.
         then: Loads the state of objects when their tensors have been read. Local.
     """

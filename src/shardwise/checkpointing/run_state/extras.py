@@ -88,11 +88,7 @@ class _Captured:
     spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
 
     def take(self, name: str, value: object) -> None:
-        """Capture a value. Local.
-
-        Raises:
-            StateFormatError: It holds what cannot be stored.
-        """
+        """Capture a value; `StateFormatError` if it cannot be stored. Local."""
         value = as_stateful(value)
         rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
         self.spread |= {name: found} if found else {}
@@ -283,11 +279,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
 
 
 def check_generators(state: object) -> None:
-    """Check that the generators can load ``state``; they stay unchanged. Local.
-
-    Raises:
-        StateFormatError: They do not.
-    """
+    """Raise `StateFormatError` unless the generators can load ``state``; they stay unchanged. Local."""
     generators = RandomState()
     had = generators.state_dict()
     try:

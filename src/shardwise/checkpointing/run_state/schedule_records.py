@@ -94,11 +94,7 @@ class SavedSchedules:
 
     @staticmethod
     def from_state(state: object) -> SavedSchedules:
-        """Parse what `to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `to_state` gave; `StateFormatError` if it is something else."""
         try:
             fields = cast(dict[str, object], state)
             if fields["version"] != _VERSION:

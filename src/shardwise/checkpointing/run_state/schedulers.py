@@ -43,11 +43,7 @@ class FoundSchedules:
     chosen: tuple[str, ...] = ()
 
     def check_all_used(self, used: frozenset[int], directory: Path) -> None:
-        """Check that every saved scheduler was restored on some rank (``used``, of all ranks). Local.
-
-        Raises:
-            MisuseError: One was not.
-        """
+        """Raise `MisuseError` if a saved scheduler was restored on no rank (``used``, of all ranks). Local."""
         left = [entry for number, entry in enumerate(self.entries) if number not in used]
         if left:
             of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
@@ -114,10 +110,8 @@ class _Match:
     """Finds the states of schedulers.
 
     Attributes:
-        saved: The saved schedulers.
         rank: This rank, where as many ranks restore as saved; ``None`` on another number.
         count: Number of schedulers to be restored on this rank, for messages.
-        path: The file.
     """
 
     saved: SavedSchedules

@@ -112,11 +112,7 @@ def complete_record(storage: Storage, directory: Path, record: ComponentRecord) 
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Metrics as plain numbers.
-
-    Raises:
-        MisuseError: One is not a number.
-    """
+    """Metrics as plain numbers; `MisuseError` if one is not a number."""
     out: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
@@ -285,8 +281,7 @@ class Publication:
 def claimed(session: Session, final: Path) -> Claim | None:
     """Claim the name ``final``, and make the directory around it. One rank calls.
 
-    Raises:
-        CheckpointBusyError: A process that is alive is saving it.
+    Raises `CheckpointBusyError` if a process that is alive is saving it.
     """
     if session.config.is_remote:
         return None

@@ -15,7 +15,6 @@ from shardwise.checkpointing.saving.hooks import leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.standalone import Replacement
 from shardwise.checkpointing.session import Session
-from shardwise.engine.jobs import Commit, Step
 from shardwise.stateful_wrappers.model import Model
 
 
@@ -37,13 +36,10 @@ def save_model(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "model", {"shardwise": __version__})
-
-    def capture() -> tuple[list[Step], Commit]:
+    with life.saving(f"{weights_path}/model", target.place, turn, target.abandon) as run:
         save = model_save(life, model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
         steps = save.steps()
-        return steps, partial(target.commit, closing=save.closing)
-
-    life.save(f"{weights_path}/model", target.place, turn, capture, target.abandon)
+        run(steps, partial(target.commit, closing=save.closing))
 
 
 def save_optimizer(
@@ -57,14 +53,11 @@ def save_optimizer(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
-
-    def capture() -> tuple[list[Step], Commit]:
+    with life.saving(f"{weights_path}/optim", target.place, turn, target.abandon) as run:
         with session.group.together(f"preparing {weights_path}/optim"):
             if session.group.is_main:
                 target.reserve()
-        return capture_optimizer(session, optimizer, model, scheduler, target.temp), target.commit
-
-    life.save(f"{weights_path}/optim", target.place, turn, capture, target.abandon)
+        run(capture_optimizer(session, optimizer, model, scheduler, target.temp), target.commit)
 
 
 def model_save(

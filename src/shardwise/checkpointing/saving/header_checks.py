@@ -203,11 +203,7 @@ def _same_architecture(config: Mapping[str, object], expectation: Expectation) -
 
 
 def require_equal(comparison: HeaderComparison, path: Path) -> None:
-    """Raise if there are differences.
-
-    Raises:
-        ExportMismatchError: Lists them.
-    """
+    """Raise `ExportMismatchError`, which lists the differences, if there are any."""
     if not comparison.differences:
         return
     more = len(comparison.differences) - _SHOWN

@@ -99,7 +99,6 @@ class Described:
         roster: Who holds what of the tensors that are written.
         computed: Who holds what of those that an export's tensors are computed from.
         beside: Who holds what of those that are written beside an export.
-        facts: The merged facts of all ranks.
     """
 
     hub: HubState
@@ -550,11 +549,7 @@ class ModelSave:
         nbytes, failure = 0, None
         try:
             memo = session.shard_plans.setdefault(component, Memo())
-            known = memo.get(
-                [*held, roster],
-                None,
-                lambda: self._shard_plan(held, roster, component, excluded),
-            )
+            known = memo.get([*held, roster], None, lambda: self._shard_plan(held, roster, component, excluded))
             nbytes = known.own_bytes
             if described is not None:
                 self._look_at_ties(roster)

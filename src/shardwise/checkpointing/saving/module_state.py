@@ -32,7 +32,6 @@ class SavedModuleState:
     """The module state saved beside a model's tensors.
 
     Attributes:
-        values: By plain name.
         metadata: Plain module name -> torch's metadata of the module (its version).
     """
 
@@ -130,11 +129,7 @@ def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
 
 
 def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
-    """Read what `module_state_step` wrote; ``None`` where there is nothing. Local.
-
-    Raises:
-        StateFormatError: A file is damaged.
-    """
+    """Read what `module_state_step` wrote, if anything; `StateFormatError` if a file is damaged. Local."""
     if not stems:
         return None
     values: dict[str, object] = {}

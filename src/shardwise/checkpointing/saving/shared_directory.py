@@ -32,7 +32,6 @@ class RootLocation:
     """The location of a rank's root directory.
 
     Attributes:
-        host: Name of the rank's machine.
         path: The resolved path on that machine.
         identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
     """
@@ -72,11 +71,7 @@ class RootLocation:
 
 
 def check_same_root(locations: Sequence[RootLocation]) -> None:
-    """Check that the ranks of each machine use one root directory.
-
-    Raises:
-        ConfigError: Two ranks of one machine use different ones.
-    """
+    """Raise `ConfigError` if two ranks of one machine use different root directories."""
     for rank, location in enumerate(locations):
         first = next(number for number, other in enumerate(locations) if other.host == location.host)
         if locations[first].is_another(location):
@@ -87,12 +82,9 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Check that this rank sees rank 0's claim of the save. Local.
+    """Raise `StorageError` unless this rank sees rank 0's claim of the save. Local.
 
     ``name`` is saved in ``directory``; ``token`` is this run's, ``locations`` are the roots of all ranks.
-
-    Raises:
-        StorageError: The claim is not visible here.
     """
     found = claimed_by(directory, name)
     if found != token:
@@ -106,12 +98,9 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
 
 
 def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
-    """Check that rank 0 sees every written file with its size. Rank 0 calls.
+    """Raise `StorageError` unless rank 0 sees every written file with its size. Rank 0 calls.
 
     ``records`` say what each rank wrote, ``locations`` where its root is.
-
-    Raises:
-        StorageError: A file is absent or has another size.
     """
     # A file in several records was written by the last of these ranks; rank 0 would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}

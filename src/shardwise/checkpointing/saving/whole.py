@@ -19,7 +19,7 @@ from shardwise.checkpointing.saving.components import model_save
 from shardwise.checkpointing.saving.hooks import passed_addons
 from shardwise.checkpointing.saving.request import WhatToSave
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.jobs import Commit, Step, below
+from shardwise.engine.jobs import Step, below
 from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
 from shardwise.stateful_wrappers.model import Model
@@ -71,13 +71,9 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
         "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
     }
     publication = Publication(session, temp, final, info, numbers, life.line)
-
-    def capture() -> tuple[list[Step], Commit]:
-        reserve = publication.reserved(partial(_reserve, life, name))
-        steps, closing = _capture(life, what, temp, reserve)
-        return steps, partial(publication.commit, closing=closing)
-
-    life.save(name, final, turn, capture, publication.abandon)
+    with life.saving(name, final, turn, publication.abandon) as run:
+        steps, closing = _capture(life, what, temp, publication.reserved(partial(_reserve, life, name)))
+        run(steps, partial(publication.commit, closing=closing))
     return final
 
 
@@ -87,14 +83,7 @@ def _capture(
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
     save = model_save(
-        life,
-        what.model,
-        temp / "model",
-        what.tokenizer,
-        what.peft_config,
-        what.is_final_checkpoint,
-        reserve,
-        optimizer,
+        life, what.model, temp / "model", what.tokenizer, what.peft_config, what.is_final_checkpoint, reserve, optimizer
     )
     steps = below("model", save.steps())
     closing = [*save.closing]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -75,6 +75,9 @@ class FirstExchange:
     token: str
 
 
+_Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | None], str]
+
+
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
 
@@ -86,8 +89,8 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), RootLocation.own(root).to_json(), uuid.uuid4().hex]
-    rows = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
+    mine = [cast(JsonValue, own), cast(JsonValue, names), [*RootLocation.own(root)], uuid.uuid4().hex]
+    rows = cast(list[_Row], group.gather_json(mine, "comparing settings"))
     everyone = [theirs for theirs, _, _, _ in rows]
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():
@@ -96,7 +99,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in rows)
+    locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
     if not config.is_remote:
         check_same_root(locations)
     named, listed = (any(theirs[number] for _, theirs, _, _ in rows) for number in range(2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,8 +76,8 @@ class Average:
 
         return [local_step("writing the state of the averaged model's wrapper", write, main_only=True)]
 
-    def find(self, directory: Path) -> FoundAveraging:
-        """Read the wrappers' saved tensors and compare them. Local; changes nothing.
+    def find(self, directory: Path) -> Mapping[str, torch.Tensor]:
+        """Read the wrappers' saved tensors, by name, and compare them. Local; changes nothing.
 
         Raises:
             CheckpointNotFoundError: The checkpoint has no average, or no state of its wrapper.
@@ -90,7 +91,7 @@ class Average:
             )
         stem = directory / _AVERAGING / _AVERAGING
         if not self.beside:
-            return FoundAveraging({}, {})
+            return {}
         if not has_state(stem):
             raise CheckpointNotFoundError(
                 f"the checkpoint has no {min(self.beside)} of the averaged model: it was saved without a wrapper",
@@ -107,18 +108,10 @@ class Average:
                     path=f"{stem}.json",
                     hint="Build the averaged model as it was when the checkpoint was saved.",
                 )
-        return FoundAveraging(self.beside, saved)
+        return cast("dict[str, torch.Tensor]", saved)
 
-
-@dataclass(frozen=True, slots=True)
-class FoundAveraging:
-    """The wrappers' tensors and their saved values, by name."""
-
-    beside: Mapping[str, torch.Tensor]
-    saved: Mapping[str, torch.Tensor]
-
-    def take_in(self, undos: Undos) -> None:
-        """Put the values in place. Local."""
+    def take_in(self, saved: Mapping[str, torch.Tensor], undos: Undos) -> None:
+        """Put saved values into the wrappers' tensors. Local."""
         had = {name: value.clone() for name, value in self.beside.items()}
 
         def put(values: Mapping[str, torch.Tensor]) -> None:
@@ -127,4 +120,4 @@ class FoundAveraging:
                     value.copy_(values[name])
 
         undos.add("the averaged model's count", lambda: put(had))
-        put(self.saved)
+        put(saved)

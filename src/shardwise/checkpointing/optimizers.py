@@ -29,11 +29,10 @@ from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
-from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
-from shardwise.plan.shards import plan_shards
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
@@ -100,13 +99,11 @@ def capture_optimizer(
 
     roster = session.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
     own_steps = optimizer_steps(session, state, directory)
-    replicas = comparison(held, roster, group.rank)
     if is_torchs:
-        others = left_to_others(held, roster, group.rank)
+        replicas, others = comparison(held, roster, group.rank), left_to_others(held, roster, group.rank)
         write = partial(write_distcp, tensors, directory, replicas=replicas, others=others)
         return [write_states, write, *own_steps]
-    files = group.attempt(lambda: plan_shards(held, roster, group.rank, stem="optim"), "planning the optimizer's files")
-    plan = ShardPlan(directory, "optim", roster, files, replicas=(replicas,))
+    plan = shard_plan(held, roster, group, directory, "optim", "optim")
     return [write_states, lambda group: write_shards(plan, group, session.storage), *own_steps]
 
 

@@ -171,14 +171,14 @@ def spare_memory() -> torch.Tensor:
     return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
 
 
-def rehearse(shared: Mapping[tuple[int, ...], Wanted], limits: Limits = LIMITS) -> None:
+def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
     """Go through the rounds of `read_shared` without reading. Local.
 
     A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
     ranks.
     """
     for members in sorted(shared):
-        for _ in _rounds(members, shared[members], limits):
+        for _ in _rounds(members, shared[members], LIMITS):
             pass
 
 

@@ -72,11 +72,6 @@ class ComponentRecord:
             tuple([AliasRecord(*alias) for alias in aliases]),
         )
 
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.spec.nbytes for tensor in self.tensors)
-
 
 def _renamed(own: str, component: str) -> str:
     return component + own.removeprefix("model") if component else own

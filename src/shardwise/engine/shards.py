@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +10,16 @@ from shardwise.comm import Group
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
+from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardFile
+from shardwise.plan.shards import ShardFile, plan_shards
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
@@ -46,10 +48,19 @@ class ShardPlan:
         return sum(file.layout.size for file in self.files)
 
 
-def without_tensors(stem: str = "model") -> ShardFile:
+def shard_plan(
+    held: Sequence[HeldTensor], roster: Roster, group: Group, directory: Path, component: str, stem: str
+) -> ShardPlan:
+    """Plan the shards of one component; replicas are compared while they are written. All ranks call."""
+    what = f"planning the files of {component}"
+    files = group.attempt(lambda: plan_shards(held, roster, group.rank, stem=stem), what)
+    return ShardPlan(directory, component, roster, files, replicas=(comparison(held, roster, group.rank),))
+
+
+def without_tensors() -> ShardFile:
     """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor."""
     header = encode_header((), encode_sharding_metadata({}))
-    return ShardFile(FileLayout(shard_name(1, 1, 1, stem), header, ()), {})
+    return ShardFile(FileLayout(shard_name(1, 1, 1, "model"), header, ()), {})
 
 
 def write_shards(

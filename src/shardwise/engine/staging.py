@@ -65,12 +65,6 @@ class Stager:
         self._lock = threading.Lock()
         self._unread = threading.Condition(self._lock)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arenas."""
-        with self._lock:
-            return sum(arena.numel() for arena in self._arenas.values())
-
     def allocate(self, component: str, held: Sequence[HeldTensor]) -> None:
         """Make the memory for a component and touch its pages, so that the first save does not have to."""
         with self._writable():

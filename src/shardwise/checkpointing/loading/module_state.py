@@ -143,14 +143,8 @@ class ModuleLoad:
             _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
-        module_state = self.module_state
-        installing = Installing(
-            lambda _: values,
-            None if module_state is None else module_state.values,
-            {} if module_state is None else module_state.metadata,
-            self.options.allow_missing,
-            self.skips_empty,
-        )
+        saved, metadata = (self.module_state.values, self.module_state.metadata) if self.module_state else (None, {})
+        installing = Installing(lambda _: values, saved, metadata, self.options.allow_missing, self.skips_empty)
         installing.run(steps)
         return installing.without
 

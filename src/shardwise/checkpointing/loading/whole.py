@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping
-from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
+from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
@@ -32,12 +33,18 @@ from shardwise.lifecycle import Start
 from shardwise.stateful_wrappers.model import Model
 
 
+class _OpenedAverage(NamedTuple):
+    model: OpenedModel | OpenedAdapter
+    average: Average
+    saved: Mapping[str, torch.Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet."""
 
     model: OpenedModel | OpenedAdapter
-    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
+    averaged: _OpenedAverage | None
     steering: OpenedOptimizer | None
     extras: FoundExtras
 
@@ -54,11 +61,11 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged[1].take_in(undos)
+                self.averaged.average.take_in(self.averaged.saved, undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged[0].fill()
+                self.averaged.model.fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
@@ -224,12 +231,8 @@ def _open_component(
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(session: Session, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-
-    def look() -> tuple[Average, FoundAveraging]:
-        average = Average.of(ema)
-        return average, average.find(directory)
-
-    average, found = session.group.attempt(look, "looking at the averaged model")
-    return _open_component(session.further(MODEL_EMA), average.model, directory), found
+    average = session.group.attempt(lambda: Average.of(ema), "looking at the averaged model")
+    saved = session.group.attempt(lambda: average.find(directory), "looking for the averaged model")
+    return _OpenedAverage(_open_component(session.further(MODEL_EMA), average.model, directory), average, saved)

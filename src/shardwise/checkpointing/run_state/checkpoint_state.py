@@ -112,14 +112,13 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         StateFormatError: A state is damaged.
     """
     group = session.group
-    extra: FoundValues | None = None
-    generators: FoundValues | None = None
     # For other tools' checkpoints; ours have a directory of extra state.
     foreign: Mapping[str, object] = {}
     if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
         legacy = session.config.allow_legacy_pickle_restore
         foreign = read_states(directory, extra_state, group, legacy)
-    with group.together("looking for extra state"):
+
+    def find() -> tuple[FoundValues, FoundValues]:
         own = {name: value for name, value in extra_state.items() if name not in foreign}
         extra = find_values(own, directory / "extra", group.rank, group.world_size)
         states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
@@ -132,8 +131,9 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
             check_generators(generators.states["rng"])
         if BATCHES in generators.states:
             DataOrder.parsed(generators.states[BATCHES])
-    assert extra is not None
-    assert generators is not None
+        return extra, generators
+
+    extra, generators = group.attempt(find, "looking for extra state")
     return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
 
 

@@ -25,10 +25,8 @@ from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.replicas import comparison
-from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import plan_shards
 from shardwise.settings import SaveConsolidatedMode, SerializationFormat
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -133,10 +131,7 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
 
     agreement = session.further_agreements.setdefault(name, Agreement(session.group, session.stage))
     roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
-    files = session.group.attempt(
-        lambda: plan_shards(held, roster, session.group.rank, stem="extra"), f"planning the files of {name!r}"
-    )
-    plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, session.group.rank),))
+    plan = shard_plan(held, roster, session.group, own, component, "extra")
 
     def write(group: Group) -> ComponentRecord:
         with group.together(f"making {own}"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 from shardwise.checkpointing.run_state.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
@@ -23,8 +24,7 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it."""
 
     source: int
@@ -107,7 +107,7 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
             found.append(own[number])
             continue
-        each = [_item(values[place.source], place.group) for place in places]
+        each = [cast("Sequence[object]", values[place.source])[place.group] for place in places]
         for place, value in zip(places, each, strict=True):
             if not equal(value, each[0]):
                 raise MisuseError(
@@ -117,11 +117,6 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
         found.append(each[0])
     return found
-
-
-def _item(value: object, index: int) -> object:
-    assert isinstance(value, list | tuple)
-    return value[index]
 
 
 def _same(values: Sequence[object], merge: _Merge, key: str) -> object:

@@ -125,7 +125,7 @@ class _Match:
         Raises:
             MisuseError: There is none for it.
         """
-        numbered = self._ordered(scheduler, own, self._of_kind(scheduler, own, self._steering(own)))
+        numbered = self._ordered(own, self._of_kind(scheduler, own, self._steering(own)))
         entries = [entry for _, entry in numbered]
         exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
         mine = [entry for entry in exact if self.rank in entry.ranks]
@@ -182,9 +182,7 @@ class _Match:
             return of_kind or found
         raise _other_kind(found[0][1].of.kind, own.kind, self.path)
 
-    def _ordered(
-        self, scheduler: object, own: Attached, found: list[tuple[int, SavedSchedule]]
-    ) -> list[tuple[int, SavedSchedule]]:
+    def _ordered(self, own: Attached, found: list[tuple[int, SavedSchedule]]) -> list[tuple[int, SavedSchedule]]:
         ordered = [each for each in found if each[1].of.order == own.order]
         if ordered:
             return ordered

@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle import claimed_by
@@ -27,8 +26,7 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RootLocation:
+class RootLocation(NamedTuple):
     """The location of a rank's root directory.
 
     Attributes:
@@ -38,7 +36,7 @@ class RootLocation:
 
     host: str
     path: str
-    identity: tuple[int, int] | None
+    identity: Sequence[int] | None
 
     @staticmethod
     def own(root: Path) -> RootLocation:
@@ -48,17 +46,7 @@ class RootLocation:
             info = os.stat(path)
         except OSError:
             return RootLocation(socket.gethostname(), path, None)
-        return RootLocation(socket.gethostname(), path, (info.st_dev, info.st_ino))
-
-    def to_json(self) -> JsonValue:
-        """The location as JSON, to be gathered."""
-        return [self.host, self.path, None if self.identity is None else list(self.identity)]
-
-    @staticmethod
-    def from_json(value: JsonValue) -> RootLocation:
-        """What `to_json` gave on another rank."""
-        host, path, identity = cast(tuple[str, str, list[int] | None], value)
-        return RootLocation(host, path, None if identity is None else (identity[0], identity[1]))
+        return RootLocation(socket.gethostname(), path, [info.st_dev, info.st_ino])
 
     def is_another(self, other: RootLocation) -> bool:
         """Whether the two are certainly different directories; unknown (false) on different machines."""

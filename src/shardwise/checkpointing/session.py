@@ -40,7 +40,7 @@ class Session:
         staging_dir: The absolute directory where files are built before they are copied into place.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
-        further_agreements: The ranks' agreements about DTensors in extra state, by its name.
+        extra_agreements: The ranks' agreements about DTensors in extra state, by its name.
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
@@ -73,7 +73,7 @@ class Session:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.further_agreements: dict[str, Agreement] = {}
+        self.extra_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
         self.class_check = ClassCheck()
@@ -82,7 +82,7 @@ class Session:
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
-        self._further: dict[str, Session] = {}
+        self._of_models: dict[str, Session] = {}
 
     @property
     def stage(self) -> int:
@@ -101,14 +101,14 @@ class Session:
         """The ranks' agreement about the optimizer."""
         return Agreement(self.group, self.stage)
 
-    def further(self, name: str, config: Settings | None = None) -> Session:
+    def of_model(self, name: str, config: Settings | None = None) -> Session:
         """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
 
         The same name gives the same session. Its settings are ``config``, the checkpointer's by default.
         """
-        known = self._further.get(name)
+        known = self._of_models.get(name)
         if known is None:
-            known = self._further[name] = Session(
+            known = self._of_models[name] = Session(
                 config or self.config,
                 self.group,
                 self.storage,

@@ -87,7 +87,7 @@ def directory_of(directory: Path, name: str) -> Path:
     return directory / f"{quote(name, safe='')}{SHARDS}"
 
 
-def further(session: Session, name: str) -> Session:
+def module_session(session: Session, name: str) -> Session:
     """The session that saves and loads a module in extra state: as shards, without a base model. Local."""
     config = replace(
         session.config,
@@ -99,14 +99,21 @@ def further(session: Session, name: str) -> Session:
         per_rank_state=None,
         v4_compatible=False,
     )
-    return session.further(f"extra/{name}", config)
+    return session.of_model(f"extra/{name}", config)
 
 
 def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
     """Capture a module now; returns the steps that write it. All ranks call."""
     own = directory_of(directory, name)
     save = ModelSave(
-        further(session, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+        module_session(session, name),
+        module,
+        own,
+        [],
+        tokenizer=None,
+        peft_config=None,
+        is_final=False,
+        reserve=lambda: None,
     )
     steps = save.steps()
 
@@ -129,7 +136,7 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
         held.extend(session.staged(component, found))
         return held
 
-    agreement = session.further_agreements.setdefault(name, Agreement(session.group, session.stage))
+    agreement = session.extra_agreements.setdefault(name, Agreement(session.group, session.stage))
     roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
     plan = shard_plan(held, roster, session.group, own, component, "extra")
 
@@ -169,7 +176,7 @@ class OpenedSharded:
 
 def open_module(session: Session, name: str, module: nn.Module, directory: Path) -> OpenedModel:
     """Compare a module with what was saved. All ranks call; nothing is changed."""
-    own = further(session, name)
+    own = module_session(session, name)
     options = LoadOptions(threads=own.threads, sharing=own.sharing)
     return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
 

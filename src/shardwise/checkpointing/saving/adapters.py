@@ -149,7 +149,7 @@ class AdapterSave:
             return []
         merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
         save = MergedSave(
-            session.further(MERGED),
+            session.of_model(MERGED),
             self.state.model,
             merged,
             self._directory,

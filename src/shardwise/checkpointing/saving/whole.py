@@ -115,7 +115,7 @@ def _ema_steps(
         what.peft_config,
         what.is_final_checkpoint,
         lambda: None,
-        session=session.further(MODEL_EMA),
+        session=session.of_model(MODEL_EMA),
     )
     return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
 

@@ -95,11 +95,8 @@ class HubNames:
 
         The earlier result is returned while the model's tensors are the same objects at the same addresses.
 
-        Args:
-            state: The model.
-            load: Whether the model is loaded: extra state is not captured, and the modules' loading code is inspected
-                again.
-            norms: Whether torch's normalisation layers load their state by their own code.
+        A load (``load``) captures no extra state and inspects the modules' loading code again. With ``norms`` torch's
+        normalisation layers load their state by their own code.
         """
         if not load and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]

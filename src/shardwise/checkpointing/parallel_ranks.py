@@ -44,11 +44,7 @@ class _Row:
 class ParallelRanks:
     """Derives this process's parallel ranks where the caller did not give them.
 
-    Args:
-        dp_rank: Data-parallel rank, where the caller gives it.
-        tp_rank: Tensor-parallel rank, where the caller gives it.
-        pp_rank: Pipeline rank, where the caller gives it.
-        pp_group: The ranks of this pipeline, where the caller gives it: its order is that of the stages.
+    The order of ``pp_group``, the ranks of this pipeline, is that of the stages.
 
     Raises:
         MisuseError: One is not a whole number from 0.

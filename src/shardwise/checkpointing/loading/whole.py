@@ -233,6 +233,7 @@ def _open_component(
 
 def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    average = session.group.attempt(lambda: Average.of(ema), "looking at the averaged model")
-    saved = session.group.attempt(lambda: average.find(directory), "looking for the averaged model")
+    average, saved = session.group.attempt(
+        lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
+    )
     return _OpenedAverage(_open_component(session.of_model(MODEL_EMA), average.model, directory), average, saved)

@@ -113,15 +113,7 @@ class Described:
 class ModelSave:
     """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
-    Args:
-        session: Settings, ranks and storage.
-        model: The model, or this rank's pipeline stages.
-        directory: Where the ``model`` directory's content goes.
-        addons: Hooks around the writing.
-        tokenizer: The caller's, for the hooks.
-        peft_config: The caller's, for the hooks.
-        is_final: Whether this is the run's last save.
-        reserve: Makes the directory above, on rank 0, before anything else is written.
+    ``directory`` is the ``model`` directory; on rank 0, ``reserve`` makes the one above it before anything is written.
 
     Attributes:
         closing: Local work to do when all bytes are durable; known after `steps`.

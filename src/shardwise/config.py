@@ -56,7 +56,8 @@ class CheckpointingConfig(Settings):
             dp_rank: This rank's data-parallel coordinate.
             tp_rank: This rank's tensor-parallel coordinate.
             pp_rank: This rank's pipeline stage.
-            moe_mesh: Mesh over which experts are spread, where they are.
+            moe_mesh: Accepted for compatibility and kept as an attribute. It has no effect: the sharding
+                of experts is read from their tensors.
             process_group: Ranks that save together; all ranks when not given.
             pp_group: Ranks that hold the stages of one model replica, in the order of the stages; addons are given it.
 

@@ -1,4 +1,4 @@
-"""The front: one class whose methods are what a training program calls, and whose parts do it."""
+"""`Checkpointer`: the methods that a training program calls; the other modules do the work."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
 from shardwise.checkpointing.saving.models import default_addons
@@ -53,10 +53,10 @@ class Checkpointer:
     Args:
         config: Settings.
         dp_rank: Data-parallel rank; derived where it is not given, as `CheckpointingConfig.build` says.
-        tp_rank: Tensor-parallel rank; likewise.
-        pp_rank: Pipeline rank; likewise.
-        moe_mesh: The mesh of expert parallelism, where there is one. Sharding is read from the tensors themselves, so
-            it is only kept.
+        tp_rank: Tensor-parallel rank; derived like ``dp_rank``.
+        pp_rank: Pipeline rank; derived like ``dp_rank``.
+        moe_mesh: Accepted for compatibility and kept as an attribute; it has no effect, since the sharding of experts
+            is read from their tensors.
         process_group: The ranks that save together: all that hold a part of the model. Default: all ranks.
         pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
@@ -116,7 +116,7 @@ class Checkpointer:
 
     @property
     def addons(self) -> list[CheckpointAddon]:
-        """What writes metadata around the weights, in this order; another list counts from the next save on."""
+        """The hooks that write metadata around the weights, in this order; a new list applies from the next save on."""
         return self._life.addons
 
     @addons.setter
@@ -245,9 +245,9 @@ class Checkpointer:
             scheduler: The scheduler or schedulers.
             restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, a path, or the number
                 of a step.
-            extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
-                values are replaced in this mapping. Objects take their state in before model and optimizer have
-                theirs, since an object may refuse it.
+            extra_state: The names that were saved: ``Stateful`` objects load their state, dicts are refilled, other
+                values are replaced in this mapping. Objects load their state before model and optimizer do, since an
+                object may refuse it.
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
@@ -259,7 +259,7 @@ class Checkpointer:
                 error.
 
         Returns:
-            What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
+            A record of the checkpoint, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
 
         Raises:
             CheckpointNotFoundError: What ``restore_from`` names does not exist; the message lists what does.
@@ -296,7 +296,7 @@ class Checkpointer:
         """The step that `restore` would resume from. Any rank may call, as with `checkpoints`.
 
         Returns:
-            ``None`` where there is nothing to resume from, or another tool's checkpoint does not tell its step.
+            ``None`` where there is nothing to resume from, or another tool's checkpoint does not record its step.
 
         Raises:
             CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
@@ -440,11 +440,11 @@ class Checkpointer:
     ) -> None:
         """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
 
-        The model keeps its dtypes; `shardwise.base_dtype` tells the base's.
+        The model keeps its dtypes; `shardwise.base_dtype` gives the base's.
 
         Args:
             model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
-            device: Where it is to be.
+            device: Where its memory is made.
             root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
             model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
             load_base_model: Whether to load; otherwise the model is only initialised.
@@ -480,7 +480,7 @@ class Checkpointer:
         Args:
             loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.
             epoch: Number of the epoch.
-            name: Tells the loaders apart where there are several.
+            name: Distinguishes the loaders where there are several.
 
         Returns:
             An iterator over what is left.
@@ -495,7 +495,7 @@ class Checkpointer:
         """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
 
         For loops without `batches`: call it in the middle of an epoch, when the iterator is there and the batches that
-        the loop has had are skipped, right before the first step. What making the iterator has drawn is then forgotten.
+        the loop has had are skipped, right before the first step; random numbers drawn until then do not count.
         Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
         checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
         """
@@ -536,13 +536,13 @@ class Checkpointer:
         self._life.wait()  # a save that still writes reads that very memory
         session = self._life.begin(call := "allocate_staging()")
         check_same_call(call, lambda: self._life.looked(model, optimizer), {}, session.group)
-        loading.allocate_staging(self._life, model, optimizer)
+        self._life.allocate_staging(model, optimizer)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.
 
-        A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
-        thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
+        A loop does not need to call it. On the CPU the state is copied before a save returns. On an accelerator, what
+        this thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
         ``step()`` on any stream. Call it before the state is changed in another way: by kernels or a captured graph on
         a stream that was not the current one, by another process that shares the memory, or by freeing memory that
         torch does not manage.

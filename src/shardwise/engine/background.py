@@ -1,4 +1,4 @@
-"""Running a save in the background, on a process group of its own, one at a time."""
+"""Runs saves in the background, one at a time, on a separate process group."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def waiting_for_copies(stager: Stager) -> Step:
-    """The first step of a save whose state is copied aside: it is over when every rank's copies are there."""
+    """The first step of a save from staged copies: it returns when every rank's copies are complete."""
 
     def wait(group: Group) -> ComponentRecord:
-        with group.together("copying the state aside"):
+        with group.together("staging the state"):
             stager.wait()
         return ComponentRecord()
 
@@ -28,13 +28,11 @@ def waiting_for_copies(stager: Stager) -> Step:
 
 
 class Background:
-    """A thread that carries out saves, and the buffers that they are written from.
+    """A thread that runs saves, and the buffers that they are written from.
 
-    Its process group is used by that thread alone, so that no collective of the training can get between the save's.
+    Only that thread uses its process group, so that no collective of the training mixes with the save's.
 
-    Args:
-        group: The background's own group; closed with it.
-        streams: How copies from accelerators are ordered; torch's own if not given.
+    ``group``, its own, is closed with it.
     """
 
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:
@@ -49,7 +47,7 @@ class Background:
 
     @property
     def is_broken(self) -> bool:
-        """Whether its ranks have lost touch, so that it cannot carry out another save."""
+        """Whether its ranks cannot communicate any more, so that it cannot run another save."""
         return self._group.is_broken
 
     def submit(self, job: SaveJob) -> None:
@@ -60,7 +58,7 @@ class Background:
         """
         save = PendingSave(job.what)
         save.thread = threading.Thread(target=self._run, args=(job, save), name="shardwise-save", daemon=False)
-        # From here on, and not from when the thread comes to run: what was staged is the job's.
+        # From here on, before the thread runs, the staged memory belongs to the job.
         self.stager.lend()
         remember(save)
         try:

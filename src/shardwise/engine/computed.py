@@ -1,7 +1,4 @@
-"""Tensors whose conversion cannot be expressed as a view.
-
-They are converted whole, one group at a time, on one of the ranks that hold them.
-"""
+"""Tensors that no view converts: they are converted whole, one group at a time, on one of the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -51,15 +48,9 @@ def write_computed(
 ) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
-    Args:
-        plan: What to convert.
-        layout: Where it goes.
-        group: Whose ranks swap.
-        write: Writes one run.
-        failure: What this rank has failed with before, if it has: it takes part, and writes nothing.
+    A rank that has a ``failure`` already takes part and writes nothing.
 
-    Returns:
-        What failed locally first; the remaining groups are still swapped, so that no peer waits.
+    Returns what failed locally first; the remaining groups are still swapped, so that no peer waits.
 
     Raises:
         PeerError: A peer left.
@@ -147,14 +138,14 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Put one tensor together on rank ``owner``. Its holders call.
+    """Assemble one tensor on rank ``owner``. Its holders call.
 
     Returns:
-        The tensor on ``owner``, unless a holder has failed, whose failure is raised there; ``None`` on other ranks.
+        The tensor on ``owner``, ``None`` on other ranks. Where a holder has failed, ``None``; that rank raises.
 
     Raises:
         PeerError: A peer left.
-        Exception: This rank found no memory, or could not read its own; its peers know, and do not wait.
+        Exception: This rank found no memory, or could not read its tensors; its peers know, and do not wait.
     """
     pieces = _pieces(tensor, roster, owner)
     sources = sorted({source for source, _ in pieces} - {owner})
@@ -187,7 +178,7 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What one rank sends and receives to put a tensor together; ``whole`` has its own pieces already."""
+    """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
 
     sends: list[tuple[int, torch.Tensor]]
     receives: list[tuple[int, torch.Tensor, Box]]
@@ -230,7 +221,7 @@ def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OpenedComputed:
-    """Groups of which all is known to be there, on every rank, and nothing has been read."""
+    """Groups with all their tensors in the source, checked on every rank; nothing has been read."""
 
     groups: Sequence[HeldGroup]
     source: Source

@@ -1,7 +1,4 @@
-"""Why a checkpoint's tensors do not fit the model, as its manifest shows and file headers alone do not.
-
-One of its files may be missing, or a tensor may be saved under another of its names.
-"""
+"""Finds in the manifest why tensors do not fit a model: a missing file, or a tensor saved under another name."""
 
 from __future__ import annotations
 
@@ -41,8 +38,8 @@ def missing_files_named(source: Source) -> Iterator[None]:
         ) from error
 
 
-def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
-    """Further names of a component's tensors -> the names that they are saved under, as the nearest manifest says.
+def saved_aliases(source: Source) -> dict[str, str]:
+    """Aliases of the model's tensors -> the names that they are saved under, by the nearest manifest.
 
     Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
     that is then missing says more.
@@ -51,7 +48,7 @@ def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
         for directory, manifest in _manifests(source.path):
             listed = {directory / file.path for file in manifest.files}
             if not listed.isdisjoint(source.files):
-                return {name: kept for of, name, kept in manifest.aliases if of == component}
+                return {name: kept for of, name, kept in manifest.aliases if of == "model"}
     except (OSError, ShardwiseError):
         pass
     return {}

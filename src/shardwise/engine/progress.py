@@ -22,13 +22,7 @@ class _Bar(Protocol):
 
 
 class Progress:
-    """Counts bytes and shows or logs the progress. Threads may share it.
-
-    Args:
-        what: What is being done: "loading model".
-        total: Bytes expected.
-        shown: Whether this rank shows the progress; one rank is enough.
-    """
+    """Counts bytes and shows or logs the progress. Threads may share it."""
 
     def __init__(self, what: str, total: int, shown: bool) -> None:
         self._what, self._total, self._shown = what, total, shown

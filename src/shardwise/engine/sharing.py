@@ -25,7 +25,7 @@ class Sharing:
 
     Attributes:
         mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
-        stage: Pipeline stage, whose tensors are not another's.
+        stage: Pipeline stage; stages do not share tensors.
     """
 
     mode: str = "never"
@@ -91,13 +91,9 @@ class PlannedReads:
     ) -> HeldTensor:
         """Plan what has to be made of ``tensor`` for this rank and its replicas.
 
-        Args:
-            tensor: What this rank holds.
-            replicas: Who holds the same.
-            make: Given a part of ``tensor`` and the most bytes of a piece, the pieces that fill it.
+        ``make``, given a part of ``tensor`` and the most bytes of a piece, gives the pieces that fill it.
 
-        Returns:
-            What nobody else holds, which is left to the caller.
+        Returns what nobody else holds, which is left to the caller.
         """
         alone: list[HeldPart] = []
         for part in tensor.parts:
@@ -139,14 +135,7 @@ def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharin
 def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
     """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
 
-    Args:
-        held: What this rank holds.
-        group: The ranks that load together.
-        sharing: Whether to.
-        remote: Whether any rank `finds_remote` files.
-
-    Returns:
-        ``None`` where every rank reads for itself.
+    Returns ``None`` where every rank reads for itself.
     """
     if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
         return None

@@ -1,4 +1,4 @@
-"""Comparing a directory with its manifest: kinds and sizes of files, then the digest of every byte.
+"""Compares a directory with its manifest: kinds and sizes of files, then the digest of every byte.
 
 Nothing here needs torch, so that the command line answers at once; offline verification shares it with restoring, where
 all ranks share the work and all of them learn of what is wrong (`check_checkpoint`). A link is never followed out of
@@ -58,7 +58,7 @@ DamageKind = Literal[
 _TASK_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 
-#: Told of every run of bytes that has been read; may be called from any thread, one call at a time.
+#: Called with the size of every run of bytes that was read; from any thread, one call at a time.
 Advance = Callable[[int], None]
 
 
@@ -68,10 +68,9 @@ class Damage:
 
     Attributes:
         file: The file, relative to the checkpoint's directory (POSIX).
-        kind: Sort of damage.
         message: What is wrong, without the names.
         component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
-        tensors: Names of the tensors whose bytes are concerned. Empty for a header or a file without tensors.
+        tensors: Names of the damaged tensors. Empty for a header or a file without tensors.
     """
 
     file: str
@@ -92,13 +91,9 @@ class Extent:
     """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file.
 
     Attributes:
-        file: Path relative to the checkpoint's directory.
-        offset: First byte in the file.
-        nbytes: Length.
-        crc32c: What its CRC-32C must be.
         kind: ``header`` or ``digest``.
         component: Component of the tensor; ``None`` for anything but a chunk.
-        tensor: Name of the tensor; likewise.
+        tensor: Name of the tensor; ``None`` in the same case.
     """
 
     file: str
@@ -177,10 +172,7 @@ def check_files(
     Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
     a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
 
-    Args:
-        directory: The checkpoint.
-        files: What to look at.
-        tensors: The tensors of each file, to name those that a short file lacks.
+    ``tensors`` has those of each file, to name what a short file lacks.
 
     Raises:
         StorageError: The file system refused for another reason than that a file is absent.
@@ -223,7 +215,7 @@ def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRec
 def _concerned(
     record: FileRecord, tensors: Sequence[TensorRecord], kind: DamageKind, message: str, size: int
 ) -> list[Damage]:
-    """One damage for each component of which a chunk ends beyond ``size``; at least one."""
+    """One damage for each component with a chunk that ends beyond ``size``; at least one."""
     lost: dict[str, list[str]] = {}
     for tensor in tensors:
         if any(
@@ -259,12 +251,7 @@ def check_extents(
 ) -> list[Damage]:
     """Read runs of bytes and compare their digests. Files must have passed `check_files`.
 
-    Args:
-        directory: The checkpoint.
-        extents: What to read.
-        storage: Through what.
-        threads: How many reads at once; each has one buffer of 4 MiB.
-        advance: Called with the size of every run that was read.
+    Each thread has one buffer of 4 MiB; ``advance`` is called with the size of every run that was read.
     """
     lock = threading.Lock()
 
@@ -369,7 +356,7 @@ def check_checkpoint(
     components: Collection[str] = (),
     threads: int = 1,
 ) -> bool:
-    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
+    """Check that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
 
     The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
 

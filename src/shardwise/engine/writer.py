@@ -1,4 +1,4 @@
-"""Writing runs of bytes at their final offsets, with their digests.
+"""Writes runs of bytes at their final offsets, with their digests.
 
 The digest of a tensor does not depend on who wrote which run of it: a run's CRC-32C, shifted by the bytes that follow
 it in the tensor, is its contribution, and the exclusive or of all contributions is the CRC-32C of the tensor. So ranks
@@ -106,22 +106,11 @@ def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = 
 
 
 def write_all(
-    runs: Iterable[WriteRun],
-    files: FileSet,
-    storage: Storage,
-    threads: int,
-    digests: Digests,
-    digest: Digest = crc32c,
+    runs: Iterable[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest = crc32c
 ) -> None:
     """Write runs, in order on each thread, and add their digests.
 
-    Args:
-        runs: What to write. Large ones are cut, so that several threads share them.
-        files: Where.
-        storage: Through what.
-        threads: How many at once. Opening and adding digests stay on the calling thread.
-        digests: Takes the contributions.
-        digest: How to compute them.
+    Large runs are cut, so that several threads share them; opening and adding digests stay on the calling thread.
     """
     _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
 
@@ -133,7 +122,7 @@ def _write_pieces(
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
-        # What modules make is made in order, on one thread: no more than one module's at a time.
+        # Tensors that modules make are made in order, on one thread: one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
         _write_pieces(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:

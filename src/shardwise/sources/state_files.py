@@ -43,6 +43,23 @@ def unpack_state(packed: dict[str, bytes]) -> object:
     return decode_state(packed[".json"], tensors)
 
 
+def joined(packed: dict[str, bytes]) -> bytes:
+    """A packed state as one byte string."""
+    return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
+
+
+def split(raw: bytes) -> dict[str, bytes]:
+    """The packed state that `joined` was given."""
+    found: dict[str, bytes] = {}
+    position = 0
+    while position < len(raw):
+        size = int.from_bytes(raw[position : position + 8], "little")
+        key = raw[position + 8 : position + 24].decode().strip()
+        found[key] = raw[position + 24 : position + 24 + size]
+        position += 24 + size
+    return found
+
+
 def read_file(path: Path) -> bytes:
     """Read a small regular file; a FIFO, a device or a directory in its place is a typed error at once."""
     return read_whole(path, MAX_STATE_FILE_BYTES, StateFormatError)

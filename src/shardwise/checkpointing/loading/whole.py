@@ -5,62 +5,53 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping
-from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
+from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
+from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import (
-    OpenedOptimizer,
-    Optimizers,
-    Schedulers,
-    as_list,
-    open_optimizer,
-    several,
-)
-from shardwise.checkpointing.optimizers import load_optimizer as restore_optimizer
+from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
 from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
-from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
-from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
+
+
+class _OpenedAverage(NamedTuple):
+    model: OpenedModel | OpenedAdapter
+    average: Average
+    saved: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet.
-
-    Attributes:
-        model: The model, or its adapters.
-        averaged: The averaged model, with the state of its wrapper.
-        steering: Optimizers and schedulers.
-        extras: Extra state and generators.
-    """
+    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet."""
 
     model: OpenedModel | OpenedAdapter
-    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
+    averaged: _OpenedAverage | None
     steering: OpenedOptimizer | None
     extras: FoundExtras
 
     def restore(self, group: Group, order: DataOrder) -> None:
         """Restore everything. All ranks call.
 
-        Objects with loading code of their own come first, since they may refuse: then every rank undoes its changes.
+        Objects with their own loading code come first, since they may refuse: then every rank undoes its changes.
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
@@ -70,11 +61,11 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged[1].take_in(undos)
+                self.averaged.average.take_in(self.averaged.saved, undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged[0].fill()
+                self.averaged.model.fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
@@ -99,64 +90,68 @@ class WhatToRestore:
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
-    model, optimizer, scheduler, ema = what.model, what.optimizer, what.scheduler, what.ema
-    extra_state, key_mapping = what.extra_state, what.key_mapping
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
-    steers = optimizer is not None or bool(as_list(scheduler))
+    steers = what.optimizer is not None or bool(as_list(what.scheduler))
     given = {
         "an optimizer or scheduler": steers,
         "verify='digests'": what.verify == "digests",
-        f"key_mapping={key_mapping}": bool(key_mapping),
-        "an ema": ema is not None,
+        f"key_mapping={what.key_mapping}": bool(what.key_mapping),
+        "an ema": what.ema is not None,
         "allow_new_parameters=True": what.allow_new_parameters,
     }
 
     def look() -> str:
-        check_mapping("extra_state", extra_state)
-        check_mapping("key_mapping", key_mapping)
-        if ema is not None:
-            life.looked(ema, is_run=False)
-        return life.looked(model, optimizer, scheduler, "checkpoint")
+        check_mapping("extra_state", what.extra_state)
+        check_mapping("key_mapping", what.key_mapping)
+        if what.ema is not None:
+            life.looked(what.ema, is_run=False)
+        return life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
 
     check_same_call(call, look, given, session.group)
     if life.config.enabled:
         session.base_path()  # a base that later saves would not find is an error now, not after an hour
         if life.config.is_peft:
-            check_before_training(session, model, is_adapted=True)
+            check_before_training(session, what.model, is_adapted=True)
     starts: list[Start] = []
     record = locate(session, what.restore_from, starts.append)
     if record is None:
-        allocate_staging(life, model, optimizer)
+        life.allocate_staging(what.model, what.optimizer)
         return None
-    path = record.path
-    # As in a save, a rank may have states that other ranks lack.
-    extras = session.group.any(bool(extra_state), "comparing what is to be restored")
-    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
-    wanted[MODEL_EMA] = ema is not None
-    components = [name for name, is_wanted in wanted.items() if is_wanted]
-    check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     # All checks come before the first byte is overwritten.
-    opened = open_component(life, model, model_place(path, session.group), key_mapping)
-    averaged = _open_ema(life, ema, path / MODEL_EMA) if ema is not None else None
-    steering: OpenedOptimizer | None = None
-    if steers:
-        changes = Changes(key_mapping, what.allow_new_parameters)
-        chosen = [] if optimizer is None else optimizer
-        steering = open_optimizer(session, chosen, model, scheduler, path / "optim", changes)
-    found = find_extras(session, path, extra_state if extra_state is not None else {})
-    taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
-    taken += ["ema"] * (ema is not None)
-    taken += [*(extra_state or ()), *found.generators.values]
-    partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-    below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
-    left = unrestored(session, path, found, taken, partly, below_name)
-    _Opened(opened, averaged, steering, found).restore(session.group, life.order)
-    allocate_staging(life, model, optimizer)
+    opened, left = _open(life, what, record.path, steers)
+    opened.restore(session.group, life.order)
+    life.allocate_staging(what.model, what.optimizer)
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
         life.order.epoch = record.epoch
-    return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
+    fresh = () if opened.steering is None else tuple(opened.steering.plan.fresh)
+    return replace(record, unrestored=left, fresh=fresh)
+
+
+def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tuple[_Opened, tuple[str, ...]]:
+    """Match the run with a checkpoint; also names what stays unrestored. All ranks call; nothing is changed."""
+    session = life.session
+    # As in a save, a rank may have states that other ranks lack.
+    extras = session.group.any(bool(what.extra_state), "comparing what is to be restored")
+    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
+    wanted[MODEL_EMA] = what.ema is not None
+    components = [name for name, is_wanted in wanted.items() if is_wanted]
+    check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
+    model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
+    averaged = _open_ema(session, what.ema, path / MODEL_EMA) if what.ema is not None else None
+    steering: OpenedOptimizer | None = None
+    if steers:
+        changes = Changes(what.key_mapping, what.allow_new_parameters)
+        optimizer = [] if what.optimizer is None else what.optimizer
+        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", changes)
+    found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
+    taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
+    partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
+    below_name = model.direct.source.below if isinstance(model, OpenedModel) else None
+    left = unrestored(session, path, found, taken, partly, below_name)
+    return _Opened(model, averaged, steering, found), left
 
 
 def load_model(
@@ -179,7 +174,7 @@ def load_model(
             session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
         )
         return
-    opened = open_component(life, model, path, key_mapping, allow_checkpoint_key_subset)
+    opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
     with overwriting("the model"):
         opened.fill()
 
@@ -200,16 +195,16 @@ def load_optimizer(
         "allow_new_parameters=True": changes.allow_new,
     }
     check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-    restore_optimizer(session, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+    opened = open_optimizer(session, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+    opened.read_buffered()
+    with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
+        opened.take_in(undos)
+    with overwriting("the optimizer's state"):
+        opened.fill()
 
 
 def load_base_model(
-    life: Lifetime,
-    model: Model,
-    device: torch.device,
-    root_dir: str | Path | None,
-    model_name: str | None,
-    loads: bool,
+    life: Lifetime, model: Model, device: torch.device, root_dir: str | Path | None, model_name: str | None, loads: bool
 ) -> None:
     """See `Checkpointer.load_base_model`. All ranks call."""
     session = life.begin(call := f"load_base_model({model_name})")
@@ -219,51 +214,26 @@ def load_base_model(
     base_model.load_base_model(session, model, device, root_dir, model_name, loads)
     if life.config.is_peft and life.config.enabled:
         check_before_training(session, model, is_adapted=False)
-    allocate_staging(life, model)
+    life.allocate_staging(model)
 
 
-def allocate_staging(life: Lifetime, model: Model, optimizer: Optimizers | None = None) -> None:
-    """As `Checkpointer.allocate_staging`, within another call. All ranks call."""
-    session = life.session
-    stager = session.stager
-    if stager is None or life.config.is_peft:
-        return
-    with session.group.together("making room for asynchronous saves"):
-        if life.config.model_save_format == "torch_save":
-            stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
-            if optimizer is not None:
-                stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
-            return
-        captured = session.names.capture(ModelState(model), load=True)
-        stager.allocate("model", [*captured.held, *captured.excluded])
-        if optimizer is not None:
-            stager.allocate("optim", OptimizerState(optimizer, model).held())
-
-
-def open_component(
-    life: Lifetime,
+def _open_component(
+    session: Session,
     model: Model,
     path: Path,
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
-    session: Session | None = None,
 ) -> OpenedModel | OpenedAdapter:
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
-    session = session or life.session
-    if life.config.is_peft:
+    if session.config.is_peft:
         return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
     options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(life: Lifetime, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    session = life.session
-    average: Average | None = None
-    found: FoundAveraging | None = None
-    with session.group.together("looking at the averaged model"):
-        average = Average.of(ema)
-        found = average.find(directory)
-    assert average is not None
-    assert found is not None
-    return open_component(life, average.model, directory, session=session.further(MODEL_EMA)), found
+    average, saved = session.group.attempt(
+        lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
+    )
+    return _OpenedAverage(_open_component(session.of_model(MODEL_EMA), average.model, directory), average, saved)

@@ -24,7 +24,7 @@ from shardwise.errors import MisuseError, StateFormatError
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 _State = dict[str, object]
-#: The loader whose epochs are the run's.
+#: Name of the loader that counts the run's epochs.
 TRAIN = "train"
 
 
@@ -33,7 +33,6 @@ class Position:
     """The position of a training loop in its data.
 
     Attributes:
-        epoch: The epoch.
         start: States of the process's generators when the epoch began.
         loader: States of the loader's own generators at that time, by attribute.
         count: Number of batches that the loop has taken.
@@ -61,11 +60,7 @@ class _Saved:
 
     @staticmethod
     def of(state: object) -> _Saved:
-        """Check and take in what `Position.to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `Position.to_state` gave; `StateFormatError` if it is something else."""
         try:
             table = cast(_State, state)
             epoch, count = cast(int, table["epoch"]), cast(int, table["count"])
@@ -98,33 +93,27 @@ class DataOrder:
     def state(self, rank: int) -> _State | None:
         """The positions of all loaders; ``None`` where the loop uses no `batches`.
 
-        Args:
-            rank: This rank. It is part of the state, since a position is meaningless on another number of ranks.
+        The rank is part of the state, since a position is meaningless on another number of ranks.
         """
         found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
-        # A loader that the resumed loop has not come to yet is still where it was.
+        # A loader that the resumed loop has not reached yet keeps its position.
         kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
         return {"rank": rank, "loaders": found | kept} if found or kept else None
 
     @staticmethod
     def parsed(state: object) -> dict[str, _Saved]:
-        """Check what `state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `state` gave; `StateFormatError` if it is something else."""
         loaders = state.get("loaders") if isinstance(state, Mapping) else None
         if not isinstance(loaders, Mapping):
             raise StateFormatError("these are no positions in data", hint="Restore the file.")
         return {str(name): _Saved.of(each) for name, each in loaders.items()}
 
     def resume(self, generators: _State | None, positions: dict[str, _Saved], restored: Iterable[object]) -> None:
-        """Take in what was restored.
+        """Continue from a restored checkpoint.
 
-        Args:
-            generators: What the generators have been set to; ``None`` where they were left alone.
-            positions: Where the loop was in its data.
-            restored: Objects that have taken in a state of their own, loaders among them.
+        ``generators`` is the state that the generators have been set to, ``None`` where they were left alone;
+        ``positions`` are the loop's positions in its data, ``restored`` the objects that have loaded a state, such as
+        loaders.
         """
         self._positions = {}
         self._saved = positions
@@ -138,7 +127,7 @@ class DataOrder:
         self._is_pending = False
 
     def batches(self, loader: Iterable[_Batch], epoch: int, name: str) -> Iterator[_Batch]:
-        """What is left of an epoch's batches; see `Checkpointer.batches`."""
+        """The remaining batches of an epoch; see `Checkpointer.batches`."""
         if name == TRAIN:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
@@ -155,12 +144,12 @@ class DataOrder:
             return self._counted(iter(loader), position)
         self._positions[name] = (saved.position, loader)
         if saved.position.is_over:
-            _LOG.info("the checkpoint was saved after the last batch of epoch %d, of which nothing is left", epoch)
+            _LOG.info("the checkpoint was saved after the last batch of epoch %d: no batch of it is left", epoch)
             return iter(())
         return self._counted(self._again(loader, saved), saved.position)
 
     def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
-        """The iterator of an epoch that was begun, where it was."""
+        """The iterator of an epoch that was begun, at its saved position."""
         position = saved.position
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             if not any(loader is each for each in self._restored):

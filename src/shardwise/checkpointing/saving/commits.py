@@ -1,4 +1,4 @@
-"""From written bytes to a checkpoint that resolves: manifest, one rename, pointers, retention."""
+"""Publishes written bytes as a checkpoint: manifest, one rename, pointers, retention."""
 
 from __future__ import annotations
 
@@ -61,15 +61,9 @@ def gather_records(
 ) -> Callable[[], ComponentRecord]:
     """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        group: The ranks that save together.
-        temp: Where they write; rank 0 has claimed it.
-        record: What this rank knows.
-        closing: Local work to be done first; what fails in it on one rank is raised on all.
+    ``closing`` is local work to be done first.
 
-    Returns:
-        Puts the union together, and checks that rank 0 sees every file. Local; rank 0 calls.
+    Returns a function for rank 0 that merges the records and checks that rank 0 sees every file.
 
     Raises:
         StorageError: A rank writes elsewhere than rank 0.
@@ -96,7 +90,7 @@ def gather_records(
 
 
 def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
-    """The aliases without those that another stage has a tensor of its own under."""
+    """The aliases, without names under which another stage has a tensor."""
     if not aliases:
         return ()
     saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
@@ -104,25 +98,21 @@ def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> t
 
 
 def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
-    """A directory's files: what the engine wrote, and every other with its digest, made durable. One rank calls."""
+    """The record with every file in the directory; files that others wrote are digested and synced. One rank calls."""
     known = {file.path for file in record.files} | {MANIFEST_NAME}
     files = list(record.files)
     for where, _, names in os.walk(directory):
         for path in (Path(where) / name for name in names):
             relative = path.relative_to(directory).as_posix()
             if relative not in known:
-                sync_file(storage, path)  # an addon wrote it by means of its own
+                sync_file(storage, path)  # an addon wrote it without the storage
                 files.append(FileRecord(relative, *digest_file(storage, path), None))
     files.sort(key=lambda file: file.path)
     return replace(record, files=tuple(files))
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Metrics as plain numbers.
-
-    Raises:
-        MisuseError: One is not a number.
-    """
+    """Metrics as plain numbers; `MisuseError` if one is not a number."""
     out: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
@@ -133,7 +123,7 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
-    """Say so before a save where ``keep_best`` cannot judge the checkpoint. One rank calls."""
+    """Warn before a save if ``keep_best`` cannot judge the checkpoint. One rank calls."""
     key = config.best_metric_key
     if config.keep_best is None or math.isfinite(metrics.get(key, math.nan)):
         return
@@ -162,7 +152,7 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True)
 class RunLine:
-    """Which checkpoint a run goes on from.
+    """The checkpoint that a run continues from.
 
     Attributes:
         start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
@@ -181,13 +171,7 @@ class RunLine:
 class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
-    Args:
-        session: Settings, ranks and storage.
-        temp: Where the checkpoint was written.
-        final: The name under which it is to be found.
-        info: What the manifest says beside files and tensors.
-        metrics: Metrics, for the best pointer.
-        line: Where the run came from.
+    It is written to ``temp`` and published as ``final``. ``info`` goes into the manifest beside files and tensors.
     """
 
     def __init__(
@@ -209,10 +193,7 @@ class Publication:
         self._claim: Claim | None = None
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
-        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon.
-
-        Before it the name is claimed, so that nobody else writes or removes it.
-        """
+        """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
 
         def reserve() -> None:
             self._claim = claimed(self._session, self._final)
@@ -230,7 +211,7 @@ class Publication:
                 write_run_files(session.storage, self._temp, session.config, self._metrics)
                 found = union()
                 with nullcontext() if session.config.is_remote else publishing(session.root):
-                    # What the line says of other checkpoints has to be true until this one is published.
+                    # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
                     found = complete_record(session.storage, self._temp, found)
                     write_manifest(session.storage, self._temp, found, self._info)
@@ -256,8 +237,7 @@ class Publication:
         set_pointer(session.root, LATEST, self._final.name, storage=session.storage)
         _LOG.info("published %s", self._final)
         policy = Retention.from_config(session.config)
-        # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
-        # and find its name taken.
+        # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
             self._tidy(policy)
         except (OSError, ShardwiseError) as error:
@@ -277,7 +257,7 @@ class Publication:
             set_pointer(session.root, BEST, best, storage=session.storage)
         if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
-                "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
+                "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
                 session.root,
                 policy.metric_key,
             )
@@ -299,10 +279,9 @@ class Publication:
 
 
 def claimed(session: Session, final: Path) -> Claim | None:
-    """Claim what is to be saved as ``final``, whose directory is made. One rank calls.
+    """Claim the name ``final``, and make the directory around it. One rank calls.
 
-    Raises:
-        CheckpointBusyError: A process that is alive is saving it.
+    Raises `CheckpointBusyError` if a process that is alive is saving it.
     """
     if session.config.is_remote:
         return None

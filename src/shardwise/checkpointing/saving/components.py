@@ -9,13 +9,12 @@ from pathlib import Path
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.lifetime import Lifetime
-from shardwise.checkpointing.optimizers import Optimizers, OptimizerSave, Schedulers
+from shardwise.checkpointing.optimizers import Optimizers, Schedulers, capture_optimizer
 from shardwise.checkpointing.saving.adapters import AdapterSave
 from shardwise.checkpointing.saving.hooks import leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.saving.standalone import Replacement
 from shardwise.checkpointing.session import Session
-from shardwise.engine.jobs import SaveJob
 from shardwise.stateful_wrappers.model import Model
 
 
@@ -37,15 +36,10 @@ def save_model(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "model", {"shardwise": __version__})
-    with turn.raising_earlier(f"{weights_path}/model", life.wait):
-        try:
-            save = model_save(life, model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
-            steps = save.steps()
-        except BaseException:
-            target.abandon(session.group)
-            raise
-        commit = partial(target.commit, closing=save.closing)
-        life.run(SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon))
+    with life.saving(f"{weights_path}/model", target.place, turn, target.abandon) as run:
+        save = model_save(life, model, target.temp, tokenizer, peft_config, is_final_checkpoint, target.reserve)
+        steps = save.steps()
+        run(steps, partial(target.commit, closing=save.closing))
 
 
 def save_optimizer(
@@ -59,16 +53,11 @@ def save_optimizer(
     if turn.skipped:
         return
     target = Replacement(session, Path(weights_path).absolute() / "optim", {"shardwise": __version__})
-    with turn.raising_earlier(f"{weights_path}/optim", life.wait):
-        try:
-            with session.group.together(f"preparing {weights_path}/optim"):
-                if session.group.is_main:
-                    target.reserve()
-            steps = OptimizerSave(session, optimizer, model, scheduler, target.temp).steps()
-        except BaseException:
-            target.abandon(session.group)
-            raise
-        life.run(SaveJob(f"saving {target.place}", tuple(steps), target.commit, target.abandon))
+    with life.saving(f"{weights_path}/optim", target.place, turn, target.abandon) as run:
+        with session.group.together(f"preparing {weights_path}/optim"):
+            if session.group.is_main:
+                target.reserve()
+        run(capture_optimizer(session, optimizer, model, scheduler, target.temp), target.commit)
 
 
 def model_save(
@@ -84,7 +73,7 @@ def model_save(
 ) -> ModelSave | AdapterSave:
     """One save of a model, or of its adapters. All ranks call."""
     kind = partial(AdapterSave, optimizer=optimizer) if life.config.is_peft else ModelSave
-    # A hook of others' is for the model: it may write to one place.
+    # Users' own hooks are for the model alone: they may write to one place.
     addons = life.addons if session is None or life.config.is_peft else life.addons[: leading_own(life.addons)]
     return kind(
         session or life.session,

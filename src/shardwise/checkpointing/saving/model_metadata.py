@@ -35,10 +35,6 @@ class ModelMetadata:
 def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
     """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
 
-    Args:
-        path: The model's directory or file.
-        group: The ranks that load together.
-
     Raises:
         StateFormatError: A file is damaged.
     """

@@ -1,6 +1,6 @@
 """State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
 
-It is saved in a directory of its own beside the model's tensors, in files of JSON and tensors, and is not part of an
+It is saved in a separate directory beside the model's tensors, in files of JSON and tensors, and is not part of an
 export. Each value is written by the lowest rank that holds it.
 """
 
@@ -32,7 +32,6 @@ class SavedModuleState:
     """The module state saved beside a model's tensors.
 
     Attributes:
-        values: By plain name.
         metadata: Plain module name -> torch's metadata of the module (its version).
     """
 
@@ -50,12 +49,7 @@ def module_state_step(
 ) -> Step:
     """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
-    Args:
-        listing: What was listed of this rank's model; ``None`` where there is nothing.
-        everyone: The `module_state_names` of each rank.
-        directory: The model's.
-        group: The ranks that save together.
-        storage: Where the files are written.
+    ``everyone`` has the `module_state_names` of each rank, ``directory`` is the model's.
 
     Raises:
         ModuleStateError: A value cannot be stored; names the module.
@@ -135,11 +129,7 @@ def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
 
 
 def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
-    """Read what `module_state_step` wrote; ``None`` where there is nothing. Local.
-
-    Raises:
-        StateFormatError: A file is damaged.
-    """
+    """Read what `module_state_step` wrote, if anything; `StateFormatError` if a file is damaged. Local."""
     if not stems:
         return None
     values: dict[str, object] = {}

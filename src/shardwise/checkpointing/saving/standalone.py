@@ -1,7 +1,7 @@
-"""Saving one component by itself, for loops that publish on their own: ``weights_path/model``, ``weights_path/optim``.
+"""Saving one component alone, for loops that publish by themselves: ``weights_path/model``, ``weights_path/optim``.
 
-The component is written beside its place and takes it in one step, so that a re-save leaves nothing of an earlier split
-behind and an interrupted one leaves the earlier component whole.
+The component is written beside its place and moved there in one step: a re-save leaves no files of an earlier split,
+and an interrupted save leaves the earlier component whole.
 """
 
 from __future__ import annotations

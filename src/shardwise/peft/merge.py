@@ -93,10 +93,7 @@ class MergedPart:
 
 
 def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
-    """Describe a model as peft would merge its active adapters. Local; no tensor is computed or copied.
-
-    Args:
-        parts: This rank's parts, with memory.
+    """Describe a model, whose parts have memory, as peft would merge its active adapters. Local; nothing is computed.
 
     Raises:
         AdapterError: An adapter cannot be merged into the base weights.
@@ -114,7 +111,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
         _require_merge(name, config)
     for part in parts:
         base = bare_model(adapted_model(part))
-        # What reads the modules below is to find shards, not what a forward pass has gathered.
+        # So that the code below finds shards, not parameters that a forward pass left gathered.
         own_tensors(adapted_model(part))
         if has_quantized_parameters(module for module in base.modules() if quantized_weight(module) is None):
             raise QuantizationError(
@@ -129,7 +126,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
 def _is_bare(part: nn.Module) -> bool:
     """Whether a stage has no adapted module, and carries no settings."""
     model = adapted_model(part)
-    return not getattr(model, "peft_config", None) and not list(_adapted(bare_model(model)))
+    return not getattr(model, "peft_config", None) and not any(map(_is_adapted, bare_model(model).modules()))
 
 
 def _require_merge(name: str, config: PeftConfig) -> None:
@@ -177,20 +174,14 @@ class _Copier:
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, torch.Tensor):
-            made: object = self._tensor(value)
-        elif type(value) is dict:
-            made = {key: self._copied(item) for key, item in value.items()}
-        elif type(value) is list:
-            made = [self._copied(item) for item in value]
-        elif type(value) is tuple:
-            made = tuple(self._copied(item) for item in value)
-        elif type(value) is set:
-            made = set(value)
-        else:
-            return value
-        if isinstance(value, torch.Tensor):
+            made = self._tensor(value)
             self._made[id(value)] = (value, made)
-        return made
+            return made
+        if type(value) is dict:
+            return {key: self._copied(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return cast(type, type(value))(self._copied(item) for item in cast("Sequence[object]", value))
+        return set(value) if type(value) is set else value
 
     def _module(self, module: nn.Module) -> nn.Module:
         bare = unwrap(module)
@@ -285,23 +276,16 @@ def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
     return out
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that peft has put in place of others, in the order in which it merges them."""
-    yield from _outermost(model, _is_adapted)
-
-
 def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (upstream.layer_class(), upstream.copy_class()))
 
 
-def _is_changed(module: nn.Module) -> bool:
-    return _is_adapted(module) or quantized_weight(unwrap(module)) is not None
-
-
-def _outermost(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+def _outermost_changed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost adapted or quantized modules, in the order in which peft merges them."""
     inside: list[str] = []
     for path, module in named_modules(model):
-        if is_wanted(module) and not any(path.startswith(f"{above}.") for above in inside):
+        is_changed = _is_adapted(module) or quantized_weight(unwrap(module)) is not None
+        if is_changed and not any(path.startswith(f"{above}.") for above in inside):
             inside.append(path)
             yield path, module
 
@@ -351,7 +335,7 @@ class _Part:
 
     def merged(self) -> MergedPart:
         """The part without adapters."""
-        changed = _outermost(self._model, _is_changed)
+        changed = _outermost_changed(self._model)
         layers = {path: (module, self._blueprint.module(module)) for path, module in changed}
         kept: dict[int, nn.Module] = {}
         outcomes: dict[str, _Outcome] = {}

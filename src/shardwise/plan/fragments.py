@@ -7,7 +7,7 @@ its shape with the same row-major order (see `shardwise.plan.views`); for an unc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,20 @@ class HeldTensor(NamedTuple):
         if len(self.parts) == 1:
             return self.parts[0].fragments
         return tuple([fragment for part in self.parts for fragment in part.fragments])
+
+
+def copy_whole(whole: torch.Tensor, held: HeldTensor) -> None:
+    """Copy a whole tensor, of the shape of the grid, into what this rank holds of it."""
+    for box, data in held.fragments:
+        data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+
+
+def seen_through(view: AxisView | None, native: HeldPart) -> HeldPart:
+    """A rank's share of a native tensor, seen through a view; the same memory. Without a view, unchanged."""
+    if view is None:
+        return native
+    pieces = (pair for fragment in native.fragments for pair in hub_views(view, fragment.box, fragment.data))
+    return HeldPart(replace(native.part, view=view), native.coordinate, tuple(Fragment(*pair) for pair in pieces))
 
 
 def hold(

@@ -8,7 +8,7 @@ views, and a view of a stand-in still has its storage, to which the description 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -44,9 +44,9 @@ class Deferred:
         dtype: Likewise.
         device: Where it is made.
         maker: Makes it; ``None`` where it can only be loaded.
-        owner: Who takes it when it is loaded. Compared by identity.
-        template: Makes of this rank's part what the owner is given; a DTensor's.
-        is_flexible: Whether the owner says which shapes it takes.
+        owner: The module that loads it. Compared by identity.
+        template: Makes the DTensor of this rank's part, which the owner is given; ``None`` for plain tensors.
+        is_flexible: Whether the owner decides which shapes it accepts.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Deferred:
     device: torch.device
     maker: Maker | None
     owner: object
-    template: Template | None = None
+    template: Callable[[torch.Tensor], torch.Tensor] | None = None
     is_flexible: bool = False
 
     def empty(self) -> torch.Tensor:
@@ -71,14 +71,6 @@ class Deferred:
     def of_shape(self, shape: tuple[int, ...]) -> Deferred:
         """The same in another shape."""
         return replace(self, shape=shape)
-
-
-class Template(Protocol):
-    """Builds a whole tensor around the part that a rank holds."""
-
-    def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The whole tensor that ``local`` is this rank's part of."""
-        ...
 
 
 def deferred(tensor: torch.Tensor) -> Deferred | None:
@@ -208,7 +200,7 @@ class Buffers:
     def values(self) -> dict[str, torch.Tensor]:
         """By key, what the owner is given; what was asked for only in part is not there."""
         return {
-            what.key: made if what.template is None else what.template.around(made)
+            what.key: made if what.template is None else what.template(made)
             for number, (what, made) in self._made.items()
             if sum(self._regions[number].values()) == made.numel()
         }

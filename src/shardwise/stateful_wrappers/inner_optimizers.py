@@ -14,7 +14,6 @@ import torch
 from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.optimizer_classes import class_name
 
 Options = dict[str, object]
 _DEPTH = 4
@@ -58,7 +57,7 @@ class StateHolder:
     @property
     def kind(self) -> str:
         """Name of its class."""
-        return class_name(self.optimizer)
+        return type(self.optimizer).__name__
 
     def groups(self) -> list[Options]:
         """Its groups."""

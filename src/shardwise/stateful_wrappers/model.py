@@ -178,4 +178,4 @@ def _made(named: NamedTensor) -> torch.Tensor:
     if what is None:
         return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())
-    return value if what.template is None else what.template.around(value)
+    return value if what.template is None else what.template(value)

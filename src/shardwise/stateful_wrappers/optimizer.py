@@ -1,9 +1,9 @@
 """An optimizer's state, keyed by parameter name.
 
 An optimizer numbers its parameters, which means nothing on another topology. Here each state tensor has a name,
-``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. What
-is not a tensor, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state,
-and comes back without.
+``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. Other
+values, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state, and is
+restored without one.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from shardwise.stateful_wrappers.state_tensors import (
     as_shard_of,
     describe,
     is_sharded,
-    local_of,
 )
 from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.upstream.torch_tensors import local_part
 
 StateValue = object
 
@@ -187,7 +187,7 @@ class OptimizerRecord:
     def merge(records: Iterable[OptimizerRecord]) -> OptimizerRecord:
         """Put the records of several ranks together: groups of one class with equal options become one.
 
-        Of what several ranks have of one parameter, options and values are those of the first of them, all of them.
+        Where several ranks have one parameter, all its options and values are those of the first of these ranks.
 
         Raises:
             MisuseError: Ranks have different numbers of schedulers.
@@ -227,7 +227,7 @@ class OptimizerRecord:
 
 
 def _one_tree(name: str, known: Tree, tree: Tree) -> Tree:
-    """What two ranks have under one name.
+    """The trees of two ranks under one name, merged.
 
     Raises:
         MisuseError: It belongs to no parameter, and they have different values.
@@ -257,12 +257,12 @@ def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: Saved
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """A state taken apart.
+    """A parameter's state, split into tensors and the rest.
 
     Attributes:
         tensors: Key -> tensor.
-        values: Key -> what is none, where nothing is nested.
-        tree: How it is nested; ``None`` where nothing is.
+        values: Key -> other value, where nothing is nested.
+        tree: How the state is nested; ``None`` where it is flat.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -272,7 +272,7 @@ class Apart:
 
 @dataclass(frozen=True, slots=True)
 class _Loose:
-    """State that belongs to no parameter, taken apart, and what it is saved under."""
+    """State that belongs to no parameter, split into a tree and tensors, and its label in the checkpoint."""
 
     label: str
     tree: Tree
@@ -345,7 +345,7 @@ class OptimizerState:
     ) -> None:
         passed = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        # As the modules have them: what they give out for their state may be copies.
+        # The modules' own tensors: their state_dict may hold copies.
         named = list_parameters(parts)
         self._names = {id(each.tensor): each.name for each in named}
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
@@ -428,7 +428,7 @@ class OptimizerState:
 
     @property
     def has_own_ways(self) -> bool:
-        """Whether any optimizer makes or takes its state dict in a way of its own."""
+        """Whether any optimizer overrides how its state dict is made or loaded."""
         return any(map(makes_or_loads_custom, self.passed))
 
     def loose(self) -> list[_Loose]:
@@ -450,17 +450,14 @@ class OptimizerState:
                     yield self._taken_apart(label, rest)
 
     def labels(self) -> list[tuple[StateHolder, str]]:
-        """Each holder, with what its state that belongs to no parameter is saved under."""
-        kinds = [holder.kind for holder in self.state_holders]
-        return [
-            (k, f"<{kind}.{kinds[:n].count(kind)}>")
-            for n, (k, kind) in enumerate(zip(self.state_holders, kinds, strict=True))
-        ]
+        """Each holder, and the label of its state that belongs to no parameter."""
+        labels = _numbered([holder.kind for holder in self.state_holders])
+        return [(holder, f"<{label}>") for holder, label in zip(self.state_holders, labels, strict=True)]
 
     def passed_labels(self) -> list[tuple[int, str]]:
-        """Number of each optimizer that was passed, with what the rest of its state dict is saved under."""
-        kinds = [type(each).__name__ for each in self.passed]
-        return [(n, f"<{kind}.{kinds[:n].count(kind)}.state_dict>") for n, kind in enumerate(kinds)]
+        """The number of each optimizer that was passed, and the label of the rest of its state dict."""
+        labels = _numbered([type(each).__name__ for each in self.passed])
+        return [(number, f"<{label}.state_dict>") for number, label in enumerate(labels)]
 
     def _taken_apart(self, label: str, value: object) -> _Loose:
         writer = TreeWriter(label, None, self.name)
@@ -481,7 +478,7 @@ class OptimizerState:
                 continue
             for key, value in entry.apart(self.name).tensors.items():
                 if not isinstance(value, DTensor) and value.ndim and "@" not in key:
-                    is_local = value.shape == local_of(entry.param).shape
+                    is_local = value.shape == local_part(entry.param).shape
                     found[entry.tensor_name(key)] = [f"{entry.holder.kind} {key}", int(is_local), _digest(value)]
         return found
 
@@ -576,6 +573,10 @@ class OptimizerState:
         with torch.no_grad():
             for name, value in state_dict.items():
                 install(own[name], plain_view(name, value))
+
+
+def _numbered(kinds: Sequence[str]) -> list[str]:
+    return [f"{kind}.{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Restoring an optimizer in two steps: find out what it would become, which changes nothing, and make it so."""
+"""Restoring an optimizer in two steps: plan, which changes nothing, and apply."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.optimizer_classes import (
-    class_name,
-    equal,
-    is_foreign,
-    is_like_parameter,
-    is_torchs_own,
-)
+from shardwise.stateful_wrappers.optimizer_classes import equal, is_foreign, is_like_parameter, is_torchs_own
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -39,11 +33,11 @@ Rest = list[tuple[Path, object]]
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What a restore of optimizers lets pass.
+    """Options of a restore of optimizers.
 
     Attributes:
         allow_new: Parameters that the saved optimizer did not update start without state.
-        aside: Whether state is read into memory of its own and not into what the optimizers have.
+        aside: Whether state is read into new memory instead of the optimizers' tensors.
     """
 
     allow_new: bool = False
@@ -78,7 +72,7 @@ class _Keyed:
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """An optimizer with ways of its own, and what its state dict holds beside its holders' state."""
+    """An optimizer with its own ``state_dict``, and the entries of it beside its holders' state."""
 
     view: Callable[[], StateView]
     kind: str
@@ -87,14 +81,14 @@ class _Own:
 
 @dataclass(slots=True)
 class OptimizerRestore:
-    """What optimizers are about to become.
+    """A plan for optimizers.
 
     Attributes:
         groups: Every group that takes options.
         params: Every parameter.
         keyed: State under keys that are no parameters.
-        own: Optimizers whose own code takes their state in.
-        targets: What is to be filled, under the names of the checkpoint.
+        own: Optimizers that load their state by their own code.
+        targets: Tensors to fill, under the names of the checkpoint.
         fresh: Names of parameters that the saved optimizer did not update, which start without state.
         params_of: Name of a saved tensor -> whose state it is.
     """
@@ -133,10 +127,10 @@ class OptimizerRestore:
     def apply(self) -> Undo:
         """Set the options and put the state's tensors in place.
 
-        Their values may still have to be filled in, unless an optimizer takes its state in a way of its own.
+        Their values may still have to be filled in, unless an optimizer has its own ``load_state_dict``.
 
         Returns:
-            Puts everything back as it was; possible until the first tensor that was in place before is filled.
+            A function that restores the former state; valid until the first tensor that existed before is filled.
 
         Raises:
             MisuseError: An optimizer's own code refuses its state.
@@ -158,7 +152,7 @@ class OptimizerRestore:
         return undo
 
     def _undo(self) -> Undo:
-        """What puts everything back as it is now."""
+        """A function that restores the current state."""
         groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
         states = [(each, _had(each.optimizer, each.param)) for each in self.params]
         keyed = [(each, _had_keys(each)) for each in self.keyed]
@@ -202,19 +196,13 @@ class OptimizerRestore:
                 continue
             for key, value in each.state.items():
                 now = have.get(key)
-                if (
-                    isinstance(now, torch.Tensor)
-                    and isinstance(value, torch.Tensor)
-                    and _is_cast(now, value, each.param)
-                ):
+                both = isinstance(now, torch.Tensor) and isinstance(value, torch.Tensor)
+                if both and _is_cast(cast(torch.Tensor, now), cast(torch.Tensor, value), each.param):
                     have[key] = value
 
 
-class _Absent:
-    """Stands for a key that was not there."""
-
-
-_ABSENT = _Absent()
+#: Stands for a key that was not there.
+_ABSENT = object()
 
 
 def plan_restore(
@@ -233,8 +221,6 @@ def plan_restore(
 
 
 class _Planner:
-    """Makes one plan."""
-
     def __init__(self, state: OptimizerState, record: OptimizerRecord, options: RestoreOptions) -> None:
         self.state, self.record, self.options = state, record, options
         self.group_of = {(g.slot, name): n for n, g in enumerate(record.groups) for name in g.params}
@@ -244,7 +230,6 @@ class _Planner:
         self.params = {state.name(p): p for _, group in state.groups() for p in members(group)}
 
     def plan(self) -> OptimizerRestore:
-        """The plan."""
         record, state = self.record, self.state
         if not record.groups and self.params:
             raise CheckpointNotFoundError(
@@ -473,7 +458,7 @@ def _check_kind(
     names: Sequence[str],
     group: Sequence[torch.Tensor],
 ) -> None:
-    own = class_name(optimizer)
+    own = type(optimizer).__name__
     hint = (
         "Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the optimizer "
         "(and its scheduler) out of what is restored and let it start afresh."

@@ -86,17 +86,6 @@ def reaches_below(module: nn.Module) -> bool:
     return not own_loader(type(module)).__module__.startswith("torch.")
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module saves and loads its state as torch does, load post-hooks aside."""
-    return not (
-        saves_subtree_itself(module)
-        or saves_itself(module)
-        or overrides_get_extra_state(module)
-        or overrides_set_extra_state(module)
-        or loads_itself(module)
-    )
-
-
 def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
     """Check that the wrappers around a model, which are taken off first, have no state hooks.
 

@@ -11,24 +11,18 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, Protocol, cast
+from typing import NoReturn, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.memory import PLAIN, Wrapper
 from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
 from shardwise.upstream.torch_tensors import PendingTensor, local_part
 
 Tree = list[object]
 _PLAIN = {*PLAIN, PendingTensor}
-
-
-class _Flattens(Protocol):
-    """A tensor that consists of others: https://pytorch.org/docs/stable/notes/extending.html, traceable subclasses."""
-
-    def __tensor_flatten__(self) -> tuple[Sequence[str], object]: ...
 
 
 def is_flat(state: Mapping[object, object]) -> bool:
@@ -75,7 +69,7 @@ class TreeWriter:
         """The tree of a value; its tensors are in `tensors` afterwards.
 
         Raises:
-            MisuseError: A tensor is of a class that keeps its values in a way of its own.
+            MisuseError: A tensor's class neither has plain memory nor consists of plain tensors.
         """
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
@@ -135,7 +129,7 @@ class TreeWriter:
             return ["tensor", self._add(path + suffix, tensor)]
         if not (hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")):
             self._refuse(path, f"is a {kind.__name__}, a tensor that keeps its values in a way of its own")
-        names, context = cast(_Flattens, tensor).__tensor_flatten__()
+        names, context = cast(Wrapper, tensor).__tensor_flatten__()
         inner = [[name, self._parts(getattr(tensor, name), f"{path}.{name}", suffix)] for name in names]
         about = [kind.__module__, kind.__qualname__, context, list(tensor.shape), list(tensor.stride())]
         return ["subclass", *about, inner]

@@ -130,10 +130,3 @@ class Conversion:
     def names(self) -> tuple[str, ...]:
         """All names in the files, those of views first."""
         return (*self._by_name, *(spec.name for group in self.computed for spec in group.hub))
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every native tensor goes to the files under its own name and as it is."""
-        return not self.computed and all(
-            len(t.parts) == 1 and t.parts[0].view is None and t.parts[0].native == t.name for t in self.hub
-        )

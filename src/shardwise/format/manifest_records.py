@@ -1,4 +1,4 @@
-"""What a manifest records of a checkpoint, and when such records are sound."""
+"""The records of a manifest, and the check that they are sound."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ class FileRecord:
 
     @staticmethod
     def plain(path: str, content: bytes) -> FileRecord:
-        """Of a file that is no tensor file."""
+        """The record of a file that is no tensor file."""
         return FileRecord(path, len(content), crc32c(content), None)
 
     @staticmethod
     def of_tensors(path: str, size: int, header: bytes) -> FileRecord:
-        """Of a tensor file."""
+        """The record of a tensor file."""
         return FileRecord(path, size, crc32c(header), len(header))
 
 
@@ -104,7 +104,7 @@ class Manifest:
     Attributes:
         files: Every file but the manifest.
         tensors: Every tensor in the tensor files.
-        info: What else there is to know (epoch, step, metrics, versions), as JSON; read-only.
+        info: Epoch, step, metrics, versions and the like, as JSON; read-only.
         aliases: Further names of tensors, where parameters are shared.
     """
 
@@ -128,10 +128,6 @@ class Manifest:
         if found is None:
             raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
         return found
-
-    def tensors_of(self, component: str) -> tuple[TensorRecord, ...]:
-        """Return the tensors of one component, in the manifest's order; none where it has no such component."""
-        return tuple(record for record in self.tensors if record.component == component)
 
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:

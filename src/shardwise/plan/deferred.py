@@ -1,4 +1,4 @@
-"""Values that a module makes when its state is asked for: described now, made when they are written or loaded.
+"""Values that a module makes in its ``state_dict()``: described now, made when they are written or loaded.
 
 A *stand-in* is a tensor on the meta device that takes the place of such a value. Planning looks at tensors only by
 views, and a view of a stand-in still has its storage, to which the description is attached. Whoever touches bytes asks
@@ -26,7 +26,7 @@ class Maker(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is, for messages."""
+        """Its name, for messages."""
         ...
 
     def make(self) -> Mapping[str, torch.Tensor]:
@@ -36,7 +36,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deferred:
-    """What is known of a value that is made when it is needed.
+    """The description of a value that is made when it is needed.
 
     Attributes:
         key: The maker's name for it.
@@ -134,7 +134,7 @@ def bound(view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def split(tensor: HeldTensor) -> tuple[HeldTensor | None, list[tuple[object, HeldTensor]]]:
-    """Tell apart what is in memory of a tensor, and what goes to owners: ``(in memory, [(owner, theirs)])``."""
+    """Split a tensor into what is in memory and what its owners load: ``(in memory, [(owner, theirs)])``."""
     owners: dict[int, object] = {}
     for part in tensor.parts:
         for fragment in part.fragments:
@@ -173,7 +173,7 @@ def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
 
 
 class Buffers:
-    """Memory for what one owner is about to take, behind its stand-ins."""
+    """Memory for the values that one owner is about to load, behind its stand-ins."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Deferred, torch.Tensor]] = {}
@@ -198,7 +198,7 @@ class Buffers:
         return bound(view, self._made[id(what)][1])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """By key, what the owner is given; what was asked for only in part is not there."""
+        """The owner's values by key, without those that were requested only in part."""
         return {
             what.key: made if what.template is None else what.template(made)
             for number, (what, made) in self._made.items()

@@ -36,11 +36,6 @@ _TABLES = (
 # --- models and configurations ----------------------------------------------------------------------------------------
 
 
-def is_imported() -> bool:
-    """Whether transformers' models were imported, without which there is none."""
-    return "transformers.modeling_utils" in sys.modules
-
-
 def model_class() -> type | None:
     """The base of transformers' models; ``None`` where its module was not imported."""
     found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)

@@ -283,12 +283,11 @@ class _Machine:
 
     def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall:
         """A member of an enumeration, the only allowed use of ``getattr``."""
-        match args:
-            case (PickledGlobal() as enum, str(name)) if enum in self._enums:
-                self._uncalled -= 1
-                return PickledCall(enum, (name,))
-            case _:
-                self._refuse(function)
+        enum, name = args if len(args) == 2 else (None, None)
+        if not isinstance(enum, PickledGlobal) or enum not in self._enums or type(name) is not str:
+            self._refuse(function)
+        self._uncalled -= 1
+        return PickledCall(enum, (name,))
 
     def _plain(self, function: PickledGlobal, args: tuple[object, ...]) -> object:
         # Containers become real at once, because later opcodes fill them.

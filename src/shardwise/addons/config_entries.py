@@ -47,7 +47,7 @@ def _in_properties(config: object) -> str:
             try:
                 getattr(config, name)
             except NotImplementedError:
-                continue  # an abstract one, which nobody reads
+                continue  # an abstract one, which is never read
             except Exception as error:  # noqa: BLE001 - its error goes into the message
                 return f"{name}, a property that raises {type(error).__name__}: {error}"
     return ""

@@ -233,7 +233,7 @@ def _in_cache(module: str) -> bool:
 
 
 def _family(module: str) -> str:
-    """What modules of one model have in common, whatever revision: ``transformers_modules.<org>.<name>``."""
+    """The common prefix of one model's modules, whatever revision: ``transformers_modules.<org>.<name>``."""
     parts = module.split(".")[:-1]
     revision = _revision_index(parts)
     return ".".join(parts if revision is None else parts[:revision])

@@ -320,7 +320,7 @@ def _write_entries(config: object, path: Path) -> None:
 
 
 def _nested(value: object) -> object:
-    """What JSON is to make of an object inside a config."""
+    """A value for JSON in place of an object inside a config."""
     to_dict: object = getattr(value, "to_dict", None)
     if callable(to_dict):
         return to_dict()

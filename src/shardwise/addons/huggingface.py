@@ -51,7 +51,7 @@ _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 
 class HFMetadataExporter(Protocol):
-    """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
+    """The result of a model's ``_get_consolidated_hf_metadata_exporter``, which then writes all metadata itself.
 
     The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
     and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. Then:

@@ -138,7 +138,7 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
     Args:
         model: The ``SentenceTransformer``, out of its wrappers.
         directory: Directory to write to.
-        with_tokenizer: Whether its tokenizer or processor is to be written too.
+        with_tokenizer: Whether to write its tokenizer or processor too.
 
     Returns:
         Whether it was written. A module with weights besides the transformer (``Dense``) has its own files, which an

@@ -1,4 +1,4 @@
-"""What a rank holds under native names, under the hub's names: the step from capture to the engine's currency."""
+"""Held tensors under native names -> under the hub's names: the step from capture to the engine's currency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwise.plan.fragments import HeldTensor, seen_through
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldGroup:
-    """What this rank holds of a group that has to be computed. Gather, convert and release one group at a time.
+    """This rank's parts of a group that has to be computed. Gather, convert and release one group at a time.
 
     Attributes:
         computed: The group: its native and hub specs, and the rule that converts whole tensors.
@@ -26,7 +26,7 @@ class HeldGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Converted:
-    """What a rank holds, in the terms of the files.
+    """A rank's tensors, in the terms of the files.
 
     Attributes:
         held: Tensors whose fragments are views of the native memory: sources in saving, destinations in loading.

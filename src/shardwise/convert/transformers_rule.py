@@ -143,7 +143,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a converter made of a group.
+    """The result of a converter on a group.
 
     Attributes:
         keys: The converter's own keys of its results, from which it makes names.
@@ -240,7 +240,7 @@ class ConverterRule:
 
 
 def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """What transformers' renamings make of names in files when it loads them, before any converter.
+    """Names in files after transformers' renamings for loading, before any converter.
 
     Args:
         model: The model to be loaded, without wrappers.

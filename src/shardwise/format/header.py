@@ -45,7 +45,7 @@ _METADATA_KEY = "__metadata__"
 _RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
-#: What to do about a header that cannot be right.
+#: The hint for a header that cannot be right.
 DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
 
 

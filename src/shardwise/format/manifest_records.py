@@ -15,7 +15,7 @@ from shardwise.geometry import Box, TensorSpec, tiles
 
 
 class FailTensor(Protocol):
-    """What checking a manifest calls where it is wrong."""
+    """The callback for an error in a manifest."""
 
     def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn:
         """Raise an error that says why, and names the tensor where there is one."""
@@ -99,7 +99,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The files and tensors of a checkpoint.
 
     Attributes:
         files: Every file but the manifest.

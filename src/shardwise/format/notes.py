@@ -25,7 +25,7 @@ LOOSE_TIES = "loose_ties.json"
 #: Settings with which a later export equals the one that the save would have made: see `EXPORT_KEYS`.
 EXPORT = "export.json"
 #: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, its ``files`` in the order of numbers, and
-#: the names of its tensors that are to be ``carried`` over.
+#: the names of its tensors to carry over (``carried``).
 EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files", "carried")
 
 #: Files that readers of an export do not need.

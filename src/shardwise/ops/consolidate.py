@@ -51,7 +51,7 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True, slots=True)
 class ConsolidateReport:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: The export's directory.
@@ -168,7 +168,7 @@ def consolidate(
 def _require_opens(
     found: ModelInput, tensors: Mapping[str, _Tensor], plain: Mapping[str, bytes], verify_export: bool | None
 ) -> None:
-    """Check what is to be written against the class that its configuration names, before a tensor is."""
+    """Check the planned export against the class that its configuration names, before a tensor is written."""
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:

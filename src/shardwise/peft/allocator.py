@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Beginning of these tensors' names in that file.
 ALLOCATOR_PREFIX = "rank_allocator."
 
-#: What the allocator keeps of each parameter and reads again; ``ipt`` is computed again before it is read. Source:
+#: The allocator's running values of each parameter; ``ipt`` is recomputed before it is read. Source:
 #: ``peft.tuners.adalora.layer.RankAllocator``.
 _MEANS = ("exp_avg_ipt", "exp_avg_unc")
 

@@ -197,7 +197,7 @@ def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile
                 (name in around or not name) and has_foreign_hooks(hooks)
             ):
                 raise ModuleStateError(
-                    f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
-                    "parameters and buffers as they are",
+                    f"{label(module, name)} saves or loads its state by its own methods or hooks, and an adapter's "
+                    "file holds parameters and buffers unchanged",
                     hint="Remove its state_dict hooks, or leave it out of modules_to_save.",
                 )

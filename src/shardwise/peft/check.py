@@ -150,7 +150,7 @@ def _target_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> I
 
 
 def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: int | None) -> Iterator[str]:
-    """What the ranks lack of the layers that the model's configuration promises."""
+    """The layers that the model's configuration promises and no rank has."""
     union: dict[str, set[int]] = {}
     for inventory in inventories:
         for container, indices in inventory.items():

@@ -32,7 +32,7 @@ _METHODS = {
 def initialise_adapters(
     parts: Sequence[nn.Module], peft_config: object | None = None, peft_init_method: str | None = None, *, seed: int = 0
 ) -> None:
-    """Give fresh LoRA factors their initial values, in place. Every rank that holds a part calls; nobody communicates.
+    """Give fresh LoRA factors their initial values, in place. Every rank with a part calls; no communication.
 
     The product of the factors is zero: A is random and B zero, for embeddings the other way round. The random values
     depend on the tensor's name and ``seed`` alone, so that they are the same on every topology and replicas agree;

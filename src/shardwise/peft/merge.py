@@ -292,7 +292,7 @@ def _outermost_changed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """What merging leaves, without memory.
+    """The result of merging, without memory.
 
     Attributes:
         modules: One for each layer.
@@ -320,7 +320,7 @@ class _Part:
             self._memory.setdefault(identity(tensor), set()).add(id(tensor))
 
     def _token(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of the training model in the copies that nobody merges."""
+        """The placeholder of a training tensor in the copies that are not merged."""
         made = _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         self._reals[id(made)] = tensor
         return made
@@ -463,12 +463,12 @@ def _sharing(outcomes: Mapping[str, _Outcome]) -> list[list[str]]:
     groups: list[tuple[list[str], set[int]]] = []
     for path, outcome in outcomes.items():
         paths, tokens = [path], {id(token) for token in outcome.origins.values()}
-        apart = []
+        unrelated = []
         for theirs, own in groups:
             if own.isdisjoint(tokens):
-                apart.append((theirs, own))
+                unrelated.append((theirs, own))
             else:
                 paths, tokens = [*theirs, *paths], own | tokens
-        groups = [*apart, (paths, tokens)]
+        groups = [*unrelated, (paths, tokens)]
     order = {path: number for number, path in enumerate(outcomes)}
     return sorted((sorted(paths, key=order.__getitem__) for paths, _ in groups), key=lambda paths: order[paths[0]])

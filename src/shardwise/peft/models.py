@@ -165,7 +165,7 @@ def _is_dictionary(module: nn.Module | None) -> bool:
 def _keyed(path: str, dictionary: nn.Module, known: Collection[str] | None) -> dict[str, str]:
     """Where a dictionary keeps each adapter's tensors.
 
-    What all layers share may be kept by kinds of layers first (FRoD), as a method's known adapters show.
+    Tensors that all layers share may be keyed by kinds of layers first (FRoD), as a method's known adapters show.
     """
     out: dict[str, str] = {}
     children = own_children(dictionary)
@@ -302,7 +302,7 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
             hint="Set use_asa=False, since a resumed run would allocate subspaces otherwise than one that goes on.",
         )
     if method_of(config) == "ADALORA":
-        # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.
+        # Pruned ranks are zero in lora_E: whole tensors mean the same, and training can resume from them.
         setattr(out, "rank_pattern", None)  # noqa: B010 - a field of this method alone
     return out
 
@@ -501,7 +501,7 @@ def config_as_saved(
 
 
 def auto_mapping(model: nn.Module) -> dict[str, str]:
-    """What peft records of a base model for which it has no task type."""
+    """The entry that peft records for a base model without a task type."""
     cls = original_class(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
@@ -545,7 +545,7 @@ class ExpertTargets:
 
 
 def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[ExpertTargets]:
-    """What an adapter's fused parameters stand for when its tensors are written expert by expert."""
+    """The single-expert modules behind an adapter's fused parameters, for writing expert by expert."""
     out: list[ExpertTargets] = []
     for part in parts:
         for name, wrapper in _param_wrappers(adapted_model(part)).items():

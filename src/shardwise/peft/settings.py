@@ -44,7 +44,7 @@ def adapter_settings(
     legacy_layout: bool = False,
     diffusers_compatible: bool = False,
 ) -> dict[str, Settings]:
-    """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
+    """The content of ``adapter_config.json``, for each adapter. All ranks call.
 
     Args:
         parts: This rank's parts of the model.
@@ -157,7 +157,7 @@ def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list
 
 
 def _part_settings(config: PeftConfig) -> dict[str, object]:
-    """What the stages of one adapter have to agree on or to unite, as values that can travel."""
+    """The settings that the stages of one adapter have to agree on or to unite, as JSON values."""
     values = config.to_dict()
     if str(values.get("target_modules")).lower() == "all-linear":
         values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
@@ -180,7 +180,7 @@ def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[s
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise AdapterError(
                 f"the adapter {adapter_name!r} has {key} {values[0]!r} on rank 0 and {values[other]!r} on rank {other}",
-                hint="Adapt every pipeline stage with the same settings; names may be listed for each stage apart.",
+                hint="Adapt every pipeline stage with the same settings; each stage may list its own names.",
             )
         out[key] = whole
     return out

@@ -1,8 +1,8 @@
 """Values that a module makes in its ``state_dict()``: described now, made when they are written or loaded.
 
 A *stand-in* is a tensor on the meta device that takes the place of such a value. Planning looks at tensors only by
-views, and a view of a stand-in still has its storage, to which the description is attached. Whoever touches bytes asks
-`resolve` for the values, which are made again, one maker at a time: memory is that of the largest maker.
+views, and a view of a stand-in still has its storage, to which the description is attached. Code that needs
+the bytes calls `resolve`, which makes the values again, one maker at a time: memory is that of the largest maker.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Deferred:
 
 
 def deferred(tensor: torch.Tensor) -> Deferred | None:
-    """What a stand-in, or a view of one, stands for; ``None`` for any other tensor."""
+    """The description behind a stand-in, or a view of one; ``None`` for any other tensor."""
     if not tensor.is_meta:
         return None
     return cast(Deferred | None, getattr(tensor.untyped_storage(), _ATTRIBUTE, None))
@@ -207,7 +207,7 @@ class Buffers:
 
 
 def stands_alone(tensor: HeldTensor) -> Deferred | None:
-    """What a tensor of the file is, where it is just one value that its owner takes in any shape; else ``None``."""
+    """The description of a file's tensor that is a single value, which its owner loads in any shape; else ``None``."""
     if len(tensor.parts) != 1 or len(tensor.parts[0].fragments) != 1 or tensor.parts[0].part.view is not None:
         return None
     what = deferred(tensor.parts[0].fragments[0].data)

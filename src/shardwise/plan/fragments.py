@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor, under the tensor's name in the file: the value that all stages exchange. Pure.
+"""The part of a tensor that a rank holds, under the name in the file: the value that all stages exchange. Pure.
 
 A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of
 its shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.
@@ -60,13 +60,13 @@ class Part:
         return self._hash
 
     def regions(self, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
-        """What the rank at ``coordinate`` holds of the native tensor."""
+        """The regions of the native tensor that the rank at ``coordinate`` holds."""
         if self.mesh is None:
             return (Region(Box.whole(self.native_shape), (0,) * len(self.native_shape)),)
         return regions(self.native_shape, self.mesh.shape, self.placements, coordinate)
 
     def boxes(self, coordinate: tuple[int, ...]) -> tuple[Box, ...]:
-        """What the rank at ``coordinate`` holds of the file's tensor, in its grid."""
+        """The regions of the file's tensor, in its grid, that the rank at ``coordinate`` holds."""
         held = (region.box for region in self.regions(coordinate))
         if self.view is None:
             return tuple(held)
@@ -82,7 +82,7 @@ class HeldPart(NamedTuple):
 
 
 class HeldTensor(NamedTuple):
-    """What this rank holds of one tensor of the file. Two are never compared but by identity.
+    """This rank's part of one tensor of the file. Two are never compared but by identity.
 
     Attributes:
         spec: Name, global shape and dtype in the file.

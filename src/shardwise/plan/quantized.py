@@ -200,7 +200,7 @@ def disjoint(boxes: Sequence[Box]) -> tuple[Box, ...]:
 
 
 def _minus(box: Box, other: Box) -> Iterator[Box]:
-    """What is left of a box without another, as disjoint boxes."""
+    """The rest of a box without another, as disjoint boxes."""
     common = box.intersect(other)
     if common is None:
         yield box

@@ -51,7 +51,7 @@ class Declaration:
     @staticmethod
     def of(held: Sequence[HeldTensor], stage: int = 0) -> Declaration:
         """Describe a rank's tensors."""
-        # What follows a tensor's name is the same for all tensors of one kind.
+        # The text behind a tensor's name is the same for all tensors of one kind.
         kinds: dict[tuple[object, ...], str] = {}
         text = [str(stage)]
         specs = []

@@ -142,7 +142,7 @@ class Exchange:
         )
 
     def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[int, Box]]:
-        """What ``boxes`` contribute to a range of rows: pairs of the box's index and the common region, in order."""
+        """The contribution of ``boxes`` to a range of rows: pairs of a box's index and the common region, in order."""
         wanted = self.row_boxes(start, count)
         for number, box in enumerate(boxes):
             for rows in wanted:
@@ -262,7 +262,7 @@ class ExchangePlanner:
 
 
 def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:
-    """What a view fixes of whole native dimensions: ``(native dimension, native grid dimension, index)``."""
+    """The whole native dimensions that a view fixes: ``(native dimension, native grid dimension, index)``."""
     if view is None:
         return []
     whole: dict[int, int] = {}

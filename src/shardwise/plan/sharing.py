@@ -43,7 +43,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Share(Generic[T]):
-    """What one replica reads in one round.
+    """The pieces that one replica reads in one round.
 
     Attributes:
         reader: Its rank in the group.

@@ -38,7 +38,7 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DcpExtents:
-    """What was found.
+    """The extents that were found.
 
     Attributes:
         files: The files that the metadata names.
@@ -86,7 +86,7 @@ def check_dcp_extents(directory: Path) -> DcpExtents:
 
 
 def _unplaced(metadata: Metadata) -> Iterator[Wrong]:
-    """Tensors of which a piece, or a piece's place, is missing."""
+    """Tensors with a missing piece, or a piece without a place."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     places = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data or {}}

@@ -18,9 +18,9 @@ from shardwise.stateful_wrappers.wrapping import plain_name
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-#: What the mapping that holds the model is called, by those who write `{"model": ..., "optimizer": ...}`.
+#: Names of the model's mapping in state dicts such as `{"model": ..., "optimizer": ...}`.
 MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")
-#: What mappings are called that are something else.
+#: Names of mappings that are not the model.
 _OTHER_KEYS = frozenset(
     {
         *("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict", "param_groups"),

@@ -1,4 +1,4 @@
-"""What a DCP directory holds beside model and optimizer: schedulers, counters, whatever a loop keeps."""
+"""Values of a DCP directory beside model and optimizer: schedulers, counters, other state of a training loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardwise.sources.dcp_values import DcpValues
 from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
-#: What torch's schedulers keep: all of them the first, and each one of the others.
+#: State of torch's schedulers: all have the first entry, and each has one of the others.
 _SCHEDULER_KEYS = ("last_epoch", frozenset({STEP_COUNT, "base_lrs", "num_bad_epochs"}))
 
 
 def state_at(values: DcpValues, place: DcpPath) -> object:
-    """What stands below a place of the state dict, as it was before DCP took it apart; empty dictionaries are lost.
+    """The value below a place of the state dict, as before DCP flattened it; empty dictionaries are lost.
 
     Raises:
         FormatError: It is damaged.
@@ -91,7 +91,7 @@ def _outermost(places: list[DcpPath]) -> list[DcpPath]:
 
 
 def components(values: DcpValues, model_place: str | None = None) -> list[str]:
-    """What there is beside a model: ``optimizer``, ``scheduler``, and the places of all else. Reads no item.
+    """The entries beside a model: ``optimizer``, ``scheduler``, and the places of all others. Reads no item.
 
     Args:
         values: Of the directory.

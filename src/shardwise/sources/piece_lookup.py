@@ -9,7 +9,7 @@ the number of tensors. Instead each tensor has one *index rank*, which knows all
    touch these regions. It sends no request for pieces from headers that it has read itself, as after a restart on the
    same ranks.
 
-What a rank sends, receives and keeps then grows with the tensors, and with the pieces that it reads.
+The bytes that a rank sends, receives and keeps then grow with the tensors, and with the pieces that it reads.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SMALL_GAP_BYTES = 16 * 1024
 
 @dataclass
 class ReadCounts:
-    """What a load has read: bytes asked for, bytes read with the gaps between rows, and bytes got from replicas."""
+    """The counts of a load: bytes requested, bytes read with the gaps between rows, and bytes got from replicas."""
 
     wanted: int = 0
     read: int = 0

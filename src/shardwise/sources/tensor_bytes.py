@@ -91,7 +91,7 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
     """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
 
     Nothing is copied where the tensor lies contiguous in CPU memory in that dtype; otherwise one block at a time is.
-    What a stand-in stands for is made.
+    The values behind a stand-in are made.
 
     Args:
         tensor: Any strides, any device.

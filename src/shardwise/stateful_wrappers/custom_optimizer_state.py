@@ -38,7 +38,7 @@ def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
 
 
 def loads_custom(optimizer: AnyOptimizer) -> bool:
-    """Whether taking a state dict in does something that torch's class does not."""
+    """Whether loading a state dict does something that torch's class does not."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
@@ -78,7 +78,7 @@ class StateView:
                     self._named.setdefault(name_of(param), (holder, param))
 
     def rest(self) -> list[tuple[Path, object]]:
-        """What no holder shows: largest parts of the state dict, with their paths.
+        """The largest parts of the state dict that no holder shows, with their paths.
 
         Raises:
             MisuseError: The optimizer's own code fails to give its state.
@@ -215,7 +215,7 @@ class StateView:
         """Hand the rest back, with what the holders have by now around it.
 
         Raises:
-            Exception: What the optimizer's own code refuses it with.
+            Exception: The error of the optimizer's own code.
         """
         if not rest and not loads_custom(self.optimizer):
             return

@@ -178,7 +178,7 @@ def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
 
 
 class SharedParameterError(Exception):
-    """Two optimizers update one parameter; for who knows its name to say."""
+    """Two optimizers update one parameter; its name is added by the caller."""
 
     def __init__(self, param: torch.Tensor, first: StateHolder, second: StateHolder) -> None:
         super().__init__(param, first, second)

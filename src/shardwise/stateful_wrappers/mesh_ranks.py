@@ -20,7 +20,7 @@ from shardwise.upstream.torch_tensors import root_mesh
 
 
 class Role(Enum):
-    """What a mesh dimension is for."""
+    """The purpose of a mesh dimension."""
 
     DATA = "data"
     TENSOR = "tensor"
@@ -107,7 +107,7 @@ def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]
     if not strange:
         return found, ""
     found.pop(Role.DATA, None)
-    return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use nobody said"
+    return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use is unknown"
 
 
 def _by_role(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], tuple[str, ...]]:

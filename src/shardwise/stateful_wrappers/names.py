@@ -73,7 +73,7 @@ class Listing(NamedTuple):
 def list_state(
     parts: Sequence[nn.Module], stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False
 ) -> Listing:
-    """What ``state_dict()`` of a rank's model parts holds, each tensor once, in the model's order.
+    """The content of ``state_dict()`` of a rank's model parts, each tensor once, in the model's order.
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
     is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
@@ -82,7 +82,7 @@ def list_state(
     Args:
         parts: The model's parts.
         stand_ins: Those of last time, for what modules make on the fly.
-        values: Whether it is to be saved; otherwise extra state is not asked for.
+        values: Whether the state is for a save; otherwise extra state is not requested.
         norms: Whether torch's normalisation layers take their state themselves.
 
     Raises:
@@ -193,7 +193,7 @@ class _Plain(NamedTuple):
 
 
 def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
-    """What torch's ``state_dict`` lists, in its order, in a third of its time; and the modules.
+    """The entries of torch's ``state_dict``, in its order, in a third of its time; and the modules.
 
     Returns:
         ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.

@@ -96,7 +96,7 @@ class OptimizerRecord:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def file_label(self, label: str) -> str:
-        """What the files call the state of a parameter."""
+        """The label of a parameter's state in the files."""
         return self.files.get(label, label)
 
     def under(self, names: Mapping[str, str]) -> OptimizerRecord:
@@ -256,7 +256,7 @@ def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: Saved
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class SplitState:
     """A parameter's state, split into tensors and the rest.
 
     Attributes:
@@ -287,7 +287,7 @@ def _label_under(label: str, names: Mapping[str, str]) -> str:
 
 
 def label_of(slot: str, name: str) -> str:
-    """What the state of a parameter is saved under."""
+    """The label under which a parameter's state is saved."""
     return f"<{slot}>{name}" if slot else name
 
 
@@ -302,15 +302,15 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What it is saved under."""
+        """The label under which it is saved."""
         return label_of(self.holder.slot, self.name)
 
     def tensor_name(self, key: str) -> str:
         """Under which name a tensor of it is saved."""
         return f"state.{self.label}.{key}"
 
-    def apart(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> Apart:
-        """The state taken apart.
+    def split(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> SplitState:
+        """The state, split into tensors and the rest.
 
         Args:
             name_of: Gives a parameter's name.
@@ -323,10 +323,10 @@ class Entry:
             named = cast(Mapping[str, object], self.state)
             tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
             if not any(map(own, tensors)):
-                return Apart(tensors, {key: value for key, value in named.items() if key not in tensors}, None)
+                return SplitState(tensors, {key: value for key, value in named.items() if key not in tensors}, None)
         writer = TreeWriter(self.label, self.param, name_of, own)
-        tree = writer.take_apart(dict(self.state))
-        return Apart(writer.tensors, {}, tree)
+        tree = writer.split(dict(self.state))
+        return SplitState(writer.tensors, {}, tree)
 
 
 class OptimizerState:
@@ -442,12 +442,12 @@ class OptimizerState:
             state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
-                yield self._taken_apart(label, keyed)
+                yield self._split_loose(label, keyed)
         for number, label in self.passed_labels():
             if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
-                    yield self._taken_apart(label, rest)
+                    yield self._split_loose(label, rest)
 
     def labels(self) -> list[tuple[StateHolder, str]]:
         """Each holder, and the label of its state that belongs to no parameter."""
@@ -459,9 +459,9 @@ class OptimizerState:
         labels = _numbered([type(each).__name__ for each in self.passed])
         return [(number, f"<{label}.state_dict>") for number, label in enumerate(labels)]
 
-    def _taken_apart(self, label: str, value: object) -> _Loose:
+    def _split_loose(self, label: str, value: object) -> _Loose:
         writer = TreeWriter(label, None, self.name)
-        tree = writer.take_apart(value)
+        tree = writer.split(value)
         return _Loose(label, tree, writer.tensors)
 
     # --- what ranks find out together -------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ class OptimizerState:
         for entry in self.entries():
             if not is_sharded(entry.param):
                 continue
-            for key, value in entry.apart(self.name).tensors.items():
+            for key, value in entry.split(self.name).tensors.items():
                 if not isinstance(value, DTensor) and value.ndim and "@" not in key:
                     is_local = value.shape == local_part(entry.param).shape
                     found[entry.tensor_name(key)] = [f"{entry.holder.kind} {key}", int(is_local), _digest(value)]
@@ -504,8 +504,8 @@ class OptimizerState:
 
     # --- what is saved ----------------------------------------------------------------------------------------------
 
-    def _apart(self, entry: Entry) -> Apart:
-        return entry.apart(self.name, lambda key: entry.tensor_name(key) in self._own)
+    def _split(self, entry: Entry) -> SplitState:
+        return entry.split(self.name, lambda key: entry.tensor_name(key) in self._own)
 
     def record(self, schedulers: Sequence[str] = ()) -> OptimizerRecord:
         """Groups, and what each parameter's state consists of.
@@ -523,22 +523,22 @@ class OptimizerState:
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             groups.append(SavedGroup(options, self.names(group), holder.kind, holder.slot))
         for entry in self.entries():
-            apart = self._apart(entry)
+            parts = self._split(entry)
             shapes[entry.label] = tuple(entry.param.shape)
             tensors[entry.label] = {
                 key: describe(value, None if "@" in key else entry.param, self._settled.get(entry.tensor_name(key)))
-                for key, value in apart.tensors.items()
+                for key, value in parts.tensors.items()
             }
-            values[entry.label] = apart.values
-            if apart.tree is not None:
-                trees[entry.label] = apart.tree
+            values[entry.label] = parts.values
+            if parts.tree is not None:
+                trees[entry.label] = parts.tree
         for loose in self.loose():
             tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
             trees[loose.label] = loose.tree
         return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
-        """What this rank holds of the state tensors, as views of the optimizers' memory."""
+        """This rank's parts of the state tensors, as views of the optimizers' memory."""
         register = meshes or MeshRegister()
         return held_tensors(self.state_dict().items(), register)
 
@@ -546,7 +546,7 @@ class OptimizerState:
         """State tensors by name, sharing the optimizers' memory."""
         found: dict[str, torch.Tensor] = {}
         for entry in self.entries():
-            for key, value in self._apart(entry).tensors.items():
+            for key, value in self._split(entry).tensors.items():
                 name = entry.tensor_name(key)
                 tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
@@ -561,7 +561,7 @@ class OptimizerState:
 
     def owners(self) -> list[tuple[str, str]]:
         """The name of each state tensor, and its parameter's."""
-        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._apart(entry).tensors]
+        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._split(entry).tensors]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.optim import Optimizer
 
-#: What torch's optimizers keep of a parameter. All of them have the shape of the parameter, but for `_OF_NO_SHAPE`.
+#: The state that torch's optimizers keep of a parameter. All have its shape, except `_OF_NO_SHAPE`.
 #: Source: the `step` methods in `torch.optim`. A class that is not listed here is judged by its options alone.
 _STATE_KEYS = {
     "ASGD": {"ax", "eta", "mu"},

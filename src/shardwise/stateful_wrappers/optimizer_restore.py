@@ -117,7 +117,7 @@ class OptimizerRestore:
         self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
-        """What this rank holds of the state tensors, under the names of the checkpoint.
+        """This rank's parts of the state tensors, under the names of the checkpoint.
 
         A pipeline stage's own copy of a tied tensor takes the state that the single tensor had, where nothing was
         saved under its own name; so does each of two parameters that were one when the checkpoint was saved.
@@ -239,7 +239,7 @@ class _Planner:
         for label, found in record.tensors.items():
             name = label.rpartition(">")[2] or label[1:-1].partition(".")[0]
             self.found.params_of |= {f"state.{record.file_label(label)}.{key}": name for key in found}
-        # Around others there may be what keeps no state, as containers do.
+        # Outer optimizers may keep no state, as containers do.
         kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
@@ -251,7 +251,7 @@ class _Planner:
                 self._plan_group(holder, group, position)
         for slot in sorted((slots & kept) - {holder.slot for holder in state.state_holders}) if self.params else ():
             raise MisuseError(
-                f"the checkpoint has the state of a {slot} around the optimizer, and none is to be restored",
+                f"the checkpoint has the state of a {slot} around the optimizer, and the optimizer to restore has none",
                 hint=f"Build the {slot} that the checkpoint was saved with, or restore without the optimizer.",
             )
         self._plan_loose()
@@ -335,7 +335,7 @@ class _Planner:
     # --- states -----------------------------------------------------------------------------------------------------
 
     def _planned(self, entry: Entry, saved_label: str, options: Options) -> dict[object, object] | None:
-        """The state of one parameter as it is to be."""
+        """The planned state of one parameter."""
         record, param, optimizer = self.record, entry.param, entry.holder.optimizer
         shape = record.shapes.get(saved_label)
         if shape is not None and shape != tuple(param.shape):
@@ -345,7 +345,7 @@ class _Planner:
         have: Mapping[str, torch.Tensor] = {}
         known = self.have.get(entry.label)
         if known is not None:
-            have = known.apart(self.state.name).tensors
+            have = known.split(self.state.name).tensors
         saved_tensors = record.tensors[saved_label]
 
         def tensor(key: str) -> torch.Tensor:
@@ -491,7 +491,7 @@ def _misfit(name: str, param: torch.Tensor, saved: tuple[int, ...]) -> ShapeMism
 
 
 def _is_cast(now: torch.Tensor, value: torch.Tensor, param: torch.Tensor) -> bool:
-    """Whether ``now`` is ``value`` cast to the dtype of its parameter, and no more than that."""
+    """Whether ``now`` is exactly ``value`` cast to the dtype of its parameter."""
     if now is value or now.dtype == value.dtype or now.dtype != param.dtype or now.shape != value.shape:
         return False
     mine, saved = (local_part(each) for each in (now, value))

@@ -23,7 +23,7 @@ class _Everything:
 
 @dataclass(frozen=True, slots=True)
 class MayDiffer:
-    """What the settings say about values that differ between ranks which hold a tensor as replicas.
+    """The settings for tensors whose values may differ between the ranks that hold them as replicas.
 
     Parameters are compared. Buffers and extra state differ between ranks while they train (statistics of their own
     batches), and the lowest rank's are saved for all, as in DistributedDataParallel's own broadcast.

@@ -69,12 +69,12 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """What a state tensor was when it was saved: enough to make one to load into.
+    """The description of a saved state tensor: enough to make one to load into.
 
     Attributes:
         dtype: Its dtype's code.
         shape: Its shape in the whole; of a `LOCAL` one, its parameter's.
-        kind: Of which kind it was.
+        kind: Its kind.
     """
 
     dtype: str
@@ -99,12 +99,12 @@ class SavedTensor:
 
 
 def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
-    """What there is to record of a state tensor.
+    """Describe a state tensor for the checkpoint.
 
     Args:
         tensor: The tensor.
         param: Its parameter; ``None`` for what belongs to no parameter.
-        settled: What the ranks found out together about a plain tensor of the shape of a shard.
+        settled: The kind that the ranks agreed on for a plain tensor of the shape of a shard.
     """
     dtype = dtype_code(tensor.dtype)
     kind = _kind(tensor, param, settled)
@@ -254,7 +254,7 @@ def _settled(saved: SavedTensor, place: Place) -> Kind:
     if kind.name == USUAL and place.is_torchs:
         return Kind(SPREAD, ("R",) * param.device_mesh.ndim)
     raise MisuseError(
-        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing tells whether the optimizer "
+        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing shows whether the optimizer "
         f"keeps each rank's shard of it here, the whole, or a DTensor: the parameter is spread otherwise than when it "
         f"was saved ({list(param.shape)}, {list(local_part(param).shape)} on this rank)",
         tensor=place.name,

@@ -109,7 +109,7 @@ class Unit:
 
 
 class _Entries(OrderedDict[str, object]):
-    """What torch makes for a state."""
+    """An empty state dict with torch's metadata."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Taker:
         module: The module.
         prefix: The prefix of its names.
         whole: Whether it takes those of the modules below it too.
-        is_lenient: Whether names and shapes are its own affair: it has methods or hooks of its own for loading.
+        is_lenient: Whether it decides names and shapes itself, by its own methods or hooks for loading.
         calls_root: Whether the model's own ``load_state_dict`` is what takes them.
     """
 
@@ -198,7 +198,7 @@ class Described:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, detached."""
+    """This rank's part of a tensor, detached."""
     local = local_part(tensor)
     return local.detach().as_subclass(torch.Tensor) if _is_ordinary(local) else local.detach()
 
@@ -237,7 +237,7 @@ class StandIns:
             stand_in = what.stand_in() if template is None else template(what.stand_in())
             if needs_grad and stand_in.dtype.is_floating_point:
                 stand_in.requires_grad_(True)
-            # What the key names by identity is kept alive.
+            # Keep alive the objects whose ids are in the key.
             known = (stand_in, (whose, taker))
         self._used[seen] = known
         return known[0]
@@ -260,7 +260,7 @@ def describe(
         root: The model, without wrappers.
         stand_ins: Those of last time.
         plain: Strips what wrappers put into names.
-        values: Whether it is to be saved; otherwise extra state is not asked for.
+        values: Whether the state is for a save; otherwise extra state is not requested.
         norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
 
     Raises:
@@ -400,7 +400,7 @@ class _Describing:
         taker = taker or self._taker_of(key)
         if not _is_ordinary(local_part(value)):
             raise ModuleStateError(
-                f"{taker.label} makes or takes its state in a way of its own, and gives a {type(value).__name__}, "
+                f"{taker.label} saves or loads its state by its own methods, and gives a {type(value).__name__}, "
                 "which cannot be described",
                 tensor=key,
                 hint="Give out a plain tensor in state_dict(), and take one.",
@@ -438,7 +438,7 @@ def _is_dense(value: torch.Tensor) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What two tensors that read the same memory in the same way have in common, as long as both are alive."""
+    """A key that is equal for two living tensors if they read the same memory in the same way."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         return (id(tensor),)
     local, spread = tensor, None

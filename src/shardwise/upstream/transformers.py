@@ -124,7 +124,7 @@ def mark_initialised(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What transformers says about loading.
+    """The result of loading by transformers.
 
     Attributes:
         missing: Names that the model has and did not find.

@@ -338,10 +338,6 @@ def _nested(value: object) -> object:
 def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
     """Write the ``config.json`` of a model with huggingface_hub's ``PyTorchModelHubMixin``, as the mixin does.
 
-    Args:
-        model: The model, out of its wrappers.
-        directory: Directory to write to.
-
     Returns:
         Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
         express them.

@@ -112,10 +112,6 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
 def write_sentence_transformers(base: Path | None, directory: Path) -> None:
     """Copy the side files and module folders of a base model that is a sentence-transformers model.
 
-    Args:
-        base: The base model's directory, if it has one.
-        directory: Directory to write to.
-
     Raises:
         FormatError: ``modules.json`` names a folder outside the model.
     """

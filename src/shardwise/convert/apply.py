@@ -43,10 +43,6 @@ def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:
     A hub tensor is described wherever any native tensor behind it is known, with no fragments where this rank holds
     none of its elements. Its dtype is that of the native tensor; a caller that wants another replaces the spec.
 
-    Args:
-        conversion: From `shardwise.convert.derive.derive` or an adapter.
-        held: Native tensors, each of one unconverted part.
-
     Raises:
         ConversionError: A tensor is unknown to the conversion, or already converted.
     """

@@ -240,11 +240,7 @@ class ConverterRule:
 
 
 def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Names in files after transformers' renamings for loading, before any converter.
-
-    Args:
-        model: The model to be loaded, without wrappers.
-        names: Names in files.
+    """Names in files after transformers' renamings for loading into an unwrapped model, before any converter.
 
     Returns:
         One name for each of ``names``; the same names for a model that is not of transformers.

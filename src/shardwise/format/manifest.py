@@ -149,10 +149,6 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """Validate a manifest that is already in memory, in time linear in its size (but for sorting chunks).
 
-    Args:
-        data: The whole file.
-        path: The file, for errors.
-
     Raises:
         ManifestError: Damaged, malformed, contradicting itself, pointing outside its directory, or of another version.
     """

@@ -131,12 +131,7 @@ class Manifest:
 
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
-    """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once.
-
-    Args:
-        manifest: One about to be written, or just read.
-        fail: Called with what is wrong, and the tensor's name where there is one.
-    """
+    """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once."""
     runs: dict[str, list[tuple[int, int]]] = {}
     for record in manifest.files:
         _check_file(record, fail)

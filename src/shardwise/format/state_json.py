@@ -67,10 +67,6 @@ def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
 def decode_state(data: bytes, tensors: Mapping[str, torch.Tensor]) -> object:
     """Put a state together again.
 
-    Args:
-        data: The JSON text.
-        tensors: The tensors that stood beside it.
-
     Raises:
         StateFormatError: The text is malformed or does not fit the tensors.
     """

@@ -107,12 +107,7 @@ class AllocatorRestore:
 
 
 def restore_allocators(parts: Sequence[nn.Module], shapes: Mapping[str, Sequence[int]]) -> AllocatorRestore:
-    """Allocate memory for a file's allocator state; an allocator without saved state starts again. Local.
-
-    Args:
-        parts: This rank's parts.
-        shapes: Name in the file -> shape, of all of its tensors.
-    """
+    """Allocate memory for a file's allocator state; an allocator without saved state starts again. Local."""
     tensors: dict[str, torch.Tensor] = {}
     given: list[tuple[_Allocator, str, Mapping[str, torch.Tensor]]] = []
     for part, allocator in _allocators(parts):

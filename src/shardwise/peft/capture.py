@@ -106,10 +106,6 @@ def capture_adapter(
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
     """What this rank holds of one `AdapterFile`'s entries: sources for a save, destinations for a load.
 
-    Args:
-        entries: The entries.
-        meshes: Keys of the meshes seen so far on this rank.
-
     Raises:
         TensorError: A partial or unknown placement.
         MisuseError: A sparse or nested tensor.

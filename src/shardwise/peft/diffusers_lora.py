@@ -174,10 +174,6 @@ def header_metadata(settings: Mapping[str, object], component: str) -> dict[str,
     """``__metadata__`` of an adapter's file, as a pipeline's ``save_lora_weights`` writes it.
 
     Sets are sorted, where diffusers has them in the order of a hash table.
-
-    Args:
-        settings: The adapter's, as JSON can hold them.
-        component: The model's name in a pipeline.
     """
     packed = {f"{component}.{key}": value for key, value in settings.items()}
     return {"format": "pt", _SETTINGS_KEY: _settings_text(packed)}

@@ -56,11 +56,7 @@ class MergedGroup:
     _quantized: Mapping[str, QuantizedWeight]
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the merged tensors, one for each of ``results``, as peft does in this memory. Local; any thread.
-
-        Args:
-            values: For each name of ``sources`` the whole tensor; it may be written to.
-        """
+        """The merged tensors, one for each of ``results``, from whole ``sources``, which it may change. Any thread."""
         memory = {id(token): _like(token, self._whole(name, token, values)) for name, token in self._tokens.items()}
         copied = _Copier(lambda tensor: memory[id(tensor)])
         unloaded = _unload([copied.module(layer) for layer in self._layers])

@@ -102,16 +102,16 @@ class StateView:
             if holder is not None:
                 yield from self._rest_of_packed(value, holder, path)
                 return
-            entries = [(("key", key), each) for key, each in value.items() if not self._is_flat(key, each)]
-            yield from self._largest(value, [self._named_step(step, each) for step, each in entries], path)
+            entries: list[tuple[Step, object]] = [
+                (("parameter", self._name_of(key)) if isinstance(key, torch.Tensor) else ("key", key), each)
+                for key, each in value.items()
+                if not self._is_flat(key, each)
+            ]
+            yield from self._largest(value, entries, path)
         elif isinstance(value, (list, tuple)):
             yield from self._largest(value, [(("item", n), each) for n, each in enumerate(value)], path)
         else:
             yield path, value
-
-    def _named_step(self, step: Step, each: object) -> tuple[Step, object]:
-        key = step[1]
-        return (("parameter", self._name_of(key)), each) if isinstance(key, torch.Tensor) else (step, each)
 
     def _largest(
         self, value: Mapping[object, object] | Sequence[object], entries: list[tuple[Step, object]], path: Path
@@ -156,7 +156,8 @@ class StateView:
         fitting = [k for k in self._holders if [len(members(group)) for group in k.groups()] == sizes]
         state = cast(Mapping[object, object], value["state"])
         owners = [self._entries[id(each)] for each in state.values() if id(each) in self._entries]
-        owners += [k for k in fitting if any(_holds(state, t) for s in k.optimizer.state.values() for t in _tensors(s))]
+        given = set(map(id, _tensors(state)))
+        owners += [k for k in fitting if any(id(t) in given for t in _tensors(k.optimizer.state))]
         for holder in [*owners, *fitting]:
             if holder in fitting and (owners or self._is_like(groups, holder)):
                 return holder
@@ -293,10 +294,6 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)
-
-
-def _holds(state: Mapping[object, object], tensor: torch.Tensor) -> bool:
-    return any(each is tensor for value in state.values() for each in _tensors(value))
 
 
 def _is_same(a: object, b: object) -> bool:

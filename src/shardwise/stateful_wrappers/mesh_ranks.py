@@ -60,13 +60,9 @@ class MeshRanks:
 
 
 def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> MeshRanks:
-    """Read this rank's coordinates from the meshes of a model's tensors. Local.
+    """Read this rank's coordinates from the meshes of the tensors of a model's parts. Local.
 
     Each mesh is looked at together with the one that it was cut out of, which knows the other dimensions.
-
-    Args:
-        parts: The model's parts on this rank.
-        tensors: Their tensors.
     """
     meshes = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     is_fsdp = any(isinstance(module, FSDPModule) for part in parts for module in part.modules())

@@ -100,11 +100,7 @@ class OptimizerRecord:
         return self.files.get(label, label)
 
     def under(self, names: Mapping[str, str]) -> OptimizerRecord:
-        """The same with other names of parameters; the files have the old ones.
-
-        Args:
-            names: Old name -> new name, of every parameter.
-        """
+        """The same under new names (old name -> new, of every parameter); the files keep the old ones."""
         labels = {label: _label_under(label, names) for label in {**self.tensors, **self.shapes, **self.trees}}
         groups = [replace(g, params=tuple(names.get(name, name) for name in g.params)) for g in self.groups]
         return replace(
@@ -508,11 +504,7 @@ class OptimizerState:
         return entry.split(self.name, lambda key: entry.tensor_name(key) in self._own)
 
     def record(self, schedulers: Sequence[str] = ()) -> OptimizerRecord:
-        """Groups, and what each parameter's state consists of.
-
-        Args:
-            schedulers: The classes of the schedulers that are saved along.
-        """
+        """The groups, and a description of each parameter's state."""
         groups: list[SavedGroup] = []
         tensors: dict[str, Mapping[str, SavedTensor]] = {}
         values: dict[str, Mapping[str, StateValue]] = {}

@@ -37,12 +37,7 @@ class MayDiffer:
     per_rank: tuple[str, ...] = ()
 
     def of_model(self, tensors: Sequence[NamedTensor], parts: Sequence[nn.Module]) -> Container[str]:
-        """Names of the model's tensors with replicas that may differ.
-
-        Args:
-            tensors: The model's state.
-            parts: The modules that it is of.
-        """
+        """Names of the model's tensors with replicas that may differ."""
         if self.all:
             return _Everything()
         others = [named for named in tensors if not isinstance(named.tensor, nn.Parameter)]

@@ -58,9 +58,7 @@ def overrides_set_extra_state(module: nn.Module) -> bool:
 def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module loads its state with its own code, or a hook changes it before.
 
-    Args:
-        module: The module.
-        norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
+    With ``norms`` torch's normalisation layers count too: they copy only if all their tensors are there.
     """
     return not loads_as_torch(module, norms=norms) or has_foreign_hooks(loading_pre_hooks(module))
 

@@ -140,12 +140,7 @@ class Loaded:
 
 
 def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loaded:
-    """Let transformers load tensors without memory into a model without memory, ties and all.
-
-    Args:
-        model: A model of transformers' on the meta device.
-        tensors: Meta tensors under the names of files.
-    """
+    """Let transformers load tensors without memory into a model without memory, ties and all."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 

@@ -262,7 +262,7 @@ class _Export:
     progress: Progress | None
 
     def write(self, aside: Path) -> None:
-        """Write all files, the manifest last. The directory is there."""
+        """Write all files into the existing directory, the manifest last."""
         storage, layout = self.storage, self.layout
         storage.check_space(aside, layout.total_bytes)
         crcs: dict[str, int] = {}

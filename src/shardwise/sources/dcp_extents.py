@@ -25,8 +25,8 @@ class Wrong(NamedTuple):
 
     Attributes:
         file: Its path in the directory; empty for the metadata itself.
-        kind: What sort of thing, as `shardwise.engine.verify` names damages.
-        message: What.
+        kind: The kind of damage, as `shardwise.engine.verify` names damages.
+        message: Description.
         tensors: Names of the items concerned.
     """
 
@@ -44,7 +44,7 @@ class DcpExtents:
         files: The files that the metadata names.
         tensors: Number of tensors.
         items: Number of items whose extent was compared.
-        wrong: What contradicts.
+        wrong: The contradictions.
     """
 
     files: tuple[str, ...]

@@ -149,7 +149,7 @@ def _locate(path: DcpPath) -> tuple[DcpPath, str, DcpPath, bool] | None:
         if part in _KINDS and (part == "param_groups" or number + 1 < len(path)):
             return path[:number], str(part), path[number + 1 :], False
         match = _FLAT.fullmatch(part) if isinstance(part, str) else None
-        # Only where nothing is recorded of a nested state dict may there be more in front.
+        # A longer prefix is possible only where the nesting of the state dict was not recorded.
         if match is not None and (match["head"] is None or len(path) == 1):
             head = path[:number] if match["head"] is None else (match["head"],)
             return head, match["kind"], (match["rest"], *path[number + 1 :]), True

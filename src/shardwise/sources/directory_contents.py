@@ -43,7 +43,7 @@ def torch_files(directory: Path) -> list[str]:
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
+    """Whether a directory has weights that can be opened, by names; safetensors files are not read."""
     try:
         names = os.listdir(directory)
     except NotADirectoryError:

@@ -188,7 +188,7 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
 def look_up_pieces(
     wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], piece_table: PieceTable, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
-    """Find the pieces that touch what a rank wants. All ranks of the group call.
+    """Find the pieces that touch the regions that a rank wants. All ranks of the group call.
 
     Args:
         wanted: Gives tensors with remote pieces, and the regions wanted of each. Local.

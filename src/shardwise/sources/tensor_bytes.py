@@ -51,7 +51,7 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def prefer_huge_pages(tensor: torch.Tensor) -> None:
     """Ask for huge pages behind a large CPU tensor whose memory has not been touched: its first touch costs a fraction.
 
-    Only a wish: a system without huge pages, or with none to spare, gives small ones.
+    A hint only: a system without free huge pages gives small ones.
     """
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE

@@ -98,7 +98,8 @@ def _marker(symbol: str) -> str:
 
 def _insert(source: _Source, symbols: list[str]) -> str:
     """The text with guards for ``symbols`` before its first statement that may follow them."""
-    newline = _newline(source.text)
+    first = re.search(r"\r\n|\n|\r", source.text)
+    newline = first.group() if first else "\n"
     block = "".join(line + newline for symbol in symbols for line in _guard(symbol))
     position = _insertion_offset(source)
     head, tail = source.text[:position], source.text[position:]
@@ -116,11 +117,6 @@ def _guard(symbol: str) -> list[str]:
         f"    _shardwise_guarded.{symbol} = {stand_in}",
         "del _shardwise_guarded",
     ]
-
-
-def _newline(text: str) -> str:
-    first = re.search(r"\r\n|\n|\r", text)
-    return first.group() if first else "\n"
 
 
 def _insertion_offset(source: _Source) -> int:

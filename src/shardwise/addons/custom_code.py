@@ -53,7 +53,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     seen: set[type] = set()
     families = _families_of_name(given_path(config))
     for cls in (*type(model).__mro__, *type(config).__mro__):
-        if cls not in seen and _is_custom(cls):
+        if cls not in seen and (_in_cache(cls.__module__) or auto_class(cls) is not None):
             seen.add(cls)
             families.add(_family(cls.__module__))
             yield cls
@@ -192,9 +192,7 @@ def _relatively_imported(file: Path) -> Iterator[Path]:
         _LOG.warning("custom code: %s is not valid Python, what it imports is not followed", file)
         return
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node.level == 0:
-            continue
-        if node.level > len(file.parents):
+        if not isinstance(node, ast.ImportFrom) or not 0 < node.level <= len(file.parents):
             continue
         package = file.parents[node.level - 1]
         module = package.joinpath(*node.module.split(".")) if node.module else package
@@ -213,7 +211,7 @@ def _add_class(copied: _Copies, cls: type, target: Path) -> None:
         root = _cache_root(cls.__module__, file)
         copied.add_all(_python_files(root, target), root)
     else:
-        # A class of the user's own, registered for an auto class: transformers wants its module at the top level.
+        # The user's own class, registered for an auto class: transformers expects its module at the top level.
         copied.add_all(_with_relative_imports(file, file.parent), file.parent)
 
 
@@ -230,16 +228,12 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
         copied.add_all(_with_relative_imports(base / relative, base), base)
 
 
-def _is_custom(cls: type) -> bool:
-    return _in_cache(cls.__module__) or auto_class(cls) is not None
-
-
 def _in_cache(module: str) -> bool:
     return module.startswith(_CACHE_PACKAGE + ".")
 
 
 def _family(module: str) -> str:
-    """What modules of one model have in common, whatever revision: ``transformers_modules.<org>.<name>``."""
+    """The common prefix of one model's modules, whatever revision: ``transformers_modules.<org>.<name>``."""
     parts = module.split(".")[:-1]
     revision = _revision_index(parts)
     return ".".join(parts if revision is None else parts[:revision])

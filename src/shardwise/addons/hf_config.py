@@ -1,4 +1,4 @@
-"""``config.json`` and ``generation_config.json``: whole, true to the weights beside them, and free of stale entries."""
+"""``config.json`` and ``generation_config.json``: complete, true to the weights beside them, without stale entries."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import copy
 import dataclasses
 import enum
 import json
-import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from shardwise.addons.config_entries import naming_entries
+from shardwise.addons.config_entries import is_config, naming_entries
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.base.directory import base_directory
@@ -29,8 +28,6 @@ from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
-
-_LOG = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -138,15 +135,11 @@ def _strip(config: object) -> bool:
         if _QUANTIZATION in entries:
             delattr(config, _QUANTIZATION)
             removed = True
-    below = [value for value in entries.values() if isinstance(value, MutableMapping) or _is_config(value)]
+    below = [value for value in entries.values() if isinstance(value, MutableMapping) or is_config(value)]
     return any([removed, *(_strip(value) for value in below)])
 
 
 _ABSENT = object()
-
-
-def _is_config(value: object) -> bool:
-    return hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -220,8 +213,8 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
     """Repeat ``rope_parameters`` as 4.x spells it, in sub-configs too.
 
     Release 5 gathers in one entry what 4.x reads from ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and,
-    where sliding layers rotate differently, ``rope_local_base_freq``. A 4.x reader ignores the new entry and falls back
-    to the class's defaults without a word: the model loads and is wrong.
+    where sliding layers rotate differently, ``rope_local_base_freq``. A 4.x reader ignores the new entry and silently
+    uses the class's defaults: the model loads and is wrong.
     """
     for value in list(entries.values()):
         if isinstance(value, dict):
@@ -242,11 +235,7 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
 
 
 def untie_configs(directory: Path) -> None:
-    """Set ``tie_word_embeddings`` to false in the configurations of a directory, in sub-configs too.
-
-    Args:
-        directory: Where ``config.json`` is, and in v4 mode ``config.v5.json``.
-    """
+    """Set ``tie_word_embeddings`` to false in a directory's ``config.json`` and ``config.v5.json``, sub-configs too."""
     for path in (directory / CONFIG, directory / CONFIG_V5):
         if path.is_file():
             write_json(path, untied(read_json_object(path)))
@@ -299,13 +288,12 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     if not path.is_file():
         return True
     entries = read_json_object(path)
-    changed = False
-    if CLASS_NAME in entries and entries[CLASS_NAME] != original_class(model).__name__:
+    before = json.dumps(entries)
+    if CLASS_NAME in entries:
         entries[CLASS_NAME] = original_class(model).__name__
-        changed = True
-    if not keep_quantization and _strip(entries):
-        changed = True
-    if changed:
+    if not keep_quantization:
+        _strip(entries)
+    if json.dumps(entries) != before:
         write_json(path, entries)
     return True
 
@@ -332,7 +320,7 @@ def _write_entries(config: object, path: Path) -> None:
 
 
 def _nested(value: object) -> object:
-    """What JSON is to make of an object inside a config."""
+    """A value for JSON in place of an object inside a config."""
     to_dict: object = getattr(value, "to_dict", None)
     if callable(to_dict):
         return to_dict()
@@ -349,10 +337,6 @@ def _nested(value: object) -> object:
 
 def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
     """Write the ``config.json`` of a model with huggingface_hub's ``PyTorchModelHubMixin``, as the mixin does.
-
-    Args:
-        model: The model, out of its wrappers.
-        directory: Directory to write to.
 
     Returns:
         Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
@@ -382,7 +366,7 @@ def _spared(model: nn.Module, config: object) -> Iterator[None]:
 
 
 def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> None:
-    """Write how the model generates; the base model's file where the model in memory has nothing of its own to say.
+    """Write the generation config; the base model's file where the model in memory has no settings of its own.
 
     A model built from its config, and not loaded, has a generation config that only repeats the config's token ids:
     written over the base model's, it would drop stop tokens and sampling settings. Nothing is written for a model that
@@ -435,9 +419,7 @@ def localize_auto_maps(directory: Path) -> None:
     """Point ``auto_map`` at the modules beside it: ``repo--module.Class`` becomes ``module.Class``.
 
     transformers fetches a prefixed reference from the hub even where the module was exported with the model.
-
-    Args:
-        directory: The metadata directory, code included.
+    ``directory`` is the metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
         entries = read_json_object(path) if path.is_file() else {}

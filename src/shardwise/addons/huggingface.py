@@ -51,7 +51,7 @@ _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 
 class HFMetadataExporter(Protocol):
-    """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
+    """The result of a model's ``_get_consolidated_hf_metadata_exporter``, which then writes all metadata itself.
 
     The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
     and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. Then:
@@ -128,34 +128,29 @@ def _parts(args: SaveHookArgs) -> list[nn.Module]:
 
 
 def is_quantized(args: SaveHookArgs) -> bool:
-    """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
+    """Whether this rank holds quantized parameters. Stages may differ; the config says so if any rank does."""
     return any(has_quantized_parameters(bare_model(part).modules()) for part in _parts(args))
 
 
-def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
-    """What `ConsolidatedHFAddon.pre_save` does on rank 0. Local.
-
-    Args:
-        args: See `SaveHookArgs`.
-        quantized: Whether any rank holds quantized parameters.
-        exporter: What `own_exporter` gave.
-    """
-    directory = args.get("hf_metadata_dir")
-    if directory is not None:
-        _write_metadata(Path(directory), _parts(args), quantized, args, exporter)
-
-
 def copy_metadata(args: SaveHookArgs) -> None:
-    """What `ConsolidatedHFAddon.post_save` does on rank 0. Local."""
+    """The work of `ConsolidatedHFAddon.post_save` on rank 0. Local."""
     source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
     if source is not None and target is not None and Path(source).is_dir():
         _copy_tree(Path(source), Path(target))
 
 
-def _write_metadata(
-    directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs, exporter: HFMetadataExporter | None
-) -> None:
-    """Write everything into ``directory``."""
+def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
+    """The work of `ConsolidatedHFAddon.pre_save` on rank 0. Local.
+
+    Args:
+        args: See `SaveHookArgs`.
+        quantized: Whether any rank holds quantized parameters.
+        exporter: The result of `own_exporter`.
+    """
+    target = args.get("hf_metadata_dir")
+    if target is None:
+        return
+    directory, parts = Path(target), _parts(args)
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")

@@ -169,7 +169,7 @@ def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
 
 
 def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compatible: bool = False) -> dict[str, object]:
-    """What adapter_config.json is to say, from this process's parts alone.
+    """The content of adapter_config.json, from this process's parts alone.
 
     Args:
         peft_config: The configuration.

@@ -58,10 +58,10 @@ _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentenc
 
 
 def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, directory: Path) -> None:
-    """Write the tokenizer or processor, and take from the base model what then still is absent.
+    """Write the tokenizer or processor, and copy absent files from the base model.
 
-    What the caller passes wins. The base model's tokenizer files are copied where no tokenizer was written, its
-    processor files where no processor was, its chat template where none was.
+    The caller's object takes precedence. The base model's tokenizer files are copied where no tokenizer was written,
+    its processor files where no processor was, its chat template where none was.
 
     Args:
         tokenizer: Tokenizer, processor or ``None``.
@@ -97,26 +97,20 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
     if not path.is_file():
         return
     entries = read_json_object(path)
-    changed = False
+    before = dict(entries)
     if entries.get("tokenizer_class") == "TokenizersBackend":
         theirs = base / path.name if base is not None else path
         known = read_json_object(theirs).get("tokenizer_class") if theirs.is_file() else None
         usable = isinstance(known, str) and known != "TokenizersBackend"
         entries["tokenizer_class"] = known if usable else "PreTrainedTokenizerFast"
-        changed = True
     if isinstance(entries.get("extra_special_tokens"), list):
         entries["additional_special_tokens"] = entries.pop("extra_special_tokens")
-        changed = True
-    if changed:
+    if entries != before:
         write_json(path, entries)
 
 
 def write_sentence_transformers(base: Path | None, directory: Path) -> None:
-    """Copy what makes the base model a sentence-transformers model: its side files and its module folders.
-
-    Args:
-        base: The base model's directory, if it has one.
-        directory: Directory to write to.
+    """Copy the side files and module folders of a base model that is a sentence-transformers model.
 
     Raises:
         FormatError: ``modules.json`` names a folder outside the model.
@@ -135,16 +129,16 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
 
 
 def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> bool:
-    """Write what makes a directory with a transformer's files the sentence-transformers model around it.
+    """Write the files that make a directory with a transformer's files a sentence-transformers model.
 
     Args:
         model: The ``SentenceTransformer``, out of its wrappers.
         directory: Directory to write to.
-        with_tokenizer: Whether its tokenizer or processor is to be written too.
+        with_tokenizer: Whether to write its tokenizer or processor too.
 
     Returns:
-        Whether it was written. A module with weights besides the transformer (``Dense``) has files of its own, which an
-        export has not: then the directory is the transformer's alone, as the log says.
+        Whether it was written. A module with weights besides the transformer (``Dense``) has its own files, which an
+        export lacks: then the directory holds only the transformer, as the log says.
     """
     modules = list(model.named_children())
     others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]

@@ -1,4 +1,4 @@
-"""The manifest: the record that makes a directory a checkpoint, and says what every byte in it must be.
+"""The manifest: the record that makes a directory a checkpoint, with the digest of every byte in it.
 
 One JSON object with one record per line, so that ``grep`` and ``diff`` work on it::
 
@@ -75,8 +75,6 @@ __all__ = [
     "resolve_inside",
 ]
 
-#: Name of the manifest in a checkpoint's directory.
-
 #: Newest version of the record. A record is written in the oldest one that can say what there is to say.
 MANIFEST_VERSION = 2
 
@@ -99,9 +97,6 @@ _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of a manifest.
-
-    Args:
-        manifest: What to write.
 
     Raises:
         ManifestError: The manifest contradicts itself or could not be read back.
@@ -154,10 +149,6 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """Validate a manifest that is already in memory, in time linear in its size (but for sorting chunks).
 
-    Args:
-        data: The whole file.
-        path: The file, for errors.
-
     Raises:
         ManifestError: Damaged, malformed, contradicting itself, pointing outside its directory, or of another version.
     """
@@ -190,23 +181,13 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     return manifest
 
 
-def _hex(crc: int | None) -> str | None:
-    return None if crc is None else f"{crc:08x}"
-
-
 def _file_line(record: FileRecord) -> str:
-    return dumps(
-        {
-            "path": record.path,
-            "size": record.size,
-            "crc32c": _hex(record.crc32c),
-            "header_bytes": record.header_bytes,
-        }
-    )
+    crc = None if record.crc32c is None else f"{record.crc32c:08x}"
+    return dumps({"path": record.path, "size": record.size, "crc32c": crc, "header_bytes": record.header_bytes})
 
 
 class _TensorLines:
-    """Writes the lines of tensors; shapes and offsets, which many have in common, are put into words once."""
+    """Writes the lines of tensors; shapes and offsets, which many have in common, are encoded once."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[int, ...], str] = {}

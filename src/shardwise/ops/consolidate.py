@@ -51,7 +51,7 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True, slots=True)
 class ConsolidateReport:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: The export's directory.
@@ -181,7 +181,7 @@ def _publish(export: _Export, target: Path, storage: Storage, progress: Progress
 
 
 def _require_opens(export: _Export, verify_export: bool | None) -> None:
-    """Check what is to be written against the class that its configuration names, before a tensor is."""
+    """Check the planned export against the class that its configuration names, before a tensor is written."""
     found, plain, specs = export.found, export.plain, [tensor.spec for tensor in export.tensors.values()]
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
@@ -274,7 +274,7 @@ class _Export:
     plain: Mapping[str, bytes]
 
     def write(self, aside: Path, storage: Storage, progress: Progress | None) -> None:
-        """Write all files, the manifest last. The directory is there."""
+        """Write all files into the existing directory, the manifest last."""
         layout = self.layout
         storage.check_space(aside, layout.total_bytes)
         crcs: dict[str, int] = {}

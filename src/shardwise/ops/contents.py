@@ -53,7 +53,7 @@ class Contents:
 
     @property
     def checked(self) -> tuple[str, ...]:
-        """What was compared."""
+        """The tensors and files that were compared."""
         return tuple(f"{count} {what}" for what, count in self._counts.items())
 
     def count(self, what: str, number: int = 1) -> None:

@@ -188,7 +188,7 @@ def _from_headers(target: Target) -> CheckpointDescription:
 
 
 def _listed(root: Path, top: Path) -> list[str]:
-    """Every file, and links to files, of which a hub cache's snapshots consist."""
+    """Every file and link to a file, such as those of a hub cache's snapshots."""
     if top.is_file():
         return [top.relative_to(root).as_posix()]
     found: list[str] = []

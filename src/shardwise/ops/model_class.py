@@ -33,7 +33,7 @@ class _Settings(Protocol):
 
 
 class _FromConfig(Protocol):
-    """A class of models: transformers' has the one, diffusers' the other."""
+    """A class of models: transformers' classes have the one method, diffusers' the other."""
 
     config_class: _Settings
 

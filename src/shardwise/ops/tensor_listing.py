@@ -17,7 +17,7 @@ from shardwise.geometry import TensorSpec
 DCP_SUFFIX = ".metadata"
 
 _TORCH_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
-#: What the tensors of files at the top are taken for; a folder is a component, or a pipeline's model, of its own.
+#: The component of files at the top; a folder is another component, or a pipeline's model.
 _TOP = "model"
 
 

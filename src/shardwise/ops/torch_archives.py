@@ -13,7 +13,7 @@ from typing import Literal
 
 from shardwise.format.sniff import Kind, what_is_file
 
-#: What such files are called.
+#: Names of such files.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")

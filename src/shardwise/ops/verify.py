@@ -40,7 +40,7 @@ _STATE_DIRS = ("optim", "rng", "extra")
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found.
+    """The findings of a verification.
 
     Attributes:
         requested: The path as the caller gave it.
@@ -233,7 +233,7 @@ def _is_read(relative: str) -> bool:
 
 
 def _is_unfinished(relative: str) -> bool:
-    """Whether a file is part of something that is being written or deleted, which nobody reads."""
+    """Whether a file belongs to a directory that is being written or deleted, and is not read."""
     return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
 
 

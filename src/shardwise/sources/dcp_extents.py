@@ -25,8 +25,8 @@ class Wrong(NamedTuple):
 
     Attributes:
         file: Its path in the directory; empty for the metadata itself.
-        kind: What sort of thing, as `shardwise.engine.verify` names damages.
-        message: What.
+        kind: The kind of damage, as `shardwise.engine.verify` names damages.
+        message: Description.
         tensors: Names of the items concerned.
     """
 
@@ -38,13 +38,13 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DcpExtents:
-    """What was found.
+    """The extents that were found.
 
     Attributes:
         files: The files that the metadata names.
         tensors: Number of tensors.
         items: Number of items whose extent was compared.
-        wrong: What contradicts.
+        wrong: The contradictions.
     """
 
     files: tuple[str, ...]
@@ -86,7 +86,7 @@ def check_dcp_extents(directory: Path) -> DcpExtents:
 
 
 def _unplaced(metadata: Metadata) -> Iterator[Wrong]:
-    """Tensors of which a piece, or a piece's place, is missing."""
+    """Tensors with a missing piece, or a piece without a place."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     places = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data or {}}

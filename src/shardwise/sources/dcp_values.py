@@ -1,4 +1,4 @@
-"""What a DCP directory holds beside sharded tensors: values that DCP pickled, and small tensors read whole."""
+"""Entries of a DCP directory beside sharded tensors: values that DCP pickled, and small tensors read whole."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DcpValues:
 
         Raises:
             CheckpointNotFoundError: A file of the directory is absent.
-            FormatError: It is damaged, or too large for what it is to be.
+            FormatError: It is damaged, or too large for such a value.
             UnsafePickleError: It names something outside the allow-lists.
         """
         if name in self.tensors:

@@ -1,4 +1,4 @@
-"""What a directory holds instead of a model, and which directories below hold one: for the hints of errors."""
+"""The contents of a directory without a model, and which directories below hold one: for the hints of errors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter
 
-#: Names by which tools keep weights; what else is in a directory is not mentioned.
+#: Names of weight files of other tools; other files of a directory are not mentioned.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npz|npy|pkl|pickle|nemo|tar|zip|gz|tgz|zst|"
     r"distcp|llamafile|tflite|pb)$"
 )
-#: What a training run keeps beside a model's weights in files of the same kind.
+#: Files of the same kind that a training run keeps beside a model's weights.
 _NO_MODEL = re.compile(
     r"^(training_args|optimizer|optim|scheduler|scaler|sched|random_states|rng_state|trainer_state|dataloader|"
     r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
@@ -43,7 +43,7 @@ def torch_files(directory: Path) -> list[str]:
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
+    """Whether a directory has weights that can be opened, by names; safetensors files are not read."""
     try:
         names = os.listdir(directory)
     except NotADirectoryError:
@@ -67,7 +67,7 @@ def _is_torch(found: Recognised | None) -> bool:
 
 
 def found_instead(directory: Path) -> str:
-    """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
+    """The contents of a directory without a model, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
     weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
     shown = []
     for name in weights[:_SHOWN]:
@@ -78,7 +78,7 @@ def found_instead(directory: Path) -> str:
 
 
 def how_to_open(directory: Path) -> str:
-    """What to do about the first of the files that `found_instead` lists; may be empty."""
+    """The hint for the first of the files that `found_instead` lists; may be empty."""
     for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
         if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."

@@ -210,7 +210,7 @@ def _tensor_files(
 
 
 def tell_unread(directory: Path, chosen: WeightFiles) -> None:
-    """Say which of two was taken."""
+    """Log which of two sources was used."""
     _LOG.warning(
         "%s holds %s and %s, which lists other files: the former is read, as transformers does",
         directory,

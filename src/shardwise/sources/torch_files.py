@@ -46,7 +46,7 @@ class BinSource:
     """The tensors of ``.bin`` files.
 
     Attributes:
-        source: Those that byte ranges can read.
+        source: The tensors that byte ranges can read.
         loose: Name -> what it is and the file that has to be opened for it.
         legacy: Whether unrestricted unpickling is permitted.
     """

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardwise.base.finding import asked_for, find
-from shardwise.base.load import BaseSource
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
+from shardwise.base.source import BaseSource
 from shardwise.comm import Group
 from shardwise.dtypes import FLOATS
 from shardwise.format.json_file import read_json

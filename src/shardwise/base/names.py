@@ -130,6 +130,7 @@ def match_base(
         tensors += by_name.values()
         filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
         steps += part.steps
+    refuse_stand_ins(native for group in groups for native in group.natives)
     own, doubled = _once(held)
     return BaseWanted(
         own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)

@@ -149,7 +149,7 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
     taken += ["ema"] * (ema is not None)
     taken += [*(extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-    below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
+    below_name = opened.direct.source.plain.below if isinstance(opened, OpenedModel) else None
     left = unrestored(session, path, found, taken, partly, below_name)
     _Opened(opened, averaged, steering, found).restore(session.group, life.order)
     allocate_staging(life, model, optimizer)

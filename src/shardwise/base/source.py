@@ -119,7 +119,7 @@ class BaseSource:
             require_own_elements(name, fragment.data)
         if name in self.plain.tensors:
             reads.add(self.plain.tensors[name], tensor, replicas)
-        elif self.bins is not None:
+        elif self.bins is not None and tensor.fragments:
             reads.opened.setdefault((self.loose[name][1], self.bins.legacy), []).append(tensor)
 
 

@@ -301,7 +301,7 @@ def open_load(
         with missing_files_named(source.plain):
             source.compare([tensor.spec for tensor in held], unexpected, options)
             for tensor in held:
-                if tensor.spec.name not in names:
+                if tensor.spec.name not in names or not tensor.parts:
                     continue
                 direct, theirs = split(tensor)
                 if direct is not None:

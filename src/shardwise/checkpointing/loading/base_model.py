@@ -13,7 +13,6 @@ Decisions made here, and why:
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +30,7 @@ from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
+from shardwise.checkpointing.loading.foreign import expected_unused
 from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
 from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.checkpointing.session import Session
@@ -50,7 +50,6 @@ from shardwise.peft.initial_values import (
 from shardwise.peft.models import is_peft_adapted
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import declared_ties
-from shardwise.upstream.transformers import may_be_unexpected
 
 _LOG = logging.getLogger(__name__)
 
@@ -319,15 +318,11 @@ def _tell(report: LoadReport, parts: Sequence[nn.Module], wanted: Sequence[HeldT
     if report.missing:
         near = listed(report.missing, report.unexpected, "it has")
         _LOG.warning("the base model lacks %s, which keep their values", near)
-    known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
-    strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
+    known = set(expected_unused(parts, report.unexpected))
+    ties = tuple(declared_ties(parts))
+    strange = [name for name in report.unexpected if name not in known and not name.endswith(ties)]
     if strange:
         _LOG.warning(
             "the base model has tensors that the model lacks: %s",
             listed(strange, [spec.name for spec in specs], "the model has"),
         )
-
-
-def _expected_leftovers(part: nn.Module) -> list[str]:
-    """Patterns of names that files may have and a transformers model does not load, tied heads among them."""
-    return [*may_be_unexpected(part), *(f"{re.escape(name)}$" for name in declared_ties([part]))]

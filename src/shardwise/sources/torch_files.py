@@ -56,13 +56,6 @@ class BinSource:
     legacy: bool
 
 
-def has_torch_files(path: Path) -> bool:
-    """Whether there are ``.bin`` weights at a path, which may be a file."""
-    if path.is_file():
-        return TORCH.index_stem(path.name) is not None or TORCH.stem_of(path.name) is not None
-    return path.is_dir() and bool(torch_files(path) or _indices(path))
-
-
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
     """Find the tensors of a ``.bin`` file, or of a directory of them. All ranks of the group call and see the same.
 

@@ -108,10 +108,12 @@ class BaseSource:
         """
         name = tensor.spec.name
         if self.dequantizes(tensor.spec):
+            if not any(fragment.box.numel for fragment in tensor.fragments):
+                return
             quantized = fitted(self.quantized[name], tensor.spec.shape, self.path)
             alone = reads.add_made(tensor, replicas, partial(dequantized_pieces, quantized))
             elements = sum(fragment.box.numel for fragment in alone.fragments)
-            if elements:
+            if alone.parts:
                 reads.computed.append(partial(read_dequantized, quantized, alone))
                 reads.made_bytes += elements // 2 if quantized.packed else elements
             return

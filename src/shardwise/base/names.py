@@ -167,9 +167,10 @@ def under_names_of_files(
     Raises:
         ConversionError: Two tensors would be read from one.
     """
-    specs = tuple(native.spec for native in natives)
-    conversion = known or for_files(module, conversion_of(module, specs), specs, names, key_mapping)
-    return conversion, to_hub(conversion, natives)
+    if known is None:
+        specs = tuple(native.spec for native in natives)
+        known = for_files(module, conversion_of(module, specs), specs, names, key_mapping)
+    return known, to_hub(known, natives)
 
 
 def names_of_ties(

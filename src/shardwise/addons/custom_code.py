@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.files import copy_file
-from shardwise.base.directory import base_directory, is_inside
+from shardwise.base.finding import find_directory
 from shardwise.errors import StorageError
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
@@ -164,11 +164,23 @@ def _python_files(base: Path, target: Path) -> list[Path]:
             path = here / name
             if not name.endswith(".py") or name == "__init__.py":
                 continue
-            if path.is_file() and is_inside(path, base):
+            if path.is_file() and _is_inside(path, base):
                 found.append(path)
             else:
                 _LOG.warning("custom code: %s is left out, its link leaves the model directory", path)
     return found
+
+
+def _is_inside(path: Path, base: Path) -> bool:
+    """Whether ``path``, its links followed, is a file of ``base`` or a blob of a hub cache.
+
+    The hub cache keeps a model's files as ``models--<org>--<name>/blobs/<digest>`` and makes snapshots of links to
+    them (huggingface_hub, "Understand caching").
+    """
+    resolved = path.resolve()
+    if resolved.is_relative_to(base.resolve()):
+        return True
+    return resolved.parent.name == "blobs" and resolved.parent.parent.name.startswith("models--")
 
 
 def _with_relative_imports(file: Path, root: Path) -> list[Path]:
@@ -176,7 +188,7 @@ def _with_relative_imports(file: Path, root: Path) -> list[Path]:
     pending, found = [file], {file: None}
     while pending:
         for needed in _relatively_imported(pending.pop()):
-            if needed not in found and needed.is_relative_to(root) and needed.is_file() and is_inside(needed, root):
+            if needed not in found and needed.is_relative_to(root) and needed.is_file() and _is_inside(needed, root):
                 found[needed] = None
                 pending.append(needed)
     return [path for path in found if path.name != "__init__.py"]
@@ -222,8 +234,8 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
         if not _DOTTED.fullmatch(dotted):
             continue
         relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
-        base = None if copied.holds(relative) else base_directory(repo or original_model_path)
-        if base is None or not (base / relative).is_file() or not is_inside(base / relative, base):
+        base = None if copied.holds(relative) else find_directory(repo or original_model_path)
+        if base is None or not (base / relative).is_file() or not _is_inside(base / relative, base):
             continue
         copied.add_all(_with_relative_imports(base / relative, base), base)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from shardwise.addons.config_entries import is_config, naming_entries
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text
-from shardwise.base.directory import base_directory
+from shardwise.base.finding import find_directory
 from shardwise.comm import JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
@@ -78,7 +78,7 @@ def _config_exists(original_model_path: str, config_name: str) -> bool:
         original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
         config_name: File name, such as ``config.json``.
     """
-    base = base_directory(original_model_path)
+    base = find_directory(original_model_path)
     return base is not None and (base / config_name).is_file()
 
 
@@ -401,7 +401,7 @@ def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
 
 def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
     """Copy a config file of the base model; see `_save_original_config_json`."""
-    base = base_directory(original_model_path)
+    base = find_directory(original_model_path)
     if base is None or not (base / name).is_file():
         raise CheckpointNotFoundError(
             f"the base model has no {name}",

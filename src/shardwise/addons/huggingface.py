@@ -30,7 +30,7 @@ from shardwise.addons.side_files import (
     write_tokenizer,
     write_tokenizer_for_v4,
 )
-from shardwise.base.directory import base_directory
+from shardwise.base.finding import find_directory
 from shardwise.comm import Group
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
@@ -161,7 +161,7 @@ def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExpo
         return
     config = None if model is None else config_of(model)
     describes_itself = config is not None or (model is not None and is_hub_mixin(model))
-    base = base_directory(base_path) if describes_itself else None
+    base = find_directory(base_path) if describes_itself else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from shardwise.base.finding import asked_for, find
-from shardwise.base.load import BaseSource
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
+from shardwise.base.source import BaseSource
 from shardwise.comm import Group
 from shardwise.dtypes import FLOATS
 from shardwise.format.json_file import read_json
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter, is_index
+from shardwise.format.weight_files import TORCH, is_index
+from shardwise.sources.directory_contents import holds_safetensors, holds_torch_files
 from shardwise.sources.sources import open_source
-from shardwise.sources.torch_files import has_torch_files, open_bin
+from shardwise.sources.torch_files import open_bin
 
 #: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
 #: where the file does not name it.
@@ -160,15 +160,6 @@ def is_torch_base(path: Path) -> bool:
         if found is None:
             return path.suffix != ".safetensors" and TORCH.stem_of(path.name) is not None
         return found.kind is Kind.TORCH
-    below = (path, path / "consolidated")
-    if (path / ".metadata").exists() or any(_has_safetensors(place) for place in below):
+    if (path / ".metadata").exists() or holds_safetensors(path):
         return False
-    return has_torch_files(path)
-
-
-def _has_safetensors(directory: Path) -> bool:
-    names = os.listdir(directory) if directory.is_dir() else []
-    return any(
-        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
-        for name in names
-    )
+    return path.is_dir() and holds_torch_files(path)

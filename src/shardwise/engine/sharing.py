@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
 from shardwise.plan.sharing import LIMITS, Limits, Replicas
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source
+from shardwise.sources.torch_files import fill_from_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,16 @@ class PlannedReads:
     Attributes:
         own: What it reads by itself.
         shared: The ranks of a set of replicas -> what they want alike.
-        made_bytes: Stored bytes behind what is made for replicas, this rank's part.
+        computed: What it computes by itself from what it reads.
+        opened: A file that `torch.load` has to open, and whether without restrictions -> what is wanted of it.
+        made_bytes: Stored bytes behind what is computed, this rank's part.
         spare: See `spare_memory`; made while planning, which all ranks do together.
     """
 
     own: list[AnyRead] = field(default_factory=list)
     shared: dict[tuple[int, ...], Wanted] = field(default_factory=dict)
+    computed: list[Callable[[Reader], None]] = field(default_factory=list)
+    opened: dict[tuple[Path, bool], list[HeldTensor]] = field(default_factory=dict)
     made_bytes: int = 0
     spare: torch.Tensor | None = None
 
@@ -122,6 +128,12 @@ class PlannedReads:
             if failure is not None:
                 raise failure
         reader.execute(self.own)
+        for compute in self.computed:
+            compute(reader)
+        for (file, legacy), tensors in self.opened.items():
+            copied = fill_from_file(file, legacy, tensors)
+            reader.counts.wanted += copied
+            reader.counts.read += copied
 
 
 def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharing) -> bool:

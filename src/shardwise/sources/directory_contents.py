@@ -43,23 +43,24 @@ def torch_files(directory: Path) -> list[str]:
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether a directory has weights that can be opened, by names; safetensors files are not read."""
-    try:
-        names = os.listdir(directory)
-    except NotADirectoryError:
+    """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
+    if not directory.is_dir():
         return False
-    if ".metadata" in names or any(_is_weights(name) for name in names):
-        return True
-    merged = directory / "consolidated"
-    if "consolidated" in names and merged.is_dir() and any(_is_weights(name) for name in os.listdir(merged)):
-        return True
-    return bool(torch_files(directory))
+    return (directory / ".metadata").exists() or holds_safetensors(directory) or holds_torch_files(directory)
 
 
-def _is_weights(name: str) -> bool:
-    if any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH)):
-        return True
-    return SAFETENSORS.stem_of(name) is not None and not is_adapter(name)
+def holds_safetensors(directory: Path) -> bool:
+    """Whether there is a model in safetensors files in a directory, or in ``consolidated/`` below it."""
+    names = [n for place in (directory, directory / "consolidated") if place.is_dir() for n in os.listdir(place)]
+    return any(
+        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
+        for name in names
+    )
+
+
+def holds_torch_files(directory: Path) -> bool:
+    """Whether there is a model in files of ``torch.save`` in a directory."""
+    return any(TORCH.index_stem(name) is not None for name in os.listdir(directory)) or bool(torch_files(directory))
 
 
 def _is_torch(found: Recognised | None) -> bool:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,13 +54,6 @@ class BinSource:
     source: Source
     loose: Mapping[str, tuple[TensorSpec, Path]]
     legacy: bool
-
-
-def has_torch_files(path: Path) -> bool:
-    """Whether there are ``.bin`` weights at a path, which may be a file."""
-    if path.is_file():
-        return TORCH.index_stem(path.name) is not None or TORCH.stem_of(path.name) is not None
-    return path.is_dir() and bool(torch_files(path) or _indices(path))
 
 
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
@@ -198,31 +191,27 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
     return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def fill_loose(source: BinSource, wanted: Sequence[HeldTensor]) -> int:
-    """Fill fragments from tensors that byte ranges cannot read, file by file; returns the bytes copied.
+def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> int:
+    """Fill fragments from tensors of a file that byte ranges cannot read; returns the bytes copied.
 
     A memory-mapped file adds nothing to this rank's memory but pages that the system may drop; one of torch before
-    1.6 is loaded whole, one file at a time.
+    1.6 is loaded whole.
+
+    Args:
+        file: The file.
+        legacy: Whether unrestricted unpickling is permitted.
+        wanted: What is to be filled.
     """
     copied = 0
-    for file, tensors in _by_file(source, wanted):
-        state = load_file(file, source.legacy)
-        for tensor in tensors:
-            whole = state[tensor.spec.name].view(tensor.grid)
-            for fragment in tensor.fragments:
-                box = fragment.box
-                part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
-                copied += part.numel() * part.element_size()
-                _copy(fragment.data, part)
-        del state
-    return copied
-
-
-def _by_file(source: BinSource, wanted: Iterable[HeldTensor]) -> Iterator[tuple[Path, list[HeldTensor]]]:
-    found: dict[Path, list[HeldTensor]] = {}
+    state = load_file(file, legacy)
     for tensor in wanted:
-        found.setdefault(source.loose[tensor.spec.name][1], []).append(tensor)
-    yield from found.items()
+        whole = state[tensor.spec.name].view(tensor.grid)
+        for fragment in tensor.fragments:
+            box = fragment.box
+            part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+            copied += part.numel() * part.element_size()
+            _copy(fragment.data, part)
+    return copied
 
 
 def _copy(into: torch.Tensor, part: torch.Tensor) -> None:

@@ -356,12 +356,6 @@ HUGGINGFACE_HUB = (
         "function",
         ("repo_id", "repo_type"),
     ),
-    Name(
-        "huggingface_hub.utils.validate_repo_id",
-        "which names are ids of models and not paths",
-        "function",
-        ("repo_id",),
-    ),
     Name("huggingface_hub.hub_mixin.ModelHubMixin", "the mixin is looked for where it was imported", "type"),
     Name("huggingface_hub.hub_mixin:_hub_mixin_config", "the arguments that rebuild a model"),
 )

@@ -149,7 +149,7 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-    below_name = model.direct.source.below if isinstance(model, OpenedModel) else None
+    below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
     left = unrestored(session, path, found, taken, partly, below_name)
     return _Opened(model, averaged, steering, found), left
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.files import copy_file
 from shardwise.base.directory import base_directory, is_inside
+from shardwise.disk.names import is_file
 from shardwise.errors import StorageError
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
@@ -164,7 +165,7 @@ def _python_files(base: Path, target: Path) -> list[Path]:
             path = here / name
             if not name.endswith(".py") or name == "__init__.py":
                 continue
-            if path.is_file() and is_inside(path, base):
+            if is_file(path) and is_inside(path, base):
                 found.append(path)
             else:
                 _LOG.warning("custom code: %s is left out, its link leaves the model directory", path)
@@ -176,7 +177,7 @@ def _with_relative_imports(file: Path, root: Path) -> list[Path]:
     pending, found = [file], {file: None}
     while pending:
         for needed in _relatively_imported(pending.pop()):
-            if needed not in found and needed.is_relative_to(root) and needed.is_file() and is_inside(needed, root):
+            if needed not in found and needed.is_relative_to(root) and is_file(needed) and is_inside(needed, root):
                 found[needed] = None
                 pending.append(needed)
     return [path for path in found if path.name != "__init__.py"]
@@ -225,7 +226,7 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
             continue
         relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
         base = None if copied.holds(relative) else base_directory(repo or original_model_path)
-        if base is None or not (base / relative).is_file() or not is_inside(base / relative, base):
+        if base is None or not is_file(base / relative) or not is_inside(base / relative, base):
             continue
         copied.add_all(_with_relative_imports(base / relative, base), base)
 

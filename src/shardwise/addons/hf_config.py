@@ -18,6 +18,7 @@ from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.base.directory import base_directory
 from shardwise.comm import JsonValue
+from shardwise.disk.names import is_file
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
@@ -82,7 +83,7 @@ def _config_exists(original_model_path: str, config_name: str) -> bool:
         config_name: File name, such as ``config.json``.
     """
     base = base_directory(original_model_path)
-    return base is not None and (base / config_name).is_file()
+    return base is not None and is_file(base / config_name)
 
 
 def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, config_name: str) -> None:
@@ -248,7 +249,7 @@ def untie_configs(directory: Path) -> None:
         directory: Where ``config.json`` is, and in v4 mode ``config.v5.json``.
     """
     for path in (directory / CONFIG, directory / CONFIG_V5):
-        if path.is_file():
+        if is_file(path):
             write_json(path, untied(read_json_object(path)))
 
 
@@ -296,7 +297,7 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
             cast(Callable[[str], object], save)(str(directory))
     else:
         _write_entries(config, path)
-    if not path.is_file():
+    if not is_file(path):
         return True
     entries = read_json_object(path)
     changed = False
@@ -398,7 +399,7 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
         return
     generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
     theirs = base / GENERATION_CONFIG if base is not None else None
-    if theirs is not None and theirs.is_file() and (generation is None or _says_nothing(generation, model.config)):
+    if theirs is not None and is_file(theirs) and (generation is None or _says_nothing(generation, model.config)):
         copy_file(theirs, path)
         return
     if generation is None or not callable(can_generate):
@@ -418,7 +419,7 @@ def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
 def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
     """Copy a config file of the base model; see `_save_original_config_json`."""
     base = base_directory(original_model_path)
-    if base is None or not (base / name).is_file():
+    if base is None or not is_file(base / name):
         raise CheckpointNotFoundError(
             f"the base model has no {name}",
             path=original_model_path if base is None else base / name,
@@ -440,7 +441,7 @@ def localize_auto_maps(directory: Path) -> None:
         directory: The metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
-        entries = read_json_object(path) if path.is_file() else {}
+        entries = read_json_object(path) if is_file(path) else {}
         auto_map = entries.get("auto_map")
         if not isinstance(auto_map, dict):
             continue

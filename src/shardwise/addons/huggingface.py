@@ -32,6 +32,7 @@ from shardwise.addons.side_files import (
 )
 from shardwise.base.directory import base_directory
 from shardwise.comm import Group
+from shardwise.disk.names import is_file
 from shardwise.errors import ExportMismatchError, StorageError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
 from shardwise.stateful_wrappers.model_parts import config_of, described_part, has_quantized_parameters, written_dtype
@@ -218,7 +219,7 @@ def _write_configs(
     model: nn.Module, directory: Path, base: Path | None, dtype: str | None, *, keep_quantization: bool, v4: bool
 ) -> None:
     """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
-    theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and (base / name).is_file()]
+    theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and is_file(base / name)]
     for name in theirs:
         copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
     config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.files import copy_file, write_json, write_text
 from shardwise.comm import JsonValue
+from shardwise.disk.names import exists, is_directory, is_file
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.wrapping import original_class
@@ -73,13 +74,13 @@ def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, direct
         tokenizer.save_pretrained(str(directory))
     if base is None:
         return
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(exists(directory / name) for name in ("tokenizer.json", "tokenizer_config.json")):
         _copy_matching(base, directory, _TOKENIZER_FILES)
-    if not any((directory / name).exists() for name in _PROCESSOR_FILES):
+    if not any(exists(directory / name) for name in _PROCESSOR_FILES):
         _copy_matching(base, directory, _PROCESSOR_FILES)
     if not _has_template(directory):
         _copy_matching(base, directory, _TEMPLATES)
-        if (base / _TEMPLATE_FOLDER).is_dir():
+        if is_directory(base / _TEMPLATE_FOLDER):
             _copy_matching(base / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, ("*.jinja",))
 
 
@@ -94,13 +95,13 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
         base: The base model's directory, if it has one: its ``tokenizer_class`` is preferred.
     """
     path = directory / "tokenizer_config.json"
-    if not path.is_file():
+    if not is_file(path):
         return
     entries = read_json_object(path)
     changed = False
     if entries.get("tokenizer_class") == "TokenizersBackend":
         theirs = base / path.name if base is not None else path
-        known = read_json_object(theirs).get("tokenizer_class") if theirs.is_file() else None
+        known = read_json_object(theirs).get("tokenizer_class") if is_file(theirs) else None
         usable = isinstance(known, str) and known != "TokenizersBackend"
         entries["tokenizer_class"] = known if usable else "PreTrainedTokenizerFast"
         changed = True
@@ -121,7 +122,7 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
     Raises:
         FormatError: ``modules.json`` names a folder outside the model.
     """
-    if base is None or not (base / "modules.json").is_file():
+    if base is None or not is_file(base / "modules.json"):
         return
     folders = _module_folders(base / "modules.json")
     if folders is None:
@@ -129,7 +130,7 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
         return
     _copy_matching(base, directory, _SENTENCE_FILES)
     for folder in folders:
-        files = sorted(p for p in (base / folder).rglob("*") if p.is_file() and p.name.lower() != "readme.md")
+        files = sorted(p for p in (base / folder).rglob("*") if is_file(p) and p.name.lower() != "readme.md")
         for path in files:
             copy_file(path, directory / path.relative_to(base))
 
@@ -195,14 +196,14 @@ def _module_folders(path: Path) -> list[str] | None:
 
 
 def _has_template(directory: Path) -> bool:
-    if any((directory / name).exists() for name in _TEMPLATES):
+    if any(exists(directory / name) for name in _TEMPLATES):
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(read_json_object(config).get("chat_template"))
+    return is_file(config) and bool(read_json_object(config).get("chat_template"))
 
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:
-    names = sorted(p.name for p in base.iterdir() if p.is_file() and any(fnmatch(p.name, each) for each in patterns))
+    names = sorted(p.name for p in base.iterdir() if is_file(p) and any(fnmatch(p.name, each) for each in patterns))
     for name in names:
-        if not (directory / name).exists():
+        if not exists(directory / name):
             copy_file(base / name, directory / name)

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import exists
 from shardwise.engine.jobs import Step
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
 from shardwise.engine.records import ComponentRecord
@@ -185,7 +186,7 @@ def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) ->
 
 def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
     path = own_file(directory, session.group.rank, session.group.world_size)
-    if not path.exists():
+    if not exists(path):
         return OwnRead(path)
     pairs, metadata = match_own(path, held())
     refuse_stand_ins(target for _, target in pairs)
@@ -230,5 +231,5 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
 
 
 def _names(path: Path) -> str:
-    names = [entry.spec.name for entry in read_header(path).entries] if path.exists() else []
+    names = [entry.spec.name for entry in read_header(path).entries] if exists(path) else []
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

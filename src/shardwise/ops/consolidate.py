@@ -18,8 +18,9 @@ from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.disk.names import exists, is_there
 from shardwise.disk.sequential import SequentialFile, write_file
-from shardwise.disk.storage import LocalStorage, Storage, storage_errors
+from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
@@ -78,6 +79,17 @@ class _Tensor:
     blocks: Blocks
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a caller set, see `consolidate`."""
+
+    max_file_bytes: int | None
+    progress: Progress | None
+    base: str | os.PathLike[str] | None
+    diffusers_compatible: bool | None
+    verify_export: bool | None
+
+
 def consolidate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
@@ -123,25 +135,33 @@ def consolidate(
         MisuseError: It is no model (an optimizer, an adapter, a pipeline), or which part is the model is not clear.
         UnverifiableError: Nothing says whether the tensors are whole.
     """
-    store = storage or LocalStorage()
-    found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)
-    target = Path(output).absolute() if output is not None else found.directory / _CONSOLIDATED
-    if os.path.lexists(target):
+    place = Path(path).absolute()
+    target = None if output is None else Path(output).absolute()
+    with using(storage or current()):
+        found = find_input(place, current(), prefix=prefix, assume_complete=assume_complete)
+        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
+        return _write(found, target or found.directory / _CONSOLIDATED, options)
+
+
+def _write(found: ModelInput, target: Path, options: _Options) -> ConsolidateReport:
+    """Write the export. Local."""
+    store = current()
+    if is_there(target):
         raise CheckpointExistsError(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
-    found = replace(found, source=carry_over(found, base))
+    found = replace(found, source=carry_over(found, options.base))
     notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
     found = replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
     reader = VerifyingReader(store, found.source.files, found.ledger)
     tensors = _tensors(found, reader)
     export_note = _object(found, found.directory / METADATA_DIR / EXPORT)
-    stem = _stem(found, export_note.get("stem"), diffusers_compatible)
-    layout = _layout(found, tensors, export_note, stem, max_file_bytes)
+    stem = _stem(found, export_note.get("stem"), options.diffusers_compatible)
+    layout = _layout(found, tensors, export_note, stem, options.max_file_bytes)
     plain[index_name(stem)] = layout.index
-    _require_opens(found, tensors, plain, verify_export)
-    export = _Export(found, tensors, layout, plain, store, progress)
+    _require_opens(found, tensors, plain, options.verify_export)
+    export = _Export(found, tensors, layout, plain, store, options.progress)
     aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
     with storage_errors(aside):
@@ -156,8 +176,7 @@ def consolidate(
         with storage_errors(aside):
             store.remove_tree(aside)
             for directory in made:
-                if directory.is_dir() and not os.listdir(directory):
-                    directory.rmdir()
+                store.remove_empty(directory)
         raise
     finally:
         reader.close()
@@ -181,7 +200,7 @@ def _require_opens(
 def _absent(directory: Path) -> list[Path]:
     """The directories that have to be made for this one to exist, the innermost first."""
     absent = []
-    while not directory.exists():
+    while not exists(directory):
         absent.append(directory)
         directory = directory.parent
     return absent

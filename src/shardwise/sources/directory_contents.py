@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shardwise.disk.names import is_directory, names_in
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter
 
@@ -32,7 +32,7 @@ def torch_files(directory: Path) -> list[str]:
     the file begins as torch's do.
     """
     found = []
-    for name in sorted(os.listdir(directory)):
+    for name in names_in(directory):
         stem = TORCH.stem_of(name)
         if stem is None or _NO_MODEL.match(name):
             continue
@@ -44,14 +44,13 @@ def torch_files(directory: Path) -> list[str]:
 
 def holds_model(directory: Path) -> bool:
     """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
-    try:
-        names = os.listdir(directory)
-    except NotADirectoryError:
+    if not is_directory(directory):
         return False
+    names = names_in(directory)
     if ".metadata" in names or any(_is_weights(name) for name in names):
         return True
     merged = directory / "consolidated"
-    if "consolidated" in names and merged.is_dir() and any(_is_weights(name) for name in os.listdir(merged)):
+    if "consolidated" in names and is_directory(merged) and any(_is_weights(name) for name in names_in(merged)):
         return True
     return bool(torch_files(directory))
 
@@ -68,7 +67,7 @@ def _is_torch(found: Recognised | None) -> bool:
 
 def found_instead(directory: Path) -> str:
     """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
-    weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
+    weights = sorted(name for name in names_in(directory) if _WEIGHTS.search(name))
     shown = []
     for name in weights[:_SHOWN]:
         found = what_is_file(directory / name)
@@ -79,7 +78,7 @@ def found_instead(directory: Path) -> str:
 
 def how_to_open(directory: Path) -> str:
     """What to do about the first of the files that `found_instead` lists; may be empty."""
-    for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
+    for name in sorted(name for name in names_in(directory) if _WEIGHTS.search(name)):
         if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."
         found = what_is_file(directory / name)
@@ -131,9 +130,8 @@ def _children(directory: Path) -> Sequence[Path]:
 
 def _directories(directory: Path) -> Iterator[Path]:
     try:
-        with os.scandir(directory) as entries:
-            named = [e for e in entries if not e.name.startswith(".") and e.name not in _BESIDE]
-            yield from [Path(e.path) for e in named if e.is_dir()]
+        named = [name for name in names_in(directory) if not name.startswith(".") and name not in _BESIDE]
+        yield from [directory / name for name in named if is_directory(directory / name)]
     except OSError:
         return
 

@@ -20,6 +20,7 @@ from shardwise.checkpointing.saving.hooks import after_arguments, run_hooks
 from shardwise.checkpointing.saving.merged import MERGED, MergedSave, check_merging
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_file
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
@@ -421,9 +422,9 @@ def open_adapter(
     parts = ModelState(model).model
     captured: AdapterTensors | None = None
     saved: dict[str, SavedAdapter] = {}
-    directory = path.parent if path.is_file() else path
+    directory = path.parent if is_file(path) else path
     with group.together("describing the adapter"):
-        has_config = (directory / ADAPTER_CONFIG_NAME).is_file()
+        has_config = is_file(directory / ADAPTER_CONFIG_NAME)
         config = peft_config or (read_adapter_config(directory) if has_config else None)
         captured = capture(session, parts, config)
         saved |= find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from shardwise.addons.hf_config import CONFIG, untied
+from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
 from shardwise.errors import AdapterError, ExportMismatchError
@@ -117,7 +118,7 @@ class ClassCheck:
             ExportMismatchError: The class would not load them.
         """
         model = described_part(parts)
-        if model is None or not (directory / CONFIG).is_file():
+        if model is None or not is_file(directory / CONFIG):
             return
         entries = read_json_object(directory / CONFIG)
         if untie:

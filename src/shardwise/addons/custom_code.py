@@ -13,10 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.files import copy_file
+from shardwise.addons.files import copy_file, read_source
 from shardwise.base.directory import base_directory, is_inside
-from shardwise.disk.names import is_file
-from shardwise.errors import StorageError
+from shardwise.disk.names import is_directory, is_file, real_path, walk
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
 
@@ -103,10 +102,10 @@ def _maybe_save_custom_model_code(
     """
     target = Path(hf_metadata_dir)
     copied = _Copies(target)
-    if original_model_path and os.path.isdir(original_model_path):
+    if original_model_path and is_directory(Path(original_model_path)):
         base = Path(original_model_path)
         copied.add_all(_python_files(base, target), base)
-    elif original_model_path and os.path.isfile(original_model_path):
+    elif original_model_path and is_file(Path(original_model_path)):
         single = Path(original_model_path)
         if single.suffix == ".py" and single.name != "__init__.py":
             copied.add_all(_with_relative_imports(single, single.parent), single.parent)
@@ -140,7 +139,7 @@ class _Copies:
         """Copy the bytes of ``source`` to ``relative``, unless another source was copied there."""
         first = self._sources.get(relative)
         if first is not None:
-            if first != source and first.read_bytes() != source.read_bytes():
+            if first != source and read_source(first) != read_source(source):
                 _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
             return
         self._sources[relative] = source
@@ -150,18 +149,16 @@ class _Copies:
 
 def _python_files(base: Path, target: Path) -> list[Path]:
     """The ``.py`` files below ``base`` that are part of a model, in a fixed order."""
-    root, inside = base.resolve(), target.resolve()
+    root, inside = real_path(base), real_path(target)
     # A run that saves below the model directory must not copy the code of its own earlier checkpoints.
     own = root / inside.relative_to(root).parts[0] if inside != root and inside.is_relative_to(root) else None
     found: list[Path] = []
-    for directory, folders, names in os.walk(base):
-        here = Path(directory)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name != "__pycache__" and (here / name).resolve() != own
-        )
-        for name in sorted(names):
+
+    def enters(folder: Path) -> bool:
+        return not folder.name.startswith(".") and folder.name != "__pycache__" and real_path(folder) != own
+
+    for here, names in walk(base, enters):
+        for name in names:
             path = here / name
             if not name.endswith(".py") or name == "__init__.py":
                 continue
@@ -169,7 +166,7 @@ def _python_files(base: Path, target: Path) -> list[Path]:
                 found.append(path)
             else:
                 _LOG.warning("custom code: %s is left out, its link leaves the model directory", path)
-    return found
+    return sorted(found)
 
 
 def _with_relative_imports(file: Path, root: Path) -> list[Path]:
@@ -186,9 +183,7 @@ def _with_relative_imports(file: Path, root: Path) -> list[Path]:
 def _relatively_imported(file: Path) -> Iterator[Path]:
     """Where the modules would be that ``file`` imports relatively; some of the paths may not exist."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except OSError as error:
-        raise StorageError.from_os(error, path=file) from error
+        tree = ast.parse(read_source(file))
     except (SyntaxError, ValueError):
         _LOG.warning("custom code: %s is not valid Python, what it imports is not followed", file)
         return
@@ -254,7 +249,7 @@ def _families_of_name(name: object) -> set[str]:
     """The packages that transformers would load the code of ``name`` (hub id or directory) into."""
     if not isinstance(name, str) or not name:
         return set()
-    folders = [os.path.basename(os.path.normpath(name))] if os.path.isdir(name) else name.split("/")
+    folders = [os.path.basename(os.path.normpath(name))] if is_directory(Path(name)) else name.split("/")
     return {".".join([_CACHE_PACKAGE, *(_module_name(folder) for folder in folders)])}
 
 
@@ -279,7 +274,7 @@ def _loaded_classes(target: str, families: set[str]) -> list[type]:
 def _module_file(cls: type) -> Path | None:
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) and file.endswith(".py") and os.path.isfile(file) else None
+    return Path(file) if isinstance(file, str) and file.endswith(".py") and is_file(Path(file)) else None
 
 
 def _cache_root(module: str, file: Path) -> Path:

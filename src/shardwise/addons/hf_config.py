@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import custom_auto_map
-from shardwise.addons.files import copy_file, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text, written_locally
 from shardwise.base.directory import base_directory
 from shardwise.comm import JsonValue
 from shardwise.disk.names import is_file
@@ -293,8 +293,8 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     if config is None:
         return False
     if callable(save):
-        with _spared(model, config):
-            cast(Callable[[str], object], save)(str(directory))
+        with _spared(model, config), written_locally(directory) as local:
+            cast(Callable[[str], object], save)(str(local))
     else:
         _write_entries(config, path)
     if not is_file(path):
@@ -457,4 +457,4 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
     if not isinstance(reference, str) or "--" not in reference:
         return reference
     target = reference.rpartition("--")[2]
-    return target if (directory / (target.partition(".")[0] + ".py")).is_file() else reference
+    return target if is_file(directory / (target.partition(".")[0] + ".py")) else reference

@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.files import copy_file, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text, written_locally
 from shardwise.comm import JsonValue
-from shardwise.disk.names import exists, is_directory, is_file
+from shardwise.disk.names import exists, files_under, is_directory, is_file, names_in
+from shardwise.disk.storage import current
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.wrapping import original_class
@@ -70,8 +71,8 @@ def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, direct
         directory: Directory to write to.
     """
     if tokenizer is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(directory))
+        with written_locally(directory) as local:
+            tokenizer.save_pretrained(str(local))
     if base is None:
         return
     if not any(exists(directory / name) for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -130,7 +131,7 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
         return
     _copy_matching(base, directory, _SENTENCE_FILES)
     for folder in folders:
-        files = sorted(p for p in (base / folder).rglob("*") if is_file(p) and p.name.lower() != "readme.md")
+        files = [path for path in files_under(base / folder) if path.name.lower() != "readme.md"]
         for path in files:
             copy_file(path, directory / path.relative_to(base))
 
@@ -156,18 +157,19 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
             f"{', '.join(others)} have weights outside of it" if others else "its first module writes no config",
         )
         return False
-    first.save_config(str(directory))
     processor = getattr(first, "processor", None) or getattr(first, "tokenizer", None)
-    if with_tokenizer and processor is not None:
-        processor.save_pretrained(str(directory))
     listed: list[JsonValue] = []
-    for number, (name, module) in enumerate(modules):
-        cls = original_class(module)
-        folder = f"{number}_{cls.__name__}" if number else ""
-        if number:
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-            cast(Any, module).save(str(directory / folder))
-        listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
+    with written_locally(directory) as local:
+        first.save_config(str(local))
+        if with_tokenizer and processor is not None:
+            processor.save_pretrained(str(local))
+        for number, (name, module) in enumerate(modules):
+            cls = original_class(module)
+            folder = f"{number}_{cls.__name__}" if number else ""
+            if number:
+                current().make_directory(local / folder)
+                cast(Any, module).save(str(local / folder))
+            listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
     write_text(directory / "modules.json", json.dumps(listed, indent=2))
     settings = model_settings(model)
     if settings is not None:
@@ -203,7 +205,7 @@ def _has_template(directory: Path) -> bool:
 
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:
-    names = sorted(p.name for p in base.iterdir() if is_file(p) and any(fnmatch(p.name, each) for each in patterns))
-    for name in names:
-        if not exists(directory / name):
+    for name in names_in(base):
+        wanted = any(fnmatch(name, each) for each in patterns) and is_file(base / name)
+        if wanted and not exists(directory / name):
             copy_file(base / name, directory / name)

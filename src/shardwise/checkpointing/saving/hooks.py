@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NoReturn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons.files import local_arguments
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers import ModelState
@@ -63,7 +64,8 @@ def run_hooks(
         failure: BaseException | None = None
         try:
             run = addon.pre_save if hook == "pre_save" else addon.post_save
-            run(**(args | {"group": group}))
+            with local_arguments(args) as local:
+                run(**(local | {"group": group}))
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             # What looks agreed may come from a group of the addon's own, of which the other ranks know nothing.
             failure = error

@@ -23,7 +23,7 @@ class MemoryStorage:
     """
 
     files: dict[Path, bytearray] = field(default_factory=dict)
-    directories: set[Path] = field(default_factory=set)
+    directories: set[Path] = field(default_factory=lambda: {Path("/")})
     log: list[tuple[str, str]] = field(default_factory=list)
     fail: str | None = None
     _handles: dict[int, Path] = field(default_factory=dict)

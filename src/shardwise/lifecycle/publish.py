@@ -224,7 +224,7 @@ def make_root(root: Path) -> None:
     with storage_errors(root):
         missing = []
         path = root
-        while not is_there(path):
+        while not is_there(path) and path != path.parent:
             missing.append(path)
             path = path.parent
         for directory in reversed(missing):

@@ -89,7 +89,6 @@ def save(root: Path, epoch: int, step: int, storage: Storage, metrics: dict[str,
     fill_existing(temp, metrics, f"{epoch} {step}".encode())
     with using(storage):
         publish(temp, root / name)
-    with using(storage):
         set_pointer(root, LATEST, name)
     return name
 

@@ -34,7 +34,6 @@ def test_a_text_file_where_links_are_not_to_be_had(tmp_path: Path) -> None:
     storage = FaultyStorage(links=False)
     with using(storage):
         set_pointer(tmp_path, LATEST, one)
-    with using(storage):
         set_pointer(tmp_path, LATEST, two)
     assert (tmp_path / "LATEST.txt").read_text().strip() == two
     assert read_pointer(tmp_path, LATEST) == two
@@ -105,9 +104,8 @@ def test_targets_that_pointers_cannot_have(tmp_path: Path) -> None:
 
 def test_a_refusal_is_typed(tmp_path: Path) -> None:
     name = made(tmp_path, 0, 1)
-    with pytest.raises(StorageError) as caught:
-        with using(FaultyStorage(0, OSError(errno.ENOSPC, "No space left"))):
-            set_pointer(tmp_path, LATEST, name)
+    with pytest.raises(StorageError) as caught, using(FaultyStorage(0, OSError(errno.ENOSPC, "No space left"))):
+        set_pointer(tmp_path, LATEST, name)
     assert caught.value.errno == errno.ENOSPC
     assert read_pointer(tmp_path, LATEST) is None
 

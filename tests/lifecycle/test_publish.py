@@ -137,9 +137,8 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
 def test_a_root_that_cannot_be_written(tmp_path: Path, code: int) -> None:
-    with pytest.raises(StorageError) as caught:
-        with using(FaultyStorage(0, OSError(code, os.strerror(code)))):
-            reserve(tmp_path / "new", NAME)
+    with pytest.raises(StorageError) as caught, using(FaultyStorage(0, OSError(code, os.strerror(code)))):
+        reserve(tmp_path / "new", NAME)
     assert caught.value.errno == code
     assert str(tmp_path) in str(caught.value)
     assert caught.value.hint

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.config_entries import is_config, naming_entries
 from shardwise.addons.custom_code import custom_auto_map
-from shardwise.addons.files import copy_file, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text, written_locally
 from shardwise.base.finding import find_directory
 from shardwise.comm import JsonValue
+from shardwise.disk.names import is_file
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
@@ -79,7 +80,7 @@ def _config_exists(original_model_path: str, config_name: str) -> bool:
         config_name: File name, such as ``config.json``.
     """
     base = find_directory(original_model_path)
-    return base is not None and (base / config_name).is_file()
+    return base is not None and is_file(base / config_name)
 
 
 def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, config_name: str) -> None:
@@ -237,7 +238,7 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
 def untie_configs(directory: Path) -> None:
     """Set ``tie_word_embeddings`` to false in a directory's ``config.json`` and ``config.v5.json``, sub-configs too."""
     for path in (directory / CONFIG, directory / CONFIG_V5):
-        if path.is_file():
+        if is_file(path):
             write_json(path, untied(read_json_object(path)))
 
 
@@ -281,11 +282,11 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     if config is None:
         return False
     if callable(save):
-        with _spared(model, config):
-            cast(Callable[[str], object], save)(str(directory))
+        with _spared(model, config), written_locally(directory) as local:
+            cast(Callable[[str], object], save)(str(local))
     else:
         _write_entries(config, path)
-    if not path.is_file():
+    if not is_file(path):
         return True
     entries = read_json_object(path)
     before = json.dumps(entries)
@@ -382,7 +383,7 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
         return
     generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
     theirs = base / GENERATION_CONFIG if base is not None else None
-    if theirs is not None and theirs.is_file() and (generation is None or _says_nothing(generation, model.config)):
+    if theirs is not None and is_file(theirs) and (generation is None or _says_nothing(generation, model.config)):
         copy_file(theirs, path)
         return
     if generation is None or not callable(can_generate):
@@ -402,7 +403,7 @@ def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
 def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
     """Copy a config file of the base model; see `_save_original_config_json`."""
     base = find_directory(original_model_path)
-    if base is None or not (base / name).is_file():
+    if base is None or not is_file(base / name):
         raise CheckpointNotFoundError(
             f"the base model has no {name}",
             path=original_model_path if base is None else base / name,
@@ -422,7 +423,7 @@ def localize_auto_maps(directory: Path) -> None:
     ``directory`` is the metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
-        entries = read_json_object(path) if path.is_file() else {}
+        entries = read_json_object(path) if is_file(path) else {}
         auto_map = entries.get("auto_map")
         if not isinstance(auto_map, dict):
             continue
@@ -438,4 +439,4 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
     if not isinstance(reference, str) or "--" not in reference:
         return reference
     target = reference.rpartition("--")[2]
-    return target if (directory / (target.partition(".")[0] + ".py")).is_file() else reference
+    return target if is_file(directory / (target.partition(".")[0] + ".py")) else reference

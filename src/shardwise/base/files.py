@@ -10,6 +10,7 @@ from shardwise.base.finding import asked_for, find
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.base.source import BaseSource
 from shardwise.comm import Group
+from shardwise.disk.names import exists, is_directory, is_file
 from shardwise.dtypes import FLOATS
 from shardwise.format.json_file import read_json
 from shardwise.format.sniff import Kind, what_is_file
@@ -48,7 +49,7 @@ def base_config(path: Path) -> dict[str, object]:
     Raises:
         FormatError: One of the files is not JSON.
     """
-    directory = path if path.is_dir() else path.parent
+    directory = path if is_directory(path) else path.parent
     config = _json_object(directory / "config.json")
     if is_quantized(config):
         return config
@@ -60,7 +61,7 @@ def base_config(path: Path) -> dict[str, object]:
 
 
 def _json_object(file: Path) -> dict[str, object]:
-    if not file.is_file():
+    if not is_file(file):
         return {}
     found = read_json(file)
     return dict(found) if isinstance(found, dict) else {}
@@ -153,13 +154,13 @@ def open_base_source(
 
 def is_torch_base(path: Path) -> bool:
     """Whether a base's weights are files of ``torch.save``, as they are where it has no others. Local."""
-    if path.is_file():
+    if is_file(path):
         if is_index(path.name):
             return TORCH.index_stem(path.name) is not None
         found = what_is_file(path)
         if found is None:
             return path.suffix != ".safetensors" and TORCH.stem_of(path.name) is not None
         return found.kind is Kind.TORCH
-    if (path / ".metadata").exists() or holds_safetensors(path):
+    if exists(path / ".metadata") or holds_safetensors(path):
         return False
-    return path.is_dir() and holds_torch_files(path)
+    return is_directory(path) and holds_torch_files(path)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.base.hub_cache import Snapshot, default_cache, find_snapshot, is_models_folder, snapshot_in
+from shardwise.disk.names import exists, is_directory, is_file, real_path
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_index
@@ -116,7 +117,7 @@ def find(search: Search) -> Path:
         FormatError: A file was named that is of another format, or a reference in a cache is damaged.
     """
     looks = list(_looks(search))
-    found = {os.path.realpath(look.model): look.model for look in reversed(looks) if look.model is not None}
+    found = {real_path(look.model): look.model for look in reversed(looks) if look.model is not None}
     models = list(reversed(found.values()))
     if not models:
         raise _not_found(search, looks)
@@ -137,7 +138,7 @@ def find_directory(name: str | None) -> Path | None:
     Raises:
         FormatError: A reference in the cache is damaged.
     """
-    if not name or os.path.isfile(name):
+    if not name or is_file(Path(name)):
         return None
     looks = list(_looks(Search(name, None, (default_cache(),), counts=_describes_model)))
     found = [look.model for look in looks if look.model] or [look.empty for look in reversed(looks) if look.empty]
@@ -145,7 +146,7 @@ def find_directory(name: str | None) -> Path | None:
 
 
 def _describes_model(directory: Path) -> bool:
-    return any((directory / name).exists() for name in _LANDMARKS) or holds_model(directory)
+    return any(exists(directory / name) for name in _LANDMARKS) or holds_model(directory)
 
 
 def _looks(search: Search) -> Iterator[_Look]:
@@ -163,9 +164,9 @@ def _looks(search: Search) -> Iterator[_Look]:
 
 
 def _look(place: Path, search: Search) -> _Look:
-    if not place.exists():
+    if not exists(place):
         return _Look(f"{place} (nothing is there)")
-    if not place.is_dir():
+    if not is_directory(place):
         return _look_at_file(place)
     snapshot = snapshot_in(place) if is_models_folder(place) else None
     if snapshot is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.names import is_directory, is_file
 from shardwise.errors import FormatError
 from shardwise.upstream.huggingface_hub import cache_folder
 
@@ -46,7 +47,7 @@ def default_cache() -> Path:
 
 def is_models_folder(path: Path) -> bool:
     """Whether a directory is one model's own folder in a cache."""
-    return path.name.startswith(_FOLDER) and (path / "snapshots").is_dir()
+    return path.name.startswith(_FOLDER) and is_directory(path / "snapshots")
 
 
 def snapshot_in(home: Path) -> Snapshot | None:
@@ -77,18 +78,18 @@ def find_snapshot(cache: Path, name: str) -> Snapshot | None:
     wanted = revision or _DEFAULT_REVISION
     try:
         homes = [place / cache_folder(repo_id) for place in (cache, cache / "hub")]
-        home = next((each for each in homes if each.is_dir()), homes[0])
+        home = next((each for each in homes if is_directory(each)), homes[0])
         found = _fetched(home, repo_id, wanted)
     except HFValidationError:
         return None
     if found is not None:
         return Snapshot(found, str(found))
-    if not home.is_dir():
+    if not is_directory(home):
         return Snapshot(None, f"{home} (nothing is there)")
     branches = sorted(_branches(home))
     if wanted in branches:
         return Snapshot(None, f"{home} (there is no snapshot of the commit that {wanted} is)")
-    commits = sorted(path.name for path in (home / "snapshots").glob("*") if path.is_dir())
+    commits = sorted(path.name for path in (home / "snapshots").glob("*") if is_directory(path))
     near = [c for c in commits if revision is None or (_COMMIT.fullmatch(revision) and c.startswith(revision))]
     if len(near) == 1:
         found = home / "snapshots" / near[0]
@@ -121,4 +122,4 @@ def _fetched(home: Path, repo_id: str, revision: str) -> Path | None:
 
 def _branches(home: Path) -> Iterator[str]:
     root = home / "refs"
-    return (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return (path.relative_to(root).as_posix() for path in root.rglob("*") if is_file(path))

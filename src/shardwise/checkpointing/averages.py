@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from shardwise.checkpointing.loading.restoring import Undos
+from shardwise.disk.names import is_directory
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.records import ComponentRecord, write_state
@@ -83,7 +84,7 @@ class Average:
             CheckpointNotFoundError: The checkpoint has no average, or no state of its wrapper.
             StateFormatError: The saved state is damaged or belongs to another wrapper.
         """
-        if not directory.is_dir():
+        if not is_directory(directory):
             raise CheckpointNotFoundError(
                 "the checkpoint was saved without an ema",
                 path=directory,

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.inference import outside_inference_mode
+from shardwise.checkpointing.inference import public_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
@@ -115,6 +115,11 @@ class Checkpointer:
         )
 
     @property
+    def storage(self) -> Storage:
+        """Where data is written to and read from, and names are made, looked at and renamed."""
+        return self._life.storage
+
+    @property
     def addons(self) -> list[CheckpointAddon]:
         """The hooks that write metadata around the weights, in this order; a new list applies from the next save on."""
         return self._life.addons
@@ -159,7 +164,7 @@ class Checkpointer:
         ema: Model | None = None,
     ) -> Path | None: ...
 
-    @outside_inference_mode
+    @public_call
     def save(
         self,
         *positional: object,
@@ -218,7 +223,7 @@ class Checkpointer:
         )
         return save_checkpoint(self._life, rest, mistake)
 
-    @outside_inference_mode
+    @public_call
     def restore(
         self,
         model: Model,
@@ -275,6 +280,7 @@ class Checkpointer:
         )
         return loading.restore_checkpoint(self._life, what)
 
+    @public_call
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints in ``checkpoint_dir``, by epoch and step.
 
@@ -292,6 +298,7 @@ class Checkpointer:
         """
         return list_checkpoints(self._life.root)
 
+    @public_call
     def latest_step(self) -> int | None:
         """The step that `restore` would resume from. Any rank may call, as with `checkpoints`.
 
@@ -306,7 +313,7 @@ class Checkpointer:
 
     # --- components -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def save_model(
         self,
         model: Model,
@@ -318,7 +325,7 @@ class Checkpointer:
         """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
         components.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
 
-    @outside_inference_mode
+    @public_call
     def load_model(
         self,
         model: Model,
@@ -343,14 +350,14 @@ class Checkpointer:
         """
         loading.load_model(self._life, model, model_path, is_init_step, key_mapping, allow_checkpoint_key_subset)
 
-    @outside_inference_mode
+    @public_call
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
         """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
         components.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
 
-    @outside_inference_mode
+    @public_call
     def load_optimizer(
         self,
         optimizer: Optimizers,
@@ -377,7 +384,7 @@ class Checkpointer:
         changes = Changes(key_mapping, allow_new_parameters)
         loading.load_optimizer(self._life, optimizer, model, weights_path, scheduler, changes)
 
-    @outside_inference_mode
+    @public_call
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call.
 
@@ -393,7 +400,7 @@ class Checkpointer:
         )
         save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
-    @outside_inference_mode
+    @public_call
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call.
 
@@ -405,14 +412,14 @@ class Checkpointer:
         own = self._life.ranks.all_coordinates(session.group)[session.group.rank]
         load_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
 
-    @outside_inference_mode
+    @public_call
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
         session = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
         rank = f"rank_{session.group.global_rank}"
         save_rank_state(session, state, state_name, Path(path).absolute(), rank, True)
 
-    @outside_inference_mode
+    @public_call
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
         session = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
@@ -422,14 +429,14 @@ class Checkpointer:
     # --- base models ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    @outside_inference_mode
+    @public_call
     def initialize_model_weights(
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
         base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
 
-    @outside_inference_mode
+    @public_call
     def load_base_model(
         self,
         model: Model,
@@ -503,7 +510,7 @@ class Checkpointer:
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 
@@ -526,7 +533,7 @@ class Checkpointer:
 
     # --- background -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
@@ -550,12 +557,12 @@ class Checkpointer:
         if self._life.background is not None:
             self._life.background.wait_for_staging()
 
-    @outside_inference_mode
+    @public_call
     def async_wait(self) -> None:
         """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
         self._life.wait()
 
-    @outside_inference_mode
+    @public_call
     def finalize(self) -> None:
         """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
         self._life.close()

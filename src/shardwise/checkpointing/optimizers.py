@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from shardwise.checkpointing.saving.torch_format import capture_distcp, write_di
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
+from shardwise.disk.names import is_there
 from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.name_suggestions import listed
@@ -269,7 +269,7 @@ def _warn_of_chosen(group: Group, directory: Path, keys: Sequence[str]) -> None:
 
 def optimizer_components(directory: Path) -> list[str]:
     """Which of ``optimizer`` and ``scheduler`` a checkpoint's ``optim`` directory has. Local."""
-    if not os.path.lexists(directory):
+    if not is_there(directory):
         return []
     stem = directory / OPTIMIZER_STATE
     if not has_state(stem) and is_dcp(directory):
@@ -288,7 +288,7 @@ def _compared(
     changes: Changes,
     is_buffered: bool,
 ) -> tuple[OptimizerRestore, FoundSchedules]:
-    if not os.path.lexists(directory):
+    if not is_there(directory):
         raise CheckpointNotFoundError(
             "the checkpoint was saved without an optimizer",
             path=directory,

@@ -13,6 +13,7 @@ from torch import nn
 
 from shardwise.checkpointing.session import Session
 from shardwise.comm import JsonValue
+from shardwise.disk.names import exists
 from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
@@ -171,7 +172,7 @@ def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) ->
 
 def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
     path = own_file(directory, session.group.rank, session.group.world_size)
-    if not path.exists():
+    if not exists(path):
         return OwnRead(path)
     pairs, metadata = match_own(path, held())
     refuse_stand_ins(target for _, target in pairs)
@@ -201,7 +202,7 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
     session.warned.add(whole)  # one warning for model and optimizer together
     if ranks:
         path = own_file(directory, 0, ranks)
-        names = listed([entry.spec.name for entry in read_header(path).entries]) if path.exists() else ""
+        names = listed([entry.spec.name for entry in read_header(path).entries]) if exists(path) else ""
         _LOG.warning(
             "%s has tensors of each of %d ranks, and these are %d: every rank takes the lowest rank's values%s",
             directory,

@@ -18,7 +18,7 @@ from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.class_check import ClassCheck
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
@@ -83,6 +83,11 @@ class Session:
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
         self._of_models: dict[str, Session] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether checkpoints are on no disk of this machine: there are no locks, and no two directories to compare."""
+        return self.config.is_remote or not isinstance(self.storage, IsLocal)
 
     @property
     def stage(self) -> int:

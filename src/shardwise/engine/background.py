@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextvars import copy_context
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
@@ -57,7 +58,9 @@ class Background:
         before it has (see `shardwise.engine.process_exit`).
         """
         save = PendingSave(job.what)
-        save.thread = threading.Thread(target=self._run, args=(job, save), name="shardwise-save", daemon=False)
+        save.thread = threading.Thread(
+            target=copy_context().run, args=(self._run, job, save), name="shardwise-save", daemon=False
+        )
         # From here on, before the thread runs, the staged memory belongs to the job.
         self.stager.lend()
         remember(save)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardwise.disk.names import exists, is_directory
 from shardwise.engine.verify import load_manifest
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeMismatchError, ShardwiseError
 from shardwise.format.manifest import Manifest
@@ -60,7 +61,7 @@ def _missing_file(path: Path) -> Path | None:
         for directory, manifest in _manifests(path):
             for file in manifest.files:
                 found = directory / file.path
-                if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
+                if found.suffix == ".safetensors" and found.is_relative_to(path) and not exists(found):
                     return found
     except (OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
         pass
@@ -70,6 +71,6 @@ def _missing_file(path: Path) -> Path | None:
 def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
     """The manifests of a directory and of those around it, the nearest first."""
     for directory in [path, *path.parents][:_MAX_LEVELS]:
-        manifest = load_manifest(directory) if directory.is_dir() else None
+        manifest = load_manifest(directory) if is_directory(directory) else None
         if manifest is not None:
             yield directory, manifest

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from shardwise.disk.names import is_directory, names_in
 from shardwise.disk.sequential import SequentialFile
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
@@ -45,9 +46,9 @@ def saved_ranks(directory: Path) -> int:
         StateFormatError: There are files of several saves.
     """
     place = directory / PER_RANK_DIR
-    if not place.is_dir():
+    if not is_directory(place):
         return 0
-    counts = {int(found[1]) for path in place.iterdir() if (found := _NAME.fullmatch(path.name))}
+    counts = {int(found[1]) for name in names_in(place) if (found := _NAME.fullmatch(name))}
     if len(counts) > 1:
         raise StateFormatError(
             f"there are files of {' and of '.join(map(str, sorted(counts)))} ranks",

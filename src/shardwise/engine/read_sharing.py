@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from shardwise.comm import Group
-from shardwise.disk.storage import Storage, file_system_type
+from shardwise.disk.storage import IsLocal, Storage, file_system_type
 from shardwise.dtypes import torch_dtype
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
@@ -51,7 +51,9 @@ def is_remote(storage: Storage, path: Path) -> bool:
     """Whether replicas that read at ``path`` ask a network file system for the same bytes."""
     if isinstance(storage, KnowsDistance):
         return storage.is_remote(path)
-    kind = file_system_type(path)
+    if not isinstance(storage, IsLocal):
+        return True
+    kind = file_system_type(storage.local_path(path))
     return kind in _REMOTE or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
 
 

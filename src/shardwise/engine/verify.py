@@ -8,8 +8,6 @@ the directory, a pipe or a device is never read, and memory is one buffer per th
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
+from shardwise.disk.names import is_link, real_path, status
 from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -27,6 +26,7 @@ from shardwise.errors import (
     ManifestError,
     MisuseError,
     ShardwiseError,
+    StorageError,
 )
 from shardwise.format.manifest import (
     MANIFEST_NAME,
@@ -140,7 +140,7 @@ def manifest_bytes(directory: Path) -> bytes:
         StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
-    if path.is_symlink() and not is_made_of_links(directory):
+    if is_link(path) and not is_made_of_links(directory):
         raise ManifestError(
             "a link stands in the manifest's place", path=path, hint="Replace the link by the file, if you trust it."
         )
@@ -187,28 +187,28 @@ def check_files(
 def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord], links: bool) -> list[Damage]:
     path = directory / record.path
     try:
-        if path.is_symlink() and is_followed(path, links):
+        if is_link(path) and is_followed(path, links):
             parent = PurePosixPath(record.path).parent.as_posix()
-            above = Path(os.path.realpath(directory)) if parent == "." else resolve_inside(directory, parent)
+            above = real_path(directory) if parent == "." else resolve_inside(directory, parent)
             place = above / path.name
-            info = os.stat(path)
+            info = status(path)
         else:
             place = resolve_inside(directory, record.path)
-            info = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return _concerned(record, tensors, "absent", "the file is absent", 0)
+            info = status(path, follows=False)
     except FormatError as error:
         return _concerned(record, tensors, "kind", error.message, 0)
-    except OSError as error:
-        return _concerned(record, tensors, "unreadable", error.strerror or str(error), 0)
-    if not stat.S_ISREG(info.st_mode) or place != Path(os.path.realpath(directory)) / record.path:
-        kind = "a link" if stat.S_ISLNK(info.st_mode) or stat.S_ISREG(info.st_mode) else "something else"
+    except StorageError as error:
+        return _concerned(record, tensors, "unreadable", error.message, 0)
+    if info is None:
+        return _concerned(record, tensors, "absent", "the file is absent", 0)
+    if info.kind != "file" or place != real_path(directory) / record.path:
+        kind = "a link" if info.kind in ("file", "symbolic link") else "something else"
         return _concerned(record, tensors, "kind", f"{kind} stands where a regular file was written", 0)
-    if info.st_size < record.size:
-        message = f"the file has {info.st_size} of {record.size} bytes: it was cut short"
-        return _concerned(record, tensors, "size", message, info.st_size)
-    if info.st_size > record.size:
-        return [Damage(record.path, "size", f"the file has {info.st_size} bytes where {record.size} were written")]
+    if info.size < record.size:
+        message = f"the file has {info.size} of {record.size} bytes: it was cut short"
+        return _concerned(record, tensors, "size", message, info.size)
+    if info.size > record.size:
+        return [Damage(record.path, "size", f"the file has {info.size} bytes where {record.size} were written")]
     return []
 
 

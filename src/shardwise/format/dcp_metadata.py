@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from shardwise.disk.guarded import read_whole, why_not_relative
+from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
@@ -102,7 +104,7 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
         FormatError: The file is malformed, too large, or points outside the checkpoint.
     """
     text = os.fspath(path)
-    if "\0" not in text and os.path.isdir(text):
+    if is_directory(Path(text)):
         text = os.path.join(text, DCP_METADATA_NAME)
     return parse_dcp_metadata(read_whole(text, MAX_METADATA_BYTES, FormatError), text)
 

@@ -32,10 +32,12 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import NoReturn
 
 from shardwise.disk.crc import crc32c
 from shardwise.disk.guarded import MANIFEST_NAME, read_whole, resolve_inside
+from shardwise.disk.names import is_directory
 from shardwise.errors import ManifestError
 from shardwise.format.manifest_records import (
     AliasRecord,
@@ -141,7 +143,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ManifestError: Not a regular file, too large, damaged, malformed, or of another version.
     """
     text = os.fspath(path)
-    if "\0" not in text and os.path.isdir(text):
+    if is_directory(Path(text)):
         text = os.path.join(text, MANIFEST_NAME)
     return parse_manifest(read_whole(text, MAX_MANIFEST_BYTES, ManifestError), text)
 

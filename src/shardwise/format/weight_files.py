@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.names import exists
 from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, WeightIndexError
 from shardwise.format.index import WeightIndex
 
@@ -150,7 +151,7 @@ def _listed(
 ) -> WeightFiles:
     for name in listed:
         # A link of a hub cache may lead nowhere.
-        if name not in present or not (directory / name).exists():
+        if name not in present or not exists(directory / name):
             weight_map = read(directory / index).weight_map
             raise WeightIndexError(
                 f"the index names {name}, which is absent",

@@ -18,8 +18,9 @@ from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.disk.names import exists, is_there
 from shardwise.disk.sequential import SequentialFile, write_file
-from shardwise.disk.storage import LocalStorage, Storage, storage_errors
+from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
@@ -78,6 +79,17 @@ class _Tensor:
     blocks: Blocks
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a caller set, see `consolidate`."""
+
+    max_file_bytes: int | None
+    progress: Progress | None
+    base: str | os.PathLike[str] | None
+    diffusers_compatible: bool | None
+    verify_export: bool | None
+
+
 def consolidate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
@@ -122,19 +134,27 @@ def consolidate(
         MisuseError: It is not a model (an optimizer, an adapter, a pipeline), or it is unclear which part is the model.
         UnverifiableError: Nothing says whether the tensors are whole.
     """
-    store = storage or LocalStorage()
-    found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)
-    target = Path(output).absolute() if output is not None else found.directory / _CONSOLIDATED
-    if os.path.lexists(target):
+    place = Path(path).absolute()
+    target = None if output is None else Path(output).absolute()
+    with using(storage or current()):
+        found = find_input(place, current(), prefix=prefix, assume_complete=assume_complete)
+        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
+        return _write(found, target or found.directory / _CONSOLIDATED, options)
+
+
+def _write(found: ModelInput, target: Path, options: _Options) -> ConsolidateReport:
+    """Write the export. Local."""
+    store = current()
+    if is_there(target):
         raise CheckpointExistsError(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
-    found = _exported_tensors(found, base)
+    found = _exported_tensors(found, options.base)
     reader = VerifyingReader(store, found.source.files, found.ledger)
     try:
-        export = _planned(found, reader, diffusers_compatible, max_file_bytes)
-        _require_opens(export, verify_export)
-        _publish(export, target, store, progress)
+        export = _planned(found, reader, options)
+        _require_opens(export, options.verify_export)
+        _publish(export, target, store, options.progress)
     finally:
         reader.close()
     names, nbytes = tuple(file.name for file in export.layout.files), export.layout.total_bytes
@@ -148,14 +168,12 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
     return replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
 
 
-def _planned(
-    found: ModelInput, reader: VerifyingReader, diffusers_compatible: bool | None, max_file_bytes: int | None
-) -> _Export:
+def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
     tensors = _tensors(found, reader)
     note = _object(found, found.directory / METADATA_DIR / EXPORT)
-    stem = _stem(found, note.get("stem"), diffusers_compatible)
-    layout = _layout(found, tensors, note, stem, max_file_bytes)
+    stem = _stem(found, note.get("stem"), options.diffusers_compatible)
+    layout = _layout(found, tensors, note, stem, options.max_file_bytes)
     return _Export(found, tensors, layout, {**plain, index_name(stem): layout.index})
 
 
@@ -175,8 +193,7 @@ def _publish(export: _Export, target: Path, storage: Storage, progress: Progress
         with storage_errors(aside):
             storage.remove_tree(aside)
             for directory in made:
-                if directory.is_dir() and not os.listdir(directory):
-                    directory.rmdir()
+                storage.remove_empty(directory)
         raise
 
 
@@ -195,7 +212,7 @@ def _require_opens(export: _Export, verify_export: bool | None) -> None:
 def _absent(directory: Path) -> list[Path]:
     """The directories that have to be made for this one to exist, the innermost first."""
     absent = []
-    while not directory.exists():
+    while not exists(directory):
         absent.append(directory)
         directory = directory.parent
     return absent

@@ -11,6 +11,7 @@ from torch import nn
 
 from shardwise.base.class_of_config import build_on_meta, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.disk.names import is_file
 from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
@@ -98,7 +99,7 @@ def model_class(directory: Path) -> ModelClass | None:
         FormatError: The configuration is damaged, or the class refuses it.
     """
     path = directory / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         return None
     found = read_json(path)
     if not isinstance(found, dict) or found.get("quantization_config"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from shardwise.disk.names import file_size
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
@@ -62,7 +63,7 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
     own = top if top == "optim" else _TOP
     for relative in listed:
         path = PurePosixPath(relative)
-        found.files[relative] = (root / relative).stat().st_size
+        found.files[relative] = file_size(root / relative)
         component = path.parent.as_posix() if len(path.parts) > 1 else own
         if path.suffix == ".safetensors":
             _add_safetensors(root, relative, component, found)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from shardwise.disk.names import is_file
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.peft.tensors import AdapterFile
 from shardwise.upstream import peft
@@ -150,8 +151,8 @@ def check_shared_factors(
     from safetensors import safe_open
 
     path = Path(model_directory)
-    path = path if path.is_file() else path / file.path
-    if not path.is_file():
+    path = path if is_file(path) else path / file.path
+    if not is_file(path):
         raise CheckpointNotFoundError(
             f"no {path.name}", path=path, hint="Pass the model directory of an adapter checkpoint."
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 import torch.nn as nn
 
+from shardwise.disk.names import exists
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.load import is_legacy_version
@@ -386,7 +387,7 @@ def _with_local_base(config: PeftConfig, named: str | None) -> PeftConfig:
     """A copy whose base model is a local directory or none: peft compares the vocabulary's size, and asks the hub."""
     out = copy.copy(config)
     base = out.base_model_name_or_path = config.base_model_name_or_path or named
-    if base and not (Path(base) / "config.json").exists():
+    if base and not exists(Path(base) / "config.json"):
         out.base_model_name_or_path = _cached_directory(base)
     return out
 

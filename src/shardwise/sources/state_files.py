@@ -5,10 +5,10 @@ A state is JSON, with the tensors in it in a safetensors file beside. No pickle.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from shardwise.disk.guarded import read_whole
+from shardwise.disk.names import is_there
 from shardwise.errors import ShardwiseError, StateFormatError
 from shardwise.format.state_json import decode_state, encode_state
 
@@ -73,7 +73,7 @@ def read_packed(text: Path, tensors: Path) -> object:
         StateFormatError: It is damaged.
     """
     packed = {".json": read_file(text)}
-    if os.path.lexists(tensors):
+    if is_there(tensors):
         packed[".safetensors"] = read_file(tensors)
     try:
         return unpack_state(packed)
@@ -89,4 +89,4 @@ def read_state(stem: Path) -> object:
 
 def has_state(stem: Path) -> bool:
     """Whether a state stands at ``stem``."""
-    return os.path.lexists(stem.with_name(stem.name + ".json"))
+    return is_there(stem.with_name(stem.name + ".json"))

@@ -13,6 +13,7 @@ from torch import nn
 from shardwise.checkpointing.adapters import capture
 from shardwise.checkpointing.loading.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
 from shardwise.checkpointing.session import Session
+from shardwise.disk.names import is_file
 from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, MissingTensorError
@@ -64,10 +65,10 @@ def open_adapter(
     group = session.group
     session.base_name()  # looked for here, since all ranks have to
     parts = ModelState(model).model
-    directory = path.parent if path.is_file() else path
+    directory = path.parent if is_file(path) else path
 
     def describe() -> tuple[object | None, AdapterTensors, dict[str, SavedAdapter]]:
-        config = read_adapter_config(directory) if (directory / ADAPTER_CONFIG_NAME).is_file() else None
+        config = read_adapter_config(directory) if is_file(directory / ADAPTER_CONFIG_NAME) else None
         captured = capture(session, parts, config)
         saved = find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)
         for file in captured.files:
@@ -111,7 +112,7 @@ def _open_extra(
 ) -> tuple[list[OpenedLoad], AllocatorRestore]:
     """Compare the tensors that were trained beside the adapter; this model may not train them. All ranks call."""
     group, file = session.group, path / ADAPTER_EXTRA_NAME
-    is_there = group.broadcast_result(file.is_file, "looking for what was trained beside the adapter")
+    is_there = group.broadcast_result(partial(is_file, file), "looking for what was trained beside the adapter")
     trained = [entry for entry in captured.extra if isinstance(entry.tensor, nn.Parameter)]
     source = open_source(file, group) if is_there else None
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
@@ -177,11 +178,11 @@ def foreign_components(directory: Path, model_place: str | None = None) -> list[
 def torch_leftovers(directory: Path) -> list[str]:
     """Files of ``torch.save`` beside model and optimizer, and directories of them, which are not read. Local."""
     found = []
-    for entry in sorted(directory.iterdir()):
-        if entry.suffix in (".pt", ".pth") and entry.is_file():
+    for entry in (directory / name for name in names_in(directory)):
+        if entry.suffix in (".pt", ".pth") and is_file(entry):
             found.append(entry.stem)
-        elif entry.is_dir() and entry.name not in ("model", "optim") and any(entry.glob("*.pt")):
-            found.append(entry.name)
+        elif is_directory(entry) and entry.name not in ("model", "optim"):
+            found += [entry.name] * any(name.endswith(".pt") for name in names_in(entry))
     return found
 
 

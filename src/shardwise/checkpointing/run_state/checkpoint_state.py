@@ -26,6 +26,7 @@ from shardwise.checkpointing.run_state.extras import (
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_directory
 from shardwise.engine.jobs import Step, below
 from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
@@ -62,7 +63,7 @@ def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Sta
 def model_place(directory: Path, group: Group) -> Path:
     """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
     is_one = group.broadcast_result(
-        lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}"
+        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
     )
     return directory if is_one else directory / "model"
 
@@ -114,7 +115,7 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
     group = session.group
     # For other tools' checkpoints; ours have a directory of extra state.
     foreign: Mapping[str, object] = {}
-    if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
+    if group.any(bool(extra_state) and not is_directory(directory / "extra"), "looking for extra state"):
         legacy = session.config.allow_legacy_pickle_restore
         foreign = read_states(directory, extra_state, group, legacy)
 
@@ -175,7 +176,7 @@ def _components(directory: Path, model_place: str | None) -> list[str]:
     )
     return [
         *others,
-        *["ema"] * (directory / MODEL_EMA).is_dir(),
+        *["ema"] * is_directory(directory / MODEL_EMA),
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),
         *saved_names(directory / "rng"),

@@ -35,6 +35,7 @@ from shardwise.checkpointing.run_state.extra_values import as_stateful
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_directory, names_in
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
@@ -203,10 +204,10 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         found = stem if has_state(stem) else own if has_state(own) else None
         if found is not None:
             states[name] = read_state(found)
-            if directory_of(directory, name).is_dir():
+            if is_directory(directory_of(directory, name)):
                 tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
             continue
-        if directory_of(directory, name).is_dir() and not _of_ranks(directory, name):
+        if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):
                 raise MisuseError(
                     f"extra state {name!r} was saved of a module, and a {type(value).__name__} is to be restored",
@@ -240,13 +241,13 @@ _RANK_FILE = re.compile(r"(.+)_rank_(\d{5,})_of_(\d{5,})\.json")
 
 
 def _rank_files(directory: Path) -> list[re.Match[str]]:
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    names = names_in(directory) if is_directory(directory) else []
     return [match for match in map(_RANK_FILE.fullmatch, names) if match is not None]
 
 
 def saved_names(directory: Path) -> list[str]:
     """Names of the states in a directory, of whatever rank."""
-    files = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    files = names_in(directory) if is_directory(directory) else []
     of_ranks = {match[0]: match[1] for match in _rank_files(directory)}
     stems = [of_ranks.get(file, file.removesuffix(".json")) for file in files if file.endswith(".json")]
     stems += [file.removesuffix(SHARDS) for file in files if file.endswith(SHARDS)]

@@ -7,6 +7,7 @@ from typing import cast
 
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.session import Session
+from shardwise.disk.names import is_file
 from shardwise.engine.records import write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.torch_value import read_torch_value
@@ -34,7 +35,7 @@ def load_rank_state(session: Session, state: Stateful, state_name: str, path: Pa
     with session.group.together(f"reading {state_name} of every rank"):
         stem = _stem(path, state_name, rank)
         theirs = stem.with_name(f"{stem.name}.pt")
-        if not has_state(stem) and theirs.is_file():
+        if not has_state(stem) and is_file(theirs):
             legacy = session.config.allow_legacy_pickle_restore
             found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
             state.load_state_dict(cast("dict[str, object]", found))

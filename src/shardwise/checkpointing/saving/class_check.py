@@ -18,6 +18,7 @@ from torch import nn
 
 from shardwise.addons.hf_config import CONFIG, untied
 from shardwise.base.class_of_config import build_on_meta, named_classes, quiet
+from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
 from shardwise.errors import AdapterError, ExportMismatchError
@@ -114,7 +115,7 @@ class ClassCheck:
             ExportMismatchError: The class would not load them.
         """
         model = described_part(parts)
-        if model is None or not (directory / CONFIG).is_file():
+        if model is None or not is_file(directory / CONFIG):
             return
         entries = read_json_object(directory / CONFIG)
         if untie:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,6 +16,7 @@ import yaml
 from shardwise.checkpointing.saving.shared_directory import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import exists, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
@@ -73,7 +73,7 @@ def gather_records(
     def close() -> JsonValue:
         for work in closing:
             work(group)
-        if not (group.is_main or session.config.is_remote):
+        if not (group.is_main or session.is_remote):
             check_claim(temp.parent, published_name(temp.name), first_exchange.token, group, first_exchange.locations)
         return None if group.is_main else record.encoded()
 
@@ -82,7 +82,7 @@ def gather_records(
     def union() -> ComponentRecord:
         records = [record, *map(ComponentRecord.decoded, rows[1:])]
         whole = merged(records)
-        if not session.config.is_remote:
+        if not session.is_remote:
             check_files_visible(temp, records, first_exchange.locations)
         return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
@@ -101,8 +101,8 @@ def complete_record(storage: Storage, directory: Path, record: ComponentRecord) 
     """The record with every file in the directory; files that others wrote are digested and synced. One rank calls."""
     known = {file.path for file in record.files} | {MANIFEST_NAME}
     files = list(record.files)
-    for where, _, names in os.walk(directory):
-        for path in (Path(where) / name for name in names):
+    for where, names in walk(directory):
+        for path in (where / name for name in names):
             relative = path.relative_to(directory).as_posix()
             if relative not in known:
                 sync_file(storage, path)  # an addon wrote it without the storage
@@ -210,12 +210,12 @@ class Publication:
             if group.is_main:
                 write_run_files(session.storage, self._temp, session.config, self._metrics)
                 found = union()
-                with nullcontext() if session.config.is_remote else publishing(session.root):
+                with nullcontext() if session.is_remote else publishing(session.root):
                     # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
                     found = complete_record(session.storage, self._temp, found)
                     write_manifest(session.storage, self._temp, found, self._info)
-                    publish(self._temp, self._final, self._line.left_from, storage=session.storage)
+                    publish(self._temp, self._final, self._line.left_from)
                     self._line.start = Start(self._final, lineage)
                     self._point()
                 self._release()
@@ -234,7 +234,7 @@ class Publication:
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self._final.name, storage=session.storage)
+        set_pointer(session.root, LATEST, self._final.name)
         _LOG.info("published %s", self._final)
         policy = Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
@@ -254,14 +254,14 @@ class Publication:
         checkpoints = list_checkpoints(session.root)
         best = best_checkpoint(checkpoints, policy)
         if best is not None:
-            set_pointer(session.root, BEST, best, storage=session.storage)
+            set_pointer(session.root, BEST, best)
         if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
                 "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
                 session.root,
                 policy.metric_key,
             )
-        deleted = prune(session.root, policy, storage=session.storage)
+        deleted = prune(session.root, policy)
         if deleted:
             _LOG.info("removed %s", ", ".join(deleted))
 
@@ -270,8 +270,8 @@ class Publication:
         if not group.is_main:
             return
         try:
-            if self._is_reserved and self._temp.exists():
-                abandon(self._temp, storage=self._session.storage)
+            if self._is_reserved and exists(self._temp):
+                abandon(self._temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
         finally:
@@ -283,7 +283,7 @@ def claimed(session: Session, final: Path) -> Claim | None:
 
     Raises `CheckpointBusyError` if a process that is alive is saving it.
     """
-    if session.config.is_remote:
+    if session.is_remote:
         return None
-    make_root(final.parent, storage=session.storage)
+    make_root(final.parent)
     return claim(final.parent, final.name, session.first_exchange.token)

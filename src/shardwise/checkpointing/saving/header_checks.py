@@ -6,7 +6,6 @@ are read back.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly
+from shardwise.disk.names import is_file, names_in
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
@@ -187,7 +187,7 @@ def _accounted(
 
 def _base_config(directory: Path) -> Mapping[str, object]:
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         found = read_json(path)
@@ -231,7 +231,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
             differences += _unlike(file, read_header(path))
     if group.is_main:
         planned = {file.name for file in layout.files}
-        found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
+        found = {name for name in names_in(directory) if name.endswith(".safetensors")}
         differences += [f"{name}: not written" for name in sorted(planned - found)]
         differences += [f"{name}: not planned" for name in sorted(found - planned)]
         index = directory / index_name(plan.options.stem)

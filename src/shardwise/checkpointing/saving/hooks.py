@@ -8,6 +8,7 @@ from typing import Literal, NoReturn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
+from shardwise.addons.files import local_arguments
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
@@ -67,7 +68,8 @@ def run_hooks(
         failure: BaseException | None = None
         try:
             run = addon.pre_save if hook == "pre_save" else addon.post_save
-            run(**(args | {"group": group}))
+            with local_arguments(args) as local:
+                run(**(local | {"group": group}))
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
             # An error that looks agreed may come from the addon's own group, which the other ranks know nothing of.
             failure = error

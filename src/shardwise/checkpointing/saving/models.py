@@ -45,6 +45,7 @@ from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
+from shardwise.disk.names import is_file
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import storage_errors
 from shardwise.engine.agreement import Statement
@@ -432,7 +433,7 @@ class ModelSave:
                 session.logged.add(said)
                 _LOG.info("%s", said)
         config = self._directory / METADATA_DIR / CONFIG
-        if session.may_export and self._exporter is None and not config.is_file():
+        if session.may_export and self._exporter is None and not is_file(config):
             why = why_no_config(self.state.model)
             if why not in session.logged:
                 session.logged.add(why)
@@ -497,10 +498,8 @@ class ModelSave:
         if group.is_main:
             script = self._directory / CONSOLIDATE_NAME
             write_file(self._session.storage, script, CONSOLIDATE_SCRIPT)
-            if script.exists():  # a storage may keep its files elsewhere
-                with storage_errors(script):
-                    mode = script.stat().st_mode
-                    script.chmod(mode | (mode & 0o444) >> 2)
+            with storage_errors(script):
+                self._session.storage.make_executable(script)
 
     def _copy_metadata(self, group: Group) -> None:
         if group.is_main:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.comm import Group
+from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
@@ -115,9 +116,9 @@ def _plain(value: object) -> object:
 
 def find_module_state(path: Path) -> list[str]:
     """The stems of the files of module state beside the model at ``path``; none in other tools' checkpoints. Local."""
-    places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
+    places = (path, path.parent, path.parent.parent) if is_file(path) else (path, path.parent)
     for place in places:
-        found = sorted((place / ASIDE_DIR).glob("state-*.json"))
+        found = [path for path in files_under(place / ASIDE_DIR) if path.match("state-*.json")]
         if found:
             return [str(file.with_suffix("")) for file in found]
     return []

@@ -9,13 +9,13 @@ writing succeeds. Two checks find this without another collective:
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from shardwise.comm import Group
+from shardwise.disk.names import real_path, status
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle import claimed_by
@@ -41,12 +41,10 @@ class RootLocation(NamedTuple):
     @staticmethod
     def own(root: Path) -> RootLocation:
         """The location on this rank."""
-        path = os.path.realpath(root)
-        try:
-            info = os.stat(path)
-        except OSError:
-            return RootLocation(socket.gethostname(), path, None)
-        return RootLocation(socket.gethostname(), path, [info.st_dev, info.st_ino])
+        path = real_path(root)
+        found = status(path)
+        identity = None if found is None or found.identity is None else list(found.identity)
+        return RootLocation(socket.gethostname(), str(path), identity)
 
     def is_another(self, other: RootLocation) -> bool:
         """Whether the two are certainly different directories; unknown (false) on different machines."""
@@ -94,12 +92,8 @@ def check_files_visible(directory: Path, records: Sequence[ComponentRecord], loc
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
     for rank, file in writers.values():
         path = directory / file.path
-        try:
-            size = os.stat(path).st_size
-        except FileNotFoundError:
-            size = None
-        except OSError as error:
-            raise StorageError.from_os(error, path=path) from error
+        found = status(path)
+        size = None if found is None else found.size
         if size != file.size:
             sees = "does not see it" if size is None else f"sees {size:,} bytes"
             raise StorageError(

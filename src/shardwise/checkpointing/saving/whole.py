@@ -125,9 +125,9 @@ def _reserve(life: Lifetime, name: str) -> None:
     if not life.is_tidied:
         try:
             active = [life.session.root / temporary_name(name)]  # whose claim is this very save's
-            remove_leftovers(life.session.root, active=active, storage=life.storage)
+            remove_leftovers(life.session.root, active=active)
         except StorageError as error:
             # The space is not freed. If this save lacks it, or needs that very name, it fails with an error of its own.
             _LOG.warning("what an interrupted save left could not be removed: %s", error)
-    reserve(life.session.root, name, life.line.left_from, storage=life.storage)
+    reserve(life.session.root, name, life.line.left_from)
     life.is_tidied = True

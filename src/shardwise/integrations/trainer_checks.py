@@ -34,6 +34,7 @@ _DERIVED = {
     "best_metric_key": "metric_for_best_model",
     "best_metric_mode": "greater_is_better",
 }
+_SHARDING = "Shard with FSDP2 (fsdp=True), or train with DistributedDataParallel."
 _TRAINERS_OWN = re.compile(r"checkpoint-\d+")
 
 
@@ -58,17 +59,37 @@ def check_class(cls: type[TrainerCheckpoints]) -> None:
             if other is not TrainerCheckpoints and name in vars(other):
                 raise ConfigError(
                     f"{other.__name__}.{name} would never be called, because {ours.__name__} comes before it",
-                    hint=f"Write the bases in the other order: class {cls.__name__}({other.__name__}, {ours.__name__}).",
+                    hint=f"Change the order of the bases: class {cls.__name__}({other.__name__}, {ours.__name__}).",
                 )
 
 
-def check_arguments(trainer: TrainerCheckpoints) -> None:
-    """Refuse what the Trainer is asked for and cannot be done here. Local.
+def check_arguments(args: Any) -> None:
+    """Refuse arguments that cannot work, before the Trainer acts on them. Local.
+
+    Args:
+        args: The ``TrainingArguments``, or ``None`` for the Trainer's defaults.
 
     Raises:
-        ConfigError: There is such an argument; the message names it.
+        ConfigError: There is one; the message names it.
     """
-    args, accelerator = trainer.args, trainer.accelerator
+    hints = {
+        "push_to_hub": "Leave it out, call save_model(directory), and upload that with huggingface_hub.upload_folder.",
+        "enable_jit_checkpoint": "Leave it out, and save by save_steps: it writes into the Trainer's own directories.",
+        "save_on_each_node": "Leave it out: all ranks write one checkpoint, in a directory that every node sees.",
+        "deepspeed": _SHARDING,
+    }
+    for name, hint in hints.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"ShardwiseTrainer does not support {name}", hint=hint)
+
+
+def check_strategy(trainer: TrainerCheckpoints) -> None:
+    """Refuse ways of spreading a model that cannot be saved. Local.
+
+    Raises:
+        ConfigError: It is spread in one of them; the message names it.
+    """
+    accelerator = trainer.accelerator
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     kind = accelerator.distributed_type
     asked = {
@@ -77,23 +98,10 @@ def check_arguments(trainer: TrainerCheckpoints) -> None:
         "SageMaker's model parallelism": (uses_sagemaker_model_parallelism(), _SHARDING),
         "torch_xla": (uses_xla() or kind == DistributedType.XLA, _SHARDING),
         "FSDP 1": (fsdp is not None and fsdp.fsdp_version != 2, "Set 'version' in fsdp_config to 2."),
-        "push_to_hub": (args.push_to_hub, _UPLOAD),
-        "enable_jit_checkpoint": (
-            args.enable_jit_checkpoint,
-            "Leave it out, and save by save_steps; it writes into directories of the Trainer's own.",
-        ),
-        "save_on_each_node": (
-            args.save_on_each_node,
-            "Leave it out: all ranks write one checkpoint, into a directory that every node sees.",
-        ),
     }
     for name, (is_asked, hint) in asked.items():
         if is_asked:
             raise ConfigError(f"ShardwiseTrainer does not support {name}", hint=hint)
-
-
-_SHARDING = "Shard with FSDP2 (fsdp=True), or train with DistributedDataParallel."
-_UPLOAD = "Leave it out, call save_model(directory), and upload that with huggingface_hub.upload_folder."
 
 
 def check_settings(settings: CheckpointingConfig, trainer: TrainerCheckpoints) -> None:

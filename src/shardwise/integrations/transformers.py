@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol, Unpack, cast
 
@@ -25,12 +25,13 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
-from shardwise.errors import MisuseError, StateFormatError
+from shardwise.errors import MisuseError
 from shardwise.integrations.trainer_checks import (
     STATE_NAME,
     check_arguments,
     check_class,
     check_settings,
+    check_strategy,
     find_source,
 )
 from shardwise.lifecycle import MANIFEST_NAME, checkpoint_name, resolve
@@ -41,13 +42,14 @@ if TYPE_CHECKING:
     import os
 
     import torch
+    from transformers import TrainingArguments
 
     from shardwise.checkpointing import Checkpointer
 
 __all__ = ["ShardwiseTrainer", "get_last_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
-#: The metric by which the Trainer's choice of the best checkpoint reaches retention: of equals, too, it is the Trainer's.
+#: The metric by which the Trainer's choice of the best checkpoint reaches retention, also among equals.
 _NEW_BEST = "new_best_at_step"
 #: Where `ShardwiseTrainer.save_model` writes before it puts files in place.
 _SCRATCH = ".saving-model"
@@ -60,9 +62,9 @@ _WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+)?\.(
 class ShardwiseTrainer(TrainerCheckpoints):
     """A ``transformers.Trainer`` that saves and resumes with shardwise. All ranks construct it and call its methods.
 
-    Its arguments are those of ``Trainer``, and `checkpointing`. A trainer that is itself made of ``Trainer`` comes first
-    among the bases: ``class CheckpointedSFTTrainer(SFTTrainer, ShardwiseTrainer)``; settings are then a class attribute,
-    since such a trainer does not pass on arguments that it does not know.
+    Its arguments are those of ``Trainer``, and `checkpointing`. A trainer that is itself made of ``Trainer`` comes
+    first among the bases: ``class CheckpointedSFTTrainer(SFTTrainer, ShardwiseTrainer)``; settings are then a class
+    attribute, since such a trainer does not pass on arguments that it does not know.
 
     A checkpoint is ``output_dir/epoch_E_step_S``: model, optimizer, scheduler, gradient scaler, random number
     generators, the position in the data, the Trainer's and its callbacks' state (``trainer_state.json``), tokenizer or
@@ -83,8 +85,17 @@ class ShardwiseTrainer(TrainerCheckpoints):
     checkpointing: CheckpointingConfig = CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
     replay_batches: bool = True
 
-    def __init__(self, *args: object, checkpointing: CheckpointingConfig | None = None, **named: object) -> None:
-        super().__init__(*args, **named)
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: object,
+        checkpointing: CheckpointingConfig | None = None,
+        **named: object,
+    ) -> None:
+        check_class(type(self))
+        check_arguments(args)
+        super().__init__(model, args, *others, **named)
         if checkpointing is not None:
             self.checkpointing = checkpointing
         self._checkpointer: Checkpointer | None = None
@@ -92,8 +103,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
         self._batches: Iterator[object] | None = None
         self.is_replayable = False
         self._resumed = _Position()
-        check_class(type(self))
-        check_arguments(self)
+        check_strategy(self)
         check_settings(self.checkpointing, self)
         self._built(self.checkpointing).close()  # refuses what no checkpointer can be built of
 
@@ -191,8 +201,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
         now = _Position.of(self)
         if self.is_world_process_zero() and not self._resumed.has_batches_of(now):
             _LOG.warning(
-                "the checkpoint was saved with batches of %d samples in all on %d ranks, and the run goes on with %d on "
-                "%d: the Trainer finds its place in the data by the number of steps",
+                "the checkpoint was saved with %d samples in a step on %d ranks, and the run goes on with %d on %d: "
+                "the Trainer finds its place in the data by the number of steps",
                 self._resumed.batch_size,
                 self._resumed.world_size,
                 now.batch_size,
@@ -299,7 +309,7 @@ def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None if found is None else str(found.path)
 
 
-# --- what a checkpoint has beside model and optimizer -------------------------------------------------------------------
+# --- what a checkpoint has beside model and optimizer -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,25 +334,16 @@ class _Position:
         args = trainer.args
         return _Position(
             trainer.current_epoch,
-            int(trainer.get_total_train_batch_size(args)) * int(args.gradient_accumulation_steps),
+            int(trainer.get_total_train_batch_size(args)),
             int(args.world_size),
             trainer.is_replayable,
         )
 
     @staticmethod
     def from_state(state: Mapping[str, object]) -> _Position:
-        """What `to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
-        expected = _Position().to_state()
-        if {name: type(value) for name, value in state.items()} != {n: type(value) for n, value in expected.items()}:
-            raise StateFormatError(
-                f"the extra state 'trainer' is {dict(state)}, which no ShardwiseTrainer has saved",
-                hint="Choose another checkpoint.",
-            )
-        return _Position(**state)  # type: ignore[arg-type] # their types are those of the fields
+        """What `to_state` gave, also in another release; what is not said counts as not replayable."""
+        known = {field.name for field in fields(_Position)}
+        return _Position(**{name: value for name, value in state.items() if name in known})  # type: ignore[arg-type]
 
     def to_state(self) -> dict[str, int | bool]:
         """The fields by name."""

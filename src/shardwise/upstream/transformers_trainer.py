@@ -1,7 +1,7 @@
 """The places at which transformers' ``Trainer`` saves and resumes, as methods with plain names.
 
-The Trainer documents a method for each step of its loop but those that read and write checkpoints. Importing this module
-imports the Trainer.
+The Trainer documents a method for each step of its loop but those that read and write checkpoints. Importing this
+module imports the Trainer.
 """
 
 from __future__ import annotations

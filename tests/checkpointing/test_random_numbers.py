@@ -205,6 +205,25 @@ GENERATORS: dict[str, tuple[Callable[[], object], Callable[[object], object]]] =
 }
 
 
+@pytest.mark.parametrize("taken", [2, BATCHES])
+def test_an_epoch_is_left_early_only_where_it_has_batches_left(
+    tmp_path: Path, taken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that counts its batches saves after the last one without coming back for more."""
+    model, loader = nn.Linear(4, 1), DataLoader(Noisy(), batch_size=2)
+    with engine(tmp_path) as checkpointer:
+        batches = checkpointer.batches(loader, 0)
+        for _ in range(taken):
+            next(batches)
+        checkpointer.save(epoch=0, step=taken, model=model)
+    with engine(tmp_path) as checkpointer, caplog.at_level("WARNING"):
+        checkpointer.restore(model)
+        assert len(list(checkpointer.batches(loader, 1))) == BATCHES
+    warned = "the checkpoint was saved in epoch 0, after 2 batches; the loop leaves it for epoch 1" in caplog.messages
+    assert warned == (taken == 2)
+    assert len(caplog.messages) == int(warned)
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_generators_in_extra_state(tmp_path: Path, kind: str) -> None:
     build, draw = GENERATORS[kind]

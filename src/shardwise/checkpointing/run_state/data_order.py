@@ -12,7 +12,7 @@ iterator, skips what the loop has had, and sets the generators to what they were
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -143,7 +143,7 @@ class DataOrder:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
         if saved is None or saved.position.epoch != epoch:
-            if saved is not None and not saved.position.is_over:
+            if saved is not None and not saved.position.is_over and saved.position.count != _length(loader):
                 _LOG.warning(
                     "the checkpoint was saved in epoch %d, after %d batches; the loop leaves it for epoch %d",
                     saved.position.epoch,
@@ -196,6 +196,16 @@ class DataOrder:
 
 
 _END = object()
+
+
+def _length(loader: object) -> int | None:
+    """Number of batches of an epoch; ``None`` where the loader does not say."""
+    try:
+        return len(cast(Sized, loader))
+    except TypeError:
+        return None
+
+
 _PLACES: Mapping[str, Callable[[object], object]] = {
     "loader": lambda loader: getattr(loader, "generator", None),
     "sampler": lambda loader: getattr(getattr(loader, "sampler", None), "generator", None),

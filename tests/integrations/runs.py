@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -154,7 +155,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.world, "LOCAL_WORLD_SIZE": run.world}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    multiprocessing.current_process().daemon = False  # which may not have workers
     if run.killed_in and rank == 0:
         die_when_opening(f".saving-{run.killed_in}/model/")
     from transformers import TrainingArguments

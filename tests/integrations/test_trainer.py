@@ -51,6 +51,7 @@ def opens(run: Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False), (2, True), (1, True)])
@@ -117,6 +118,7 @@ def test_the_pages_script_resumes_as_if_never_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_that_are_augmented_at_random(workers: int, accumulate: int, tmp_path: Path) -> None:
@@ -125,11 +127,13 @@ def test_batches_that_are_augmented_at_random(workers: int, accumulate: int, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_batches_are_skipped_by_number_where_that_is_asked_for(tmp_path: Path) -> None:
     killed_and_resumed(Run(tmp_path / "run", world=2, batch=2, replay=False), tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks(first: int, then: int, lora: bool, tmp_path: Path) -> None:

@@ -390,8 +390,6 @@ TRANSFORMERS_TRAINER = (
     Name("transformers.Trainer._save_optimizer_and_scheduler", "likewise", "function"),
     Name("transformers.Trainer._save_scaler", "likewise", "function"),
     Name("transformers.Trainer._save_rng_state", "likewise", "function"),
-    Name("transformers.utils.is_sagemaker_mp_enabled", "what cannot be saved is refused before training", "function"),
-    Name("transformers.utils.is_torch_xla_available", "what cannot be saved is refused before training", "function"),
 )
 
 #: By module of this package: the names that it reads.

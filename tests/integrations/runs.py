@@ -6,6 +6,7 @@ else is accelerate's, transformers' and shardwise's own code.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import multiprocessing
@@ -92,7 +93,7 @@ def result(run: Run, tmp_path: Path) -> Result:
     codes = train(run, tmp_path)
     said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(run.world)]
     errors = [(tmp_path / f"rank-{rank}.err").read_text()[-3000:] for rank in range(run.world)]
-    assert codes == [0] * run.world, "\n".join(errors)
+    assert codes == [0] * run.world, f"{codes}: " + "\n".join(errors)
     told = json.loads(said[0].splitlines()[-1])
     losses = {int(step): loss for step, loss in told["losses"].items() if int(step) > told["started"]}
     return Result(losses, told["weights"], told["best"], told["started"])
@@ -155,6 +156,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.world, "LOCAL_WORLD_SIZE": run.world}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    faulthandler.dump_traceback_later(SECONDS - 20)  # says where a rank that is killed for its time was
     multiprocessing.current_process().daemon = False  # which may not have workers
     if run.killed_in and rank == 0:
         die_when_opening(f".saving-{run.killed_in}/model/")

@@ -60,6 +60,21 @@ class Positioned:
         self.order, self.next = list(state["order"]), int(state["next"])  # type: ignore[call-overload]
 
 
+class Ahead:
+    """A loader that has made the next batch when it gives one."""
+
+    def __init__(self, loader: DataLoader[torch.Tensor]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        batches = iter(self.loader)
+        batch = next(batches)
+        for following in batches:
+            yield batch
+            batch = following
+        yield batch
+
+
 def engine(root: Path, **settings: object) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="false", **settings)  # type: ignore[arg-type]
     return config.build(dist.get_rank() if dist.is_initialized() else 0, 0, 0)
@@ -83,7 +98,7 @@ def make(seed: int, kind: str) -> tuple[nn.Module, torch.optim.Optimizer, object
     loader = DataLoader(
         Noisy(), 2, shuffle=True, num_workers=workers, generator=generator, multiprocessing_context=context
     )
-    return model, optimizer, loader, {}
+    return model, optimizer, Ahead(loader) if kind == "ahead" else loader, {}
 
 
 def average(model: nn.Module) -> None:
@@ -123,6 +138,7 @@ def train(root: Path, kind: str, seed: int, stop: int, is_async: bool, between: 
         (1, "plain", 8, True, True),
         (1, "workers", 5, True, False),
         (1, "generator", 7, False, False),
+        (1, "ahead", 7, False, False),
         (1, "positioned", 6, False, False),
         (1, "positioned", 4, False, True),
         (2, "plain", 6, False, False),
@@ -203,6 +219,25 @@ GENERATORS: dict[str, tuple[Callable[[], object], Callable[[object], object]]] =
     "bits": (lambda: np.random.Philox(3), lambda g: int(g.random_raw())),  # type: ignore[attr-defined]
     "old numpy": (lambda: np.random.RandomState(3), lambda g: g.normal()),  # type: ignore[attr-defined]
 }
+
+
+@pytest.mark.parametrize("taken", [2, BATCHES])
+def test_an_epoch_is_left_early_only_where_it_has_batches_left(
+    tmp_path: Path, taken: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loop that counts its batches saves after the last one without coming back for more."""
+    model, loader = nn.Linear(4, 1), DataLoader(Noisy(), batch_size=2)
+    with engine(tmp_path) as checkpointer:
+        batches = checkpointer.batches(loader, 0)
+        for _ in range(taken):
+            next(batches)
+        checkpointer.save(epoch=0, step=taken, model=model)
+    with engine(tmp_path) as checkpointer, caplog.at_level("WARNING"):
+        checkpointer.restore(model)
+        assert len(list(checkpointer.batches(loader, 1))) == BATCHES
+    warned = "the checkpoint was saved in epoch 0, after 2 batches; the loop leaves it for epoch 1" in caplog.messages
+    assert warned == (taken == 2)
+    assert len(caplog.messages) == int(warned)
 
 
 @pytest.mark.parametrize("kind", GENERATORS)

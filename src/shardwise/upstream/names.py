@@ -368,6 +368,24 @@ SENTENCE_TRANSFORMERS = (
     ),
 )
 
+_TRAINER = "no callback or public method stands where the Trainer writes and reads its checkpoints"
+
+_RUN_EPOCH = ("epoch", "epochs_trained", "steps_trained_in_current_epoch")
+
+TRANSFORMERS_TRAINER = (
+    Name("transformers.Trainer._run_epoch", "which epoch a checkpoint is of", "function", _RUN_EPOCH),
+    Name("transformers.Trainer._save_checkpoint", _TRAINER, "function", ("model", "trial")),
+    Name("transformers.Trainer._load_from_checkpoint", _TRAINER, "function", ("resume_from_checkpoint", "model")),
+    Name("transformers.Trainer._load_optimizer_and_scheduler", _TRAINER, "function", ("checkpoint",)),
+    Name("transformers.Trainer._load_scaler", _TRAINER, "function", ("checkpoint",)),
+    Name("transformers.Trainer._load_rng_state", _TRAINER, "function", ("checkpoint",)),
+    Name("transformers.Trainer._load_best_model", _TRAINER, "function"),
+    Name("transformers.Trainer._save", "a subclass that overrides it would never see it called", "function"),
+    Name("transformers.Trainer._save_optimizer_and_scheduler", "likewise", "function"),
+    Name("transformers.Trainer._save_scaler", "likewise", "function"),
+    Name("transformers.Trainer._save_rng_state", "likewise", "function"),
+)
+
 #: By module of this package: the names that it reads.
 BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "torch_modules": TORCH_MODULES,
@@ -379,6 +397,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "python": PYTHON,
     "transformers": TRANSFORMERS,
     "transformers_rules": TRANSFORMERS_RULES,
+    "transformers_trainer": TRANSFORMERS_TRAINER,
     "peft": PEFT,
     "diffusers": DIFFUSERS,
     "huggingface_hub": HUGGINGFACE_HUB,

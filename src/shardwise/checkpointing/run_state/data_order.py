@@ -6,13 +6,15 @@ one makes its iterator again, and has to go on as if it had not.
 
 `DataOrder.batches` therefore remembers, for each epoch, what the generators were when it began, and how many batches
 the loop has had. Resumed in the middle of an epoch, it sets the generators to the start of that epoch, makes the
-iterator, skips what the loop has had, and sets the generators to what they were when the checkpoint was saved.
+iterator, skips what the loop has had, and sets the generators to what they were when the checkpoint was saved. Before
+it skips the last batch, it sets them to what they were when the loop asked for that one: a loader that reads ahead
+(those of accelerate do) then makes the next batch as it did.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -37,6 +39,8 @@ class Position:
         loader: States of the loader's own generators at that time, by attribute.
         count: Number of batches that the loop has taken.
         is_over: Whether the epoch has no more batches.
+        before: States of the process's generators when the last batch was asked for. A loader that reads ahead has made
+            the next one with them, in between the draws of the steps.
     """
 
     epoch: int
@@ -44,11 +48,12 @@ class Position:
     loader: dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 0
     is_over: bool = False
+    before: _State | None = None
 
     def to_state(self, now: Mapping[str, torch.Tensor]) -> _State:
         """The position as plain containers, with the present states of the loader's generators."""
         state: _State = {"epoch": self.epoch, "count": self.count, "is_over": self.is_over, "start": self.start}
-        return state | {"loader": dict(self.loader), "now": dict(now)}
+        return state | {"loader": dict(self.loader), "now": dict(now), "before": self.before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class _Saved:
             if type(epoch) is not int or type(count) is not int or count < 0:
                 raise ValueError("an epoch and a number of batches are whole numbers")
             start, loader = cast(_State, table["start"]), dict(cast(dict[str, torch.Tensor], table["loader"]))
-            position = Position(epoch, start, loader, count, bool(table["is_over"]))
+            before = cast("_State | None", table.get("before"))  # earlier releases kept none
+            position = Position(epoch, start, loader, count, bool(table["is_over"]), before)
             return _Saved(position, dict(cast(dict[str, torch.Tensor], table["now"])))
         except (KeyError, TypeError, ValueError) as error:
             raise StateFormatError(
@@ -132,7 +138,7 @@ class DataOrder:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
         if saved is None or saved.position.epoch != epoch:
-            if saved is not None and not saved.position.is_over:
+            if saved is not None and not saved.position.is_over and saved.position.count != _length(loader):
                 _LOG.warning(
                     "the checkpoint was saved in epoch %d, after %d batches; the loop leaves it for epoch %d",
                     saved.position.epoch,
@@ -164,6 +170,8 @@ class DataOrder:
             _set_generators(loader, position.loader)
             iterator = iter(loader)
             for number in range(position.count):
+                if number + 1 == position.count and None not in (self._generators, position.before):
+                    RandomState().load_state_dict(cast(_State, position.before))
                 if next(iterator, _END) is _END:
                     raise MisuseError(
                         f"the loop had {position.count} batches of epoch {position.epoch} when it was saved, and the "
@@ -178,13 +186,28 @@ class DataOrder:
 
     @staticmethod
     def _counted(iterator: Iterator[_Batch], position: Position) -> Iterator[_Batch]:
-        for batch in iterator:
+        while True:
+            position.before = RandomState().state_dict()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
             position.count += 1
             yield batch
         position.is_over = True
 
 
 _END = object()
+
+
+def _length(loader: object) -> int | None:
+    """Number of batches of an epoch; ``None`` where the loader does not say."""
+    try:
+        return len(cast(Sized, loader))
+    except TypeError:
+        return None
+
+
 _PLACES: Mapping[str, Callable[[object], object]] = {
     "loader": lambda loader: getattr(loader, "generator", None),
     "sampler": lambda loader: getattr(getattr(loader, "sampler", None), "generator", None),

@@ -1,0 +1,1 @@
+"""shardwise in the training loops of other libraries. A module imports its host; shardwise imports none."""

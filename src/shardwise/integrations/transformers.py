@@ -1,0 +1,453 @@
+"""transformers' ``Trainer``, and trainers that are made of it (TRL's), with checkpoints by shardwise.
+
+    trainer = ShardwiseTrainer(model=model, args=args, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+
+    class CheckpointedSFTTrainer(SFTTrainer, ShardwiseTrainer): ...
+
+What the Trainer decides stays with it: when to save, which checkpoint is the best, how many are kept, where the data
+goes on. What is written, and how, is `shardwise.Checkpointer`'s: one checkpoint of everything, in ``output_dir``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, Protocol, Unpack, cast
+
+from transformers.trainer_callback import ExportableState
+
+from shardwise.addons import SaveHookArgs
+from shardwise.addons.base import SavesPretrained
+from shardwise.comm import Group
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.disk.storage import LOCAL, storage_errors
+from shardwise.errors import MisuseError
+from shardwise.integrations.trainer_checks import (
+    STATE_NAME,
+    check_arguments,
+    check_class,
+    check_settings,
+    check_strategy,
+    find_source,
+)
+from shardwise.lifecycle import MANIFEST_NAME, checkpoint_name, resolve
+from shardwise.peft.models import is_peft_adapted
+from shardwise.upstream.transformers_trainer import TrainerCheckpoints
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import TrainingArguments
+
+    from shardwise.checkpointing import Checkpointer
+
+__all__ = ["ShardwiseTrainer", "get_last_checkpoint"]
+
+_LOG = logging.getLogger(__name__)
+#: The metric by which the Trainer's choice of the best checkpoint reaches retention, also among equals.
+_NEW_BEST = "new_best_at_step"
+#: Where `ShardwiseTrainer.save_model` writes before it puts files in place.
+_SCRATCH = ".saving-model"
+#: What is beside a model in a component's directory.
+_NOT_MODELS = (MANIFEST_NAME, "consolidate.sh")
+#: Files of an earlier model that would be opened instead of, or together with, those of a new one.
+_WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
+
+
+class ShardwiseTrainer(TrainerCheckpoints):
+    """A ``transformers.Trainer`` that saves and resumes with shardwise. All ranks construct it and call its methods.
+
+    Its arguments are those of ``Trainer``, and `checkpointing`. A trainer that is itself made of ``Trainer`` comes
+    first among the bases: ``class CheckpointedSFTTrainer(SFTTrainer, ShardwiseTrainer)``; settings are then a class
+    attribute, since such a trainer does not pass on arguments that it does not know.
+
+    A checkpoint is ``output_dir/epoch_E_step_S``: model, optimizer, scheduler, gradient scaler, random number
+    generators, the position in the data, the Trainer's and its callbacks' state (``trainer_state.json``), tokenizer or
+    processor. It is visible once it is complete, and resumes on any number of ranks.
+
+    Attributes:
+        checkpointing: The settings beside those that follow from ``TrainingArguments``. By default each checkpoint has
+            a Hugging Face export (``model/consolidated``).
+        replay_batches: Whether a run that is resumed in the middle of an epoch makes the batches again that it has had:
+            what is drawn while batches are made (masking, augmentation) is then that of the run that was never
+            stopped. ``False`` skips them by their number, as the ``Trainer`` itself does: faster, and as exact where
+            making a batch draws no random numbers.
+
+    Raises:
+        ConfigError: The arguments ask for what cannot be saved, or would be without effect; the message names it.
+    """
+
+    checkpointing: CheckpointingConfig = CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
+    replay_batches: bool = True
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: object,
+        checkpointing: CheckpointingConfig | None = None,
+        **named: object,
+    ) -> None:
+        check_class(type(self))
+        check_arguments(args)
+        super().__init__(model, args, *others, **named)
+        if checkpointing is not None:
+            self.checkpointing = checkpointing
+        self._checkpointer: Checkpointer | None = None
+        self.current_epoch = 0
+        self._batches: Iterator[object] | None = None
+        self.is_replayable = False
+        self._resumed = _Position()
+        check_strategy(self)
+        check_settings(self.checkpointing, self)
+        self._built(self.checkpointing).close()  # refuses what no checkpointer can be built of
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: object = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> object:
+        """Train; returns when the last checkpoint is durable, also in asynchronous mode. All ranks call.
+
+        Args:
+            resume_from_checkpoint: ``True`` for the newest checkpoint in ``output_dir``; a checkpoint's path, or its or
+                a pointer's name in ``output_dir``; ``None`` or ``False`` to begin afresh.
+            trial: Not supported.
+            ignore_keys_for_eval: As in ``Trainer``.
+
+        Returns:
+            The ``Trainer``'s record of the training.
+
+        Raises:
+            CheckpointNotFoundError: There is nothing to resume from.
+            MisuseError: The checkpoint was saved by another trainer; or training is to begin afresh in a directory that
+                has checkpoints.
+            ShardwiseError: What failed in saving or restoring, on any rank.
+        """
+        if trial is not None:
+            self.hyperparameter_search()
+        group = Group.current()
+        found = group.broadcast_result(lambda: find_source(self.args, resume_from_checkpoint), "finding checkpoints")
+        self._resumed = _Position()
+        try:
+            with self._built(self.checkpointing) as self._checkpointer:
+                self._checkpointer.addons = [*self._checkpointer.addons, _TrainerState(self)]
+                return super().train(resume_from_checkpoint=found, ignore_keys_for_eval=ignore_keys_for_eval)
+        finally:
+            self._checkpointer = self._batches = None
+
+    def begin_epoch(self, epoch: int, is_begun: bool) -> None:
+        """Decide how the epoch's batches are made."""
+        resumed = self._resumed
+        self.current_epoch, self._batches = epoch, None
+        is_known = resumed.is_replayable and resumed.epoch == epoch and resumed.has_batches_of(_Position.of(self))
+        self.is_replayable = (
+            self.replay_batches
+            and self.checkpointing.save_rng
+            and not self.args.ignore_data_skip
+            and (is_known if is_begun else resumed.epoch != epoch)
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[object], num_batches: int, device: torch.device
+    ) -> tuple[list[object], torch.Tensor | int | None]:
+        """The batches of one step of the optimizer, as in ``Trainer``."""
+        if self._batches is None:
+            self._batches = epoch_iterator
+            if self.is_replayable and self._checkpointer is not None:
+                loader = self.callback_handler.train_dataloader
+                _set_epoch(loader, self.current_epoch)
+                self._batches = self._checkpointer.batches(_Loader(loader), self.current_epoch)
+        return cast(
+            "tuple[list[object], torch.Tensor | int | None]",
+            super().get_batch_samples(self._batches, num_batches, device),
+        )
+
+    def write_checkpoint(self) -> None:
+        """Save one checkpoint."""
+        state = self.state
+        checkpointer = self._running("saving a checkpoint")
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(self._root / checkpoint_name(self.current_epoch, state.global_step))
+        _record_callbacks(self)
+        whole = not self.args.save_only_model
+        checkpointer.save(
+            epoch=self.current_epoch,
+            step=state.global_step,
+            model=self.model,
+            optimizer=self.optimizer if whole else None,
+            scheduler=self.lr_scheduler if whole else None,
+            tokenizer=_tokenizer(self),
+            metrics=_metrics(self),
+            extra_state={"trainer": _Position.of(self).to_state(), **_scaler(self)} if whole else None,
+            is_final_checkpoint=state.global_step >= state.max_steps or self.control.should_training_stop,
+        )
+
+    def read_checkpoint(self, checkpoint: Path) -> None:
+        """Restore model, optimizer, scheduler and scaler, and take in where the run was in its data."""
+        extra: dict[str, object] = {"trainer": {}, **_scaler(self)}
+        self._running("resuming").restore(
+            self.model, self.optimizer, self.lr_scheduler, restore_from=checkpoint, extra_state=extra
+        )
+        self._resumed = _Position.from_state(cast(Mapping[str, object], extra["trainer"]))
+        now = _Position.of(self)
+        if self.is_world_process_zero() and not self._resumed.has_batches_of(now):
+            _LOG.warning(
+                "the checkpoint was saved with %d samples in a step on %d ranks, and the run goes on with %d on %d: "
+                "the Trainer finds its place in the data by the number of steps",
+                self._resumed.batch_size,
+                self._resumed.world_size,
+                now.batch_size,
+                now.world_size,
+            )
+
+    def read_best_model(self, checkpoint: Path) -> None:
+        """Load the best checkpoint's model."""
+        self._running("loading the best model").load_model(self.model, checkpoint / "model")
+
+    def set_generators(self) -> None:
+        """Set the random number generators; nothing where `batches` has done so."""
+        self._running("resuming").resume_rng()
+
+    # --- the model alone --------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model (or the adapter), its configuration and tokenizer into a directory. All ranks call.
+
+        The directory opens with ``from_pretrained``, however the model is sharded. Each file takes its place in one
+        step, and an earlier model's files that are not replaced are removed.
+
+        Args:
+            output_dir: ``args.output_dir`` by default.
+            _internal_call: As in ``Trainer``, without effect.
+        """
+        target = Path(output_dir or self.args.output_dir).absolute()
+        settings = replace(
+            self.checkpointing,
+            is_async=False,
+            model_save_format="safetensors",
+            save_consolidated=SaveConsolidatedMode.EVERY,
+            export_merged=False,
+        )
+        scratch = target / _SCRATCH
+        with self._built(settings) as checkpointer:
+            checkpointer.save_model(self.model, scratch, tokenizer=_tokenizer(self), is_final_checkpoint=True)
+        group = Group.current()
+        with group.together(f"putting the model into {target}"):
+            if group.is_main:
+                _put_in_place(scratch / "model", target)
+
+    # --- what is refused --------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, *args: object, **named: object) -> NoReturn:
+        """Refuse: the ``Trainer`` would upload every checkpoint in ``output_dir``."""
+        raise MisuseError(
+            "push_to_hub() of the Trainer uploads output_dir with every checkpoint in it",
+            path=self.args.output_dir,
+            hint="Call save_model(directory) and upload that directory with huggingface_hub.upload_folder.",
+        )
+
+    def hyperparameter_search(self, *args: object, **named: object) -> NoReturn:
+        """Refuse: trials of a search are not runs that resume."""
+        raise MisuseError(
+            "hyperparameter_search() is not supported by ShardwiseTrainer",
+            hint="Search with transformers' Trainer, and train with the values that it finds.",
+        )
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.args.output_dir).absolute()
+
+    def _built(self, settings: CheckpointingConfig) -> Checkpointer:
+        """A checkpointer for the model as it is now."""
+        limit = self.args.save_total_limit
+        limit = limit if limit is not None and limit > 0 else None
+        best = limit is not None and self.args.metric_for_best_model is not None
+        settings = replace(
+            settings,
+            checkpoint_dir=self._root,
+            is_peft=settings.is_peft or is_peft_adapted([self.model]),
+            max_recent_checkpoints=limit,
+            keep_best=1 if best else None,
+            best_metric_key=_NEW_BEST,
+            best_metric_mode="max",
+        )
+        return settings.build()
+
+    def _running(self, what: str) -> Checkpointer:
+        if self._checkpointer is None:
+            raise MisuseError(
+                f"{what} outside of train()", hint="Call train(), or save_model() for the model as it is now."
+            )
+        return self._checkpointer
+
+
+def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Find the newest checkpoint in a directory, like the function of the same name in transformers. Any rank calls.
+
+    Args:
+        folder: The ``output_dir``.
+
+    Returns:
+        The checkpoint's path for ``train(resume_from_checkpoint=...)``; ``None`` where there is none, or no directory.
+
+    Raises:
+        CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
+        StorageError: The directory cannot be read.
+    """
+    found = resolve(Path(folder).absolute())
+    return None if found is None else str(found.path)
+
+
+# --- what a checkpoint has beside model and optimizer -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Where a run was in its data when a checkpoint was saved, and with how many samples in a step.
+
+    Attributes:
+        epoch: The epoch; -1 where nothing was resumed.
+        batch_size: Samples in one step of the optimizer, of all ranks.
+        world_size: Number of ranks.
+        is_replayable: Whether the checkpoint has the generators of the epoch's start, and the number of batches.
+    """
+
+    epoch: int = -1
+    batch_size: int = 0
+    world_size: int = 0
+    is_replayable: bool = False
+
+    @staticmethod
+    def of(trainer: ShardwiseTrainer) -> _Position:
+        """The present one."""
+        args = trainer.args
+        return _Position(
+            trainer.current_epoch,
+            int(trainer.get_total_train_batch_size(args)),
+            int(args.world_size),
+            trainer.is_replayable,
+        )
+
+    @staticmethod
+    def from_state(state: Mapping[str, object]) -> _Position:
+        """What `to_state` gave, also in another release; what is not said counts as not replayable."""
+        known = {field.name for field in fields(_Position)}
+        return _Position(**{name: value for name, value in state.items() if name in known})  # type: ignore[arg-type]
+
+    def to_state(self) -> dict[str, int | bool]:
+        """The fields by name."""
+        return asdict(self)
+
+    def has_batches_of(self, other: _Position) -> bool:
+        """Whether a step has the same samples, on the same ranks."""
+        return (self.batch_size, self.world_size) == (other.batch_size, other.world_size)
+
+
+class _SizedLoader(Protocol):
+    """What the Trainer iterates over in each epoch."""
+
+    def __iter__(self) -> Iterator[object]: ...
+
+    def __len__(self) -> int: ...
+
+
+class _Loader:
+    """The Trainer's loader without accelerate's ``state_dict``, which is empty unless torchdata's loader is in it."""
+
+    def __init__(self, loader: _SizedLoader) -> None:
+        self._loader = loader
+        self.generator: object = getattr(loader, "synchronized_generator", None)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
+class _TrainerState:
+    """Writes the Trainer's record into the checkpoint, where `Trainer.train` looks for it."""
+
+    def __init__(self, trainer: ShardwiseTrainer) -> None:
+        self._trainer = trainer
+
+    def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Write it. All ranks call."""
+        group = kwargs["group"]
+        if group is None or group.is_main:
+            self._trainer.state.save_to_json(str(Path(kwargs["model_path"]).parent / STATE_NAME))
+
+    def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
+        """Nothing."""
+
+
+def _set_epoch(loader: object, epoch: int) -> None:
+    """Tell the loader and its samplers the epoch, as the Trainer does with the one that it was to iterate over."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    for each in (loader, sampler):
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(epoch)
+
+
+def _record_callbacks(trainer: ShardwiseTrainer) -> None:
+    """Put the callbacks' states into the Trainer's record; a list where there are several of a class."""
+    found: dict[str, list[object]] = {}
+    for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+        if isinstance(callback, ExportableState):
+            found.setdefault(type(callback).__name__, []).append(callback.state())
+    trainer.state.stateful_callbacks = {name: each if len(each) > 1 else each[0] for name, each in found.items()}
+
+
+def _tokenizer(trainer: ShardwiseTrainer) -> SavesPretrained | None:
+    """What the Trainer puts beside a model: its own tokenizer or processor, else the collator's."""
+    own = trainer.processing_class
+    return cast("SavesPretrained | None", getattr(trainer.data_collator, "tokenizer", None) if own is None else own)
+
+
+def _metrics(trainer: ShardwiseTrainer) -> dict[str, float]:
+    """What was logged at this step, and whether the Trainer has found it the best."""
+    state = trainer.state
+    found: dict[str, float] = {}
+    for entry in state.log_history:
+        if entry.get("step") == state.global_step:
+            found |= {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+    found = {name: value for name, value in found.items() if name not in ("epoch", "step")}
+    if state.best_global_step is not None:
+        found[_NEW_BEST] = float(state.global_step if state.best_global_step == state.global_step else 0)
+    return found
+
+
+def _scaler(trainer: ShardwiseTrainer) -> dict[str, object]:
+    """The gradient scaler, where there is one."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return {} if scaler is None else {"scaler": scaler}
+
+
+def _put_in_place(written: Path, target: Path) -> None:
+    """Move a model's files into a directory, each in one step, and what says how to open them last. One rank calls."""
+    exported = written / "consolidated"
+    source = exported if exported.is_dir() else written
+    names = [
+        path.name for path in sorted(source.iterdir()) if not path.name.startswith(".") and path.name not in _NOT_MODELS
+    ]
+    with storage_errors(target):
+        for old in target.iterdir():
+            if old.name not in names and _WEIGHTS.fullmatch(old.name):
+                LOCAL.remove_file(old)
+        for name in sorted(names, key=lambda name: (name.endswith(".json"), name.endswith("config.json"))):
+            if (target / name).is_dir():
+                LOCAL.remove_tree(target / name)
+            LOCAL.rename(source / name, target / name)
+        LOCAL.sync_directory(target)
+        LOCAL.remove_tree(written.parent)

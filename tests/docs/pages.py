@@ -99,12 +99,16 @@ def anchors(page: str) -> set[str]:
     return found
 
 
-def run_page(page: str, folder: Path) -> None:
-    """Run the blocks of a page in order, in ``folder``, which is empty; the Python ones share one namespace.
+def run_page(page: str, folder: Path) -> list[tuple[Block, str]]:
+    """Run the blocks of a page in order, in ``folder``, which is empty and the working directory.
 
-    A block with a title is written to that file, and run by whatever names it. A block of text behind a block that was
-    run is what this has to print, with ``...`` for what differs from run to run.
+    Python blocks share one namespace. A block with a title is written to that file, and run by whatever names it. A
+    block of text behind a block that was run is what this has to print, with ``...`` for what differs from run to run.
+
+    Returns:
+        Each block that was run, and what it printed.
     """
+    ran: list[tuple[Block, str]] = []
     namespace: dict[str, object] = {"__name__": page}
     printed: str | None = None
     for block in blocks(page):
@@ -127,6 +131,9 @@ def run_page(page: str, folder: Path) -> None:
             printed = in_shell(block.text, folder, where)
         else:
             raise AssertionError(f"{where}: nobody knows how to run {block.language or 'an indented block'!r}")
+        if printed is not None:
+            ran.append((block, printed))
+    return ran
 
 
 def in_shell(commands: str, folder: Path, where: str) -> str:

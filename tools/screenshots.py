@@ -1,6 +1,6 @@
 """Takes the tour's pictures: runs its page and draws what its commands print, as ``docs/img/tour-NAME.svg``.
 
-    python -m tools.screenshots
+python -m tools.screenshots
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
         folder = Path(directory).resolve()
         os.chdir(folder)
         ran = [(block, printed) for block, printed in run_page("docs/tour.md", folder) if block.language == "sh"]
-        train, resume, inspect, verify = (next(each for each in ran if each[0].text.startswith(text)) for text in _SHOWN)
+        train, resume, inspect, verify = (
+            next(each for each in ran if each[0].text.startswith(text)) for text in _SHOWN
+        )
         for name, shots in {"resume": [train, resume], "inspect": [inspect], "verify": [verify]}.items():
             path = ROOT / "docs" / "img" / f"tour-{name}.svg"
             path.write_text(picture(shots, folder, "tour"))

@@ -122,6 +122,11 @@ def consolidate(
         TensorError: A tensor is not whole, or not that of the class that ``config.json`` names.
         MisuseError: It is no model (an optimizer, an adapter, a pipeline), or which part is the model is not clear.
         UnverifiableError: Nothing says whether the tensors are whole.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model)  # shards
+        >>> consolidate(path).path.name
+        'consolidated'
     """
     store = storage or LocalStorage()
     found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)

@@ -64,7 +64,7 @@ check: setup ## ruff, strict mypy, import-linter, the documentation's strict bui
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
-	$(MKDOCS) --quiet --site-dir $(VENV)/site
+	$(MKDOCS) --site-dir $(VENV)/site
 	@if [ -f $(SURFACE) ]; then $(BIN)/python $(SURFACE); else echo "surface: skipped, $(SURFACE) is not here"; fi
 
 docs: setup ## Build the documentation into site/; every warning is an error

@@ -1,4 +1,4 @@
-"""What the site's pages get from other files while mkdocs builds them: messages by type, and the list of how-tos."""
+"""What the site's pages get from other files while mkdocs builds them: messages by type, how-tos, the changelog."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _ROW = re.compile(r"\| (?P<situation>.+?) \| `(?P<error>\w+)` \| (?P<message>.+?
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Complete the two pages that are made of others."""
+    """Complete the pages that are made of other files."""
     docs = Path(config.docs_dir)
+    if page.file.src_uri == "changelog.md":
+        return (docs.parent / "CHANGELOG.md").read_text().replace("](docs/", "](")
     if page.file.src_uri == "troubleshooting.md":
         return with_messages(markdown, (docs / "errors.md").read_text())
     if page.file.src_uri == "howto/index.md":

@@ -45,7 +45,6 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-
 #: What a traceback ends with; a note, so that the text itself stays whole where it is quoted in another message.
 _MORE = "More: docs/troubleshooting.md#{}"
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -90,7 +91,7 @@ def anchors(page: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them (mkdocs makes the same of ours)."""
     listed = tokens(page)
     found: set[str] = set()
-    for token, inline in zip(listed, listed[1:], strict=False):
+    for token, inline in pairwise(listed):
         if token.type == "heading_open":
             text = "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))
             slug = re.sub(r"[^\w\- ]", "", text.lower()).strip().replace(" ", "-")

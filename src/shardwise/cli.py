@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except ShardwiseError as error:
-        print(f"shardwise: {error}", file=sys.stderr)
+        print(f"shardwise: {error}", *error.__notes__, sep="\n", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt:
         return _INTERRUPTED

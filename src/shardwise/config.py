@@ -31,6 +31,15 @@ class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine from it.
 
     The fields are those of `shardwise.settings.Settings`.
+
+    Examples:
+        >>> config = CheckpointingConfig(checkpoint_dir="runs/one", save_consolidated="every", max_recent_checkpoints=3)
+        >>> with config.build() as checkpointer:
+        ...     resumed = checkpointer.restore(model, optimizer)
+        ...     step = resumed.step + 1 if resumed else 1
+        ...     path = checkpointer.save(step=step, model=model, optimizer=optimizer)
+        >>> path.name
+        'epoch_0_step_1'
     """
 
     def build(

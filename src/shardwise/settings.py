@@ -383,6 +383,11 @@ class Settings:
 
         Raises:
             ConfigError: The file cannot be read, is not YAML, or as in `from_dict`.
+
+        Examples:
+            >>> config = CheckpointingConfig.from_yaml("checkpoint: {checkpoint_dir: runs/one, is_async: true}")
+            >>> config.checkpoint_dir, config.is_async
+            ('runs/one', True)
         """
         import yaml
 

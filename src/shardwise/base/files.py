@@ -93,6 +93,11 @@ def base_dtype(model_name: str | Path, root_dir: str | Path | None = None) -> st
 
     Raises:
         CheckpointNotFoundError: There is no such base.
+
+    Examples:
+        >>> checkpointer.save_model(model.bfloat16(), "weights")
+        >>> base_dtype("weights/model")
+        'bfloat16'
     """
     path = find_base(root_dir, str(model_name))
     config = base_config(path)

@@ -48,7 +48,7 @@ class Checkpointer:
     """Saves and restores training runs. Build it with `CheckpointingConfig.build`.
 
     Every method is called by all ranks of the group together, in the same order. A failure on one rank is raised on
-    all of them as the same error.
+    all of them as the same error. As a context manager it finishes at the end what is still being written.
 
     Args:
         config: Settings.
@@ -178,9 +178,6 @@ class Checkpointer:
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
-        checkpointer.save(step=step, model=model, optimizer=optimizer)
-        checkpointer.save(epoch, step, model, optimizer)
-
         Args:
             epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
                 save or restore was of, whichever came later; 0 where there was none.
@@ -210,6 +207,12 @@ class Checkpointer:
             MisuseError: An argument is missing, given twice, or not what it should be.
             ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
                 earlier asynchronous save: this one is made all the same before that is raised, as the text says.
+
+        Examples:
+            >>> checkpointer.save(step=10, model=model, optimizer=optimizer).name
+            'epoch_0_step_10'
+            >>> checkpointer.save(1, 20, model, optimizer, metrics={"loss": 2.5}).name
+            'epoch_1_step_20'
         """
         what, mistake = WhatToSave.of(positional, named, self._life.order.epoch)
         rest = replace(
@@ -274,6 +277,14 @@ class Checkpointer:
             AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
+
+        Examples:
+            >>> checkpointer.restore(model, optimizer) is None  # nothing there yet
+            True
+            >>> path = checkpointer.save(step=10, model=model, optimizer=optimizer, metrics={"loss": 2.5})
+            >>> resumed = checkpointer.restore(model, optimizer)
+            >>> resumed.step, resumed.metrics
+            (10, {'loss': 2.5})
         """
         what = loading.WhatToRestore(
             model, optimizer, scheduler, restore_from, extra_state, verify, key_mapping, ema, allow_new_parameters
@@ -295,6 +306,11 @@ class Checkpointer:
 
         Raises:
             StorageError: The directory cannot be read.
+
+        Examples:
+            >>> path = checkpointer.save(step=10, model=model)
+            >>> [(info.step, info.complete) for info in checkpointer.checkpoints()]
+            [(10, True)]
         """
         return list_checkpoints(self._life.root)
 
@@ -347,6 +363,10 @@ class Checkpointer:
             use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
             allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
+
+        Examples:
+            >>> checkpointer.save_model(model, "weights")
+            >>> checkpointer.load_model(model, "weights/model")
         """
         loading.load_model(self._life, model, model_path, is_init_step, key_mapping, allow_checkpoint_key_subset)
 
@@ -380,6 +400,10 @@ class Checkpointer:
                 match.
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without state; otherwise they are an error.
+
+        Examples:
+            >>> checkpointer.save_optimizer(optimizer, model, "weights")
+            >>> checkpointer.load_optimizer(optimizer, model, "weights")
         """
         changes = Changes(key_mapping, allow_new_parameters)
         loading.load_optimizer(self._life, optimizer, model, weights_path, scheduler, changes)
@@ -469,11 +493,6 @@ class Checkpointer:
     def batches(self, loader: Iterable[_Batch], epoch: int, *, name: str = "train") -> Iterator[_Batch]:
         """The batches of an epoch that the loop has not had yet. Each rank calls for itself.
 
-        for epoch in range(resumed.epoch if resumed else 0, epochs):
-            for batch in checkpointer.batches(loader, epoch):
-                train_step(batch)
-                checkpointer.save(step=step, model=model, optimizer=optimizer)
-
         Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
         is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
         generators are then set to what they were when the checkpoint was saved: order, workers' seeds and dropout are
@@ -495,6 +514,16 @@ class Checkpointer:
         Raises:
             MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
                 restored.
+
+        Examples:
+            >>> loader = torch.utils.data.DataLoader(range(4))
+            >>> for step, batch in enumerate(checkpointer.batches(loader, epoch=0), start=1):
+            ...     if step == 3:
+            ...         path = checkpointer.save(step=step, model=model)
+            ...         break
+            >>> resumed = checkpointer.restore(model)
+            >>> [batch.item() for batch in checkpointer.batches(loader, resumed.epoch)]
+            [3]
         """
         return self._life.order.batches(loader, epoch, name)
 
@@ -514,13 +543,7 @@ class Checkpointer:
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 
-        with PreemptionGuard() as guard:
-            for step, batch in enumerate(loader):
-                train_step(batch)
-                if checkpointer.asked_to_stop(guard):
-                    checkpointer.save(step=step, model=model, optimizer=optimizer)
-                    checkpointer.finalize()
-                    break
+        `PreemptionGuard` has an example.
         """
         session = self._life.begin(call := "asked_to_stop()")
 

@@ -100,6 +100,11 @@ class SafetensorsWriter(StorageWriter):
         max_file_bytes: Largest file without a base split.
         stem: What file names start with.
         storage: Where to; the mounted file systems by default.
+
+    Examples:
+        >>> import torch.distributed.checkpoint as dcp
+        >>> state = {"model": model.state_dict(), "step": 3}
+        >>> metadata = dcp.save(state, storage_writer=SafetensorsWriter("run"), no_dist=True)
     """
 
     def __init__(
@@ -239,6 +244,15 @@ class SafetensorsReader(StorageReader):
         threads: Reads at once on this rank.
         storage: Where from; the mounted file systems by default.
         allow_legacy_pickle_restore: Unpickle such values without restrictions, which runs code from the files.
+
+    Examples:
+        >>> import torch.distributed.checkpoint as dcp
+        >>> saved = {"model": model.state_dict(), "step": 3}
+        >>> metadata = dcp.save(saved, storage_writer=SafetensorsWriter("run"), no_dist=True)
+        >>> state = {"model": model.state_dict(), "step": 0}
+        >>> dcp.load(state, storage_reader=SafetensorsReader("run"), no_dist=True)
+        >>> state["step"]
+        3
     """
 
     def __init__(

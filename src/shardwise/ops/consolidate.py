@@ -133,6 +133,11 @@ def consolidate(
         TensorError: A tensor is not whole, or not that of the class that ``config.json`` names.
         MisuseError: It is not a model (an optimizer, an adapter, a pipeline), or it is unclear which part is the model.
         UnverifiableError: Nothing says whether the tensors are whole.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model)  # shards
+        >>> consolidate(path).path.name
+        'consolidated'
     """
     place = Path(path).absolute()
     target = None if output is None else Path(output).absolute()

@@ -103,6 +103,11 @@ def verify(
         IncompleteCheckpointError: The path is an interrupted save.
         StorageError: The path cannot be read.
         MisuseError: ``threads`` is below 1.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model)
+        >>> verify(path).status
+        'whole'
     """
     if threads is not None and threads < 1:
         raise MisuseError(f"threads is {threads}", hint="Use at least 1.")

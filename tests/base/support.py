@@ -110,6 +110,12 @@ class CountingStorage(LocalStorage):
         self.ranges.append((self.paths[handle], offset, offset + len(into)))
         return super().read(handle, into, offset)
 
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        self.ranges.append((self.paths[handle], offset, offset + (rows - 1) * period + width))
+        return super().read_rows(handle, into, rows, width, pitch, period, offset)
+
     def overlaps(self) -> list[tuple[Path, int, int]]:
         """Ranges that begin before an earlier one of the same file ends."""
         found, last = [], {}

@@ -63,6 +63,12 @@ class FaultyStorage(LocalStorage):
         self._maybe("read", self._opened.get(handle))
         return super().read(handle, into, offset)
 
+    def read_rows(
+        self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
+    ) -> int:
+        self._maybe("read", self._opened.get(handle))
+        return super().read_rows(handle, into, rows, width, pitch, period, offset)
+
     def sync(self, handle: int) -> None:
         self._maybe("sync", self._opened.get(handle))
         super().sync(handle)

@@ -1,9 +1,8 @@
 """Reading byte ranges into place.
 
 Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into
-the parameter's memory. Rows of a column shard are read with the small gaps between them, many at a time, into a buffer
-that stays in the core's cache, and copied from there. Other memory (strided within a row, another device, another
-dtype) is filled through a buffer too.
+the parameter's memory. So do the rows of a column shard, many at a time: small gaps between them are read too and
+dropped. Other memory (strided within a row, another device, another dtype) is filled through a small buffer.
 """
 
 from __future__ import annotations
@@ -16,21 +15,16 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
 
-from shardwise.disk.storage import Storage, located, locating
+from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError, IntegrityError, ShardwiseError
-from shardwise.geometry import TensorSpec
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
 #: Bytes of the buffer of each reading thread.
 BUFFER_BYTES = 4 * 2**20
-#: Rows with gaps are read in blocks of about this size: larger ones leave the core's cache (docs/benchmarks.md).
-_ROWS_BYTES = 256 * 1024
 #: Gaps up to this are read too: copying them from the page cache takes as long as another request.
 SMALL_GAP_BYTES = 16 * 1024
 
@@ -58,7 +52,7 @@ class _Buffers(threading.local):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Woven:
-    """Rows with small gaps, or of several destinations, each row of one between two of the others (packed columns)."""
+    """Rows of several destinations, each row of one between two of the others: a packed placement along columns."""
 
     reads: tuple[Read, ...]
 
@@ -81,6 +75,7 @@ class Reader:
         observe: Callable[[int, int, int], None] | None = None,
     ) -> None:
         self._storage = storage
+        self._reads_rows = storage if isinstance(storage, ReadsRows) else None
         self._files = files
         self._threads = threads
         self._observe = observe
@@ -140,21 +135,20 @@ class Reader:
     def _together(self, woven: _Woven) -> None:
         """Read rows of several destinations once, with what lies between, and give each its own."""
         first, last = woven.reads[0], woven.reads[-1]
-        reach = last.offset + last.width - first.offset
+        dtype = torch_dtype(first.spec.dtype)
         with self._lock:
             self.counts.wanted += sum(read.rows * read.width for read in woven.reads)
-        step = max(1, _ROWS_BYTES // first.period)
-        buffer = self._buffers.get(step * first.period)
-        lines, memory = buffer.view(step, first.period), as_bytes(buffer)
-        copies = [
-            _row_copy(lines[:, read.offset - first.offset :][:, : read.width], read.dest.detach(), read.spec)
-            for read in woven.reads
-        ]
+        step = BUFFER_BYTES // first.period
         for start in range(0, first.rows, step):
             rows = min(step, first.rows - start)
-            self._fill(first, memory[: (rows - 1) * first.period + reach], first.offset + start * first.period)
-            for copy in copies:
-                copy(start, rows)
+            buffer = self._buffers.get(rows * first.period)
+            span = (rows - 1) * first.period + last.offset + last.width - first.offset
+            self._fill(first, as_bytes(buffer[:span]), first.offset + start * first.period)
+            lines = buffer.view(dtype).view(rows, -1)
+            for read in woven.reads:
+                at = (read.offset - first.offset) // dtype.itemsize
+                target = read.dest.detach()[start : start + rows]
+                target.copy_(lines[:, at : at + read.width // dtype.itemsize].reshape(target.shape))
 
     def _rows(self, read: Read) -> None:
         with self._lock:
@@ -187,9 +181,17 @@ class Reader:
 
     def _fill_rows(self, read: Read, into: memoryview, pitch: int, first: int, rows: int) -> None:
         """Fill memory with ``rows`` rows from row ``first`` on, ``pitch`` bytes apart."""
-        for row in range(rows):
-            offset = read.offset + (first + row) * read.period
-            self._fill(read, into[row * pitch : row * pitch + read.width], offset)
+        offset = read.offset + first * read.period
+        if self._reads_rows is None or read.period - read.width > SMALL_GAP_BYTES:
+            for row in range(rows):
+                self._fill(read, into[row * pitch : row * pitch + read.width], offset + row * read.period)
+            return
+        span = (rows - 1) * read.period + read.width
+        self._count(read, offset, span)
+        handle = self._handles[read.file]
+        got = self._reads_rows.read_rows(handle, into, rows, read.width, pitch, read.period, offset)
+        if got != rows:
+            raise _ends_early(f"within row {first + got} of the {read.rows} rows to be read")
 
     def _count(self, read: Read, offset: int, nbytes: int) -> None:
         if self._observe is not None:
@@ -201,7 +203,7 @@ class Reader:
         got = self._storage.read(self._handles[read.file], into, offset)
         self._count(read, offset, len(into))
         if got != len(into):
-            raise _ends_early(f"at byte {offset + got}, within this tensor")
+            raise _ends_early(f"{len(into) - got} bytes before the end of this tensor")
 
     def _packed(self, read: PackedRead) -> None:
         raw = bytearray(read.chunk.packed)
@@ -250,7 +252,7 @@ def _woven(ordered: Sequence[AnyRead]) -> Iterator[AnyRead | _Woven]:
             group.append(read)
             continue
         if group:
-            yield _Woven(tuple(group))
+            yield _Woven(tuple(group)) if len(group) > 1 else group[0]
             group = []
         if isinstance(read, Read) and read.rows > 1 and 0 < read.period - read.width <= SMALL_GAP_BYTES:
             group = [read]
@@ -280,31 +282,6 @@ def _has_whole_rows(dest: torch.Tensor) -> bool:
     if dest.device.type != "cpu" or not is_as_stored(dest):
         return False
     return dest[0].is_contiguous() and dest.stride(0) >= dest[0].numel()
-
-
-def _row_copy(lines: torch.Tensor, dest: torch.Tensor, spec: TensorSpec) -> Callable[[int, int], None]:
-    """A function that copies the first rows of ``lines``, bytes with gaps between them, to rows of a tensor.
-
-    Its arguments are the first row of the tensor and the number of rows. All that can be is prepared here: a block of
-    rows takes some ten microseconds.
-    """
-    dtype = torch_dtype(spec.dtype)
-    if dest.dtype == dtype and _has_whole_rows(dest):
-        # numpy copies a row at once; torch copies such rows element by element, which takes four times as long.
-        source = lines.numpy()
-        places = np.frombuffer(_spanning(dest), dtype=np.uint8)
-        target = as_strided(places, (len(dest), source.shape[1]), (dest.stride(0) * dtype.itemsize, 1))
-
-        def copy_bytes(start: int, rows: int) -> None:
-            target[start : start + rows] = source[:rows]
-
-        return copy_bytes
-
-    def copy_values(start: int, rows: int) -> None:
-        part = dest[start : start + rows]
-        part.copy_(lines[:rows].view(dtype).reshape(part.shape))
-
-    return copy_values
 
 
 def _spanning(rows: torch.Tensor) -> memoryview:

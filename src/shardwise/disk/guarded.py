@@ -137,7 +137,7 @@ def read_whole(path: str | os.PathLike[str], limit: int, error: type[ShardwiseEr
         ShardwiseError: Of type ``error``; not a regular file, or larger than ``limit``.
     """
     with open_regular(path, error, follows=follows) as (stream, size):
-        data = b"" if size > limit else read_exactly(stream, limit + 1)
+        data = b"" if size > limit else read_exactly(stream, size + 1)
     if size > limit or len(data) > limit:
         text = os.fspath(path)
         raise error(

@@ -180,7 +180,9 @@ def test_bin_files_are_read_by_ranges(tmp_path: Path) -> None:
     fresh = on_meta(LlamaForCausalLM, model.config)
     checkpointer(tmp_path, storage).load_base_model(fresh, "cpu", None, str(base))
     assert_same(fresh, model)
-    assert storage.nbytes == sum(p.nbytes for p in model.state_dict().values())
+    tensors = sum(p.nbytes for p in model.state_dict().values())
+    around = sum(file.stat().st_size for file in base.glob("*.bin")) - tensors  # the archive's directory and its pickle
+    assert tensors <= storage.nbytes <= tensors + 3 * around
 
 
 def test_bin_files_with_an_index_old_format_and_strided_tensors(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from shardwise.errors import StorageError
 def is_tensor_data(path: Path, offset: int) -> bool:
     """Whether the byte at ``offset`` is one of a tensor, not of a header or of a small file that is read whole."""
     if path.suffix != ".safetensors":
-        return path.suffix == ".distcp"
+        return path.suffix in (".distcp", ".bin")
     with path.open("rb") as file:
         return offset >= 8 + int.from_bytes(file.read(8), "little")
 

@@ -27,8 +27,15 @@ from shardwise.checkpointing.optimizers import (
 )
 from shardwise.checkpointing.optimizers import load_optimizer as restore_optimizer
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
-from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.checkpoint_state import (
+    FoundExtras,
+    find_extras,
+    locate,
+    model_place,
+    require_position,
+    unrestored,
+)
+from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
 from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
@@ -95,12 +102,14 @@ class WhatToRestore:
     key_mapping: Mapping[str, str] | None
     ema: Model | None
     allow_new_parameters: bool
+    dataloader: object | None = None
 
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
     model, optimizer, scheduler, ema = what.model, what.optimizer, what.scheduler, what.ema
-    extra_state, key_mapping = what.extra_state, what.key_mapping
+    key_mapping = what.key_mapping
+    extra_state: MutableMapping[str, object] = {}
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
     steers = optimizer is not None or bool(as_list(scheduler))
@@ -110,10 +119,13 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         f"key_mapping={key_mapping}": bool(key_mapping),
         "an ema": ema is not None,
         "allow_new_parameters=True": what.allow_new_parameters,
+        "a dataloader": what.dataloader is not None,
     }
 
     def look() -> str:
-        check_mapping("extra_state", extra_state)
+        nonlocal extra_state
+        check_mapping("extra_state", what.extra_state)
+        extra_state = with_loader(what.extra_state if what.extra_state is not None else {}, what.dataloader)
         check_mapping("key_mapping", key_mapping)
         if ema is not None:
             life.looked(ema, is_run=False)
@@ -144,10 +156,12 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         changes = Changes(key_mapping, what.allow_new_parameters)
         chosen = [] if optimizer is None else optimizer
         steering = open_optimizer(session, chosen, model, scheduler, path / "optim", changes)
-    found = find_extras(session, path, extra_state if extra_state is not None else {})
+    found = find_extras(session, path, extra_state)
+    if what.dataloader is not None:
+        require_position(found, what.dataloader, path, session.group)
     taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
     taken += ["ema"] * (ema is not None)
-    taken += [*(extra_state or ()), *found.generators.values]
+    taken += [*extra_state, *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
     left = unrestored(session, path, found, taken, partly, below_name)

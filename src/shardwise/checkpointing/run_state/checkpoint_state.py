@@ -12,7 +12,7 @@ from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.loading.foreign_states import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.data_order import DATALOADER, DataOrder, has_position
 from shardwise.checkpointing.run_state.extra_sharded import OpenedSharded
 from shardwise.checkpointing.run_state.extras import (
     FoundValues,
@@ -27,6 +27,7 @@ from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step
+from shardwise.errors import MisuseError
 from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
 from shardwise.sources.dcp_values import is_dcp
@@ -147,6 +148,30 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
     assert extra is not None
     assert generators is not None
     return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+
+
+def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
+    """Check that the position of a loader can be restored on every rank. All ranks call; nothing is changed.
+
+    Raises:
+        MisuseError: It cannot; the message says why.
+    """
+    with group.together("looking for the position in the data"):
+        name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
+        if name in where.skipped:
+            raise MisuseError(
+                f"the position of the {type(loader).__name__} was saved for each rank, on another number of ranks than "
+                f"{group.world_size}",
+                path=directory,
+                hint="Resume on as many ranks, or leave dataloader out: the epoch's data then begin afresh.",
+            )
+        if name not in where.states:
+            raise MisuseError(
+                f"the checkpoint has no position of the {type(loader).__name__} passed as dataloader",
+                path=directory,
+                hint="Choose a checkpoint that was saved with dataloader=..., or leave it out: the epoch's data then "
+                "begin afresh.",
+            )
 
 
 def unrestored(

@@ -12,7 +12,8 @@ iterator, skips what the loop has had, and sets the generators to what they were
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -26,6 +27,30 @@ _Batch = TypeVar("_Batch")
 _State = dict[str, object]
 #: The loader whose epochs are the run's.
 TRAIN = "train"
+#: The name under which a loader with a position of its own is kept among extra state.
+DATALOADER = "dataloader"
+_USE_BATCHES = "Iterate over checkpointer.batches(loader, epoch), or use torchdata's StatefulDataLoader."
+
+
+def has_position(loader: object) -> bool:
+    """Whether a loader keeps its own position, as torchdata's ``StatefulDataLoader`` does."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def with_loader(extra_state: MutableMapping[str, object], loader: object | None) -> MutableMapping[str, object]:
+    """Extra state, and in it the loader if it has a position of its own. Local.
+
+    Raises:
+        MisuseError: There is another state of this name.
+    """
+    if loader is None or not has_position(loader):
+        return extra_state
+    if DATALOADER in extra_state:
+        raise MisuseError(
+            f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
+            hint="Pass the loader once, as dataloader.",
+        )
+    return ChainMap(extra_state, {DATALOADER: loader})
 
 
 @dataclass(slots=True)
@@ -106,6 +131,24 @@ class DataOrder:
         kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
         return {"rank": rank, "loaders": found | kept} if found or kept else None
 
+    def check_saved(self, loader: object, save_rng: bool) -> None:
+        """Check that the position of a loader is going to be saved. Local.
+
+        Raises:
+            MisuseError: It is not known, or not saved.
+        """
+        name = type(loader).__name__
+        if has_position(loader):
+            return
+        if not any(each is loader for _, each in self._positions.values()):
+            raise MisuseError(f"the position of the {name} passed as dataloader is not known", hint=_USE_BATCHES)
+        if not save_rng:
+            raise MisuseError(
+                f"the position of the {name} passed as dataloader is kept with the random numbers, which save_rng "
+                "leaves out",
+                hint="Set save_rng to true, or use torchdata's StatefulDataLoader.",
+            )
+
     @staticmethod
     def parsed(state: object) -> dict[str, _Saved]:
         """Check what `state` gave.
@@ -162,11 +205,11 @@ class DataOrder:
     def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
         """The iterator of an epoch that was begun, where it was."""
         position = saved.position
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if has_position(loader):
             if not any(loader is each for each in self._restored):
                 raise MisuseError(
                     f"the {type(loader).__name__} keeps its own position, which restore() was not given",
-                    hint="Pass the loader in extra_state, when saving and when restoring.",
+                    hint="Pass it as dataloader, when saving and when restoring.",
                 )
             iterator = iter(loader)
         else:

@@ -14,6 +14,7 @@ from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import OptimizerSave, as_list
 from shardwise.checkpointing.run_state.checkpoint_state import below, capture_extras
+from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
 from shardwise.checkpointing.saving.hooks import passed_addons
@@ -44,22 +45,26 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
     life.ends = life.ends or what.is_final_checkpoint
     steers = optimizer is not None or bool(as_list(scheduler))
     numbers: dict[str, float] = {}
+    extra_state: Mapping[str, object] = {}
 
     def look() -> str:
-        nonlocal numbers
+        nonlocal numbers, extra_state
         if mistake is not None:
             raise mistake
         check_arguments(model, optimizer, scheduler)
         life.looked(model, saves=True)
         check_mapping("metrics", what.metrics)
         check_mapping("extra_state", what.extra_state)
+        extra_state = with_loader(dict(what.extra_state or {}), what.dataloader)
+        if what.dataloader is not None:
+            life.order.check_saved(what.dataloader, life.config.save_rng)
         if what.ema is not None:
             life.looked(what.ema, saves=True, is_run=False)
         numbers = check_metrics(what.metrics)
         return checkpoint_name(what.epoch, what.step)
 
     given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": what.is_final_checkpoint}
-    given["an ema"] = what.ema is not None
+    given |= {"an ema": what.ema is not None, "a dataloader": what.dataloader is not None}
     turn = life.turn(call, look, given | passed_addons(life.addons))
     life.order.epoch = what.epoch
     if turn.skipped:
@@ -90,7 +95,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
             if steers:
                 chosen = [] if optimizer is None else optimizer
                 steps += below("optim", OptimizerSave(session, chosen, model, scheduler, temp / "optim").steps())
-            steps += capture_extras(session, temp, what.extra_state or {}, life.order)
+            steps += capture_extras(session, temp, extra_state, life.order)
         except BaseException:
             publication.abandon(session.group)
             raise

@@ -150,8 +150,11 @@ def _fit(config: Any, run: Run) -> None:
     config.lr_scheduler.total_steps = 6
     config.training.global_batch_size = 4
     config.training.local_batch_size = 2
+    config.parallelism.pipeline_parallel_microbatch_size = 1
     config.parallelism.tensor_parallel_degree = run.tp
     config.parallelism.pipeline_parallel_degree = run.pp
     config.parallelism.pipeline_parallel_schedule = "1F1B"
+    config.parallelism.spmd_backend = "default"
+    config.debug.seed = 0
     for name, value in run.settings:
         setattr(config.checkpoint, name, value)

@@ -265,8 +265,7 @@ class Checkpointer:
                 since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
                 error.
             dataloader: The loader that `save` was given. Its position is restored exactly, or it is an error: where it
-                was not saved, or differs between ranks and was saved on another number of them. Iterate over
-                `batches` afterwards.
+                was not saved, or was saved on another number of ranks. Iterate over `batches` afterwards.
 
         Returns:
             What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -493,8 +492,8 @@ class Checkpointer:
         has had it: save after the step, not before.
 
         Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
-        position and skips nothing; pass it to `save` and `restore` as ``dataloader``. Positions are restored on the same
-        number of ranks only; on another, `restore` names ``batches`` among what it left.
+        position and skips nothing; pass it to `save` and `restore` as ``dataloader``. Positions are restored on the
+        same number of ranks only; on another, `restore` names ``batches`` among what it left.
 
         Args:
             loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.

@@ -125,7 +125,8 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
     def look() -> str:
         nonlocal extra_state
         check_mapping("extra_state", what.extra_state)
-        extra_state = with_loader(what.extra_state if what.extra_state is not None else {}, what.dataloader)
+        given_state = what.extra_state if what.extra_state is not None else {}
+        extra_state = with_loader(given_state, what.dataloader, session.group.world_size)
         check_mapping("key_mapping", key_mapping)
         if ema is not None:
             life.looked(ema, is_run=False)

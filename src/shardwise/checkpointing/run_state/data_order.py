@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from shardwise.checkpointing.loading.restoring import HasState
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError, StateFormatError
 
@@ -29,6 +30,8 @@ _State = dict[str, object]
 TRAIN = "train"
 #: The name under which a loader with a position of its own is kept among extra state.
 DATALOADER = "dataloader"
+#: What to do about a position among another number of ranks.
+RESUME_ON_AS_MANY = "Resume on as many ranks, or leave dataloader out: the epoch's data then begin afresh."
 _USE_BATCHES = "Iterate over checkpointer.batches(loader, epoch), or use torchdata's StatefulDataLoader."
 
 
@@ -37,7 +40,40 @@ def has_position(loader: object) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def with_loader(extra_state: MutableMapping[str, object], loader: object | None) -> MutableMapping[str, object]:
+@dataclass(frozen=True, slots=True)
+class OwnPosition:
+    """The position that a loader keeps itself, with the number of ranks that it is a position among.
+
+    Attributes:
+        loader: The loader.
+        world_size: The present number of ranks.
+    """
+
+    loader: HasState
+    world_size: int
+
+    def state_dict(self) -> _State:
+        """The position and the number of ranks."""
+        return {"world_size": self.world_size, "position": self.loader.state_dict()}
+
+    def load_state_dict(self, state_dict: _State) -> None:
+        """Put the loader there.
+
+        Raises:
+            MisuseError: It is a position among another number of ranks.
+        """
+        if state_dict["world_size"] != self.world_size:
+            raise MisuseError(
+                f"the position of the {type(self.loader).__name__} was saved on {state_dict['world_size']} ranks, and "
+                f"the run has {self.world_size}",
+                hint=RESUME_ON_AS_MANY,
+            )
+        self.loader.load_state_dict(cast(_State, state_dict["position"]))
+
+
+def with_loader(
+    extra_state: MutableMapping[str, object], loader: object | None, world_size: int
+) -> MutableMapping[str, object]:
     """Extra state, and in it the loader if it has a position of its own. Local.
 
     Raises:
@@ -50,7 +86,7 @@ def with_loader(extra_state: MutableMapping[str, object], loader: object | None)
             f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
             hint="Pass the loader once, as dataloader.",
         )
-    return ChainMap(extra_state, {DATALOADER: loader})
+    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast(HasState, loader), world_size)})
 
 
 @dataclass(slots=True)
@@ -172,7 +208,7 @@ class DataOrder:
         self._positions = {}
         self._saved = positions
         self._generators, self._is_pending = generators, generators is not None
-        self._restored = list(restored)
+        self._restored = [each.loader if isinstance(each, OwnPosition) else each for each in restored]
 
     def set_generators(self) -> None:
         """Set the generators to what they were when the checkpoint was saved; once after a restore."""

@@ -55,7 +55,7 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
         life.looked(model, saves=True)
         check_mapping("metrics", what.metrics)
         check_mapping("extra_state", what.extra_state)
-        extra_state = with_loader(dict(what.extra_state or {}), what.dataloader)
+        extra_state = with_loader(dict(what.extra_state or {}), what.dataloader, session.group.world_size)
         if what.dataloader is not None:
             life.order.check_saved(what.dataloader, life.config.save_rng)
         if what.ema is not None:

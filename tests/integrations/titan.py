@@ -154,7 +154,7 @@ def _fit(config: Any, run: Run) -> None:
     config.parallelism.tensor_parallel_degree = run.tp
     config.parallelism.pipeline_parallel_degree = run.pp
     config.parallelism.pipeline_parallel_schedule = "1F1B"
-    config.parallelism.spmd_backend = "default"
+    config.parallelism.spmd_backend = "partial_dtensor"
     config.debug.seed = 0
     for name, value in run.settings:
         setattr(config.checkpoint, name, value)

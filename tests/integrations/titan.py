@@ -32,7 +32,7 @@ class Run:
         steps: It ends after so many.
         world: Number of ranks.
         tp: Of them tensor-parallel.
-        pp: Of them stages of a pipeline.
+        fused: Whether q, k and v are one tensor, as torchtitan has it.
         settings: Further settings of the checkpointer.
         killed_in: Rank 0 dies when it opens a file of tensors for this checkpoint.
     """
@@ -42,7 +42,7 @@ class Run:
     steps: int = 6
     world: int = 1
     tp: int = 1
-    pp: int = 1
+    fused: bool = True
     settings: tuple[tuple[str, object], ...] = ()
     killed_in: str = ""
 
@@ -141,19 +141,27 @@ def _rank(run: Run, rank: int, port: int) -> None:
 def _fit(config: Any, run: Run) -> None:
     """What the CPU and the run need."""
     from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.models.common.config_utils import make_gqa_config
 
     for layer in config.model_spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+        had = layer.attention
+        layer.attention = make_gqa_config(
+            dim=had.dim,
+            n_heads=had.n_heads,
+            n_kv_heads=had.n_kv_heads,
+            wqkv_param_init={"weight": torch.nn.init.xavier_normal_},
+            wo_param_init=had.wo.param_init,
+            inner_attention=ScaledDotProductAttention.Config(),
+            fuse_qkv=run.fused,
+            rope=had.rope,
+        )
     config.training.disable_cuda_graphs = True
     config.training.mixed_precision_param = "float32"
     config.training.steps = run.steps
     config.lr_scheduler.total_steps = 6
     config.training.global_batch_size = 4
     config.training.local_batch_size = 2
-    config.parallelism.pipeline_parallel_microbatch_size = 1
     config.parallelism.tensor_parallel_degree = run.tp
-    config.parallelism.pipeline_parallel_degree = run.pp
-    config.parallelism.pipeline_parallel_schedule = "1F1B"
     config.parallelism.spmd_backend = "partial_dtensor"
     config.debug.seed = 0
     for name, value in run.settings:

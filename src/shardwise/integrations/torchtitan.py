@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import tyro
+from torch.distributed.tensor import DTensor, Shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.checkpointer import (
     DATALOADER,
@@ -26,6 +27,7 @@ from torchtitan.components.checkpointer import (
     CheckpointManager,
 )
 from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.models.common.attention import FusedQKVLinear
 
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
@@ -77,7 +79,8 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
         base_folder: What ``folder`` is below.
 
     Raises:
-        ConfigError: The settings ask for what cannot be done; the message names it.
+        ConfigError: The settings ask for what cannot be done, or the model has sharded projections in one tensor
+            (``fuse_qkv``); the message names it.
         ExportMismatchError: With ``last_save_in_hf`` or exports with every save, ``config.json`` in
             ``hf_assets_path`` describes another model than is trained.
     """
@@ -109,6 +112,8 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
         self.save_future: Future[None] | None = None
         if not self.enable:
             return
+        with Group.current().together("looking at the model"):
+            _refuse_gathering(model_parts)
         self._config = config
         self._parts = list(model_parts)
         self._optimizers = list(optimizers)
@@ -199,6 +204,30 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
             restore_from=path,
             extra_state={name: each for name, each in self._states.items() if name not in left},
         )
+
+
+def _refuse_gathering(parts: Sequence[nn.Module]) -> None:
+    """Refuse modules that gather whole tensors on every rank to give their state. Local.
+
+    Raises:
+        ConfigError: There is one; the message names it.
+    """
+    for part in parts:
+        for name, module in part.named_modules():
+            is_fused = isinstance(module, FusedQKVLinear)
+            if is_fused and any(_is_sharded(parameter) for parameter in module.parameters()):
+                raise ConfigError(
+                    f"the projections of {name} are fused (FusedQKVLinear) and sharded: to give its state, torchtitan's "
+                    "module gathers them whole on every rank",
+                    hint="Build the attention with fuse_qkv=False: the tensors have the same names and values.",
+                )
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    sizes = parameter.device_mesh.shape
+    return any(isinstance(kind, Shard) and size > 1 for kind, size in zip(parameter.placements, sizes, strict=True))
 
 
 def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> CheckpointingConfig:

@@ -217,8 +217,8 @@ def _refuse_gathering(parts: Sequence[nn.Module]) -> None:
             is_fused = isinstance(module, FusedQKVLinear)
             if is_fused and any(_is_sharded(parameter) for parameter in module.parameters()):
                 raise ConfigError(
-                    f"the projections of {name} are fused (FusedQKVLinear) and sharded: torchtitan's module gathers them "
-                    "whole on every rank to give its state",
+                    f"the projections of {name} are fused (FusedQKVLinear) and sharded: torchtitan's module gathers "
+                    "them whole on every rank to give its state",
                     hint="Build the attention with fuse_qkv=False: the tensors have the same names and values.",
                 )
 

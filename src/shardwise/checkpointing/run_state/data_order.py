@@ -15,13 +15,15 @@ import logging
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
-from shardwise.checkpointing.loading.restoring import HasState
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError, StateFormatError
+
+if TYPE_CHECKING:
+    from shardwise.checkpointing.loading.restoring import HasState
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
@@ -86,7 +88,7 @@ def with_loader(
             f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
             hint="Pass the loader once, as dataloader.",
         )
-    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast(HasState, loader), world_size)})
+    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast("HasState", loader), world_size)})
 
 
 @dataclass(slots=True)

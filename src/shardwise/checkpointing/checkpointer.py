@@ -145,6 +145,7 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
     ) -> Path | None: ...
 
     @overload
@@ -162,6 +163,7 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
     ) -> Path | None: ...
 
     @public_call
@@ -174,6 +176,7 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
         **named: object,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
@@ -196,6 +199,8 @@ class Checkpointer:
             ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
                 of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
                 configuration and tokenizer, and an export where the model has one.
+            dataloader: The loader whose position is to be saved: one that keeps its own (torchdata's
+                ``StatefulDataLoader``), or any that the loop iterates over with `batches`.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -223,6 +228,7 @@ class Checkpointer:
             extra_state=extra_state,
             is_final_checkpoint=is_final_checkpoint,
             ema=ema,
+            dataloader=dataloader,
         )
         return save_checkpoint(self._life, rest, mistake)
 
@@ -239,6 +245,7 @@ class Checkpointer:
         key_mapping: Mapping[str, str] | None = None,
         ema: Model | None = None,
         allow_new_parameters: bool = False,
+        dataloader: object | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -265,6 +272,8 @@ class Checkpointer:
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
                 error.
+            dataloader: The loader that `save` was given. Its position is restored exactly, or it is an error: where it
+                was not saved, or was saved on another number of ranks. Iterate over `batches` afterwards.
 
         Returns:
             A record of the checkpoint, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
@@ -287,7 +296,16 @@ class Checkpointer:
             (10, {'loss': 2.5})
         """
         what = loading.WhatToRestore(
-            model, optimizer, scheduler, restore_from, extra_state, verify, key_mapping, ema, allow_new_parameters
+            model,
+            optimizer,
+            scheduler,
+            restore_from,
+            extra_state,
+            verify,
+            key_mapping,
+            ema,
+            allow_new_parameters,
+            dataloader,
         )
         return loading.restore_checkpoint(self._life, what)
 
@@ -500,8 +518,8 @@ class Checkpointer:
         has had it: save after the step, not before.
 
         Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
-        position and skips nothing; pass it in ``extra_state`` as well. Positions are restored on the same number of
-        ranks only; on another, `restore` names ``batches`` among what it left.
+        position and skips nothing; pass it to `save` and `restore` as ``dataloader``. Positions are restored on the
+        same number of ranks only; on another, `restore` names ``batches`` among what it left.
 
         Args:
             loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.

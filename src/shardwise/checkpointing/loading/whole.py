@@ -22,8 +22,15 @@ from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
-from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.checkpoint_state import (
+    FoundExtras,
+    find_extras,
+    locate,
+    model_place,
+    require_position,
+    unrestored,
+)
+from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.load import LoadOptions
@@ -86,6 +93,7 @@ class WhatToRestore:
     key_mapping: Mapping[str, str] | None
     ema: Model | None
     allow_new_parameters: bool
+    dataloader: object | None = None
 
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
@@ -99,11 +107,15 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         f"key_mapping={what.key_mapping}": bool(what.key_mapping),
         "an ema": what.ema is not None,
         "allow_new_parameters=True": what.allow_new_parameters,
+        "a dataloader": what.dataloader is not None,
     }
 
     def look() -> str:
+        nonlocal what
         check_mapping("extra_state", what.extra_state)
         check_mapping("key_mapping", what.key_mapping)
+        given_state = what.extra_state if what.extra_state is not None else {}
+        what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
         return life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
@@ -146,6 +158,8 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
         optimizer = [] if what.optimizer is None else what.optimizer
         steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", changes)
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
+    if what.dataloader is not None:
+        require_position(found, what.dataloader, path, session.group)
     taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []

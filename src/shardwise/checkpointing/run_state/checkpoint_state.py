@@ -12,7 +12,12 @@ from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.loading.foreign_states import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.data_order import (
+    DATALOADER,
+    RESUME_ON_AS_MANY,
+    DataOrder,
+    has_position,
+)
 from shardwise.checkpointing.run_state.extra_sharded import OpenedSharded
 from shardwise.checkpointing.run_state.extras import (
     FoundValues,
@@ -28,9 +33,11 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_directory
 from shardwise.engine.jobs import Step, below
+from shardwise.errors import MisuseError
 from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
 from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.state_files import has_state
 
 _LOG = logging.getLogger(__name__)
 #: Name of the saved positions in data, beside the generators.
@@ -128,6 +135,9 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         if session.config.save_rng:
             wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
+        if group.world_size > 1 and has_state(directory / "rng" / BATCHES):  # not of each rank: there was only one
+            states = {name: state for name, state in generators.states.items() if name != BATCHES}
+            generators = replace(generators, states=states, skipped=(*generators.skipped, BATCHES))
         if "rng" in generators.states:
             check_generators(generators.states["rng"])
         if BATCHES in generators.states:
@@ -136,6 +146,30 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
 
     extra, generators = group.attempt(find, "looking for extra state")
     return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+
+
+def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
+    """Check that the position of a loader can be restored on every rank. All ranks call; nothing is changed.
+
+    Raises:
+        MisuseError: It cannot; the message says why.
+    """
+    with group.together("looking for the position in the data"):
+        name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
+        if name in where.skipped:
+            raise MisuseError(
+                f"the position of the {type(loader).__name__} was saved for each rank, on another number of ranks than "
+                f"{group.world_size}",
+                path=directory,
+                hint=RESUME_ON_AS_MANY,
+            )
+        if name not in where.states:
+            raise MisuseError(
+                f"the checkpoint has no position of the {type(loader).__name__} passed as dataloader",
+                path=directory,
+                hint="Choose a checkpoint that was saved with dataloader=..., or leave it out: the epoch's data then "
+                "begin afresh.",
+            )
 
 
 def unrestored(

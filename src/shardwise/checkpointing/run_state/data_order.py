@@ -14,20 +14,83 @@ it skips the last batch, it sets them to what they were when the loop asked for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError, StateFormatError
 
+if TYPE_CHECKING:
+    from shardwise.checkpointing.loading.restoring import Stateful
+
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 _State = dict[str, object]
 #: Name of the loader that counts the run's epochs.
 TRAIN = "train"
+#: The name under which a loader with a position of its own is kept among extra state.
+DATALOADER = "dataloader"
+#: What to do about a position among another number of ranks.
+RESUME_ON_AS_MANY = "Resume on as many ranks, or leave dataloader out: the epoch's data then begin afresh."
+_USE_BATCHES = "Iterate over checkpointer.batches(loader, epoch), or use torchdata's StatefulDataLoader."
+
+
+def has_position(loader: object) -> bool:
+    """Whether a loader keeps its own position, as torchdata's ``StatefulDataLoader`` does."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPosition:
+    """The position that a loader keeps itself, with the number of ranks that it is a position among.
+
+    Attributes:
+        loader: The loader.
+        world_size: The present number of ranks.
+    """
+
+    loader: Stateful
+    world_size: int
+
+    def state_dict(self) -> _State:
+        """The position and the number of ranks."""
+        return {"world_size": self.world_size, "position": self.loader.state_dict()}
+
+    def load_state_dict(self, state_dict: _State) -> None:
+        """Put the loader there.
+
+        Raises:
+            MisuseError: It is a position among another number of ranks.
+        """
+        if state_dict["world_size"] != self.world_size:
+            raise MisuseError(
+                f"the position of the {type(self.loader).__name__} was saved on {state_dict['world_size']} ranks, and "
+                f"the run has {self.world_size}",
+                hint=RESUME_ON_AS_MANY,
+            )
+        self.loader.load_state_dict(cast(_State, state_dict["position"]))
+
+
+def with_loader(
+    extra_state: MutableMapping[str, object], loader: object | None, world_size: int
+) -> MutableMapping[str, object]:
+    """Extra state, and in it the loader if it has a position of its own. Local.
+
+    Raises:
+        MisuseError: There is another state of this name.
+    """
+    if loader is None or not has_position(loader):
+        return extra_state
+    if DATALOADER in extra_state:
+        raise MisuseError(
+            f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
+            hint="Pass the loader once, as dataloader.",
+        )
+    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast("Stateful", loader), world_size)})
 
 
 @dataclass(slots=True)
@@ -106,6 +169,24 @@ class DataOrder:
         kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
         return {"rank": rank, "loaders": found | kept} if found or kept else None
 
+    def check_saved(self, loader: object, save_rng: bool) -> None:
+        """Check that the position of a loader is going to be saved. Local.
+
+        Raises:
+            MisuseError: It is not known, or not saved.
+        """
+        name = type(loader).__name__
+        if has_position(loader):
+            return
+        if not any(each is loader for _, each in self._positions.values()):
+            raise MisuseError(f"the position of the {name} passed as dataloader is not known", hint=_USE_BATCHES)
+        if not save_rng:
+            raise MisuseError(
+                f"the position of the {name} passed as dataloader is kept with the random numbers, which save_rng "
+                "leaves out",
+                hint="Set save_rng to true, or use torchdata's StatefulDataLoader.",
+            )
+
     @staticmethod
     def parsed(state: object) -> dict[str, _Saved]:
         """Parse what `state` gave; `StateFormatError` if it is something else."""
@@ -124,7 +205,7 @@ class DataOrder:
         self._positions = {}
         self._saved = positions
         self._generators, self._is_pending = generators, generators is not None
-        self._restored = list(restored)
+        self._restored = [each.loader if isinstance(each, OwnPosition) else each for each in restored]
 
     def set_generators(self) -> None:
         """Set the generators to what they were when the checkpoint was saved; once after a restore."""
@@ -157,11 +238,11 @@ class DataOrder:
     def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
         """The iterator of an epoch that was begun, at its saved position."""
         position = saved.position
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if has_position(loader):
             if not any(loader is each for each in self._restored):
                 raise MisuseError(
                     f"the {type(loader).__name__} keeps its own position, which restore() was not given",
-                    hint="Pass the loader in extra_state, when saving and when restoring.",
+                    hint="Pass it as dataloader, when saving and when restoring.",
                 )
             iterator = iter(loader)
         else:

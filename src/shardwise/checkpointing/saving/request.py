@@ -35,6 +35,7 @@ class WhatToSave:
     extra_state: Mapping[str, object] | None = None
     is_final_checkpoint: bool = False
     ema: Model | None = None
+    dataloader: object | None = None
 
     @staticmethod
     def of(

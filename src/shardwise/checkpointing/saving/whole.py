@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import as_list, capture_optimizer
 from shardwise.checkpointing.run_state.checkpoint_state import capture_extras
+from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
 from shardwise.checkpointing.saving.hooks import passed_addons
@@ -42,19 +44,23 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
     numbers: dict[str, float] = {}
 
     def look() -> str:
-        nonlocal numbers
+        nonlocal numbers, what
         if mistake is not None:
             raise mistake
         life.looked(what.model, what.optimizer, what.scheduler, saves=True)
         check_mapping("metrics", what.metrics)
         check_mapping("extra_state", what.extra_state)
+        extra_state = with_loader(dict(what.extra_state or {}), what.dataloader, session.group.world_size)
+        what = replace(what, extra_state=extra_state)
+        if what.dataloader is not None:
+            life.order.check_saved(what.dataloader, life.config.save_rng)
         if what.ema is not None:
             life.looked(what.ema, saves=True, is_run=False)
         numbers = check_metrics(what.metrics)
         return checkpoint_name(what.epoch, what.step)
 
     given = {"an optimizer or scheduler": steers, "is_final_checkpoint=True": what.is_final_checkpoint}
-    given["an ema"] = what.ema is not None
+    given |= {"an ema": what.ema is not None, "a dataloader": what.dataloader is not None}
     turn = life.turn(call, look, given | passed_addons(life.addons))
     life.order.epoch = what.epoch
     if turn.skipped:

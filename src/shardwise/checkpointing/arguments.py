@@ -38,6 +38,8 @@ _OWN = frozenset(
         "consolidation_timeout_minutes",
         "model_state_dict_keys",
         "skip_task_head_prefixes_for_base_model",
+        "log_summary",
+        "trace",
     }
 )
 
@@ -106,14 +108,18 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     return FirstExchange(named, listed, locations, rows[0][3])
 
 
-def warn_if_alone(group: Group) -> None:
-    """Warn where a launcher started several processes but this one has no process group and would act alone."""
+def refuse_alone(group: Group) -> None:
+    """Raise `MisuseError` where a launcher started several processes and this one has no process group.
+
+    Each of them would save and load by itself, all of them to the same names.
+    """
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
-        _LOG.warning(
-            "WORLD_SIZE is %s and torch.distributed is not initialised: this process saves and loads by itself. Call "
-            "torch.distributed.init_process_group first if the processes train one model.",
-            started,
+        raise MisuseError(
+            f"WORLD_SIZE is {started} and torch.distributed is not initialised: each process would save and load by "
+            "itself, to the same names",
+            hint="Call torch.distributed.init_process_group before the first call of the checkpointer; or, for a "
+            "process that is to act by itself, remove WORLD_SIZE from its environment.",
         )
 
 

@@ -126,8 +126,8 @@ class Reports:
         self, shown: bool, callbacks: Sequence[Callback], trace_dir: Path | None, shows_progress: bool
     ) -> None:
         self.shows_progress = shown and shows_progress
-        self._shown, self._callbacks = shown, list(callbacks)
-        self._trace = None if trace_dir is None else TraceFile(trace_dir)
+        self._shown = shown
+        self._callbacks: list[Callback] = [*callbacks, *([] if trace_dir is None else [TraceFile(trace_dir)])]
         self.last_save: CallRecord | None = None
         self.last_restore: CallRecord | None = None
         if shown:
@@ -151,10 +151,10 @@ class Reports:
             self.last_restore = record
         if self._shown and group.is_main:
             _LOG.info("%s", summary(record))
-        for callback in [*self._callbacks, *([self._trace] if self._trace is not None else [])]:
+        for callback in self._callbacks:
             try:
                 callback(record)
-            except Exception:
+            except Exception:  # noqa: BLE001 - a save that is published has not failed; logged with its traceback
                 _LOG.exception("%s of %s is done; what it was to be reported to failed", record.call, record.path)
 
 

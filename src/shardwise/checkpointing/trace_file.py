@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from shardwise.disk.storage import LOCAL
@@ -62,9 +63,8 @@ def events(record: CallRecord) -> list[Event]:
     threads = list(dict.fromkeys(["calls", *(span.thread for span in record.spans)]))
     made: list[Event] = [_named("thread_name", record.rank, name, _number(name)) for name in threads]
     made.append(_event(whole, record.rank, {**about, "phases": dict(record.phases)}))
-    for span in record.spans:
-        made.append(_event(span, record.rank, {} if span.busy is None else {"busy_seconds": span.busy}))
-    return made
+    shares = ({} if span.busy is None else {"busy_seconds": span.busy} for span in record.spans)
+    return made + [_event(span, record.rank, share) for span, share in zip(record.spans, shares, strict=True)]
 
 
 def _number(thread: str) -> int:
@@ -78,7 +78,7 @@ def _named(what: str, rank: int, name: str, thread: int = 0) -> Event:
     return {"ph": "M", "name": what, "pid": rank, "tid": thread, "args": {"name": name}}
 
 
-def _event(span: Span, rank: int, args: dict[str, object]) -> Event:
+def _event(span: Span, rank: int, args: Mapping[str, object]) -> Event:
     return {
         "ph": "X",
         "cat": "shardwise",
@@ -87,5 +87,5 @@ def _event(span: Span, rank: int, args: dict[str, object]) -> Event:
         "tid": _number(span.thread),
         "ts": span.begin / 1e3,
         "dur": (span.end - span.begin) / 1e3,
-        "args": args,
+        "args": dict(args),
     }

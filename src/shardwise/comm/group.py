@@ -407,9 +407,10 @@ class Group:
                 continue
             if index == self.rank:
                 self._raise_alone(own, failure)
-            if own is not None and text != theirs:
+            raised = ShardwiseError.from_record(json.loads(theirs))
+            if own is not None and own.message != raised.message:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
-            raise ShardwiseError.from_record(json.loads(theirs))
+            raise raised
 
     def _wrapped(self, failure: BaseException | None) -> ShardwiseError | None:
         return None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)

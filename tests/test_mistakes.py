@@ -1,4 +1,4 @@
-"""Typical mistakes, made as users make them: when each is answered, and what the answer says. Table: docs/mistakes.md."""
+"""Typical mistakes, made as users make them: when each is answered, and how. The table is docs/mistakes.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(root: Path) -> None:
         checkpointer.save(step=1, model=net, optimizer=trained(net))
 
 
-# --- before anything runs ----------------------------------------------------------------------------------------------
+# --- before anything runs --------------------------------------------------------------------------------------------
 
 
 def test_a_typo_in_a_setting() -> None:
@@ -80,7 +80,7 @@ def test_a_directory_without_permission(tmp_path: Path) -> None:
     assert text.startswith(f"StorageError checkpoint_dir is {root / 'run'}, and this process may not write to {root}")
 
 
-# --- at the first call, on all ranks -----------------------------------------------------------------------------------
+# --- at the first call, on all ranks ---------------------------------------------------------------------------------
 
 
 def other_shape(root: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_save_on_one_rank_ends_after_the_time_out(tmp_path: Path) -> None:
     assert "if rank == 0" in str(alone.error)
 
 
-# --- wrappers are no mistake -------------------------------------------------------------------------------------------
+# --- wrappers are no mistake -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])

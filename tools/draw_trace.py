@@ -1,7 +1,7 @@
 """Draws the traces of a directory as a picture: ``python -m tools.draw_trace TRACES PICTURE``. Needs matplotlib.
 
-``python -m tools.draw_trace --make TRACES`` makes a directory of traces first: two ranks, an asynchronous save of a small
-model with its optimizer, and its restore.
+``python -m tools.draw_trace --make TRACES`` makes a directory of traces first: two ranks, an asynchronous save of a
+small model with its optimizer, and its restore.
 """
 
 from __future__ import annotations

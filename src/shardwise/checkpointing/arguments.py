@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import ConfigError, MisuseError
+from shardwise.errors import AdapterError, ConfigError, MisuseError
+from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
@@ -58,6 +59,21 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
     refuse_fsdp1(_several(model))
+
+
+def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
+    """Refuse a model that peft has adapted and that is exported, now or later, as if it were not. Local.
+
+    Raises:
+        AdapterError: The model is adapted.
+    """
+    if is_whole_with_adapter(parts):
+        raise AdapterError(
+            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
+            "those of peft's layers, which no model class opens",
+            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
+            "merge_and_unload() returns. Nothing is published.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.adapters import check_before_training
-from shardwise.checkpointing.arguments import check_mapping
+from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.lifetime import Lifetime
@@ -31,6 +31,7 @@ from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
+from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
 
@@ -123,7 +124,11 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
         check_mapping("key_mapping", what.key_mapping)
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
-        return life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        name = life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        config = life.config
+        if config.enabled and not config.is_peft and session.may_export and config.verify_export:
+            refuse_whole_adapter([what.model] if isinstance(what.model, nn.Module) else what.model)
+        return name
 
     check_same_call(call, look, given, session.group)
     if life.config.enabled:
@@ -134,6 +139,9 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
     with phase("resolve"):
         record = locate(session, what.restore_from, starts.append)
     if record is None:
+        with session.group.together("looking at the optimizer"):
+            if what.optimizer is not None and life.config.enabled:
+                OptimizerState(what.optimizer, what.model).check_owners()
         life.allocate_staging(what.model, what.optimizer)
         return None
     # All checks come before the first byte is overwritten.

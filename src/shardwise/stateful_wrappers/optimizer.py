@@ -389,12 +389,6 @@ class OptimizerState:
             )
         return name
 
-    def check_owners(self) -> None:
-        """Raise `MisuseError` if a parameter of an optimizer is not the model's. Local."""
-        for _, options in self.groups():
-            for param in cast("Sequence[torch.Tensor]", options["params"]):
-                self.name(param)
-
     def groups(self) -> Iterator[tuple[StateHolder, Options]]:
         """Each optimizer's groups."""
         for holder in self.state_holders:

@@ -141,7 +141,9 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
     if record is None:
         with session.group.together("looking at the optimizer"):
             if what.optimizer is not None and life.config.enabled:
-                OptimizerState(what.optimizer, what.model).check_owners()
+                state = OptimizerState(what.optimizer, what.model)
+                for _, options in state.groups():
+                    state.names(options)  # the model has them, or no save would be possible
         life.allocate_staging(what.model, what.optimizer)
         return None
     # All checks come before the first byte is overwritten.

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from shardwise import Checkpointer, CheckpointingConfig, ShardwiseError
 from shardwise.errors import PeerError, UnknownSettingError
 
+NOT_ITS_OWN = "the optimizer updates a parameter of shape [8, 8] that the model does not have"
+
 
 def model(size: int = 8, layers: int = 2, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
@@ -183,17 +185,17 @@ def full_disk(root: Path) -> None:
         (
             optimizer_of_another_model,
             "MisuseError",
-            ["the optimizer updates a parameter of shape [8, 8] that the model does not have"],
+            [NOT_ITS_OWN],
         ),
         (
             optimizer_of_another_model_saved,
             "MisuseError",
-            ["the optimizer updates a parameter of shape [8, 8] that the model does not have"],
+            [NOT_ITS_OWN],
         ),
         (
             hugging_face_directory,
             "CheckpointNotFoundError",
-            ["is a directory of a Hugging Face model", "load_base_model"],
+            ["of a Hugging Face model", "load_base_model"],
         ),
         (peft_without_the_setting, "AdapterError", ["is_peft"]),
         (setting_without_an_adapter, "AdapterError", ["is_peft"]),

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import ConfigError, MisuseError
+from shardwise.errors import AdapterError, ConfigError, MisuseError
+from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
@@ -38,6 +39,8 @@ _OWN = frozenset(
         "consolidation_timeout_minutes",
         "model_state_dict_keys",
         "skip_task_head_prefixes_for_base_model",
+        "log_summary",
+        "trace",
     }
 )
 
@@ -56,6 +59,21 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
     refuse_fsdp1(_several(model))
+
+
+def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
+    """Refuse a model that peft has adapted and that is exported, now or later, as if it were not. Local.
+
+    Raises:
+        AdapterError: The model is adapted.
+    """
+    if is_whole_with_adapter(parts):
+        raise AdapterError(
+            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
+            "those of peft's layers, which no model class opens",
+            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
+            "merge_and_unload() returns. Nothing is published.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +124,18 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     return FirstExchange(named, listed, locations, rows[0][3])
 
 
-def warn_if_alone(group: Group) -> None:
-    """Warn where a launcher started several processes but this one has no process group and would act alone."""
+def refuse_alone(group: Group) -> None:
+    """Raise `MisuseError` where a launcher started several processes and this one has no process group.
+
+    Each of them would save and load by itself, all of them to the same names.
+    """
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
-        _LOG.warning(
-            "WORLD_SIZE is %s and torch.distributed is not initialised: this process saves and loads by itself. Call "
-            "torch.distributed.init_process_group first if the processes train one model.",
-            started,
+        raise MisuseError(
+            f"WORLD_SIZE is {started} and torch.distributed is not initialised: each process would save and load by "
+            "itself, to the same names",
+            hint="Call torch.distributed.init_process_group before the first call of the checkpointer; or, for a "
+            "process that is to act by itself, remove WORLD_SIZE from its environment.",
         )
 
 

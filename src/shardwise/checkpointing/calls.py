@@ -10,8 +10,10 @@ from typing import cast
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.background import Background
 from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.timing import phase
 
 
+@phase("agree")
 def check_same_call(
     call: str, look: Callable[[], str], given: Mapping[str, bool], group: Group, note: JsonValue = None
 ) -> list[JsonValue]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
+from shardwise.checkpointing.places import TRACE_VARIABLE, check_places
 from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.reports import Reports
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
 from shardwise.checkpointing.saving.models import default_addons
@@ -39,6 +42,7 @@ from shardwise.errors import ConfigError
 from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import Callback, CallRecord
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
@@ -67,10 +71,13 @@ class Checkpointer:
             own streams by default.
         absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
             that have not come.
+        callbacks: Called on every rank with the `CallRecord` of each save and load that is over, in asynchronous mode
+            by the thread that saves. An error in one is logged and changes nothing.
 
     Raises:
         ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
             an export with every save.
+        StorageError: This process may not write to ``checkpoint_dir``, or not to the directory of the traces.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Checkpointer:
         storage: Storage | None = None,
         device_streams: DeviceStreams | None = None,
         absent_seconds: float = ABSENT_SECONDS,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
@@ -103,6 +111,9 @@ class Checkpointer:
                 hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
                 "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
             )
+        trace = config.trace or os.environ.get(TRACE_VARIABLE)
+        trace_dir = None if not trace else Path(trace).absolute()
+        check_places(config, storage, trace_dir)
         self._life = Lifetime(
             config,
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
@@ -112,7 +123,18 @@ class Checkpointer:
             storage or LocalStorage(),
             device_streams,
             absent_seconds,
+            Reports(config.log_summary, callbacks, trace_dir, shows_progress=not config.is_async),
         )
+
+    @property
+    def last_save(self) -> CallRecord | None:
+        """Times and bytes of the last save that is over, of a checkpoint or a component, as this rank saw it."""
+        return self._life.reports.last_save
+
+    @property
+    def last_restore(self) -> CallRecord | None:
+        """Times and bytes of the last load that is over: `restore`, `load_model` and the others."""
+        return self._life.reports.last_restore
 
     @property
     def storage(self) -> Storage:

@@ -14,11 +14,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
-from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, warn_if_alone
+from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, refuse_alone
 from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.reports import Reports
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.saving.commits import RunLine
 from shardwise.checkpointing.saving.torch_format import tensors_alone
@@ -42,6 +43,7 @@ class Lifetime:
     Attributes:
         made: The session, from the first call on.
         background: Writes asynchronous saves, from the first call on; ``None`` in synchronous mode.
+        reports: Tells the user of saves and loads.
         order: The state of the run's random number generators and data loaders.
         line: Which checkpoints the run has restored and saved.
         is_tidied: Whether leftovers of interrupted saves have been removed.
@@ -59,9 +61,10 @@ class Lifetime:
         storage: Storage,
         device_streams: DeviceStreams | None,
         absent_seconds: float,
+        reports: Reports,
     ) -> None:
         self.config, self.ranks, self.addons = config, ranks, addons
-        self.storage = storage
+        self.storage, self.reports = storage, reports
         self._process_group, self.pp_group = process_group, pp_group
         self._device_streams, self._absent_seconds = device_streams, absent_seconds
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
@@ -85,8 +88,8 @@ class Lifetime:
         if self.made is None:
             group = self._meet(call)
             try:
+                refuse_alone(group)
                 first_exchange = check_same_settings(self.config, self.root, group)
-                warn_if_alone(group)
                 parts = self.config, group, self.storage, self.ranks, self.root, first_exchange, self._staging_dir
                 made = Session(*parts, self.pp_group)
                 if self.config.is_async:
@@ -169,8 +172,8 @@ class Lifetime:
         finally:
             if self.background is not None and not turn.skipped:
                 self.background.acknowledge()
-        if turn.skipped:
-            _LOG.info("skipped a save: the last one is still being written")
+        if turn.skipped and self.session.group.is_main:
+            _LOG.info("skipped %s: the last save is still being written", call)
         return turn
 
     @contextmanager

@@ -134,8 +134,10 @@ class Group:
                 )
         except RuntimeError as error:
             raise PeerError(
-                f"the ranks lost touch while meeting: {str(error).splitlines()[0]}",
-                hint="Look at the other ranks' logs and restart the job; what was published before is untouched.",
+                f"not every rank of {len(ranks)} came to {what} within {timeout_seconds:.0f} s, while meeting for the "
+                f"first call: {str(error).splitlines()[0]}",
+                hint="Make the call on every rank, not only on some (`if rank == 0`); where that is so, look at the "
+                "other ranks' logs. What was published before is untouched.",
             ) from error
         group = cls(made)
         group._owned = True
@@ -407,9 +409,10 @@ class Group:
                 continue
             if index == self.rank:
                 self._raise_alone(own, failure)
-            if own is not None and text != theirs:
+            raised = ShardwiseError.from_record(json.loads(theirs))
+            if own is not None and own.message != raised.message:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
-            raise ShardwiseError.from_record(json.loads(theirs))
+            raise raised
 
     def _wrapped(self, failure: BaseException | None) -> ShardwiseError | None:
         return None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)

@@ -420,6 +420,18 @@ class LocalStorage:
 
 LOCAL: Storage = LocalStorage()
 
+
+def why_not_writable(directory: Path) -> str | None:
+    """Why this process could not make files in a directory of this machine, or make the directory; ``None`` if it may.
+
+    Asked of the nearest directory above that exists; nothing is made.
+    """
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        return f"{there} is not a directory"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"this process may not write to {there}"
+
+
 _current: contextvars.ContextVar[Storage] = contextvars.ContextVar("shardwise_storage", default=LOCAL)
 
 

@@ -20,6 +20,7 @@ from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.placement import MeshKey
 from shardwise.plan.roster import Coordinates, Declaration, Roster
+from shardwise.timing import phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Agreement:
         self._rows: list[JsonValue] = []
         self._agreed = Agreed((), ())
 
+    @phase("agree")
     def reach(self, describe: Callable[[], Statement], what: str) -> Agreed:
         """Exchange what the ranks have to say. All ranks call.
 

@@ -13,6 +13,7 @@ from shardwise.engine.process_exit import PendingSave, forget, remember
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Background:
         if failure is not None:
             raise failure
 
+    @phase("wait")
     def outcome(self) -> ShardwiseError | None:
         """Wait for the last save; what failed in it, until `acknowledge` is called."""
         save = self._save

@@ -16,6 +16,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
+from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
@@ -28,6 +29,7 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Schedule, WriteRun, schedule
 from shardwise.sources.reader import Reader
 from shardwise.sources.stream import tensor_blocks
+from shardwise.timing import count_bytes, phase, timed
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class ExportPlan:
     has_room: bool = False
 
 
+@phase("plan")
 def plan_export(
     held: Sequence[HeldTensor],
     roster: Roster,
@@ -135,10 +138,12 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     """
     started = time.monotonic()
     spare = reserve(plan, group, storage)
-    digests, seen = Digests(), Seen()
+    progress = Progress(f"saving {plan.options.component}", _own_bytes(plan), group.is_main)
+    digests, seen = Digests(advance=progress.add), Seen()
     failure: Exception | None = None
     try:
-        _write(plan, group, storage, digests, digest, spare)
+        with progress:
+            _write(plan, group, storage, digests, digest, spare)
         seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
@@ -146,8 +151,13 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     if group.is_main:
         seconds = time.monotonic() - started
         nbytes = plan.layout.total_bytes
-        _LOG.info("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
+        _LOG.debug("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
     return record
+
+
+def _own_bytes(plan: ExportPlan) -> int:
+    """About how many bytes this rank writes."""
+    return sum(run.nbytes for run in plan.schedule.runs)
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
@@ -156,6 +166,7 @@ def make_room(plan: ExportPlan, storage: Storage) -> None:
     storage.check_space(plan.directory, plan.layout.total_bytes)
 
 
+@phase("reserve")
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
@@ -181,10 +192,12 @@ def _created(plan: ExportPlan, group: Group) -> list[int]:
     return list(range(group.rank, len(plan.layout.files), group.world_size))
 
 
+@phase("write")
 def _write(
     plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
 ) -> None:
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
+    digest = timed("digest", digest)
 
     def write_rows(run: WriteRun) -> None:
         digests.take(run, write_run(run, files, storage, digest))
@@ -205,6 +218,7 @@ def _write(
         if failure is not None:
             raise failure
         _copy(plan, group, storage, write_rows)
+        count_bytes(sum(digests.counts.values()))
         for number in _created(plan, group):
             files.handle(number)  # this rank wrote its header, perhaps nothing else in it
         files.sync()
@@ -230,6 +244,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
         reader.close()
 
 
+@phase("fold")
 def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     xors, own_counts = totals(names, digests)

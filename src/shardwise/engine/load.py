@@ -35,6 +35,7 @@ from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
+from shardwise.timing import count_bytes, phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -229,6 +230,7 @@ class OpenedLoad:
         finally:
             reader.close()
 
+    @phase("read")
     def read(self) -> LoadReport:
         """Fill what was described. All ranks of the group call, once.
 
@@ -248,10 +250,11 @@ class OpenedLoad:
                 self.reads.execute(reader, group)
             finally:
                 reader.close()
+        count_bytes(reader.counts.read)
         if group.is_main:
             seconds = max(time.monotonic() - started, 1e-9)
             rate = reader.counts.read / 1e9 / seconds
-            _LOG.info(
+            _LOG.debug(
                 "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
             )
         return LoadReport(self.missing, self.unexpected, reader.counts)
@@ -269,6 +272,7 @@ def open_described(
     return open_load(describe, CheckpointSource(source), group, storage, options, asks)
 
 
+@phase("plan")
 def open_load(
     describe: Callable[[], Sequence[HeldTensor]],
     source: LoadSource,

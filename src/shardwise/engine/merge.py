@@ -30,6 +30,7 @@ from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import plan_shards
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
+from shardwise.timing import phase
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
@@ -86,7 +87,7 @@ def write_merged(
         if group.is_main:
             storage.make_directory(plan.directory)
             storage.check_space(plan.directory, plan.layout.total_bytes)
-    with group.together(f"merging shards into {plan.directory}", options.patience_seconds):
+    with phase("merge"), group.together(f"merging shards into {plan.directory}", options.patience_seconds):
         merging = _Merging(plan.directory, sources, paths, storage, ledger)
         own = [
             file

@@ -26,6 +26,7 @@ from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
 from shardwise.sources.reader import Reader, cut_read
 from shardwise.sources.tensor_bytes import flat_bytes, is_as_stored
+from shardwise.timing import phase
 
 #: Every dtype's elements lie at a multiple of this in a message.
 _ALIGNMENT = 16
@@ -184,6 +185,7 @@ def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
             pass
 
 
+@phase("exchange")
 def read_shared(
     shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
 ) -> Exception | None:

@@ -22,6 +22,7 @@ from shardwise.errors import ReplicasDifferError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.timing import phase
 
 #: Bits of a tensor's hash that are added up over tensors and ranks; the sum then fits into 64 bits.
 _BITS = 40
@@ -118,6 +119,7 @@ class Seen:
         return total
 
 
+@phase("compare")
 def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> Seen:
     """Digest what this rank holds as replicas. Local; reads each byte of it once."""
     known: dict[tuple[object, ...], int] = {}  # a tied tensor has several names

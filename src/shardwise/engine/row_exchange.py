@@ -21,8 +21,10 @@ from shardwise.plan.ownership import cut
 from shardwise.plan.rows import Exchange
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import flat_bytes, stored
+from shardwise.timing import phase
 
 
+@phase("exchange")
 def exchange_rows(
     exchanges: Sequence[Exchange],
     held: Sequence[HeldTensor],

@@ -9,6 +9,7 @@ from pathlib import Path
 from shardwise.comm import Group
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
+from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.writer import FileSet, write_run
@@ -20,6 +21,7 @@ from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.timing import count_bytes, phase, timed
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
@@ -48,6 +50,7 @@ class ShardPlan:
         return sum(file.layout.size for file in self.files)
 
 
+@phase("plan")
 def shard_plan(
     held: Sequence[HeldTensor], roster: Roster, group: Group, directory: Path, component: str, stem: str
 ) -> ShardPlan:
@@ -93,7 +96,8 @@ def write_shards(
     written: list[list[ChunkRecord]] = []
     seen = Seen()
     try:
-        written = _write(plan, storage)
+        with Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
+            written = _write(plan, storage, progress)
         seen = look_at(plan.replicas)
     except Exception as error:  # noqa: BLE001 - raised on every rank where it is checked what was written
         failure = error
@@ -101,26 +105,33 @@ def write_shards(
     return _listed(plan, written, names_all=group.is_main) if is_listed else _digested(plan, written)
 
 
-def _write(plan: ShardPlan, storage: Storage) -> list[list[ChunkRecord]]:
+@phase("write")
+def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[ChunkRecord]]:
     """Write the files and make them durable; returns the pieces in each, in the order of its entries."""
     files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     written: list[list[ChunkRecord]] = []
+    digest = timed("digest", crc32c)
     try:
         for number, file in enumerate(plan.files):
             head, chunks = len(file.layout.header), list[ChunkRecord]()
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                crc = write_run(WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage)
+                crc = write_run(
+                    WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage, digest
+                )
+                progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
             written.append(chunks)
         files.sync()
+        count_bytes(sum(chunk.nbytes for chunks in written for chunk in chunks))
         storage.sync_directory(plan.directory)
     finally:
         files.close()
     return written
 
 
+@phase("fold")
 def _check(
     plan: ShardPlan,
     group: Group,

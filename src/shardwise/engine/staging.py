@@ -27,6 +27,7 @@ from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, Devic
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.timing import phase
 from shardwise.upstream.torch_tensors import around, arrived, local_part, spread_of
 
 #: Buffers start at multiples of this, a cache line.
@@ -75,6 +76,7 @@ class Stager:
         with self._writable():
             self._planned(component, (), [_local(name, tensor) for name, tensor in tensors.items()]).arena.fill_(0)
 
+    @phase("stage")
     def stage(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """Copy every fragment into the component's memory.
 
@@ -88,6 +90,7 @@ class Stager:
             self._copy_all(plan, sources)
         return plan.held
 
+    @phase("stage")
     def stage_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy plain tensors and what this rank has of DTensors into the component's memory.
 
@@ -105,6 +108,7 @@ class Stager:
         pairs = zip(tensors.items(), plan.buffers, strict=True)
         return {name: _around(buffer, tensor) for (name, tensor), buffer in pairs}
 
+    @phase("stage")
     def wait(self) -> None:
         """Return when the sources may be overwritten, by whatever stream. Any thread calls."""
         with self._lock:

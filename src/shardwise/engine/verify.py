@@ -36,6 +36,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     parse_manifest,
 )
+from shardwise.timing import phase
 
 if TYPE_CHECKING:
     from shardwise.comm import Group
@@ -347,6 +348,7 @@ def _judge(
     return found
 
 
+@phase("verify")
 def check_checkpoint(
     path: Path,
     level: VerifyLevel,

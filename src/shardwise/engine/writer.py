@@ -19,6 +19,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.plan.deferred import deferred
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
+from shardwise.timing import Shares, phase
 
 #: A run larger than this is cut, so that several threads can share it.
 _LARGEST_RUN_BYTES = 64 * 2**20
@@ -30,10 +31,14 @@ Digest = Callable[[memoryview, int], int]
 
 @dataclass
 class Digests:
-    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``."""
+    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``.
+
+    ``advance`` is called with the bytes of each run that has been written.
+    """
 
     crcs: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    advance: Callable[[int], object] | None = None
 
     def add(self, name: str, share: int, nbytes: int) -> None:
         """Take in what ``nbytes`` bytes of a tensor contribute."""
@@ -44,6 +49,8 @@ class Digests:
         """Take in a run that has been written, and its digest."""
         behind = run.spec.nbytes - run.start - run.nbytes
         self.add(run.spec.name, shift(crc, behind), run.nbytes)
+        if self.advance is not None:
+            self.advance(run.nbytes)
 
 
 class FileSet:
@@ -64,6 +71,7 @@ class FileSet:
         """Path of file ``file``."""
         return self._paths[file]
 
+    @phase("sync")
     def sync(self) -> None:
         """Make durable what was written through this object."""
         for file, handle in self._handles.items():
@@ -129,8 +137,9 @@ def _write_pieces(
         for piece in pieces:
             digests.take(piece, write_run(piece, files, storage, digest))
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
-        futures = [pool.submit(write_run, piece, files, storage, digest) for piece in pieces]
+    with Shares("write").closing() as shares, ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
+        write = shares.of(write_run)
+        futures = [pool.submit(write, piece, files, storage, digest) for piece in pieces]
         try:
             for piece, future in zip(pieces, futures, strict=True):
                 digests.take(piece, future.result())

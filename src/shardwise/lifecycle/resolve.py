@@ -341,12 +341,25 @@ def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
     if not is_directory(directory):
         raise CheckpointNotFoundError(f"{label} is not a directory", path=directory, hint=_what_is_there(root))
     if not is_complete(directory):
+        if _is_model_directory(directory):
+            raise CheckpointNotFoundError(
+                f"{label} is a directory of a Hugging Face model or adapter, and no checkpoint of a run",
+                path=directory,
+                hint="There is nothing to resume in it: load its weights with load_base_model, or with load_model.",
+            )
         raise IncompleteCheckpointError(
             f"{label} has neither {MANIFEST_NAME} nor model/ nor .metadata: an interrupted save, or not a checkpoint",
             path=directory,
             hint=_what_is_there(root),
         )
     return _describe(directory)
+
+
+def _is_model_directory(directory: Path) -> bool:
+    """Whether a directory without a checkpoint's name looks like what ``save_pretrained`` writes."""
+    if parse_checkpoint_name(directory.name) is not None:
+        return False
+    return not {"config.json", "adapter_config.json"}.isdisjoint(names_in(directory))
 
 
 def _describe(directory: Path) -> ResolvedCheckpoint:

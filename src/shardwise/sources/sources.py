@@ -32,6 +32,7 @@ from shardwise.sources.piece_lookup import (
     look_up_pieces,
     tensor_of_row,
 )
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
@@ -88,6 +89,7 @@ class Source:
         return replace(self, tensors=tensors)
 
 
+@phase("headers")
 def open_source(
     path: str | os.PathLike[str],
     group: Group,

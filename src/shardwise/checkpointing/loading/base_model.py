@@ -101,7 +101,7 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
     elif any(find_sites(part) for part in parts):
         initialise_adapters(parts, None, method, seed=seed)
     elif method is not None:
-        _LOG.info("peft_init_method is %s and the model has no adapter", method)
+        _LOG.debug("peft_init_method is %s and the model has no adapter", method)
 
 
 def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
@@ -309,7 +309,7 @@ def _tell(report: LoadReport, parts: Sequence[nn.Module], wanted: Sequence[HeldT
     specs = [tensor.spec for tensor in wanted]
     dequantized = [spec for spec in specs if source.dequantizes(spec)]
     cast = [spec for spec in specs if (stored := source.stored(spec.name)) and stored.dtype != spec.dtype]
-    _LOG.info(
+    _LOG.debug(
         "loaded %s: on rank 0 %d tensors dequantized, %d cast",
         source.path,
         len(dequantized),

@@ -44,6 +44,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.units import Step
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class OpenedModel:
         if self.own is not None:
             with self.session.group.together("reading each rank's own tensors"):
                 self.own.read(self.session)
-        with self.direct.reading() as values:
+        with phase("install"), self.direct.reading() as values:
             self.module_load.run(values, str(self.direct.source.plain.path), self.session.group)
         return report
 

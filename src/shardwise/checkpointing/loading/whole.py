@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from shardwise.checkpointing.adapters import check_before_training
-from shardwise.checkpointing.arguments import check_mapping
+from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.lifetime import Lifetime
@@ -22,6 +22,7 @@ from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.reports import Call, Outcome
 from shardwise.checkpointing.run_state.checkpoint_state import (
     FoundExtras,
     find_extras,
@@ -32,12 +33,14 @@ from shardwise.checkpointing.run_state.checkpoint_state import (
 )
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
+from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import Recording, phase
 
 
 class _OpenedAverage(NamedTuple):
@@ -55,15 +58,19 @@ class _Opened:
     steering: OpenedOptimizer | None
     extras: FoundExtras
 
-    def restore(self, group: Group, order: DataOrder) -> None:
-        """Restore everything. All ranks call.
+    def restore(self, group: Group, order: DataOrder, recording: Recording) -> int:
+        """Restore everything; returns the bytes that all ranks have read. All ranks call.
 
         Objects with their own loading code come first, since they may refuse: then every rank undoes its changes.
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
             self.steering.read_buffered()
-        with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
+        with (
+            phase("install"),
+            undone_on_failure() as undos,
+            group.together("taking in options, schedulers and extra state"),
+        ):
             if self.steering is not None:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
@@ -76,8 +83,13 @@ class _Opened:
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
-            with group.together("setting the random number generators"):
+
+            def finish() -> JsonValue:
                 self.extras.set_generators(order)
+                return recording.nbytes
+
+            read = group.gather(finish, "setting the random number generators")
+        return sum(cast(list[int], read))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,12 @@ class WhatToRestore:
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
+    with life.reports.call("restore") as told:
+        return _restore(life, what, told)
+
+
+def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
+    """As `restore_checkpoint`. All ranks call."""
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
     steers = what.optimizer is not None or bool(as_list(what.scheduler))
@@ -118,7 +136,11 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
-        return life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        name = life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        config = life.config
+        if config.enabled and not config.is_peft and session.may_export and config.verify_export:
+            refuse_whole_adapter([what.model] if isinstance(what.model, nn.Module) else what.model)
+        return name
 
     check_same_call(call, look, given, session.group)
     if life.config.enabled:
@@ -126,17 +148,24 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | N
         if life.config.is_peft:
             check_before_training(session, what.model, is_adapted=True)
     starts: list[Start] = []
-    record = locate(session, what.restore_from, starts.append)
+    with phase("resolve"):
+        record = locate(session, what.restore_from, starts.append)
     if record is None:
+        with session.group.together("looking at the optimizer"):
+            if what.optimizer is not None and life.config.enabled:
+                state = OptimizerState(what.optimizer, what.model)
+                for _, options in state.groups():
+                    state.names(options)  # the model has them, or no save would be possible
         life.allocate_staging(what.model, what.optimizer)
         return None
     # All checks come before the first byte is overwritten.
     opened, left = _open(life, what, record.path, steers)
-    opened.restore(session.group, life.order)
+    total = opened.restore(session.group, life.order, told.recording)
     life.allocate_staging(what.model, what.optimizer)
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
         life.order.epoch = record.epoch
+    told.over(Outcome(session.group, record.path, record.epoch, record.step, total))
     fresh = () if opened.steering is None else tuple(opened.steering.plan.fresh)
     return replace(record, unrestored=left, fresh=fresh)
 
@@ -177,11 +206,23 @@ def load_model(
     allow_checkpoint_key_subset: bool,
 ) -> None:
     """See `Checkpointer.load_model`. All ranks call."""
+    with life.reports.call("load_model") as told:
+        _load_model(life, model, Path(model_path).absolute(), is_init_step, key_mapping, allow_checkpoint_key_subset)
+        told.over(Outcome(life.session.group, Path(model_path).absolute()))
+
+
+def _load_model(
+    life: Lifetime,
+    model: Model,
+    path: Path,
+    is_init_step: bool,
+    key_mapping: Mapping[str, str] | None,
+    allow_checkpoint_key_subset: bool,
+) -> None:
     life.wait()
-    session = life.begin(call := f"load_model({model_path})")
+    session = life.begin(call := f"load_model({path})")
     given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
     check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
-    path = Path(model_path).absolute()
     if is_init_step:
         parts = [model] if isinstance(model, nn.Module) else list(model)
         base_model.fill_from_base(
@@ -202,14 +243,23 @@ def load_optimizer(
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
+    with life.reports.call("load_optimizer") as told:
+        place = Path(weights_path).absolute() / "optim"
+        _load_optimizer(life, optimizer, model, place, scheduler, changes)
+        told.over(Outcome(life.session.group, place))
+
+
+def _load_optimizer(
+    life: Lifetime, optimizer: Optimizers, model: Model, place: Path, scheduler: Schedulers | None, changes: Changes
+) -> None:
     life.wait()
-    session = life.begin(call := f"load_optimizer({weights_path})")
+    session = life.begin(call := f"load_optimizer({place.parent})")
     given = {
         f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
         "allow_new_parameters=True": changes.allow_new,
     }
     check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-    opened = open_optimizer(session, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+    opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
     opened.read_buffered()
     with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
         opened.take_in(undos)
@@ -221,14 +271,17 @@ def load_base_model(
     life: Lifetime, model: Model, device: torch.device, root_dir: str | Path | None, model_name: str | None, loads: bool
 ) -> None:
     """See `Checkpointer.load_base_model`. All ranks call."""
-    session = life.begin(call := f"load_base_model({model_name})")
-    life.wait()
-    given = {"load_base_model=True": loads}
-    check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
-    base_model.load_base_model(session, model, device, root_dir, model_name, loads)
-    if life.config.is_peft and life.config.enabled:
-        check_before_training(session, model, is_adapted=False)
-    life.allocate_staging(model)
+    with life.reports.call("load_base_model") as told:
+        session = life.begin(call := f"load_base_model({model_name})")
+        life.wait()
+        given = {"load_base_model=True": loads}
+        check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
+        base_model.load_base_model(session, model, device, root_dir, model_name, loads)
+        if life.config.is_peft and life.config.enabled:
+            check_before_training(session, model, is_adapted=False)
+        life.allocate_staging(model)
+        if loads and model_name is not None:
+            told.over(Outcome(session.group, Path(model_name)))
 
 
 def _open_component(

@@ -231,7 +231,7 @@ class DataOrder:
             return self._counted(iter(loader), position)
         self._positions[name] = (saved.position, loader)
         if saved.position.is_over:
-            _LOG.info("the checkpoint was saved after the last batch of epoch %d: no batch of it is left", epoch)
+            _LOG.debug("the checkpoint was saved after the last batch of epoch %d: no batch of it is left", epoch)
             return iter(())
         return self._counted(self._again(loader, saved), saved.position)
 

@@ -21,10 +21,9 @@ from shardwise.base.class_of_config import build_on_meta, named_classes, quiet
 from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
-from shardwise.errors import AdapterError, ExportMismatchError
+from shardwise.errors import ExportMismatchError
 from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
-from shardwise.peft.models import is_whole_with_adapter
 from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers.model_parts import config_of, described_part
 from shardwise.stateful_wrappers.wrapping import is_pretrained, original_class
@@ -67,21 +66,6 @@ class Misfit:
 
 class _CannotCheckError(Exception):
     """Why the check is not possible."""
-
-
-def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
-    """Refuse a model that peft has adapted and that is about to be exported as if it were not. Local.
-
-    Raises:
-        AdapterError: The model is adapted.
-    """
-    if is_whole_with_adapter(parts):
-        raise AdapterError(
-            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
-            "those of peft's layers, which no model class opens",
-            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
-            "merge_and_unload() returns. Nothing is published.",
-        )
 
 
 class ClassCheck:

@@ -47,6 +47,7 @@ from shardwise.lifecycle import (
     set_pointer,
 )
 from shardwise.settings import Settings
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
@@ -191,6 +192,9 @@ class Publication:
         self._line = line
         self._is_reserved = False
         self._claim: Claim | None = None
+        #: Bytes of all files, and the names of the checkpoints that were removed; known on rank 0 after `commit`.
+        self.total_bytes: int | None = None
+        self.pruned: tuple[str, ...] = ()
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
         """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
@@ -202,6 +206,7 @@ class Publication:
 
         return reserve
 
+    @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         session = self._session
@@ -214,6 +219,7 @@ class Publication:
                     # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
                     found = complete_record(session.storage, self._temp, found)
+                    self.total_bytes = sum(file.size for file in found.files)
                     write_manifest(session.storage, self._temp, found, self._info)
                     publish(self._temp, self._final, self._line.left_from)
                     self._line.start = Start(self._final, lineage)
@@ -235,7 +241,6 @@ class Publication:
     def _point(self) -> None:
         session = self._session
         set_pointer(session.root, LATEST, self._final.name)
-        _LOG.info("published %s", self._final)
         policy = Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
@@ -261,9 +266,8 @@ class Publication:
                 session.root,
                 policy.metric_key,
             )
-        deleted = prune(session.root, policy)
-        if deleted:
-            _LOG.info("removed %s", ", ".join(deleted))
+        with phase("prune"):
+            self.pruned = tuple(prune(session.root, policy))
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""

@@ -25,9 +25,9 @@ from shardwise.addons.huggingface import (
     why_no_config,
     write_metadata,
 )
+from shardwise.checkpointing.arguments import refuse_whole_adapter
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
-from shardwise.checkpointing.saving.class_check import refuse_whole_adapter
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
 from shardwise.checkpointing.saving.facts import Facts, RankFacts

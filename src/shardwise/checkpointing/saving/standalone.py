@@ -17,6 +17,7 @@ from shardwise.disk.names import is_there, walk
 from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import ShardwiseError
 from shardwise.lifecycle import Claim, doomed_name, temporary_name
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Replacement:
         self.place = target
         self._info = info
         self._claim: Claim | None = None
+        #: Bytes of all files, known on rank 0 after `commit`.
+        self.total_bytes: int | None = None
         self.temp = target.with_name(temporary_name(target.name))
 
     def reserve(self) -> None:
@@ -49,13 +52,16 @@ class Replacement:
     def _doomed(self) -> Path:
         return self.place.with_name(doomed_name(self.place.name))
 
+    @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Write the component's manifest and rename it into place. All ranks call."""
         union = gather_records(self._session, group, self.temp, record, closing)
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
                 storage = self._session.storage
-                write_manifest(storage, self.temp, complete_record(storage, self.temp, union()), self._info)
+                found = complete_record(storage, self.temp, union())
+                self.total_bytes = sum(file.size for file in found.files)
+                write_manifest(storage, self.temp, found, self._info)
                 for where, _ in walk(self.temp):
                     storage.sync_directory(where)
                 if not is_there(self.place):

@@ -17,6 +17,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
+from shardwise.timing import count_bytes, phase
 from shardwise.upstream.torch_tensors import local_part
 
 
@@ -38,6 +39,7 @@ def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch
     )
 
 
+@phase("write")
 def write_distcp(
     tensors: Mapping[str, torch.Tensor], directory: Path, group: Group, *, replicas: Comparison, others: Collection[str]
 ) -> ComponentRecord:
@@ -61,6 +63,7 @@ def write_distcp(
         seen = look_at([replicas.reading({name: local_part(tensor) for name, tensor in tensors.items()})])
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
+    count_bytes(sum(local_part(tensor).nbytes for name, tensor in tensors.items() if name not in others))
     _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
     if differ:
         refuse(seen, group)

@@ -14,6 +14,7 @@ from shardwise.checkpointing.arguments import check_mapping
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import as_list, capture_optimizer
+from shardwise.checkpointing.reports import Call, Outcome
 from shardwise.checkpointing.run_state.checkpoint_state import capture_extras
 from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
@@ -22,9 +23,11 @@ from shardwise.checkpointing.saving.hooks import passed_addons
 from shardwise.checkpointing.saving.request import WhatToSave
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step, below
+from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,6 +37,12 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
 
     ``mistake`` is what is wrong with the arguments, if anything; raised where all ranks receive it.
     """
+    with life.reports.call("save") as told:
+        return _save(life, what, mistake, told)
+
+
+def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
+    """As `save_checkpoint`. All ranks call."""
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:
@@ -79,10 +88,16 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
     publication = Publication(session, temp, final, info, numbers, life.line)
     with life.saving(name, final, turn, publication.abandon) as run:
         steps, closing = _capture(life, what, temp, publication.reserved(partial(_reserve, life, name)))
-        run(steps, partial(publication.commit, closing=closing))
+
+        def commit(group: Group, record: ComponentRecord) -> None:
+            publication.commit(group, record, closing)
+            told.over(Outcome(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned))
+
+        run(steps, commit)
     return final
 
 
+@phase("capture")
 def _capture(
     life: Lifetime, what: WhatToSave, temp: Path, reserve: Callable[[], None]
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:

@@ -51,6 +51,7 @@ class _Stream(io.RawIOBase):
 def _check_regular(path: Path, error: type[ShardwiseError], follows: bool) -> Status:
     found = current().status(path, follows=follows)
     if found is None:
+        current().real_path(path)  # a link in a circle is an error of its own
         raise CheckpointNotFoundError(
             f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from shardwise.checkpointing.saving.header_checks import Expectation, ExpectationRow, merge_expectations
 from shardwise.comm import JsonValue
@@ -55,7 +55,7 @@ class Facts:
     @staticmethod
     def of(notes: Sequence[JsonValue]) -> Facts:
         """Merge the gathered `RankFacts` of all ranks."""
-        rows = [RankFacts._make(cast("list[object]", note)) for note in notes]
+        rows = [RankFacts(*cast("tuple[Any, ...]", note)) for note in notes]
         specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),

@@ -123,3 +123,36 @@ def test_neither_help_nor_verify_load_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_ls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, (1, 2))
+    assert main(["ls", str(tmp_path)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["STEP", "EPOCH"]
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert "LATEST" in lines[1]
+    assert "\033" not in "".join(lines)
+    os.truncate(tmp_path / "epoch_0_step_1" / EXPORT, 1000)
+    assert main(["ls", "--json", str(tmp_path)]) == 1
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["damaged", "published"]
+    assert main(["ls", str(tmp_path / "LATEST")]) == 2
+
+
+def test_several_paths_are_all_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path)
+    paths = [str(tmp_path / "nowhere"), str(directory)]
+    assert main(["verify", "--json", *paths]) == 2
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["requested"], second["status"]) == (paths[0], "whole")
+    os.truncate(directory / EXPORT, 1000)
+    assert main(["verify", "--quiet", *paths]) == 1
+    assert capsys.readouterr().out.startswith("DAMAGED")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [(["verfiy", "x"], "verify"), (["verify", "--quik", "x"], "--quick")])
+def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(typed)
+    assert left.value.code == 2
+    assert f"Did you mean {meant}?" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from shardwise.lifecycle.names import (
     published_name,
     temporary_name,
 )
-from shardwise.lifecycle.ownership import Claim, claim, claimed_by, publishing
+from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
@@ -49,6 +49,7 @@ __all__ = [
     "ResolvedCheckpoint",
     "Retention",
     "Start",
+    "Writer",
     "abandon",
     "best_checkpoint",
     "checkpoint_name",
@@ -73,4 +74,5 @@ __all__ = [
     "select_doomed",
     "set_pointer",
     "temporary_name",
+    "writer_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,8 @@ def plain(value: object) -> object:
         return {name: plain(each) for name, each in value._asdict().items()}
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
-    if isinstance(value, PurePath):
-        return str(value)
+    if isinstance(value, PurePath) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)  # JSON has no infinity
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -117,6 +117,18 @@ def _add_reading(add: _Add) -> None:
     )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
 
+    diff = add(
+        "diff",
+        showing.diff,
+        "compare two checkpoints or models",
+        "Names, shapes, dtypes, and of each tensor the relative difference and the largest; configurations too.\n"
+        "Tensors with the same digest in both manifests are not read. Exit code 1 where anything differs.",
+        "  shardwise diff run/epoch_0_step_100 run/epoch_0_step_200\n  shardwise diff run/LATEST/model /models/base",
+    )
+    diff.add_argument("a", type=_path, metavar="A", help="a checkpoint, a component, a model, a file, a DCP directory")
+    diff.add_argument("b", type=_path, metavar="B", help="likewise")
+    diff.add_argument("--digests", action="store_true", help="compare digests alone; read no tensor")
+
 
 def _add_writing(add: _Add) -> None:
     consolidate = add(

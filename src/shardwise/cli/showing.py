@@ -1,4 +1,4 @@
-"""The commands that only read: ls, verify, inspect."""
+"""The commands that only read: ls, verify, inspect, diff."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shardwise.errors import MisuseError, ShardwiseError
 if TYPE_CHECKING:
     import argparse
 
+    from shardwise.ops.diff import DiffReport
     from shardwise.ops.inspect import CheckpointDescription
     from shardwise.ops.listing import ListedCheckpoint
     from shardwise.ops.verify import VerifyReport
@@ -195,3 +196,53 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     for tensor in found.tensors if tensors else ():
         spec = tensor.spec
         print(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
+
+
+def diff(options: argparse.Namespace) -> int:
+    """``shardwise diff``."""
+    from shardwise.ops import diff as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.diff(options.a, options.b, values=not options.digests, progress=bar.progress)
+    finally:
+        bar.close()
+    if options.json:
+        print_json({"differs": report.differs, **record(report)})
+    else:
+        _print_diff(report, options.quiet)
+    if report.differs:
+        return FOUND
+    return UNVERIFIABLE if report.uncompared else FINE
+
+
+def _print_diff(report: DiffReport, quiet: bool) -> None:
+    for sign, colour, names in (("-", "red", report.only_a), ("+", "green", report.only_b)):
+        for component, name in names:
+            print(coloured(f"{sign} {component}  {name}", colour))
+    rows = []
+    for each in report.tensors:
+        kinds = [f"{spec.dtype} {list(spec.shape)}" for spec in (each.a, each.b)]
+        kind = kinds[0] if kinds[0] == kinds[1] else f"{kinds[0]} -> {kinds[1]}"
+        numbers = ""
+        if each.relative is not None:
+            numbers = f"relative {each.relative:.3g}, largest {each.largest:.3g}, {each.elements:,} elements"
+        rows.append(("~", each.component, each.a.name, kind, numbers))
+    for line in columns(rows) if rows else ():
+        print(line)
+    for config in report.configs:
+        where = f"{config.file}: {config.key}" if config.key else config.file
+        print(f"~ {where}: {config.a!r} -> {config.b!r}")
+    for component, name in report.uncompared:
+        print(f"? {component}  {name}  no digests in common: not compared")
+    if quiet:
+        return
+    for note in report.notes:
+        print(f"note  {note}")
+    apart = len(report.only_a) + len(report.only_b)
+    relative = [each.relative for each in report.tensors if each.relative is not None]
+    most = f", relative difference at most {max(relative):.3g}" if relative else ""
+    print(
+        f"{report.same} tensors equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
+        f"{apart} in one alone, {len(report.configs)} differences of configuration"
+    )

@@ -63,6 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_reading(add)
     _add_writing(add)
+    _add_roots(add)
+    _add_push(add)
     parser.words.update(*(added.words for added in commands.choices.values()))
     return parser
 
@@ -159,6 +161,50 @@ def _add_writing(add: _Add) -> None:
         default=None,
         help="write the export even if the class that config.json names would not load it",
     )
+
+
+def _add_roots(add: _Add) -> None:
+    prune = add(
+        "prune",
+        changing.prune,
+        "delete old checkpoints by the retention policy",
+        "Show which checkpoints the policy gives up; with --yes, delete them. Without --keep-... the policy is\n"
+        "that of the newest checkpoint's settings. What a pointer leads to and the newest one stay.",
+        "  shardwise prune checkpoints/ --keep-last 3\n  shardwise prune run/ --keep-last 2 --keep-best 1 --yes",
+    )
+    repair = add(
+        "repair",
+        changing.repair,
+        "remove what interrupted saves left and mend pointers",
+        "Show what interrupted saves left and which pointers lead nowhere; with --yes, mend it. What is being written\n"
+        "stays. Exit code 1 where something is left to do.",
+        "  shardwise repair checkpoints/\n  shardwise repair checkpoints/ --yes",
+    )
+    for each in (prune, repair):
+        each.add_argument("root", type=_path, metavar="ROOT", help="the directory that holds the checkpoints")
+        each.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
+    prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N")
+    prune.add_argument("--keep-every", type=int, metavar="K", help="keep those whose step is a multiple of K")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="keep the best N by the metric")
+    prune.add_argument("--metric", default="default", metavar="KEY", help="its key in losses.json (default: default)")
+    prune.add_argument("--metric-mode", choices=("min", "max"), default="min", help="whether lower is better or higher")
+
+
+def _add_push(add: _Add) -> None:
+    push = add(
+        "push",
+        changing.push,
+        "upload a model to the Hugging Face Hub",
+        "Verify a checkpoint's export or adapter, or a model's directory, and upload it as one commit. What verify\n"
+        "refuses is refused.",
+        "  shardwise push checkpoints/ my-org/my-model --private",
+    )
+    push.add_argument("path", type=_path, metavar="PATH", help="a checkpoint, a root (its LATEST), a model's directory")
+    push.add_argument("repo", metavar="REPO", help="organisation/name; made where it does not exist")
+    push.add_argument("--revision", help="the branch (default: the repository's)")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
 
 
 def _path(text: str) -> Path:

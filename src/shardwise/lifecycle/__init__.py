@@ -34,7 +34,7 @@ from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
-from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune, select_doomed
+from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
 __all__ = [
     "BEST",
@@ -63,6 +63,7 @@ __all__ = [
     "next_lineage",
     "parse_checkpoint_name",
     "pointers",
+    "prunable",
     "prune",
     "publish",
     "published_name",

@@ -156,3 +156,27 @@ def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixt
         main(typed)
     assert left.value.code == 2
     assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_is_gone_is_misuse(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from shardwise.cli import main; "
+        "sys.exit(main(['ls', 'x']))"
+    )
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run([sys.executable, "-c", code, str(gone)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "No such file or directory" in done.stderr
+
+
+def test_an_error_of_the_program_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("shardwise.ops.listing.list_checkpoints", broken)
+    assert main(["ls", str(tmp_path)]) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err

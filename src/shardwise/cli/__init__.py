@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()  # whoever read it has left (`| head`)
         return MISUSE
     except OSError as error:
-        _drop_output()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         _say(str(StorageError.from_os(error, path=error.filename or "standard output, or the working directory")))
         return MISUSE
     except Exception:  # noqa: BLE001  any other exit code than Python's, which is that of damage

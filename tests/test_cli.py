@@ -180,3 +180,8 @@ def test_an_error_of_the_program_is_no_damage(
     monkeypatch.setattr("shardwise.ops.listing.list_checkpoints", broken)
     assert main(["ls", str(tmp_path)]) == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_empty_directory_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "there is nothing to verify" in capsys.readouterr().err

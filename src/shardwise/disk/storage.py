@@ -27,7 +27,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -70,11 +70,14 @@ class Status:
         size: Of a file: its bytes.
         identity: What distinguishes it from everything else in the storage, whatever name it has; ``None`` where the
             storage knows no such thing.
+        changed: When its content changed last, in seconds since 1970; ``None`` where the storage does not say. For
+            people: nothing is decided by it.
     """
 
     kind: Kind
     size: int
     identity: tuple[int, int] | None = None
+    changed: float | None = field(default=None, compare=False)
 
 
 class Entry(NamedTuple):
@@ -460,7 +463,8 @@ def local_path(path: Path) -> Path | None:
 
 
 def _status(info: os.stat_result) -> Status:
-    return Status(_KINDS.get(stat.S_IFMT(info.st_mode), "special file"), info.st_size, (info.st_dev, info.st_ino))
+    kind = _KINDS.get(stat.S_IFMT(info.st_mode), "special file")
+    return Status(kind, info.st_size, (info.st_dev, info.st_ino), info.st_mtime)
 
 
 def _kind_of(entry: os.DirEntry[str]) -> Kind:

@@ -19,6 +19,7 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.disk.guarded import read_small_file
@@ -112,6 +113,33 @@ def claimed_by(root: Path, name: str) -> str | None:
     """The token of the process that has claimed ``name``; ``None`` where there is no claim to be seen. Any rank."""
     path = local_path(root / owner_name(name))
     return None if path is None else _owner(path)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """The process that has claimed an unfinished save.
+
+    Attributes:
+        host: Its machine.
+        pid: Its number there.
+        alive: Whether it exists; ``None`` where it is on another machine, of which this one does not know.
+    """
+
+    host: str
+    pid: int
+    alive: bool | None
+
+
+def writer_of(root: Path, name: str) -> Writer | None:
+    """Who has claimed ``name``, by its claim's text; ``None`` where there is none to be read. Any rank.
+
+    The lock is not tried: whoever tries it holds it for a moment, and a save that begins then would be refused.
+    """
+    path = local_path(root / owner_name(name))
+    host, pid, _ = ("", 0, None) if path is None else _owner(path)
+    if not host:
+        return None
+    return Writer(host, pid, process_exists(pid) if host == socket.gethostname() else None)
 
 
 @contextlib.contextmanager

@@ -122,6 +122,20 @@ def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bo
     return policy.best is not None and not rank_by_metric(checkpoints, policy)
 
 
+def prunable(root: Path, policy: Retention) -> tuple[str, ...]:
+    """Names of the checkpoints that `prune` would delete now, oldest first. Any rank.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    pointed = set(pointers(root).values())
+    begun = announced(root)
+    if begun is not None:
+        pointed.add(begun.name)
+    checkpoints = list_checkpoints(root)
+    return () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy)
+
+
 def prune(root: Path, policy: Retention) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
@@ -146,13 +160,8 @@ def prune(root: Path, policy: Retention) -> tuple[str, ...]:
                 current().remove_tree(leftover)
         except StorageError as error:
             refusals.append(error)
-    pointed = set(pointers(root).values())
-    begun = announced(root)
-    if begun is not None:
-        pointed.add(begun.name)
     deleted: list[str] = []
-    checkpoints = list_checkpoints(root)
-    for name in () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy):
+    for name in prunable(root, policy):
         try:
             remove_checkpoint(root, name)
             deleted.append(name)

@@ -21,7 +21,7 @@ from shardwise.engine.verify import (
     load_manifest,
     tensors_by_file,
 )
-from shardwise.errors import ManifestError, MisuseError, StorageError
+from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.lifecycle.names import is_doomed, is_temporary
 from shardwise.ops.contents import check_contents
@@ -186,6 +186,12 @@ class _Job:
                 damages.append(problem)
             elif relative != MANIFEST_NAME and not _is_unfinished(relative):
                 listed.append(relative)
+        if not listed and not damages and not target.has_manifest:
+            raise CheckpointNotFoundError(
+                "there is nothing to verify: the directory has no files, or those of interrupted saves alone",
+                path=target.directory / target.under,
+                hint="Name a checkpoint, a part of one, or the directory of checkpoints.",
+            )
         found = check_contents(target.directory, listed)
         return replace(
             report,

@@ -306,7 +306,11 @@ def save_again(
 ) -> list[dict[str, str | int | None]]:
     errors = []
     for number, storage in enumerate(storages):
-        made = engine(root, storage, **settings)
+        try:
+            made = engine(root, storage, **settings)
+        except ShardwiseError as error:
+            errors.append(error.to_record())
+            continue
         try:
             made.save(0, first + number, training.model, training.optimizer)
         except ShardwiseError as error:

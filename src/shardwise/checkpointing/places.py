@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from shardwise.disk.storage import IsLocal, Storage, why_not_writable
 from shardwise.errors import StorageError
+from shardwise.lifecycle import parse_checkpoint_name
 from shardwise.settings import Settings
 
+_LOG = logging.getLogger(__name__)
 #: The environment variable that is used where the setting ``trace`` is not given.
 TRACE_VARIABLE = "SHARDWISE_TRACE"
 
@@ -15,21 +18,33 @@ TRACE_VARIABLE = "SHARDWISE_TRACE"
 def check_places(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
     """Raise `StorageError` if this process may not write to ``checkpoint_dir`` or to the directory of traces. Local.
 
-    Nothing is made. A storage that keeps its files elsewhere is not asked.
+    Nothing is made. A storage that keeps its files elsewhere is not asked. A ``checkpoint_dir`` with checkpoints may be
+    there to be restored from, so that this is only a warning.
     """
     if config.enabled and not config.is_remote and (storage is None or isinstance(storage, IsLocal)):
         root = Path(config.checkpoint_dir).absolute()
-        _require(
+        local = root if storage is None else storage.local_path(root)
+        error = _refusal(
             "checkpoint_dir",
-            root if storage is None else storage.local_path(root),
+            local,
             "Set checkpoint_dir to a directory that this user may write to, or set enabled to false in a program that "
             "only restores.",
         )
+        if error is not None:
+            if not is_directory(local) or not any(parse_checkpoint_name(name) for name in names_in(local)):
+                raise error
+            _LOG.warning("no checkpoint can be saved: %s", error)
+    error = None
     if trace_dir is not None:
-        _require("trace", trace_dir, f"Name another directory in the setting trace or in {TRACE_VARIABLE}.")
+        error = _refusal("trace", trace_dir, f"Name another directory in the setting trace or in {TRACE_VARIABLE}.")
+    if error is not None:
+        raise error
 
 
-def _require(setting: str, directory: Path, hint: str) -> None:
+def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:
     reason = why_not_writable(directory)
-    if reason is not None:
-        raise StorageError(f"{setting} is {directory}, and {reason}", path=directory, hint=hint)
+    if reason is None:
+        return None
+    error = StorageError(f"{setting} is {directory}, and {reason.strerror}", path=directory, hint=hint)
+    error.errno = reason.errno
+    return error

@@ -424,15 +424,21 @@ class LocalStorage:
 LOCAL: Storage = LocalStorage()
 
 
-def why_not_writable(directory: Path) -> str | None:
-    """Why this process could not make files in a directory of this machine, or make the directory; ``None`` if it may.
+def why_not_writable(directory: Path) -> OSError | None:
+    """The error of making files in a directory of this machine, or of making the directory; ``None`` if that may be.
 
     Asked of the nearest directory above that exists; nothing is made.
     """
     there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not os.path.isdir(there):
-        return f"{there} is not a directory"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"this process may not write to {there}"
+        code, text = errno.ENOTDIR, f"{there} is not a directory"
+    elif os.access(there, os.W_OK | os.X_OK):
+        return None
+    elif os.statvfs(there).f_flag & os.ST_RDONLY:
+        code, text = errno.EROFS, f"{there} is on a read-only file system"
+    else:
+        code, text = errno.EACCES, f"this process may not write to {there}"
+    return OSError(code, text)
 
 
 _current: contextvars.ContextVar[Storage] = contextvars.ContextVar("shardwise_storage", default=LOCAL)

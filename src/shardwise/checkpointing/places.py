@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from shardwise.disk.names import is_directory, names_in
 from shardwise.disk.storage import IsLocal, Storage, why_not_writable
 from shardwise.errors import StorageError
 from shardwise.lifecycle import parse_checkpoint_name

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.engine.setups import checkpointer, digest
+from tests.support.faults import is_tensor_data
 from tests.support.ranks import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -321,12 +322,20 @@ def test_what_is_refused_changes_nothing(tmp_path: Path, world: int, settings: d
 
 
 class Failing(LocalStorage):
-    """Cannot read any more once it is told so."""
+    """Cannot read tensors any more once it is told so."""
 
     fails = False
 
+    def __init__(self) -> None:
+        self._paths: dict[int, Path] = {}
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        handle = super().open(path, writable=writable)
+        self._paths[handle] = path
+        return handle
+
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        if self.fails and len(into) < 4096:
+        if self.fails and len(into) < 4096 and is_tensor_data(self._paths[handle], offset):
             raise StorageError("Input/output error", hint="Check the disk.")
         return super().read(handle, into, offset)
 

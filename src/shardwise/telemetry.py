@@ -29,7 +29,7 @@ def opentelemetry_spans(tracer: Tracer | None = None) -> Callback:
     own = tracer or trace.get_tracer("shardwise")
 
     def export(record: CallRecord) -> None:
-        about = {
+        about: dict[str, str | int | float] = {
             "shardwise.path": str(record.path),
             "shardwise.rank": record.rank,
             "shardwise.bytes": record.nbytes,

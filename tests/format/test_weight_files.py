@@ -41,7 +41,7 @@ def load(path: Path, how: str) -> tuple[float, float]:
     for parameter in model.parameters():
         nn.init.constant_(parameter, 7)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=path / "run"), rank, 0, 0)
+    engine = Checkpointer(CheckpointingConfig(checkpoint_dir=path.parent / "run"), rank, 0, 0)
     try:
         if how == "base":
             engine.load_base_model(model, "cpu", None, str(path))

@@ -394,6 +394,16 @@ TRANSFORMERS_TRAINER = (
     Name("transformers.utils.is_torch_xla_available", "what cannot be saved is refused before training", "function"),
 )
 
+_PREPARED = "no public attribute lists what save_state would save"
+
+ACCELERATE = (
+    Name("accelerate.accelerator:_models", _PREPARED),
+    Name("accelerate.accelerator:_optimizers", _PREPARED),
+    Name("accelerate.accelerator:_schedulers", _PREPARED),
+    Name("accelerate.accelerator:_dataloaders", _PREPARED),
+    Name("accelerate.accelerator:_custom_objects", _PREPARED),
+)
+
 #: By module of this package: the names that it reads.
 BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "torch_modules": TORCH_MODULES,
@@ -406,6 +416,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "transformers": TRANSFORMERS,
     "transformers_rules": TRANSFORMERS_RULES,
     "transformers_trainer": TRANSFORMERS_TRAINER,
+    "accelerate": ACCELERATE,
     "peft": PEFT,
     "diffusers": DIFFUSERS,
     "huggingface_hub": HUGGINGFACE_HUB,

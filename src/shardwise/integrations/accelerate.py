@@ -248,7 +248,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         )
 
     def _check(self) -> None:
-        kind, fsdp = self.distributed_type, self.state.fsdp_plugin
+        kind, fsdp = self.distributed_type, getattr(self.state, "fsdp_plugin", None)
         asked = {
             "DeepSpeed": (kind == DistributedType.DEEPSPEED, _SHARDING),
             "Megatron-LM": (kind == DistributedType.MEGATRON_LM, _SHARDING),

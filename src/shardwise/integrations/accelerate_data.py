@@ -141,10 +141,10 @@ class Tracked:
 
     def skipping(self, number: int) -> Iterator[object]:
         """What is behind the first batches of the epoch that the restored checkpoint was in, or of a new one."""
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
-            yield from _behind(number, self._from_start(self.iteration))
+        if self._resumed is None or number == 0:
+            yield from _behind(number, iter(self))
             return
+        resumed, self._resumed = self._resumed, None
         self.iteration = resumed.epoch
         start = resumed.position["generator"]
         if resumed.own is not None and number == resumed.count:

@@ -29,7 +29,7 @@ class Run:
         save_every: Steps between states.
         is_async: They are written in the background.
         named: States go to one directory, again and again, instead of numbered ones.
-        data: How batches are made: ``plain``, ``seedable``, ``stateful``, ``workers`` (with random masks), ``dispatch``.
+        data: How batches are made: plain, seedable, stateful, workers (with random masks), or dispatch.
         models: Number of models, each with an optimizer.
         lora: An adapter is trained.
         dropout: How much of it.

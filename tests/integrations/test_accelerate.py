@@ -76,7 +76,7 @@ def test_several_models(world: int, fsdp: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks(first: int, then: int, tmp_path: Path) -> None:
-    """FSDP2 on two, one process alone, in the middle of an epoch: the same samples in each step, losses but for rounding."""
+    """FSDP2 on two, one process alone, in the middle of an epoch: the same samples in each step, rounded otherwise."""
     started = Run(tmp_path / "run", first, first > 1, 4 // first, steps=6, dropout=0.0)
     before = result(started, tmp_path)
     after = result(replace(started, steps=18, world=then, fsdp=then > 1, batch=4 // then), tmp_path)

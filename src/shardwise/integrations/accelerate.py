@@ -134,7 +134,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         self._paths.restore(path, parts)
         state = state_of(parts.extra, _STATE)
         self.step = state["step"]
-        own = cast("Mapping[str, list[object]]", parts.extra[_DATA] or {}).get("loaders", [])
+        data = cast("Mapping[str, object]", parts.extra[_DATA] or {})
+        own = cast("list[object]", data["loaders"]) if data.get("world") == self.num_processes else []
         positions = cast("list[Mapping[str, object]]", state["loaders"])
         for number, (loader, position) in enumerate(zip(self._loaders(), positions, strict=False)):
             loader.resume(position, own[number] if own else None)
@@ -277,7 +278,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         loaders, rank = self._loaders(), Group.current().rank
         extra: dict[str, object] = {
             _STATE: {"step": self.step, "loaders": [loader.position() for loader in loaders]},
-            _DATA: {"loaders": [loader.own_state(rank) for loader in loaders]},
+            _DATA: {"world": self.num_processes, "loaders": [loader.own_state(rank) for loader in loaders]},
         }
         if self.scaler is not None:
             extra[_SCALER] = self.scaler

@@ -103,7 +103,7 @@ class HostPaths:
             ShardwiseError: What failed, on any rank. What was at the path before is still there.
         """
         self.finish()
-        root = Path(path).absolute()
+        root = _local(path)
         epoch, step = numbers
         step = int(str(Group.current().broadcast_result(lambda: _free_step(root, epoch, step), f"looking into {root}")))
         checkpointer = self._built(root, parts.model)
@@ -172,7 +172,7 @@ class HostPaths:
             IncompleteCheckpointError: A save was interrupted, and there was none before.
         """
         self.finish()
-        root = Path(path).absolute()
+        root = _local(path)
         return Path(str(Group.current().broadcast_result(lambda: str(_found(root)), f"looking for {root}")))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
@@ -182,7 +182,7 @@ class HostPaths:
             StorageError: It cannot be removed.
         """
         self.finish()
-        target = Path(path).absolute()
+        target = _local(path)
         group = Group.current()
         with group.together(f"removing {target}"):
             if group.is_main and (target.exists() or target.is_symlink()):
@@ -219,6 +219,16 @@ def state_of(extra: Mapping[str, object], name: str) -> Mapping[str, object]:
     """An entry of restored extra state that is a dict."""
     found = extra[name]
     return found if isinstance(found, Mapping) else {}
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if "://" in str(path):
+        raise ConfigError(
+            "the path is a URL, which the mounted file systems cannot reach",
+            path=str(path),
+            hint="Write to a local or mounted directory.",
+        )
+    return Path(path).absolute()
 
 
 def _free_step(root: Path, epoch: int, step: int) -> int:

@@ -37,7 +37,7 @@ from shardwise.stateful_wrappers.wrapping import is_pretrained, unwrap
 if TYPE_CHECKING:
     import os
 
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "ShardwiseDDPStrategy",
@@ -129,7 +129,7 @@ class _Shardwise:
 class _TrainerStrategy(_Shardwise):
     """A strategy of ``Trainer``."""
 
-    lightning_module: nn.Module
+    lightning_module: LightningModule
     optimizers: list[Optimizer]
     lr_scheduler_configs: list[object]
 
@@ -152,7 +152,7 @@ class _TrainerStrategy(_Shardwise):
         module = self.lightning_module
         if not module.strict_loading:
             self._refuse("strict_loading=False")
-        for callback in trainer.callbacks if Group.current().size > 1 else ():
+        for callback in trainer.callbacks if Group.current().world_size > 1 else ():
             kind = type(callback).__name__
             if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
                 self._refuse(f"{kind}(save_on_exception=True) on several ranks, of which one may fail alone")

@@ -36,7 +36,11 @@ class Resumable:
         saved, self._saved = self._saved, None
         generators, self._generators = self._generators, None
         self._epoch += saved is None
-        if self._sets_epoch and hasattr(sampler := getattr(self, "sampler", None), "set_epoch"):
+        if (
+            self._sets_epoch
+            and (sampler := getattr(self, "sampler", None)) is not None
+            and hasattr(sampler, "set_epoch")
+        ):
             sampler.set_epoch(self._epoch)
         if saved is not None and generators is None:
             generators = RandomState().state_dict()
@@ -73,7 +77,7 @@ class Resumable:
         count = found.get("count", 0)
         is_over = not count or bool(found.get("is_over")) or count == _length(self)
         own = super().state_dict() if self.keeps_position else order  # type: ignore[misc]
-        return {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.size, "own": own}
+        return {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.world_size, "own": own}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on at a position. What the loader keeps by itself is taken in on the same number of ranks only."""
@@ -81,7 +85,7 @@ class Resumable:
         self._order, self._epoch, self._saved = DataOrder(), cast(int, saved["epoch"]), None
         if saved["is_over"]:
             return
-        if saved["world"] != Group.current().size:
+        if saved["world"] != Group.current().world_size:
             saved["own"] = None
             _LOG.warning(
                 "the checkpoint was saved on another number of ranks, after %s batches of an epoch: %s",

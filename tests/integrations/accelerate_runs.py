@@ -29,7 +29,7 @@ class Run:
         save_every: Steps between states.
         is_async: They are written in the background.
         named: States go to one directory, again and again, instead of numbered ones.
-        data: How batches are made: plain, seedable, stateful, workers (with random masks), or dispatch.
+        data: How batches are made: plain, seedable, stateful, masked (at random), or dispatch.
         models: Number of models, each with an optimizer.
         lora: An adapter is trained.
         dropout: How much of it.
@@ -138,8 +138,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
         rows(40, 1),  # type: ignore[arg-type]
         batch_size=run.batch,
         shuffle=True,
-        num_workers=2 if run.data == "workers" else 0,
-        collate_fn=masked if run.data == "workers" else None,
+        collate_fn=masked if run.data == "masked" else None,
     )
     prepared = accelerator.prepare(*models, *optimizers, *schedulers, loader)
     models, optimizers = list(prepared[: run.models]), list(prepared[run.models : 2 * run.models])

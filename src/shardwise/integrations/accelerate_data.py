@@ -64,10 +64,10 @@ class Tracked:
     an epoch. A loader that keeps its own position (``use_stateful_dataloader``) is left to do so.
     """
 
-    # Of accelerate's loader.
+    # Of accelerate's loader; the dispatching one has no kinds of generators.
     iteration: int
-    rng_types: list[str] | None
-    synchronized_generator: torch.Generator | None
+    rng_types: list[str] | None = None
+    synchronized_generator: torch.Generator | None = None
     use_stateful_dataloader: bool
 
     _order: DataOrder
@@ -75,9 +75,10 @@ class Tracked:
     _resumed: _Resumed | None
 
     def __iter__(self) -> Iterator[object]:
-        resumed, self._resumed = self._resumed, None
-        if self.use_stateful_dataloader:
-            return self._by_itself(resumed)
+        resumed = self._resumed
+        if resumed is not None and self.use_stateful_dataloader and not resumed.is_over:
+            return self._by_itself() if resumed.own is not None else self.skipping(resumed.count)
+        self._resumed = None
         if resumed is not None and not resumed.is_over:
             _LOG.warning(
                 "the checkpoint was saved after %d batches of epoch %d, which begins again; "
@@ -88,10 +89,17 @@ class Tracked:
             )
         return self._from_start(self.iteration)
 
-    def _by_itself(self, resumed: _Resumed | None) -> Iterator[object]:
+    def _by_itself(self) -> Iterator[object]:
+        """The rest of an epoch, where the loader itself knows the position."""
+        resumed, self._resumed = cast(_Resumed, self._resumed), None
+        start, count = resumed.position["generator"], resumed.count
+        self._set_generator(start)
+        self.load_state_dict(resumed.own)  # type: ignore[attr-defined]
+        self._begun = {"epoch": resumed.epoch, "generator": start, "count": count}
         for number, batch in enumerate(_Epoch(self)):
-            if number == 0 and resumed is not None:
+            if number == 0:
                 RandomState().load_state_dict(resumed.generators)  # making the iterator has drawn
+            self._begun["count"] = count + number + 1
             yield batch
 
     def _from_start(self, epoch: int) -> Iterator[object]:
@@ -99,7 +107,7 @@ class Tracked:
             synchronize_rng_states(self.rng_types, self.synchronized_generator)
         return self._counted(epoch, self._generator_state(), 0)
 
-    def _counted(self, epoch: int, start: torch.Tensor | None, count: int) -> Iterator[object]:
+    def _counted(self, epoch: int, start: object, count: int) -> Iterator[object]:
         self._begun = {"epoch": epoch, "generator": start, "count": count}
         for batch in self._order.batches(_Epoch(self), epoch, _NAME):
             count += 1
@@ -110,12 +118,18 @@ class Tracked:
         generator = self.synchronized_generator
         return None if generator is None else generator.get_state()
 
+    def _set_generator(self, state: object) -> None:
+        if self.synchronized_generator is not None and isinstance(state, torch.Tensor):
+            self.synchronized_generator.set_state(state)
+
     def position(self) -> dict[str, object]:
         """The position, as far as it is the same on every rank."""
         if self._resumed is not None:
             return dict(self._resumed.position)
         begun = self._begun or {"epoch": self.iteration, "generator": None, "count": 0}
-        return begun | {"now": self._generator_state(), "iteration": self.iteration, "length": _length(self)}
+        seed = getattr(self.get_sampler(), "initial_seed", None)  # type: ignore[attr-defined]
+        now = {"now": self._generator_state(), "iteration": self.iteration, "length": _length(self), "seed": seed}
+        return begun | now
 
     def own_state(self, rank: int) -> object:
         """The rank's part of the position: generators at the epoch's start, or what the loader itself keeps."""
@@ -133,11 +147,9 @@ class Tracked:
         self._order, self._begun = DataOrder(), None
         self._resumed = _Resumed(position, own, RandomState().state_dict())
         self.iteration = self._resumed.next_epoch
-        now = position["now"]
-        if self.synchronized_generator is not None and isinstance(now, torch.Tensor):
-            self.synchronized_generator.set_state(now)
-        if self.use_stateful_dataloader and own is not None:
-            self.load_state_dict(own)  # type: ignore[attr-defined]
+        self._set_generator(position["now"])
+        if position["seed"] is not None and hasattr(sampler := self.get_sampler(), "initial_seed"):  # type: ignore[attr-defined]
+            sampler.initial_seed = position["seed"]
 
     def skipping(self, number: int) -> Iterator[object]:
         """What is behind the first batches of the epoch that the restored checkpoint was in, or of a new one."""
@@ -147,12 +159,11 @@ class Tracked:
         resumed, self._resumed = self._resumed, None
         self.iteration = resumed.epoch
         start = resumed.position["generator"]
-        if resumed.own is not None and number == resumed.count:
+        if resumed.own is not None and number == resumed.count and not self.use_stateful_dataloader:
             self._order.resume(resumed.generators, DataOrder.parsed(resumed.own), ())
-            yield from self._counted(resumed.epoch, cast("torch.Tensor | None", start), number)
+            yield from self._counted(resumed.epoch, start, number)
         else:
-            if self.synchronized_generator is not None and isinstance(start, torch.Tensor):
-                self.synchronized_generator.set_state(start)
+            self._set_generator(start)
             rest = _behind(number, self._from_start(resumed.epoch))
             RandomState().load_state_dict(resumed.generators)
             yield from rest
@@ -200,6 +211,7 @@ class _Epoch:
     def __init__(self, loader: Tracked) -> None:
         self._loader = loader
         self.generator = loader.synchronized_generator
+        self.batch_sampler: object = getattr(loader, "batch_sampler", None)
 
     def __iter__(self) -> Iterator[object]:
         own = DataLoaderShard if isinstance(self._loader, TrackedShard) else DataLoaderDispatcher

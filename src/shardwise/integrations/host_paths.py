@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch.nn import ModuleList
+
 from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import CheckpointNotFoundError, ConfigError, IncompleteCheckpointError
 from shardwise.lifecycle import checkpoint_name, list_checkpoints, resolve
@@ -193,7 +195,10 @@ class HostPaths:
                         LOCAL.remove_file(target)
 
     def _built(self, root: Path, model: nn.Module) -> Checkpointer:
-        return replace(self.settings, checkpoint_dir=root, is_peft=is_peft_adapted([model])).build()
+        settings = replace(self.settings, checkpoint_dir=root, is_peft=is_peft_adapted([model]))
+        if isinstance(model, ModuleList):  # of models that have files of their own, and together none
+            settings = replace(settings, save_consolidated=SaveConsolidatedMode.FALSE)
+        return settings.build()
 
     def write_model(self, model: nn.Module, directory: Path, tokenizer: SavesPretrained | None = None) -> None:
         """Write ``directory/model``, with an export."""

@@ -1,4 +1,4 @@
-"""Runs of Lightning's Trainer and Fabric with shardwise's strategies, in processes of their own, on one or two ranks."""
+"""Runs of Lightning's Trainer and Fabric with shardwise's strategies, in processes of their own."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def strategy_of(run: Run) -> Any:
 def loader_of(run: Run) -> Any:
     cls: Any = DataLoader
     if run.stateful:
-        from torchdata.stateful_dataloader import StatefulDataLoader as cls  # noqa: N813
+        from torchdata.stateful_dataloader import StatefulDataLoader as cls
     return cls(rows(40, 1), batch_size=run.batch, shuffle=True, collate_fn=masked if run.masks else None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch.nn import ModuleList
 
@@ -92,13 +92,14 @@ class HostPaths:
         """Whether an asynchronous save has not been waited for."""
         return self._writing is not None
 
-    def save(self, path: str | os.PathLike[str], parts: Parts, numbers: tuple[int, int], is_final: bool) -> None:
+    def save(self, path: str | os.PathLike[str], parts: Parts, numbers: tuple[int, int] | None, is_final: bool) -> None:
         """Write a checkpoint; in asynchronous mode it is complete after `finish`, which each other method calls first.
 
         Args:
             path: Where.
             parts: What.
-            numbers: Epoch and step; of a step that is there already, the next free one counts.
+            numbers: Epoch and step; of a step that is there already, the next free one counts. By default saves to the
+                path are counted.
             is_final: Whether this is the run's last save.
 
         Raises:
@@ -106,8 +107,9 @@ class HostPaths:
         """
         self.finish()
         root = _local(path)
-        epoch, step = numbers
-        step = int(str(Group.current().broadcast_result(lambda: _free_step(root, epoch, step), f"looking into {root}")))
+        epoch, step = cast(
+            "list[int]", Group.current().broadcast_result(lambda: list(_free(root, numbers)), f"looking into {root}")
+        )
         checkpointer = self._built(root, parts.model)
         try:
             checkpointer.save(
@@ -236,12 +238,13 @@ def _local(path: str | os.PathLike[str]) -> Path:
     return Path(path).absolute()
 
 
-def _free_step(root: Path, epoch: int, step: int) -> int:
-    """The step, or the next one of which there is no checkpoint in this epoch."""
-    taken = {info.step for info in list_checkpoints(root) if info.epoch == epoch}
-    while step in taken:
+def _free(root: Path, numbers: tuple[int, int] | None) -> tuple[int, int]:
+    """Epoch and step of a checkpoint that is not there yet."""
+    taken = {(info.epoch, info.step) for info in list_checkpoints(root)}
+    epoch, step = numbers or (0, 1 + max((step for _, step in taken), default=-1))
+    while (epoch, step) in taken:
         step += 1
-    return step
+    return epoch, step
 
 
 def _found(root: Path) -> Path:

@@ -306,7 +306,7 @@ class _FabricStrategy(_Shardwise):
         for name, given in (("storage_options", storage_options), ("filter", filter)):
             if given:
                 self._refuse(name)
-        self._paths.save(path, self._parts(state), (0, 0), False)
+        self._paths.save(path, self._parts(state), None, False)
 
     def load_checkpoint(
         self,

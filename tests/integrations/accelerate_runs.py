@@ -29,7 +29,7 @@ class Run:
         save_every: Steps between states.
         is_async: They are written in the background.
         named: States go to one directory, again and again, instead of numbered ones.
-        data: How batches are made: plain, seedable, stateful, masked (at random), or dispatch.
+        data: How batches are made: plain, seedable, stateful, or dispatch.
         models: Number of models, each with an optimizer.
         lora: An adapter is trained.
         dropout: How much of it.
@@ -138,7 +138,6 @@ def _rank(run: Run, rank: int, port: int) -> None:
         rows(40, 1),  # type: ignore[arg-type]
         batch_size=run.batch,
         shuffle=True,
-        collate_fn=masked if run.data == "masked" else None,
     )
     prepared = accelerator.prepare(*models, *optimizers, *schedulers, loader)
     models, optimizers = list(prepared[: run.models]), list(prepared[run.models : 2 * run.models])

@@ -55,7 +55,7 @@ def test_killed_in_a_save(world: int, fsdp: bool, is_async: bool, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["seedable", stateful, "masked", "dispatch"])
+@pytest.mark.parametrize("data", ["seedable", stateful, "dispatch"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_ways_of_making_batches(world: int, data: str, tmp_path: Path) -> None:
     killed_and_resumed(Run(tmp_path / "run", world, batch=4 // world, data=data), tmp_path)

@@ -32,7 +32,7 @@ def killed_and_resumed(run: Run, tmp_path: Path) -> None:
     assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 9}
     assert resumed.weights == whole.weights
     kept = [{path.name for path in each.iterdir()} for each in (run.directory, tmp_path / "whole")]
-    # The checkpoint of step 13 that is not `last` was complete: no callback of the run that went on from step 9 knows it.
+    # Of step 13 the checkpoint that is not `last` was complete; no callback of the run that went on from 9 knows it.
     assert kept[0] - {"epoch=1-step=13.ckpt"} == kept[1]
     assert len(kept[1]) == (3 if run.kind == "Trainer" else 1)
     opens(run)

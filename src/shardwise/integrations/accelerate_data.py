@@ -72,6 +72,7 @@ class Tracked:
 
     _order: DataOrder
     _begun: dict[str, object] | None
+    _start: dict[str, object] | None
     _resumed: _Resumed | None
 
     def __iter__(self) -> Iterator[object]:
@@ -93,8 +94,11 @@ class Tracked:
         """The rest of an epoch, where the loader itself knows the position."""
         resumed, self._resumed = cast(_Resumed, self._resumed), None
         start, count = resumed.position["generator"], resumed.count
+        own = cast("Mapping[str, object]", resumed.own)
         self._set_generator(start)
-        self.load_state_dict(resumed.own)  # type: ignore[attr-defined]
+        self.load_state_dict(own["loader"])  # type: ignore[attr-defined]
+        self._start = cast("dict[str, object]", own["start"])
+        RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
         self._begun = {"epoch": resumed.epoch, "generator": start, "count": count}
         for number, batch in enumerate(_Epoch(self)):
             if number == 0:
@@ -109,6 +113,7 @@ class Tracked:
 
     def _counted(self, epoch: int, start: object, count: int) -> Iterator[object]:
         self._begun = {"epoch": epoch, "generator": start, "count": count}
+        self._start = RandomState().state_dict() if self.use_stateful_dataloader else None
         for batch in self._order.batches(_Epoch(self), epoch, _NAME):
             count += 1
             self._begun["count"] = count
@@ -135,7 +140,9 @@ class Tracked:
         """The rank's part of the position: generators at the epoch's start, or what the loader itself keeps."""
         if self._resumed is not None:
             return self._resumed.own
-        return self.state_dict() if self.use_stateful_dataloader else self._order.state(rank)  # type: ignore[attr-defined]
+        if not self.use_stateful_dataloader:
+            return self._order.state(rank)
+        return {"loader": self.state_dict(), "start": self._start}  # type: ignore[attr-defined]
 
     def resume(self, position: Mapping[str, object], own: object) -> None:
         """Take in a position.
@@ -201,7 +208,7 @@ def tracked(loader: object) -> Tracked | None:
         return None
     made = cls.__new__(cls)
     vars(made).update(vars(loader))
-    made._order, made._begun, made._resumed = DataOrder(), None, None
+    made._order, made._begun, made._start, made._resumed = DataOrder(), None, None, None
     return made
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,33 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of it, as rank 0 says: losses by step of this run alone, a digest of the weights, the first step."""
+    """What became of it, as rank 0 says.
+
+    Attributes:
+        losses: By step, of this run's steps.
+        weights: A digest for each model.
+        started: The step that it went on from.
+        samples: By step, a number that depends on which samples all ranks together had.
+    """
 
     losses: dict[int, float]
     weights: list[str]
     started: int
+    samples: dict[int, int] = field(default_factory=dict)
+
+
+def result_of(said: str) -> Result:
+    """What rank 0 has printed."""
+    table = json.loads(said.splitlines()[-1])
+    losses, samples = ({int(step): each for step, each in table.get(of, {}).items()} for of in ("losses", "samples"))
+    return Result(losses, table["weights"], table["started"], samples)
 
 
 def result(run: Run, tmp_path: Path) -> Result:
     """Train, and return what came of it."""
     codes = launch(_rank, run, run.world, tmp_path)
     assert codes == [0] * run.world, errors_of(run.world, tmp_path)
-    said = json.loads((tmp_path / "rank-0").read_text().splitlines()[-1])
-    return Result({int(step): loss for step, loss in said["losses"].items()}, said["weights"], said["started"])
+    return result_of((tmp_path / "rank-0").read_text())
 
 
 def train(run: Run, tmp_path: Path) -> list[int]:
@@ -147,7 +161,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
     path = run.directory / "state"
     if path.is_dir() if run.named else (run.directory / "checkpoints").is_dir():
         accelerator.load_state(path if run.named else None)
-    started, losses = progress.steps, {}
+    started, losses, samples = progress.steps, {}, {}
     while progress.steps < run.steps:
         stateful = run.data == "stateful"
         for batch in loader if stateful else accelerator.skip_first_batches(loader, progress.batches):
@@ -159,6 +173,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
                 each.zero_grad()
             progress.steps, progress.batches = progress.steps + 1, progress.batches + 1
             losses[progress.steps] = float(accelerator.reduce(loss.detach(), "mean"))
+            samples[progress.steps] = int(accelerator.reduce(batch["input_ids"].sum(), "sum"))
             if progress.steps % run.save_every == 0:
                 accelerator.save_state(path if run.named else None)
             if progress.steps == run.steps:
@@ -167,6 +182,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
     for number, each in enumerate(models):
         accelerator.save_model(each, run.directory / f"final-{number}")
     accelerator.wait_for_saves()
-    print(json.dumps({"losses": losses, "weights": [digest(each) for each in models], "started": started}))
+    weights = [digest(each) for each in models]
+    print(json.dumps({"losses": losses, "samples": samples, "weights": weights, "started": started}))
     if dist.is_initialized():
         accelerator.end_training()

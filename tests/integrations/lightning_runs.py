@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tests.integrations.accelerate_runs import Result, masked
+from tests.integrations.accelerate_runs import Result, masked, result_of
 from tests.integrations.runs import announce, die_when_opening, digest, errors_of, launch, model, rows
 from torch.utils.data import DataLoader
 
@@ -55,8 +55,7 @@ def result(run: Run, tmp_path: Path) -> Result:
     """Train, and return what came of it."""
     codes = train(run, tmp_path)
     assert codes == [0] * run.world, errors_of(run.world, tmp_path)
-    said = json.loads((tmp_path / "rank-0").read_text().splitlines()[-1])
-    return Result({int(step): loss for step, loss in said["losses"].items()}, said["weights"], said["started"])
+    return result_of((tmp_path / "rank-0").read_text())
 
 
 def strategy_of(run: Run) -> Any:

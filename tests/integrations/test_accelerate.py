@@ -82,7 +82,8 @@ def test_another_number_of_ranks(first: int, then: int, tmp_path: Path) -> None:
     after = result(replace(started, steps=18, world=then, fsdp=then > 1, batch=4 // then), tmp_path)
     whole = result(replace(started, steps=18, directory=tmp_path / "whole"), tmp_path)
     assert after.started == 6
-    assert before.losses | after.losses == pytest.approx(whole.losses, rel=1e-3)
+    assert before.samples | after.samples == whole.samples
+    assert before.losses | after.losses == pytest.approx(whole.losses, rel=1e-2)
     opens(started)
 
 

@@ -91,6 +91,10 @@ def test_paths_that_are_not_said(tmp_path: Path) -> None:
         made.load_state()
     with pytest.raises(ConfigError, match="the path is a URL"):
         made.save_state("s3://bucket/state")
+    made.project_configuration.automatic_checkpoint_naming = True
+    made.project_configuration.set_directories(None)
+    with pytest.raises(ConfigError, match="automatic_checkpoint_naming is set without a project_dir"):
+        made.save_state()
 
 
 def test_states_that_are_not_there(tmp_path: Path) -> None:

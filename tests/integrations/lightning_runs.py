@@ -64,7 +64,9 @@ def strategy_of(run: Run) -> Any:
 
     prefix = "Shardwise" if run.kind == "Trainer" else "ShardwiseFabric"
     name = "ModelParallel" if run.fsdp else "DDP" if run.world > 1 else "SingleDevice"
-    sizes = {"data_parallel_size": run.world, "tensor_parallel_size": 1} if run.fsdp else {}
+    sizes: dict[str, Any] = {"data_parallel_size": run.world, "tensor_parallel_size": 1} if run.fsdp else {}
+    if run.fsdp and run.kind == "Fabric":
+        sizes["parallelize_fn"] = lambda module, mesh: _shard(module, mesh["data_parallel"])
     settings = CheckpointingConfig(is_async=run.is_async, save_consolidated="every")
     return getattr(lightning, f"{prefix}{name}Strategy")(checkpointing=settings, **sizes)
 
@@ -89,12 +91,12 @@ def _rank(run: Run, rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
-def _shard(module: Any, mesh: Any) -> None:
+def _shard(module: Any, mesh: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     for layer in module.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
 
 
 def _trainer(run: Run) -> dict[str, object]:
@@ -173,8 +175,6 @@ def _fabric(run: Run) -> dict[str, object]:
     fabric.launch()
     fabric.seed_everything(0)
     module: Any = model(dropout=run.dropout)
-    if run.fsdp:
-        _shard(module, fabric.strategy.device_mesh["data_parallel"])
     module = fabric.setup_module(module)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(module.parameters(), lr=2e-3))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 0.1, total_iters=20)

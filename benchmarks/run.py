@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import background, loading, others, planning, saving, sharing
+from bench import background, limits, loading, others, planning, saving, sharing
 from bench.measure import Row, conditions
 from bench.ranks import Settings
 
@@ -27,6 +27,7 @@ CASES: dict[str, Callable[[Settings], list[Row]]] = {
     "replicated": saving.replicated,
     "load": loading.resharding,
     "base-model": loading.base_model,
+    "limits": limits.limits,
     "stall": background.async_stall,
     "steps": background.async_steps,
     "plan": planning.planning,

@@ -123,3 +123,65 @@ def test_neither_help_nor_verify_load_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
+
+
+def test_ls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, (1, 2))
+    assert main(["ls", str(tmp_path)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["STEP", "EPOCH"]
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert "LATEST" in lines[1]
+    assert "\033" not in "".join(lines)
+    os.truncate(tmp_path / "epoch_0_step_1" / EXPORT, 1000)
+    assert main(["ls", "--json", str(tmp_path)]) == 1
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["damaged", "published"]
+    assert main(["ls", str(tmp_path / "LATEST")]) == 2
+
+
+def test_several_paths_are_all_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path)
+    paths = [str(tmp_path / "nowhere"), str(directory)]
+    assert main(["verify", "--json", *paths]) == 2
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["requested"], second["status"]) == (paths[0], "whole")
+    os.truncate(directory / EXPORT, 1000)
+    assert main(["verify", "--quiet", *paths]) == 1
+    assert capsys.readouterr().out.startswith("DAMAGED")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [(["verfiy", "x"], "verify"), (["verify", "--quik", "x"], "--quick")])
+def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(typed)
+    assert left.value.code == 2
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_is_gone_is_misuse(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from shardwise.cli import main; "
+        "sys.exit(main(['ls', 'x']))"
+    )
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run([sys.executable, "-c", code, str(gone)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "No such file or directory" in done.stderr
+
+
+def test_an_error_of_the_program_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("shardwise.ops.listing.list_checkpoints", broken)
+    assert main(["ls", str(tmp_path)]) == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_empty_directory_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "there is nothing to verify" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 
 import pytest
 
@@ -25,6 +26,11 @@ from shardwise.errors import MisuseError, ShapeMismatchError, ShardwiseError, St
 def test_sentences_stay_apart(error: ShardwiseError, text: str) -> None:
     assert str(error) == text
     assert str(ShardwiseError.from_record(error.to_record())) == text
+
+
+def test_a_traceback_ends_with_where_the_error_is_explained() -> None:
+    error = ShardwiseError.from_record(MisuseError("step is -1").to_record())
+    assert "".join(traceback.format_exception(error)).splitlines()[-1] == "More: docs/troubleshooting.md#misuseerror"
 
 
 @pytest.mark.parametrize("code", sorted(errno.errorcode))

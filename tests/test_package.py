@@ -62,6 +62,7 @@ def test_every_public_name_is_there() -> None:
         assert getattr(shardwise, name) is not None
     assert set(shardwise.__all__) <= set(dir(shardwise))
     assert sorted(shardwise.__all__) == [
+        "CallRecord",
         "CheckpointInfo",
         "Checkpointer",
         "CheckpointingConfig",

@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.measure import Row
 from bench.ranks import Settings
-from shardwise.checkpointing.arguments import Met
+from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.inference import without_collector
 from shardwise.checkpointing.loading.models import load_model
@@ -350,7 +350,7 @@ def _plan_shards(model: nn.Module, rank: int, ranks: int, saved_by: int, directo
 
 def _session(group: Group, directory: Path) -> Session:
     config = CheckpointingConfig(checkpoint_dir=str(directory), save_consolidated="every")
-    ranks, met = ParallelRanks(None, None, None, None), Met(False, False, (), "none")
+    ranks, met = ParallelRanks(None, None, None, None), FirstExchange(False, False, (), "none")
     return Session(config, group, _Unread(), ranks, directory, met)
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from shardwise.dcp.storage import SafetensorsReader, SafetensorsWriter
     from shardwise.errors import ShardwiseError
     from shardwise.lifecycle import CheckpointInfo, PreemptionGuard
+    from shardwise.timing import CallRecord
 
 __all__ = [
+    "CallRecord",
     "CheckpointInfo",
     "Checkpointer",
     "CheckpointingConfig",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CallRecord": "shardwise.timing",
     "CheckpointInfo": "shardwise.lifecycle",
     "Checkpointer": "shardwise.checkpointing",
     "CheckpointingConfig": "shardwise.config",

@@ -17,10 +17,13 @@ from shardwise.settings import _is_geq_torch_2_9 as _is_geq_torch_2_9
 from shardwise.settings import _normalize_save_consolidated as _normalize_save_consolidated
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from shardwise.checkpointing import Checkpointer
+    from shardwise.timing import Callback
 
 __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 
@@ -31,6 +34,15 @@ class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine from it.
 
     The fields are those of `shardwise.settings.Settings`.
+
+    Examples:
+        >>> config = CheckpointingConfig(checkpoint_dir="runs/one", save_consolidated="every", max_recent_checkpoints=3)
+        >>> with config.build() as checkpointer:
+        ...     resumed = checkpointer.restore(model, optimizer)
+        ...     step = resumed.step + 1 if resumed else 1
+        ...     path = checkpointer.save(step=step, model=model, optimizer=optimizer)
+        >>> path.name
+        'epoch_0_step_1'
     """
 
     def build(
@@ -41,6 +53,8 @@ class CheckpointingConfig(Settings):
         moe_mesh: DeviceMesh | None = None,
         process_group: ProcessGroup | None = None,
         pp_group: ProcessGroup | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
     ) -> Checkpointer:
         """Make the engine for this configuration; every rank calls it.
 
@@ -56,20 +70,23 @@ class CheckpointingConfig(Settings):
             dp_rank: This rank's data-parallel coordinate.
             tp_rank: This rank's tensor-parallel coordinate.
             pp_rank: This rank's pipeline stage.
-            moe_mesh: Mesh over which experts are spread, where they are.
+            moe_mesh: Accepted for compatibility and kept as an attribute. It has no effect: the sharding
+                of experts is read from their tensors.
             process_group: Ranks that save together; all ranks when not given.
             pp_group: Ranks that hold the stages of one model replica, in the order of the stages; addons are given it.
+            callbacks: Called on every rank with the record of each save and load; see `Checkpointer`.
 
         Returns:
             The `shardwise.checkpointing.Checkpointer`.
 
         Raises:
             ConfigError: Settings that contradict each other; see `shardwise.checkpointing.Checkpointer`.
+            StorageError: This process may not write to ``checkpoint_dir``.
             MisuseError: One of the ranks is no whole number from 0.
         """
         from shardwise.checkpointing import Checkpointer
 
-        return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group)
+        return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group, callbacks=callbacks)
 
 
 # Whoever asks for help on the class that they build finds every field explained there.

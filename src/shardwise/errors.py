@@ -36,7 +36,7 @@
 
 Each error carries ``path``, ``tensor`` and ``rank`` where they are known, and its text ends with what to do. An error
 travels between ranks as a plain record (`ShardwiseError.to_record`), never as a pickle, so every rank raises the same
-type with the same text.
+type with the same text. Below the message Python prints a note: where the documentation explains this type of error.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import ClassVar
+
+#: What a traceback ends with; a note, so that the text itself stays whole where it is quoted in another message.
+_MORE = "More: docs/troubleshooting.md#{}"
 
 
 def _names(message: str, value: str) -> bool:
@@ -83,6 +86,7 @@ class ShardwiseError(Exception):
         self.tensor = tensor
         self.rank = rank
         self.hint = hint
+        self.add_note(_MORE.format(type(self).__name__.lower()))
 
     def __str__(self) -> str:
         where = [

@@ -255,6 +255,13 @@ def overlap(boxes: Sequence[Box]) -> bool:
     return False
 
 
+def bounding(boxes: Sequence[Box]) -> Box:
+    """The smallest box around some boxes of the same tensor."""
+    low = tuple(min(ns) for ns in zip(*(box.offsets for box in boxes), strict=True))
+    high = tuple(max(ns) for ns in zip(*(box.ends for box in boxes), strict=True))
+    return Box(low, tuple(h - n for n, h in zip(low, high, strict=True)))
+
+
 def covers_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
     """The answer of `tiles`, and also for fine grids, which `tiles` cannot decide: those are compared box by box."""
     if tiles(shape, boxes):

@@ -16,7 +16,9 @@ from typing import Protocol, TypeVar
 from shardwise.errors import ConfigError, UnknownSettingError
 
 #: Settings in which "~/" is the home directory: no shell has seen a YAML file, and a directory called "~" is no place.
-_PLACES = frozenset({"checkpoint_dir", "model_cache_dir", "model_repo_id", "original_model_root_dir", "staging_dir"})
+_PLACES = frozenset(
+    {"checkpoint_dir", "model_cache_dir", "model_repo_id", "original_model_root_dir", "staging_dir", "trace"}
+)
 
 
 class _Field(Protocol):

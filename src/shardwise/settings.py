@@ -181,6 +181,12 @@ class Settings:
             ``merge_and_unload()`` gives on the CPU from the run's tensors in the run's dtypes, rounded to the base
             model's dtypes and saved. The adapter alone is what a run resumes from. Each module is put together on one
             rank, so memory is bounded by the largest adapted module.
+        log_summary: Log one line on rank 0 after each save and load (step, bytes, seconds, rate, place, what was
+            removed), and show a bar of long ones on a terminal. Where neither the logger ``shardwise`` nor the root
+            logger has a handler when a checkpointer is built, messages from INFO on go to standard error.
+        trace: Directory for traces of each save's and load's phases, a file for each rank, which Perfetto and Chrome
+            open; the environment variable ``SHARDWISE_TRACE`` where it is not given. docs/what-you-see.md says what is
+            in them.
     """
 
     enabled: bool = True
@@ -222,6 +228,8 @@ class Settings:
     per_rank_state: list[str] | None = None
     allow_missing_base: bool = False
     export_merged: bool = False
+    log_summary: bool = True
+    trace: str | Path | None = None
 
     def __post_init__(self) -> None:
         """Resolve the cache directory, coerce format and mode, and reject what cannot work.
@@ -383,6 +391,11 @@ class Settings:
 
         Raises:
             ConfigError: The file cannot be read, is not YAML, or as in `from_dict`.
+
+        Examples:
+            >>> config = CheckpointingConfig.from_yaml("checkpoint: {checkpoint_dir: runs/one, is_async: true}")
+            >>> config.checkpoint_dir, config.is_async
+            ('runs/one', True)
         """
         import yaml
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -178,6 +180,7 @@ def test_a_save_is_skipped_while_busy_if_asked_to(tmp_path: Path) -> None:
 
 
 def _many(root: str, saves: int) -> tuple[float, int, int]:
+    """Growth per half of the saves behind the first quarter: the lesser one in MiB (a leak is in both), and in all."""
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters())
     checkpointer = _checkpointer(root, max_recent_checkpoints=2)
@@ -187,18 +190,19 @@ def _many(root: str, saves: int) -> tuple[float, int, int]:
         _step(model, optimizer)
         checkpointer.maybe_wait_for_staging()
         checkpointer.save(0, number, model, optimizer, metrics={"default": 1.0})
-        if number in (saves // 4, saves - 1):
+        if number in (saves // 4, saves * 5 // 8, saves - 1):
             checkpointer.async_wait()
             gc.collect()  # cycles that wait for the collector are no growth; what is still referred to is
+            ctypes.CDLL(None).malloc_trim(0)  # nor is free memory that the allocator keeps for threads that ended
             marks.append((process.memory_info().rss, process.num_fds(), threading.active_count()))
     checkpointer.close()
-    (rss, fds, threads), (later_rss, later_fds, later_threads) = marks
-    return (later_rss - rss) / 2**20, later_fds - fds, later_threads - threads
+    growth = [(later[0] - earlier[0]) / 2**20 for earlier, later in pairwise(marks)]
+    return min(growth), marks[-1][1] - marks[0][1], marks[-1][2] - marks[0][2]
 
 
 @pytest.mark.parametrize("saves", [pytest.param(40, id="40"), pytest.param(200, id="200", marks=pytest.mark.slow)])
 def test_memory_does_not_grow(tmp_path: Path, saves: int) -> None:
     for megabytes, fds, threads in run(2, _many, str(tmp_path), saves, seconds=240):
-        assert megabytes < 8
+        assert megabytes < 4
         assert fds <= 0
         assert threads <= 0

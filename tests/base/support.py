@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.support.faults import is_tensor_data
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -95,7 +96,7 @@ def assert_same(model: nn.Module, expected: nn.Module, *, but: tuple[str, ...] =
 
 
 class CountingStorage(LocalStorage):
-    """Remembers every range that was read from every file."""
+    """Remembers every range of tensors' bytes that was read from every file."""
 
     def __init__(self) -> None:
         self.paths: dict[int, Path] = {}
@@ -107,8 +108,10 @@ class CountingStorage(LocalStorage):
         return handle
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        self.ranges.append((self.paths[handle], offset, offset + len(into)))
-        return super().read(handle, into, offset)
+        got = super().read(handle, into, offset)
+        if got and is_tensor_data(self.paths[handle], offset):
+            self.ranges.append((self.paths[handle], offset, offset + got))
+        return got
 
     def read_rows(
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.base.files import find_base
+from shardwise.base.finding import find_directory
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
 
 EVERY: dict[str, object] = {"save_consolidated": "every"}
@@ -133,6 +134,51 @@ def test_a_stray_folder_does_not_hide_the_cache(
     with caplog.at_level(logging.WARNING):
         assert find_base(cache, "org/tiny") == stray
     assert f"is at {stray}, which is taken, and also at {snapshot}" in caplog.text
+
+
+def test_a_download_of_some_files_is_found(cache: Path) -> None:
+    # What snapshot_download knows of the whole repository is no reason to refuse the files that were wanted of it.
+    home = cache / "models--org--tiny"
+    (home / "trees").mkdir()
+    listed = {"README.md": {"size": 1, "blob_id": "b"}, "config.json": {"size": 1, "blob_id": "c"}}
+    (home / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
+    assert find_base(cache, "org/tiny") == home / "snapshots" / COMMIT
+
+
+def test_a_reference_leads_to_a_snapshot_of_its_model_or_nowhere(cache: Path) -> None:
+    home = cache / "models--org--tiny"
+    for text in ("0" * 40, "../../models--org--other", "..", "", "."):
+        (home / "refs" / "main").write_text(text)
+        with pytest.raises(CheckpointNotFoundError, match="there is no snapshot of the commit that main is"):
+            find_base(cache, "org/tiny")
+    (home / "refs" / "pr").mkdir()
+    (home / "refs" / "main").write_bytes(b"\xff\xfe")
+    with pytest.raises(FormatError, match="not text"):
+        find_base(cache, "org/tiny")
+    for name in ("org/tiny@pr", "org/tiny@../snapshots", "a/b/c", "org/tiny@main/../v2"):
+        with pytest.raises(CheckpointNotFoundError):
+            find_base(cache, name)
+
+
+def test_what_describes_a_model_is_looked_for_as_the_model_is(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    home = cache / "models--org--tiny"
+    for name in ("org/tiny", str(home), str(home / "snapshots" / COMMIT)):
+        assert find_directory(name) == home / "snapshots" / COMMIT
+    assert find_directory("org/tiny@v2") == home / "snapshots" / ("f" * 40)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    assert find_directory("org/tiny") == home / "snapshots" / COMMIT
+    (tmp_path / "org" / "tiny" / "tokenizer_config.json").write_text("{}")
+    assert find_directory("org/tiny") == tmp_path / "org" / "tiny"
+    (tmp_path / "code").mkdir()
+    assert find_directory("code") == tmp_path / "code"
+    for name in ("org/absent", str(home / "refs" / "main"), "", None):
+        assert find_directory(name) is None
 
 
 def test_a_bin_only_base_gives_split_dtypes_and_proof(tmp_path: Path) -> None:

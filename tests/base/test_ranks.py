@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import BertConfig, BertModel, LlamaForCausalLM, LlamaForSequenceClassification
 
 from shardwise.checkpointing import Checkpointer
-from shardwise.errors import MissingTensorError
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError
 
 
 def _sharded(config: Any, how: str, cls: Any = LlamaForCausalLM) -> Any:
@@ -128,6 +128,26 @@ def test_every_rank_raises_the_same_error(tmp_path: Path) -> None:
     error = failure(2, _lacking, str(tmp_path / "base"), str(tmp_path))
     assert isinstance(error, MissingTensorError)
     assert "lacks 9 of the model's tensors: model.layers.2" in str(error)
+
+
+def _shard_lost(directory: str) -> None:
+    model = llama(3)
+    fully_shard(model)
+    saver = checkpointer(Path(directory), save_consolidated="false")
+    saver.save(0, 1, model)
+    place = Path(directory) / "checkpoints" / "epoch_0_step_1" / "model"
+    if dist.get_rank() == 0:
+        sorted(place.glob("*.safetensors"))[-1].unlink()
+    dist.barrier()
+    saver.load_base_model(_sharded(llama_config(), "rows"), "cpu", None, str(place))
+
+
+def test_a_base_of_which_a_shard_is_lost_names_the_file(tmp_path: Path) -> None:
+    error = failure(2, _shard_lost, str(tmp_path))
+    assert isinstance(error, CheckpointNotFoundError)
+    assert "this file of the checkpoint, which its manifest lists, is absent" in str(error)
+    assert error.path is not None
+    assert error.path.endswith(".safetensors")
 
 
 def _stage(base: str, directory: str) -> None:

@@ -71,7 +71,7 @@ def test_while_the_metric_is_unknown_nothing_is_deleted(tmp_path: Path, caplog: 
     numbers: list[dict[str, float] | None] = [{"val_loss": 1.0}, {"val_loss": 3.0}, {"val_loss": math.nan}, None]
     assert saved(tmp_path, numbers) == [0, 1, 2, 3]
     assert "the metric 'default', which is not among its metrics ['val_loss']" in caplog.text
-    assert "has the metric 'default', by which keep_best is to tell the best: none is deleted" in caplog.text
+    assert "has the metric 'default', by which keep_best chooses the best: none is deleted" in caplog.text
 
 
 def test_checkpoints_without_the_metric_do_not_cost_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -225,15 +225,13 @@ def test_a_remote_directory_is_not_taken_for_a_local_one(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_that_do_not_know_of_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_processes_that_do_not_know_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = training()
     engine(tmp_path).save(0, 1, model)
-    assert "init_process_group" not in caplog.text
     monkeypatch.setenv("WORLD_SIZE", "2")
-    engine(tmp_path).save(0, 2, model)
-    assert "init_process_group" in caplog.text
+    with pytest.raises(MisuseError, match="WORLD_SIZE is 2 and torch.distributed is not initialised") as caught:
+        engine(tmp_path).restore(model)
+    assert "init_process_group" in str(caught.value.hint)
 
 
 def test_nothing_said_is_not_a_mistake(tmp_path: Path) -> None:

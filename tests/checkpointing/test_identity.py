@@ -21,7 +21,7 @@ from shardwise.errors import MisuseError, ShardwiseError, TensorError
 from shardwise.sources.tensor_bytes import flat_bytes
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
-from shardwise.stateful_wrappers.names import state_tensors
+from shardwise.stateful_wrappers.names import list_state
 
 Mode = dict[str, object]
 
@@ -71,7 +71,7 @@ def layers(seed: int, cls: type[Casting] = Casting) -> nn.Sequential:
 @pytest.mark.parametrize("mode", MODES)
 def test_wrappers_of_one_shape_are_not_ties(tmp_path: Path, mode: Mode) -> None:
     model = layers(0)
-    assert len(state_tensors([model])) == 6
+    assert len(list_state([model]).tensors) == 6
     save(tmp_path, model, mode)
     fresh = layers(1)
     restore(tmp_path, fresh, mode)
@@ -110,9 +110,9 @@ def test_one_wrapper_under_two_names_is_a_tie(tmp_path: Path) -> None:
     model = layers(0)
     model[2].weight = model[0].weight
     model[1].weight = nn.Parameter(Casting(model[0].weight.kept))  # another object around the same memory
-    assert [named.aliases for named in state_tensors([model]) if named.aliases] == [("1.weight", "2.weight")]
+    assert [named.aliases for named in list_state([model]).tensors if named.aliases] == [("1.weight", "2.weight")]
     model[1].weight = nn.Parameter(Casting(model[0].weight.kept, "e5m2"))
-    assert [named.aliases for named in state_tensors([model]) if named.aliases] == [("2.weight",)]
+    assert [named.aliases for named in list_state([model]).tensors if named.aliases] == [("2.weight",)]
     save(tmp_path, model, EVERY)
     fresh = layers(1)
     fresh[2].weight = fresh[0].weight
@@ -170,7 +170,7 @@ class Turning(nn.Module):
 @pytest.mark.parametrize("mode", [*MODES, pytest.param({**EVERY, "share_replica_reads": "always"}, id="shared reads")])
 def test_views_of_one_memory_are_not_ties(tmp_path: Path, mode: Mode) -> None:
     model, fresh = Turning(0), Turning(1)
-    assert all(not named.aliases for named in state_tensors([model]))
+    assert all(not named.aliases for named in list_state([model]).tensors)
     assert model.conjugate.is_conj()
     assert model.negative.is_neg()
     save(tmp_path, model, mode)

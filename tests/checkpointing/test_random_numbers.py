@@ -60,6 +60,21 @@ class Positioned:
         self.order, self.next = list(state["order"]), int(state["next"])  # type: ignore[call-overload]
 
 
+class Ahead:
+    """A loader that has made the next batch when it gives one."""
+
+    def __init__(self, loader: DataLoader[torch.Tensor]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        batches = iter(self.loader)
+        batch = next(batches)
+        for following in batches:
+            yield batch
+            batch = following
+        yield batch
+
+
 def engine(root: Path, **settings: object) -> Checkpointer:
     config = CheckpointingConfig(checkpoint_dir=str(root), save_consolidated="false", **settings)  # type: ignore[arg-type]
     return config.build(dist.get_rank() if dist.is_initialized() else 0, 0, 0)
@@ -83,7 +98,7 @@ def make(seed: int, kind: str) -> tuple[nn.Module, torch.optim.Optimizer, object
     loader = DataLoader(
         Noisy(), 2, shuffle=True, num_workers=workers, generator=generator, multiprocessing_context=context
     )
-    return model, optimizer, loader, {}
+    return model, optimizer, Ahead(loader) if kind == "ahead" else loader, {}
 
 
 def average(model: nn.Module) -> None:
@@ -123,6 +138,7 @@ def train(root: Path, kind: str, seed: int, stop: int, is_async: bool, between: 
         (1, "plain", 8, True, True),
         (1, "workers", 5, True, False),
         (1, "generator", 7, False, False),
+        (1, "ahead", 7, False, False),
         (1, "positioned", 6, False, False),
         (1, "positioned", 4, False, True),
         (2, "plain", 6, False, False),

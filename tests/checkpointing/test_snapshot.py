@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
 from shardwise.convert import kept_out
-from shardwise.stateful_wrappers.names import state_tensors
+from shardwise.stateful_wrappers.names import list_state
 from shardwise.stateful_wrappers.snapshot import Snapshot
 
 
@@ -228,7 +228,7 @@ def test_a_model_is_listed_as_torch_lists_it() -> None:
     net.append(nn.Sequential(OwnState(2, 2), nn.Linear(2, 2)))
     for listed in (net, net[:4]):
         wanted = listed.state_dict(keep_vars=True)
-        found = state_tensors([listed])
+        found = list_state([listed]).tensors
         names = {name: named for named in found for name in (named.name, *named.aliases)}
         assert names.keys() == wanted.keys()
         assert [named.name for named in found] == [name for name in wanted if name in {n.name for n in found}]

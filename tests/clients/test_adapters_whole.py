@@ -327,8 +327,8 @@ def half() -> nn.Module:
 
 
 UNSAVABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]] = {
-    "a hook": (hooked, ModuleStateError, "in a way of its own"),
-    "a hook around it": (hooked_around, ModuleStateError, r"layers.0.* in a way of its own"),
+    "a hook": (hooked, ModuleStateError, "by its own methods or hooks"),
+    "a hook around it": (hooked_around, ModuleStateError, r"layers.0.* by its own methods or hooks"),
     "half a pair": (half, AdapterError, "has no lora_B"),
     "no adapter": (llama, AdapterError, "the model has no adapter, and is_peft is true"),
 }

@@ -459,7 +459,7 @@ UNMERGEABLE: dict[str, tuple[Callable[[], nn.Module], type[ShardwiseError], str]
     "activated LoRA": (tokens_alone, AdapterError, r"layers.0.self_attn.q_proj.*failed with NotImplementedError"),
     "a bias that is not there": (biased, AdapterError, "base layer has no bias"),
     "grouped convolutions": (groups, AdapterError, "groups > 1"),
-    "a state of its own making": (in_its_own_way, ModuleStateError, "of a tensor that an adapter is merged into"),
+    "a state of its own making": (in_its_own_way, ModuleStateError, "from a tensor that an adapter is merged into"),
     "a conversion that computes": (computed, ConversionError, "the model's conversion computes tensors"),
     "quantized weights": (quantized, QuantizationError, "quantized in memory"),
     "LoRA of the model's own": (lambda: dense(OwnConfig()), AdapterError, "LoRA modules of its own"),

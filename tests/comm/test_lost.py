@@ -56,7 +56,7 @@ def fail_alone() -> list[tuple[str, str]]:
     """Rank 1 leaves; rank 0 fails by itself and then finds nobody to tell."""
     seen: list[tuple[str, str]] = []
     group = Group.dedicated(None, 3)
-    group.barrier()
+    group.any(False)
     if group.rank == 1:
         group.close()
         return seen

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests.engine.setups import Digests, Run, build, fsdp
-from tests.support.faults import FaultyStorage
+from tests.support.faults import FaultyStorage, is_tensor_data
 from tests.support.ranks import failure, run
 
 from shardwise import Checkpointer, CheckpointingConfig
@@ -179,7 +179,7 @@ class CutStorage(FaultyStorage):
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         got = super().read(handle, into, offset)
-        return got - 1 if dist.get_rank() == 1 else got
+        return got - 1 if got and dist.get_rank() == 1 and is_tensor_data(self._opened[handle], offset) else got
 
 
 def load_cut(root: Path) -> None:

@@ -225,7 +225,7 @@ def test_other_views_are_staged_as_the_values_that_they_have() -> None:
 def test_a_tensor_that_keeps_its_values_in_its_own_way_is_refused_by_name() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
-    with pytest.raises(MisuseError, match="a TwoTensor of layout torch.strided cannot be copied aside") as caught:
+    with pytest.raises(MisuseError, match="a TwoTensor of layout torch.strided cannot be staged") as caught:
         Stager().stage_tensors("model", {"layer.weight": TwoTensor(torch.ones(2), torch.ones(2))})
     assert caught.value.tensor == "layer.weight"
 

@@ -140,7 +140,7 @@ def _expanded(kind: str, path: Path) -> list[dict[str, object]]:
     return [*found, {"op": "remove", "path": str(path)}]
 
 
-class TapedStorage:
+class TapedStorage(LocalStorage):
     """`Storage` on the real file system, through a tape."""
 
     def __init__(self, tape: Tape, links: bool = True) -> None:

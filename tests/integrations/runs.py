@@ -6,8 +6,10 @@ else is accelerate's, transformers' and shardwise's own code.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -90,7 +92,7 @@ def result(run: Run, tmp_path: Path) -> Result:
     """Train, and return what came of it."""
     codes = train(run, tmp_path)
     said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(run.world)]
-    assert codes == [0] * run.world, errors_of(run.world, tmp_path)
+    assert codes == [0] * run.world, f"{codes}: " + errors_of(run.world, tmp_path)
     told = json.loads(said[0].splitlines()[-1])
     losses = {int(step): loss for step, loss in told["losses"].items() if int(step) > told["started"]}
     return Result(losses, told["weights"], told["best"], told["started"])
@@ -169,6 +171,8 @@ def _rank(run: Run, rank: int, port: int) -> None:
     if run.world > 1 or run.fsdp:
         announce(rank, run.world, port)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    faulthandler.dump_traceback_later(SECONDS - 20)  # says where a rank that is killed for its time was
+    multiprocessing.current_process().daemon = False  # which may not have workers
     if run.killed_in and rank == 0:
         die_when_opening(f".saving-{run.killed_in}/model/")
     from transformers import TrainingArguments

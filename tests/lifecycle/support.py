@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shardwise.disk.storage import Buffer, LocalStorage, Storage
+from shardwise.disk.storage import Buffer, LocalStorage, Storage, using
 from shardwise.lifecycle import LATEST, checkpoint_name, publish, reserve, set_pointer
 
 
@@ -84,10 +84,12 @@ def made(root: Path, epoch: int, step: int, metrics: dict[str, float] | None = N
 def save(root: Path, epoch: int, step: int, storage: Storage, metrics: dict[str, float] | None = None) -> str:
     """One whole save through the lifecycle, without retention."""
     name = checkpoint_name(epoch, step)
-    temp = reserve(root, name, storage=storage)
+    with using(storage):
+        temp = reserve(root, name)
     fill_existing(temp, metrics, f"{epoch} {step}".encode())
-    publish(temp, root / name, storage=storage)
-    set_pointer(root, LATEST, name, storage=storage)
+    with using(storage):
+        publish(temp, root / name)
+        set_pointer(root, LATEST, name)
     return name
 
 

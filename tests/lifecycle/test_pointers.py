@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.lifecycle.support import Crash, FaultyStorage, is_whole, made
 
-from shardwise.disk.storage import LocalStorage
+from shardwise.disk.storage import LocalStorage, using
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
 from shardwise.lifecycle import LATEST, pointers, read_pointer, set_pointer
 
@@ -32,8 +32,9 @@ def test_a_pointer_is_a_relative_link(tmp_path: Path) -> None:
 def test_a_text_file_where_links_are_not_to_be_had(tmp_path: Path) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
     storage = FaultyStorage(links=False)
-    set_pointer(tmp_path, LATEST, one, storage=storage)
-    set_pointer(tmp_path, LATEST, two, storage=storage)
+    with using(storage):
+        set_pointer(tmp_path, LATEST, one)
+        set_pointer(tmp_path, LATEST, two)
     assert (tmp_path / "LATEST.txt").read_text().strip() == two
     assert read_pointer(tmp_path, LATEST) == two
     assert pointers(tmp_path) == {LATEST: two}
@@ -43,8 +44,10 @@ def test_a_text_file_where_links_are_not_to_be_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("links_then_text", [True, False])
 def test_the_stale_one_of_the_other_kind_goes(tmp_path: Path, links_then_text: bool) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
-    set_pointer(tmp_path, "LOWEST_VAL", one, storage=FaultyStorage(links=links_then_text))
-    set_pointer(tmp_path, "LOWEST_VAL", two, storage=FaultyStorage(links=not links_then_text))
+    with using(FaultyStorage(links=links_then_text)):
+        set_pointer(tmp_path, "LOWEST_VAL", one)
+    with using(FaultyStorage(links=not links_then_text)):
+        set_pointer(tmp_path, "LOWEST_VAL", two)
     assert read_pointer(tmp_path, "LOWEST_VAL") == two
     assert names(tmp_path) == {one, two, "LOWEST_VAL.txt" if links_then_text else "LOWEST_VAL"}
 
@@ -56,14 +59,17 @@ def test_at_every_moment_it_leads_to_the_old_or_the_new(tmp_path: Path, before: 
     while True:
         root = tmp_path / str(at)
         one, two = made(root, 0, 1), made(root, 0, 2)
-        set_pointer(root, "LOWEST_VAL", one, storage=FaultyStorage(links=before))
+        with using(FaultyStorage(links=before)):
+            set_pointer(root, "LOWEST_VAL", one)
         try:
-            set_pointer(root, "LOWEST_VAL", two, storage=FaultyStorage(at, Crash(), links=after))
+            with using(FaultyStorage(at, Crash(), links=after)):
+                set_pointer(root, "LOWEST_VAL", two)
         except Crash:
             seen.append(read_pointer(root, "LOWEST_VAL"))
         else:
             break
-        set_pointer(root, "LOWEST_VAL", one, storage=FaultyStorage(links=before))
+        with using(FaultyStorage(links=before)):
+            set_pointer(root, "LOWEST_VAL", one)
         assert read_pointer(root, "LOWEST_VAL") == one
         at += 1
     assert set(seen) == {one, two}
@@ -98,8 +104,8 @@ def test_targets_that_pointers_cannot_have(tmp_path: Path) -> None:
 
 def test_a_refusal_is_typed(tmp_path: Path) -> None:
     name = made(tmp_path, 0, 1)
-    with pytest.raises(StorageError) as caught:
-        set_pointer(tmp_path, LATEST, name, storage=FaultyStorage(0, OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(StorageError) as caught, using(FaultyStorage(0, OSError(errno.ENOSPC, "No space left"))):
+        set_pointer(tmp_path, LATEST, name)
     assert caught.value.errno == errno.ENOSPC
     assert read_pointer(tmp_path, LATEST) is None
 
@@ -140,7 +146,9 @@ def test_pointers_of_an_absent_root(tmp_path: Path) -> None:
 def test_the_real_file_system_replaces_a_link_in_one_step(tmp_path: Path) -> None:
     one, two = made(tmp_path, 0, 1), made(tmp_path, 0, 2)
     storage = LocalStorage()
-    set_pointer(tmp_path, LATEST, one, storage=storage)
+    with using(storage):
+        set_pointer(tmp_path, LATEST, one)
     recorded = FaultyStorage()
-    set_pointer(tmp_path, LATEST, two, storage=recorded)
+    with using(recorded):
+        set_pointer(tmp_path, LATEST, two)
     assert [call for call in recorded.calls if call[1] == LATEST] == [("rename", LATEST)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
 
-from shardwise.disk.storage import LocalStorage
+from shardwise.disk.storage import LocalStorage, using
 from shardwise.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -46,10 +46,12 @@ def test_a_save_is_invisible_until_it_is_published(tmp_path: Path) -> None:
 
 def test_the_rename_comes_after_every_sync_and_before_the_root_is_synced(tmp_path: Path) -> None:
     storage = FaultyStorage()
-    temp = reserve(tmp_path, NAME, storage=storage)
+    with using(storage):
+        temp = reserve(tmp_path, NAME)
     fill_existing(temp, None, b"x")
     storage.calls.clear()
-    publish(temp, tmp_path / NAME, storage=storage)
+    with using(storage):
+        publish(temp, tmp_path / NAME)
     at = storage.calls.index(("rename_new", NAME))
     assert ("sync_directory", "model") in storage.calls[:at]
     assert ("sync_directory", temp.name) in storage.calls[:at]
@@ -135,8 +137,8 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
 def test_a_root_that_cannot_be_written(tmp_path: Path, code: int) -> None:
-    with pytest.raises(StorageError) as caught:
-        reserve(tmp_path / "new", NAME, storage=FaultyStorage(0, OSError(code, os.strerror(code))))
+    with pytest.raises(StorageError) as caught, using(FaultyStorage(0, OSError(code, os.strerror(code)))):
+        reserve(tmp_path / "new", NAME)
     assert caught.value.errno == code
     assert str(tmp_path) in str(caught.value)
     assert caught.value.hint

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
 
 from shardwise.config import CheckpointingConfig
-from shardwise.disk.storage import LocalStorage
+from shardwise.disk.storage import LocalStorage, using
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle import (
     BEST,
@@ -179,7 +179,8 @@ def test_an_interrupted_prune_leaves_whole_checkpoints_or_nothing(tmp_path: Path
         set_pointer(root, LATEST, "epoch_0_step_4")
         error = Crash() if kind == "crash" else OSError(errno.EIO, "Input/output error")
         try:
-            prune(root, Retention(2), storage=FaultyStorage(at, error))
+            with using(FaultyStorage(at, error)):
+                prune(root, Retention(2))
             stopped = False
         except (Crash, StorageError):
             pass

@@ -40,7 +40,7 @@ def root(pristine: Path, tmp_path: Path) -> Path:
 
 def chunk(directory: Path, name: str, component: str = "model") -> tuple[str, int]:
     """File and first byte of a tensor."""
-    tensor = next(t for t in read_manifest(directory).tensors_of(component) if t.spec.name == name)
+    tensor = next(t for t in read_manifest(directory).tensors if (t.component, t.spec.name) == (component, name))
     return tensor.chunks[0].file, tensor.chunks[0].offset
 
 

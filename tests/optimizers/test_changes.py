@@ -86,7 +86,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path, what: str, is_async: bool
     state = optimizer.state[model["first"].weight]
     if what == "tensor":
         state["odd"] = Odd((4, 4))
-        message = "'odd' is a Odd, a tensor that keeps its values in a way of its own"
+        message = "'odd' is a Odd, a tensor class with its own storage of values"
     elif what == "object":
         state["nested"] = {"inner": [{torch.zeros(1)}]}
         message = "'nested.inner.0' is a set with tensors in it"

@@ -99,7 +99,7 @@ def test_all_holders_plan_the_same_exchange(data: st.DataObject) -> None:
             pieces = [p for _, boxes in exchange.sources[target] for p in exchange.pieces(boxes, row, 1)]
             assert sum(box.numel for _, box in pieces) == math.prod(exchange.row_shape)
     rows = [exchange.target(t, turn) for turn in range(exchange.rounds) for t in exchange.members]
-    assert sorted(r for start, count in rows for r in range(start, start + count)) == list(range(exchange.rows))
+    assert sorted(r for start, count in rows for r in range(start, start + count)) == list(range(exchange.sources.rows))
     # A replica beside the target spares a copy.
     for target in exchange.members:
         if any(isinstance(kind, Replicated) for kind in kinds):
@@ -162,7 +162,7 @@ def test_a_rank_that_cannot_write_still_serves_its_peers(mesh: tuple[int, ...]) 
 
 
 def test_row_boxes_follow_the_order_of_the_file() -> None:
-    exchange = Exchange(0, (3, 4, 5), 2, 12, Sources((), (3, 4, 5), 2), 100)
+    exchange = Exchange(0, Sources((), (3, 4, 5), 2), 100)
     assert exchange.row_shape == (5,)
     boxes = exchange.row_boxes(2, 7)
     assert boxes == (Box((0, 2, 0), (1, 2, 5)), Box((1, 0, 0), (1, 4, 5)), Box((2, 0, 0), (1, 1, 5)))
@@ -197,6 +197,6 @@ def test_experts_are_exchanged_where_their_own_boxes_ask_for_it(data: st.DataObj
         found = planner.plan(number, tensor)
         assert (found is not None) == any(way.count > FEW_RUNS for way in ways)
         if found is not None:
-            assert (found.tensor, found.outer) == (number, max(way.outer for way in ways))
+            assert (found.tensor, found.sources.outer) == (number, max(way.outer for way in ways))
             holders = {rank for rank, where in enumerate(everyone) if part.boxes(where)}
             assert set(found.members) == holders

@@ -12,11 +12,19 @@ from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import StorageError
 
 
+def is_tensor_data(path: Path, offset: int) -> bool:
+    """Whether the byte at ``offset`` is one of a tensor, not of a header or of a small file that is read whole."""
+    if path.suffix != ".safetensors":
+        return path.suffix in (".distcp", ".bin")
+    with path.open("rb") as file:
+        return offset >= 8 + int.from_bytes(file.read(8), "little")
+
+
 class FaultyStorage(LocalStorage):
     """Fails the ``nth`` call of one operation on one rank, and every later one.
 
     Args:
-        operation: Name of the method.
+        operation: Name of the method; of reads only those of tensors' bytes count.
         rank: On which rank.
         code: The operating system's error.
         nth: Which call is the first to fail.
@@ -60,7 +68,8 @@ class FaultyStorage(LocalStorage):
         super().write(handle, data, offset)
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        self._maybe("read", self._opened.get(handle))
+        if is_tensor_data(self._opened[handle], offset):
+            self._maybe("read", self._opened[handle])
         return super().read(handle, into, offset)
 
     def read_rows(

@@ -29,25 +29,22 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointAddon", "ConsolidatedHFAddon", "HFMetadataExporter", "PeftAddon", "SaveHookArgs"]
 
+#: Name -> the module that defines it.
 _HOMES = {
-    "CheckpointAddon": "base",
-    "SaveHookArgs": "base",
-    "ConsolidatedHFAddon": "huggingface",
-    "HFMetadataExporter": "huggingface",
-    "PeftAddon": "peft",
-    "_REMOVED_TRANSFORMERS_SYMBOLS": "compat",
-    "_apply_transformers_compat_guards": "compat",
-    "_config_exists": "hf_config",
-    "_extract_target_modules": "peft",
-    "_extract_target_parameters": "peft",
-    "_get_automodel_peft_metadata": "peft",
-    "_get_hf_peft_config": "peft",
-    "_is_qwen3_moe": "peft",
-    "_iter_custom_code_classes": "custom_code",
-    "_maybe_save_custom_model_code": "custom_code",
-    "_maybe_strip_quantization_config": "hf_config",
-    "_save_original_config_json": "hf_config",
-}
+    name: home
+    for home, names in {
+        "base": ("CheckpointAddon", "SaveHookArgs"),
+        "compat": ("_REMOVED_TRANSFORMERS_SYMBOLS", "_apply_transformers_compat_guards"),
+        "custom_code": ("_iter_custom_code_classes", "_maybe_save_custom_model_code"),
+        "hf_config": ("_config_exists", "_maybe_strip_quantization_config", "_save_original_config_json"),
+        "huggingface": ("ConsolidatedHFAddon", "HFMetadataExporter"),
+        "peft": (
+            "PeftAddon", "_extract_target_modules", "_extract_target_parameters", "_get_automodel_peft_metadata",
+            "_get_hf_peft_config", "_is_qwen3_moe",
+        ),
+    }.items()
+    for name in names
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,8 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.errors import StorageError
+from shardwise.addons.files import read_source, write_bytes
+from shardwise.errors import ShardwiseError
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     """
     path = Path(py_path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = read_source(path)
+    except ShardwiseError as error:
         _LOG.debug("no imports guarded in %s: %s", path, error)
         return
     if not any(symbol.encode() in data for symbol in _REMOVED_TRANSFORMERS_SYMBOLS):
@@ -63,10 +64,7 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     if not wanted:
         return
     guarded = _insert(source, wanted)
-    try:
-        path.write_bytes(source.byte_order_mark + guarded.encode(source.encoding))
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
+    write_bytes(path, source.byte_order_mark + guarded.encode(source.encoding))
 
 
 def _parse(data: bytes) -> _Source | None:
@@ -98,7 +96,8 @@ def _marker(symbol: str) -> str:
 
 def _insert(source: _Source, symbols: list[str]) -> str:
     """The text with guards for ``symbols`` before its first statement that may follow them."""
-    newline = _newline(source.text)
+    first = re.search(r"\r\n|\n|\r", source.text)
+    newline = first.group() if first else "\n"
     block = "".join(line + newline for symbol in symbols for line in _guard(symbol))
     position = _insertion_offset(source)
     head, tail = source.text[:position], source.text[position:]
@@ -116,11 +115,6 @@ def _guard(symbol: str) -> list[str]:
         f"    _shardwise_guarded.{symbol} = {stand_in}",
         "del _shardwise_guarded",
     ]
-
-
-def _newline(text: str) -> str:
-    first = re.search(r"\r\n|\n|\r", text)
-    return first.group() if first else "\n"
 
 
 def _insertion_offset(source: _Source) -> int:

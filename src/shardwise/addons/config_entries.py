@@ -30,7 +30,7 @@ def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ShardwiseError) and not isinstance(error, MisuseError):
             raise
-        entry = offending_entry(config)
+        entry = _in_properties(config) or _in_value(_entries(config), "", 0)
         where = f"its entry {entry}" if entry else f"{type(error).__name__}: {error}"
         raise MisuseError(
             f"the config of {original_class(model).__name__} cannot be written as JSON: {where}",
@@ -38,12 +38,8 @@ def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
         ) from error
 
 
-def offending_entry(config: object) -> str:
-    """Path and kind of the first entry that raises when it is read or that JSON cannot express; empty if all can be."""
-    return _in_properties(config) or _in_value(_entries(config), "", 0)
-
-
 def _in_properties(config: object) -> str:
+    """The first property that raises when it is read, and its error; empty if none does."""
     for cls in type(config).__mro__:
         for name, member in vars(cls).items():
             if not isinstance(member, property) or name.startswith("__"):
@@ -51,7 +47,7 @@ def _in_properties(config: object) -> str:
             try:
                 getattr(config, name)
             except NotImplementedError:
-                continue  # an abstract one, which nobody reads
+                continue  # an abstract one, which is never read
             except Exception as error:  # noqa: BLE001 - its error goes into the message
                 return f"{name}, a property that raises {type(error).__name__}: {error}"
     return ""
@@ -61,7 +57,13 @@ def _entries(config: object) -> object:
     return config if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
 
 
+def is_config(value: object) -> bool:
+    """Whether a value is a configuration object with entries of its own."""
+    return hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
 def _in_value(value: object, path: str, depth: int) -> str:
+    """Path and kind of the first entry that JSON cannot express; empty if all can be."""
     if depth > _DEEPEST:
         return f"{path}, which is nested without an end"
     if isinstance(value, Mapping):
@@ -77,7 +79,7 @@ def _in_value(value: object, path: str, depth: int) -> str:
         return next(filter(None, (_in_value(v, f"{path}[{n}]", depth + 1) for n, v in enumerate(value))), "")
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return ""  # its name is written
-    if hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type):
+    if is_config(value):
         below = _in_properties(value)
         return f"{path}.{below}" if below else _in_value(_entries(value), path, depth + 1)
     try:

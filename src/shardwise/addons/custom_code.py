@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.files import copy_file
-from shardwise.base.directory import base_directory, is_inside
-from shardwise.errors import StorageError
+from shardwise.addons.files import copy_file, read_source
+from shardwise.base.finding import find_directory
+from shardwise.disk.names import is_directory, is_file, real_path, walk
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import auto_class, given_path
 
@@ -53,7 +53,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     seen: set[type] = set()
     families = _families_of_name(given_path(config))
     for cls in (*type(model).__mro__, *type(config).__mro__):
-        if cls not in seen and _is_custom(cls):
+        if cls not in seen and (_in_cache(cls.__module__) or auto_class(cls) is not None):
             seen.add(cls)
             families.add(_family(cls.__module__))
             yield cls
@@ -102,10 +102,10 @@ def _maybe_save_custom_model_code(
     """
     target = Path(hf_metadata_dir)
     copied = _Copies(target)
-    if original_model_path and os.path.isdir(original_model_path):
+    if original_model_path and is_directory(Path(original_model_path)):
         base = Path(original_model_path)
         copied.add_all(_python_files(base, target), base)
-    elif original_model_path and os.path.isfile(original_model_path):
+    elif original_model_path and is_file(Path(original_model_path)):
         single = Path(original_model_path)
         if single.suffix == ".py" and single.name != "__init__.py":
             copied.add_all(_with_relative_imports(single, single.parent), single.parent)
@@ -139,7 +139,7 @@ class _Copies:
         """Copy the bytes of ``source`` to ``relative``, unless another source was copied there."""
         first = self._sources.get(relative)
         if first is not None:
-            if first != source and first.read_bytes() != source.read_bytes():
+            if first != source and read_source(first) != read_source(source):
                 _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
             return
         self._sources[relative] = source
@@ -149,26 +149,36 @@ class _Copies:
 
 def _python_files(base: Path, target: Path) -> list[Path]:
     """The ``.py`` files below ``base`` that are part of a model, in a fixed order."""
-    root, inside = base.resolve(), target.resolve()
+    root, inside = real_path(base), real_path(target)
     # A run that saves below the model directory must not copy the code of its own earlier checkpoints.
     own = root / inside.relative_to(root).parts[0] if inside != root and inside.is_relative_to(root) else None
     found: list[Path] = []
-    for directory, folders, names in os.walk(base):
-        here = Path(directory)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name != "__pycache__" and (here / name).resolve() != own
-        )
-        for name in sorted(names):
+
+    def enters(folder: Path) -> bool:
+        return not folder.name.startswith(".") and folder.name != "__pycache__" and real_path(folder) != own
+
+    for here, names in walk(base, enters):
+        for name in names:
             path = here / name
             if not name.endswith(".py") or name == "__init__.py":
                 continue
-            if path.is_file() and is_inside(path, base):
+            if is_file(path) and _is_inside(path, base):
                 found.append(path)
             else:
                 _LOG.warning("custom code: %s is left out, its link leaves the model directory", path)
-    return found
+    return sorted(found)
+
+
+def _is_inside(path: Path, base: Path) -> bool:
+    """Whether ``path``, its links followed, is a file of ``base`` or a blob of a hub cache.
+
+    The hub cache keeps a model's files as ``models--<org>--<name>/blobs/<digest>`` and makes snapshots of links to
+    them (huggingface_hub, "Understand caching").
+    """
+    resolved = real_path(path)
+    if resolved.is_relative_to(real_path(base)):
+        return True
+    return resolved.parent.name == "blobs" and resolved.parent.parent.name.startswith("models--")
 
 
 def _with_relative_imports(file: Path, root: Path) -> list[Path]:
@@ -176,7 +186,7 @@ def _with_relative_imports(file: Path, root: Path) -> list[Path]:
     pending, found = [file], {file: None}
     while pending:
         for needed in _relatively_imported(pending.pop()):
-            if needed not in found and needed.is_relative_to(root) and needed.is_file() and is_inside(needed, root):
+            if needed not in found and needed.is_relative_to(root) and is_file(needed) and _is_inside(needed, root):
                 found[needed] = None
                 pending.append(needed)
     return [path for path in found if path.name != "__init__.py"]
@@ -185,16 +195,12 @@ def _with_relative_imports(file: Path, root: Path) -> list[Path]:
 def _relatively_imported(file: Path) -> Iterator[Path]:
     """Where the modules would be that ``file`` imports relatively; some of the paths may not exist."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except OSError as error:
-        raise StorageError.from_os(error, path=file) from error
+        tree = ast.parse(read_source(file))
     except (SyntaxError, ValueError):
         _LOG.warning("custom code: %s is not valid Python, what it imports is not followed", file)
         return
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node.level == 0:
-            continue
-        if node.level > len(file.parents):
+        if not isinstance(node, ast.ImportFrom) or not 0 < node.level <= len(file.parents):
             continue
         package = file.parents[node.level - 1]
         module = package.joinpath(*node.module.split(".")) if node.module else package
@@ -213,7 +219,7 @@ def _add_class(copied: _Copies, cls: type, target: Path) -> None:
         root = _cache_root(cls.__module__, file)
         copied.add_all(_python_files(root, target), root)
     else:
-        # A class of the user's own, registered for an auto class: transformers wants its module at the top level.
+        # The user's own class, registered for an auto class: transformers expects its module at the top level.
         copied.add_all(_with_relative_imports(file, file.parent), file.parent)
 
 
@@ -224,14 +230,10 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
         if not _DOTTED.fullmatch(dotted):
             continue
         relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
-        base = None if copied.holds(relative) else base_directory(repo or original_model_path)
-        if base is None or not (base / relative).is_file() or not is_inside(base / relative, base):
+        base = None if copied.holds(relative) else find_directory(repo or original_model_path)
+        if base is None or not is_file(base / relative) or not _is_inside(base / relative, base):
             continue
         copied.add_all(_with_relative_imports(base / relative, base), base)
-
-
-def _is_custom(cls: type) -> bool:
-    return _in_cache(cls.__module__) or auto_class(cls) is not None
 
 
 def _in_cache(module: str) -> bool:
@@ -239,7 +241,7 @@ def _in_cache(module: str) -> bool:
 
 
 def _family(module: str) -> str:
-    """What modules of one model have in common, whatever revision: ``transformers_modules.<org>.<name>``."""
+    """The common prefix of one model's modules, whatever revision: ``transformers_modules.<org>.<name>``."""
     parts = module.split(".")[:-1]
     revision = _revision_index(parts)
     return ".".join(parts if revision is None else parts[:revision])
@@ -253,7 +255,7 @@ def _families_of_name(name: object) -> set[str]:
     """The packages that transformers would load the code of ``name`` (hub id or directory) into."""
     if not isinstance(name, str) or not name:
         return set()
-    folders = [os.path.basename(os.path.normpath(name))] if os.path.isdir(name) else name.split("/")
+    folders = [os.path.basename(os.path.normpath(name))] if is_directory(Path(name)) else name.split("/")
     return {".".join([_CACHE_PACKAGE, *(_module_name(folder) for folder in folders)])}
 
 
@@ -278,7 +280,7 @@ def _loaded_classes(target: str, families: set[str]) -> list[type]:
 def _module_file(cls: type) -> Path | None:
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) and file.endswith(".py") and os.path.isfile(file) else None
+    return Path(file) if isinstance(file, str) and file.endswith(".py") and is_file(Path(file)) else None
 
 
 def _cache_root(module: str, file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``config.json`` and ``generation_config.json``: whole, true to the weights beside them, and free of stale entries."""
+"""``config.json`` and ``generation_config.json``: complete, true to the weights beside them, without stale entries."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import copy
 import dataclasses
 import enum
 import json
-import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from shardwise.addons.config_entries import naming_entries
+from shardwise.addons.config_entries import is_config, naming_entries
 from shardwise.addons.custom_code import custom_auto_map
-from shardwise.addons.files import copy_file, write_json, write_text
-from shardwise.base.directory import base_directory
+from shardwise.addons.files import copy_file, write_json, write_text, written_locally
+from shardwise.base.finding import find_directory
 from shardwise.comm import JsonValue
+from shardwise.disk.names import is_file
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
@@ -29,8 +29,6 @@ from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
-
-_LOG = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -81,8 +79,8 @@ def _config_exists(original_model_path: str, config_name: str) -> bool:
         original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
         config_name: File name, such as ``config.json``.
     """
-    base = base_directory(original_model_path)
-    return base is not None and (base / config_name).is_file()
+    base = find_directory(original_model_path)
+    return base is not None and is_file(base / config_name)
 
 
 def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, config_name: str) -> None:
@@ -138,15 +136,11 @@ def _strip(config: object) -> bool:
         if _QUANTIZATION in entries:
             delattr(config, _QUANTIZATION)
             removed = True
-    below = [value for value in entries.values() if isinstance(value, MutableMapping) or _is_config(value)]
+    below = [value for value in entries.values() if isinstance(value, MutableMapping) or is_config(value)]
     return any([removed, *(_strip(value) for value in below)])
 
 
 _ABSENT = object()
-
-
-def _is_config(value: object) -> bool:
-    return hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -220,8 +214,8 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
     """Repeat ``rope_parameters`` as 4.x spells it, in sub-configs too.
 
     Release 5 gathers in one entry what 4.x reads from ``rope_theta``, ``rope_scaling``, ``partial_rotary_factor`` and,
-    where sliding layers rotate differently, ``rope_local_base_freq``. A 4.x reader ignores the new entry and falls back
-    to the class's defaults without a word: the model loads and is wrong.
+    where sliding layers rotate differently, ``rope_local_base_freq``. A 4.x reader ignores the new entry and silently
+    uses the class's defaults: the model loads and is wrong.
     """
     for value in list(entries.values()):
         if isinstance(value, dict):
@@ -242,13 +236,9 @@ def _add_v4_rope(entries: dict[str, JsonValue]) -> None:
 
 
 def untie_configs(directory: Path) -> None:
-    """Set ``tie_word_embeddings`` to false in the configurations of a directory, in sub-configs too.
-
-    Args:
-        directory: Where ``config.json`` is, and in v4 mode ``config.v5.json``.
-    """
+    """Set ``tie_word_embeddings`` to false in a directory's ``config.json`` and ``config.v5.json``, sub-configs too."""
     for path in (directory / CONFIG, directory / CONFIG_V5):
-        if path.is_file():
+        if is_file(path):
             write_json(path, untied(read_json_object(path)))
 
 
@@ -292,20 +282,19 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
     if config is None:
         return False
     if callable(save):
-        with _spared(model, config):
-            cast(Callable[[str], object], save)(str(directory))
+        with _spared(model, config), written_locally(directory) as local:
+            cast(Callable[[str], object], save)(str(local))
     else:
         _write_entries(config, path)
-    if not path.is_file():
+    if not is_file(path):
         return True
     entries = read_json_object(path)
-    changed = False
-    if CLASS_NAME in entries and entries[CLASS_NAME] != original_class(model).__name__:
+    before = json.dumps(entries)
+    if CLASS_NAME in entries:
         entries[CLASS_NAME] = original_class(model).__name__
-        changed = True
-    if not keep_quantization and _strip(entries):
-        changed = True
-    if changed:
+    if not keep_quantization:
+        _strip(entries)
+    if json.dumps(entries) != before:
         write_json(path, entries)
     return True
 
@@ -332,7 +321,7 @@ def _write_entries(config: object, path: Path) -> None:
 
 
 def _nested(value: object) -> object:
-    """What JSON is to make of an object inside a config."""
+    """A value for JSON in place of an object inside a config."""
     to_dict: object = getattr(value, "to_dict", None)
     if callable(to_dict):
         return to_dict()
@@ -349,10 +338,6 @@ def _nested(value: object) -> object:
 
 def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
     """Write the ``config.json`` of a model with huggingface_hub's ``PyTorchModelHubMixin``, as the mixin does.
-
-    Args:
-        model: The model, out of its wrappers.
-        directory: Directory to write to.
 
     Returns:
         Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
@@ -382,7 +367,7 @@ def _spared(model: nn.Module, config: object) -> Iterator[None]:
 
 
 def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> None:
-    """Write how the model generates; the base model's file where the model in memory has nothing of its own to say.
+    """Write the generation config; the base model's file where the model in memory has no settings of its own.
 
     A model built from its config, and not loaded, has a generation config that only repeats the config's token ids:
     written over the base model's, it would drop stop tokens and sampling settings. Nothing is written for a model that
@@ -398,7 +383,7 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
         return
     generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
     theirs = base / GENERATION_CONFIG if base is not None else None
-    if theirs is not None and theirs.is_file() and (generation is None or _says_nothing(generation, model.config)):
+    if theirs is not None and is_file(theirs) and (generation is None or _says_nothing(generation, model.config)):
         copy_file(theirs, path)
         return
     if generation is None or not callable(can_generate):
@@ -417,8 +402,8 @@ def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
 
 def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
     """Copy a config file of the base model; see `_save_original_config_json`."""
-    base = base_directory(original_model_path)
-    if base is None or not (base / name).is_file():
+    base = find_directory(original_model_path)
+    if base is None or not is_file(base / name):
         raise CheckpointNotFoundError(
             f"the base model has no {name}",
             path=original_model_path if base is None else base / name,
@@ -435,12 +420,10 @@ def localize_auto_maps(directory: Path) -> None:
     """Point ``auto_map`` at the modules beside it: ``repo--module.Class`` becomes ``module.Class``.
 
     transformers fetches a prefixed reference from the hub even where the module was exported with the model.
-
-    Args:
-        directory: The metadata directory, code included.
+    ``directory`` is the metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
-        entries = read_json_object(path) if path.is_file() else {}
+        entries = read_json_object(path) if is_file(path) else {}
         auto_map = entries.get("auto_map")
         if not isinstance(auto_map, dict):
             continue
@@ -456,4 +439,4 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
     if not isinstance(reference, str) or "--" not in reference:
         return reference
     target = reference.rpartition("--")[2]
-    return target if (directory / (target.partition(".")[0] + ".py")).is_file() else reference
+    return target if is_file(directory / (target.partition(".")[0] + ".py")) else reference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
@@ -11,7 +10,7 @@ from shardwise.addons.base import SaveHookArgs, SavesPretrained
 from shardwise.addons.compat import _apply_transformers_compat_guards
 from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
-from shardwise.addons.files import write_json
+from shardwise.addons.files import copy_file, write_json, written_locally
 from shardwise.addons.hf_config import (
     CONFIG,
     CONFIG_V5,
@@ -30,9 +29,11 @@ from shardwise.addons.side_files import (
     write_tokenizer,
     write_tokenizer_for_v4,
 )
-from shardwise.base.directory import base_directory
+from shardwise.base.finding import find_directory
 from shardwise.comm import Group
-from shardwise.errors import ExportMismatchError, StorageError
+from shardwise.disk.names import files_under, is_directory, is_file
+from shardwise.disk.storage import current
+from shardwise.errors import ExportMismatchError
 from shardwise.format.notes import FILE_DTYPES, FILE_INDEX, NOTES
 from shardwise.stateful_wrappers.model_parts import config_of, described_part, has_quantized_parameters, written_dtype
 from shardwise.stateful_wrappers.wrapping import (
@@ -51,7 +52,7 @@ _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 
 class HFMetadataExporter(Protocol):
-    """What a model's own ``_get_consolidated_hf_metadata_exporter`` may return: it then writes all metadata itself.
+    """The result of a model's ``_get_consolidated_hf_metadata_exporter``, which then writes all metadata itself.
 
     The model's method is called as ``_get_consolidated_hf_metadata_exporter(tokenizer=..., original_model_path=...)``
     and returns such an object, or ``None`` to leave the writing to `ConsolidatedHFAddon`. Then:
@@ -128,52 +129,47 @@ def _parts(args: SaveHookArgs) -> list[nn.Module]:
 
 
 def is_quantized(args: SaveHookArgs) -> bool:
-    """Whether this rank holds quantized parameters. Pipeline stages differ: one anywhere is told in the config."""
+    """Whether this rank holds quantized parameters. Stages may differ; the config says so if any rank does."""
     return any(has_quantized_parameters(bare_model(part).modules()) for part in _parts(args))
 
 
+def copy_metadata(args: SaveHookArgs) -> None:
+    """The work of `ConsolidatedHFAddon.post_save` on rank 0. Local."""
+    source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
+    if source is not None and target is not None and is_directory(Path(source)):
+        _copy_tree(Path(source), Path(target))
+
+
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
-    """What `ConsolidatedHFAddon.pre_save` does on rank 0. Local.
+    """The work of `ConsolidatedHFAddon.pre_save` on rank 0. Local.
 
     Args:
         args: See `SaveHookArgs`.
         quantized: Whether any rank holds quantized parameters.
-        exporter: What `own_exporter` gave.
+        exporter: The result of `own_exporter`.
     """
-    directory = args.get("hf_metadata_dir")
-    if directory is not None:
-        _write_metadata(Path(directory), _parts(args), quantized, args, exporter)
-
-
-def copy_metadata(args: SaveHookArgs) -> None:
-    """What `ConsolidatedHFAddon.post_save` does on rank 0. Local."""
-    source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
-    if source is not None and target is not None and Path(source).is_dir():
-        _copy_tree(Path(source), Path(target))
-
-
-def _write_metadata(
-    directory: Path, parts: list[nn.Module], quantized: bool, args: SaveHookArgs, exporter: HFMetadataExporter | None
-) -> None:
-    """Write everything into ``directory``."""
+    target = args.get("hf_metadata_dir")
+    if target is None:
+        return
+    directory, parts = Path(target), _parts(args)
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")
     _write_mappings(directory, args)
     if exporter is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        exporter.save(hf_metadata_dir=str(directory), tokenizer=tokenizer, original_model_path=base_path)
+        with written_locally(directory) as local:
+            exporter.save(hf_metadata_dir=str(local), tokenizer=tokenizer, original_model_path=base_path)
         return
     config = None if model is None else config_of(model)
     describes_itself = config is not None or (model is not None and is_hub_mixin(model))
-    base = base_directory(base_path) if describes_itself else None
+    base = find_directory(base_path) if describes_itself else None
     v4 = args.get("v4_compatible", False)
     write_tokenizer(tokenizer, base, directory)
     if v4:
         write_tokenizer_for_v4(directory, base)
     if model is None or not describes_itself:
         return
-    directory.mkdir(parents=True, exist_ok=True)
+    current().make_directory(directory)
     _maybe_save_custom_model_code(base_path, str(directory), model)
     if is_transformers_config(config):
         dtype = written_dtype([bare_model(part) for part in parts], args.get("fqn_to_dtype_mapping"))
@@ -189,7 +185,7 @@ def _write_metadata(
     else:
         write_sentence_model(around, directory, with_tokenizer=tokenizer is None)
     localize_auto_maps(directory)
-    for path in sorted(directory.rglob("*.py")):
+    for path in (path for path in files_under(directory) if path.suffix == ".py"):
         _apply_transformers_compat_guards(str(path))
 
 
@@ -218,7 +214,7 @@ def _write_configs(
     model: nn.Module, directory: Path, base: Path | None, dtype: str | None, *, keep_quantization: bool, v4: bool
 ) -> None:
     """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
-    theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and (base / name).is_file()]
+    theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and is_file(base / name)]
     for name in theirs:
         copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
     config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)
@@ -259,13 +255,7 @@ def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
 
 def _copy_tree(source: Path, target: Path) -> None:
     """Copy everything but what is for resuming, over what is there."""
-    try:
-        shutil.copytree(
-            source,
-            target,
-            ignore=lambda folder, names: NOTES & set(names) if Path(folder) == source else set(),
-            copy_function=shutil.copyfile,
-            dirs_exist_ok=True,
-        )
-    except shutil.Error as error:
-        raise StorageError(f"the metadata cannot be copied: {error}", path=target) from error
+    for path in files_under(source):
+        relative = path.relative_to(source)
+        if relative.as_posix() not in NOTES:
+            copy_file(path, target / relative)

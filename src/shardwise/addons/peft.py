@@ -14,6 +14,7 @@ from typing import Unpack
 import torch.nn as nn
 
 from shardwise.addons.base import ModelParts, SaveHookArgs
+from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.peft.builtin_lora import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
@@ -96,9 +97,7 @@ class PeftAddon:
 
 def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], kwargs: SaveHookArgs) -> None:
     for name, values in settings.items():
-        directory = path / adapter_directory(name)
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_json(directory / ADAPTER_CONFIG_NAME, values)
+        _write_json(path / adapter_directory(name) / ADAPTER_CONFIG_NAME, values)
     if settings:
         config = kwargs.get("peft_config")
         if is_peft_adapted(parts, config) and (config is None or isinstance(config, Mapping)):
@@ -107,11 +106,12 @@ def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], k
         _write_json(path / AUTOMODEL_CONFIG_NAME, _get_automodel_peft_metadata(config))
     tokenizer = kwargs.get("tokenizer")
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(path))
+        with written_locally(path) as local:
+            tokenizer.save_pretrained(str(local))
 
 
 def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> list[str]:
@@ -169,7 +169,7 @@ def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
 
 
 def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compatible: bool = False) -> dict[str, object]:
-    """What adapter_config.json is to say, from this process's parts alone.
+    """The content of adapter_config.json, from this process's parts alone.
 
     Args:
         peft_config: The configuration.

@@ -9,8 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.addons.base import SavesPretrained
-from shardwise.addons.files import copy_file, write_json, write_text
+from shardwise.addons.files import copy_file, write_json, write_text, written_locally
 from shardwise.comm import JsonValue
+from shardwise.disk.names import exists, files_under, is_directory, is_file, names_in
+from shardwise.disk.storage import current
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.wrapping import original_class
@@ -58,10 +60,10 @@ _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentenc
 
 
 def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, directory: Path) -> None:
-    """Write the tokenizer or processor, and take from the base model what then still is absent.
+    """Write the tokenizer or processor, and copy absent files from the base model.
 
-    What the caller passes wins. The base model's tokenizer files are copied where no tokenizer was written, its
-    processor files where no processor was, its chat template where none was.
+    The caller's object takes precedence. The base model's tokenizer files are copied where no tokenizer was written,
+    its processor files where no processor was, its chat template where none was.
 
     Args:
         tokenizer: Tokenizer, processor or ``None``.
@@ -69,17 +71,17 @@ def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, direct
         directory: Directory to write to.
     """
     if tokenizer is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(str(directory))
+        with written_locally(directory) as local:
+            tokenizer.save_pretrained(str(local))
     if base is None:
         return
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any(exists(directory / name) for name in ("tokenizer.json", "tokenizer_config.json")):
         _copy_matching(base, directory, _TOKENIZER_FILES)
-    if not any((directory / name).exists() for name in _PROCESSOR_FILES):
+    if not any(exists(directory / name) for name in _PROCESSOR_FILES):
         _copy_matching(base, directory, _PROCESSOR_FILES)
     if not _has_template(directory):
         _copy_matching(base, directory, _TEMPLATES)
-        if (base / _TEMPLATE_FOLDER).is_dir():
+        if is_directory(base / _TEMPLATE_FOLDER):
             _copy_matching(base / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, ("*.jinja",))
 
 
@@ -94,34 +96,28 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
         base: The base model's directory, if it has one: its ``tokenizer_class`` is preferred.
     """
     path = directory / "tokenizer_config.json"
-    if not path.is_file():
+    if not is_file(path):
         return
     entries = read_json_object(path)
-    changed = False
+    before = dict(entries)
     if entries.get("tokenizer_class") == "TokenizersBackend":
         theirs = base / path.name if base is not None else path
-        known = read_json_object(theirs).get("tokenizer_class") if theirs.is_file() else None
+        known = read_json_object(theirs).get("tokenizer_class") if is_file(theirs) else None
         usable = isinstance(known, str) and known != "TokenizersBackend"
         entries["tokenizer_class"] = known if usable else "PreTrainedTokenizerFast"
-        changed = True
     if isinstance(entries.get("extra_special_tokens"), list):
         entries["additional_special_tokens"] = entries.pop("extra_special_tokens")
-        changed = True
-    if changed:
+    if entries != before:
         write_json(path, entries)
 
 
 def write_sentence_transformers(base: Path | None, directory: Path) -> None:
-    """Copy what makes the base model a sentence-transformers model: its side files and its module folders.
-
-    Args:
-        base: The base model's directory, if it has one.
-        directory: Directory to write to.
+    """Copy the side files and module folders of a base model that is a sentence-transformers model.
 
     Raises:
         FormatError: ``modules.json`` names a folder outside the model.
     """
-    if base is None or not (base / "modules.json").is_file():
+    if base is None or not is_file(base / "modules.json"):
         return
     folders = _module_folders(base / "modules.json")
     if folders is None:
@@ -129,22 +125,22 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
         return
     _copy_matching(base, directory, _SENTENCE_FILES)
     for folder in folders:
-        files = sorted(p for p in (base / folder).rglob("*") if p.is_file() and p.name.lower() != "readme.md")
+        files = [path for path in files_under(base / folder) if path.name.lower() != "readme.md"]
         for path in files:
             copy_file(path, directory / path.relative_to(base))
 
 
 def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> bool:
-    """Write what makes a directory with a transformer's files the sentence-transformers model around it.
+    """Write the files that make a directory with a transformer's files a sentence-transformers model.
 
     Args:
         model: The ``SentenceTransformer``, out of its wrappers.
         directory: Directory to write to.
-        with_tokenizer: Whether its tokenizer or processor is to be written too.
+        with_tokenizer: Whether to write its tokenizer or processor too.
 
     Returns:
-        Whether it was written. A module with weights besides the transformer (``Dense``) has files of its own, which an
-        export has not: then the directory is the transformer's alone, as the log says.
+        Whether it was written. A module with weights besides the transformer (``Dense``) has its own files, which an
+        export lacks: then the directory holds only the transformer, as the log says.
     """
     modules = list(model.named_children())
     others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
@@ -155,18 +151,19 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
             f"{', '.join(others)} have weights outside of it" if others else "its first module writes no config",
         )
         return False
-    first.save_config(str(directory))
     processor = getattr(first, "processor", None) or getattr(first, "tokenizer", None)
-    if with_tokenizer and processor is not None:
-        processor.save_pretrained(str(directory))
     listed: list[JsonValue] = []
-    for number, (name, module) in enumerate(modules):
-        cls = original_class(module)
-        folder = f"{number}_{cls.__name__}" if number else ""
-        if number:
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-            cast(Any, module).save(str(directory / folder))
-        listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
+    with written_locally(directory) as local:
+        first.save_config(str(local))
+        if with_tokenizer and processor is not None:
+            processor.save_pretrained(str(local))
+        for number, (name, module) in enumerate(modules):
+            cls = original_class(module)
+            folder = f"{number}_{cls.__name__}" if number else ""
+            if number:
+                current().make_directory(local / folder)
+                cast(Any, module).save(str(local / folder))
+            listed.append({"idx": number, "name": name, "path": folder, "type": f"{cls.__module__}.{cls.__name__}"})
     write_text(directory / "modules.json", json.dumps(listed, indent=2))
     settings = model_settings(model)
     if settings is not None:
@@ -195,14 +192,14 @@ def _module_folders(path: Path) -> list[str] | None:
 
 
 def _has_template(directory: Path) -> bool:
-    if any((directory / name).exists() for name in _TEMPLATES):
+    if any(exists(directory / name) for name in _TEMPLATES):
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and bool(read_json_object(config).get("chat_template"))
+    return is_file(config) and bool(read_json_object(config).get("chat_template"))
 
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:
-    names = sorted(p.name for p in base.iterdir() if p.is_file() and any(fnmatch(p.name, each) for each in patterns))
-    for name in names:
-        if not (directory / name).exists():
+    for name in names_in(base):
+        wanted = any(fnmatch(name, each) for each in patterns) and is_file(base / name)
+        if wanted and not exists(directory / name):
             copy_file(base / name, directory / name)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from shardwise.base.finding import asked_for, find
-from shardwise.base.load import BaseSource
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
+from shardwise.base.source import BaseSource
 from shardwise.comm import Group
+from shardwise.disk.names import exists, is_directory, is_file
 from shardwise.dtypes import FLOATS
 from shardwise.format.json_file import read_json
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter, is_index
+from shardwise.format.weight_files import TORCH, is_index
+from shardwise.sources.directory_contents import holds_safetensors, holds_torch_files
 from shardwise.sources.sources import open_source
-from shardwise.sources.torch_files import has_torch_files, open_bin
+from shardwise.sources.torch_files import open_bin
 
 #: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
 #: where the file does not name it.
@@ -48,7 +49,7 @@ def base_config(path: Path) -> dict[str, object]:
     Raises:
         FormatError: One of the files is not JSON.
     """
-    directory = path if path.is_dir() else path.parent
+    directory = path if is_directory(path) else path.parent
     config = _json_object(directory / "config.json")
     if is_quantized(config):
         return config
@@ -60,7 +61,7 @@ def base_config(path: Path) -> dict[str, object]:
 
 
 def _json_object(file: Path) -> dict[str, object]:
-    if not file.is_file():
+    if not is_file(file):
         return {}
     found = read_json(file)
     return dict(found) if isinstance(found, dict) else {}
@@ -92,6 +93,11 @@ def base_dtype(model_name: str | Path, root_dir: str | Path | None = None) -> st
 
     Raises:
         CheckpointNotFoundError: There is no such base.
+
+    Examples:
+        >>> checkpointer.save_model(model.bfloat16(), "weights")
+        >>> base_dtype("weights/model")
+        'bfloat16'
     """
     path = find_base(root_dir, str(model_name))
     config = base_config(path)
@@ -153,22 +159,13 @@ def open_base_source(
 
 def is_torch_base(path: Path) -> bool:
     """Whether a base's weights are files of ``torch.save``, as they are where it has no others. Local."""
-    if path.is_file():
+    if is_file(path):
         if is_index(path.name):
             return TORCH.index_stem(path.name) is not None
         found = what_is_file(path)
         if found is None:
             return path.suffix != ".safetensors" and TORCH.stem_of(path.name) is not None
         return found.kind is Kind.TORCH
-    below = (path, path / "consolidated")
-    if (path / ".metadata").exists() or any(_has_safetensors(place) for place in below):
+    if exists(path / ".metadata") or holds_safetensors(path):
         return False
-    return has_torch_files(path)
-
-
-def _has_safetensors(directory: Path) -> bool:
-    names = os.listdir(directory) if directory.is_dir() else []
-    return any(
-        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
-        for name in names
-    )
+    return is_directory(path) and holds_torch_files(path)

@@ -8,20 +8,21 @@ Places are looked at in this order, and the first that holds a model is taken:
 4. the name as a hub id, with or without a revision behind an ``@``, in the cache (``model_cache_dir``, or the hub's
    own), and in the root directory as a cache.
 
-A directory counts where it holds a model; one that does not, such as a stray folder of the model's name in the working
-directory, is passed over and named in the error if nothing else is found. Where two places hold a model the first is
-taken and both are logged. The network is never asked.
+A directory counts where it holds a model (`find`) or what describes one (`find_directory`); one that does not, such as
+a stray folder of the model's name in the working directory, is passed over, and named in the error if nothing else is
+found. Where two places hold a model the first is taken and both are logged. The network is never asked.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.base.hub_cache import Snapshot, default_cache, find_snapshot, hub_name, snapshot_in
+from shardwise.base.hub_cache import Snapshot, default_cache, find_snapshot, is_models_folder, snapshot_in
+from shardwise.disk.names import exists, is_directory, is_file, real_path
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_index
@@ -30,6 +31,8 @@ from shardwise.sources.directory_contents import did_you_mean, found_instead, ho
 
 _LOG = logging.getLogger(__name__)
 
+#: Every model's folder has at least one of these files.
+_LANDMARKS = ("config.json", "model_index.json", "tokenizer_config.json", "generation_config.json")
 _DOWNLOAD = "Download it first (hf download), or pass a directory or a file."
 _SETTINGS = (
     "Correct model_repo_id, original_model_root_dir or model_cache_dir, download it (hf download), or, for a model "
@@ -46,6 +49,7 @@ class Search:
         root: A directory that models lie in.
         caches: Hub caches.
         root_counts: Whether ``root`` may be the model itself.
+        counts: Whether a directory is one that is looked for.
         hint: What to do where nothing is found.
     """
 
@@ -53,6 +57,7 @@ class Search:
     root: Path | None = None
     caches: tuple[Path, ...] = ()
     root_counts: bool = False
+    counts: Callable[[Path], bool] = holds_model
     hint: str = _DOWNLOAD
 
     @property
@@ -112,7 +117,7 @@ def find(search: Search) -> Path:
         FormatError: A file was named that is of another format, or a reference in a cache is damaged.
     """
     looks = list(_looks(search))
-    found = {os.path.realpath(look.model): look.model for look in reversed(looks) if look.model is not None}
+    found = {real_path(look.model): look.model for look in reversed(looks) if look.model is not None}
     models = list(reversed(found.values()))
     if not models:
         raise _not_found(search, looks)
@@ -121,35 +126,60 @@ def find(search: Search) -> Path:
     return models[0].absolute()
 
 
+def find_directory(name: str | None) -> Path | None:
+    """The directory that describes a base model by its configuration, tokenizer or code, or ``None``. Local.
+
+    Args:
+        name: A directory, or a hub id in the hub's own cache. A single file has no directory of its own.
+
+    Returns:
+        The first place that has files of a model; where none has any, the last one that is there at all.
+
+    Raises:
+        FormatError: A reference in the cache is damaged.
+    """
+    if not name or is_file(Path(name)):
+        return None
+    looks = list(_looks(Search(name, None, (default_cache(),), counts=_describes_model)))
+    found = [look.model for look in looks if look.model] or [look.empty for look in reversed(looks) if look.empty]
+    return found[0] if found else None
+
+
+def _describes_model(directory: Path) -> bool:
+    return any(exists(directory / name) for name in _LANDMARKS) or holds_model(directory)
+
+
 def _looks(search: Search) -> Iterator[_Look]:
     seen: set[Path] = set()
     for place in search.places():
         if place.absolute() not in seen:
             seen.add(place.absolute())
-            yield _look(place.absolute())
-    name = None if search.name is None or os.path.isabs(search.name) else hub_name(search.name)
-    if name is None:
+            yield _look(place.absolute(), search)
+    if search.name is None or os.path.isabs(search.name):
         return
     for cache in dict.fromkeys(cache.absolute() for cache in search.caches):
-        yield _look_into(find_snapshot(cache, name))
+        snapshot = find_snapshot(cache, search.name)
+        if snapshot is not None:
+            yield _look_into(snapshot, search)
 
 
-def _look(place: Path) -> _Look:
-    if not place.exists():
+def _look(place: Path, search: Search) -> _Look:
+    if not exists(place):
         return _Look(f"{place} (nothing is there)")
-    if not place.is_dir():
+    if not is_directory(place):
         return _look_at_file(place)
-    if place.name.startswith("models--") and (place / "snapshots").is_dir():
-        return _look_into(snapshot_in(place, None))
-    if holds_model(place):
+    snapshot = snapshot_in(place) if is_models_folder(place) else None
+    if snapshot is not None:
+        return _look_into(snapshot, search)
+    if search.counts(place):
         return _Look(str(place), place)
     return _Look(f"{place} (a directory that holds no model)", empty=place)
 
 
-def _look_into(snapshot: Snapshot) -> _Look:
+def _look_into(snapshot: Snapshot, search: Search) -> _Look:
     if snapshot.path is None:
         return _Look(snapshot.said)
-    if holds_model(snapshot.path):
+    if search.counts(snapshot.path):
         return _Look(snapshot.said, snapshot.path)
     return _Look(f"{snapshot.path} (a snapshot without weights)", empty=snapshot.path)
 

@@ -1,38 +1,28 @@
-"""Models in a Hugging Face hub cache: ``models--org--name/snapshots/<commit>``. The network is never asked.
+"""Models in a Hugging Face hub cache. huggingface_hub says which snapshot is meant; the network is never asked.
 
-huggingface_hub decides which names are hub ids and how a model's folder is called; its guide "Understand caching"
-describes the layout. Order never comes from time stamps: where a branch was not fetched and several
-snapshots are there, none is taken.
+``snapshot_download`` with ``local_files_only`` knows the snapshot of a branch, a tag or a whole commit. Only the names
+of one model's commits and branches are listed here, in the layout that the guide "Understand caching" describes
+(``models--org--name/snapshots/<commit>``, ``refs/<branch>``): ``scan_cache_dir`` would look at every file of every
+model in the cache, and leaves out a model of which one file is absent. Order never comes from time stamps: where
+``main`` was not fetched and several snapshots are there, none is taken.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.disk.guarded import read_whole
+from shardwise.disk.names import is_directory, is_file
 from shardwise.errors import FormatError
-from shardwise.upstream.huggingface_hub import cache_folder, is_repo_id
+from shardwise.upstream.huggingface_hub import cache_folder
 
 _REVISION = re.compile(r"(?P<id>[^@]+)@(?P<revision>[\w./-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-DEFAULT_REVISION = "main"
-_LONGEST_REFERENCE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class HubName:
-    """A hub id (``org/name``), and the branch, tag or commit behind its ``@``; ``None`` where none was given."""
-
-    repo_id: str
-    revision: str | None = None
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder in a cache."""
-        return cache_folder(self.repo_id)
+_FOLDER = "models--"
+_DEFAULT_REVISION = "main"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +38,6 @@ class Snapshot:
     said: str
 
 
-def hub_name(name: str) -> HubName | None:
-    """A name as a hub id with an optional revision, or ``None`` where huggingface_hub takes it for none."""
-    found = _REVISION.fullmatch(name)
-    repo_id, revision = (found["id"], found["revision"]) if found else (name, None)
-    return HubName(repo_id, revision) if is_repo_id(repo_id) else None
-
-
 def default_cache() -> Path:
     """The hub's own cache, as the environment says."""
     from huggingface_hub import constants
@@ -62,56 +45,81 @@ def default_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_snapshot(cache: Path, name: HubName) -> Snapshot:
+def is_models_folder(path: Path) -> bool:
+    """Whether a directory is one model's own folder in a cache."""
+    return path.name.startswith(_FOLDER) and is_directory(path / "snapshots")
+
+
+def snapshot_in(home: Path) -> Snapshot | None:
+    """As `find_snapshot`, for a model's own folder in a cache (``models--org--name``)."""
+    return find_snapshot(home.parent, home.name.removeprefix(_FOLDER).replace("--", "/"))
+
+
+def find_snapshot(cache: Path, name: str) -> Snapshot | None:
     """Look a model up in a cache, or in the directory ``hub`` of one (as ``HF_HOME`` has).
 
     Without a revision it is that of ``main``, or, where ``main`` was never fetched, the only snapshot there is.
 
+    Args:
+        cache: The directory.
+        name: A hub id (``org/name``), with or without a branch, a tag or a commit behind an ``@``; of a commit the
+            first seven digits are enough.
+
+    Returns:
+        ``None`` where the name is none that a model on the hub may have.
+
     Raises:
         FormatError: The file of a branch or tag is not text.
     """
-    homes = [cache / name.folder, cache / "hub" / name.folder]
-    home = next((each for each in homes if each.is_dir()), None)
-    if home is None:
-        return Snapshot(None, f"{homes[0]} (nothing is there)")
-    return snapshot_in(home, name.revision)
+    from huggingface_hub.errors import HFValidationError
 
-
-def snapshot_in(home: Path, revision: str | None) -> Snapshot:
-    """As `find_snapshot`, in the model's own folder of a cache (``models--org--name``)."""
-    wanted = revision or DEFAULT_REVISION
-    commit = _referenced(home, wanted)
-    if commit is not None:
-        found = home / "snapshots" / commit
-        if found.is_dir():
-            return Snapshot(found, str(found))
-        return Snapshot(None, f"{home} ({wanted} is {commit[:40]}, of which there is no snapshot)")
-    commits = sorted(path.name for path in (home / "snapshots").glob("*") if path.is_dir())
-    if revision is None:
-        near = commits
-    else:
-        near = [each for each in commits if each == revision or _COMMIT.fullmatch(revision)]
-        near = [each for each in near if each.startswith(revision)]
+    split = _REVISION.fullmatch(name)
+    repo_id, revision = (split["id"], split["revision"]) if split else (name, None)
+    wanted = revision or _DEFAULT_REVISION
+    try:
+        homes = [place / cache_folder(repo_id) for place in (cache, cache / "hub")]
+        home = next((each for each in homes if is_directory(each)), homes[0])
+        found = _fetched(home, repo_id, wanted)
+    except HFValidationError:
+        return None
+    if found is not None:
+        return Snapshot(found, str(found))
+    if not is_directory(home):
+        return Snapshot(None, f"{home} (nothing is there)")
+    branches = sorted(_branches(home))
+    if wanted in branches:
+        return Snapshot(None, f"{home} (there is no snapshot of the commit that {wanted} is)")
+    commits = sorted(path.name for path in (home / "snapshots").glob("*") if is_directory(path))
+    near = [c for c in commits if revision is None or (_COMMIT.fullmatch(revision) and c.startswith(revision))]
     if len(near) == 1:
-        return Snapshot(home / "snapshots" / near[0], str(home / "snapshots" / near[0]))
-    there = [*_references(home), *commits]
-    return Snapshot(None, f"{home} (no {wanted}; what was fetched: {', '.join(there[:6]) or 'nothing'})")
+        found = home / "snapshots" / near[0]
+        return Snapshot(found, str(found))
+    there = ", ".join([*branches, *commits][:6])
+    return Snapshot(None, f"{home} (no {wanted}; what was fetched: {there or 'nothing'})")
 
 
-def _referenced(home: Path, revision: str) -> str | None:
-    """The commit of a branch or tag."""
-    file = home / "refs" / revision
-    if ".." in file.parts or not file.is_file():
+def _fetched(home: Path, repo_id: str, revision: str) -> Path | None:
+    """The snapshot of a branch, a tag or a whole commit, whichever of its files are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if ".." in revision.split("/"):
         return None
     try:
-        text = read_whole(file, _LONGEST_REFERENCE, FormatError).decode().strip()
+        # No file is asked for: which of them a model needs is for whoever opens it to say.
+        found = snapshot_download(
+            repo_id, revision=revision, cache_dir=home.parent, local_files_only=True, ignore_patterns="*"
+        )
+    except (LocalEntryNotFoundError, IsADirectoryError):  # the latter for a part of a branch's name, as refs/pr
+        return None
     except UnicodeDecodeError as error:
-        raise FormatError(f"not text: {error}", path=file, hint="Download the model again.") from error
-    return text if text and "/" not in text else None
+        reference = home / "refs" / revision
+        raise FormatError(f"not text: {error}", path=reference, hint="Download the model again.") from error
+    # Wherever a damaged reference leads, it is a snapshot of this model or none.
+    place = Path(os.path.normpath(found))
+    return home / "snapshots" / place.name if place.parent == Path(os.path.normpath(home / "snapshots")) else None
 
 
-def _references(home: Path) -> list[str]:
+def _branches(home: Path) -> Iterator[str]:
     root = home / "refs"
-    return sorted(
-        os.path.relpath(os.path.join(directory, file), root) for directory, _, files in os.walk(root) for file in files
-    )
+    return (path.relative_to(root).as_posix() for path in root.rglob("*") if is_file(path))

@@ -98,7 +98,7 @@ def recompute_buffers(module: nn.Module) -> None:
         kept = {slot.name for slot in rebuilt(unwrap(module), doubtful, with_weights=False)}
     changed = [n for slot in doubtful if (n := slot.name) not in kept and not torch.equal(before[n], slot.tensor)]
     if changed:
-        _LOG.info("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
+        _LOG.debug("recomputed %d buffers that are in no file, %s among them", len(changed), changed[0])
 
 
 def check_attributes(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import cast
 from shardwise.base.files import is_torch_base
 from shardwise.base.finding import configured, find
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import exists, is_directory, is_file
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.geometry import TensorSpec
 from shardwise.settings import Settings
@@ -103,21 +104,21 @@ def open_base(path: str | None, group: Group, allow_legacy_pickle: bool = False)
         if path is None:
             return None
         place = Path(path)
-        if place.is_dir() and (place / ".metadata").exists():
+        if is_directory(place) and exists(place / ".metadata"):
             raise FormatError(
                 "the base model is a DCP checkpoint, which does not say how its Hugging Face files are",
                 path=place,
                 hint="Name the Hugging Face model that it was made from, or convert it (shardwise consolidate) and "
                 "name that.",
             )
-        return [path, place.is_file(), is_torch_base(place)]
+        return [path, is_file(place), is_torch_base(place)]
 
-    told = group.broadcast_result(look, "looking at the base model")
-    if told is None:
+    seen = group.broadcast_result(look, "looking at the base model")
+    if seen is None:
         return None
-    theirs, is_file, is_torch = cast(tuple[str, bool, bool], told)
+    theirs, is_single, is_torch = cast(tuple[str, bool, bool], seen)
     place = Path(path or theirs)
-    directory = place.parent if is_file else place
+    directory = place.parent if is_single else place
     loose: Mapping[str, TensorSpec] = {}
     if is_torch:
         bins = open_bin(place, group, allow_legacy_pickle)

@@ -1,4 +1,9 @@
-"""Matches a model's tensors with the names in a base model's files."""
+"""Matches a model's tensors with the names in files that other tools wrote, a base model's among them.
+
+Our checkpoints, and those of today's ``save_pretrained``, have the names that the model's conversion gives. Other files
+come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
+unconverted; `shardwise.convert.for_files` maps them as transformers would.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from torch import nn
 
 from shardwise.convert import (
     Conversion,
+    Converted,
     HeldGroup,
     NativeSpec,
     conversion_of,
@@ -18,6 +24,7 @@ from shardwise.convert import (
     identity,
     to_hub,
 )
+from shardwise.geometry import TensorSpec
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.builtin_lora import natives as site_natives
 from shardwise.plan.deferred import deferred, refuse_stand_ins
@@ -28,8 +35,7 @@ from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_name
 from shardwise.upstream import peft
-from shardwise.upstream.transformers import class_ties as class_ties_of
-from shardwise.upstream.transformers import may_be_missing
+from shardwise.upstream.transformers import class_ties, may_be_missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +119,19 @@ def match_base(
         kept = list(_present(part.module, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
         specs = tuple(native.spec for native in natives)
-        if before is not None and before.conversions[number][0] == specs:  # initialising may have tied what was not
-            conversion = before.conversions[number][1]
-        else:
-            conversion = for_files(part.module, conversion_of(part.module, specs), specs, names, key_mapping)
+        # Initialising may have tied what was not.
+        same = before is not None and before.conversions[number][0] == specs
+        known = before.conversions[number][1] if before is not None and same else None
+        conversion, converted = under_names_of_files(part.module, natives, names, key_mapping, known)
         conversions.append((specs, conversion))
-        converted = to_hub(conversion, natives)
-        embedded = _embeddings(part.module, names, key_mapping) if base_ties else {}
-        expected = list(_expected(part.module, conversion, converted.held, available, embedded))
+        ties = _class_ties(part.module) if base_ties else {}
+        lacking = {
+            tensor.spec.name: conversion.by_hub(tensor.spec.name).parts[0].native
+            for tensor in converted.held
+            if tensor.spec.name not in available and tensor.parts[0].part.view is None
+        }
+        moved = names_of_ties(part.module, lacking, ties, names, key_mapping)
+        expected = list(_expected(part.module, converted.held, available, moved))
         held += expected
         unfilled = _unfilled(conversion, converted.held, expected)
         groups += converted.groups
@@ -130,28 +141,79 @@ def match_base(
         tensors += by_name.values()
         filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
         steps += part.steps
+    refuse_stand_ins(native for group in groups for native in group.natives)
     own, doubled = _once(held)
     return BaseWanted(
         own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
     )
 
 
-def _expected(
+def under_names_of_files(
     module: nn.Module,
-    conversion: Conversion,
-    held: Iterable[HeldTensor],
-    available: Collection[str],
-    embedded: Mapping[str, str],
+    natives: Sequence[HeldTensor],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None = None,
+    known: Conversion | None = None,
+) -> tuple[Conversion, Converted]:
+    """A part's tensors under the names that the files have; one that is not there keeps its hub name. Local.
+
+    Args:
+        module: The part, without wrappers.
+        natives: Its tensors under their own names.
+        names: All names in the files.
+        key_mapping: Regular expressions and replacements, from the files' names to the model's.
+        known: The conversion that was found before.
+
+    Raises:
+        ConversionError: Two tensors would be read from one.
+    """
+    if known is None:
+        specs = tuple(native.spec for native in natives)
+        known = for_files(module, conversion_of(module, specs), specs, names, key_mapping)
+    return known, to_hub(known, natives)
+
+
+def names_of_ties(
+    module: nn.Module,
+    lacking: Mapping[str, str],
+    ties: Mapping[str, str],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """For tensors that the files lack, the names there of those that they are tied to. Local.
+
+    Args:
+        module: The part, without wrappers.
+        lacking: The name that a tensor would have in the files -> its native name.
+        ties: Native name -> the native name that it is tied to.
+        names: All names in the files.
+        key_mapping: As for `under_names_of_files`.
+    """
+    wanted = {name: ties[native] for name, native in lacking.items() if native in ties}
+    found = names_in_files(module, wanted.values(), names, key_mapping) if wanted else {}
+    return {name: found[source] for name, source in wanted.items() if source in found}
+
+
+def names_in_files(
+    module: nn.Module, natives: Iterable[str], names: Sequence[str], key_mapping: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """For each of some native names that is in the files, its name there. Local."""
+    specs = [TensorSpec(name, (), "F32") for name in dict.fromkeys(natives)]
+    conversion = for_files(module, identity(specs), specs, names, key_mapping)
+    available = frozenset(names)
+    return {hub.parts[0].native: hub.name for hub in conversion.hub if hub.name in available}
+
+
+def _expected(
+    module: nn.Module, held: Iterable[HeldTensor], available: Collection[str], moved: Mapping[str, str]
 ) -> Iterator[HeldTensor]:
     """The destinations that the files fill, or should; a head of which they have only the embedding gets that."""
-    ignorable = _ignorable(module)
+    ignorable = tuple(map(re.compile, may_be_missing(module)))
     for tensor in held:
-        native = tensor.parts[0].part.view is None and _native_of(conversion, tensor.spec.name)
-        if tensor.spec.name in available:
-            yield tensor
-        elif native and native in embedded:
-            yield tensor._replace(spec=tensor.spec._replace(name=embedded[native]))
-        elif not _matches(ignorable, tensor.spec.name):
+        name = tensor.spec.name
+        if name in moved:
+            yield tensor._replace(spec=tensor.spec._replace(name=moved[name]))
+        elif name in available or not any(pattern.search(name) for pattern in ignorable):
             yield tensor
 
 
@@ -163,10 +225,6 @@ def _unfilled(conversion: Conversion, held: Iterable[HeldTensor], expected: Iter
     return frozenset(natives.union(conversion.ignored))
 
 
-def _native_of(conversion: Conversion, name: str) -> str:
-    return conversion.by_hub(name).parts[0].native
-
-
 def _present(
     module: nn.Module, tensors: Sequence[NamedTensor], names: Sequence[str], key_mapping: Mapping[str, str] | None
 ) -> Iterator[NamedTensor]:
@@ -175,44 +233,17 @@ def _present(
     if not tied:
         yield from tensors
         return
-    found = names_in_files(module, [(n, t.tensor) for t in tied for n in (t.name, *t.aliases)], names, key_mapping)
+    found = names_in_files(module, (name for t in tied for name in (t.name, *t.aliases)), names, key_mapping)
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
         yield named._replace(name=choices[0]) if named.aliases and choices else named
 
 
-def _embeddings(module: nn.Module, names: Sequence[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
-    """For each tensor that the model's class ties to another, that other one's name in the files."""
-    ties = {target: source for target, source in declared_ties([module]).items() if source}
-    class_ties = class_ties_of(type(module))
-    if isinstance(class_ties, dict):
-        ties = {str(t): str(s) for t, s in class_ties.items()} | ties
-    scalar = torch.empty((), device="meta")
-    found = names_in_files(module, [(source, scalar) for source in dict.fromkeys(ties.values())], names, key_mapping)
-    return {target: found[source] for target, source in ties.items() if source in found}
-
-
-def names_in_files(
-    module: nn.Module,
-    tensors: Sequence[tuple[str, torch.Tensor]],
-    names: Sequence[str],
-    key_mapping: Mapping[str, str] | None,
-) -> dict[str, str]:
-    """For each of some native names that is in the files, its name there."""
-    register = MeshRegister()
-    specs = [held_tensor(name, tensor, register).spec for name, tensor in tensors]
-    conversion = for_files(module, identity(specs), specs, names, key_mapping)
-    available = frozenset(names)
-    return {hub.parts[0].native: hub.name for hub in conversion.hub if hub.name in available}
-
-
-def _ignorable(module: nn.Module) -> tuple[re.Pattern[str], ...]:
-    """Patterns of names that a transformers model does not expect in its files."""
-    return tuple(map(re.compile, may_be_missing(module)))
-
-
-def _matches(patterns: Sequence[re.Pattern[str]], name: str) -> bool:
-    return any(pattern.search(name) for pattern in patterns)
+def _class_ties(module: nn.Module) -> dict[str, str]:
+    """The ties that a model's class or configuration declares, target -> source, whether or not this model has them."""
+    declared = class_ties(type(module))
+    ties = {str(t): str(s) for t, s in declared.items()} if isinstance(declared, dict) else {}
+    return ties | {target: source for target, source in declared_ties([module]).items() if source}
 
 
 def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import ConfigError, MisuseError
+from shardwise.errors import AdapterError, ConfigError, MisuseError
+from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
@@ -38,16 +39,14 @@ _OWN = frozenset(
         "consolidation_timeout_minutes",
         "model_state_dict_keys",
         "skip_task_head_prefixes_for_base_model",
+        "log_summary",
+        "trace",
     }
 )
 
 
 def check_arguments(model: object, optimizer: object = None, scheduler: object = None) -> None:
-    """Check that each argument has the type its name says, or is a sequence of such objects.
-
-    Raises:
-        MisuseError: One has another type.
-    """
+    """Raise `MisuseError` if an argument, or an item of one, has a wrong type, or a module is wrapped by FSDP1."""
     for part in _several(model):
         if not isinstance(part, nn.Module):
             raise _not("model", part, "an nn.Module, or the list of this rank's pipeline stages")
@@ -59,17 +58,22 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
     for each in () if scheduler is None else _several(scheduler):
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise _not("scheduler", each, "a learning rate scheduler, or a list of them")
-
-
-def checked(model: object, optimizer: object = None, scheduler: object = None, name: str = "model") -> str:
-    """Check arguments as `check_arguments` does, and that no module is wrapped by FSDP1.
-
-    Returns ``name``, for `shardwise.checkpointing.calls.check_same_call`. `Checkpointer.save` looks for FSDP1 where it
-    lists the model, which later saves need not do.
-    """
-    check_arguments(model, optimizer, scheduler)
     refuse_fsdp1(_several(model))
-    return name
+
+
+def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
+    """Refuse a model that peft has adapted and that is exported, now or later, as if it were not. Local.
+
+    Raises:
+        AdapterError: The model is adapted.
+    """
+    if is_whole_with_adapter(parts):
+        raise AdapterError(
+            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
+            "those of peft's layers, which no model class opens",
+            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
+            "merge_and_unload() returns. Nothing is published.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +93,23 @@ class FirstExchange:
     token: str
 
 
+_Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | None], str]
+
+
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
-    """Check that all ranks have the same settings, wherever a difference would make them wait for each other.
+    """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
 
-    Threads, time-outs and paths of each machine may differ. The directory of the checkpoints
-    may have another path on another machine; on one machine it has to be the same directory. All ranks call.
-
-    Raises:
-        ConfigError: They differ.
+    Threads, time-outs and paths may differ between machines; on one machine ``checkpoint_dir`` has to be the same
+    directory for all ranks.
     """
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), RootLocation.own(root).to_json(), uuid.uuid4().hex]
-    told = cast(list[tuple[dict[str, str], list[bool], JsonValue, str]], group.gather_json(mine, "comparing settings"))
-    everyone = [theirs for theirs, _, _, _ in told]
+    mine = [cast(JsonValue, own), cast(JsonValue, names), [*RootLocation.own(root)], uuid.uuid4().hex]
+    rows = cast(list[_Row], group.gather_json(mine, "comparing settings"))
+    everyone = [theirs for theirs, _, _, _ in rows]
     for rank, theirs in enumerate(everyone):
         for key, value in everyone[0].items():
             if theirs[key] != value:
@@ -113,21 +117,25 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    locations = tuple(RootLocation.from_json(location) for _, _, location, _ in told)
+    locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
     if not config.is_remote:
         check_same_root(locations)
-    named, listed = (any(theirs[number] for _, theirs, _, _ in told) for number in range(2))
-    return FirstExchange(named, listed, locations, told[0][3])
+    named, listed = (any(theirs[number] for _, theirs, _, _ in rows) for number in range(2))
+    return FirstExchange(named, listed, locations, rows[0][3])
 
 
-def warn_if_alone(group: Group) -> None:
-    """Warn where a launcher started several processes but this one has no process group and would act alone."""
+def refuse_alone(group: Group) -> None:
+    """Raise `MisuseError` where a launcher started several processes and this one has no process group.
+
+    Each of them would save and load by itself, all of them to the same names.
+    """
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
-        _LOG.warning(
-            "WORLD_SIZE is %s and torch.distributed is not initialised: this process saves and loads by itself. Call "
-            "torch.distributed.init_process_group first if the processes train one model.",
-            started,
+        raise MisuseError(
+            f"WORLD_SIZE is {started} and torch.distributed is not initialised: each process would save and load by "
+            "itself, to the same names",
+            hint="Call torch.distributed.init_process_group before the first call of the checkpointer; or, for a "
+            "process that is to act by itself, remove WORLD_SIZE from its environment.",
         )
 
 
@@ -140,21 +148,13 @@ def whole_number(value: int) -> int:
 
 
 def check_mapping(key: str, value: object) -> None:
-    """Check that an argument is a mapping with text keys.
-
-    Raises:
-        MisuseError: It is not.
-    """
+    """Raise `MisuseError` unless an argument is a mapping or not given."""
     if value is not None and not isinstance(value, Mapping):
         raise _not(key, value, "a dictionary")
 
 
 def check_stateful(value: object) -> None:
-    """Check that an object has ``state_dict`` and ``load_state_dict``.
-
-    Raises:
-        MisuseError: One of them is missing.
-    """
+    """Raise `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
         raise _not("state", value, "an object with state_dict() and load_state_dict()")
 

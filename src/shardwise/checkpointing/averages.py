@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from shardwise.checkpointing.loading.restoring import Undos
-from shardwise.comm import Group
+from shardwise.disk.names import is_directory
 from shardwise.disk.storage import Storage
-from shardwise.engine.jobs import Step
+from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, pack_state, read_state
@@ -32,9 +33,7 @@ _INSIDE = "module."
 class Average:
     """An averaged model without its wrapper.
 
-    Attributes:
-        model: The model, or this rank's pipeline stages.
-        beside: The wrapper's own tensors by name (views of its memory); empty where there is no wrapper.
+    ``beside`` has views of the wrapper's own tensors by name; empty without a wrapper.
     """
 
     model: nn.Module | list[nn.Module]
@@ -42,11 +41,7 @@ class Average:
 
     @staticmethod
     def of(ema: nn.Module | Sequence[nn.Module]) -> Average:
-        """Take the wrappers off. Local.
-
-        Raises:
-            MisuseError: A wrapper has state that is not a plain tensor.
-        """
+        """Take the wrappers off; `MisuseError` if a wrapper has state that is not a plain tensor. Local."""
         parts = [ema] if isinstance(ema, nn.Module) else list(ema)
         beside: dict[str, torch.Tensor] = {}
         models = []
@@ -68,34 +63,28 @@ class Average:
         return Average(models[0] if isinstance(ema, nn.Module) else models, beside)
 
     def capture(self, directory: Path, storage: Storage) -> list[Step]:
-        """Capture the wrappers' tensors now and return the steps that write them. Local.
-
-        Args:
-            directory: The average's directory.
-            storage: Where it goes.
-        """
+        """Capture the wrappers' tensors now and return the steps that write them below ``directory``. Local."""
         packed = pack_state(dict(self.beside)) if self.beside else {}
 
-        def write(group: Group) -> ComponentRecord:
-            record = ComponentRecord()
-            with group.together("writing what is kept of the averaging"):
-                if packed and group.is_main:
-                    own = directory / _AVERAGING  # tensor files beside the model's would be read as the model's
-                    storage.make_directory(own)
-                    record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
-                    storage.sync_directory(own)
+        def write() -> ComponentRecord:
+            if not packed:
+                return ComponentRecord()
+            own = directory / _AVERAGING  # tensor files beside the model's would be read as the model's
+            storage.make_directory(own)
+            record = write_state(storage, own / _AVERAGING, packed).below(_AVERAGING)
+            storage.sync_directory(own)
             return record
 
-        return [write]
+        return [local_step("writing the state of the averaged model's wrapper", write, main_only=True)]
 
-    def find(self, directory: Path) -> FoundAveraging:
-        """Read the wrappers' saved tensors and compare them. Local; changes nothing.
+    def find(self, directory: Path) -> Mapping[str, torch.Tensor]:
+        """Read the wrappers' saved tensors, by name, and compare them. Local; changes nothing.
 
         Raises:
             CheckpointNotFoundError: The checkpoint has no average, or no state of its wrapper.
             StateFormatError: The saved state is damaged or belongs to another wrapper.
         """
-        if not directory.is_dir():
+        if not is_directory(directory):
             raise CheckpointNotFoundError(
                 "the checkpoint was saved without an ema",
                 path=directory,
@@ -103,7 +92,7 @@ class Average:
             )
         stem = directory / _AVERAGING / _AVERAGING
         if not self.beside:
-            return FoundAveraging({}, {})
+            return {}
         if not has_state(stem):
             raise CheckpointNotFoundError(
                 f"the checkpoint has no {min(self.beside)} of the averaged model: it was saved without a wrapper",
@@ -120,23 +109,10 @@ class Average:
                     path=f"{stem}.json",
                     hint="Build the averaged model as it was when the checkpoint was saved.",
                 )
-        return FoundAveraging(self.beside, saved)
+        return cast("dict[str, torch.Tensor]", saved)
 
-
-@dataclass(frozen=True, slots=True)
-class FoundAveraging:
-    """The wrappers' tensors and their saved values.
-
-    Attributes:
-        beside: Their tensors.
-        saved: The saved values.
-    """
-
-    beside: Mapping[str, torch.Tensor]
-    saved: Mapping[str, torch.Tensor]
-
-    def take_in(self, undos: Undos) -> None:
-        """Put the values in place. Local."""
+    def take_in(self, saved: Mapping[str, torch.Tensor], undos: Undos) -> None:
+        """Put saved values into the wrappers' tensors. Local."""
         had = {name: value.clone() for name, value in self.beside.items()}
 
         def put(values: Mapping[str, torch.Tensor]) -> None:
@@ -145,4 +121,4 @@ class FoundAveraging:
                     value.copy_(values[name])
 
         undos.add("the averaged model's count", lambda: put(had))
-        put(self.saved)
+        put(saved)

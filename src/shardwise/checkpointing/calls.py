@@ -10,14 +10,12 @@ from typing import cast
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.background import Background
 from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.timing import phase
 
 
+@phase("agree")
 def check_same_call(
-    call: str,
-    look: Callable[[], str],
-    given: Mapping[str, bool],
-    group: Group,
-    note: JsonValue = None,
+    call: str, look: Callable[[], str], given: Mapping[str, bool], group: Group, note: JsonValue = None
 ) -> list[JsonValue]:
     """Check that all ranks make the same call with the same kinds of arguments. All ranks call.
 
@@ -39,15 +37,15 @@ def check_same_call(
     """
     names = sorted(key for key, is_given in given.items() if is_given)
     with group.coming(call):
-        told = group.gather(
+        rows = group.gather(
             lambda: [call, look(), cast(JsonValue, names), note], "looking at what is to be saved or loaded"
         )
-    everyone = cast(list[tuple[str, str, list[str], JsonValue]], told)
-    _, first, passed, _ = everyone[0]
+    everyone = cast(list[tuple[str, str, list[str], JsonValue]], rows)
+    first_call, first, passed, _ = everyone[0]
     for rank, (theirs, _, _, _) in enumerate(everyone):
-        if _method(theirs) != _method(everyone[0][0]):
+        if theirs.partition("(")[0] != first_call.partition("(")[0]:
             raise MisuseError(
-                f"rank 0 calls {everyone[0][0]} and rank {rank} calls {theirs}",
+                f"rank 0 calls {first_call} and rank {rank} calls {theirs}",
                 hint="Call the same methods on every rank, in the same order.",
             )
     for rank, (_, theirs, they_passed, _) in enumerate(everyone):
@@ -64,10 +62,6 @@ def check_same_call(
                 hint="Pass the same arguments on every rank; a rank without stages passes empty lists.",
             )
     return [note for _, _, _, note in everyone]
-
-
-def _method(call: str) -> str:
-    return call.partition("(")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +81,7 @@ class Turn:
         """Make a save, and then raise the error of the previous one.
 
         A user who has lost a checkpoint needs the next one all the more, so the new save is made durable before the
-        error is raised.
-
-        Args:
-            what: Name of the new save, for messages.
-            wait: Returns when the new save is durable and published.
+        error is raised: ``wait`` returns when it is.
 
         Raises:
             ShardwiseError: The error of the previous save.
@@ -114,9 +104,7 @@ class Turn:
 def own_state(background: Background | None, waits: bool) -> JsonValue:
     """The state of this rank's background thread, to be gathered before a save: is it busy, has it failed. Local.
 
-    Args:
-        background: The background; ``None`` in synchronous mode.
-        waits: Whether to wait for the save that is being written.
+    Where ``waits`` is true, the save that is being written is waited for.
     """
     if background is None:
         return [False, False, None]

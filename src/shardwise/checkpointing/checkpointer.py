@@ -1,8 +1,9 @@
-"""The front: one class whose methods are what a training program calls, and whose parts do it."""
+"""`Checkpointer`: the methods that a training program calls; the other modules do the work."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.inference import outside_inference_mode
+from shardwise.checkpointing.inference import public_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
+from shardwise.checkpointing.places import TRACE_VARIABLE, check_places
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.extras import Stateful
+from shardwise.checkpointing.reports import Reports
 from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
 from shardwise.checkpointing.saving.models import default_addons
@@ -39,6 +42,7 @@ from shardwise.errors import ConfigError
 from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import Callback, CallRecord
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
@@ -48,15 +52,15 @@ class Checkpointer:
     """Saves and restores training runs. Build it with `CheckpointingConfig.build`.
 
     Every method is called by all ranks of the group together, in the same order. A failure on one rank is raised on
-    all of them as the same error.
+    all of them as the same error. As a context manager it finishes at the end what is still being written.
 
     Args:
         config: Settings.
         dp_rank: Data-parallel rank; derived where it is not given, as `CheckpointingConfig.build` says.
-        tp_rank: Tensor-parallel rank; likewise.
-        pp_rank: Pipeline rank; likewise.
-        moe_mesh: The mesh of expert parallelism, where there is one. Sharding is read from the tensors themselves, so
-            it is only kept.
+        tp_rank: Tensor-parallel rank; derived like ``dp_rank``.
+        pp_rank: Pipeline rank; derived like ``dp_rank``.
+        moe_mesh: Accepted for compatibility and kept as an attribute; it has no effect, since the sharding of experts
+            is read from their tensors.
         process_group: The ranks that save together: all that hold a part of the model. Default: all ranks.
         pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
@@ -67,10 +71,13 @@ class Checkpointer:
             own streams by default.
         absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
             that have not come.
+        callbacks: Called on every rank with the `CallRecord` of each save and load that is over, in asynchronous mode
+            by the thread that saves. An error in one is logged and changes nothing.
 
     Raises:
         ConfigError: ``checkpoint_dir`` is a URL, and nothing was passed that reaches it; or ``torch_save`` is to write
             an export with every save.
+        StorageError: This process may not write to ``checkpoint_dir``, or not to the directory of the traces.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Checkpointer:
         storage: Storage | None = None,
         device_streams: DeviceStreams | None = None,
         absent_seconds: float = ABSENT_SECONDS,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
@@ -103,6 +111,9 @@ class Checkpointer:
                 hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
                 "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
             )
+        trace = config.trace or os.environ.get(TRACE_VARIABLE)
+        trace_dir = None if not trace else Path(trace).absolute()
+        check_places(config, storage, trace_dir)
         self._life = Lifetime(
             config,
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
@@ -112,11 +123,27 @@ class Checkpointer:
             storage or LocalStorage(),
             device_streams,
             absent_seconds,
+            Reports(config.log_summary, callbacks, trace_dir, shows_progress=not config.is_async),
         )
 
     @property
+    def last_save(self) -> CallRecord | None:
+        """Times and bytes of the last save that is over, of a checkpoint or a component, as this rank saw it."""
+        return self._life.reports.last_save
+
+    @property
+    def last_restore(self) -> CallRecord | None:
+        """Times and bytes of the last load that is over: `restore`, `load_model` and the others."""
+        return self._life.reports.last_restore
+
+    @property
+    def storage(self) -> Storage:
+        """Where data is written to and read from, and names are made, looked at and renamed."""
+        return self._life.storage
+
+    @property
     def addons(self) -> list[CheckpointAddon]:
-        """What writes metadata around the weights, in this order; another list counts from the next save on."""
+        """The hooks that write metadata around the weights, in this order; a new list applies from the next save on."""
         return self._life.addons
 
     @addons.setter
@@ -140,6 +167,7 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
     ) -> Path | None: ...
 
     @overload
@@ -157,9 +185,10 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
     ) -> Path | None: ...
 
-    @outside_inference_mode
+    @public_call
     def save(
         self,
         *positional: object,
@@ -169,12 +198,10 @@ class Checkpointer:
         extra_state: Mapping[str, object] | None = None,
         is_final_checkpoint: bool = False,
         ema: Model | None = None,
+        dataloader: object | None = None,
         **named: object,
     ) -> Path | None:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
-
-        checkpointer.save(step=step, model=model, optimizer=optimizer)
-        checkpointer.save(epoch, step, model, optimizer)
 
         Args:
             epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
@@ -194,6 +221,8 @@ class Checkpointer:
             ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
                 of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
                 configuration and tokenizer, and an export where the model has one.
+            dataloader: The loader whose position is to be saved: one that keeps its own (torchdata's
+                ``StatefulDataLoader``), or any that the loop iterates over with `batches`.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -205,6 +234,12 @@ class Checkpointer:
             MisuseError: An argument is missing, given twice, or not what it should be.
             ShardwiseError: What failed, on any rank; nothing that was published is touched. Also what failed in an
                 earlier asynchronous save: this one is made all the same before that is raised, as the text says.
+
+        Examples:
+            >>> checkpointer.save(step=10, model=model, optimizer=optimizer).name
+            'epoch_0_step_10'
+            >>> checkpointer.save(1, 20, model, optimizer, metrics={"loss": 2.5}).name
+            'epoch_1_step_20'
         """
         what, mistake = WhatToSave.of(positional, named, self._life.order.epoch)
         rest = replace(
@@ -215,10 +250,11 @@ class Checkpointer:
             extra_state=extra_state,
             is_final_checkpoint=is_final_checkpoint,
             ema=ema,
+            dataloader=dataloader,
         )
         return save_checkpoint(self._life, rest, mistake)
 
-    @outside_inference_mode
+    @public_call
     def restore(
         self,
         model: Model,
@@ -231,6 +267,7 @@ class Checkpointer:
         key_mapping: Mapping[str, str] | None = None,
         ema: Model | None = None,
         allow_new_parameters: bool = False,
+        dataloader: object | None = None,
     ) -> RestoreRecord | None:
         """Resume from a checkpoint, in place. All ranks call.
 
@@ -245,9 +282,9 @@ class Checkpointer:
             scheduler: The scheduler or schedulers.
             restore_from: ``LATEST``, another pointer's name, the name of a checkpoint directory, a path, or the number
                 of a step.
-            extra_state: The names that were saved: ``Stateful`` objects take their state in, dicts are refilled, other
-                values are replaced in this mapping. Objects take their state in before model and optimizer have
-                theirs, since an object may refuse it.
+            extra_state: The names that were saved: ``Stateful`` objects load their state, dicts are refilled, other
+                values are replaced in this mapping. Objects load their state before model and optimizer do, since an
+                object may refuse it.
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
@@ -257,9 +294,11 @@ class Checkpointer:
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
                 error.
+            dataloader: The loader that `save` was given. Its position is restored exactly, or it is an error: where it
+                was not saved, or was saved on another number of ranks. Iterate over `batches` afterwards.
 
         Returns:
-            What was resumed, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
+            A record of the checkpoint, or ``None`` where there is nothing to resume (``LATEST`` of an empty root).
 
         Raises:
             CheckpointNotFoundError: What ``restore_from`` names does not exist; the message lists what does.
@@ -269,12 +308,30 @@ class Checkpointer:
             AdapterError: With ``is_peft``, the model has no adapter, or one that no save could write.
             ShardwiseError: Checkpoint and run do not fit, or the checkpoint is damaged; nothing was restored. If a file
                 could not be read although all fitted, the text says that the run's state is now partly overwritten.
+
+        Examples:
+            >>> checkpointer.restore(model, optimizer) is None  # nothing there yet
+            True
+            >>> path = checkpointer.save(step=10, model=model, optimizer=optimizer, metrics={"loss": 2.5})
+            >>> resumed = checkpointer.restore(model, optimizer)
+            >>> resumed.step, resumed.metrics
+            (10, {'loss': 2.5})
         """
         what = loading.WhatToRestore(
-            model, optimizer, scheduler, restore_from, extra_state, verify, key_mapping, ema, allow_new_parameters
+            model,
+            optimizer,
+            scheduler,
+            restore_from,
+            extra_state,
+            verify,
+            key_mapping,
+            ema,
+            allow_new_parameters,
+            dataloader,
         )
         return loading.restore_checkpoint(self._life, what)
 
+    @public_call
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
         """The checkpoints in ``checkpoint_dir``, by epoch and step.
 
@@ -289,14 +346,20 @@ class Checkpointer:
 
         Raises:
             StorageError: The directory cannot be read.
+
+        Examples:
+            >>> path = checkpointer.save(step=10, model=model)
+            >>> [(info.step, info.complete) for info in checkpointer.checkpoints()]
+            [(10, True)]
         """
         return list_checkpoints(self._life.root)
 
+    @public_call
     def latest_step(self) -> int | None:
         """The step that `restore` would resume from. Any rank may call, as with `checkpoints`.
 
         Returns:
-            ``None`` where there is nothing to resume from, or another tool's checkpoint does not tell its step.
+            ``None`` where there is nothing to resume from, or another tool's checkpoint does not record its step.
 
         Raises:
             CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
@@ -306,7 +369,7 @@ class Checkpointer:
 
     # --- components -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def save_model(
         self,
         model: Model,
@@ -318,7 +381,7 @@ class Checkpointer:
         """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
         components.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
 
-    @outside_inference_mode
+    @public_call
     def load_model(
         self,
         model: Model,
@@ -340,17 +403,21 @@ class Checkpointer:
             use_checkpoint_id: Accepted for compatibility; the path is always opened by this library's own reader.
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names; first match.
             allow_checkpoint_key_subset: Tensors that the checkpoint lacks keep their values.
+
+        Examples:
+            >>> checkpointer.save_model(model, "weights")
+            >>> checkpointer.load_model(model, "weights/model")
         """
         loading.load_model(self._life, model, model_path, is_init_step, key_mapping, allow_checkpoint_key_subset)
 
-    @outside_inference_mode
+    @public_call
     def save_optimizer(
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
         """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
         components.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
 
-    @outside_inference_mode
+    @public_call
     def load_optimizer(
         self,
         optimizer: Optimizers,
@@ -373,11 +440,15 @@ class Checkpointer:
                 match.
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
                 since, start without state; otherwise they are an error.
+
+        Examples:
+            >>> checkpointer.save_optimizer(optimizer, model, "weights")
+            >>> checkpointer.load_optimizer(optimizer, model, "weights")
         """
         changes = Changes(key_mapping, allow_new_parameters)
         loading.load_optimizer(self._life, optimizer, model, weights_path, scheduler, changes)
 
-    @outside_inference_mode
+    @public_call
     def save_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each data-parallel rank, ``path/state_name/``, by its TP 0, PP 0 peer. All ranks call.
 
@@ -393,7 +464,7 @@ class Checkpointer:
         )
         save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
-    @outside_inference_mode
+    @public_call
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_dp_ranks` wrote for this data-parallel rank. All ranks call.
 
@@ -405,14 +476,14 @@ class Checkpointer:
         own = self._life.ranks.all_coordinates(session.group)[session.group.rank]
         load_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
 
-    @outside_inference_mode
+    @public_call
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
         session = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
         rank = f"rank_{session.group.global_rank}"
         save_rank_state(session, state, state_name, Path(path).absolute(), rank, True)
 
-    @outside_inference_mode
+    @public_call
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
         session = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
@@ -422,14 +493,14 @@ class Checkpointer:
     # --- base models ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    @outside_inference_mode
+    @public_call
     def initialize_model_weights(
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
         base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
 
-    @outside_inference_mode
+    @public_call
     def load_base_model(
         self,
         model: Model,
@@ -440,11 +511,11 @@ class Checkpointer:
     ) -> None:
         """Materialise ``model`` on ``device`` and load a base model into it, each rank its own slices. All ranks call.
 
-        The model keeps its dtypes; `shardwise.base_dtype` tells the base's.
+        The model keeps its dtypes; `shardwise.base_dtype` gives the base's.
 
         Args:
             model: The model, or this rank's pipeline stages, usually on the meta device and already sharded.
-            device: Where it is to be.
+            device: Where its memory is made.
             root_dir: The hub cache, or a directory that base models lie in; ``None`` for the hub's own cache.
             model_name: A hub id (``org/name`` or ``org/name@revision``), a directory, or a file.
             load_base_model: Whether to load; otherwise the model is only initialised.
@@ -462,11 +533,6 @@ class Checkpointer:
     def batches(self, loader: Iterable[_Batch], epoch: int, *, name: str = "train") -> Iterator[_Batch]:
         """The batches of an epoch that the loop has not had yet. Each rank calls for itself.
 
-        for epoch in range(resumed.epoch if resumed else 0, epochs):
-            for batch in checkpointer.batches(loader, epoch):
-                train_step(batch)
-                checkpointer.save(step=step, model=model, optimizer=optimizer)
-
         Of an epoch that was begun before the checkpoint was saved, in the run that `restore` has restored, the iterator
         is made with the random numbers of that epoch's start, the batches that the loop has had are skipped, and the
         generators are then set to what they were when the checkpoint was saved: order, workers' seeds and dropout are
@@ -474,13 +540,13 @@ class Checkpointer:
         has had it: save after the step, not before.
 
         Skipping reads what it skips. A loader with ``state_dict`` (torchdata's ``StatefulDataLoader``) keeps its own
-        position and skips nothing; pass it in ``extra_state`` as well. Positions are restored on the same number of
-        ranks only; on another, `restore` names ``batches`` among what it left.
+        position and skips nothing; pass it to `save` and `restore` as ``dataloader``. Positions are restored on the
+        same number of ranks only; on another, `restore` names ``batches`` among what it left.
 
         Args:
             loader: A ``DataLoader``, or anything that can be iterated over anew in each epoch.
             epoch: Number of the epoch.
-            name: Tells the loaders apart where there are several.
+            name: Distinguishes the loaders where there are several.
 
         Returns:
             An iterator over what is left.
@@ -488,6 +554,16 @@ class Checkpointer:
         Raises:
             MisuseError: The loader has fewer batches than the loop has had, or a position of its own that was not
                 restored.
+
+        Examples:
+            >>> loader = torch.utils.data.DataLoader(range(4))
+            >>> for step, batch in enumerate(checkpointer.batches(loader, epoch=0), start=1):
+            ...     if step == 3:
+            ...         path = checkpointer.save(step=step, model=model)
+            ...         break
+            >>> resumed = checkpointer.restore(model)
+            >>> [batch.item() for batch in checkpointer.batches(loader, resumed.epoch)]
+            [3]
         """
         return self._life.order.batches(loader, epoch, name)
 
@@ -495,7 +571,7 @@ class Checkpointer:
         """Set the random number generators once more to what `restore` has set them to. Each rank calls for itself.
 
         For loops without `batches`: call it in the middle of an epoch, when the iterator is there and the batches that
-        the loop has had are skipped, right before the first step. What making the iterator has drawn is then forgotten.
+        the loop has had are skipped, right before the first step; random numbers drawn until then do not count.
         Only the first call after a `restore` does anything, so that it may stand in front of every step. Where the
         checkpoint was saved between two epochs leave it out: the run that goes on draws for its iterator as well.
         """
@@ -503,17 +579,11 @@ class Checkpointer:
 
     # --- preemption -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
         """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
 
-        with PreemptionGuard() as guard:
-            for step, batch in enumerate(loader):
-                train_step(batch)
-                if checkpointer.asked_to_stop(guard):
-                    checkpointer.save(step=step, model=model, optimizer=optimizer)
-                    checkpointer.finalize()
-                    break
+        `PreemptionGuard` has an example.
         """
         session = self._life.begin(call := "asked_to_stop()")
 
@@ -526,7 +596,7 @@ class Checkpointer:
 
     # --- background -------------------------------------------------------------------------------------------------
 
-    @outside_inference_mode
+    @public_call
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """Make the staging memory of asynchronous saves ahead of the first one. All ranks call.
 
@@ -536,13 +606,13 @@ class Checkpointer:
         self._life.wait()  # a save that still writes reads that very memory
         session = self._life.begin(call := "allocate_staging()")
         check_same_call(call, lambda: self._life.looked(model, optimizer), {}, session.group)
-        loading.allocate_staging(self._life, model, optimizer)
+        self._life.allocate_staging(model, optimizer)
 
     def maybe_wait_for_staging(self) -> None:
         """Return when the model's and the optimizer's memory may be overwritten by anybody, on any stream.
 
-        A loop need not call it. On the CPU the state is copied before a save returns. On an accelerator, what this
-        thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
+        A loop does not need to call it. On the CPU the state is copied before a save returns. On an accelerator, what
+        this thread queues on a device's current stream after a save runs behind the copies, and so does any optimizer's
         ``step()`` on any stream. Call it before the state is changed in another way: by kernels or a captured graph on
         a stream that was not the current one, by another process that shares the memory, or by freeing memory that
         torch does not manage.
@@ -550,12 +620,12 @@ class Checkpointer:
         if self._life.background is not None:
             self._life.background.wait_for_staging()
 
-    @outside_inference_mode
+    @public_call
     def async_wait(self) -> None:
         """Return when the last asynchronous save is durable and published; raises what failed in it. All ranks call."""
         self._life.wait()
 
-    @outside_inference_mode
+    @public_call
     def finalize(self) -> None:
         """Wait for what is pending and release groups, threads and buffers. All ranks call; safe to call twice."""
         self._life.close()

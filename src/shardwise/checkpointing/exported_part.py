@@ -1,4 +1,4 @@
-"""The model inside a module with state of its own: which tensors are exported, and which stay outside the export.
+"""The model inside a module that has state beside it: which tensors are exported, and which stay outside the export.
 
 A value head around a language model, or a running average, is exported as the language model alone: its files use the
 model's own names, and the model's class opens them. Tensors outside that model are written to shards beside the export
@@ -43,12 +43,7 @@ class ExportedPart:
 
 
 def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
-    """Divide a part's tensors into exported ones and others. Local.
-
-    Args:
-        part: The part.
-        own: Its tensors, under its names.
-    """
+    """Divide a part's tensors into exported ones and others. Local."""
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
         return ExportedPart(part, tuple(own))
@@ -95,16 +90,12 @@ def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> di
 
 
 def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
-    """Check that no tensor outside the exported model has a name that the files have or could have.
-
-    Raises:
-        NameCollisionError: One has.
-    """
+    """Raise `NameCollisionError` if a tensor outside the exported model has a name that the files may have."""
     names = {tensor.spec.name for tensor in outside}
     twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
     if twice:
         raise NameCollisionError(
-            f"a module around the model calls a tensor of its own as the model's files call one: {twice[0]}",
+            f"a module around the model has a tensor under a name that the model's files use: {twice[0]}",
             tensor=twice[0],
             hint="Rename it in the module, or save the model inside by itself.",
         )

@@ -11,15 +11,7 @@ from torch import nn
 from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
 from shardwise.checkpointing.saving.config_ties import expected_ties
 from shardwise.checkpointing.saving.shared_names import shared_names
-from shardwise.convert import (
-    Conversion,
-    HeldGroup,
-    adapter_of,
-    check_adapter,
-    conversion_of,
-    kept_out,
-    to_hub,
-)
+from shardwise.convert import Conversion, HeldGroup, adapter_of, check_adapter, conversion_of, kept_out, to_hub
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import deferred
@@ -36,7 +28,7 @@ from shardwise.upstream.torch_tensors import local_part
 
 @dataclass(frozen=True)
 class HubState:
-    """What this rank holds of the model, under its own names and under those of its files.
+    """This rank's tensors of the model, under the model's names and under those of its files.
 
     Attributes:
         native: The held tensors under the model's own names.
@@ -89,11 +81,7 @@ class _Captured:
 
 
 class HubNames:
-    """Derives a model's conversion once and applies it at every save and load.
-
-    Args:
-        may_differ: The tensors that may have different values on different ranks.
-    """
+    """Derives a model's conversion once and applies it at every save and load."""
 
     def __init__(self, may_differ: MayDiffer | None = None) -> None:
         self._may_differ = may_differ or MayDiffer()
@@ -107,11 +95,8 @@ class HubNames:
 
         The earlier result is returned while the model's tensors are the same objects at the same addresses.
 
-        Args:
-            state: The model.
-            load: Whether the model is loaded: extra state is not captured, and the modules' loading code is inspected
-                again.
-            norms: Whether torch's normalisation layers load their state by their own code.
+        A load (``load``) captures no extra state and inspects the modules' loading code again. With ``norms`` torch's
+        normalisation layers load their state by their own code.
         """
         if not load and state.is_whole and self._last is not None and self._last[0].holds(state.model):
             return self._last[1]
@@ -131,8 +116,8 @@ class HubNames:
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
         native = held_tensors(((named.name, named.tensor) for named in tensors), meshes)
-        # In the order of the model's names; a tied tensor is not always kept under its first name.
-        ordered = sorted(zip(tensors, native, strict=True), key=_position)
+        # In the model's order: a tied tensor is not always kept under its first name.
+        ordered = sorted(zip(tensors, native, strict=True), key=lambda pair: pair[0].position)
         parts = [exported_part(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
         expected = expected_ties(parts)
         held: list[HeldTensor] = []
@@ -145,7 +130,8 @@ class HubNames:
         ties = {alias: named.name for named in tensors for alias in named.aliases}
         for part in parts:
             own = [tensor for _, tensor in part.own]
-            ignored = _kept_out(part.module)
+            module = unwrap(part.module)
+            ignored = None if adapter_of(module) is not None else kept_out(module)
             if ignored is not None:
                 held += [tensor for tensor in own if tensor.spec.name not in ignored]
                 absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
@@ -159,11 +145,11 @@ class HubNames:
                 joined |= _joined(conversion, own)
             excluded += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
-            further = shared_names(part.module, tied, expected)
-            held += further.copies
-            copies += [tensor.spec.name for tensor in further.copies]
-            kept |= further.kept
-            absent += further.absent
+            shared = shared_names(part.module, tied, expected)
+            held += shared.copies
+            copies += [tensor.spec.name for tensor in shared.copies]
+            kept |= shared.kept
+            absent += shared.absent
             ties |= part.ties
         outside = [tensor for part in parts for tensor in part.outside]
         kept |= outer_names(parts, held)
@@ -200,24 +186,10 @@ def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tupl
     return {hub.name: tuple(natives[p.native] for p in hub.parts if p.native in natives) for hub in several}
 
 
-def _kept_out(part: nn.Module) -> frozenset[str] | None:
-    module = unwrap(part)
-    return None if adapter_of(module) is not None else kept_out(module)
-
-
-def _position(pair: tuple[NamedTensor, HeldTensor]) -> int:
-    return pair[0].position
-
-
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
-    """Check that none of a model's tensors is on the meta device.
+    """Raise `MisuseError` if one of a model's tensors is on the meta device.
 
-    Args:
-        tensors: Pairs of name (``None`` where unknown) and tensor.
-        lacking: What the model lacks, for the message: "values to save".
-
-    Raises:
-        MisuseError: One of them is.
+    ``lacking`` says in the message what the model lacks: "values to save".
     """
     for name, tensor in tensors:
         what = deferred(local_part(tensor)) if tensor.is_meta else None

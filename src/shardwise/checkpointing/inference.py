@@ -1,4 +1,4 @@
-"""Runs the checkpointer's calls outside ``torch.inference_mode`` and without Python's garbage collector."""
+"""Runs the checkpointer's calls on its storage, outside ``torch.inference_mode``, without the garbage collector."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
+
+from shardwise.disk.storage import Storage, current, using
+
+
+@runtime_checkable
+class HasStorage(Protocol):
+    """Something whose calls have a storage."""
+
+    @property
+    def storage(self) -> Storage:
+        """What they look at names in, and read from and write to."""
+        ...
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,8 +43,8 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function run as it would outside of ``torch.inference_mode``, and without the collector.
+def public_call(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a method use its object's storage, and run as outside of ``torch.inference_mode`` and without the collector.
 
     Every tensor that is made inside of that mode refuses for good to be changed in place outside of it: staging memory
     that the next save fills, an optimizer's state that the next step updates, a parameter that was given its memory.
@@ -39,7 +52,8 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with without_collector():
+        owner = args[0] if args else None
+        with using(owner.storage if isinstance(owner, HasStorage) else current()), without_collector():
             if not torch.is_inference_mode_enabled():
                 return function(*args, **kwargs)
             with torch.inference_mode(False):

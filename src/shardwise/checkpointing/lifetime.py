@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,20 +14,24 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
-from shardwise.checkpointing.arguments import check_same_settings, check_stateful, checked, warn_if_alone
+from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, refuse_alone
 from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
+from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.reports import Reports
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.run_state.extras import Stateful
 from shardwise.checkpointing.saving.commits import RunLine
+from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
-from shardwise.engine.jobs import SaveJob
+from shardwise.engine.jobs import Commit, SaveJob, Step
 from shardwise.engine.staging import Stager
 from shardwise.settings import Settings
+from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
 
 _LOG = logging.getLogger(__name__)
@@ -35,19 +40,10 @@ _LOG = logging.getLogger(__name__)
 class Lifetime:
     """Opens the session at the first call, lets saves take turns, and finishes what is pending at the end.
 
-    Args:
-        config: Settings.
-        ranks: This process's parallel ranks.
-        process_group: The ranks that save together; all where none is given.
-        pp_group: The ranks of this pipeline, for addons.
-        addons: Hooks around the writing of a model.
-        storage: Where data goes, and where names are made and renamed.
-        device_streams: How copies from accelerators are ordered; torch's own streams where none is given.
-        absent_seconds: After how long a warning names the ranks that have not come to a call.
-
     Attributes:
         made: The session, from the first call on.
         background: Writes asynchronous saves, from the first call on; ``None`` in synchronous mode.
+        reports: Tells the user of saves and loads.
         order: The state of the run's random number generators and data loaders.
         line: Which checkpoints the run has restored and saved.
         is_tidied: Whether leftovers of interrupted saves have been removed.
@@ -65,9 +61,10 @@ class Lifetime:
         storage: Storage,
         device_streams: DeviceStreams | None,
         absent_seconds: float,
+        reports: Reports,
     ) -> None:
         self.config, self.ranks, self.addons = config, ranks, addons
-        self.storage = storage
+        self.storage, self.reports = storage, reports
         self._process_group, self.pp_group = process_group, pp_group
         self._device_streams, self._absent_seconds = device_streams, absent_seconds
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
@@ -87,26 +84,14 @@ class Lifetime:
         return self.begin("a call of the checkpointer")
 
     def begin(self, call: str) -> Session:
-        """Return the session, which the first call opens. All ranks call.
-
-        Args:
-            call: Name of the call, for the warning that names absent ranks.
-        """
+        """Return the session, which the first call opens. All ranks call; a warning names ``call`` if some do not."""
         if self.made is None:
             group = self._meet(call)
             try:
+                refuse_alone(group)
                 first_exchange = check_same_settings(self.config, self.root, group)
-                warn_if_alone(group)
-                made = Session(
-                    self.config,
-                    group,
-                    self.storage,
-                    self.ranks,
-                    self.root,
-                    first_exchange,
-                    self._staging_dir,
-                    self.pp_group,
-                )
+                parts = self.config, group, self.storage, self.ranks, self.root, first_exchange, self._staging_dir
+                made = Session(*parts, self.pp_group)
                 if self.config.is_async:
                     self.background = Background(self._meet(call), self._device_streams)
                     made.stager = self.background.stager
@@ -144,20 +129,15 @@ class Lifetime:
         saves: bool = False,
         is_run: bool = True,
     ) -> str:
-        """Check the arguments with `checked`, then make the model's memory safe to use from other threads. Local.
+        """Check the arguments, make the model's memory safe to use from other threads, and return ``name``. Local.
 
-        Args:
-            model: As in `checked`.
-            optimizer: Likewise.
-            scheduler: Likewise.
-            name: Likewise.
-            saves: Whether the model is saved: in asynchronous mode staging orders its own copies, so nobody waits.
-            is_run: Whether this is the run's own model, whose meshes give the parallel ranks; a base model's do not.
+        In asynchronous mode a save (``saves``) orders its own copies, so nobody waits. The meshes of the run's own
+        model (``is_run``) give the parallel ranks; those of a base model or an average do not.
 
         Raises:
-            MisuseError: A parallel rank was given that contradicts the model's meshes.
+            MisuseError: An argument has a wrong type, or a parallel rank was given that contradicts the model's meshes.
         """
-        checked(model, optimizer, scheduler)
+        check_arguments(model, optimizer, scheduler)
         if is_run:
             self.ranks.look([model] if isinstance(model, nn.Module) else model)
         if not (saves and self.config.is_async):
@@ -167,7 +147,7 @@ class Lifetime:
     def _settle(self, model: Model) -> None:
         """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
 
-        Those threads queue their work on streams of their own.
+        Those threads queue their work on other streams.
         """
         if self._device_streams is None and not torch.accelerator.is_available():
             return
@@ -185,19 +165,37 @@ class Lifetime:
         follows it.
         """
         waits = not self.config.skip_save_while_busy or self.ends or self.leaves
-        told = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
+        states = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
         turn = Turn()
         try:
-            turn = take_turn(told)
+            turn = take_turn(states)
         finally:
             if self.background is not None and not turn.skipped:
                 self.background.acknowledge()
-        if turn.skipped:
-            _LOG.info("skipped a save: the last one is still being written")
+        if turn.skipped and self.session.group.is_main:
+            _LOG.info("skipped %s: the last save is still being written", call)
         return turn
 
-    def run(self, job: SaveJob) -> None:
-        """Run a save, at once or in the background. All ranks call."""
+    @contextmanager
+    def saving(
+        self, what: str, place: Path, turn: Turn, abandon: Callable[[Group], None]
+    ) -> Iterator[Callable[[Sequence[Step], Commit], None]]:
+        """Capture a save to ``place`` in the context, which passes its steps and its commit; then run them.
+
+        All ranks call. ``abandon`` removes what was written, after a failure. The error of the previous save is raised
+        at the end.
+        """
+        captured: list[tuple[Sequence[Step], Commit]] = []
+        with turn.raising_earlier(what, self.wait):
+            try:
+                yield lambda steps, commit: captured.append((steps, commit))
+            except BaseException:
+                abandon(self.session.group)
+                raise
+            [(steps, commit)] = captured
+            self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
+
+    def _run(self, job: SaveJob) -> None:
         stager = self.session.stager
         if stager is not None:
             job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
@@ -207,6 +205,22 @@ class Lifetime:
         self.background.submit(job)
         if self.config.wait_for_staging:
             self.background.wait_for_staging()
+
+    def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
+        """As `Checkpointer.allocate_staging`, within another call. All ranks call."""
+        session, stager = self.session, self.session.stager
+        if stager is None or self.config.is_peft:
+            return
+        with session.group.together("making room for asynchronous saves"):
+            if self.config.model_save_format == "torch_save":
+                stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
+                if optimizer is not None:
+                    stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
+                return
+            captured = session.names.capture(ModelState(model), load=True)
+            stager.allocate("model", [*captured.held, *captured.excluded])
+            if optimizer is not None:
+                stager.allocate("optim", OptimizerState(optimizer, model).held())
 
     def wait(self) -> None:
         """Return when the last asynchronous save is durable and published; raises its error. All ranks call."""

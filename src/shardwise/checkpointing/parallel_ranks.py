@@ -25,13 +25,7 @@ _HINT = "Pass {} to CheckpointingConfig.build()."
 
 @dataclass(frozen=True, slots=True)
 class Coordinates:
-    """A process's parallel coordinates.
-
-    Attributes:
-        dp: Data-parallel rank.
-        tp: Tensor-parallel rank.
-        pp: Pipeline rank.
-    """
+    """A process's parallel coordinates."""
 
     dp: int
     tp: int
@@ -40,13 +34,7 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What is gathered from one rank.
-
-    Attributes:
-        given: Parallel ranks that the caller gave, by name.
-        meshes: Parallel ranks in the meshes of its tensors.
-        digest: Digest of its tensors' names.
-    """
+    """One rank's gathered row: the parallel ranks that it was given and those by its meshes; a digest of its names."""
 
     given: Mapping[str, int]
     meshes: MeshRanks
@@ -56,11 +44,7 @@ class _Row:
 class ParallelRanks:
     """Derives this process's parallel ranks where the caller did not give them.
 
-    Args:
-        dp_rank: Data-parallel rank, where the caller gives it.
-        tp_rank: Tensor-parallel rank, likewise.
-        pp_rank: Pipeline rank, likewise.
-        pp_group: The ranks of this pipeline, where the caller gives it: its order is that of the stages.
+    The order of ``pp_group``, the ranks of this pipeline, is that of the stages.
 
     Raises:
         MisuseError: One is not a whole number from 0.
@@ -153,18 +137,18 @@ class ParallelRanks:
 
     def _stages(self, rows: Sequence[_Row], group: Group) -> list[int]:
         """The stage of each rank: as known, or derived from its tensors' names, which no two stages share."""
-        told = [row.given.get("pp_rank") for row in rows]
-        if all(stage is not None for stage in told):
-            return cast(list[int], told)
+        known = [row.given.get("pp_rank") for row in rows]
+        if all(stage is not None for stage in known):
+            return cast(list[int], known)
         distinct = list(dict.fromkeys(row.digest for row in rows))
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
-        all_coordinates = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
+        gathered = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
-        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], all_coordinates), strict=True):
+        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], gathered), strict=True):
             alone = len(distinct) == 1
             if names is None or alone:
                 continue
-            if not names or not seen.isdisjoint(names) or any(stage is not None for stage in told):
+            if not names or not seen.isdisjoint(names) or any(stage is not None for stage in known):
                 raise MisuseError(
                     "pp_rank cannot be derived: the ranks have different tensors, and some of them in common, or none",
                     rank=rank,

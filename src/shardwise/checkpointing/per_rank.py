@@ -12,8 +12,10 @@ from typing import cast
 from torch import nn
 
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
-from shardwise.engine.jobs import Step
+from shardwise.comm import JsonValue
+from shardwise.disk.names import exists
+from shardwise.engine.jobs import Step, local_step
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
@@ -78,22 +80,18 @@ def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> 
 
 
 def model_steps(session: Session, state: ModelState, directory: Path) -> list[Step]:
-    """Capture this rank's own tensors of a model now, and return the steps that write them. All ranks call.
-
-    Args:
-        session: Settings, ranks and storage.
-        state: The model.
-        directory: The component's.
-    """
+    """Capture this rank's own tensors of a model now, and return the steps that write them. All ranks call."""
     if not session.may_differ.per_rank:
         return []
     check_patterns(session, state)
-    held: list[HeldTensor] = []
-    with session.group.together("capturing each rank's own tensors"):
+
+    def capture() -> list[HeldTensor]:
         own = session.may_differ.own(state.listing(values=False).tensors)
         held = held_tensors(((named.name, named.tensor) for named in own), MeshRegister())
         require_whole(held)
-        held = session.staged("model.per_rank", held)
+        return session.staged("model.per_rank", held)
+
+    held = session.group.attempt(capture, "capturing each rank's own tensors")
     return [_writing(session, held, directory, {}, bool(held))]
 
 
@@ -101,29 +99,26 @@ def optimizer_steps(session: Session, state: OptimizerState, directory: Path) ->
     """Do what `model_steps` does for the optimizer state of such parameters. All ranks call."""
     if not session.may_differ.per_rank:
         return []
-    held: list[HeldTensor] = []
-    parameters: list[str] = []
-    with session.group.together("capturing the optimizer's state of each rank's own tensors"):
+
+    def capture() -> tuple[list[str], list[HeldTensor]]:
         parameters = [name for name in state.parameters() if session.may_differ.is_own(name)]
         own = {name for name, parameter in state.owners() if session.may_differ.is_own(parameter)}
         held = [tensor for tensor in state.held() if tensor.spec.name in own]
         require_whole(held)
-        held = session.staged("optim.per_rank", held)
+        return parameters, session.staged("optim.per_rank", held)
+
+    parameters, held = session.group.attempt(capture, "capturing the optimizer's state of each rank's own tensors")
     return [_writing(session, held, directory, {_PARAMETERS: json.dumps(parameters)}, bool(parameters))]
 
 
 def _writing(
     session: Session, held: Sequence[HeldTensor], directory: Path, metadata: dict[str, str], has_any: bool
 ) -> Step:
-    def write(group: Group) -> ComponentRecord:
-        record = ComponentRecord()
-        with group.together("writing each rank's own tensors"):
-            if has_any:
-                path = own_file(directory, group.rank, group.world_size)
-                record = write_own(held, path, session.storage, metadata)
-        return record
-
-    return write
+    path = own_file(directory, session.group.rank, session.group.world_size)
+    return local_step(
+        "writing each rank's own tensors",
+        lambda: write_own(held, path, session.storage, metadata) if has_any else ComponentRecord(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +126,6 @@ class OwnRead:
     """This rank's own tensors in a checkpoint, found and compared, but not yet read.
 
     Attributes:
-        path: The rank's file.
         pairs: Saved tensors and the tensors they are read into.
         parameters: Parameters with optimizer state of this rank only; empty for a model.
     """
@@ -149,14 +143,7 @@ class OwnRead:
 def find_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
     """Find this rank's own tensors of a model, before anything is overwritten. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        state: The model.
-        directory: What is loaded.
-        ranks: Number of ranks that saved such tensors; the same on all ranks.
-
-    Returns:
-        What to read; ``None`` on all ranks where nothing was saved for this number of ranks.
+    Returns ``None`` on all ranks unless as many ranks saved such tensors (``ranks``) as load now.
 
     Raises:
         TensorError: The rank's file does not fit the model.
@@ -185,7 +172,7 @@ def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) ->
 
 def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:
     path = own_file(directory, session.group.rank, session.group.world_size)
-    if not path.exists():
+    if not exists(path):
         return OwnRead(path)
     pairs, metadata = match_own(path, held())
     refuse_stand_ins(target for _, target in pairs)
@@ -214,7 +201,8 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
         return False
     session.warned.add(whole)  # one warning for model and optimizer together
     if ranks:
-        names = _names(own_file(directory, 0, ranks))
+        path = own_file(directory, 0, ranks)
+        names = listed([entry.spec.name for entry in read_header(path).entries]) if exists(path) else ""
         _LOG.warning(
             "%s has tensors of each of %d ranks, and these are %d: every rank takes the lowest rank's values%s",
             directory,
@@ -227,8 +215,3 @@ def _is_for(session: Session, directory: Path, ranks: int) -> bool:
             "%s has no tensors of each rank, which per_rank_state asks for: every rank takes the same values", directory
         )
     return False
-
-
-def _names(path: Path) -> str:
-    names = [entry.spec.name for entry in read_header(path).entries] if path.exists() else []
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -13,13 +13,13 @@ class RestoreRecord:
 
     Attributes:
         epoch: Epoch of the checkpoint; ``None`` where its directory is not called ``epoch_E_step_S``.
-        step: Step of the checkpoint; ``None`` likewise.
+        step: Step of the checkpoint; ``None`` in the same case.
         path: Its directory.
         metrics: The metrics it was saved with.
-        unrestored: What the checkpoint has and the run did not take from it: ``optimizer``, ``scheduler``, ``rng`` and
-            names of extra state that `restore` was not given, and names of per-rank states (random number generators,
-            entries of ``extra_state``) that differed between ranks when they were saved on another number of ranks.
-            The same on every rank.
+        unrestored: Names of states in the checkpoint that the run did not load, the same on every rank: ``optimizer``,
+            ``scheduler``, ``rng`` and extra state that `restore` was not given, and per-rank states (random number
+            generators, entries of ``extra_state``) that differed between ranks and were saved on another number of
+            ranks.
         fresh: Parameters of this rank's optimizers that the saved one did not update, and that start without state
             (``allow_new_parameters``).
     """

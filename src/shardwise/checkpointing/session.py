@@ -1,4 +1,4 @@
-"""What every part of a save or load uses: settings, ranks, storage, and what earlier calls left for later ones."""
+"""The session: settings, ranks and storage that every save and load uses, and results kept for later calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.class_check import ClassCheck
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
 from shardwise.engine.memo import Memo
@@ -35,23 +35,18 @@ class Session:
     """Settings, ranks and storage of one checkpointer.
 
     Attributes:
-        config: Settings.
-        group: The ranks that save and load together.
-        storage: Where data goes, and where names are made and renamed.
-        ranks: This process's data-, tensor- and pipeline-parallel ranks.
         may_differ: The tensors that may have different values on different ranks.
-        root: The directory of checkpoints and pointers, absolute: a change of the working directory moves nothing.
-        first_exchange: What the ranks exchanged at the first call.
+        root: The absolute directory of checkpoints and pointers.
         staging_dir: The absolute directory where files are built before they are copied into place.
-        pp_group: The ranks of this pipeline, for addons.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
-        further_agreements: What the ranks have agreed on about DTensors in extra state, by its name.
+        extra_agreements: The ranks' agreements about DTensors in extra state, by its name.
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
         class_check_untied: The same check with a configuration that ties nothing.
-        told: Messages that are logged once per run and were logged already.
+        logged: Messages that are logged once per run and were logged already.
+        warned: Checkpoints whose per-rank tensors a warning has named.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
         checked_state: The last captured state that passed the checks.
@@ -78,7 +73,7 @@ class Session:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.further_agreements: dict[str, Agreement] = {}
+        self.extra_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
         self.class_check = ClassCheck()
@@ -87,7 +82,12 @@ class Session:
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
         self.warned: set[Path] = set()
-        self._further: dict[str, Session] = {}
+        self._of_models: dict[str, Session] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether checkpoints are on no disk of this machine: there are no locks, and no two directories to compare."""
+        return self.config.is_remote or not isinstance(self.storage, IsLocal)
 
     @property
     def stage(self) -> int:
@@ -98,24 +98,22 @@ class Session:
 
     @cached_property
     def model_agreement(self) -> Agreement:
-        """What the ranks have agreed on about the model."""
+        """The ranks' agreement about the model."""
         return Agreement(self.group, self.stage)
 
     @cached_property
     def optimizer_agreement(self) -> Agreement:
-        """What the ranks have agreed on about the optimizer."""
+        """The ranks' agreement about the optimizer."""
         return Agreement(self.group, self.stage)
 
-    def further(self, name: str, config: Settings | None = None) -> Session:
+    def of_model(self, name: str, config: Settings | None = None) -> Session:
         """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
 
-        Args:
-            name: The model's name; the same name gives the same session.
-            config: Its settings; the checkpointer's by default.
+        The same name gives the same session. Its settings are ``config``, the checkpointer's by default.
         """
-        known = self._further.get(name)
+        known = self._of_models.get(name)
         if known is None:
-            known = self._further[name] = Session(
+            known = self._of_models[name] = Session(
                 config or self.config,
                 self.group,
                 self.storage,

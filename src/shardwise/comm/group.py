@@ -2,10 +2,11 @@
 
 Every collective of the library goes through `Group`. Two rules keep ranks from waiting for one another for ever:
 
-* local work between collectives runs inside ``with group.together("what")``, which catches an exception,
-  sends it to every rank, and raises the same typed error on all of them;
-* a collective that breaks (a killed peer, a time-out) raises `PeerError`, which names what was being done, and on a
-  rank that had failed by itself before also that failure, as its cause.
+* local work between collectives runs inside ``with group.together("what")``, which catches an exception, sends it to
+  every rank, and raises the same typed error on all of them;
+* a collective that breaks (a killed peer, a time-out) raises `PeerError`. It names the operation, the lost rank as far
+  as it can be found out, and on a rank that had failed before also that failure, as its cause. Later collectives are
+  refused, since the ranks are out of step.
 
 Values travel as JSON or as raw tensor bytes, never as pickles.
 """
@@ -17,21 +18,23 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from datetime import timedelta
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from shardwise.comm import collectives
+from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
 from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
-from shardwise.comm.ranks import Ranks
-from shardwise.errors import ShardwiseError
+from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
+from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: Status of a rank whose work failed; greater than that of one that only has a flag to raise.
+#: Status of a rank on which the work failed; 0 and 1 are the flag of a rank on which it succeeded.
 _FAILED = 2
 
 #: Up to so many integers of all ranks together are gathered rather than reduced.
@@ -43,19 +46,295 @@ _MADE = b"="
 
 @dataclass(slots=True)
 class Vote:
-    """A question that travels with the status of `Group.together`.
+    """A flag that travels with the status of `Group.together`.
 
     Attributes:
-        flag: This rank's answer, set inside.
-        any: Whether any rank's is true; known afterwards.
+        flag: This rank's flag, set inside.
+        any: Whether any rank's flag is true; known afterwards.
     """
 
     flag: bool = False
     any: bool = False
 
 
-class Group(Ranks):
-    """The ranks that save or load together: what they agree on, and the values that they exchange."""
+class Group:
+    """The ranks that save or load together: what they agree on, and the values that they exchange.
+
+    Args:
+        process_group: Their process group, or ``None`` for a single process.
+
+    Attributes:
+        rank: This process's rank in the group.
+        world_size: Number of ranks in the group.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._pg = process_group
+        self._owned = False
+        self._broken: PeerError | None = None
+        self._name = ""
+        self._processes: tuple[RankProcess, ...] = ()
+        self._report_seconds = 0.0
+        self._waiting: Waiting | None = None
+        if process_group is None:
+            self.rank, self.world_size = 0, 1
+            self._device = torch.device("cpu")
+            self._global_ranks: tuple[int, ...] = (0,)
+        else:
+            # Read now: torch no longer knows the ranks once the script has destroyed its groups.
+            self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
+            self.rank = dist.get_rank(process_group)
+            self.world_size = dist.get_world_size(process_group)
+            self._device = _collective_device(process_group)
+            self._name = str(process_group.group_name)
+
+    @classmethod
+    def current(cls) -> Self:
+        """The default process group, or a group of this process alone where none is initialised."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.group.WORLD)
+        return cls(None)
+
+    @classmethod
+    def dedicated(
+        cls,
+        of: dist.ProcessGroup | None,
+        timeout_seconds: float,
+        what: str = "a call of the checkpointer",
+        absent_seconds: float = ABSENT_SECONDS,
+    ) -> Self:
+        """Make a CPU (gloo) group of the same ranks, for checkpoints alone. The ranks of ``of`` call, and no others.
+
+        A group of its own keeps checkpoint traffic from mixing with the training's, lets a background thread
+        communicate while training does, and has a time-out of its own.
+
+        Args:
+            of: The group with these ranks; ``None`` for the default group.
+            timeout_seconds: Every rank raises `PeerError` within this time once a rank is gone or hangs. Collectives
+                wait somewhat less, so that there is time left to find out which rank it is.
+            what: The call in which the ranks meet, for messages.
+            absent_seconds: A warning names the ranks that have not joined a call after this time.
+
+        Raises:
+            PeerError: Some rank did not take part.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(None)
+        ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
+        # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
+        few = len(ranks) < dist.get_world_size()
+        budget = TimeoutBudget.within(timeout_seconds)
+        try:
+            with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
+                made = dist.new_group(
+                    ranks=ranks,
+                    backend="gloo",
+                    timeout=timedelta(seconds=budget.collective),
+                    use_local_synchronization=few,
+                )
+        except RuntimeError as error:
+            raise PeerError(
+                f"not every rank of {len(ranks)} came to {what} within {timeout_seconds:.0f} s, while meeting for the "
+                f"first call: {str(error).splitlines()[0]}",
+                hint="Make the call on every rank, not only on some (`if rank == 0`); where that is so, look at the "
+                "other ranks' logs. What was published before is untouched.",
+            ) from error
+        group = cls(made)
+        group._owned = True
+        group._report_seconds = budget.report
+        group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
+        own = RankProcess.own()
+        processes = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
+        group._processes = tuple(RankProcess(*json.loads(process)) for process in processes)
+        return group
+
+    def close(self) -> None:
+        """Release the process group if this object made it. Safe to call twice."""
+        if self._waiting is not None:
+            self._waiting.close()
+        if self._owned and self._pg is not None:
+            self._owned = False
+            if dist.is_initialized():
+                with contextlib.suppress(ValueError):  # the script has destroyed all groups before
+                    dist.destroy_process_group(self._pg)
+        self._pg = None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The process group, for other code that communicates by itself."""
+        return self._pg
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0 of the group."""
+        return self.rank == 0
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank in the default process group."""
+        return self._global_ranks[self.rank]
+
+    def global_ranks(self) -> tuple[int, ...]:
+        """The global rank of each member, in group order."""
+        return self._global_ranks
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an exchange broke, so that every later one is refused."""
+        return self._broken is not None
+
+    @contextlib.contextmanager
+    def coming(self, what: str) -> Iterator[None]:
+        """Around the first exchange of the call ``what``: a warning names the absent ranks if it takes long."""
+        if self._waiting is None or self.world_size == 1:
+            yield
+            return
+        with self._waiting.during(what):
+            yield
+
+    @property
+    def _alive(self) -> dist.ProcessGroup:
+        if self._pg is None:
+            raise ValueError("the group was closed")
+        return self._pg
+
+    # --- bytes ------------------------------------------------------------------------------------------------------
+
+    def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
+        """The bytes of rank ``source`` (in the group), on every rank. All ranks call; others' bytes are ignored."""
+        if self.world_size == 1:
+            return data
+        with self._guard(what):
+            own = data if source == self.rank else b""
+            size, short = unpacked(self._broadcast_sized(packet(own), PACKET_BYTES, source))
+            return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
+
+    def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
+        """Send each rank a message of its own. All ranks call.
+
+        Args:
+            messages: One for each rank, in rank order, this one included.
+            what: What is being done, for messages of errors.
+
+        Returns:
+            What each rank sent to this one, in rank order.
+        """
+        if self.world_size == 1:
+            return list(messages)
+        with self._guard(what):
+            lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
+            theirs = torch.empty_like(lengths)
+            collectives.all_to_all(self._alive, theirs, lengths)
+            counts, data = theirs.tolist(), b"".join(messages)
+            received = torch.empty(sum(counts), dtype=torch.uint8, device=self._device)
+            sent = to_tensor(data, len(data), self._device)
+            collectives.all_to_all(self._alive, received, sent, counts, lengths.tolist())
+            return [to_bytes(part) for part in torch.split(received, counts)]
+
+    def _gather_bytes(self, data: bytes, what: str) -> list[bytes]:
+        with self._guard(what):
+            own = to_tensor(packet(data), PACKET_BYTES, self._device)
+            packets = [unpacked(theirs) for theirs in self._all_gather(own)]
+            counts = [size for size, _ in packets]
+            widest = max(counts)
+            if all(len(short) == size for size, short in packets):
+                return [short for _, short in packets]
+            # Padding every rank's bytes to the longest would cost world x longest; a broadcast by each rank that has
+            # something costs the sum, and in the usual case (one rank has a message) much less.
+            if sum(counts) * 4 < widest * self.world_size:
+                return [
+                    to_bytes(self._broadcast_sized(data if r == self.rank else b"", n, r)) if n else b""
+                    for r, n in enumerate(counts)
+                ]
+            padded = to_tensor(data, widest, self._device)
+            return [to_bytes(theirs[:n]) for theirs, n in zip(self._all_gather(padded), counts, strict=True)]
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        collectives.all_gather(self._alive, gathered, own)
+        return gathered
+
+    def _broadcast_sized(self, data: bytes, size: int, source: int) -> torch.Tensor:
+        buffer = to_tensor(data, size, self._device)
+        collectives.broadcast(self._alive, buffer, source)
+        return buffer
+
+    def _largest(self, value: int, what: str, seconds: float | None = None) -> int:
+        with self._guard(what):
+            own = torch.tensor([value], dtype=torch.int64, device=self._device)
+            collectives.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
+            return int(own.item())
+
+    def _integers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def swap(
+        self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]], what: str
+    ) -> None:
+        """Send tensors to peers and receive tensors from peers, point to point.
+
+        Only the ranks concerned call; both ends list the messages between them in the same order.
+
+        Args:
+            sends: ``(rank in the group, contiguous CPU tensor)``.
+            receives: ``(rank in the group, contiguous CPU tensor to fill)``.
+            what: What is being done, for messages.
+        """
+        if not sends and not receives:
+            return
+        with self._guard(what):
+            works = [collectives.receive(self._alive, tensor, rank) for rank, tensor in receives]
+            works += [collectives.send(self._alive, tensor, rank) for rank, tensor in sends]
+            for work in works:
+                work.wait()
+
+    @contextlib.contextmanager
+    def keeping(self, failure: BaseException | None) -> Iterator[None]:
+        """Keep ``failure``, this rank's own, if an exchange in the block breaks.
+
+        Raises:
+            PeerError: An exchange broke; with ``failure`` in its text and as its cause.
+        """
+        try:
+            yield
+        except PeerError as error:
+            # A peer's failure is raised alike on every rank.
+            if failure is None or failure is error or error is not self._broken:
+                raise
+            raise error.after(failure) from failure
+
+    @contextlib.contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        if self._broken is not None:
+            raise self._broken
+        try:
+            yield
+        except ShardwiseError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            if self._pg is None:
+                raise RemoteError(f"{type(error).__name__}: {error}", rank=self.global_rank) from error
+            raise self._break(what, error) from error
+
+    def _break(self, what: str, error: Exception) -> PeerError:
+        """Find out who is missing, and refuse every later collective: the ranks are out of step."""
+        ranks = self.global_ranks()
+        host = ranks.index(0) if 0 in ranks else None
+        lost, how = find_lost(self._name, self.rank, self._processes, host, self._report_seconds)
+        named = [ranks[number] for number in lost]
+        if named:
+            who = f"rank {named[0]}" if len(named) == 1 else f"ranks {', '.join(map(str, named))}"
+            message = f"{who} {how} while {what}"
+        else:
+            message = f"the ranks lost touch while {what}: {str(error).splitlines()[0]}"
+        self._broken = PeerError(
+            message,
+            rank=named[0] if named else None,
+            hint="Look at that rank's log and restart the job; what was published before is untouched.",
+        )
+        return self._broken
 
     # --- status -----------------------------------------------------------------------------------------------------
 
@@ -71,7 +350,7 @@ class Group(Ranks):
             seconds: How long a rank that is done waits for the others; the group's time-out if not given.
 
         Yields:
-            Something else to ask in the same exchange.
+            A flag that travels in the same exchange.
         """
         failure: BaseException | None = None
         vote = Vote()
@@ -82,10 +361,10 @@ class Group(Ranks):
         vote.any = self.agree(failure, what, vote.flag, seconds)
 
     def attempt(self, work: Callable[[], T], what: str) -> T:
-        """What ``work`` gives on this rank, if it succeeds on every rank; else raise, as `together`. All ranks call.
+        """The result of ``work`` on this rank, if it succeeds on every rank; else raise, as `together`. All ranks call.
 
         Args:
-            work: Local work, without a collective in it.
+            work: Local work, without a collective.
             what: What is being done, for messages.
         """
         made: list[T] = []
@@ -130,9 +409,10 @@ class Group(Ranks):
                 continue
             if index == self.rank:
                 self._raise_alone(own, failure)
-            if own is not None and text != theirs:
+            raised = ShardwiseError.from_record(json.loads(theirs))
+            if own is not None and own.message != raised.message:
                 _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
-            raise ShardwiseError.from_record(json.loads(theirs))
+            raise raised
 
     def _wrapped(self, failure: BaseException | None) -> ShardwiseError | None:
         return None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)
@@ -160,10 +440,10 @@ class Group(Ranks):
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
 
     def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
-        """What ``make`` gives on every rank, in rank order, on every rank, in one exchange. All ranks call.
+        """The results of ``make`` of all ranks, in rank order, on every rank, in one exchange. All ranks call.
 
         Raises:
-            ShardwiseError: What it failed with on the lowest rank where it did, on every rank. ``make`` is local.
+            ShardwiseError: ``make``, which is local, failed: the error of the lowest such rank, on every rank.
         """
         value, text, failure = self._attempt(make, is_sent=True)
         own = self._wrapped(failure)
@@ -177,9 +457,9 @@ class Group(Ranks):
         return [json.loads(theirs[len(_MADE) :]) for theirs in texts]
 
     def collect(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
-        """As `gather`, but rank 0 alone gets the values; other ranks get an empty list. All ranks call.
+        """As `gather`, but only rank 0 gets the values; other ranks get an empty list. All ranks call.
 
-        For what every rank has much of and only rank 0 needs: `gather` costs as much again on every rank.
+        For large values that only rank 0 needs: `gather` would cost every rank the memory and time of all of them.
         """
         # Rank 0 receives its own value directly: its message says only that it succeeded.
         value, text, failure = self._attempt(make, is_sent=not self.is_main)
@@ -241,10 +521,6 @@ class Group(Ranks):
             return flag
         return bool(self._largest(int(flag), what))
 
-    def barrier(self, what: str = "waiting for every rank") -> None:
-        """Return when every rank has called."""
-        self.any(False, what)
-
     def fold(
         self, xors: Sequence[int], sums: Sequence[int], what: str, failure: BaseException | None = None
     ) -> tuple[list[int], list[int]]:
@@ -256,7 +532,7 @@ class Group(Ranks):
             xors: Combined by exclusive or.
             sums: Added up.
             what: What is being done, for messages.
-            failure: What went wrong on this rank before; like `agree`, it is raised on every rank.
+            failure: What went wrong on this rank before; it is raised on every rank, as by `agree`.
 
         Raises:
             ShardwiseError: The failure of the lowest rank that has one.
@@ -266,7 +542,7 @@ class Group(Ranks):
             self._raise_alone(own, failure)
             return list(xors), list(sums)
         counts = [*sums, int(own is not None)]
-        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # in one exchange what else takes two
+        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # one exchange instead of two
             with self.keeping(failure), self._guard(what):
                 rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
             *added, failed = rows[:, len(xors) :].sum(0).tolist()
@@ -293,3 +569,11 @@ def _exclusive_or(rows: torch.Tensor) -> list[int]:
     for row in rows[1:]:
         rows[0] ^= row
     return cast(list[int], rows[0].tolist())
+
+
+def _collective_device(process_group: dist.ProcessGroup) -> torch.device:
+    """The device on which the group's backend moves bytes."""
+    backend = str(dist.get_backend(process_group))
+    if "gloo" in backend or "mpi" in backend or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -73,14 +73,14 @@ def find_lost(
 ) -> tuple[list[int], str]:
     """Who is missing after a collective of group ``name`` broke on ``rank``.
 
-    Returns when every rank has either reported or died, or when time is up: whoever comes late to the broken collective
-    should find the reports of the others, and name the same rank as they do.
+    Returns when every rank has either reported or died, or when time is up, so that a rank that notices late still
+    finds the reports of the others and names the same rank.
 
     Args:
         name: The group's name, the same on every rank.
         rank: This rank in the group.
         processes: Where each rank of the group runs; may be empty if that is not known.
-        host: The rank in the group that is held responsible for the store, if it is a member.
+        host: The rank in the group whose process holds the store, if it is a member.
         seconds: How long to wait for the reports of others at most.
 
     Returns:
@@ -96,24 +96,20 @@ def find_lost(
         while True:
             left = deadline - time.monotonic()
             refused, silent = reports.refused, reports.silent
-            # Whoever has reported may leave, and is not the one whose absence broke the collective.
-            gone = [number for number, process in enumerate(processes) if _among(number, silent) and process.is_gone()]
+            # A rank that has reported may leave: its absence did not break the collective.
+            gone = [n for n, process in enumerate(processes) if (silent is None or n in silent) and process.is_gone()]
             all_found = silent is not None and len(gone) == len(silent)
             if left <= 0 or all_found or (refused and gone):
                 break
             time.sleep(min(_POLL_SECONDS, left))
-        # Others read the reports too, perhaps from a store that ends with this process: they are given time to.
+        # Give others time to read the reports, perhaps from a store that ends with this process.
         time.sleep(max(0.0, min(2 * _POLL_SECONDS, left)) if len(processes) > 2 else 0.0)
-    # The store lives beside the first process of the job. With it gone, others that left had nowhere to say so.
+    # The store lives in the first process of the job. With it gone, other ranks had nowhere to report.
     if refused and host is not None and host in gone:
         gone = [host]
     if silent is None:
         silent = () if host is None or host == rank else (host,)
     return (gone, "died") if gone else (list(silent), "did not answer")
-
-
-def _among(rank: int, silent: tuple[int, ...] | None) -> bool:
-    return silent is None or rank in silent
 
 
 class _Reports:

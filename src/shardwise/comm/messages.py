@@ -10,7 +10,7 @@ _LENGTH_BYTES = 8
 
 
 def packet(data: bytes) -> bytes:
-    """The first bytes of a message behind its length: all of it, if it is short."""
+    """The length of a message and its first bytes: all of it, if it is short."""
     return len(data).to_bytes(_LENGTH_BYTES, "little") + data[: PACKET_BYTES - _LENGTH_BYTES]
 
 

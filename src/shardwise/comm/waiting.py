@@ -17,7 +17,7 @@ from shardwise.upstream.torch_distributed import default_store
 
 _LOG = logging.getLogger(__name__)
 
-#: After so many seconds in the first exchange of a call a warning names the ranks that have not come.
+#: A warning names the absent ranks after this many seconds in the first exchange of a call.
 ABSENT_SECONDS = 30.0
 #: A waiting rank reports after this fraction of that time: shorter waits cost no message.
 _REPORTED = 30
@@ -25,7 +25,7 @@ _LISTED = 16
 
 
 class _Store(Protocol):
-    """What is used of torch's key-value stores."""
+    """The part of torch's key-value stores that is used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -39,7 +39,7 @@ class _Store(Protocol):
 
 
 class Waiting:
-    """A thread that warns when this rank has waited for others for long. It sleeps unless something is waited for.
+    """A thread that warns when this rank has waited long for others. It sleeps unless the rank is waiting.
 
     Args:
         name: The group's name, the same on every rank.
@@ -62,11 +62,7 @@ class Waiting:
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Watch over an exchange that begins a call.
-
-        Args:
-            what: The call, for messages: ``save(epoch_0_step_1)``.
-        """
+        """Watch over the exchange that begins the call ``what``: ``save(epoch_0_step_1)``."""
         with self._changed:
             self._turn += 1
             self._what = what

@@ -1,8 +1,8 @@
 """Native names and tensors to the Hugging Face hub's and back, as views, with nothing known about any model.
 
 `derive` (from transformers' rules) or `derive_from_adapter` gives a `Conversion`; `check_round_trip` makes sure that it
-loses nothing; `for_files` puts it into the names of files that are to be loaded; `to_hub` applies it to what a rank
-holds. A model of which `kept_out` knows that nothing is converted needs none of these.
+loses nothing; `for_files` puts it into the names of files to load; `to_hub` applies it to a rank's tensors. A model
+for which `kept_out` finds no conversion needs none of these.
 """
 
 from shardwise.convert.adapter import (

@@ -25,13 +25,13 @@ _METHODS = ("to_hf", "from_hf", "convert_single_tensor_to_hf")
 
 
 class StateDictAdapter(ABC):
-    """What a model brings as ``model.state_dict_adapter`` to say how its tensors become those of its files.
+    """The interface of ``model.state_dict_adapter``, which converts a model's tensors to those of its files.
 
     1. `convert_single_tensor_to_hf` is called once for each tensor, on any rank, with a tensor that has no memory; if
        it only rearranges elements, that is all; saving and loading then go through views.
     2. `from_hf` is called with the whole tensors of one name at a time, for those that it computes. What
        `convert_single_tensor_to_hf` made of a tensor has to become that tensor again, bit for bit.
-    3. A class that has the three methods is one, whatever it is derived from: models bring their own.
+    3. Any class that has the three methods is one: models bring their own.
     """
 
     @classmethod
@@ -169,8 +169,8 @@ def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversio
 def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[NativeSpec]) -> None:
     """Check that a model's adapter, where it has one, keeps every parameter and names them all on the way back.
 
-    What it computes is undone and compared with real values while saving. An adapter that is written through needs no
-    way back, and one whose ``from_hf`` does not accept tensors without memory cannot be asked.
+    Computed tensors are converted back and compared with real values while saving. An adapter that is written through
+    needs no way back, and one whose ``from_hf`` does not accept tensors without memory cannot be checked here.
 
     Raises:
         ConversionError: A parameter would be lost.
@@ -188,7 +188,7 @@ def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[N
                 tensor=dropped[0],
                 hint="A checkpoint without them would not give the model back; let the adapter convert them.",
             )
-    views = [tensor for tensor in conversion.hub if not _writes_through(adapter)]
+    views = () if getattr(adapter, "supports_write_through_checkpoint_load", False) else conversion.hub
     dtypes = {spec.name: spec.dtype for spec in natives}
     hub: dict[str, torch.Tensor] = {
         tensor.name: torch.empty(tensor.shape, dtype=torch_dtype(dtypes[tensor.parts[0].native]), device="meta")
@@ -209,7 +209,3 @@ def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[N
             tensor=lost[0].name,
             hint="from_hf has to undo convert_single_tensor_to_hf, in names and shapes.",
         )
-
-
-def _writes_through(adapter: StateDictAdapter) -> bool:
-    return bool(getattr(adapter, "supports_write_through_checkpoint_load", False))

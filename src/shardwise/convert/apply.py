@@ -1,20 +1,19 @@
-"""What a rank holds under native names, under the hub's names: the step from capture to the engine's currency."""
+"""Held tensors under native names -> under the hub's names: the step from capture to the engine's currency."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.convert.rules import Computed, Conversion, HubTensor
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.plan.views import AxisView, hub_views
+from shardwise.plan.fragments import HeldTensor, seen_through
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldGroup:
-    """What this rank holds of a group that has to be computed. Gather, convert and release one group at a time.
+    """This rank's parts of a group that has to be computed. Gather, convert and release one group at a time.
 
     Attributes:
         computed: The group: its native and hub specs, and the rule that converts whole tensors.
@@ -27,7 +26,7 @@ class HeldGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Converted:
-    """What a rank holds, in the terms of the files.
+    """A rank's tensors, in the terms of the files.
 
     Attributes:
         held: Tensors whose fragments are views of the native memory: sources in saving, destinations in loading.
@@ -44,15 +43,14 @@ def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:
     A hub tensor is described wherever any native tensor behind it is known, with no fragments where this rank holds
     none of its elements. Its dtype is that of the native tensor; a caller that wants another replaces the spec.
 
-    Args:
-        conversion: From `shardwise.convert.derive.derive` or an adapter.
-        held: Native tensors, each of one unconverted part.
-
     Raises:
         ConversionError: A tensor is unknown to the conversion, or already converted.
     """
     by_name = {tensor.spec.name: tensor for tensor in held}
-    groups = tuple(_group(computed, by_name) for computed in conversion.computed)
+    groups = (
+        HeldGroup(computed, tuple(by_name[spec.name] for spec in computed.natives if spec.name in by_name))
+        for computed in conversion.computed
+    )
     elsewhere = {spec.name for computed in conversion.computed for spec in computed.natives}
     elsewhere.update(conversion.ignored)
     wanted: dict[str, HubTensor] = {}
@@ -69,10 +67,6 @@ def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:
     return Converted(views, tuple(group for group in groups if group.natives))
 
 
-def _group(computed: Computed, held: dict[str, HeldTensor]) -> HeldGroup:
-    return HeldGroup(computed, tuple(held[spec.name] for spec in computed.natives if spec.name in held))
-
-
 def _convert(hub: HubTensor, held: dict[str, HeldTensor]) -> HeldTensor:
     if len(hub.parts) == 1:
         [only] = hub.parts
@@ -81,25 +75,10 @@ def _convert(hub: HubTensor, held: dict[str, HeldTensor]) -> HeldTensor:
             return tensor
         spec = TensorSpec(hub.name, hub.shape, tensor.spec.dtype)
         grid = hub.shape if only.view is None else only.view.hub_grid
-        return HeldTensor(spec, grid, (_part(tensor.parts[0], only.view),))
+        return HeldTensor(spec, grid, (seen_through(only.view, tensor.parts[0]),))
     present = [(held[part.native], part.view) for part in hub.parts if part.native in held]
     spec = TensorSpec(hub.name, hub.shape, present[0][0].spec.dtype)
     grids = {hub.shape if view is None else view.hub_grid for _, view in present}
     if len(grids) != 1:
         raise ConversionError(f"the parts of {hub.name!r} are on different grids", tensor=hub.name)
-    return HeldTensor(spec, grids.pop(), tuple(_part(tensor.parts[0], view) for tensor, view in present))
-
-
-def _part(native: HeldPart, view: AxisView | None) -> HeldPart:
-    if view is None:
-        return native
-    fragments = tuple(_through(view, native.fragments))
-    part = native.part
-    seen = Part(part.native_shape, part.mesh, part.placements, view, part.may_differ)
-    return HeldPart(seen, native.coordinate, fragments)
-
-
-def _through(view: AxisView, fragments: Iterable[Fragment]) -> Iterable[Fragment]:
-    for fragment in fragments:
-        for box, data in hub_views(view, fragment.box, fragment.data):
-            yield Fragment(box, data)
+    return HeldTensor(spec, grids.pop(), tuple(seen_through(view, tensor.parts[0]) for tensor, view in present))

@@ -16,10 +16,6 @@ _MAX_WRAPS = 256
 def axis_views(tensor: Provenance, native_shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, AxisView | None], ...]:
     """Express every piece of a traced tensor as a view of its native tensor.
 
-    Args:
-        tensor: Where the elements of a hub tensor came from.
-        native_shapes: Shapes of the source tensors, by their number.
-
     Returns:
         Pairs of a source number and a view, all views on one hub grid; a single ``None`` view where the hub tensor is
         the whole of one native tensor in its own shape.

@@ -57,18 +57,15 @@ def _balance(shape: tuple[int, ...], views: Sequence[AxisView | None]) -> int:
     """0 where the views cover each element once, negative where some is missing, positive where one is there twice."""
     if len(views) == 1 and views[0] is None:
         return 0
-    boxes = [(_grid(shape, view), _box(shape, view)) for view in views]
+    plain = tuple((n,) for n in shape)
+    boxes = [(plain if view is None else view.native_grid, _box(shape, view)) for view in views]
     if _overlap(shape, boxes):
         return 1
     return sum(box.numel for _, box in boxes) - math.prod(shape)
 
 
-def _grid(shape: tuple[int, ...], view: AxisView | None) -> Factors:
-    return tuple((n,) for n in shape) if view is None else view.native_grid
-
-
 def _box(shape: tuple[int, ...], view: AxisView | None) -> Box:
-    """What a view sees, in its native grid."""
+    """The region that a view covers, in its native grid."""
     if view is None:
         return Box.whole(shape)
     count = sum(map(len, view.native_grid))

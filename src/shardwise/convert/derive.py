@@ -1,9 +1,9 @@
 """Derive a conversion from transformers' own rules, by running them once on tensors without memory.
 
-Nothing here knows a model. The rules that `transformers.core_model_loading.revert_weight_conversion` would apply when
-the model is saved are applied to `TracedTensor`s, and where each element went is read off the results. A model of many
-tensors is dealt with quickly because a name that no rule touches costs a look at the patterns and nothing else, and
-because a rule is run once for each combination of shapes and then replayed under other names.
+Nothing here is specific to a model. The rules that `transformers.core_model_loading.revert_weight_conversion` would
+apply when the model is saved are applied to `TracedTensor`s, and where each element went is read off the results. This
+stays cheap for many tensors: a name that no rule touches costs only a match against the patterns, and a rule is run
+once for each combination of shapes and then replayed under other names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.transformers import left_out
 from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
 
-#: What code that converts tensors may raise when it is given a tensor that it does not expect.
+#: Errors that conversion code may raise on a tensor that it does not expect.
 RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -50,12 +50,8 @@ class Derived:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The outcome of a converter for a combination of shapes."""
-
-    keys: tuple[str, ...]
-    results: tuple[Derived, ...]
+#: By converter and shapes: the keys of its results, and how each is made.
+_Cache = dict[object, tuple[tuple[str, ...], tuple[Derived, ...]]]
 
 
 def identity(natives: Sequence[NativeSpec]) -> Conversion:
@@ -79,42 +75,31 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
         ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
     """
     bare = unwrap(model)
-    ignored = _ignored(bare)
-    kept = [spec for spec in natives if spec.name not in ignored]
-    left_out = tuple(spec.name for spec in natives if spec.name in ignored)
+    absent = left_out(bare)
+    kept = [spec for spec in natives if spec.name not in absent]
+    ignored = tuple(spec.name for spec in natives if spec.name in absent)
     rules = _rules(bare)
     if rules is not None:
-        views, computed = _by_rules(rules, kept)
-        return Conversion(views, computed, left_out)
-    mapping = _mapping(bare)
-    names = revert([spec.name for spec in kept], mapping) if mapping else [spec.name for spec in kept]
+        return Conversion(*_by_rules(rules, kept), ignored)
+    mapping = legacy_renamings(bare)
+    own = [spec.name for spec in kept]
+    names = revert(own, mapping) if mapping else own
     renamed = tuple(HubTensor(name, spec.shape, (HubPart(spec.name),)) for name, spec in zip(names, kept, strict=True))
-    return Conversion(renamed, (), left_out)
+    return Conversion(renamed, (), ignored)
 
 
 def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
-    """What a model keeps out of its files if everything else goes there under its own name and as it is.
-
-    Args:
-        model: As for `derive`; one with an adapter of its own is not asked about.
+    """FQNs that a model without a state-dict adapter keeps out of its files, if all others are written unchanged.
 
     Returns:
-        FQNs of tensors; ``None`` where anything is renamed or converted, so that only a conversion shows the names.
+        ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
-    return None if _mapping(bare) or _rules(bare) is not None else _ignored(bare)
-
-
-def _ignored(bare: torch.nn.Module) -> frozenset[str]:
-    return left_out(bare)
-
-
-def _mapping(bare: torch.nn.Module) -> dict[str, str]:
-    return legacy_renamings(bare)
+    return None if legacy_renamings(bare) or _rules(bare) is not None else left_out(bare)
 
 
 def _rules(bare: torch.nn.Module) -> RuleSet | None:
-    # Copying the modules of a large model takes longer than all else here.
+    # Copying the modules of a large model takes longer than everything else here.
     return rule_set(skeleton(bare)) if may_have_rules(bare) else None
 
 
@@ -129,7 +114,7 @@ def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubT
         else:
             groups[group].append((Member(spec.name, pattern), spec))
     computed: list[Computed] = []
-    cache: dict[object, _Known] = {}
+    cache: _Cache = {}
     for group, pairs in groups.items():
         members = tuple(member for member, _ in pairs)
         specs = tuple(spec for _, spec in pairs)
@@ -149,15 +134,15 @@ def _results(
     group: str,
     members: tuple[Member, ...],
     specs: tuple[NativeSpec, ...],
-    cache: dict[object, _Known],
+    cache: _Cache,
 ) -> tuple[list[str], tuple[Derived, ...]]:
     """Hub names of a group's results, and how each is made."""
     number = rules.converter(members[0].pattern)
     key = (number, tuple((m.pattern, s.shape, s.dtype) for m, s in zip(members, specs, strict=True)))
     known = cache.get(key)
     if known is not None:
-        names = replay(rules.converters[number], group, members, known.keys)
-        return [rules.rename(name) for name in names], known.results
+        keys, results = known
+        return [rules.rename(name) for name in replay(rules.converters[number], group, members, keys)], results
     sources = [traced(i, spec.shape, torch_dtype(spec.dtype)) for i, spec in enumerate(specs)]
     try:
         outcome = run(rules.converters[number], group, members, sources, rules.model)
@@ -169,7 +154,7 @@ def _results(
         ) from error
     results = tuple(derived(tensor, specs) for tensor in outcome.tensors)
     if outcome.replayable:
-        cache[key] = _Known(outcome.keys, results)
+        cache[key] = (outcome.keys, results)
     return [rules.rename(name) for name in outcome.names], results
 
 

@@ -1,8 +1,8 @@
 """A conversion in the names that a given set of files happens to use.
 
 Files of one model come under several names: with or without the base model's prefix, in the original authors' names or
-in transformers' own, with legacy endings, saved unconverted. What loading does about it is transformers' code again:
-two names mean the same tensor if its renamings for loading make one name of both.
+in transformers' own, with legacy endings, saved unconverted. They are matched by transformers' own code: two names mean
+the same tensor if its renamings for loading make one name of both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def for_files(
     names: Sequence[str],
     key_mapping: Mapping[str, str] | None = None,
 ) -> Conversion:
-    """Put a conversion into the names of files that are to be loaded. No collectives; any rank may call.
+    """Put a conversion into the names of files to load. No collectives; any rank may call.
 
     A native tensor whose hub tensors are not in the files, while it is there itself, is taken unconverted. One that is
     not there in any form keeps its hub names, so that the loader misses it under the name that the hub would use; names

@@ -107,8 +107,8 @@ def _refuse_collisions(names: Sequence[str], renamed: Sequence[str]) -> None:
 def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
     """The rule for the other direction: the pattern of names that a rule produces, and what they were before.
 
-    What a group caught is carried over, if the replacement refers to the group by its number. Anchors and assertions
-    match no text, and are dropped.
+    A group's text is carried over if the replacement refers to the group by its number. Anchors and assertions match no
+    text, and are dropped.
     """
     text = _ASSERTION.sub("", pattern).removeprefix("^").removesuffix("$")
     groups: list[str] = _GROUP.findall(text)

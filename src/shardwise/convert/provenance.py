@@ -122,7 +122,7 @@ def reshape(tensor: Provenance, shape: tuple[int, ...]) -> Provenance:
             tuple((1,) for _ in shape),
             tuple(SourcePiece(p.source, p.base, (Span(0, 1, 0),) * len(shape)) for p in tensor.pieces),
         )
-    merged = _merge(Provenance((tensor.grid,), tensor.pieces))
+    merged = simplify(Provenance((tensor.grid,), tensor.pieces))
     sizes = tuple(n for n in shape if n != 1)
     flat = _refine(merged, 0, _cuts(sizes))
     factors = list(flat.grid)
@@ -158,7 +158,7 @@ def narrow(tensor: Provenance, dim: int, start: int, stop: int, step: int = 1) -
             tensor = _flatten(tensor, dim)
         pieces = _restrict(tensor.pieces, at, start, stop, step)
         kept = (-(-(stop - start) // step),)
-    return _merge(Provenance((*tensor.dims[:dim], kept, *tensor.dims[dim + 1 :]), pieces))
+    return simplify(Provenance((*tensor.dims[:dim], kept, *tensor.dims[dim + 1 :]), pieces))
 
 
 def select(tensor: Provenance, dim: int, index: int) -> Provenance:
@@ -168,7 +168,7 @@ def select(tensor: Provenance, dim: int, index: int) -> Provenance:
 
 def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
     """The tensors one after the other along ``dim``."""
-    tensors = [_merge(t) for t in tensors]
+    tensors = [simplify(t) for t in tensors]
     for other in range(len(tensors[0].dims)):
         if other != dim:
             cuts = {cut for t in tensors for cut in _cuts(t.dims[other])}
@@ -183,7 +183,10 @@ def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
     pieces: list[SourcePiece] = []
     offset = 0
     for t in tensors:
-        pieces += (SourcePiece(p.source, p.base, _replace(p.spans, at, _shift(p.spans[at], offset))) for p in t.pieces)
+        for piece in t.pieces:
+            span = piece.spans[at]
+            moved = Span(span.start + offset, span.length, span.stride)
+            pieces.append(SourcePiece(piece.source, piece.base, _replace(piece.spans, at, moved)))
         offset += t.dims[dim][0]
     factors = (offset, *tensors[0].dims[dim][1:])
     if len(pieces) > MAX_PIECES:
@@ -200,11 +203,6 @@ def refine_grid(tensor: Provenance, dim: int, cuts: Iterable[int]) -> Provenance
     return _refine(tensor, dim, chosen)
 
 
-def simplify(tensor: Provenance) -> Provenance:
-    """The tensor on the coarsest grid that still describes it."""
-    return _merge(tensor)
-
-
 def _positions(dims: tuple[tuple[int, ...], ...]) -> list[range]:
     ends = list(itertools.accumulate(len(factors) for factors in dims))
     return [range(end - len(factors), end) for end, factors in zip(ends, dims, strict=True)]
@@ -212,10 +210,6 @@ def _positions(dims: tuple[tuple[int, ...], ...]) -> list[range]:
 
 def _replace(spans: tuple[Span, ...], at: int, *new: Span) -> tuple[Span, ...]:
     return (*spans[:at], *new, *spans[at + 1 :])
-
-
-def _shift(span: Span, offset: int) -> Span:
-    return Span(span.start + offset, span.length, span.stride)
 
 
 def _cuts(factors: Sequence[int]) -> set[int]:
@@ -232,9 +226,8 @@ def _with_outer(tensor: Provenance, dim: int, inner: int) -> Provenance:
     """Make sure that ``dim`` has a factor outside of ``inner``, if only of size 1."""
     if tensor.shape[dim] != inner or inner == 1:
         return tensor
-    at = _positions(tensor.dims)[dim].start
-    pieces = tuple(SourcePiece(p.source, p.base, (*p.spans[:at], Span(0, 1, 0), *p.spans[at:])) for p in tensor.pieces)
-    return Provenance((*tensor.dims[:dim], (1, *tensor.dims[dim]), *tensor.dims[dim + 1 :]), pieces)
+    dims = (*tensor.dims[:dim], (1, *tensor.dims[dim]), *tensor.dims[dim + 1 :])
+    return Provenance(dims, insert(tensor, dim).pieces)
 
 
 def _refine(tensor: Provenance, dim: int, cuts: Iterable[int]) -> Provenance:
@@ -302,8 +295,11 @@ def _flatten(tensor: Provenance, dim: int) -> Provenance:
     return Provenance(dims, tuple(out))
 
 
-def _merge(tensor: Provenance) -> Provenance:
-    """Within each dimension, drop factors of 1 and merge neighbours that every piece walks as one."""
+def simplify(tensor: Provenance) -> Provenance:
+    """The tensor on the coarsest grid that still describes it.
+
+    Within each dimension, factors of 1 are dropped and neighbours that every piece walks as one are merged.
+    """
     dims: list[tuple[int, ...]] = []
     pieces, at = tensor.pieces, 0
     for factors in tensor.dims:

@@ -1,4 +1,4 @@
-"""What a conversion is: which native tensor, looked at how, gives which tensor of the Hugging Face files. Pure."""
+"""Conversions: which native tensor, seen through which view, gives which tensor of the Hugging Face files. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NativeSpec = TensorSpec
 
 
 class HubPart(NamedTuple):
-    """What one native tensor contributes to a hub tensor.
+    """The contribution of one native tensor to a hub tensor.
 
     Attributes:
         native: FQN of the native tensor.
@@ -43,7 +43,7 @@ class HubTensor(NamedTuple):
 
 
 class Rule(Protocol):
-    """Code that converts the whole tensors of one group. Pure; whoever holds whole tensors calls it, no collectives."""
+    """Code that converts the whole tensors of one group. Pure, no collectives; called with whole tensors."""
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Native tensors by FQN to hub tensors by name."""
@@ -63,7 +63,7 @@ class Computed:
         hub: The hub tensors that they become.
         rule: The code that does it, in both directions.
         reason: Why no view expresses it.
-        has_inverse: Whether loading undoes it. What has none may be exported only beside what resumes.
+        has_inverse: Whether loading undoes it. Without an inverse it may only be exported beside state for resuming.
     """
 
     natives: tuple[NativeSpec, ...]
@@ -130,10 +130,3 @@ class Conversion:
     def names(self) -> tuple[str, ...]:
         """All names in the files, those of views first."""
         return (*self._by_name, *(spec.name for group in self.computed for spec in group.hub))
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every native tensor goes to the files under its own name and as it is."""
-        return not self.computed and all(
-            len(t.parts) == 1 and t.parts[0].view is None and t.parts[0].native == t.name for t in self.hub
-        )

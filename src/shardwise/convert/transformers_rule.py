@@ -2,7 +2,7 @@
 
 The order of the steps is that of `transformers.core_model_loading.revert_weight_conversion` (5.23): at most one
 converter for a name, names in natural order, then every renaming on what the converter returned. The steps themselves
-(matching, converting, naming) are transformers' own methods, called on copies, because they leave traces in the rules.
+(matching, converting, naming) are transformers' own methods, called on copies, because they change the rules.
 """
 
 from __future__ import annotations
@@ -23,19 +23,13 @@ if TYPE_CHECKING:
 
 
 class Watched:
-    """A model that remembers whether a rule looked at it; what the rule does may then depend on the layer."""
+    """A model that remembers whether a rule read from it (``touched``): its result may then depend on the layer."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._touched = False
-
-    @property
-    def touched(self) -> bool:
-        """Whether anything was asked of the model."""
-        return self._touched
+        self._model, self.touched = model, False
 
     def __getattr__(self, name: str) -> object:
-        self._touched = True
+        self.touched = True
         return getattr(self._model, name)
 
 
@@ -71,7 +65,7 @@ class RuleSet:
         origins: For each of ``converters``, the rule in the direction hub to native.
         forward_renamings: The renamings in the direction hub to native, in the order of loading.
         model: The model, without wrappers.
-        quick: For each of ``renamings`` a search that fails where it would change nothing; ``None`` if there is none.
+        quick: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
     """
 
     renamings: tuple[WeightRenaming, ...]
@@ -99,7 +93,7 @@ class RuleSet:
 
 def may_have_rules(model: torch.nn.Module) -> bool:
     """Whether transformers could have rules for ``model``, which may be wrapped: it is one of its classes."""
-    # Whoever has one of its models has imported it; a plain module should not have to wait seconds for it.
+    # A model of transformers' cannot exist before its import, which takes seconds and is not made for other modules.
     return isinstance(model, model_class() or ())
 
 
@@ -149,7 +143,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a converter made of a group.
+    """The result of a converter on a group.
 
     Attributes:
         keys: The converter's own keys of its results, from which it makes names.
@@ -246,11 +240,7 @@ class ConverterRule:
 
 
 def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """What transformers' renamings make of names in files when it loads them, before any converter.
-
-    Args:
-        model: The model to be loaded, without wrappers.
-        names: Names in files.
+    """Names in files after transformers' renamings for loading into an unwrapped model, before any converter.
 
     Returns:
         One name for each of ``names``; the same names for a model that is not of transformers.

@@ -57,8 +57,9 @@ from shardwise.dcp.values import (
     write_values,
 )
 from shardwise.dcp.write import write_final, write_shards
+from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.disk.storage import LocalStorage, Storage, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import (
@@ -99,6 +100,11 @@ class SafetensorsWriter(StorageWriter):
         max_file_bytes: Largest file without a base split.
         stem: What file names start with.
         storage: Where to; the mounted file systems by default.
+
+    Examples:
+        >>> import torch.distributed.checkpoint as dcp
+        >>> state = {"model": model.state_dict(), "step": 3}
+        >>> metadata = dcp.save(state, storage_writer=SafetensorsWriter("run"), no_dist=True)
     """
 
     def __init__(
@@ -212,9 +218,9 @@ class SafetensorsWriter(StorageWriter):
 
     def _remove_stale(self, current: set[str]) -> None:
         """Remove tensor files of an earlier save under this stem that the new one does not have."""
-        for file in self._path.glob("*.safetensors"):
-            if is_tensor_file(file.name, self._stem) and file.name not in current:
-                remove(self._storage, file)
+        for name, _ in self._storage.entries(self._path):
+            if is_tensor_file(name, self._stem) and name not in current:
+                remove(self._storage, self._path / name)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -238,6 +244,15 @@ class SafetensorsReader(StorageReader):
         threads: Reads at once on this rank.
         storage: Where from; the mounted file systems by default.
         allow_legacy_pickle_restore: Unpickle such values without restrictions, which runs code from the files.
+
+    Examples:
+        >>> import torch.distributed.checkpoint as dcp
+        >>> saved = {"model": model.state_dict(), "step": 3}
+        >>> metadata = dcp.save(saved, storage_writer=SafetensorsWriter("run"), no_dist=True)
+        >>> state = {"model": model.state_dict(), "step": 0}
+        >>> dcp.load(state, storage_reader=SafetensorsReader("run"), no_dist=True)
+        >>> state["step"]
+        3
     """
 
     def __init__(
@@ -276,9 +291,10 @@ class SafetensorsReader(StorageReader):
             return Metadata({})
         self._failure = None
         try:
-            self._values = read_values(self._path) or read_record(self._path)
-            self._source = self._open()
-            self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
+            with using(self._storage):
+                self._values = read_values(self._path) or read_record(self._path)
+                self._source = self._open()
+                self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
         except ShardwiseError as error:
             self._failure = error
             raise
@@ -307,7 +323,7 @@ class SafetensorsReader(StorageReader):
             if not self._values:
                 raise
             source = Source(self._path, (), {})  # a state dict without a tensor
-        values_name = VALUES_NAME if (self._path / VALUES_NAME).exists() else "optimizer.json"
+        values_name = VALUES_NAME if exists(self._path / VALUES_NAME) else "optimizer.json"
         both = self._values.keys() & source.tensors.keys()
         if both:
             raise StateFormatError(
@@ -374,7 +390,8 @@ class SafetensorsReader(StorageReader):
     def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         name = item.storage_index.fqn
         if self._pickled is not None and name in self._pickled.paths:
-            planner.load_bytes(item, as_stream(self._pickled.value(name)))
+            with using(self._storage):
+                planner.load_bytes(item, as_stream(self._pickled.value(name)))
             return
         if name not in self._values:
             raise MissingTensorError(

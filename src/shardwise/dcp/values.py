@@ -9,7 +9,6 @@ second file; its name does not end in ``.safetensors``, so that nobody takes the
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
+from shardwise.disk.names import is_there
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, storage_errors
 from shardwise.errors import MisuseError, NameCollisionError, StateFormatError
@@ -102,7 +102,7 @@ def read_values(directory: Path) -> dict[str, object]:
         StateFormatError: The file is damaged or forged.
     """
     path = directory / VALUES_NAME
-    if not os.path.lexists(path):
+    if not is_there(path):
         return {}
     return _table(read_packed(path, directory / VALUES_TENSORS_NAME), path)
 

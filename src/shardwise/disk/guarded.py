@@ -3,48 +3,80 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
+from shardwise.disk.names import is_link, real_path, walk
+from shardwise.disk.storage import Status, Storage, current, locating
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
 
 #: The file that says what a save wrote.
 MANIFEST_NAME = "manifest.json"
 
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISLNK, "a symbolic link"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
-)
+
+class _Stream(io.RawIOBase):
+    """An open file of a storage, as Python's libraries read one."""
+
+    def __init__(self, storage: Storage, handle: int) -> None:
+        self._storage, self._handle, self._position = storage, handle, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        got = self._storage.read(self._handle, memoryview(cast(bytearray, buffer)).cast("B"), self._position)
+        self._position += got
+        return got
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
+        position = offset + (self._storage.status_of(self._handle).size if start is None else start)
+        if position < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
 
 
-def _check_regular(status: os.stat_result, path: str, error: type[ShardwiseError]) -> None:
-    if stat.S_ISREG(status.st_mode):
-        return
-    kind = next((text for test, text in _KINDS if test(status.st_mode)), "a special file")
-    raise error(f"{path!r} is {kind}, not a regular file", path=path, hint="Pass the path of the file itself.")
+def _check_regular(path: Path, error: type[ShardwiseError], follows: bool) -> Status:
+    found = current().status(path, follows=follows)
+    if found is None:
+        current().real_path(path)  # a link in a circle is an error of its own
+        raise CheckpointNotFoundError(
+            f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
+        )
+    if found.kind != "file":
+        raise error(
+            f"{str(path)!r} is a {found.kind}, not a regular file", path=path, hint="Pass the path of the file itself."
+        )
+    return found
 
 
-def _open_descriptor(path: str, error: type[ShardwiseError], follows: bool) -> int:
-    # The type is checked before opening, because opening a device can have effects, and again on the descriptor,
-    # because the name can be replaced in between; O_NONBLOCK keeps a pipe that slips in from blocking.
-    _check_regular(os.stat(path, follow_symlinks=follows), path, error)
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    descriptor = os.open(path, flags if follows else flags | os.O_NOFOLLOW)
-    try:
-        _check_regular(os.fstat(descriptor), path, error)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+def _open(path: Path, error: type[ShardwiseError], follows: bool) -> tuple[int, int]:
+    """Open a regular file; returns the handle and its size."""
+    storage = current()
+    while True:
+        # The kind is looked at before opening, because opening a device can have effects; `Storage.open` looks again.
+        named = _check_regular(path, error, follows)
+        handle = storage.open(path, writable=False)
+        try:
+            opened = storage.status_of(handle)
+        except BaseException:
+            storage.close(handle)
+            raise
+        if follows or opened.identity == named.identity:
+            return handle, opened.size
+        storage.close(handle)  # the name was given to another file in between, which may be a link
 
 
 @contextmanager
@@ -69,21 +101,20 @@ def open_regular(
     if "\0" in text:
         raise error(f"the path {text!r} holds a NUL character", hint="No file can have such a name.")
     try:
-        descriptor = _open_descriptor(text, error, follows)
-        with open(descriptor, "rb", buffering=0) as stream:
-            yield stream, os.fstat(descriptor).st_size
-    except (FileNotFoundError, NotADirectoryError) as cause:
-        if isinstance(cause, CheckpointNotFoundError):
-            raise
-        raise CheckpointNotFoundError(
-            f"no file {text!r}", path=text, hint="Check the path, and that it is mounted on every node."
-        ) from cause
-    except StorageError:
+        os.fsencode(text)
+    except UnicodeEncodeError as cause:
+        raise error(f"the path {text!r} is not valid Unicode", hint="No file can have such a name.") from cause
+    handle, size = _open(Path(text), error, follows)
+    storage = current()
+    try:
+        with locating(Path(text)):
+            yield io.BufferedReader(_Stream(storage, handle)), size
+    except ShardwiseError:
         raise
     except OSError as cause:
         raise StorageError.from_os(cause, path=text) from cause
-    except UnicodeEncodeError as cause:
-        raise error(f"the path {text!r} is not valid Unicode", hint="No file can have such a name.") from cause
+    finally:
+        storage.close(handle)
 
 
 def read_exactly(stream: BinaryIO, count: int) -> bytes:
@@ -107,7 +138,7 @@ def read_whole(path: str | os.PathLike[str], limit: int, error: type[ShardwiseEr
         ShardwiseError: Of type ``error``; not a regular file, or larger than ``limit``.
     """
     with open_regular(path, error, follows=follows) as (stream, size):
-        data = b"" if size > limit else read_exactly(stream, limit + 1)
+        data = b"" if size > limit else read_exactly(stream, size + 1)
     if size > limit or len(data) > limit:
         text = os.fspath(path)
         raise error(
@@ -151,12 +182,12 @@ def is_made_of_links(directory: Path) -> bool:
     alone is a link, to a file that neither is called so nor lies in a known store.
     """
     manifest = directory / MANIFEST_NAME
-    if not manifest.is_symlink():
+    if not is_link(manifest):
         return False
-    if _leads_into_a_store(manifest) or os.path.basename(os.path.realpath(manifest)) == MANIFEST_NAME:
+    if _leads_into_a_store(manifest) or real_path(manifest).name == MANIFEST_NAME:
         return True
-    paths = [os.path.join(where, name) for where, _, names in os.walk(directory) for name in names]
-    return len(paths) > 1 and all(os.path.islink(path) for path in paths)
+    paths = [where / name for where, names in walk(directory) for name in names]
+    return len(paths) > 1 and all(map(is_link, paths))
 
 
 def is_followed(path: Path, made_of_links: bool) -> bool:
@@ -165,11 +196,7 @@ def is_followed(path: Path, made_of_links: bool) -> bool:
 
 
 def _leads_into_a_store(path: Path) -> bool:
-    try:
-        target = os.readlink(path)
-    except OSError:
-        return False
-    return any(part in _STORES for part in PurePosixPath(target).parts)
+    return is_link(path) and any(part in _STORES for part in PurePosixPath(current().read_link(path)).parts)
 
 
 def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[ShardwiseError] = FormatError) -> Path:
@@ -191,15 +218,15 @@ def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[Shar
         raise error(
             f"the path {relative!r} {reason}", path=root, hint="Do not use this checkpoint: it is damaged or forged."
         )
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(real_root, relative))
-    if os.path.commonpath([real_root, real]) != real_root:
+    real_root = real_path(Path(root))
+    real = real_path(real_root / relative)
+    if not real.is_relative_to(real_root):
         raise error(
-            f"the path {relative!r} leads through a symbolic link to {real!r}, outside the checkpoint",
+            f"the path {relative!r} leads through a symbolic link to {str(real)!r}, outside the checkpoint",
             path=root,
             hint="Replace the link by the file that it points at, if you trust it.",
         )
-    return Path(real)
+    return real
 
 
 def read_small_file(path: Path, limit: int, *, follows: bool = False) -> bytes | None:

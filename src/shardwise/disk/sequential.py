@@ -85,6 +85,28 @@ def write_file(storage: Storage, path: Path, content: bytes) -> None:
     sync_file(storage, path, writable=True)
 
 
+def copy_file(source: Path, target: Path, storage: Storage, origin: Storage | None = None) -> None:
+    """Copy a file's bytes, making the directory; not durable yet. Local.
+
+    Args:
+        source: The file.
+        target: Its copy, which replaces what is there.
+        storage: Where ``target`` is.
+        origin: Where ``source`` is; there too by default.
+    """
+    storage.make_directory(target.parent)
+    storage.create(target, 0, b"")
+    handle = storage.open(target, writable=True)
+    with locating(target):
+        try:
+            offset = 0
+            for block in blocks_of(origin or storage, source):
+                storage.write(handle, block, offset)
+                offset += len(block)
+        finally:
+            storage.close(handle)
+
+
 def sync_file(storage: Storage, path: Path, *, writable: bool = False) -> None:
     """Make the bytes of a file durable, which may be another's, and read-only. Local."""
     handle = storage.open(path, writable=writable)

@@ -1,8 +1,10 @@
 """What a checkpoint is written to and read from, as one interface, and the local file system's implementation.
 
-Everything that a save does to a disk goes through a `Storage`, so that another one (remote, faulty, recording) can
-stand in its place. It is three small protocols: bytes of files (`Ranges`), directories (`Directories`), and names
-(`Names`). A save calls them in this order, on the ranks named:
+Everything that a call does to a disk goes through a `Storage`, so that another one (remote, faulty, recording) can
+stand in its place. It is four small protocols: bytes of files (`Ranges`), directories (`Directories`), changing names
+(`Names`), and looking at names (`Looks`, for which `shardwise.disk.names` has functions). A call has one storage:
+whoever begins it says which (`using`), what looks at names or reads a small file asks for it (`current`), and what
+keeps handles is given it. A save calls it in this order, on the ranks named:
 
 1. rank 0: ``make_directory(..., new=True)`` for the temporary directory, after ``remove_tree`` of an interrupted
    predecessor;
@@ -18,15 +20,17 @@ stand in its place. It is three small protocols: bytes of files (`Ranges`), dire
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import errno
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, StorageError
 
@@ -36,8 +40,51 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+#: What says that a name leads to nothing, and not that it could not be followed.
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 # renameat2 exists but this kernel, C library or file system (NFS among them) does not take the flag.
 _NO_FLAG = _NOT_SUPPORTED | {errno.ENOSYS}
+
+
+Kind = Literal[
+    "file", "directory", "symbolic link", "named pipe", "socket", "character device", "block device", "special file"
+]
+
+_KINDS: dict[int, Kind] = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What stands under a name.
+
+    Attributes:
+        kind: What it is.
+        size: Of a file: its bytes.
+        identity: What distinguishes it from everything else in the storage, whatever name it has; ``None`` where the
+            storage knows no such thing.
+        changed: When its content changed last, in seconds since 1970; ``None`` where the storage does not say. For
+            people: nothing is decided by it.
+    """
+
+    kind: Kind
+    size: int
+    identity: tuple[int, int] | None = None
+    changed: float | None = field(default=None, compare=False)
+
+
+class Entry(NamedTuple):
+    """A name in a directory, and what it is itself: a link is a link."""
+
+    name: str
+    kind: Kind
 
 
 class Ranges(Protocol):
@@ -58,6 +105,10 @@ class Ranges(Protocol):
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         """Fill ``into``; returns how many bytes there were, fewer only at the end of the file."""
+        ...
+
+    def status_of(self, handle: int) -> Status:
+        """The open file: its size now, and the identity that `Looks.status` gives under its name."""
         ...
 
     def sync(self, handle: int) -> None:
@@ -108,9 +159,61 @@ class Names(Protocol):
     def remove_tree(self, path: Path) -> None:
         """Delete a file, link or directory tree; nothing happens where there is none."""
 
+    def remove_empty(self, path: Path) -> None:
+        """Delete an empty directory; nothing happens where there is none, or something in it."""
 
-class Storage(Ranges, Directories, Names, Protocol):
-    """All that a checkpoint needs of a file system."""
+    def make_executable(self, path: Path) -> None:
+        """Let those run a file who may read it; nothing happens where a storage has no such right."""
+
+
+class Looks(Protocol):
+    """Looking at names, which opens nothing. Any rank calls; every failure is a typed error that names the path."""
+
+    def status(self, path: Path, *, follows: bool = True) -> Status | None:
+        """What is at ``path``, or ``None``: nothing, or a name that can never be.
+
+        Args:
+            path: The name.
+            follows: Whether a link stands for what it leads to (a link that leads nowhere, or in a circle: nothing) or
+                for itself.
+        """
+        ...
+
+    def entries(self, path: Path) -> list[Entry]:
+        """All that is in a directory, by name."""
+        ...
+
+    def read_link(self, path: Path) -> str:
+        """The text of a link."""
+        ...
+
+    def real_path(self, path: Path) -> Path:
+        """Where ``path`` is when every link in it is followed; where nothing is there, where it would be.
+
+        A storage without links gives ``path``. A link in a circle raises ``StorageError``.
+        """
+        ...
+
+
+class Storage(Ranges, Directories, Names, Looks, Protocol):
+    """All that a checkpoint needs of a file system.
+
+    A call hands one storage every absolute path, those of a base model and of the staging directory too: a storage for
+    one tree leaves the others to `LOCAL`.
+    """
+
+
+@runtime_checkable
+class IsLocal(Protocol):
+    """An optional capability of a `Storage`: its files are this machine's, for what needs more than bytes and names.
+
+    Locks of processes, memory-mapped files, and libraries that write files by themselves need it. A storage without it
+    has no locks; the files of libraries are copied.
+    """
+
+    def local_path(self, path: Path) -> Path:
+        """Where this machine has what the storage has at ``path``."""
+        ...
 
 
 @runtime_checkable
@@ -201,6 +304,11 @@ class LocalStorage:
         with _typed(None):
             return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
 
+    def status_of(self, handle: int) -> Status:
+        """``fstat``."""
+        with _typed(None):
+            return _status(os.fstat(handle))
+
     def sync(self, handle: int) -> None:
         """``fsync``."""
         with _typed(None):
@@ -266,8 +374,107 @@ class LocalStorage:
             else:
                 os.unlink(path)
 
+    def remove_empty(self, path: Path) -> None:
+        """``rmdir``."""
+        try:
+            path.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def make_executable(self, path: Path) -> None:
+        """``chmod``."""
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        os.chmod(path, mode | (mode & 0o444) >> 2)
+
+    def status(self, path: Path, *, follows: bool = True) -> Status | None:
+        """``stat`` or ``lstat``."""
+        try:
+            return _status(os.stat(path, follow_symlinks=follows))
+        except ValueError:  # a NUL character, or half of a surrogate pair
+            return None
+        except OSError as error:
+            if error.errno in _NOTHING_THERE:
+                return None
+            raise StorageError.from_os(error, path=path) from error
+
+    def entries(self, path: Path) -> list[Entry]:
+        """``scandir``."""
+        with _typed(path), os.scandir(path) as found:
+            return sorted(Entry(each.name, _kind_of(each)) for each in found)
+
+    def read_link(self, path: Path) -> str:
+        """``readlink``."""
+        with _typed(path):
+            return os.readlink(path)
+
+    def real_path(self, path: Path) -> Path:
+        """``realpath``."""
+        with _typed(path):
+            try:
+                return Path(os.path.realpath(path, strict=True))
+            except (FileNotFoundError, NotADirectoryError):
+                return Path(os.path.realpath(path))
+
+    def local_path(self, path: Path) -> Path:
+        """The path as it is."""
+        return path
+
 
 LOCAL: Storage = LocalStorage()
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """Why this process could not make files in a directory of this machine, or make the directory; ``None`` if it may.
+
+    Asked of the nearest directory above that exists; nothing is made.
+    """
+    there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        return f"{there} is not a directory"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"this process may not write to {there}"
+
+
+_current: contextvars.ContextVar[Storage] = contextvars.ContextVar("shardwise_storage", default=LOCAL)
+
+
+def current() -> Storage:
+    """The storage of the call that this is part of: the innermost `using`, or the mounted file systems."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def using(storage: Storage) -> Iterator[None]:
+    """Let everything in the ``with`` block look at names and read small files in ``storage``.
+
+    A thread that is started inside does not know of it, unless it is run in a copy of the context (``contextvars``).
+    """
+    token = _current.set(storage)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def local_path(path: Path) -> Path | None:
+    """Where this machine has what the call's storage has at ``path``; ``None`` where it is on no disk of it."""
+    storage = current()
+    return storage.local_path(path) if isinstance(storage, IsLocal) else None
+
+
+def _status(info: os.stat_result) -> Status:
+    kind = _KINDS.get(stat.S_IFMT(info.st_mode), "special file")
+    return Status(kind, info.st_size, (info.st_dev, info.st_ino), info.st_mtime)
+
+
+def _kind_of(entry: os.DirEntry[str]) -> Kind:
+    if entry.is_symlink():
+        return "symbolic link"
+    if entry.is_dir(follow_symlinks=False):
+        return "directory"
+    if entry.is_file(follow_symlinks=False):
+        return "file"
+    return _status(entry.stat(follow_symlinks=False)).kind
 
 
 @cache

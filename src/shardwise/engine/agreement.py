@@ -1,4 +1,4 @@
-"""What ranks agree on before a save: which rank holds which tensors, and one further note of each rank.
+"""The ranks' agreement before a save: which rank holds which tensors, and one other note of each rank.
 
 One gather. Each rank sends a digest of its statement and its mesh coordinates, a few integers. Ranks of one kind make
 the same statement; a statement that is not known yet is broadcast once, by the lowest rank that makes it. A later save
@@ -20,11 +20,12 @@ from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.placement import MeshKey
 from shardwise.plan.roster import Coordinates, Declaration, Roster
+from shardwise.timing import phase
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a rank declares before a save.
+    """A rank's declaration before a save.
 
     Attributes:
         held: Lists of tensors that it holds; as many lists on every rank, each of which gets a roster.
@@ -49,12 +50,7 @@ class Agreed:
 
 
 class Agreement:
-    """The ranks' agreement on one component; keeps their statements, so that a later save does not send them again.
-
-    Args:
-        group: The ranks that save together.
-        stage: This rank's pipeline stage.
-    """
+    """The ranks' agreement on one component; keeps their statements, so that a later save does not send them again."""
 
     def __init__(self, group: Group, stage: int = 0) -> None:
         self._group = group
@@ -63,12 +59,11 @@ class Agreement:
         self._rows: list[JsonValue] = []
         self._agreed = Agreed((), ())
 
+    @phase("agree")
     def reach(self, describe: Callable[[], Statement], what: str) -> Agreed:
         """Exchange what the ranks have to say. All ranks call.
 
-        Args:
-            describe: Gives this rank's statement. Local; what it fails with on one rank is raised on all.
-            what: What is being done, for messages.
+        ``describe`` gives this rank's statement; a failure in it on one rank is raised on all.
 
         Raises:
             NameCollisionError: Two kinds of rank declare one name differently.
@@ -98,7 +93,7 @@ class Agreement:
         return self._agreed
 
     def roster(self, describe: Callable[[], Sequence[HeldTensor]], what: str) -> Roster:
-        """Who holds what of the tensors that ``describe`` gives. All ranks call; as `reach`."""
+        """The roster of the tensors that ``describe`` gives. All ranks call; errors as of `reach`."""
         return self.reach(lambda: Statement((describe(),)), what).rosters[0]
 
     def _receive(self, own: _Kind, digests: Sequence[str]) -> dict[str, _Kind]:
@@ -130,14 +125,7 @@ _Row = tuple[str, list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """The statement of ranks of one kind.
-
-    Attributes:
-        declarations: For each list of tensors.
-        meshes: The meshes that the tensors are spread over.
-        note: The note.
-        digest: Of all that.
-    """
+    """The statement of ranks of one kind."""
 
     declarations: tuple[Declaration, ...]
     meshes: tuple[MeshKey, ...]
@@ -149,7 +137,7 @@ class _Kind:
         return {mesh: tuple(at) for mesh, at in zip(self.meshes, row, strict=True)}
 
     def encoded(self) -> JsonValue:
-        """What is broadcast of it."""
+        """The statement as it is broadcast."""
         declared: list[JsonValue] = [
             [each.stage, each.digest, [[s.name, list(s.shape), s.dtype] for s in each.specs]]
             for each in self.declarations
@@ -216,11 +204,7 @@ def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Rost
 
 
 def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]:
-    """This rank's coordinate in each mesh that its tensors are spread over.
-
-    Raises:
-        MisuseError: Two tensors give different coordinates for one mesh.
-    """
+    """This rank's coordinate in each mesh of its tensors; `MisuseError` if two tensors disagree on one."""
     found: dict[MeshKey, tuple[int, ...]] = {}
     seen: dict[int, tuple[int, ...]] = {}  # most tensors share their part and coordinate with others, object and all
     for tensor in held:
@@ -231,7 +215,7 @@ def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
                 raise MisuseError(
-                    f"two meshes {mesh} with different coordinates pass for one",
+                    f"two meshes {mesh} with different coordinates cannot be distinguished",
                     tensor=tensor.spec.name,
                     hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
                 )

@@ -1,9 +1,10 @@
-"""Running a save in the background, on a process group of its own, one at a time."""
+"""Runs saves in the background, one at a time, on a separate process group."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from contextvars import copy_context
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
@@ -12,15 +13,16 @@ from shardwise.engine.process_exit import PendingSave, forget, remember
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
 
 def waiting_for_copies(stager: Stager) -> Step:
-    """The first step of a save whose state is copied aside: it is over when every rank's copies are there."""
+    """The first step of a save from staged copies: it returns when every rank's copies are complete."""
 
     def wait(group: Group) -> ComponentRecord:
-        with group.together("copying the state aside"):
+        with group.together("staging the state"):
             stager.wait()
         return ComponentRecord()
 
@@ -28,13 +30,11 @@ def waiting_for_copies(stager: Stager) -> Step:
 
 
 class Background:
-    """A thread that carries out saves, and the buffers that they are written from.
+    """A thread that runs saves, and the buffers that they are written from.
 
-    Its process group is used by that thread alone, so that no collective of the training can get between the save's.
+    Only that thread uses its process group, so that no collective of the training mixes with the save's.
 
-    Args:
-        group: The background's own group; closed with it.
-        streams: How copies from accelerators are ordered; torch's own if not given.
+    ``group``, its own, is closed with it.
     """
 
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:
@@ -49,7 +49,7 @@ class Background:
 
     @property
     def is_broken(self) -> bool:
-        """Whether its ranks have lost touch, so that it cannot carry out another save."""
+        """Whether its ranks cannot communicate any more, so that it cannot run another save."""
         return self._group.is_broken
 
     def submit(self, job: SaveJob) -> None:
@@ -59,8 +59,10 @@ class Background:
         before it has (see `shardwise.engine.process_exit`).
         """
         save = PendingSave(job.what)
-        save.thread = threading.Thread(target=self._run, args=(job, save), name="shardwise-save", daemon=False)
-        # From here on, and not from when the thread comes to run: what was staged is the job's.
+        save.thread = threading.Thread(
+            target=copy_context().run, args=(self._run, job, save), name="shardwise-save", daemon=False
+        )
+        # From here on, before the thread runs, the staged memory belongs to the job.
         self.stager.lend()
         remember(save)
         try:
@@ -95,6 +97,7 @@ class Background:
         if failure is not None:
             raise failure
 
+    @phase("wait")
     def outcome(self) -> ShardwiseError | None:
         """Wait for the last save; what failed in it, until `acknowledge` is called."""
         save = self._save

@@ -1,7 +1,4 @@
-"""Tensors whose conversion cannot be expressed as a view.
-
-They are converted whole, one group at a time, on one of the ranks that hold them.
-"""
+"""Tensors that no view converts: they are converted whole, one group at a time, on one of the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.load import LoadOptions
-from shardwise.errors import ConversionError, MissingTensorError, PeerError, ShapeMismatchError
+from shardwise.engine.load import LoadOptions, LoadSource
+from shardwise.engine.sharing import PlannedReads
+from shardwise.errors import ConversionError, PeerError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.layout import Layout
-from shardwise.plan.reads import plan_reads
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.reader import Reader
@@ -51,15 +48,9 @@ def write_computed(
 ) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
-    Args:
-        plan: What to convert.
-        layout: Where it goes.
-        group: Whose ranks swap.
-        write: Writes one run.
-        failure: What this rank has failed with before, if it has: it takes part, and writes nothing.
+    A rank that has a ``failure`` already takes part and writes nothing.
 
-    Returns:
-        What failed locally first; the remaining groups are still swapped, so that no peer waits.
+    Returns what failed locally first; the remaining groups are still swapped, so that no peer waits.
 
     Raises:
         PeerError: A peer left.
@@ -147,14 +138,14 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Put one tensor together on rank ``owner``. Its holders call.
+    """Assemble one tensor on rank ``owner``. Its holders call.
 
     Returns:
-        The tensor on ``owner``, unless a holder has failed, whose failure is raised there; ``None`` on other ranks.
+        The tensor on ``owner``, ``None`` on other ranks. Where a holder has failed, ``None``; that rank raises.
 
     Raises:
         PeerError: A peer left.
-        Exception: This rank found no memory, or could not read its own; its peers know, and do not wait.
+        Exception: This rank found no memory, or could not read its tensors; its peers know, and do not wait.
     """
     pieces = _pieces(tensor, roster, owner)
     sources = sorted({source for source, _ in pieces} - {owner})
@@ -187,7 +178,7 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What one rank sends and receives to put a tensor together; ``whole`` has its own pieces already."""
+    """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
 
     sends: list[tuple[int, torch.Tensor]]
     receives: list[tuple[int, torch.Tensor, Box]]
@@ -230,25 +221,39 @@ def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OpenedComputed:
-    """Groups of which all is known to be there, on every rank, and nothing has been read."""
+    """Groups with all their tensors in the source, checked on every rank; nothing has been read."""
 
     groups: Sequence[HeldGroup]
-    source: Source
+    source: LoadSource
     group: Group
     options: LoadOptions
 
     def read(self, storage: Storage) -> None:
         """Read, convert and install, one group at a time. All ranks of the group call."""
-        reader = Reader(storage, self.source.files, self.options.threads)
-        with self.group.together(f"converting tensors of {self.source.path}"):
+        reader = Reader(storage, self.source.plain.files, self.options.threads)
+        with self.group.together(f"converting tensors of {self.source.plain.path}"):
             try:
                 for held in self.groups:
-                    _load_group(held, self.source, reader)
+                    self._load(held, reader)
             finally:
                 reader.close()
 
+    def _load(self, held: HeldGroup, reader: Reader) -> None:
+        reads, hub = PlannedReads(), {}
+        for spec in held.computed.hub:
+            hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+            self.source.add(_destination(spec, hub[spec.name]), reads, None)
+        reads.execute(reader, self.group)
+        natives = held.computed.rule.backward(hub)
+        with torch.no_grad():
+            for tensor in held.natives:
+                for fragment in tensor.fragments:
+                    fragment.data.copy_(_region(natives[tensor.spec.name].reshape(tensor.grid), fragment.box))
 
-def open_computed(groups: Sequence[HeldGroup], source: Source, group: Group, options: LoadOptions) -> OpenedComputed:
+
+def open_computed(
+    groups: Sequence[HeldGroup], source: LoadSource, group: Group, options: LoadOptions
+) -> OpenedComputed:
     """Look for the hub tensors of groups, before anything is read. All ranks of the group call.
 
     Raises:
@@ -259,54 +264,23 @@ def open_computed(groups: Sequence[HeldGroup], source: Source, group: Group, opt
 
     def wholes() -> dict[str, list[Box]]:
         specs = (spec for held in wanted for spec in held.computed.hub)
-        return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source)}
+        return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source.plain)}
 
-    source = source.located(wholes, group)
+    source = source.located(source.plain.located(wholes, group))
     found: list[HeldGroup] = []
-    with group.together(f"comparing tensors that have to be computed with {source.path}"):
-        found = [held for held in wanted if _compared(held, source, options)]
+    with group.together(f"comparing tensors that have to be computed with {source.plain.path}"):
+        names = source.names()
+        for held in wanted:
+            source.compare(held.computed.hub, (), options, dtypes=False)
+            if all(spec.name in names for spec in held.computed.hub):
+                found.append(held)
         refuse_stand_ins(tensor for held in found for tensor in held.natives)
     return OpenedComputed(found, source, group, options)
-
-
-def _compared(held: HeldGroup, source: Source, options: LoadOptions) -> bool:
-    """Whether a group's tensors are there; what does not fit is an error."""
-    for spec in held.computed.hub:
-        saved = source.tensors.get(spec.name)
-        if saved is None:
-            if options.allow_missing:
-                return False
-            raise MissingTensorError(
-                "the checkpoint lacks this tensor",
-                path=source.path,
-                tensor=spec.name,
-                hint="Build the model from the checkpoint's own config.json.",
-            )
-        if saved.spec.shape != spec.shape:
-            raise ShapeMismatchError(
-                f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
-                path=source.path,
-                tensor=spec.name,
-                hint="Build the model from the checkpoint's own config.json.",
-            )
-    return True
 
 
 def _fits(spec: TensorSpec, source: Source) -> bool:
     saved = source.tensors.get(spec.name)
     return saved is not None and saved.spec.shape == spec.shape
-
-
-def _load_group(held: HeldGroup, source: Source, reader: Reader) -> None:
-    hub: dict[str, torch.Tensor] = {}
-    for spec in held.computed.hub:
-        hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-        reader.execute(list(plan_reads(source.tensors[spec.name], _destination(spec, hub[spec.name]))))
-    natives = held.computed.rule.backward(hub)
-    with torch.no_grad():
-        for tensor in held.natives:
-            for fragment in tensor.fragments:
-                fragment.data.copy_(_region(natives[tensor.spec.name].reshape(tensor.grid), fragment.box))
 
 
 def _destination(spec: TensorSpec, memory: torch.Tensor) -> HeldTensor:

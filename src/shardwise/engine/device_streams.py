@@ -1,8 +1,8 @@
-"""The order of copies from an accelerator among its other work, as an interface, and torch's streams behind it.
+"""An interface to order copies from an accelerator among its other work, and its implementation by torch's streams.
 
-Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a stream of its
-own; what keeps it from reading values of a later step is order: it waits for what its device's current stream has been
-given so far, and whatever is given to that stream afterwards waits for it.
+Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a separate
+stream. So that it does not read values of a later step, it waits for the work that its device's current stream has so
+far, and later work on that stream waits for it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ class CopyEvent(Protocol):
 
     def synchronize(self) -> None:
         """Return when the point is reached; blocks the host. Any thread calls."""
-        ...
 
 
 class DeviceStreams(Protocol):
-    """What staging asks of accelerators.
+    """The operations on accelerators that staging needs.
 
     For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
     each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`
@@ -32,37 +31,27 @@ class DeviceStreams(Protocol):
 
     def has_streams(self, device: torch.device) -> bool:
         """Whether copies from ``device`` are queued; otherwise they are done when `torch.Tensor.copy_` returns."""
-        ...
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Host memory of ``nbytes`` bytes that devices copy into without the host."""
-        ...
 
     def copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy behind all that the current stream of the source's device has been given.
 
         The memory of ``source`` may be freed once this returns: it is not given to others before it was read.
         """
-        ...
 
     def mark(self, device: torch.device) -> CopyEvent:
         """The point behind all copies that were queued from ``device``."""
-        ...
 
     def hold_back(self, device: torch.device, event: CopyEvent) -> None:
         """Let what this thread gives to the current stream of ``device`` from now on wait for ``event``.
 
         The host does not wait.
         """
-        ...
 
     def settle(self, device: torch.device) -> None:
         """Return when all that this thread gave to the current stream of ``device`` is done."""
-        ...
-
-
-class _Event(CopyEvent, Protocol):
-    """An event of a device module."""
 
 
 class _Stream(Protocol):
@@ -70,7 +59,7 @@ class _Stream(Protocol):
 
     def wait_stream(self, stream: _Stream, /) -> None: ...
 
-    def record_event(self) -> _Event: ...
+    def record_event(self) -> CopyEvent: ...
 
     def wait_event(self, event: CopyEvent, /) -> None: ...
 
@@ -83,23 +72,16 @@ class DeviceModule(Protocol):
 
     def Stream(self, device: torch.device) -> _Stream:  # noqa: N802 - torch's name
         """A new stream."""
-        ...
 
     def current_stream(self, device: torch.device) -> _Stream:
         """The stream that this thread's work goes to."""
-        ...
 
     def stream(self, stream: _Stream) -> AbstractContextManager[object]:
         """Makes another stream the current one."""
-        ...
 
 
 class AcceleratorStreams:
-    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device.
-
-    Args:
-        module_of: Gives a device's module.
-    """
+    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device."""
 
     def __init__(self, module_of: Callable[[torch.device], object] = torch.get_device_module) -> None:
         self._module_of = module_of

@@ -1,4 +1,4 @@
-"""Writing an export once: every rank writes what it holds at its final place in the final files."""
+"""Writes an export once: every rank writes its bytes at their final place in the final files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
+from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
 from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
-from shardwise.engine.writer import (
-    Digest,
-    Digests,
-    FileSet,
-    totals,
-    write_all,
-    write_run,
-)
+from shardwise.engine.writer import Digest, Digests, FileSet, totals, write_all, write_run
 from shardwise.format.manifest import FileRecord
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import Layout, index_name, lay_out
@@ -35,13 +29,14 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Schedule, WriteRun, schedule
 from shardwise.sources.reader import Reader
 from shardwise.sources.stream import tensor_blocks
+from shardwise.timing import count_bytes, phase, timed
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is laid out.
+    """The options of an export's layout.
 
     Attributes:
         base_files: File of each tensor in the base model, or empty.
@@ -64,12 +59,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Copies:
-    """Tensors that are carried over from other files as they are.
-
-    Attributes:
-        tensors: What to copy; ``chunks`` refer to ``files``.
-        files: Where from.
-    """
+    """Tensors that are carried over from other files as they are."""
 
     tensors: tuple[SourceTensor, ...] = ()
     files: tuple[Path, ...] = ()
@@ -77,18 +67,11 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that only waits for its bytes: the layout, and this rank's part of the work.
+    """A planned export: the layout, and this rank's part of the work.
 
-    It may be written again as long as what is held stays where it is.
+    It may be written again as long as the held tensors stay where they are.
 
     Attributes:
-        directory: Where the files go.
-        options: How they are laid out.
-        layout: Where each tensor lies.
-        schedule: What this rank writes.
-        held: What this rank holds.
-        computed: What is computed while writing.
-        copies: What is carried over.
         replicas: What this rank holds that others hold too, to be compared before anything is published.
         within: The directory, as paths in the manifest name it; empty for the component's own.
         has_room: Whether `make_room` was called, and has succeeded.
@@ -106,6 +89,7 @@ class ExportPlan:
     has_room: bool = False
 
 
+@phase("plan")
 def plan_export(
     held: Sequence[HeldTensor],
     roster: Roster,
@@ -117,14 +101,8 @@ def plan_export(
 ) -> ExportPlan:
     """Lay out the files and find this rank's writes. Local: no communication.
 
-    Args:
-        held: What this rank holds, under the names of the files.
-        roster: Who holds what.
-        group: The ranks that save together.
-        directory: Where the files go.
-        options: How.
-        computed: Groups of tensors that have to be computed while writing; ``held`` declares their results.
-        copies: Tensors to carry over from other files.
+    ``held`` and ``roster`` are under the names of the files and declare the results of ``computed``, groups of tensors
+    that are computed while writing. ``copies`` are carried over from other files.
     """
     copied = [tensor.spec for tensor in copies.tensors] if copies is not None else []
     layout = lay_out(
@@ -149,14 +127,9 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     Extra memory is bounded by a constant: a block for conversion, and one round of rows where tensors are cut along
     another dimension than the first.
 
-    Args:
-        plan: What to write where.
-        group: The ranks that save together.
-        storage: Through what.
-        digest: How tensors are digested; `crc32c` for anything that is to be verified.
+    ``digest`` is `crc32c` for anything that is to be verified.
 
-    Returns:
-        Files and tensors with their digests, on rank 0; nothing on the others.
+    Returns files and tensors with their digests, on rank 0; nothing on the others.
 
     Raises:
         StorageError: The file system refused, on any rank; the same error on every rank.
@@ -165,10 +138,12 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     """
     started = time.monotonic()
     spare = reserve(plan, group, storage)
-    digests, seen = Digests(), Seen()
+    progress = Progress(f"saving {plan.options.component}", _own_bytes(plan), group.is_main)
+    digests, seen = Digests(advance=progress.add), Seen()
     failure: Exception | None = None
     try:
-        _write(plan, group, storage, digests, digest, spare)
+        with progress:
+            _write(plan, group, storage, digests, digest, spare)
         seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
@@ -176,23 +151,28 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     if group.is_main:
         seconds = time.monotonic() - started
         nbytes = plan.layout.total_bytes
-        _LOG.info("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
+        _LOG.debug("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
     return record
 
 
+def _own_bytes(plan: ExportPlan) -> int:
+    """About how many bytes this rank writes."""
+    return sum(run.nbytes for run in plan.schedule.runs)
+
+
 def make_room(plan: ExportPlan, storage: Storage) -> None:
-    """Make the directory, and find out whether there is space. Rank 0 calls, before any file is created."""
+    """Make the directory and check its space. Rank 0 calls, before any file is created."""
     storage.make_directory(plan.directory)
     storage.check_space(plan.directory, plan.layout.total_bytes)
 
 
+@phase("reserve")
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
-    The index is known by then as well, and written.
+    The index is known by then, and written.
 
-    Returns:
-        Memory with which this rank takes part in exchanges of rows if it fails.
+    Returns memory with which this rank takes part in exchanges of rows if it fails.
     """
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):
@@ -212,10 +192,12 @@ def _created(plan: ExportPlan, group: Group) -> list[int]:
     return list(range(group.rank, len(plan.layout.files), group.world_size))
 
 
+@phase("write")
 def _write(
     plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
 ) -> None:
     files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
+    digest = timed("digest", digest)
 
     def write_rows(run: WriteRun) -> None:
         digests.take(run, write_run(run, files, storage, digest))
@@ -228,13 +210,7 @@ def _write(
             failure = error
         # Peers count on this rank's rows even if its own writing has failed.
         refused = exchange_rows(
-            plan.schedule.exchanges,
-            plan.held,
-            plan.layout,
-            group,
-            write_rows,
-            failure=failure,
-            spare=spare,
+            plan.schedule.exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare
         )
         failure = failure or refused
         refused = write_computed(plan.computed, plan.layout, group, write_rows, failure)
@@ -242,8 +218,9 @@ def _write(
         if failure is not None:
             raise failure
         _copy(plan, group, storage, write_rows)
+        count_bytes(sum(digests.counts.values()))
         for number in _created(plan, group):
-            files.handle(number)  # its header was written by this rank, if nothing else in it
+            files.handle(number)  # this rank wrote its header, perhaps nothing else in it
         files.sync()
         if group.is_main:  # every rank has created its files by now
             storage.sync_directory(plan.directory)
@@ -267,6 +244,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
         reader.close()
 
 
+@phase("fold")
 def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     xors, own_counts = totals(names, digests)

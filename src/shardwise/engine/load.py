@@ -1,13 +1,16 @@
-"""Filling held tensors from a source: compare, plan byte ranges, read."""
+"""Filling held tensors: compare, plan byte ranges, read.
+
+Every load goes this way. What a checkpoint and a base model differ in is in their `LoadSource`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Protocol, Self
 
 import torch
 
@@ -15,6 +18,7 @@ from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import Shapes, listed, nearest
+from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
     DtypeMismatchError,
@@ -22,15 +26,16 @@ from shardwise.errors import (
     ShapeMismatchError,
     UnexpectedTensorError,
 )
-from shardwise.geometry import Box
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.pieces import wanted_regions
-from shardwise.plan.reads import SourceTensor, plan_reads
+from shardwise.plan.reads import SourceTensor
 from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
+from shardwise.timing import count_bytes, phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +73,101 @@ class LoadReport:
     counts: ReadCounts
 
 
+class LoadSource(Protocol):
+    """What a load reads from: a checkpoint, or a base model (`shardwise.base.source.BaseSource`).
+
+    They differ in which tensors there are beside those that are stored, in which differences from the model they let
+    pass, and in the words of their errors. Nothing here communicates or reads.
+    """
+
+    @property
+    def plain(self) -> Source:
+        """The stored tensors that byte ranges can read."""
+        ...
+
+    def located(self, plain: Source) -> Self:
+        """The same where more is known of the stored tensors' pieces."""
+        ...
+
+    def names(self) -> Collection[str]:
+        """All names that a model may want; whether one is among them is known in constant time."""
+        ...
+
+    def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
+        """Those of ``names`` that no rank wants that are more than what others are made from."""
+        ...
+
+    def compare(
+        self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
+    ) -> None:
+        """Compare what a rank wants with what there is.
+
+        Args:
+            specs: The model's tensors under their names in the files.
+            unexpected: Names that no rank wants.
+            options: What may differ.
+            dtypes: Whether dtypes are compared; tensors that conversion computes have their own.
+
+        Raises:
+            TensorError: Names, shapes or dtypes differ.
+            QuantizationError: A base is quantized in a way that cannot be undone.
+        """
+        ...
+
+    def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
+        """Plan how a tensor that is there is filled.
+
+        Args:
+            tensor: What this rank holds.
+            reads: Takes what has to be done.
+            replicas: Ranks that want the same, where they share the reading.
+
+        Raises:
+            TensorError: Several elements of the tensor are one memory, or the source does not cover it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSource:
+    """The tensors of a checkpoint, or of any files of a model: names, shapes and dtypes have to be the model's."""
+
+    plain: Source
+
+    def located(self, plain: Source) -> CheckpointSource:
+        """As `LoadSource` says, and so are the others."""
+        return CheckpointSource(plain)
+
+    def names(self) -> Collection[str]:
+        """All names."""
+        return self.plain.tensors.keys()
+
+    def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
+        """Those that somebody has to have."""
+        return [name for name in unwanted if name not in options.ignored]
+
+    def compare(
+        self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
+    ) -> None:
+        """Compare names, shapes, dtypes."""
+        tensors = self.plain.tensors
+        missing = [spec.name for spec in specs if spec.name not in tensors]
+        if missing and not options.allow_missing:
+            raise _missing(missing, unexpected, self.plain, _shapes(specs))
+        if unexpected and not options.allow_unexpected:
+            raise _unexpected_error(unexpected, _shapes(specs), self.plain)
+        for spec in specs:
+            saved = tensors.get(spec.name)
+            if saved is not None and saved.spec != spec:
+                _compare(spec, saved, self.plain, options, dtypes)
+
+    def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
+        """Plan byte ranges."""
+        for fragment in tensor.fragments:
+            require_own_elements(tensor.spec.name, fragment.data)
+        reads.add(self.plain.tensors[tensor.spec.name], tensor, replicas)
+
+
 def load_tensors(
     held: Sequence[HeldTensor], source: Source, group: Group, storage: Storage, options: LoadOptions
 ) -> LoadReport:
@@ -84,31 +184,7 @@ def load_tensors(
         DtypeMismatchError: Dtypes differ.
         IntegrityError: A file is shorter than its header promises.
     """
-    return load_described(lambda: held, source, group, storage, options)
-
-
-def load_described(
-    describe: Callable[[], Sequence[HeldTensor]],
-    source: Source,
-    group: Group,
-    storage: Storage,
-    options: LoadOptions,
-) -> LoadReport:
-    """As `load_tensors`, for tensors that ``describe`` gives; what it fails with on one rank is raised on all."""
-    return open_described(describe, source, group, storage, options).read()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Later:
-    """What there is for a module that takes its state itself.
-
-    Attributes:
-        owner: The module, as `shardwise.plan.deferred.Deferred` names it.
-        tensors: What is saved, and which part of it is wanted.
-    """
-
-    owner: object
-    tensors: list[tuple[SourceTensor, HeldTensor]]
+    return open_described(lambda: held, source, group, storage, options).read()
 
 
 @dataclass(frozen=True)
@@ -121,18 +197,18 @@ class OpenedLoad:
         storage: Through what.
         options: What may differ.
         reads: What this rank reads into its memory.
-        later: What goes to modules that take their state themselves: each owner with what there is for it.
+        later: The identity of a module that takes its state itself -> the tensors that there are for it.
         missing: Names that the source lacks.
         unexpected: Names of the source that no rank wants.
         asked: Whether any rank's answer to ``asks`` was yes.
     """
 
-    source: Source
+    source: LoadSource
     group: Group
     storage: Storage
     options: LoadOptions
     reads: PlannedReads
-    later: Mapping[int, Later]
+    later: Mapping[int, Sequence[HeldTensor]]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     asked: bool
@@ -140,13 +216,13 @@ class OpenedLoad:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[object], dict[str, torch.Tensor]]]:
         """Inside, what there is for a module that takes its state itself can be read, by its own names. Local."""
-        reader = Reader(self.storage, self.source.files, self.options.threads)
+        reader = Reader(self.storage, self.source.plain.files, self.options.threads)
 
         def values(owner: object) -> dict[str, torch.Tensor]:
-            later = self.later.get(id(owner))
-            buffers = Buffers()
-            for saved, tensor in () if later is None else later.tensors:
-                reader.execute(list(plan_reads(saved, buffers.behind(tensor))))
+            buffers, reads = Buffers(), PlannedReads()
+            for tensor in self.later.get(id(owner), ()):
+                self.source.add(buffers.behind(tensor), reads, None)
+            reads.execute(reader, self.group)
             return buffers.values()
 
         try:
@@ -154,24 +230,31 @@ class OpenedLoad:
         finally:
             reader.close()
 
+    @phase("read")
     def read(self) -> LoadReport:
         """Fill what was described. All ranks of the group call, once.
+
+        Values are cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each
+        thread), and about 20 MiB while quantized tensors are read.
 
         Raises:
             IntegrityError: A file is shorter than its header promises.
         """
-        source, group = self.source, self.group
+        source, group = self.source.plain, self.group
         started = time.monotonic()
-        reader = Reader(self.storage, source.files, self.options.threads)
-        with group.together(f"reading {source.path}"):
+        progress = Progress(f"loading {source.path.name}", self.reads.nbytes, group.is_main)
+        observe = (lambda _file, _offset, length: progress.add(length)) if group.is_main else None
+        reader = Reader(self.storage, source.files, self.options.threads, observe)
+        with group.together(f"reading {source.path}"), progress:
             try:
                 self.reads.execute(reader, group)
             finally:
                 reader.close()
+        count_bytes(reader.counts.read)
         if group.is_main:
             seconds = max(time.monotonic() - started, 1e-9)
             rate = reader.counts.read / 1e9 / seconds
-            _LOG.info(
+            _LOG.debug(
                 "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
             )
         return LoadReport(self.missing, self.unexpected, reader.counts)
@@ -180,6 +263,19 @@ class OpenedLoad:
 def open_described(
     describe: Callable[[], Sequence[HeldTensor]],
     source: Source,
+    group: Group,
+    storage: Storage,
+    options: LoadOptions,
+    asks: Callable[[], bool] = bool,
+) -> OpenedLoad:
+    """`open_load` of a checkpoint's tensors. All ranks of the group call."""
+    return open_load(describe, CheckpointSource(source), group, storage, options, asks)
+
+
+@phase("plan")
+def open_load(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: LoadSource,
     group: Group,
     storage: Storage,
     options: LoadOptions,
@@ -198,76 +294,51 @@ def open_described(
     Raises:
         TensorError: As `load_tensors`.
     """
-    held, unclaimed, remote, asked = _described(describe, source, group, storage, options, asks)
-    unexpected = [name for name in unclaimed if name not in options.ignored]
-    source = source.located(lambda: _regions(held, source), group)
-    replicas = find_replicas(held, group, options.sharing, remote)
+    held, unexpected, remote, asked = _described(describe, source, group, storage, options, asks)
+    source = source.located(source.plain.located(lambda: _regions(held, source.plain), group))
+    replicas = find_replicas([tensor for tensor in held if tensor.parts], group, options.sharing, remote)
+    names = source.names()
 
-    def plan() -> PlannedLoad:
-        with missing_files_named(source):
-            return plan_load(held, source, options, unexpected, replicas)
+    def plan() -> tuple[PlannedReads, dict[int, list[HeldTensor]]]:
+        reads = PlannedReads()
+        later: dict[int, list[HeldTensor]] = {}
+        with missing_files_named(source.plain):
+            source.compare([tensor.spec for tensor in held], unexpected, options)
+            for tensor in held:
+                if tensor.spec.name not in names or not tensor.parts:
+                    continue
+                direct, theirs = split(tensor)
+                if direct is not None:
+                    source.add(direct, reads, replicas)
+                for owner, part in theirs:
+                    later.setdefault(id(owner), []).append(part)
+        reads.rehearse()
+        return reads, later
 
-    reads, later, missing = group.attempt(plan, f"comparing the model with {source.path}")
-    return OpenedLoad(source, group, storage, options, reads, later, tuple(missing), tuple(unexpected), asked)
+    reads, later = group.attempt(plan, f"comparing the model with {source.plain.path}")
+    missing = tuple(tensor.spec.name for tensor in held if tensor.spec.name not in names)
+    return OpenedLoad(source, group, storage, options, reads, later, missing, tuple(unexpected), asked)
 
 
-class PlannedLoad(NamedTuple):
-    """What a rank has to do; see `OpenedLoad`."""
-
-    reads: PlannedReads
-    later: dict[int, Later]
-    missing: list[str]
-
-
-def plan_load(
-    held: Sequence[HeldTensor],
-    source: Source,
+def compare_load(
+    describe: Callable[[], Sequence[HeldTensor]],
+    source: LoadSource,
+    group: Group,
+    storage: Storage,
     options: LoadOptions,
-    unexpected: Sequence[str] = (),
-    replicas: Replicas | None = None,
-) -> PlannedLoad:
-    """Compare a model with a source and find this rank's reads. Local: no communication, and nothing is read.
-
-    Args:
-        held: What this rank holds.
-        source: Where it is to come from.
-        options: What may differ.
-        unexpected: Names of the source that no rank wants.
-        replicas: Ranks that want the same, where they share the reading.
-
-    Returns:
-        The reads, what modules take themselves, and the names that the source lacks.
+) -> None:
+    """As `open_load`, for a model that may have no memory yet: nothing is planned. All ranks of the group call.
 
     Raises:
-        MissingTensorError: As for `load_tensors`, and so are the others.
-        UnexpectedTensorError: The same.
-        ShapeMismatchError: The same.
-        DtypeMismatchError: The same.
-        TensorError: Several elements of a tensor are one memory.
+        TensorError, QuantizationError: Model and source do not fit.
     """
-    tensors = source.tensors
-    missing = [tensor.spec.name for tensor in held if tensor.spec.name not in tensors]
-    if missing and not options.allow_missing:
-        raise _missing(missing, unexpected, source, _shapes(held))
-    if unexpected and not options.allow_unexpected:
-        raise _unexpected_error(unexpected, _shapes(held), source)
-    reads = PlannedReads()
-    later: dict[int, Later] = {}
-    for tensor in held:
-        saved = tensors.get(tensor.spec.name)
-        if saved is None:
-            continue
-        if saved.spec != tensor.spec:
-            _compare(tensor, source, options)
-        direct, theirs = split(tensor)
-        if direct is not None:
-            for fragment in direct.fragments:
-                require_own_elements(tensor.spec.name, fragment.data)
-            reads.add(saved, direct, replicas)
-        for owner, part in theirs:
-            later.setdefault(id(owner), Later(owner, [])).tensors.append((saved, part))
-    reads.rehearse()
-    return PlannedLoad(reads, later, missing)
+    held, unexpected, _, _ = _described(describe, source, group, storage, options, bool)
+
+    def compare() -> None:
+        with missing_files_named(source.plain):
+            source.compare([tensor.spec for tensor in held], unexpected, options)
+
+    group.attempt(compare, f"comparing the model with {source.plain.path}")
 
 
 def listed_anywhere(own: Sequence[str], source: Source, group: Group) -> frozenset[str]:
@@ -282,17 +353,17 @@ def listed_anywhere(own: Sequence[str], source: Source, group: Group) -> frozens
 
 def _described(
     describe: Callable[[], Sequence[HeldTensor]],
-    source: Source,
+    source: LoadSource,
     group: Group,
     storage: Storage,
     options: LoadOptions,
     asks: Callable[[], bool],
 ) -> tuple[Sequence[HeldTensor], list[str], bool, bool]:
-    """What this rank holds; names that no rank wants; whether any rank's files are remote, and any asks.
+    """What this rank holds; unexpected names; whether any rank's files are remote, and any asks.
 
     In one exchange.
     """
-    names = sorted(source.tensors)
+    names = sorted(source.names())
     held: Sequence[HeldTensor] = ()
     wants, remote, asked = [0] * len(names), False, False
     failure: Exception | None = None
@@ -300,13 +371,13 @@ def _described(
         held = describe()
         own = {tensor.spec.name for tensor in held}
         wants = [int(name in own) for name in names]
-        remote = finds_remote(source, group, storage, options.sharing)
+        remote = finds_remote(source.plain, group, storage, options.sharing)
         asked = asks()
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = error
     _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", failure)
-    unclaimed = [name for name, count in zip(names, wanted, strict=True) if not count]
-    return held, unclaimed, bool(remotes), bool(asks_any)
+    unwanted = [name for name, count in zip(names, wanted, strict=True) if not count]
+    return held, source.unexpected(unwanted, options), bool(remotes), bool(asks_any)
 
 
 def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]:
@@ -321,32 +392,31 @@ def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]
     return wanted
 
 
-def _compare(tensor: HeldTensor, source: Source, options: LoadOptions) -> None:
-    saved = source.tensors[tensor.spec.name]
+def _compare(spec: TensorSpec, saved: SourceTensor, source: Source, options: LoadOptions, dtypes: bool) -> None:
     file = saved.remote.file if saved.remote is not None else saved.chunks[0].file if saved.chunks else -1
     where = source.files[file] if file >= 0 else source.path
-    if saved.spec.shape != tensor.spec.shape:
+    if saved.spec.shape != spec.shape:
         pieces = saved.remote is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
         pieces = pieces or where.name.startswith("shard-")
         raise ShapeMismatchError(
-            f"the model's shape is {list(tensor.spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
+            f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
             path=where,
-            tensor=tensor.spec.name,
+            tensor=spec.name,
             hint=("A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build")
             + " the model from the checkpoint's own config.json.",
         )
-    exact = options.exact.get(tensor.spec.name) == tensor.spec.dtype
-    if saved.spec.dtype != tensor.spec.dtype and not options.allow_cast and not exact:
+    exact = options.exact.get(spec.name) == spec.dtype
+    if dtypes and saved.spec.dtype != spec.dtype and not options.allow_cast and not exact:
         raise DtypeMismatchError(
-            f"the model's dtype is {tensor.spec.dtype}, the checkpoint's {saved.spec.dtype}",
+            f"the model's dtype is {spec.dtype}, the checkpoint's {saved.spec.dtype}",
             path=where,
-            tensor=tensor.spec.name,
+            tensor=spec.name,
             hint="Build the model in the checkpoint's dtype, or load it as a base model, which casts.",
         )
 
 
-def _shapes(held: Sequence[HeldTensor]) -> dict[str, tuple[int, ...]]:
-    return {tensor.spec.name: tensor.spec.shape for tensor in held}
+def _shapes(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in specs}
 
 
 def _with_saved(name: str, own: Mapping[str, tuple[int, ...]], names: Sequence[str], source: Source) -> Shapes:

@@ -1,37 +1,43 @@
-"""The merging path, for file systems that cannot take random writes: shards first, then finished files in turn.
+"""The merging path, for file systems without random writes: first shards, then finished files in turn.
 
-It gives the same bytes as the direct path, because both follow the same layout; it costs what the direct path saves:
-every byte is written, read and written again.
+It gives the same bytes as the direct path, because both follow the same layout, but every byte is written, read and
+written again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.disk.private_directory import private_directory
 from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
+from shardwise.dtypes import torch_dtype
+from shardwise.engine.computed import write_computed
 from shardwise.engine.export import ExportPlan, export_record
-from shardwise.engine.merge_computed import write_aside
 from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
+from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
+from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import plan_shards
+from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
+from shardwise.timing import phase
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge.
+    """Options of the merging path.
 
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
@@ -50,11 +56,10 @@ def write_merged(
 ) -> ComponentRecord:
     """Write an export without a random write. All ranks of the group call.
 
-    Returns:
-        As `write_export`, which writes the same bytes.
+    Returns what `write_export` returns, which writes the same bytes.
     """
     aside = plan.directory.with_name(".merging")
-    computed = write_aside(plan, aside, group, storage)
+    computed = _write_aside(plan, aside, group, storage)
     files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
     component = plan.options.component
     shards = ShardPlan(aside, component, computed.others(roster), files, replicas=plan.replicas)
@@ -82,7 +87,7 @@ def write_merged(
         if group.is_main:
             storage.make_directory(plan.directory)
             storage.check_space(plan.directory, plan.layout.total_bytes)
-    with group.together(f"merging shards into {plan.directory}", options.patience_seconds):
+    with phase("merge"), group.together(f"merging shards into {plan.directory}", options.patience_seconds):
         merging = _Merging(plan.directory, sources, paths, storage, ledger)
         own = [
             file
@@ -114,14 +119,9 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Merging:
-    """What files are merged from, and where to.
+    """The sources of merged files, and their directory.
 
-    Attributes:
-        directory: The final files' directory.
-        sources: Where each tensor lies in ``paths``.
-        paths: The files to read.
-        storage: Where data goes.
-        ledger: What was written into them, which what is read is compared with.
+    Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``.
     """
 
     directory: Path
@@ -150,11 +150,7 @@ def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Pa
 
 
 def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[str, int], int]:
-    """Write one final file to ``place`` from front to back.
-
-    Returns:
-        The digests of the tensors in it, and the whole file's.
-    """
+    """Write one final file to ``place`` from front to back."""
     found: dict[str, int] = {}
     reader = VerifyingReader(merging.storage, merging.paths, merging.ledger)
     try:
@@ -171,13 +167,6 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
 def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
     """Copy a finished file to its place with large sequential writes, compare what is copied, and remove the copy.
 
-    Args:
-        place: The finished file.
-        target: Its place.
-        size: Its bytes.
-        crc: The digest of what was written to it.
-        storage: Where data goes.
-
     Raises:
         IntegrityError: It has other bytes, or fewer.
     """
@@ -193,3 +182,64 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
             )
     with storage_errors(place):
         storage.remove_file(place)
+
+
+@dataclass(frozen=True)
+class _ComputedFiles:
+    """The files of all ranks' computed tensors; the same on every rank.
+
+    ``sources`` and ``digests`` are by tensor name; chunks refer to ``paths``.
+    """
+
+    paths: tuple[Path, ...]
+    sources: Mapping[str, SourceTensor]
+    digests: Mapping[str, int]
+
+    def others(self, roster: Roster) -> Roster:
+        """The roster without the computed tensors, which no rank holds."""
+        if not self.sources:
+            return roster
+        declarations = {
+            digest: replace(
+                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
+            )
+            for digest, declaration in roster.declarations.items()
+        }
+        return Roster(declarations, roster.digests, roster.coordinates)
+
+
+def _write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> _ComputedFiles:
+    """Compute what has to be computed and put it into ``directory``, front to back. All ranks of the group call.
+
+    One group of tensors is in memory at a time, on the rank that computes it.
+
+    Raises:
+        ConversionError: The conversion did not give what it announced.
+        StorageError: The file system refused, on any rank; the same error on every rank.
+    """
+    if not group.any(bool(plan.computed.groups), "looking for tensors that have to be computed"):
+        return _ComputedFiles((), {}, {})
+    paths = tuple(directory / f"computed-{rank:05d}" for rank in range(1, group.world_size + 1))
+    own: list[JsonValue] = []
+    with group.together(f"computing tensors of {plan.directory}"):
+        storage.make_directory(directory)
+        with SequentialFile(storage, paths[group.rank]) as file:
+
+            def append(run: WriteRun) -> None:
+                start = file.size
+                crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
+                own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
+
+            failure = write_computed(plan.computed, plan.layout, group, append)
+            if failure is not None:
+                raise failure
+    rows = cast(list[list[list[JsonValue]]], group.gather_json(own, "gathering records"))
+    sources: dict[str, SourceTensor] = {}
+    digests: dict[str, int] = {}
+    for number, theirs in enumerate(rows):
+        for row in theirs:
+            name, shape, dtype, offset, crc = cast(tuple[str, list[int], str, int, int], tuple(row))
+            spec = TensorSpec(name, tuple(shape), dtype)
+            sources[name] = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, offset),))
+            digests[name] = crc
+    return _ComputedFiles(paths, sources, digests)

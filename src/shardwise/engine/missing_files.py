@@ -1,7 +1,4 @@
-"""Why a checkpoint's tensors do not fit the model, as its manifest shows and file headers alone do not.
-
-One of its files may be missing, or a tensor may be saved under another of its names.
-"""
+"""Finds in the manifest why tensors do not fit a model: a missing file, or a tensor saved under another name."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardwise.disk.names import exists, is_directory
 from shardwise.engine.verify import load_manifest
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, ShapeMismatchError, ShardwiseError
 from shardwise.format.manifest import Manifest
@@ -41,8 +39,8 @@ def missing_files_named(source: Source) -> Iterator[None]:
         ) from error
 
 
-def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
-    """Further names of a component's tensors -> the names that they are saved under, as the nearest manifest says.
+def saved_aliases(source: Source) -> dict[str, str]:
+    """Aliases of the model's tensors -> the names that they are saved under, by the nearest manifest.
 
     Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
     that is then missing says more.
@@ -51,7 +49,7 @@ def saved_aliases(source: Source, component: str = "model") -> dict[str, str]:
         for directory, manifest in _manifests(source.path):
             listed = {directory / file.path for file in manifest.files}
             if not listed.isdisjoint(source.files):
-                return {name: kept for of, name, kept in manifest.aliases if of == component}
+                return {name: kept for of, name, kept in manifest.aliases if of == "model"}
     except (OSError, ShardwiseError):
         pass
     return {}
@@ -63,7 +61,7 @@ def _missing_file(path: Path) -> Path | None:
         for directory, manifest in _manifests(path):
             for file in manifest.files:
                 found = directory / file.path
-                if found.suffix == ".safetensors" and found.is_relative_to(path) and not found.exists():
+                if found.suffix == ".safetensors" and found.is_relative_to(path) and not exists(found):
                     return found
     except (OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
         pass
@@ -73,6 +71,6 @@ def _missing_file(path: Path) -> Path | None:
 def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
     """The manifests of a directory and of those around it, the nearest first."""
     for directory in [path, *path.parents][:_MAX_LEVELS]:
-        manifest = load_manifest(directory) if directory.is_dir() else None
+        manifest = load_manifest(directory) if is_directory(directory) else None
         if manifest is not None:
             yield directory, manifest

@@ -103,11 +103,7 @@ def listed(
 ) -> str:
     """The first few of some names, each with the nearest of ``candidates`` if one is near.
 
-    Args:
-        names: What is listed; how many more there are is said.
-        candidates: Other names.
-        owner: Text before the nearest name: "the base has".
-        shapes: As for `nearest`.
+    ``owner`` is the text before the nearest name: "the base has"; ``shapes`` are as for `nearest`.
     """
     shown = []
     for name in names[:_SHOWN]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from shardwise.disk.names import is_directory, names_in
 from shardwise.disk.sequential import SequentialFile
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
@@ -27,27 +28,27 @@ from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
 from shardwise.sources.reader import Reader
 from shardwise.sources.tensor_bytes import byte_blocks
 
-#: What a file has, and the memory that it is read into.
+#: A tensor of a file, and the memory that it is read into.
 Pair: TypeAlias = tuple[SourceTensor, HeldTensor]
 
 _NAME = re.compile(r"rank_\d{5,}_of_(\d{5,})\.safetensors")
 
 
 def own_file(directory: Path, rank: int, world_size: int) -> Path:
-    """The file of one rank. The number of ranks is part of its name, since its content means nothing on another."""
+    """The file of one rank. Its name has the number of ranks, since its content is meaningless on another number."""
     return directory / PER_RANK_DIR / f"rank_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
 def saved_ranks(directory: Path) -> int:
-    """By how many ranks a component's own tensors were saved; 0 where there are none. Local.
+    """The number of ranks that saved per-rank tensors of a component; 0 where there are none. Local.
 
     Raises:
         StateFormatError: There are files of several saves.
     """
     place = directory / PER_RANK_DIR
-    if not place.is_dir():
+    if not is_directory(place):
         return 0
-    counts = {int(found[1]) for path in place.iterdir() if (found := _NAME.fullmatch(path.name))}
+    counts = {int(found[1]) for name in names_in(place) if (found := _NAME.fullmatch(name))}
     if len(counts) > 1:
         raise StateFormatError(
             f"there are files of {' and of '.join(map(str, sorted(counts)))} ranks",
@@ -58,11 +59,7 @@ def saved_ranks(directory: Path) -> int:
 
 
 def require_whole(held: Sequence[HeldTensor]) -> None:
-    """Check that each tensor is held whole.
-
-    Raises:
-        MisuseError: One is spread over ranks.
-    """
+    """Raise `MisuseError` if a tensor is spread over ranks."""
     for tensor in held:
         boxes = [fragment.box for fragment in tensor.fragments]
         if boxes != [Box.whole(tensor.spec.shape)]:
@@ -74,17 +71,7 @@ def require_whole(held: Sequence[HeldTensor]) -> None:
 
 
 def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata: Mapping[str, str]) -> ComponentRecord:
-    """Write a rank's file, durable. Local.
-
-    Args:
-        held: The tensors, each held whole.
-        path: As `own_file` gives it.
-        storage: Through what.
-        metadata: The metadata of the file's header.
-
-    Returns:
-        The file, with its path in the component's directory.
-    """
+    """Write a rank's file, durable. Local."""
     data = {tensor.spec.name: tensor.fragments[0].data for tensor in held}
     entries = arrange([tensor.spec for tensor in held])
     header = encode_header(entries, metadata)
@@ -102,12 +89,7 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
 def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:
     """Compare a rank's file with what the rank holds, before anything is overwritten. Local.
 
-    Args:
-        path: The file.
-        held: What the rank holds, by the names that files have.
-
-    Returns:
-        The reads into the rank's tensors, and the file's metadata.
+    Returns the reads into the rank's tensors, and the file's metadata.
 
     Raises:
         TensorError: They do not fit.

@@ -30,13 +30,7 @@ LOST_EXIT_CODE = 1
 
 @dataclass(eq=False)
 class PendingSave:
-    """A save in the background, until a caller has waited for it.
-
-    Attributes:
-        what: What is saved, for messages.
-        thread: Writes it.
-        failure: What failed in it.
-    """
+    """A save in the background, until a caller has waited for it."""
 
     what: str
     thread: threading.Thread | None = None
@@ -71,7 +65,7 @@ def forget(save: PendingSave) -> None:
 def _register_exit_hooks() -> None:
     atexit.register(_report_lost)
     os.register_at_fork(after_in_child=_pending.clear)  # a data loader's worker has no thread that writes
-    # Those of `atexit` run only when every thread has ended, and executors close before.
+    # Hooks of `atexit` run only when every thread has ended, and executors close before.
     before_threads_end(_wait_for_pending)
 
 
@@ -89,8 +83,8 @@ def _report_lost() -> None:
     for save in lost:
         why = "it was not finished" if save.failure is None else f"{save.failure}"
         _LOG.error(
-            "LOST: %s, in the background, and the process ends without having been told: %s. Call finalize() before "
-            "the end, or use the checkpointer in a with statement, to have this raised.",
+            "LOST: %s, in the background, and the process ends before this was raised: %s. Call finalize() before the "
+            "end, or use the checkpointer in a with statement, to have it raised.",
             save.what,
             why,
         )
@@ -98,5 +92,5 @@ def _report_lost() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    # Nothing that is raised from here changes the exit code, and 0 would say that all went well.
+    # An exception from here does not change the exit code, and 0 would report success.
     os._exit(LOST_EXIT_CODE)

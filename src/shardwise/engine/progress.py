@@ -1,4 +1,4 @@
-"""Progress of a long read: a bar on a terminal, a line in the log now and then elsewhere."""
+"""Progress of a long read or write: a bar on a terminal, a line in the log for debugging now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import time
 from types import TracebackType
 from typing import Protocol
 
+from shardwise.timing import current
+
 _LOG = logging.getLogger(__name__)
 
+#: A bar is shown of what takes longer than this, in seconds.
+BAR_SECONDS = 1.0
 #: Seconds between lines in the log.
 LOG_SECONDS = 10.0
 
@@ -22,27 +26,23 @@ class _Bar(Protocol):
 
 
 class Progress:
-    """Counts bytes and shows or logs the progress. Threads may share it.
-
-    Args:
-        what: What is being done: "loading model".
-        total: Bytes expected.
-        shown: Whether this rank shows the progress; one rank is enough.
-    """
+    """Counts bytes and shows or logs the progress. Threads may share it."""
 
     def __init__(self, what: str, total: int, shown: bool) -> None:
+        call = current()
         self._what, self._total, self._shown = what, total, shown
         self._done = 0
         self._started = self._logged = time.monotonic()
         self._lock = threading.Lock()
         self._bar: _Bar | None = None
-        if shown and sys.stderr is not None and sys.stderr.isatty():
+        shows_bar = shown and call is not None and call.shows_progress
+        if shows_bar and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True)
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=BAR_SECONDS, leave=False)
 
     def add(self, nbytes: int) -> None:
-        """Count bytes that have been read."""
+        """Count bytes that have been read or written."""
         if not self._shown:
             return
         with self._lock:
@@ -52,7 +52,7 @@ class Progress:
             elif time.monotonic() - self._logged >= LOG_SECONDS:
                 self._logged = time.monotonic()
                 share = 100 * self._done / max(self._total, self._done, 1)
-                _LOG.info("%s: %.0f%% of %.2f GB, %s", self._what, share, self._total / 1e9, self._rate())
+                _LOG.debug("%s: %.0f%% of %.2f GB, %s", self._what, share, self._total / 1e9, self._rate())
 
     def close(self) -> None:
         """Take the bar off the terminal. Safe to call twice."""

@@ -1,9 +1,9 @@
-"""Passing on what one replica has read: rounds of reads and messages between ranks that want the same bytes.
+"""One replica reads and passes on: rounds of reads and messages between ranks that want the same bytes.
 
 Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
 what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
-on, the next one is read; what cannot arrive at its destination goes through three slabs of memory that are used again
-and again: one for what arrives, and two in turn for what is read. A rank whose reading fails keeps taking part until
+on, the next one is read. Bytes that cannot be received at their destination go through three reused slabs of memory:
+one for received bytes, and two in turn for read ones. A rank whose reading fails keeps taking part until
 the rounds are over, so that its peers are not left waiting; its failure is then raised where all ranks learn of it.
 """
 
@@ -20,12 +20,13 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from shardwise.comm import Group
-from shardwise.disk.storage import Storage, file_system_type
+from shardwise.disk.storage import IsLocal, Storage, file_system_type
 from shardwise.dtypes import torch_dtype
 from shardwise.plan.reads import AnyRead, PackedRead, Read
 from shardwise.plan.sharing import LIMITS, Limits, Share, rounds
 from shardwise.sources.reader import Reader, cut_read
 from shardwise.sources.tensor_bytes import flat_bytes, is_as_stored
+from shardwise.timing import phase
 
 #: Every dtype's elements lie at a multiple of this in a message.
 _ALIGNMENT = 16
@@ -45,20 +46,21 @@ class KnowsDistance(Protocol):
 
     def is_remote(self, path: Path) -> bool:
         """Whether the files at ``path``, which exists, are on another machine."""
-        ...
 
 
 def is_remote(storage: Storage, path: Path) -> bool:
     """Whether replicas that read at ``path`` ask a network file system for the same bytes."""
     if isinstance(storage, KnowsDistance):
         return storage.is_remote(path)
-    kind = file_system_type(path)
+    if not isinstance(storage, IsLocal):
+        return True
+    kind = file_system_type(storage.local_path(path))
     return kind in _REMOTE or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """Memory that one replica fills in a way of its own, for all of them.
+    """Memory that one replica fills by its own code, for all of them.
 
     Attributes:
         dest: What it fills; of one shape and dtype on all replicas.
@@ -71,10 +73,9 @@ class Made:
 
 @dataclass(slots=True, eq=False)
 class Wanted:
-    """What a set of replicas wants alike: in one order on all of them, but for each rank's own destinations.
+    """The reads that a set of replicas has in common, in one order on all of them; destinations are each rank's.
 
     Attributes:
-        reads: Byte ranges.
         made: Given the most bytes of a piece, the pieces of what has to be made; generated as they are needed.
     """
 
@@ -87,7 +88,7 @@ _Piece = Read | Made
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """A piece, and where its bytes are in memory as they travel: its own destination if that will do."""
+    """A piece, and the memory of its bytes as they travel: its own destination where possible."""
 
     piece: _Piece
     memory: torch.Tensor
@@ -98,18 +99,16 @@ class _Place:
 
 
 class _Slab:
-    """Memory that one round after another uses, so that what a load takes does not depend on the allocator's mood."""
+    """Memory that is reused round after round, so that a load's memory does not depend on the allocator."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def clear(self, nbytes: int, largest: int) -> None:
-        """Have ``nbytes`` for a new round; what was taken before is not in use any more.
+        """Provide ``nbytes`` for a new round; nothing that was taken before is in use any more.
 
-        Args:
-            nbytes: How much the round takes.
-            largest: How much is kept for later rounds; a tensor that had to be taken whole may have needed more.
+        Of what the round before had, at most ``largest`` is kept; a tensor that is read whole may have needed more.
         """
         self._used = 0
         if not nbytes <= self._memory.numel() <= max(nbytes, largest):
@@ -131,7 +130,7 @@ class _Parcel:
     messages: list[torch.Tensor] = field(default_factory=list)
 
     def install(self) -> None:
-        """Convert what does not lie at its destination yet."""
+        """Convert the pieces that do not lie at their destination yet."""
         for place in self.places:
             if place.is_staged:
                 dest = place.piece.dest.detach()
@@ -155,7 +154,7 @@ class _Round:
 
 @dataclass(slots=True)
 class _Outcome:
-    """What this rank has read of a round, by the share's number, and what went wrong first."""
+    """This rank's parcels of a round, by the share's number, and its first failure."""
 
     parcels: dict[int, _Parcel] = field(default_factory=dict)
     failure: Exception | None = None
@@ -175,35 +174,27 @@ def spare_memory() -> torch.Tensor:
     return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
 
 
-def rehearse(shared: Mapping[tuple[int, ...], Wanted], limits: Limits = LIMITS) -> None:
+def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
     """Go through the rounds of `read_shared` without reading. Local.
 
     A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
     ranks.
     """
     for members in sorted(shared):
-        for _ in _rounds(members, shared[members], limits):
+        for _ in _rounds(members, shared[members], LIMITS):
             pass
 
 
+@phase("exchange")
 def read_shared(
-    shared: Mapping[tuple[int, ...], Wanted],
-    reader: Reader,
-    group: Group,
-    spare: torch.Tensor,
-    limits: Limits = LIMITS,
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
 ) -> Exception | None:
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
-    Args:
-        shared: The ranks of each set of replicas that this rank is part of -> what they have in common.
-        reader: Reads this rank's shares, and counts.
-        group: Whose ranks pass on.
-        spare: From `spare_memory`.
-        limits: How much at a time; the same on every rank.
+    ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
+    `spare_memory`; ``limits`` are the same on every rank.
 
-    Returns:
-        What failed locally first; what is passed on in later rounds is then of no use.
+    Returns what failed locally first; what is passed on in later rounds is then of no use.
 
     Raises:
         PeerError: A peer left.
@@ -279,7 +270,7 @@ def _fits(piece: _Piece) -> bool:
 
 
 def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:
-    """How much of a slab a share takes on this rank."""
+    """Bytes of a slab that a share takes on this rank."""
     sizes = ((_nbytes(piece), piece) for piece in share.pieces)
     return sum(_aligned(nbytes) for nbytes, piece in sizes if nbytes < limits.alone or not _fits(piece))
 

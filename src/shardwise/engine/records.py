@@ -1,4 +1,4 @@
-"""What a stage of a save reports to the next: which files and tensors a component consists of."""
+"""Records of a save's steps: the files and tensors of a component."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ from shardwise.plan.layout import Layout
 
 @dataclass(frozen=True)
 class ComponentRecord:
-    """What one rank knows of one component (``model``, ``optim``), paths relative to the component's directory.
+    """One rank's record of a component (``model``, ``optim``); paths are relative to the component's directory.
 
-    Attributes:
-        files: Files.
-        tensors: The tensors in them, as far as this rank knows their pieces; see `merged`.
-        aliases: Further names of tensors.
+    Of a tensor it has the pieces that this rank knows; see `merged`.
     """
 
     files: tuple[FileRecord, ...] = ()
@@ -48,7 +45,7 @@ class ComponentRecord:
         """
         if not prefix:
             return self
-        # Built by hand: dataclasses.replace took a third of the time of putting a manifest together.
+        # Not by dataclasses.replace, which took a third of the time of assembling a manifest.
         files = [FileRecord(f"{prefix}/{f.path}", f.size, f.crc32c, f.header_bytes) for f in self.files]
         tensors = [_below(tensor, prefix, component) for tensor in self.tensors]
         aliases = self.aliases
@@ -74,11 +71,6 @@ class ComponentRecord:
             tuple([_decoded(*tensor) for tensor in tensors]),
             tuple([AliasRecord(*alias) for alias in aliases]),
         )
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.spec.nbytes for tensor in self.tensors)
 
 
 def _renamed(own: str, component: str) -> str:
@@ -108,10 +100,9 @@ def _decoded(
 
 
 def merged(records: Iterable[ComponentRecord]) -> ComponentRecord:
-    """What several ranks know together: each file and each further name once, and of each tensor all pieces.
+    """Merge the records of several ranks: each file and alias once, and each tensor with all its pieces.
 
-    Args:
-        records: In rank order. Tensors are in the order in which they are first named.
+    Records are in rank order, tensors in the order in which they are first named.
     """
     files: dict[str, FileRecord] = {}
     aliases: dict[tuple[str, str], AliasRecord] = {}
@@ -138,11 +129,7 @@ def layout_record(
 ) -> ComponentRecord:
     """Finished tensor files, each tensor whole in one of them.
 
-    Args:
-        layout: The files.
-        crcs: CRC-32C of each tensor that has bytes.
-        component: Name of the component in the manifest.
-        within: What paths begin with: empty, or a directory and a slash.
+    ``crcs`` has the CRC-32C of each tensor that has bytes; ``within`` is empty, or a directory and a slash.
     """
     files, tensors = [], []
     empty = crc32c(b"")
@@ -171,30 +158,14 @@ def write_state(storage: Storage, stem: Path, packed: Mapping[str, bytes]) -> Co
 
 
 def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, info: Mapping[str, JsonValue]) -> None:
-    """Write the manifest of a directory, the last file of a save, durably. One rank calls.
-
-    Args:
-        storage: Through what.
-        directory: Which.
-        record: Every file but the manifest, and the tensors.
-        info: What else there is to know.
-    """
+    """Write the manifest of a directory, the last file of a save, durably. One rank calls."""
     manifest = Manifest(record.files, record.tensors, info, record.aliases)
     write_file(storage, directory / MANIFEST_NAME, encode_manifest(manifest))
     storage.sync_directory(directory)
 
 
 def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
-    """Check that all ranks together wrote a tensor whole.
-
-    Args:
-        spec: The tensor.
-        nbytes: Bytes that were written of it, over all ranks.
-        path: Where it was written, for the error.
-
-    Raises:
-        IncompleteTensorError: They did not.
-    """
+    """Raise `IncompleteTensorError` unless all ranks together wrote ``nbytes``, all bytes of a tensor."""
     if nbytes != spec.nbytes:
         raise IncompleteTensorError(
             f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",

@@ -22,15 +22,16 @@ from shardwise.errors import ReplicasDifferError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster
 from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.timing import phase
 
-#: So many bits of a tensor's hash are added up over tensors and ranks, which leaves room for their number in 64.
+#: Bits of a tensor's hash that are added up over tensors and ranks; the sum then fits into 64 bits.
 _BITS = 40
 _MASK = (1 << _BITS) - 1
-#: So many tensors are named, with the ranks of each; the others are counted.
+#: Number of tensors that are named, with the ranks of each; the others are counted.
 _SHOWN = 5
 _HINT = (
     "Replicas drift apart where gradients are not synchronised (no DDP, no all-reduce, ignored_params) or each rank "
-    "starts from a seed of its own. If each rank's own value is meant, as of experts that are kept by hand, name the "
+    "starts from another seed. If each rank's own value is meant, as of experts that are kept by hand, name the "
     "tensors in per_rank_state; if the lowest rank's is to stand for all, set replicas='first'."
 )
 
@@ -39,8 +40,6 @@ class Replica(NamedTuple):
     """Something that this rank holds as a replica of what others hold.
 
     Attributes:
-        name: The tensor.
-        part: Which of its parts.
         ranks: Those that hold the same, ascending, this one among them.
         data: This rank's memory of it.
     """
@@ -53,13 +52,7 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared. Every rank has one for the same tensors.
-
-    Attributes:
-        roster: Who holds what.
-        rank: This rank.
-        own: What it holds as a replica.
-    """
+    """This rank's replicas to compare. Every rank has one for the same tensors."""
 
     roster: Roster
     rank: int
@@ -73,7 +66,7 @@ class Comparison:
 
 
 def comparison(held: Sequence[HeldTensor], roster: Roster, rank: int) -> Comparison:
-    """Find what this rank holds as a replica of others, but for what may differ. Local."""
+    """Find what this rank holds as a replica of others, except for tensors that may differ. Local."""
     if roster.world_size == 1:
         return Comparison(roster, rank, ())
     found: list[Replica] = []
@@ -104,7 +97,7 @@ class Digested:
             yield replica, int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & _MASK
 
     def weight(self, ranks: tuple[int, ...]) -> int:
-        """With which weight this rank's numbers are added to those of its replicas: equal ones add up to zero."""
+        """The weight of this rank's numbers in the sum over its replicas: equal numbers add up to zero."""
         return 1 - len(ranks) if ranks[0] == self.of.rank else 1
 
 
@@ -116,7 +109,7 @@ class Seen:
 
     @property
     def share(self) -> int:
-        """What this rank contributes to the sum over all ranks that is zero where all replicas are equal."""
+        """This rank's summand; the sum over all ranks is zero if all replicas are equal."""
         total = 0
         for digested in self.digested:
             sums: dict[tuple[int, ...], int] = {}
@@ -126,6 +119,7 @@ class Seen:
         return total
 
 
+@phase("compare")
 def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> Seen:
     """Digest what this rank holds as replicas. Local; reads each byte of it once."""
     known: dict[tuple[object, ...], int] = {}  # a tied tensor has several names
@@ -135,7 +129,7 @@ def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> Seen:
 def _crcs(own: Sequence[Replica], known: dict[tuple[object, ...], int], threads: int) -> tuple[int, ...]:
     keys = [tuple(map(_place, replica.data)) for replica in own]
     fresh = {key: replica.data for key, replica in zip(keys, own, strict=True) if key not in known}
-    # What modules make is made one module at a time.
+    # Tensors that modules make are made one module at a time.
     made = {key: data for key, data in fresh.items() if any(tensor.is_meta for tensor in data)}
     known.update((key, _crc(data)) for key, data in made.items())
     fresh = {key: data for key, data in fresh.items() if key not in made}
@@ -162,10 +156,9 @@ def _crc(data: tuple[torch.Tensor, ...]) -> int:
 
 
 def refuse(seen: Seen, group: Group) -> None:
-    """Say which replicas differ, where some do. All ranks call, once the sum of their shares is not zero.
+    """Find the replicas that differ and raise `ReplicasDifferError`, the same on every rank.
 
-    Raises:
-        ReplicasDifferError: Always, the same on every rank.
+    All ranks call, once the sum of their shares is not zero.
     """
     for digested in seen.digested:
         sums = dict.fromkeys([spec.name for spec in digested.of.roster.specs], 0)

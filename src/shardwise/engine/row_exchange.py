@@ -1,4 +1,4 @@
-"""Carrying out an exchange: column shards come in, rows go to the file, in bounded memory.
+"""Exchanges column shards for rows, which are written to the file, in bounded memory.
 
 A rank that fails (in writing, or for lack of memory) keeps taking part until the exchange is over, so that its peers
 are not left waiting; its failure is then raised where all ranks learn of it.
@@ -21,8 +21,10 @@ from shardwise.plan.ownership import cut
 from shardwise.plan.rows import Exchange
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import flat_bytes, stored
+from shardwise.timing import phase
 
 
+@phase("exchange")
 def exchange_rows(
     exchanges: Sequence[Exchange],
     held: Sequence[HeldTensor],
@@ -35,17 +37,10 @@ def exchange_rows(
 ) -> Exception | None:
     """Turn column shards into rows and hand each range of rows to ``write``. The tensors' holders call.
 
-    Args:
-        exchanges: In an order common to all ranks.
-        held: What this rank holds.
-        layout: Where the tensors lie.
-        group: Whose ranks swap.
-        write: Writes one run; called on the calling thread.
-        failure: What this rank has failed with before, if it has: its rows are swapped, and none is written.
-        spare: From `spare_memory`, made where all ranks learn of it if one cannot; made here if not given.
+    ``exchanges`` are in an order common to all ranks. A rank that has a ``failure`` already swaps its rows and writes
+    none; ``spare`` is from `spare_memory`, made here if not given. ``write`` is called on the calling thread.
 
-    Returns:
-        What failed first on this rank, if anything; later rows are then swapped and dropped.
+    Returns what failed first on this rank, if anything; later rows are then swapped and dropped.
 
     Raises:
         PeerError: A peer left.
@@ -67,9 +62,9 @@ def exchange_rows(
 
 
 def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
-    """Memory for the messages of a rank that has failed, be it for lack of memory. Local; call while no peer waits.
+    """Memory for the messages of a rank that has failed, also for lack of memory. Local; call while no peer waits.
 
-    As long as nothing fails it is not written to, and takes address space alone.
+    It is written to only after a failure; until then it takes address space alone.
     """
     own = (exchange for exchange in exchanges if rank in exchange.members)
     rounds = (e.rows_per_round * math.prod(e.row_shape) * _dtype(held[e.tensor]).itemsize for e in own)
@@ -77,7 +72,7 @@ def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank
 
 
 def _dtype(tensor: HeldTensor) -> torch.dtype:
-    """In which its elements travel."""
+    """The dtype in which a tensor's elements travel."""
     return tensor.fragments[0].data.dtype
 
 
@@ -93,7 +88,7 @@ def _round(
         receives = _incoming(exchange, turn, group.rank, dtype)
     except Exception as error:
         with group.keeping(error):
-            _swap_in_vain(exchange, turn, dtype.itemsize, group, what, spare)
+            _swap_blanks(exchange, turn, dtype.itemsize, group, what, spare)
         raise
     group.swap(sends, [(source, buffer) for source, buffer, _ in receives], what)
     if not count:
@@ -114,7 +109,7 @@ def _round(
 def _incoming(
     exchange: Exchange, turn: int, rank: int, dtype: torch.dtype
 ) -> list[tuple[int, torch.Tensor, list[Box]]]:
-    """What this rank receives in a round: from whom, memory for it as bytes, and the regions."""
+    """This rank's receives of a round: from whom, memory as bytes, and the regions."""
     start, count = exchange.target(rank, turn)
     receives: list[tuple[int, torch.Tensor, list[Box]]] = []
     for source, boxes in exchange.sources[rank] if count else ():
@@ -125,8 +120,8 @@ def _incoming(
     return receives
 
 
-def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
-    """Send and receive messages of the sizes that the peers expect, with nothing of use in them."""
+def _swap_blanks(exchange: Exchange, turn: int, itemsize: int, group: Group, what: str, spare: torch.Tensor) -> None:
+    """Send and receive messages of the sizes that the peers expect, with meaningless content."""
     sizes: dict[tuple[int, int], int] = {}
     for target in exchange.members:
         start, count = exchange.target(target, turn)
@@ -144,7 +139,7 @@ def _swap_in_vain(exchange: Exchange, turn: int, itemsize: int, group: Group, wh
 def _outgoing(
     exchange: Exchange, turn: int, fragments: Sequence[Fragment], rank: int
 ) -> tuple[list[Fragment], list[tuple[int, torch.Tensor]]]:
-    """What this rank keeps of its fragments in a round, and what it sends to whom."""
+    """The fragments that this rank keeps in a round, and those that it sends to other ranks."""
     own: list[Fragment] = []
     sends: list[tuple[int, torch.Tensor]] = []
     for target in exchange.members:

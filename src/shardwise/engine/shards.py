@@ -1,23 +1,27 @@
-"""Writing sharded files: no file is shared between ranks."""
+"""Writes sharded files: no file is shared between ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.comm import Group
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
+from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
+from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
 from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardFile
+from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.timing import count_bytes, phase, timed
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
 #: rank 0 about 10 microseconds; above that the manifest has one digest for each file, and names no tensors in them.
@@ -26,13 +30,9 @@ MOST_CHUNKS = 300_000
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A sharded save that only waits for its bytes, and may be written again as long as what is held stays there.
+    """A planned sharded save; it may be written again as long as the held tensors stay where they are.
 
     Attributes:
-        directory: Where the files go.
-        component: Name of the component in the manifest.
-        roster: Who holds what.
-        files: This rank's files.
         all_bytes: Bytes of all ranks' files, if they have been added up.
         replicas: What this rank holds that others hold too, to be compared before anything is published.
     """
@@ -50,14 +50,20 @@ class ShardPlan:
         return sum(file.layout.size for file in self.files)
 
 
-def without_tensors(stem: str = "model") -> ShardFile:
-    """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor.
+@phase("plan")
+def shard_plan(
+    held: Sequence[HeldTensor], roster: Roster, group: Group, directory: Path, component: str, stem: str
+) -> ShardPlan:
+    """Plan the shards of one component; replicas are compared while they are written. All ranks call."""
+    what = f"planning the files of {component}"
+    files = group.attempt(lambda: plan_shards(held, roster, group.rank, stem=stem), what)
+    return ShardPlan(directory, component, roster, files, replicas=(comparison(held, roster, group.rank),))
 
-    Args:
-        stem: What the second half of the file's name starts with.
-    """
+
+def without_tensors() -> ShardFile:
+    """A shard file with nothing in it: what makes a directory one of shards where no rank holds a tensor."""
     header = encode_header((), encode_sharding_metadata({}))
-    return ShardFile(FileLayout(shard_name(1, 1, 1, stem), header, ()), {})
+    return ShardFile(FileLayout(shard_name(1, 1, 1, "model"), header, ()), {})
 
 
 def write_shards(
@@ -65,11 +71,7 @@ def write_shards(
 ) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
-    Args:
-        plan: What to write where.
-        group: The ranks that save together.
-        storage: Through what.
-        most_chunks: Up to how many chunks of all ranks are recorded; ``None`` for any number.
+    Chunks are recorded if all ranks together have at most ``most_chunks``; ``None`` for any number.
 
     Returns:
         This rank's files and its pieces of tensors, to be `shardwise.engine.records.merged` with those of the others.
@@ -86,7 +88,7 @@ def write_shards(
     with group.together(f"looking for space in {plan.directory}"):
         storage.make_directory(plan.directory)
         storage.check_space(plan.directory, total if group.is_main else nbytes)
-    # Not before rank 0 has looked: what others have taken by then it would ask for once more.
+    # After rank 0 has checked: it would otherwise ask again for space that other ranks have reserved.
     with group.together(f"reserving space in {plan.directory}"):
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
@@ -94,7 +96,8 @@ def write_shards(
     written: list[list[ChunkRecord]] = []
     seen = Seen()
     try:
-        written = _write(plan, storage)
+        with Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
+            written = _write(plan, storage, progress)
         seen = look_at(plan.replicas)
     except Exception as error:  # noqa: BLE001 - raised on every rank where it is checked what was written
         failure = error
@@ -102,26 +105,33 @@ def write_shards(
     return _listed(plan, written, names_all=group.is_main) if is_listed else _digested(plan, written)
 
 
-def _write(plan: ShardPlan, storage: Storage) -> list[list[ChunkRecord]]:
+@phase("write")
+def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[ChunkRecord]]:
     """Write the files and make them durable; returns the pieces in each, in the order of its entries."""
     files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     written: list[list[ChunkRecord]] = []
+    digest = timed("digest", crc32c)
     try:
         for number, file in enumerate(plan.files):
             head, chunks = len(file.layout.header), list[ChunkRecord]()
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                crc = write_run(WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage)
+                crc = write_run(
+                    WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage, digest
+                )
+                progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
             written.append(chunks)
         files.sync()
+        count_bytes(sum(chunk.nbytes for chunks in written for chunk in chunks))
         storage.sync_directory(plan.directory)
     finally:
         files.close()
     return written
 
 
+@phase("fold")
 def _check(
     plan: ShardPlan,
     group: Group,

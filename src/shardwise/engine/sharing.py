@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
 from shardwise.plan.sharing import LIMITS, Limits, Replicas
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source
+from shardwise.sources.torch_files import fill_from_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Sharing:
 
     Attributes:
         mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
-        stage: Pipeline stage, whose tensors are not another's.
+        stage: Pipeline stage; stages do not share tensors.
     """
 
     mode: str = "never"
@@ -42,12 +44,16 @@ class PlannedReads:
     Attributes:
         own: What it reads by itself.
         shared: The ranks of a set of replicas -> what they want alike.
-        made_bytes: Stored bytes behind what is made for replicas, this rank's part.
+        computed: What it computes by itself from what it reads.
+        opened: A file that `torch.load` has to open, and whether without restrictions -> what is wanted of it.
+        made_bytes: Stored bytes behind what is computed, this rank's part.
         spare: See `spare_memory`; made while planning, which all ranks do together.
     """
 
     own: list[AnyRead] = field(default_factory=list)
     shared: dict[tuple[int, ...], Wanted] = field(default_factory=dict)
+    computed: list[Callable[[Reader], None]] = field(default_factory=list)
+    opened: dict[tuple[Path, bool], list[HeldTensor]] = field(default_factory=dict)
     made_bytes: int = 0
     spare: torch.Tensor | None = None
 
@@ -91,13 +97,9 @@ class PlannedReads:
     ) -> HeldTensor:
         """Plan what has to be made of ``tensor`` for this rank and its replicas.
 
-        Args:
-            tensor: What this rank holds.
-            replicas: Who holds the same.
-            make: Given a part of ``tensor`` and the most bytes of a piece, the pieces that fill it.
+        ``make``, given a part of ``tensor`` and the most bytes of a piece, gives the pieces that fill it.
 
-        Returns:
-            What nobody else holds, which is left to the caller.
+        Returns what nobody else holds, which is left to the caller.
         """
         alone: list[HeldPart] = []
         for part in tensor.parts:
@@ -126,6 +128,12 @@ class PlannedReads:
             if failure is not None:
                 raise failure
         reader.execute(self.own)
+        for compute in self.computed:
+            compute(reader)
+        for (file, legacy), tensors in self.opened.items():
+            copied = fill_from_file(file, legacy, tensors)
+            reader.counts.wanted += copied
+            reader.counts.read += copied
 
 
 def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharing) -> bool:
@@ -139,14 +147,7 @@ def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharin
 def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
     """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
 
-    Args:
-        held: What this rank holds.
-        group: The ranks that load together.
-        sharing: Whether to.
-        remote: Whether any rank `finds_remote` files.
-
-    Returns:
-        ``None`` where every rank reads for itself.
+    Returns ``None`` where every rank reads for itself.
     """
     if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
         return None

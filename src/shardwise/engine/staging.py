@@ -1,8 +1,8 @@
-"""Copying state aside, so that training may go on while it is written.
+"""Copies state to memory of its own, so that training may go on while it is written.
 
 The memory belongs to the `Stager` and is reused by every save: one arena for each component, pinned where a source is
-on an accelerator with streams (the copies then run on a stream of their own, see `shardwise.engine.device_streams`),
-and in huge pages on the CPU, whose first touch costs a fraction of that of small ones.
+on an accelerator with streams (the copies then run on a separate stream, see `shardwise.engine.device_streams`), and in
+huge pages on the CPU: their first touch costs a fraction of that of small ones.
 
 A training loop does not have to know any of this: work that the thread that called `Stager.stage` submits afterwards to
 a device's current stream runs behind the copies, and so does work that an optimizer's ``step`` submits to any stream
@@ -27,6 +27,7 @@ from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, Devic
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.timing import phase
 from shardwise.upstream.torch_tensors import around, arrived, local_part, spread_of
 
 #: Buffers start at multiples of this, a cache line.
@@ -35,29 +36,25 @@ _ALIGN = 64
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where a component's memory goes.
+    """A component's staging memory.
 
     Attributes:
         layout: What the buffers were made for, as `_layout` describes it.
-        apart: The devices that copies are queued on.
+        queued: The devices that copies are queued on.
         arena: Keeps the memory alive, as bytes.
         buffers: One for each source, contiguous.
         held: The tensors with the buffers as their memory, where the component consists of held tensors.
     """
 
     layout: object
-    apart: frozenset[torch.device]
+    queued: frozenset[torch.device]
     arena: torch.Tensor
     buffers: tuple[torch.Tensor, ...]
     held: list[HeldTensor]
 
 
 class Stager:
-    """Owns the staging memory of one checkpointer. Threads may share it.
-
-    Args:
-        streams: How copies from accelerators are ordered among their other work.
-    """
+    """Owns the staging memory of one checkpointer. Threads may share it."""
 
     def __init__(self, streams: DeviceStreams | None = None) -> None:
         self._streams: DeviceStreams = streams or AcceleratorStreams()
@@ -69,12 +66,6 @@ class Stager:
         self._lock = threading.Lock()
         self._unread = threading.Condition(self._lock)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arenas."""
-        with self._lock:
-            return sum(arena.numel() for arena in self._arenas.values())
-
     def allocate(self, component: str, held: Sequence[HeldTensor]) -> None:
         """Make the memory for a component and touch its pages, so that the first save does not have to."""
         with self._writable():
@@ -85,6 +76,7 @@ class Stager:
         with self._writable():
             self._planned(component, (), [_local(name, tensor) for name, tensor in tensors.items()]).arena.fill_(0)
 
+    @phase("stage")
     def stage(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
         """Copy every fragment into the component's memory.
 
@@ -98,6 +90,7 @@ class Stager:
             self._copy_all(plan, sources)
         return plan.held
 
+    @phase("stage")
     def stage_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy plain tensors and what this rank has of DTensors into the component's memory.
 
@@ -106,7 +99,7 @@ class Stager:
             CPU's whatever the mesh is of: they may be written, and not computed with.
 
         Raises:
-            MisuseError: A tensor's class keeps its values in a way of its own.
+            MisuseError: A tensor's class does not keep its values as one dense block.
         """
         sources = [_local(name, tensor) for name, tensor in tensors.items()]
         with self._writable():
@@ -115,6 +108,7 @@ class Stager:
         pairs = zip(tensors.items(), plan.buffers, strict=True)
         return {name: _around(buffer, tensor) for (name, tensor), buffer in pairs}
 
+    @phase("stage")
     def wait(self) -> None:
         """Return when the sources may be overwritten, by whatever stream. Any thread calls."""
         with self._lock:
@@ -127,7 +121,7 @@ class Stager:
                     del self._pending[device]
 
     def lend(self) -> None:
-        """What was staged will be read: staging again waits until it is taken back."""
+        """Mark the staged memory as being read: staging again waits for `take_back`."""
         with self._lock:
             self._readers += 1
 
@@ -161,8 +155,8 @@ class Stager:
                 yield
 
     def _planned(self, component: str, held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> _Plan:
-        apart = frozenset(filter(self._streams.has_streams, map(_device, sources)))
-        layout = (apart, _layout(held, sources))
+        queued = frozenset(filter(self._streams.has_streams, map(_device, sources)))
+        layout = (queued, _layout(held, sources))
         known = self._plans.get(component)
         if known is not None and known.layout == layout:
             return known
@@ -170,16 +164,16 @@ class Stager:
         for source in sources:
             offsets.append(end)
             end += -(-source.numel() * source.element_size() // _ALIGN) * _ALIGN
-        # Without the old plan, whose buffers would keep an outgrown arena while the next one is made.
+        # The old plan's buffers would keep an outgrown arena alive while the next one is made.
         del known
         self._plans.pop(component, None)
-        arena = self._arena(component, end, bool(apart))
+        arena = self._arena(component, end, bool(queued))
         buffers = []
         for source, offset in zip(sources, offsets, strict=True):
             flat = arena[offset : offset + source.numel() * source.element_size()]
             buffers.append(flat.view(source.dtype).view(source.shape))
         remaining = iter(buffers)
-        plan = _Plan(layout, apart, arena, tuple(buffers), [_rebuilt(tensor, remaining) for tensor in held])
+        plan = _Plan(layout, queued, arena, tuple(buffers), [_rebuilt(tensor, remaining) for tensor in held])
         self._plans[component] = plan
         return plan
 
@@ -195,11 +189,11 @@ class Stager:
         return made
 
     def _copy_all(self, plan: _Plan, sources: Sequence[torch.Tensor]) -> None:
-        """Copy, and order whatever comes behind the copies, also where one of them fails."""
+        """Copy, and order later work behind the copies, also where one of them fails."""
         used: dict[torch.device, None] = {}
         try:
             for buffer, source in zip(plan.buffers, sources, strict=True):
-                self._copy(buffer, source, plan.apart, used)
+                self._copy(buffer, source, plan.queued, used)
         finally:
             release()
             for device in used:
@@ -212,12 +206,12 @@ class Stager:
         self,
         buffer: torch.Tensor,
         source: torch.Tensor,
-        apart: frozenset[torch.device],
+        queued: frozenset[torch.device],
         used: dict[torch.device, None],
     ) -> None:
         """Copy one tensor: the only place where staging reads what it was given."""
         source = resolve(source)
-        if not apart or source.device not in apart:
+        if not queued or source.device not in queued:
             buffer.copy_(source)
             return
         used[source.device] = None
@@ -236,13 +230,13 @@ def _sources(held: Sequence[HeldTensor]) -> list[torch.Tensor]:
 
 
 def _device(source: torch.Tensor) -> torch.device:
-    """Where a source is; of one that its module makes when it is asked, where it will be made."""
+    """A source's device; for a tensor that its module makes when asked, the device where it will be made."""
     what = deferred(source) if source.is_meta else None
     return source.device if what is None else what.device
 
 
 def _layout(held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> object:
-    """What buffers depend on, without a reference to any source: equal for tensors that can take each other's.
+    """The properties that buffers depend on, without references to sources; equal where buffers can be reused.
 
     In flat lists, which are made and compared in a fraction of the time: this is done for every tensor of every save.
     """
@@ -261,11 +255,11 @@ def _layout(held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> obje
 
 
 def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of a tensor, as memory that can be copied byte by byte."""
+    """This rank's part of a tensor, as memory that can be copied byte by byte."""
     local = arrived(local_part(tensor).detach())
     if local.layout != torch.strided or type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise MisuseError(
-            f"a {type(local).__name__} of layout {local.layout} cannot be copied aside as it is",
+            f"a {type(local).__name__} of layout {local.layout} cannot be staged as it is",
             tensor=name,
             hint='Set model_save_format to "safetensors", or is_async to false.',
         )
@@ -273,7 +267,7 @@ def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _around(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``buffer`` in the place of what this rank has of ``tensor``."""
+    """``tensor`` with ``buffer`` as this rank's part."""
     return around(buffer, spread_of(tensor)) if isinstance(tensor, DTensor) else buffer
 
 

@@ -1,4 +1,4 @@
-"""Comparing a directory with its manifest: kinds and sizes of files, then the digest of every byte.
+"""Compares a directory with its manifest: kinds and sizes of files, then the digest of every byte.
 
 Nothing here needs torch, so that the command line answers at once; offline verification shares it with restoring, where
 all ranks share the work and all of them learn of what is wrong (`check_checkpoint`). A link is never followed out of
@@ -8,8 +8,6 @@ the directory, a pipe or a device is never read, and memory is one buffer per th
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
+from shardwise.disk.names import is_link, real_path, status
 from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -27,6 +26,7 @@ from shardwise.errors import (
     ManifestError,
     MisuseError,
     ShardwiseError,
+    StorageError,
 )
 from shardwise.format.manifest import (
     MANIFEST_NAME,
@@ -36,6 +36,7 @@ from shardwise.format.manifest import (
     TensorRecord,
     parse_manifest,
 )
+from shardwise.timing import phase
 
 if TYPE_CHECKING:
     from shardwise.comm import Group
@@ -58,7 +59,7 @@ DamageKind = Literal[
 _TASK_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 
-#: Told of every run of bytes that has been read; may be called from any thread, one call at a time.
+#: Called with the size of every run of bytes that was read; from any thread, one call at a time.
 Advance = Callable[[int], None]
 
 
@@ -68,10 +69,9 @@ class Damage:
 
     Attributes:
         file: The file, relative to the checkpoint's directory (POSIX).
-        kind: Sort of damage.
         message: What is wrong, without the names.
         component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
-        tensors: Names of the tensors whose bytes are concerned. Empty for a header or a file without tensors.
+        tensors: Names of the damaged tensors. Empty for a header or a file without tensors.
     """
 
     file: str
@@ -92,13 +92,9 @@ class Extent:
     """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file.
 
     Attributes:
-        file: Path relative to the checkpoint's directory.
-        offset: First byte in the file.
-        nbytes: Length.
-        crc32c: What its CRC-32C must be.
         kind: ``header`` or ``digest``.
         component: Component of the tensor; ``None`` for anything but a chunk.
-        tensor: Name of the tensor; likewise.
+        tensor: Name of the tensor; ``None`` in the same case.
     """
 
     file: str
@@ -145,7 +141,7 @@ def manifest_bytes(directory: Path) -> bytes:
         StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
-    if path.is_symlink() and not is_made_of_links(directory):
+    if is_link(path) and not is_made_of_links(directory):
         raise ManifestError(
             "a link stands in the manifest's place", path=path, hint="Replace the link by the file, if you trust it."
         )
@@ -177,10 +173,7 @@ def check_files(
     Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
     a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
 
-    Args:
-        directory: The checkpoint.
-        files: What to look at.
-        tensors: The tensors of each file, to name those that a short file lacks.
+    ``tensors`` has those of each file, to name what a short file lacks.
 
     Raises:
         StorageError: The file system refused for another reason than that a file is absent.
@@ -195,35 +188,35 @@ def check_files(
 def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord], links: bool) -> list[Damage]:
     path = directory / record.path
     try:
-        if path.is_symlink() and is_followed(path, links):
+        if is_link(path) and is_followed(path, links):
             parent = PurePosixPath(record.path).parent.as_posix()
-            above = Path(os.path.realpath(directory)) if parent == "." else resolve_inside(directory, parent)
+            above = real_path(directory) if parent == "." else resolve_inside(directory, parent)
             place = above / path.name
-            info = os.stat(path)
+            info = status(path)
         else:
             place = resolve_inside(directory, record.path)
-            info = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return _concerned(record, tensors, "absent", "the file is absent", 0)
+            info = status(path, follows=False)
     except FormatError as error:
         return _concerned(record, tensors, "kind", error.message, 0)
-    except OSError as error:
-        return _concerned(record, tensors, "unreadable", error.strerror or str(error), 0)
-    if not stat.S_ISREG(info.st_mode) or place != Path(os.path.realpath(directory)) / record.path:
-        kind = "a link" if stat.S_ISLNK(info.st_mode) or stat.S_ISREG(info.st_mode) else "something else"
+    except StorageError as error:
+        return _concerned(record, tensors, "unreadable", error.message, 0)
+    if info is None:
+        return _concerned(record, tensors, "absent", "the file is absent", 0)
+    if info.kind != "file" or place != real_path(directory) / record.path:
+        kind = "a link" if info.kind in ("file", "symbolic link") else "something else"
         return _concerned(record, tensors, "kind", f"{kind} stands where a regular file was written", 0)
-    if info.st_size < record.size:
-        message = f"the file has {info.st_size} of {record.size} bytes: it was cut short"
-        return _concerned(record, tensors, "size", message, info.st_size)
-    if info.st_size > record.size:
-        return [Damage(record.path, "size", f"the file has {info.st_size} bytes where {record.size} were written")]
+    if info.size < record.size:
+        message = f"the file has {info.size} of {record.size} bytes: it was cut short"
+        return _concerned(record, tensors, "size", message, info.size)
+    if info.size > record.size:
+        return [Damage(record.path, "size", f"the file has {info.size} bytes where {record.size} were written")]
     return []
 
 
 def _concerned(
     record: FileRecord, tensors: Sequence[TensorRecord], kind: DamageKind, message: str, size: int
 ) -> list[Damage]:
-    """One damage for each component of which a chunk ends beyond ``size``; at least one."""
+    """One damage for each component with a chunk that ends beyond ``size``; at least one."""
     lost: dict[str, list[str]] = {}
     for tensor in tensors:
         if any(
@@ -259,12 +252,7 @@ def check_extents(
 ) -> list[Damage]:
     """Read runs of bytes and compare their digests. Files must have passed `check_files`.
 
-    Args:
-        directory: The checkpoint.
-        extents: What to read.
-        storage: Through what.
-        threads: How many reads at once; each has one buffer of 4 MiB.
-        advance: Called with the size of every run that was read.
+    Each thread has one buffer of 4 MiB; ``advance`` is called with the size of every run that was read.
     """
     lock = threading.Lock()
 
@@ -360,6 +348,7 @@ def _judge(
     return found
 
 
+@phase("verify")
 def check_checkpoint(
     path: Path,
     level: VerifyLevel,
@@ -369,7 +358,7 @@ def check_checkpoint(
     components: Collection[str] = (),
     threads: int = 1,
 ) -> bool:
-    """Make sure that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
+    """Check that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
 
     The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
 

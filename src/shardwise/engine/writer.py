@@ -1,4 +1,4 @@
-"""Writing runs of bytes at their final offsets, with their digests.
+"""Writes runs of bytes at their final offsets, with their digests.
 
 The digest of a tensor does not depend on who wrote which run of it: a run's CRC-32C, shifted by the bytes that follow
 it in the tensor, is its contribution, and the exclusive or of all contributions is the CRC-32C of the tensor. So ranks
@@ -19,6 +19,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.plan.deferred import deferred
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import BLOCK_BYTES, blocks, byte_blocks, bytes_in_place, cut_bytes
+from shardwise.timing import Shares, phase
 
 #: A run larger than this is cut, so that several threads can share it.
 _LARGEST_RUN_BYTES = 64 * 2**20
@@ -30,10 +31,14 @@ Digest = Callable[[memoryview, int], int]
 
 @dataclass
 class Digests:
-    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``."""
+    """Contributions to the tensors' digests, by tensor name: ``(exclusive or of shifted CRCs, bytes seen)``.
+
+    ``advance`` is called with the bytes of each run that has been written.
+    """
 
     crcs: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    advance: Callable[[int], object] | None = None
 
     def add(self, name: str, share: int, nbytes: int) -> None:
         """Take in what ``nbytes`` bytes of a tensor contribute."""
@@ -44,6 +49,8 @@ class Digests:
         """Take in a run that has been written, and its digest."""
         behind = run.spec.nbytes - run.start - run.nbytes
         self.add(run.spec.name, shift(crc, behind), run.nbytes)
+        if self.advance is not None:
+            self.advance(run.nbytes)
 
 
 class FileSet:
@@ -64,6 +71,7 @@ class FileSet:
         """Path of file ``file``."""
         return self._paths[file]
 
+    @phase("sync")
     def sync(self) -> None:
         """Make durable what was written through this object."""
         for file, handle in self._handles.items():
@@ -106,22 +114,11 @@ def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = 
 
 
 def write_all(
-    runs: Iterable[WriteRun],
-    files: FileSet,
-    storage: Storage,
-    threads: int,
-    digests: Digests,
-    digest: Digest = crc32c,
+    runs: Iterable[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest = crc32c
 ) -> None:
     """Write runs, in order on each thread, and add their digests.
 
-    Args:
-        runs: What to write. Large ones are cut, so that several threads share them.
-        files: Where.
-        storage: Through what.
-        threads: How many at once. Opening and adding digests stay on the calling thread.
-        digests: Takes the contributions.
-        digest: How to compute them.
+    Large runs are cut, so that several threads share them; opening and adding digests stay on the calling thread.
     """
     _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
 
@@ -133,15 +130,16 @@ def _write_pieces(
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
-        # What modules make is made in order, on one thread: no more than one module's at a time.
+        # Tensors that modules make are made in order, on one thread: one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
         _write_pieces(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:
         for piece in pieces:
             digests.take(piece, write_run(piece, files, storage, digest))
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
-        futures = [pool.submit(write_run, piece, files, storage, digest) for piece in pieces]
+    with Shares("write").closing() as shares, ThreadPoolExecutor(threads, thread_name_prefix="shardwise-write") as pool:
+        write = shares.of(write_run)
+        futures = [pool.submit(write, piece, files, storage, digest) for piece in pieces]
         try:
             for piece, future in zip(pieces, futures, strict=True):
                 digests.take(piece, future.result())

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from shardwise.disk.guarded import read_whole, why_not_relative
+from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
@@ -102,7 +104,7 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
         FormatError: The file is malformed, too large, or points outside the checkpoint.
     """
     text = os.fspath(path)
-    if "\0" not in text and os.path.isdir(text):
+    if is_directory(Path(text)):
         text = os.path.join(text, DCP_METADATA_NAME)
     return parse_dcp_metadata(read_whole(text, MAX_METADATA_BYTES, FormatError), text)
 
@@ -141,6 +143,9 @@ class _Builder:
             self._fail(f"has {what} that is not an integer from 0 to 2**63 - 1")
         return value
 
+    def _text_or_none(self, fields: dict[object, object], key: str) -> str | None:
+        return self._optional(fields.get(key), lambda value: self._typed(value, str, key))
+
     def _optional(self, value: object, build: Callable[[object], _T]) -> _T | None:
         return None if value is None else build(value)
 
@@ -149,7 +154,6 @@ class _Builder:
 
         fields = self._fields(tree, _METADATA, "Metadata")
         items = self._typed(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
-        version = fields.get("version")
         return Metadata(
             state_dict_metadata={
                 self._typed(name, str, "a name"): self._item(name, item) for name, item in items.items()
@@ -157,7 +161,7 @@ class _Builder:
             planner_data=self._plain(fields.get("planner_data")),
             storage_data=self._optional(fields.get("storage_data"), self._storage_data),
             storage_meta=self._optional(fields.get("storage_meta"), self._storage_meta),
-            version=None if version is None else self._typed(version, str, "version"),
+            version=self._text_or_none(fields, "version"),
         )
 
     def _item(self, name: str, item: object) -> TensorStorageMetadata | BytesStorageMetadata:
@@ -255,11 +259,10 @@ class _Builder:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         fields = self._fields(value, _METADATA, "MetadataIndex")
-        index = fields.get("index")
         return MetadataIndex(
             self._typed(fields.get("fqn"), str, "a name"),
             self._optional(fields.get("offset"), self._size),
-            None if index is None else self._count(index, "an index"),
+            self._optional(fields.get("index"), lambda index: self._count(index, "an index")),
         )
 
     def _storage_info(self, value: object) -> StorageInfo:
@@ -280,12 +283,11 @@ class _Builder:
         from torch.distributed.checkpoint.metadata import StorageMeta
 
         fields = self._fields(value, _METADATA, "StorageMeta")
-        save_id, load_id = fields.get("save_id"), fields.get("load_id")
         modules = self._typed(fields.get("modules", []), list, "modules")
         return StorageMeta(
             checkpoint_id=self._optional(fields.get("checkpoint_id"), self._where),
-            save_id=None if save_id is None else self._typed(save_id, str, "save_id"),
-            load_id=None if load_id is None else self._typed(load_id, str, "load_id"),
+            save_id=self._text_or_none(fields, "save_id"),
+            load_id=self._text_or_none(fields, "load_id"),
             modules=[self._typed(item, str, "a module's name") for item in modules],
         )
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from shardwise.disk.guarded import open_regular, read_exactly
-from shardwise.errors import HeaderError, MissingTensorError, MisuseError
+from shardwise.errors import HeaderError, MisuseError
 from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
 from shardwise.format.strict_json import (
     MAX_NAME,
@@ -44,11 +45,11 @@ _METADATA_KEY = "__metadata__"
 _RANK = {code: rank for rank, code in enumerate(DTYPE_BYTES)}
 _SUB_BYTE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
-#: What to do about a header that cannot be right.
+#: The hint for a header that cannot be right.
 DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
 
 
-class TensorEntry(NamedTuple):  # a tuple, since models have tens of thousands: a frozen dataclass costs four times it
+class TensorEntry(NamedTuple):  # made once for each tensor: a frozen dataclass costs four times as much
     """A tensor and the bytes ``begin`` to ``end`` of the data section that hold it."""
 
     spec: TensorSpec
@@ -69,11 +70,9 @@ class Header:
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     data_start: int
-    _by_name: Mapping[str, TensorEntry] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
-        object.__setattr__(self, "_by_name", {entry.spec.name: entry for entry in self.entries})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,22 +84,6 @@ class Header:
         """Bytes of the whole file."""
         return self.data_start + (self.entries[-1].end if self.entries else 0)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._by_name
-
-    def entry(self, name: str) -> TensorEntry:
-        """Return the entry of the tensor called ``name``.
-
-        Raises:
-            MissingTensorError: The file has no such tensor.
-        """
-        found = self._by_name.get(name)
-        if found is None:
-            raise MissingTensorError(
-                "the file has no such tensor", tensor=name, hint="Compare the name with those in the index."
-            )
-        return found
-
 
 def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     """Lay tensors out as the safetensors library does: by dtype (the widest first), then by name, without gaps.
@@ -108,12 +91,9 @@ def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     Raises:
         MisuseError: Two tensors have the same name.
     """
-    by_dtype: dict[str, list[TensorSpec]] = {}
+    by_dtype: defaultdict[str, list[TensorSpec]] = defaultdict(list)
     for spec in specs:
-        members = by_dtype.get(spec.dtype)
-        if members is None:
-            members = by_dtype[spec.dtype] = []
-        members.append(spec)
+        by_dtype[spec.dtype].append(spec)
     names: set[str] = set()
     entries, begin = [], 0
     for dtype in sorted(by_dtype, key=_RANK.__getitem__, reverse=True):
@@ -225,7 +205,7 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
 
 
 def _refuse_other_formats(start: bytes, path: str) -> None:
-    """Raise what names the format of a file that is none of safetensors, where it is a known one."""
+    """Raise an error that names the format, if the file is of another known one."""
     found = what_is(start)
     if found is not None and found.kind is not Kind.SAFETENSORS:
         raise HeaderError(f"{path!r} is {found.name}, not a safetensors file", path=path, hint=found.hint)

@@ -92,11 +92,7 @@ def read_index(path: str | os.PathLike[str]) -> WeightIndex:
 
 
 def parse_index(data: bytes, path: str) -> WeightIndex:
-    """Validate a weight index that is already in memory.
-
-    Args:
-        data: The whole file.
-        path: The file, for errors.
+    """Validate a weight index that is already in memory; ``path`` is for errors.
 
     Raises:
         WeightIndexError: Malformed, or naming a file outside its directory.

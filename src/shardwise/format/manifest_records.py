@@ -1,4 +1,4 @@
-"""What a manifest records of a checkpoint, and when such records are sound."""
+"""The records of a manifest, and the check that they are sound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardwise.geometry import Box, TensorSpec, tiles
 
 
 class FailTensor(Protocol):
-    """What checking a manifest calls where it is wrong."""
+    """The callback for an error in a manifest."""
 
     def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn:
         """Raise an error that says why, and names the tensor where there is one."""
@@ -88,23 +88,23 @@ class FileRecord:
 
     @staticmethod
     def plain(path: str, content: bytes) -> FileRecord:
-        """Of a file that is no tensor file."""
+        """The record of a file that is no tensor file."""
         return FileRecord(path, len(content), crc32c(content), None)
 
     @staticmethod
     def of_tensors(path: str, size: int, header: bytes) -> FileRecord:
-        """Of a tensor file."""
+        """The record of a tensor file."""
         return FileRecord(path, size, crc32c(header), len(header))
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The files and tensors of a checkpoint.
 
     Attributes:
         files: Every file but the manifest.
         tensors: Every tensor in the tensor files.
-        info: What else there is to know (epoch, step, metrics, versions), as JSON; read-only.
+        info: Epoch, step, metrics, versions and the like, as JSON; read-only.
         aliases: Further names of tensors, where parameters are shared.
     """
 
@@ -129,18 +129,9 @@ class Manifest:
             raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
         return found
 
-    def tensors_of(self, component: str) -> tuple[TensorRecord, ...]:
-        """Return the tensors of one component, in the manifest's order; none where it has no such component."""
-        return tuple(record for record in self.tensors if record.component == component)
-
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
-    """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once.
-
-    Args:
-        manifest: One about to be written, or just read.
-        fail: Called with what is wrong, and the tensor's name where there is one.
-    """
+    """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once."""
     runs: dict[str, list[tuple[int, int]]] = {}
     for record in manifest.files:
         _check_file(record, fail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 #: The directory of notes, in a checkpoint's ``model``.
 METADATA_DIR = ".hf_metadata"
 
-#: The directory of files of single ranks, in a component's. Whoever opens the component does not look into it.
+#: The directory of files of single ranks, in a component's directory; readers of the component ignore it.
 PER_RANK_DIR = "per_rank"
 
 #: Name in the file -> number of the base model's file that has the tensor.
@@ -20,16 +20,16 @@ PASSED_THROUGH = "passed_through.json"
 KEPT_OUT = "kept_out.json"
 #: Names of saved tensors that are no part of the exported model: a value head around it, a running average's counter.
 APART = "apart.json"
-#: Ties by configuration of which both tensors are saved, each by a name of its own: name -> the name it is tied to.
+#: Ties by configuration with both tensors saved, each under its own name: name -> the name it is tied to.
 LOOSE_TIES = "loose_ties.json"
-#: What an export that is made later needs to be the one that the save would have made: see `EXPORT_KEYS`.
+#: Settings with which a later export equals the one that the save would have made: see `EXPORT_KEYS`.
 EXPORT = "export.json"
 #: ``stem`` of file names, ``max_file_bytes``, the ``base`` model's place, its ``files`` in the order of numbers, and
-#: the names of its tensors that are to be ``carried`` over.
+#: the names of its tensors to carry over (``carried``).
 EXPORT_KEYS = ("stem", "max_file_bytes", "base", "files", "carried")
 
-#: What readers of an export have no use for.
+#: Files that readers of an export do not need.
 NOTES = frozenset({FILE_INDEX, FILE_DTYPES, NATIVE_DTYPES, PASSED_THROUGH, KEPT_OUT, APART, LOOSE_TIES, EXPORT})
 
-#: Directory beside a model's tensors with what its modules have beside tensors.
+#: Directory beside a model's tensors for state of its modules that is not tensors.
 ASIDE_DIR = "module_state"

@@ -1,7 +1,7 @@
 """Reading a pickle as data: a small interpreter of the pickle opcodes that imports nothing and calls nothing.
 
 The standard unpickler with a restricted ``find_class`` still runs constructors, ``__setstate__`` and ``setattr`` of
-what is allowed, and reserves memory for any memo index that a file claims. Here a global is only a name, a call only a
+allowed classes, and reserves memory for any memo index that a file claims. Here a global is only a name, a call only a
 record of its arguments (`PickledCall`), and the caller builds real objects from the finished tree after checking it.
 
 Source: the opcode table of the Python standard library's ``pickletools``, protocols 2 to 5 as far as plain data need.
@@ -44,11 +44,7 @@ class PickledCall:
     state: object = None
 
 
-class _Mark:
-    pass
-
-
-_MARK = _Mark()
+_MARK = object()
 _UNHASHABLE_AS_KEY = (list, dict, set, tuple, frozenset)
 
 
@@ -84,15 +80,11 @@ class _Machine:
     def __init__(
         self, data: bytes, allowed: frozenset[PickledGlobal], path: str, enums: frozenset[PickledGlobal]
     ) -> None:
-        self._data = data
-        self._allowed = allowed
-        self._enums = enums
-        self._uncalled = 0
-        self._path = path
-        self._at = 0
+        self._data, self._allowed, self._path, self._enums = data, allowed, path, enums
+        self._at = self._uncalled = 0
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
-        self._handlers: dict[int, Callable[[], None]] = self._table()
+        self._handlers: dict[int, Callable[[], object]] = self._table()
 
     def run(self) -> object:
         handlers, data = self._handlers, self._data
@@ -116,14 +108,14 @@ class _Machine:
             self._fail("does not end with one value")
         return self._stack[0]
 
-    def _table(self) -> dict[int, Callable[[], None]]:
+    def _table(self) -> dict[int, Callable[[], object]]:
         push = self._stack.append
-        table: dict[bytes, Callable[[], None]] = {
+        table: dict[bytes, Callable[[], object]] = {
             b"\x80": self._protocol,
-            b"\x95": lambda: self._skip(8),
+            b"\x95": lambda: self._take(8),
             b"(": lambda: push(_MARK),
-            b"0": self._drop,
-            b"1": self._drop_to_mark,
+            b"0": self._stack.pop,
+            b"1": self._to_mark,
             b"N": lambda: push(None),
             b"\x88": lambda: push(True),
             b"\x89": lambda: push(False),
@@ -177,9 +169,6 @@ class _Machine:
     def _counted(self, width: int) -> bytes:
         return self._take(int.from_bytes(self._take(width), "little"))
 
-    def _skip(self, count: int) -> None:
-        self._take(count)
-
     def _protocol(self) -> None:
         version = self._take(1)[0]
         if version > _MAX_PROTOCOL:
@@ -190,12 +179,6 @@ class _Machine:
         if value is _MARK:
             self._fail("takes a value where none is")
         return value
-
-    def _drop(self) -> None:
-        self._stack.pop()
-
-    def _drop_to_mark(self) -> None:
-        self._to_mark()
 
     def _to_mark(self) -> list[object]:
         stack = self._stack
@@ -299,16 +282,12 @@ class _Machine:
         )
 
     def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall:
-        """A member of an enumeration, which is all that an attribute is asked for."""
-        if (
-            len(args) != 2
-            or type(args[0]) is not PickledGlobal
-            or args[0] not in self._enums
-            or type(args[1]) is not str
-        ):
+        """A member of an enumeration, the only allowed use of ``getattr``."""
+        enum, name = args if len(args) == 2 else (None, None)
+        if not isinstance(enum, PickledGlobal) or enum not in self._enums or type(name) is not str:
             self._refuse(function)
         self._uncalled -= 1
-        return PickledCall(args[0], (args[1],))
+        return PickledCall(enum, (name,))
 
     def _plain(self, function: PickledGlobal, args: tuple[object, ...]) -> object:
         # Containers become real at once, because later opcodes fill them.

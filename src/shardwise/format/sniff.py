@@ -83,16 +83,9 @@ _ZIP = Recognised(Kind.ARCHIVE, "a zip archive", "Unpack it and pass the file in
 _NPZ = Recognised(
     Kind.FOREIGN, "a zip archive of NumPy arrays (.npz)", "Save its arrays with safetensors.numpy.save_file."
 )
-_GGUF = Recognised(
-    Kind.GGUF,
-    "a GGUF file (llama.cpp)",
-    "GGUF cannot be loaded: use the model's safetensors or .bin files.",
-)
-_GGML = Recognised(
-    Kind.GGUF,
-    "a GGML file (llama.cpp before GGUF)",
-    "GGML cannot be loaded: use the model's safetensors or .bin files.",
-)
+_USE_OTHERS = "cannot be loaded: use the model's safetensors or .bin files"
+_GGUF = Recognised(Kind.GGUF, "a GGUF file (llama.cpp)", f"GGUF {_USE_OTHERS}.")
+_GGML = Recognised(Kind.GGUF, "a GGML file (llama.cpp before GGUF)", f"GGML {_USE_OTHERS}.")
 _LFS = Recognised(
     Kind.POINTER,
     "a git LFS pointer, not the file that it stands for",
@@ -121,15 +114,11 @@ _NPY = Recognised(Kind.FOREIGN, "a NumPy array (.npy)", "Save it with safetensor
 _HDF5 = Recognised(
     Kind.FOREIGN,
     "an HDF5 file (Keras, TensorFlow)",
-    "HDF5 cannot be loaded: use the model's safetensors or .bin files, or convert it with the tool that wrote it.",
+    f"HDF5 {_USE_OTHERS}, or convert it with the tool that wrote it.",
 )
-_ONNX = Recognised(Kind.FOREIGN, "an ONNX model", "ONNX cannot be loaded: use the model's safetensors or .bin files.")
-_TFLITE = Recognised(
-    Kind.FOREIGN, "a TensorFlow Lite model", "It cannot be loaded: use the model's safetensors or .bin files."
-)
-_MSGPACK = Recognised(
-    Kind.FOREIGN, "MessagePack (Flax)", "Flax weights cannot be loaded: use the model's safetensors or .bin files."
-)
+_ONNX = Recognised(Kind.FOREIGN, "an ONNX model", f"ONNX {_USE_OTHERS}.")
+_TFLITE = Recognised(Kind.FOREIGN, "a TensorFlow Lite model", f"It {_USE_OTHERS}.")
+_MSGPACK = Recognised(Kind.FOREIGN, "MessagePack (Flax)", f"Flax weights {_USE_OTHERS}.")
 _PARQUET = Recognised(Kind.FOREIGN, "a Parquet file", "It holds a table: pass the file that holds the weights.")
 _PDF = Recognised(Kind.TEXT, "a PDF document", "Pass the file that holds the weights.")
 
@@ -176,7 +165,7 @@ def what_is(first_bytes: bytes) -> Recognised | None:
     start = first_bytes[:FIRST_BYTES]
     if not start:
         return _EMPTY
-    if _begins_as_safetensors(start):
+    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         return _SAFETENSORS
     looks: tuple[Callable[[bytes], Recognised | None], ...] = (_signed, _zip, _pickle, _text)
     return next((found for look in looks if (found := look(start)) is not None), None)
@@ -189,12 +178,6 @@ def what_is_file(path: str | os.PathLike[str]) -> Recognised | None:
             return what_is(read_exactly(stream, FIRST_BYTES))
     except (ShardwiseError, ValueError):
         return None
-
-
-def _begins_as_safetensors(start: bytes) -> bool:
-    if len(start) < 9 or start[8:9] != b"{":
-        return False
-    return 2 <= int.from_bytes(start[:8], "little") <= _LONGEST_HEADER
 
 
 def _signed(start: bytes) -> Recognised | None:

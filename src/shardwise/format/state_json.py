@@ -45,8 +45,8 @@ def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
     """Split a state into JSON text and the tensors that belong into a safetensors file beside it.
 
     Tensors are detached, moved to the CPU and made contiguous. They are copied only where that, or a shared storage,
-    demands it; others still share memory with ``value``.
-    Dicts keep their order. A tensor that occurs several times is stored, and comes back, as one.
+    requires it; others still share memory with ``value``. Dicts keep their order. A tensor that occurs several times is
+    stored, and restored, as one.
 
     Raises:
         StateFormatError: A value of another kind; the error names the path of keys that leads to it. Or too much text.
@@ -66,10 +66,6 @@ def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
 
 def decode_state(data: bytes, tensors: Mapping[str, torch.Tensor]) -> object:
     """Put a state together again.
-
-    Args:
-        data: The JSON text.
-        tensors: The tensors that stood beside it.
 
     Raises:
         StateFormatError: The text is malformed or does not fit the tensors.

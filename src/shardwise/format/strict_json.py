@@ -1,7 +1,7 @@
 """JSON as the formats mean it: UTF-8, no duplicate keys, no NaN, bounded depth.
 
-Python's own parser takes all of those. What it returns here is untyped and still has to be checked field by field; the
-`Fields` reader does that and reports what is wrong in the words of the format.
+Python's own parser accepts all of those. Its result is untyped: callers check it field by field with the functions
+below, which report errors through the caller's ``fail``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One value as ``torch.save`` writes it (what DCP does with all that is not a tensor), read without running code.
+"""One value as ``torch.save`` writes it (DCP does so for everything but tensors), read without running code.
 
-Numbers, text, lists and dictionaries are interpreted as data by `shardwise.format.pickle_tree`. What else there may be,
-a tuple with a tensor in it, say, is left to torch's own unpickler with an allow-list (``weights_only=True``).
+Numbers, text, lists and dictionaries are interpreted as data by `shardwise.format.pickle_tree`. Other values, such as a
+tuple with a tensor in it, are left to torch's own unpickler with an allow-list (``weights_only=True``).
 """
 
 from __future__ import annotations

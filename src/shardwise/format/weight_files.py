@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.names import exists
 from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, WeightIndexError
 from shardwise.format.index import WeightIndex
 
 _SHOWN = 8
-#: Whose files are shards of tensors, by their names: ``shard-00001-model-00001-of-00002``.
-#: All files of one save have the same total. Also plain numbers, ``shard-00001``.
+#: Files of sharded tensors: ``shard-00001-model-00001-of-00002``, of which one save has the same total; or plain
+#: numbers, ``shard-00001``.
 _SHARD = re.compile(r"shard-(?:\d{5,}-(?P<stem>.+)-\d{5,}-of-(?P<total>\d{5,})|[\d-]+)")
 #: Files of a set: ``model-00001-of-00002``, ``model.fp16-00001-of-00002``, ``model-00001-of-00002.fp16``.
 _NUMBERED = re.compile(r"(?P<stem>.+?)-(?P<number>\d{2,})-of-(?P<total>\d{2,})(?P<variant>\.[\w-]+)?")
@@ -112,7 +113,7 @@ def choose_weights(
         return _without_index(directory, candidates, naming)
     listed = tuple(sorted(set(read(directory / chosen).weight_map.values())))
     first, _ = naming.standard
-    if first in present and chosen == _index_name(naming, naming.stem) and first not in listed and listed:
+    if first in present and chosen == f"{first}.index.json" and first not in listed and listed:
         return WeightFiles((first,), None, chosen)
     if not listed:
         # A model without a tensor has an index that lists nothing, and a file with nothing but its header.
@@ -122,7 +123,7 @@ def choose_weights(
 
 
 def files_of_index(index: Path, names: Sequence[str], read: Callable[[Path], WeightIndex]) -> WeightFiles:
-    """The files that an index lists, which was itself named.
+    """The files of an index that was given by its path.
 
     Raises:
         WeightIndexError: It is malformed, or names a file that is absent.
@@ -150,7 +151,7 @@ def _listed(
 ) -> WeightFiles:
     for name in listed:
         # A link of a hub cache may lead nowhere.
-        if name not in present or not (directory / name).exists():
+        if name not in present or not exists(directory / name):
             weight_map = read(directory / index).weight_map
             raise WeightIndexError(
                 f"the index names {name}, which is absent",
@@ -159,10 +160,6 @@ def _listed(
                 hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
             )
     return WeightFiles(listed, index)
-
-
-def _index_name(naming: Naming, stem: str) -> str:
-    return f"{stem}{naming.suffixes[0]}.index.json"
 
 
 def _index(directory: Path, candidates: Sequence[_Candidate], indices: Mapping[str, str], naming: Naming) -> str | None:

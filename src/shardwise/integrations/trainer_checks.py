@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError
@@ -16,8 +17,6 @@ from shardwise.upstream.transformers_trainer import (
     REPLACED,
     UNUSED,
     TrainerCheckpoints,
-    uses_sagemaker_model_parallelism,
-    uses_xla,
 )
 
 if TYPE_CHECKING:
@@ -95,8 +94,8 @@ def check_strategy(trainer: TrainerCheckpoints) -> None:
     asked = {
         "DeepSpeed": (trainer.is_deepspeed_enabled, _SHARDING),
         "Megatron-LM": (kind == DistributedType.MEGATRON_LM, _SHARDING),
-        "SageMaker's model parallelism": (uses_sagemaker_model_parallelism(), _SHARDING),
-        "torch_xla": (uses_xla() or kind == DistributedType.XLA, _SHARDING),
+        "SageMaker's model parallelism": (is_sagemaker_mp_enabled(), _SHARDING),
+        "torch_xla": (is_torch_xla_available() or kind == DistributedType.XLA, _SHARDING),
         "FSDP 1": (fsdp is not None and fsdp.fsdp_version != 2, "Set 'version' in fsdp_config to 2."),
     }
     for name, (is_asked, hint) in asked.items():

@@ -29,12 +29,12 @@ from shardwise.lifecycle.names import (
     published_name,
     temporary_name,
 )
-from shardwise.lifecycle.ownership import Claim, claim, claimed_by, publishing
+from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
-from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune, select_doomed
+from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
 __all__ = [
     "BEST",
@@ -49,6 +49,7 @@ __all__ = [
     "ResolvedCheckpoint",
     "Retention",
     "Start",
+    "Writer",
     "abandon",
     "best_checkpoint",
     "checkpoint_name",
@@ -62,6 +63,7 @@ __all__ = [
     "next_lineage",
     "parse_checkpoint_name",
     "pointers",
+    "prunable",
     "prune",
     "publish",
     "published_name",
@@ -73,4 +75,5 @@ __all__ = [
     "select_doomed",
     "set_pointer",
     "temporary_name",
+    "writer_of",
 ]

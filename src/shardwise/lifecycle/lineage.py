@@ -9,7 +9,6 @@ those. What is not on it was either abandoned (it came from a checkpoint of the 
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.disk.guarded import read_note
+from shardwise.disk.names import real_path
 from shardwise.lifecycle.names import LINEAGE_NAME
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def next_lineage(
         before = max(earlier, key=lambda info: info.order).name if earlier else None
     else:
         theirs = start.lineage
-        if theirs is None and os.path.realpath(start.path.parent) == os.path.realpath(root):
+        if theirs is None and real_path(start.path.parent) == real_path(root):
             before = start.path.name
     ancestors: tuple[Origin, ...] = ()
     if theirs is not None:

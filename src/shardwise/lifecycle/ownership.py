@@ -5,6 +5,8 @@ distinguishes them: the process that writes ``.saving-NAME`` holds a lock on ``.
 when the process ends in any way, on this machine or, where the file system passes locks on (NFS, Lustre with
 ``flock``), on another. The file says which host and process it is, for people. It is gone once the save is over, and
 never part of a checkpoint.
+
+A storage whose files are not this machine's has no locks: there, nobody is kept from a name.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
-from shardwise.disk.storage import storage_errors
+from shardwise.disk.storage import LOCAL, local_path, storage_errors, using
 from shardwise.errors import CheckpointBusyError
 from shardwise.lifecycle.names import owner_name
 
@@ -37,10 +40,10 @@ class Claim:
 
     Args:
         path: The file that is locked.
-        handle: It, open; ``None`` once it is released.
+        handle: It, open; ``None`` where a storage has no locks.
     """
 
-    def __init__(self, path: Path, handle: int) -> None:
+    def __init__(self, path: Path, handle: int | None) -> None:
         self.path = path
         self._handle: int | None = handle
         _claims.add(self)
@@ -86,12 +89,15 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
         StorageError: The file system refused.
     """
     path = root / owner_name(name)
+    place = local_path(path)
+    if place is None:
+        return Claim(path, None)
     while True:
         with storage_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             with storage_errors(path):
-                if not _locked(handle, path, name):
+                if not _locked(handle, place, name):
                     os.close(handle)
                     continue
                 os.ftruncate(handle, 0)
@@ -100,13 +106,40 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
             with contextlib.suppress(OSError):
                 os.close(handle)
             raise
-        return Claim(path, handle)
+        return Claim(place, handle)
 
 
 def claimed_by(root: Path, name: str) -> str | None:
     """The token of the process that has claimed ``name``; ``None`` where there is no claim to be seen. Any rank."""
-    _, _, token = _owner(root / owner_name(name))
-    return token
+    path = local_path(root / owner_name(name))
+    return None if path is None else _owner(path)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """The process that has claimed an unfinished save.
+
+    Attributes:
+        host: Its machine.
+        pid: Its number there.
+        alive: Whether it exists; ``None`` where it is on another machine, of which this one does not know.
+    """
+
+    host: str
+    pid: int
+    alive: bool | None
+
+
+def writer_of(root: Path, name: str) -> Writer | None:
+    """Who has claimed ``name``, by its claim's text; ``None`` where there is none to be read. Any rank.
+
+    The lock is not tried: whoever tries it holds it for a moment, and a save that begins then would be refused.
+    """
+    path = local_path(root / owner_name(name))
+    host, pid, _ = ("", 0, None) if path is None else _owner(path)
+    if not host:
+        return None
+    return Writer(host, pid, process_exists(pid) if host == socket.gethostname() else None)
 
 
 @contextlib.contextmanager
@@ -156,7 +189,8 @@ def _locked(handle: int, path: Path, name: str) -> bool:
 
 
 def _owner(path: Path) -> tuple[str, int, str | None]:
-    data = read_small_file(path, _LIMIT)
+    with using(LOCAL):
+        data = read_small_file(path, _LIMIT)
     parts = [] if data is None else data.decode(errors="replace").split()
     if len(parts) < 2 or not parts[1].isdecimal():
         return "", 0, None

@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 
 from shardwise.disk.guarded import read_small_file
+from shardwise.disk.names import is_directory, is_link, is_there, real_path
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import LOCAL, Storage, storage_errors
-from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.disk.storage import current, storage_errors
+from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
 from shardwise.lifecycle.lineage import Origin
 from shardwise.lifecycle.names import (
     ANNOUNCEMENT_NAME,
@@ -29,7 +30,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 _TEXT_LIMIT = 4096
 
 
-def set_pointer(root: Path, name: str, target: str, *, storage: Storage = LOCAL) -> None:
+def set_pointer(root: Path, name: str, target: str) -> None:
     """Let the pointer ``name`` lead to the checkpoint directory ``target``; one rank calls.
 
     At every moment, a crash included, the pointer leads to the old target or to the new one. Setting ``LATEST`` also
@@ -44,7 +45,7 @@ def set_pointer(root: Path, name: str, target: str, *, storage: Storage = LOCAL)
         raise MisuseError(f"{name!r} cannot be the name of a pointer", hint="Use letters, digits and underscores.")
     if not is_plain(target):
         raise MisuseError(f"{target!r} is not the name of a checkpoint", hint="Name a directory of the root.")
-    if not (root / target).is_dir():
+    if not is_directory(root / target):
         raise CheckpointNotFoundError(
             f"The pointer {name} cannot lead to {target!r}",
             path=root / target,
@@ -52,18 +53,18 @@ def set_pointer(root: Path, name: str, target: str, *, storage: Storage = LOCAL)
         )
     link, text = root / name, root / f"{name}.txt"
     with storage_errors(root):
-        if _replace_link(root, link.name, target, storage):
+        if _replace_link(root, link.name, target):
             stale = text
         else:
-            _replace_text(root, text.name, target, storage)
+            _replace_text(root, text.name, target)
             stale = link
-        leftovers = [stale] if os.path.lexists(stale) and not _is_directory(stale) else []
-        if name == LATEST and os.path.lexists(root / ANNOUNCEMENT_NAME):
+        leftovers = [stale] if is_there(stale) and not is_directory(stale, follows=False) else []
+        if name == LATEST and is_there(root / ANNOUNCEMENT_NAME):
             leftovers.append(root / ANNOUNCEMENT_NAME)
         for path in leftovers:
-            storage.remove_tree(path)
+            current().remove_tree(path)
         if leftovers:
-            storage.sync_directory(root)
+            current().sync_directory(root)
 
 
 def read_pointer(root: Path, name: str) -> str | None:
@@ -77,12 +78,12 @@ def read_pointer(root: Path, name: str) -> str | None:
     if is_hidden(name) or not is_plain(name):
         return None
     with storage_errors(root / name):
-        if os.path.lexists(root / f"{name}.txt"):
+        if is_there(root / f"{name}.txt"):
             path = root / f"{name}.txt"
             target = _read_text(path)
-        elif (root / name).is_symlink():
+        elif is_link(root / name):
             path = root / name
-            target = os.readlink(path)
+            target = current().read_link(path)
         else:
             return None
     inside = None if target is None else _inside(root, target)
@@ -101,10 +102,10 @@ def pointers(root: Path) -> dict[str, str]:
     """Every pointer of the root that leads to something in it, by name; the target need not exist."""
     found: dict[str, str] = {}
     with storage_errors(root):
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name) if root.is_dir() else []
+        entries = current().entries(root) if is_directory(root) else []
         for entry in entries:
             name = entry.name.removesuffix(".txt")
-            is_pointer = entry.is_symlink() or entry.name.endswith(".txt")
+            is_pointer = entry.kind == "symbolic link" or entry.name.endswith(".txt")
             if not is_pointer or name in found:
                 continue
             try:
@@ -117,7 +118,7 @@ def pointers(root: Path) -> dict[str, str]:
     return found
 
 
-def announce(root: Path, name: str, known_as: str = "", *, storage: Storage = LOCAL) -> None:
+def announce(root: Path, name: str, known_as: str = "") -> None:
     """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
 
     Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
@@ -128,10 +129,9 @@ def announce(root: Path, name: str, known_as: str = "", *, storage: Storage = LO
         root: Directory of the checkpoints.
         name: The checkpoint's name.
         known_as: Its id, which distinguishes it from a checkpoint that it replaces.
-        storage: Where to.
     """
     with storage_errors(root):
-        _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip(), storage)
+        _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip())
 
 
 def announced(root: Path) -> Origin | None:
@@ -142,15 +142,11 @@ def announced(root: Path) -> Origin | None:
     return Origin(name, known_as) if is_plain(name) else None
 
 
-def _is_directory(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _replace_link(root: Path, name: str, target: str, storage: Storage) -> bool:
-    if _is_directory(root / name):
+def _replace_link(root: Path, name: str, target: str) -> bool:
+    if is_directory(root / name, follows=False):
         # A copy that followed the link. It may be somebody's only one, so the text file takes over beside it.
         return False
-    draft = root / draft_name(name)
+    draft, storage = root / draft_name(name), current()
     storage.remove_tree(draft)
     try:
         storage.symlink(target, draft)
@@ -163,8 +159,8 @@ def _replace_link(root: Path, name: str, target: str, storage: Storage) -> bool:
     return True
 
 
-def _replace_text(root: Path, name: str, target: str, storage: Storage) -> None:
-    draft = root / draft_name(name)
+def _replace_text(root: Path, name: str, target: str) -> None:
+    draft, storage = root / draft_name(name), current()
     storage.remove_tree(draft)
     write_file(storage, draft, f"{target}\n".encode())
     storage.rename(draft, root / name)
@@ -188,13 +184,13 @@ def linked_checkpoint(root: Path, name: str) -> bool:
     A link within the root is a pointer, and so is one to a checkpoint with another number.
     """
     path = root / name
-    if parse_checkpoint_name(name) is None or not path.is_symlink():
+    if parse_checkpoint_name(name) is None or not is_link(path):
         return False
     try:
-        real = Path(os.path.realpath(path, strict=True))
-    except OSError:
-        return False
-    if not real.is_dir() or real.is_relative_to(os.path.realpath(root)):
+        real = real_path(path)
+        if not is_directory(real) or real.is_relative_to(real_path(root)):
+            return False
+    except StorageError:
         return False
     return real.name == name or parse_checkpoint_name(real.name) is None
 
@@ -203,11 +199,9 @@ def _inside(root: Path, target: str) -> str | None:
     """First component below the root of what ``target`` finally is; a circle or a way out gives ``None``."""
     if linked_checkpoint(root, target.rstrip(os.sep)):
         return target.rstrip(os.sep)
-    base = os.path.realpath(root)
+    base = real_path(root)
     try:
-        full = os.path.realpath(os.path.join(base, target), strict=True)
-    except FileNotFoundError:
-        full = os.path.realpath(os.path.join(base, target))
+        full = real_path(base / target)
     except OSError:
         return None
     relative = os.path.relpath(full, base)

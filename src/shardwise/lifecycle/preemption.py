@@ -42,14 +42,7 @@ def _watch_forks() -> None:
 class PreemptionGuard:
     """Turns the first signal into a request, and the second into an immediate exit.
 
-    Used as a context manager, in the main thread, around the training loop:
-
-        with PreemptionGuard() as guard:
-            for batch in loader:
-                train_step(batch)
-                if guard.should_save(group.any):
-                    checkpointer.save(...)
-                    break
+    Used as a context manager, in the main thread, around the training loop.
 
     After the first signal the signal's default action is in force, so that the second ends the process even while the
     main thread waits in a collective. Publication is one rename, so nothing is half-published then. The previous
@@ -65,6 +58,18 @@ class PreemptionGuard:
 
     Raises:
         MisuseError: A signal cannot be caught, or does not end a process by default.
+
+    Examples:
+        >>> import os, signal
+        >>> with PreemptionGuard() as guard:
+        ...     for step in range(1, 100):
+        ...         if step == 3:
+        ...             os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does
+        ...         if checkpointer.asked_to_stop(guard):
+        ...             path = checkpointer.save(step=step, model=model)
+        ...             break
+        >>> path.name
+        'epoch_0_step_3'
     """
 
     def __init__(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
-from shardwise.disk.storage import LOCAL, Storage, storage_errors
+from shardwise.disk.names import is_directory, is_there, names_in, walk
+from shardwise.disk.storage import current, local_path, storage_errors
 from shardwise.errors import (
     CheckpointBusyError,
     CheckpointExistsError,
@@ -29,7 +29,7 @@ from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
 
-def reserve(root: Path, name: str, start: Start | None = None, *, storage: Storage = LOCAL) -> Path:
+def reserve(root: Path, name: str, start: Start | None = None) -> Path:
     """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
@@ -40,7 +40,6 @@ def reserve(root: Path, name: str, start: Start | None = None, *, storage: Stora
         name: Name of the checkpoint.
         start: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
             abandoned when the run was rolled back is replaced on publication.
-        storage: Where to.
 
     Returns:
         The temporary directory, to be handed to `publish` or `abandon`.
@@ -53,11 +52,12 @@ def reserve(root: Path, name: str, start: Start | None = None, *, storage: Stora
     if not is_plain(name):
         raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
     final, temp = root / name, root / temporary_name(name)
-    make_root(root, storage=storage)
+    make_root(root)
+    storage = current()
     with storage_errors(root):
-        if os.path.lexists(final) and not is_abandoned(root, name, start):
+        if is_there(final) and not is_abandoned(root, name, start):
             _refuse_published(final)
-            remove_checkpoint(root, name, storage=storage)
+            remove_checkpoint(root, name)
         storage.remove_tree(temp)
         storage.make_directory(temp, new=True)
         storage.sync_directory(root)
@@ -79,7 +79,7 @@ def is_abandoned(root: Path, name: str, start: Start | None) -> bool:
     return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
 
 
-def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Storage = LOCAL) -> None:
+def publish(temp: Path, final: Path, start: Start | None = None) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
     The writers have synced the content of their files; this syncs the directories that list them, and then renames
@@ -94,7 +94,6 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Sto
         temp: What `reserve` returned.
         final: The checkpoint.
         start: As for `reserve`.
-        storage: Where to.
 
     Raises:
         CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
@@ -108,7 +107,7 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Sto
             f"{temp.name!r} was not reserved for {final.name!r}", path=temp, hint="Pass what reserve() returned."
         )
     with storage_errors(temp):
-        if not temp.is_dir():
+        if not is_directory(temp):
             raise CheckpointNotFoundError(
                 "There is no unfinished save to publish", path=temp, hint="Call reserve() and write the checkpoint."
             )
@@ -116,15 +115,16 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Sto
             raise IncompleteCheckpointError(
                 f"The save has no {MANIFEST_NAME}", path=temp, hint="Write the manifest last, then publish."
             )
-        replaces = os.path.lexists(final)
+        replaces = is_there(final)
         if replaces and not is_abandoned(final.parent, final.name, start):
             _refuse(final)
-        for directory in _directories_bottom_up(temp):
+        storage = current()
+        for directory, _ in walk(temp):
             storage.sync_directory(directory)
         lineage = read_lineage(temp)
-        announce(final.parent, final.name, "" if lineage is None else lineage.own.id, storage=storage)
+        announce(final.parent, final.name, "" if lineage is None else lineage.own.id)
         if replaces:
-            _replace(temp, final, storage)
+            _replace(temp, final)
             return
         try:
             storage.rename_new(temp, final)
@@ -133,8 +133,8 @@ def publish(temp: Path, final: Path, start: Start | None = None, *, storage: Sto
         storage.sync_directory(final.parent)
 
 
-def _replace(temp: Path, final: Path, storage: Storage) -> None:
-    doomed = final.with_name(doomed_name(final.name))
+def _replace(temp: Path, final: Path) -> None:
+    storage, doomed = current(), final.with_name(doomed_name(final.name))
     storage.remove_tree(doomed)
     if storage.exchange(temp, final):
         storage.sync_directory(final.parent)
@@ -147,7 +147,7 @@ def _replace(temp: Path, final: Path, storage: Storage) -> None:
     storage.remove_tree(doomed)
 
 
-def abandon(temp: Path, *, storage: Storage = LOCAL) -> None:
+def abandon(temp: Path) -> None:
     """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing.
 
     Raises:
@@ -156,10 +156,10 @@ def abandon(temp: Path, *, storage: Storage = LOCAL) -> None:
     """
     published_name(temp.name)
     with storage_errors(temp):
-        storage.remove_tree(temp)
+        current().remove_tree(temp)
 
 
-def remove_leftovers(root: Path, *, active: Collection[Path] = (), storage: Storage = LOCAL) -> tuple[str, ...]:
+def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str, ...]:
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
     A killed save of a step that is never saved again would otherwise hold its space for ever. A save whose lock is held
@@ -169,16 +169,17 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = (), storage: Stor
     Args:
         root: Directory of the checkpoints; it need not exist.
         active: Temporary directories of saves that are under way.
-        storage: Where to.
 
     Returns:
         The names that were deleted.
     """
+    if local_path(root) is None:
+        return ()  # without locks nobody knows what is still being written
     busy = {published_name(path.name) for path in active}
     gone: list[str] = []
     with storage_errors(root):
         found: dict[str, list[str]] = {}
-        for entry in sorted(os.listdir(root)) if root.is_dir() else []:
+        for entry in names_in(root) if is_directory(root) else []:
             name = leftover_of(entry)
             if name is not None and name not in busy and parse_checkpoint_name(name) is not None:
                 found.setdefault(name, []).append(entry)
@@ -190,19 +191,20 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = (), storage: Stor
             try:
                 for entry in entries:
                     if entry != mine.path.name:
-                        storage.remove_tree(root / entry)
+                        current().remove_tree(root / entry)
                         gone.append(entry)
             finally:
                 mine.release()
     return tuple(gone)
 
 
-def remove_checkpoint(root: Path, *names: str, storage: Storage = LOCAL) -> None:
+def remove_checkpoint(root: Path, *names: str) -> None:
     """Delete directories so that a crash leaves each either whole under its name, or under none that resolves.
 
     Raises:
         StorageError: The file system refused.
     """
+    storage = current()
     with storage_errors(root):
         for name in names:
             storage.remove_tree(root / doomed_name(name))
@@ -213,7 +215,7 @@ def remove_checkpoint(root: Path, *names: str, storage: Storage = LOCAL) -> None
             storage.remove_tree(root / doomed_name(name))
 
 
-def make_root(root: Path, *, storage: Storage = LOCAL) -> None:
+def make_root(root: Path) -> None:
     """Make the directory of the checkpoints, durably, where it does not exist; one rank calls.
 
     Raises:
@@ -222,17 +224,16 @@ def make_root(root: Path, *, storage: Storage = LOCAL) -> None:
     with storage_errors(root):
         missing = []
         path = root
-        while not os.path.lexists(path):
+        while not is_there(path) and path != path.parent:
             missing.append(path)
             path = path.parent
         for directory in reversed(missing):
-            storage.make_directory(directory)
-            storage.sync_directory(directory.parent)
+            current().make_directory(directory)
+            current().sync_directory(directory.parent)
 
 
 def _refuse_published(final: Path) -> None:
-    is_directory = final.is_dir() and not final.is_symlink()
-    if not is_directory or is_complete(final):
+    if not is_directory(final, follows=False) or is_complete(final):
         _refuse(final)
 
 
@@ -242,12 +243,3 @@ def _refuse(final: Path) -> None:
         path=final,
         hint="Resume from it, delete it, or choose another checkpoint_dir.",
     )
-
-
-def _directories_bottom_up(top: Path) -> Iterator[Path]:
-    for directory, _, _ in os.walk(top, topdown=False, onerror=_raise):
-        yield Path(directory)
-
-
-def _raise(error: OSError) -> None:
-    raise error

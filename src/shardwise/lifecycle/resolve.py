@@ -10,20 +10,19 @@ change of the data, is decided by ``LATEST``, which is set by publication and al
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import operator
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex
 
 from shardwise.disk.guarded import read_note
-from shardwise.disk.storage import storage_errors
+from shardwise.disk.names import exists, is_directory, is_file, is_link, is_there, names_in, real_path
+from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, ShardwiseError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.manifest import read_manifest
@@ -113,14 +112,7 @@ class ResolvedCheckpoint:
 
 def is_verifiable(directory: Path) -> bool:
     """Whether the directory holds a manifest, which is what a save writes last."""
-    try:
-        return stat.S_ISREG(os.stat(directory / MANIFEST_NAME).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return False
-        raise
+    return is_file(directory / MANIFEST_NAME)
 
 
 def is_complete(directory: Path) -> bool:
@@ -130,13 +122,11 @@ def is_complete(directory: Path) -> bool:
     manifest that is a link to what is not there is one all the same: its content lies elsewhere (git-annex) and has to
     be fetched, and nothing says that the save was interrupted.
     """
-    has_manifest = is_verifiable(directory) or (directory / MANIFEST_NAME).is_symlink()
-    if has_manifest or (directory / DCP_METADATA_NAME).is_file():
+    has_manifest = is_verifiable(directory) or is_link(directory / MANIFEST_NAME)
+    if has_manifest or is_file(directory / DCP_METADATA_NAME):
         return True
-    try:
-        return any(os.scandir(directory / "model"))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    model = directory / "model"
+    return is_directory(model) and bool(names_in(model))
 
 
 def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
@@ -152,15 +142,13 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
     """
     found = []
     with storage_errors(root):
-        try:
-            entries = list(os.scandir(root))
-        except FileNotFoundError:
+        if not exists(root):
             return ()
-        for entry in entries:
+        for entry in current().entries(root):
             numbers = parse_checkpoint_name(entry.name)
             directory = root / entry.name
             linked = linked_checkpoint(root, entry.name)
-            if numbers is None or not (entry.is_dir(follow_symlinks=False) or linked):
+            if numbers is None or not (entry.kind == "directory" or linked):
                 continue
             complete, verifiable = is_complete(directory), is_verifiable(directory)
             metrics, lineage = _metrics(directory), read_lineage(directory)
@@ -197,7 +185,7 @@ def _metrics(directory: Path) -> dict[str, float] | None:
     path = directory / METRICS_NAME
     data = read_note(directory, METRICS_NAME, _METRICS_LIMIT)
     if data is None:
-        return None if os.path.lexists(path) else {}
+        return None if is_there(path) else {}
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -286,7 +274,7 @@ def _latest(root: Path) -> ResolvedCheckpoint | None:
         name = read_pointer(root, LATEST)
         if name is None:
             # Copying tools that follow links leave a directory in the pointer's place: the copy is as good.
-            name = LATEST if (root / LATEST).is_dir() else None
+            name = LATEST if is_directory(root / LATEST) else None
         if name is not None:
             return _checked(root, root / name, f"{LATEST} leads to {name}, which")
     except (CheckpointNotFoundError, IncompleteCheckpointError) as error:
@@ -324,22 +312,21 @@ def _named(root: Path, text: str) -> ResolvedCheckpoint:
         target = None if linked_checkpoint(root, name) else read_pointer(root, name)
         if target is not None:
             return _checked(root, root / target, f"The pointer {name} leads to {target}, which")
-        if os.path.lexists(root / name):
+        if is_there(root / name):
             return _checked(root, root / name, name)
     return _at_path(root, Path(text))
 
 
 def _at_path(root: Path, path: Path) -> ResolvedCheckpoint:
     path = path.expanduser()
-    if path.name and not os.path.lexists(path):
+    if path.name and not is_there(path):
         target = read_pointer(path.parent, path.name)
         if target is not None:
             return _checked(path.parent, path.parent / target, f"The pointer {path.name} leads to {target}, which")
     try:
-        real = path.resolve(strict=True)
-    except (FileNotFoundError, NotADirectoryError):
-        real = path
-    except (RuntimeError, ValueError, OSError) as error:
+        real = real_path(path)
+        real = real if exists(real) else path
+    except (ValueError, OSError) as error:
         raise CheckpointNotFoundError(
             f"{str(path)!r} cannot be followed: {error}", path=path, hint=_what_is_there(root)
         ) from error
@@ -349,17 +336,30 @@ def _at_path(root: Path, path: Path) -> ResolvedCheckpoint:
 def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
     if is_temporary(directory.name) or is_doomed(directory.name):
         raise IncompleteCheckpointError(f"{label} is an interrupted save", path=directory, hint=_what_is_there(root))
-    if not os.path.lexists(directory):
+    if not is_there(directory):
         raise CheckpointNotFoundError(f"{label} does not exist", path=directory, hint=_what_is_there(root))
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise CheckpointNotFoundError(f"{label} is not a directory", path=directory, hint=_what_is_there(root))
     if not is_complete(directory):
+        if _is_model_directory(directory):
+            raise CheckpointNotFoundError(
+                f"{label} is a directory of a Hugging Face model or adapter, and no checkpoint of a run",
+                path=directory,
+                hint="There is nothing to resume in it: load its weights with load_base_model, or with load_model.",
+            )
         raise IncompleteCheckpointError(
             f"{label} has neither {MANIFEST_NAME} nor model/ nor .metadata: an interrupted save, or not a checkpoint",
             path=directory,
             hint=_what_is_there(root),
         )
     return _describe(directory)
+
+
+def _is_model_directory(directory: Path) -> bool:
+    """Whether a directory without a checkpoint's name looks like what ``save_pretrained`` writes."""
+    if parse_checkpoint_name(directory.name) is not None:
+        return False
+    return not {"config.json", "adapter_config.json"}.isdisjoint(names_in(directory))
 
 
 def _describe(directory: Path) -> ResolvedCheckpoint:
@@ -387,7 +387,7 @@ def _recorded_numbers(directory: Path) -> tuple[int | None, int | None]:
 
 
 def _what_is_there(root: Path) -> str:
-    names = [info.name for info in list_checkpoints(root) if info.complete] if root.is_dir() else []
+    names = [info.name for info in list_checkpoints(root) if info.complete] if is_directory(root) else []
     if not names:
         return f"{root} holds no complete checkpoint."
     shown = ", ".join(reversed(names[-_LISTED:])) + (", ..." if len(names) > _LISTED else "")

@@ -7,7 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.disk.storage import LOCAL, Storage, storage_errors
+from shardwise.disk.names import is_directory, names_in
+from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle.lineage import branch_point, line_of
 from shardwise.lifecycle.names import is_doomed, leftover_of, parse_checkpoint_name
@@ -121,7 +122,21 @@ def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bo
     return policy.best is not None and not rank_by_metric(checkpoints, policy)
 
 
-def prune(root: Path, policy: Retention, *, storage: Storage = LOCAL) -> tuple[str, ...]:
+def prunable(root: Path, policy: Retention) -> tuple[str, ...]:
+    """Names of the checkpoints that `prune` would delete now, oldest first. Any rank.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    pointed = set(pointers(root).values())
+    begun = announced(root)
+    if begun is not None:
+        pointed.add(begun.name)
+    checkpoints = list_checkpoints(root)
+    return () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy)
+
+
+def prune(root: Path, policy: Retention) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
@@ -137,23 +152,18 @@ def prune(root: Path, policy: Retention, *, storage: Storage = LOCAL) -> tuple[s
     refusals: list[StorageError] = []
     with storage_errors(root):
         # Of a component that stands alone the only copy may have such a name; its own next save sees to it.
-        found = [path for path in root.iterdir() if is_doomed(path.name)] if root.is_dir() else []
+        found = [root / name for name in names_in(root) if is_doomed(name)] if is_directory(root) else []
         leftovers = sorted(path for path in found if parse_checkpoint_name(leftover_of(path.name) or "") is not None)
     for leftover in leftovers:
         try:
             with storage_errors(leftover):
-                storage.remove_tree(leftover)
+                current().remove_tree(leftover)
         except StorageError as error:
             refusals.append(error)
-    pointed = set(pointers(root).values())
-    begun = announced(root)
-    if begun is not None:
-        pointed.add(begun.name)
     deleted: list[str] = []
-    checkpoints = list_checkpoints(root)
-    for name in () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy):
+    for name in prunable(root, policy):
         try:
-            remove_checkpoint(root, name, storage=storage)
+            remove_checkpoint(root, name)
             deleted.append(name)
         except StorageError as error:
             error.path = error.path or str(root / name)

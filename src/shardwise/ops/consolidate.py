@@ -18,8 +18,9 @@ from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.disk.names import exists, is_there
 from shardwise.disk.sequential import SequentialFile, write_file
-from shardwise.disk.storage import LocalStorage, Storage, storage_errors
+from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
@@ -51,7 +52,7 @@ Blocks = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True, slots=True)
 class ConsolidateReport:
-    """What was written.
+    """The files that were written.
 
     Attributes:
         path: The export's directory.
@@ -78,6 +79,17 @@ class _Tensor:
     blocks: Blocks
 
 
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a caller set, see `consolidate`."""
+
+    max_file_bytes: int | None
+    progress: Progress | None
+    base: str | os.PathLike[str] | None
+    diffusers_compatible: bool | None
+    verify_export: bool | None
+
+
 def consolidate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
@@ -97,20 +109,19 @@ def consolidate(
     checkpoint's manifest is never rewritten. A failure leaves no files.
 
     Args:
-        path: A checkpoint, its ``model`` directory, or a root, whose ``LATEST`` is meant: saved as shards or with
-            ``torch_save``. Others' too: a directory of shards, a DCP directory, a Hugging Face directory.
+        path: A checkpoint saved as shards or with ``torch_save``, its ``model`` directory, or a root with ``LATEST``.
+            Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
         max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
         progress: Called with the bytes written and the bytes to write.
         storage: Where files are read and written.
-        prefix: What the names of the model's tensors begin with in a DCP directory that holds more than a model, where
-            its structure does not tell; "" for all of them.
-        base: The base model, whose tensors that the model's class does not load are carried over; where the save found
-            it by default.
+        prefix: Prefix of the model's names in a DCP directory that holds more than a model, where its structure does
+            not show it; "" for all of them.
+        base: The base model; its tensors that the model's class does not load are carried over. The save's by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
-        verify_export: Whether the class that ``config.json`` names has to load the export; as the save was configured
-            by default, which is yes.
+        verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
+            configured, else true.
 
     Raises:
         CheckpointExistsError: There is an export already.
@@ -120,60 +131,85 @@ def consolidate(
         IntegrityError: A file is absent, too short, or has other bytes than were saved.
         FormatError: A file, or the manifest, is damaged.
         TensorError: A tensor is not whole, or not that of the class that ``config.json`` names.
-        MisuseError: It is no model (an optimizer, an adapter, a pipeline), or which part is the model is not clear.
+        MisuseError: It is not a model (an optimizer, an adapter, a pipeline), or it is unclear which part is the model.
         UnverifiableError: Nothing says whether the tensors are whole.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model)  # shards
+        >>> consolidate(path).path.name
+        'consolidated'
     """
-    store = storage or LocalStorage()
-    found = find_input(Path(path).absolute(), store, prefix=prefix, assume_complete=assume_complete)
-    target = Path(output).absolute() if output is not None else found.directory / _CONSOLIDATED
-    if os.path.lexists(target):
+    place = Path(path).absolute()
+    target = None if output is None else Path(output).absolute()
+    with using(storage or current()):
+        found = find_input(place, current(), prefix=prefix, assume_complete=assume_complete)
+        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
+        return _write(found, target or found.directory / _CONSOLIDATED, options)
+
+
+def _write(found: ModelInput, target: Path, options: _Options) -> ConsolidateReport:
+    """Write the export. Local."""
+    store = current()
+    if is_there(target):
         raise CheckpointExistsError(
             "the export is already there", path=target, hint="Use it, delete it, or choose another output."
         )
+    found = _exported_tensors(found, options.base)
+    reader = VerifyingReader(store, found.source.files, found.ledger)
+    try:
+        export = _planned(found, reader, options)
+        _require_opens(export, options.verify_export)
+        _publish(export, target, store, options.progress)
+    finally:
+        reader.close()
+    names, nbytes = tuple(file.name for file in export.layout.files), export.layout.total_bytes
+    return ConsolidateReport(target, names, len(export.tensors), nbytes, found.manifest, tuple(found.notes))
+
+
+def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
+    """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
     found = replace(found, source=carry_over(found, base))
     notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
-    found = replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
+    return replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
+
+
+def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
     plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
-    reader = VerifyingReader(store, found.source.files, found.ledger)
     tensors = _tensors(found, reader)
-    export_note = _object(found, found.directory / METADATA_DIR / EXPORT)
-    stem = _stem(found, export_note.get("stem"), diffusers_compatible)
-    layout = _layout(found, tensors, export_note, stem, max_file_bytes)
-    plain[index_name(stem)] = layout.index
-    _require_opens(found, tensors, plain, verify_export)
-    export = _Export(found, tensors, layout, plain, store, progress)
+    note = _object(found, found.directory / METADATA_DIR / EXPORT)
+    stem = _stem(found, note.get("stem"), options.diffusers_compatible)
+    layout = _layout(found, tensors, note, stem, options.max_file_bytes)
+    return _Export(found, tensors, layout, {**plain, index_name(stem): layout.index})
+
+
+def _publish(export: _Export, target: Path, storage: Storage, progress: Progress | None) -> None:
+    """Write the export beside ``target`` and rename it into place; a failure leaves no files."""
     aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
     with storage_errors(aside):
-        store.remove_tree(aside)
+        storage.remove_tree(aside)
     try:
-        store.make_directory(aside)
-        export.write(aside)
+        storage.make_directory(aside)
+        export.write(aside, storage, progress)
         with storage_errors(target):
-            store.rename_new(aside, target)
-            store.sync_directory(target.parent)
+            storage.rename_new(aside, target)
+            storage.sync_directory(target.parent)
     except BaseException:
         with storage_errors(aside):
-            store.remove_tree(aside)
+            storage.remove_tree(aside)
             for directory in made:
-                if directory.is_dir() and not os.listdir(directory):
-                    directory.rmdir()
+                storage.remove_empty(directory)
         raise
-    finally:
-        reader.close()
-    names = tuple(file.name for file in layout.files)
-    return ConsolidateReport(target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes))
 
 
-def _require_opens(
-    found: ModelInput, tensors: Mapping[str, _Tensor], plain: Mapping[str, bytes], verify_export: bool | None
-) -> None:
-    """Check what is to be written against the class that its configuration names, before a tensor is."""
+def _require_opens(export: _Export, verify_export: bool | None) -> None:
+    """Check the planned export against the class that its configuration names, before a tensor is written."""
+    found, plain, specs = export.found, export.plain, [tensor.spec for tensor in export.tensors.values()]
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), [t.spec for t in tensors.values()], found.directory / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), specs, found.directory / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 
@@ -181,7 +217,7 @@ def _require_opens(
 def _absent(directory: Path) -> list[Path]:
     """The directories that have to be made for this one to exist, the innermost first."""
     absent = []
-    while not directory.exists():
+    while not exists(directory):
         absent.append(directory)
         directory = directory.parent
     return absent
@@ -258,12 +294,10 @@ class _Export:
     tensors: Mapping[str, _Tensor]
     layout: Layout
     plain: Mapping[str, bytes]
-    storage: Storage
-    progress: Progress | None
 
-    def write(self, aside: Path) -> None:
-        """Write all files, the manifest last. The directory is there."""
-        storage, layout = self.storage, self.layout
+    def write(self, aside: Path, storage: Storage, progress: Progress | None) -> None:
+        """Write all files into the existing directory, the manifest last."""
+        layout = self.layout
         storage.check_space(aside, layout.total_bytes)
         crcs: dict[str, int] = {}
         done = 0
@@ -273,8 +307,8 @@ class _Export:
                 for spec, _, _ in file.entries:
                     crcs[spec.name] = made.append(self._blocks(spec), spec.name)
                     done += spec.nbytes
-                    if self.progress is not None:
-                        self.progress(done, layout.tensor_bytes)
+                    if progress is not None:
+                        progress(done, layout.tensor_bytes)
         self.found.ledger.settle(storage)
         record = layout_record(layout, crcs)
         files = []
@@ -284,7 +318,8 @@ class _Export:
             storage.sync_directory((aside / name).parent)
             files.append(FileRecord.plain(name, content))
         record += ComponentRecord(tuple(files), aliases=self._aliases())
-        write_manifest(storage, aside, record, self._info())
+        notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(self.found.notes)}
+        write_manifest(storage, aside, record, {} if self.found.manifest else notes)
 
     def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
         """The files beside the tensors; the configuration's ties are those that were written."""
@@ -293,9 +328,6 @@ class _Export:
             return self.plain
         configs = {name: json.loads(self.plain[name]) for name in (CONFIG, CONFIG_V5) if name in self.plain}
         return {**self.plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
-
-    def _info(self) -> dict[str, JsonValue]:
-        return {} if self.found.manifest else {"source": "no manifest", "notes": list(self.found.notes)}
 
     def _aliases(self) -> tuple[AliasRecord, ...]:
         """Aliases of the tensors, from the checkpoint's manifest."""

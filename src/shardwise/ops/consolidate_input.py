@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.comm import Group
+from shardwise.disk.names import exists, is_directory, is_file, names_in
 from shardwise.disk.storage import Storage
 from shardwise.engine.verify import extents_of, load_manifest
 from shardwise.errors import (
@@ -71,7 +71,7 @@ class ModelInput:
             StateFormatError: It is no JSON.
             IntegrityError: It has changed since the save.
         """
-        if not path.is_file():
+        if not is_file(path):
             return None
         return parse_json(self.read(path), path, StateFormatError)
 
@@ -106,9 +106,9 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     targets = find_targets(path)
     target = _model_target(targets, path)
     directory = target.directory / target.under
-    if not target.under and (directory / "model").is_dir():
+    if not target.under and is_directory(directory / "model"):
         directory = directory / "model"
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
     report = verify(path, digests=False)
     _refuse_damaged(report, directory)
@@ -120,7 +120,7 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
     if not manifests:
         found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
-    if (directory / ".metadata").exists():
+    if exists(directory / ".metadata"):
         return _from_dcp(found, prefix)
     if prefix is not None:
         raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
@@ -162,8 +162,8 @@ def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
 
 def _refuse_others(directory: Path) -> None:
     """Refuse what is no model, by name."""
-    names = sorted(os.listdir(directory))
-    configured = any((place / _ADAPTER_CONFIG).is_file() for place in (directory, directory / METADATA_DIR))
+    names = names_in(directory)
+    configured = any(is_file(place / _ADAPTER_CONFIG) for place in (directory, directory / METADATA_DIR))
     if configured or (any(map(is_adapter, names)) and not holds_model(directory)):
         raise MisuseError(
             "this is an adapter, which is saved in its final form: there is nothing to consolidate",
@@ -171,10 +171,10 @@ def _refuse_others(directory: Path) -> None:
             hint="Open it as it is: with PEFT, or a LoRA file of diffusers with load_lora_weights of a pipeline; there "
             "it can be merged into its base model as well (merge_and_unload, fuse_lora).",
         )
-    if _OPTIMIZER_STATE in names or (directory.name == "optim" and not (directory / CONFIG_NAME).is_file()):
+    if _OPTIMIZER_STATE in names or (directory.name == "optim" and not is_file(directory / CONFIG_NAME)):
         raise _optimizer(directory)
     if "model_index.json" in names:
-        parts = [name for name in names if (directory / name / CONFIG_NAME).is_file()]
+        parts = [name for name in names if is_file(directory / name / CONFIG_NAME)]
         raise MisuseError(
             "this is a pipeline of several models",
             path=directory,
@@ -228,7 +228,7 @@ def _from_dcp(found: ModelInput, prefix: str | None) -> ModelInput:
         kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=True)
     if model.left:
         found.notes.append(f"not exported, since it is no tensor: {', '.join(model.left[:_SHOWN])}")
-    if not any((place / CONFIG_NAME).is_file() for place in (directory, directory / METADATA_DIR)):
+    if not any(is_file(place / CONFIG_NAME) for place in (directory, directory / METADATA_DIR)):
         found.notes.append("there is no config.json: the export is weights alone")
     native = kind is not None and kind.native.keys() <= tensors.keys() and kind.native.keys() != kind.hub.keys()
     return replace(found, source=replace(opened, tensors=tensors), kind=kind, native=native)
@@ -282,7 +282,11 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], assume_c
 
 def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:
     """Tensors that files say to be parts of, without an index that says that one file has all of it."""
-    indexed = {path.parent for path in source.files if any(path.parent.glob("*.safetensors.index.json"))}
+    indexed = {
+        path.parent
+        for path in source.files
+        if any(name.endswith(".safetensors.index.json") for name in names_in(path.parent))
+    }
     parts: dict[str, None] = {}
     for file in source.files:
         if file.parent not in indexed:

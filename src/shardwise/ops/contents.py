@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from shardwise.disk.names import exists, is_file
 from shardwise.engine.verify import Damage
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
 from shardwise.format.header import read_header
@@ -53,7 +54,7 @@ class Contents:
 
     @property
     def checked(self) -> tuple[str, ...]:
-        """What was compared."""
+        """The tensors and files that were compared."""
         return tuple(f"{count} {what}" for what, count in self._counts.items())
 
     def count(self, what: str, number: int = 1) -> None:
@@ -168,7 +169,7 @@ def _absent_of_sets(root: Path, directory: str, names: Sequence[str]) -> Iterato
         if name is None:
             continue
         shard = _SHARD.fullmatch(name["stem"])
-        if shard is not None and (root / directory / _SPLIT_NOTE).exists():
+        if shard is not None and exists(root / directory / _SPLIT_NOTE):
             continue
         stem = name["stem"] if shard is None else f"shard-*-{shard['stem']}"
         sets.setdefault((stem, name["suffix"], int(name["count"])), set()).add(int(name["number"]))
@@ -207,7 +208,7 @@ def check_index(root: Path, relative: str) -> list[Damage]:
 def _names_in(path: Path) -> frozenset[str] | None:
     """Names of a file's tensors; empty for an unreadable file, ``None`` for a sound one that does not list them."""
     if path.suffix != ".safetensors":
-        return None if path.is_file() else frozenset()
+        return None if is_file(path) else frozenset()
     try:
         return frozenset(read_header(path).names)
     except ShardwiseError:

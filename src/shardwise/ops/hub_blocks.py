@@ -30,7 +30,7 @@ def hub_tensors(
 ) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
     """The tensors of a model's files, each with its bytes in row-major order.
 
-    Tensors that the class does not know keep their names. Memory: the tensor, and a few of those that it is made of.
+    Tensors that the class does not know keep their names. Memory: the tensor, and a few of its native tensors.
 
     Args:
         kind: The model's class.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shardwise.disk.names import files_under, is_directory, is_file
 from shardwise.engine.verify import files_below, load_manifest
 from shardwise.errors import CheckpointNotFoundError
 from shardwise.format.manifest import Manifest
@@ -188,13 +189,9 @@ def _from_headers(target: Target) -> CheckpointDescription:
 
 
 def _listed(root: Path, top: Path) -> list[str]:
-    """Every file, and links to files, of which a hub cache's snapshots consist."""
-    if top.is_file():
+    """Every file and link to a file, such as those of a hub cache's snapshots."""
+    if is_file(top):
         return [top.relative_to(root).as_posix()]
-    found: list[str] = []
-    for where, directories, names in os.walk(top):
-        if "snapshots" in directories and "blobs" in directories:
-            directories.remove("blobs")  # the targets of the snapshots' links
-        directories.sort()
-        found += [path.relative_to(root).as_posix() for name in sorted(names) if (path := Path(where) / name).is_file()]
-    return found
+    # Of a hub cache the snapshots' links are listed, and not their targets.
+    files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
+    return [path.relative_to(root).as_posix() for path in files]

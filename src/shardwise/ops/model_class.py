@@ -1,46 +1,22 @@
-"""The tensors that a model has according to its configuration, from its class built on the meta device.
-
-Classes are those that transformers and diffusers themselves have; no code of the checkpoint runs.
-"""
+"""The tensors that a model has according to its configuration, from its class built on the meta device."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Any, cast
 
-import torch
+from torch import nn
 
+from shardwise.base.class_of_config import build_on_meta, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.disk.names import is_file
 from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
 from shardwise.upstream.diffusers import CLASS_NAME
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-class _Settings(Protocol):
-    """A class of transformers' configurations."""
-
-    def from_pretrained(self, directory: Path, *, local_files_only: bool) -> object:
-        """Read one."""
-        ...
-
-
-class _FromConfig(Protocol):
-    """A class of models: transformers' has the one, diffusers' the other."""
-
-    config_class: _Settings
-
-    def from_config(self, config: dict[str, object]) -> nn.Module:
-        """Build one."""
-        ...
-
 
 CONFIG_NAME = "config.json"
 _SHOWN = 5
@@ -123,7 +99,7 @@ def model_class(directory: Path) -> ModelClass | None:
         FormatError: The configuration is damaged, or the class refuses it.
     """
     path = directory / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         return None
     found = read_json(path)
     if not isinstance(found, dict) or found.get("quantization_config"):
@@ -133,8 +109,7 @@ def model_class(directory: Path) -> ModelClass | None:
     if kind is None:
         return None
     try:
-        with torch.device("meta"):
-            model = _build(kind, directory, config)
+        model = _build(kind, directory, config)
     except Exception as error:
         raise FormatError(
             f"{kind.__name__} cannot be built from the configuration: {type(error).__name__}: {error}",
@@ -157,32 +132,16 @@ def model_class(directory: Path) -> ModelClass | None:
 
 
 def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
+    """The one class that a configuration names, unless it comes with code of its own."""
     named = config.get("architectures")
-    own = config.get(CLASS_NAME)
-    if isinstance(own, str):
-        return _library_class("diffusers", own)
-    if isinstance(named, list) and len(named) == 1 and isinstance(named[0], str) and not config.get("auto_map"):
-        return _library_class("transformers", named[0])
-    return None
-
-
-def _library_class(library: str, name: str) -> type[nn.Module] | None:
-    try:
-        module = importlib.import_module(library)
-    except ImportError:
+    if CLASS_NAME not in config and (config.get("auto_map") or not isinstance(named, list) or len(named) != 1):
         return None
-    if not name.isidentifier() or name.startswith("_"):
-        return None
-    found = getattr(module, name, None)
-    return found if isinstance(found, type) and issubclass(found, torch.nn.Module) else None
+    return next(iter(named_classes(config)), None)
 
 
 def _build(kind: type[nn.Module], directory: Path, config: Mapping[str, object]) -> nn.Module:
     if CLASS_NAME in config:
-        return cast("_FromConfig", kind).from_config(dict(config))
-    settings = cast("_FromConfig", kind).config_class.from_pretrained(directory, local_files_only=True)
-    model = kind(settings)
-    tie = getattr(model, "tie_weights", None)
-    if callable(tie):
-        tie()
+        return build_on_meta(kind, config)
+    model = build_on_meta(kind, cast(Any, kind).config_class.from_pretrained(directory, local_files_only=True))
+    cast(Any, model).tie_weights()
     return model

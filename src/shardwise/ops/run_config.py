@@ -7,6 +7,7 @@ from typing import cast
 
 import yaml
 
+from shardwise.disk.names import is_file
 from shardwise.errors import StateFormatError
 from shardwise.ops.consolidate_input import ModelInput
 
@@ -22,7 +23,7 @@ def run_settings(found: ModelInput) -> Mapping[str, object]:
     """
     for directory in dict.fromkeys((found.checkpoint, found.directory.parent)):
         path = directory / _CONFIG_NAME
-        if not path.is_file():
+        if not is_file(path):
             continue
         try:
             content: object = yaml.safe_load(found.read(path))

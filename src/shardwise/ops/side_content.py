@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import cast
 
+from shardwise.disk.names import files_under, is_directory, is_file, names_in
 from shardwise.errors import ShardwiseError
 from shardwise.format.json_file import read_json
 from shardwise.format.manifest import MANIFEST_NAME
@@ -27,15 +27,15 @@ def side_files(directory: Path) -> dict[str, Path]:
     Where a save wrote ``.hf_metadata``, only its content.
     """
     noted = directory / METADATA_DIR
-    if noted.is_dir():
-        places = sorted(path for path in noted.rglob("*") if path.is_file())
+    if is_directory(noted):
+        places = files_under(noted)
         named = {path.relative_to(noted).as_posix(): path for path in places}
         return {name: path for name, path in named.items() if name not in NOTES}
-    if not directory.is_dir():
+    if not is_directory(directory):
         return {}
-    found = {name: directory / name for name in sorted(os.listdir(directory)) if _belongs(directory, name)}
+    found = {name: directory / name for name in names_in(directory) if _belongs(directory, name)}
     for folder in _folders(directory):
-        places = sorted(path for path in (directory / folder).rglob("*") if path.is_file())
+        places = files_under(directory / folder)
         found |= {path.relative_to(directory).as_posix(): path for path in places}
     return found
 
@@ -45,13 +45,13 @@ def _belongs(directory: Path, name: str) -> bool:
         not name.startswith(".")
         and name not in _OTHERS
         and not name.endswith(_WEIGHTS)
-        and (directory / name).is_file()  # a link to a file as well: a hub cache consists of them
+        and is_file(directory / name)  # a link to a file as well: a hub cache consists of them
     )
 
 
 def _folders(directory: Path) -> Iterator[str]:
     """Folders that belong to the model: chat templates, and the modules of a sentence-transformers model."""
-    if (directory / _TEMPLATES).is_dir():
+    if is_directory(directory / _TEMPLATES):
         yield _TEMPLATES
     try:
         modules = cast(list[dict[str, str]], read_json(directory / "modules.json"))
@@ -60,5 +60,5 @@ def _folders(directory: Path) -> Iterator[str]:
         return
     for path in paths:
         parts = PurePosixPath(path).parts
-        if parts and not PurePosixPath(path).is_absolute() and ".." not in parts and (directory / path).is_dir():
+        if parts and not PurePosixPath(path).is_absolute() and ".." not in parts and is_directory(directory / path):
             yield path

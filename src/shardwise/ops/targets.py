@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.disk.names import is_directory, is_link, is_there, names_in, real_path
 from shardwise.disk.storage import storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError
 from shardwise.format.manifest import MANIFEST_NAME
@@ -35,7 +36,7 @@ class Target:
     @property
     def has_manifest(self) -> bool:
         """Whether an entry with the manifest's name exists."""
-        return os.path.lexists(self.directory / MANIFEST_NAME)
+        return is_there(self.directory / MANIFEST_NAME)
 
 
 def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
@@ -51,17 +52,17 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
     """
     given = Path(path).absolute()
     with storage_errors(given):
-        if not os.path.lexists(given):
+        if not is_there(given):
             found = resolve(given.parent, given)
             assert found is not None  # only LATEST of an empty root resolves to nothing
             return find_targets(found.path)
-        real = Path(os.path.realpath(given, strict=True))
+        real = real_path(given)
         _refuse_unfinished(real)
-        if not real.is_dir():
+        if not is_directory(real):
             # A hub cache's snapshot consists of links to files whose names say nothing.
-            named = given if os.path.islink(given) and _above(real) is None else real
-            return (_above(real) or Target(Path(os.path.realpath(named.parent)), named.name),)
-        os.listdir(real)  # an unreadable directory is the caller's mistake, not damage
+            named = given if is_link(given) and _above(real) is None else real
+            return (_above(real) or Target(real_path(named.parent), named.name),)
+        names_in(real)  # an unreadable directory is the caller's mistake, not damage
         return _in_directory(real)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from shardwise.disk.names import file_size
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
@@ -17,7 +18,7 @@ from shardwise.geometry import TensorSpec
 DCP_SUFFIX = ".metadata"
 
 _TORCH_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
-#: What the tensors of files at the top are taken for; a folder is a component, or a pipeline's model, of its own.
+#: The component of files at the top; a folder is another component, or a pipeline's model.
 _TOP = "model"
 
 
@@ -62,7 +63,7 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
     own = top if top == "optim" else _TOP
     for relative in listed:
         path = PurePosixPath(relative)
-        found.files[relative] = (root / relative).stat().st_size
+        found.files[relative] = file_size(root / relative)
         component = path.parent.as_posix() if len(path.parts) > 1 else own
         if path.suffix == ".safetensors":
             _add_safetensors(root, relative, component, found)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
+from shardwise.disk.guarded import open_regular
+from shardwise.disk.names import status
+from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.sniff import Kind, what_is_file
 
-#: What such files are called.
+#: Names of such files.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
@@ -31,26 +32,24 @@ class Outcome:
 
 def check_torch_file(path: Path) -> Outcome:
     """Compare a file with its archive's directory, which ``torch.save`` writes last. Imports no torch."""
-    try:
-        info = os.stat(path)
-    except OSError as error:
-        return Outcome(damage=("absent", error.strerror or str(error)))
-    if not stat.S_ISREG(info.st_mode):
+    info = status(path)
+    if info is None:
+        return Outcome(damage=("absent", "the file is absent"))
+    if info.kind != "file":
         return Outcome(damage=("kind", "not a regular file"))
     try:
-        with path.open("rb") as stream:
-            is_zip = stream.read(4) == _ZIP
-        if not is_zip:
-            return _no_archive(path)
-        with zipfile.ZipFile(path) as archive:
-            return _check_entries(archive, path)
+        with open_regular(path, FormatError) as (stream, _):
+            if stream.read(4) != _ZIP:
+                return _no_archive(path)
+            with zipfile.ZipFile(stream) as archive:
+                return _check_entries(archive, stream)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, ValueError, NotImplementedError) as error:
         message = (
             f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
         )
         return Outcome(damage=("size", message))
-    except OSError as error:
-        return Outcome(damage=("unreadable", error.strerror or str(error)))
+    except ShardwiseError as error:
+        return Outcome(damage=("unreadable", error.message))
 
 
 def _no_archive(path: Path) -> Outcome:
@@ -63,19 +62,16 @@ def _no_archive(path: Path) -> Outcome:
     return Outcome(unchecked="of no known format")
 
 
-def _check_entries(archive: zipfile.ZipFile, path: Path) -> Outcome:
+def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:
     end = archive.start_dir
     position = 0
-    with path.open("rb") as stream:
-        for entry in sorted(archive.infolist(), key=lambda each: each.header_offset):
-            stream.seek(entry.header_offset)
-            local = stream.read(_LOCAL_BYTES)
-            if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
-                return Outcome(
-                    damage=("header", f"no entry begins where the archive's directory puts {entry.filename}")
-                )
-            name, extra = struct.unpack("<HH", local[26:30])
-            position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
-            if position > end:
-                return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
+    for entry in sorted(archive.infolist(), key=lambda each: each.header_offset):
+        stream.seek(entry.header_offset)
+        local = stream.read(_LOCAL_BYTES)
+        if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
+            return Outcome(damage=("header", f"no entry begins where the archive's directory puts {entry.filename}"))
+        name, extra = struct.unpack("<HH", local[26:30])
+        position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
+        if position > end:
+            return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
     return Outcome()

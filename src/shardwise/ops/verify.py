@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.disk.names import is_directory, is_file
+from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.verify import (
     Damage,
     VerifyLevel,
@@ -21,7 +21,7 @@ from shardwise.engine.verify import (
     load_manifest,
     tensors_by_file,
 )
-from shardwise.errors import ManifestError, MisuseError
+from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.lifecycle.names import is_doomed, is_temporary
 from shardwise.ops.contents import check_contents
@@ -40,7 +40,7 @@ _STATE_DIRS = ("optim", "rng", "extra")
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found.
+    """The findings of a verification.
 
     Attributes:
         requested: The path as the caller gave it.
@@ -96,21 +96,27 @@ def verify(
         threads: Reads at once; the cores, at most 8, by default. Memory is 4 MiB for each.
         progress: Called with the bytes read and the bytes to read.
         digests: Read every byte; else manifest, kinds and sizes are compared.
-        storage: Where bytes are read from.
+        storage: Where it is; the mounted file systems by default.
 
     Raises:
         CheckpointNotFoundError: There is nothing to verify.
         IncompleteCheckpointError: The path is an interrupted save.
         StorageError: The path cannot be read.
         MisuseError: ``threads`` is below 1.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model)
+        >>> verify(path).status
+        'whole'
     """
     if threads is not None and threads < 1:
         raise MisuseError(f"threads is {threads}", hint="Use at least 1.")
     started = time.monotonic()
-    targets = with_nested(find_targets(path))
     level: VerifyLevel = "digests" if digests else "sizes"
-    job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, storage or LocalStorage())
-    reports = [job.run(Path(path), target) for target in targets]
+    with using(storage or current()):
+        targets = with_nested(find_targets(path))
+        job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, current())
+        reports = [job.run(Path(path), target) for target in targets]
     whole = reports[0]
     if len(reports) > 1:
         whole = _merged(Path(path), targets, reports)
@@ -174,12 +180,18 @@ class _Job:
     def _without_manifest(self, report: VerifyReport, target: Target) -> VerifyReport:
         damages: list[Damage] = []
         listed: list[str] = []
-        single = (target.directory / target.under).is_file()
+        single = is_file(target.directory / target.under)
         for relative, problem in iter([(target.under, None)]) if single else _walk(target.directory, target.under):
             if problem is not None:
                 damages.append(problem)
             elif relative != MANIFEST_NAME and not _is_unfinished(relative):
                 listed.append(relative)
+        if not listed and not damages and not target.has_manifest:
+            raise CheckpointNotFoundError(
+                "there is nothing to verify: the directory has no files, or those of interrupted saves alone",
+                path=target.directory / target.under,
+                hint="Name a checkpoint, a part of one, or the directory of checkpoints.",
+            )
         found = check_contents(target.directory, listed)
         return replace(
             report,
@@ -208,17 +220,19 @@ class _Counted:
 
 def _walk(root: Path, under: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Damage | None]]:
     """Every entry below ``root/under`` that is not a directory, relative to ``root``; links are not followed."""
-    unreadable: list[OSError] = []
-    for where, directories, names in os.walk(root / under, onerror=unreadable.append):
-        directories[:] = sorted(d for d in directories if (Path(where) / d).relative_to(root).as_posix() not in skip)
-        links = [name for name in directories if os.path.islink(os.path.join(where, name))]
-        for name in sorted([*names, *links]):
-            yield (Path(where) / name).relative_to(root).as_posix(), None
-    for error in unreadable:
-        place = Path(error.filename)
-        relative = place.relative_to(root).as_posix() if place.is_relative_to(root) else str(place)
-        if os.path.lexists(place) and stat.S_ISDIR(os.lstat(place).st_mode):
-            yield relative, Damage(relative, "unreadable", error.strerror or str(error))
+    if not is_directory(root / under, follows=False):
+        return
+    try:
+        entries = current().entries(root / under)
+    except StorageError as error:
+        yield under, Damage(under, "unreadable", error.message)
+        return
+    for name, kind in sorted(entries, key=lambda entry: (entry.kind == "directory", entry.name)):
+        relative = (PurePosixPath(under) / name).as_posix()
+        if kind != "directory":
+            yield relative, None
+        elif relative not in skip:
+            yield from _walk(root, relative, skip)
 
 
 def _is_read(relative: str) -> bool:
@@ -233,7 +247,7 @@ def _is_read(relative: str) -> bool:
 
 
 def _is_unfinished(relative: str) -> bool:
-    """Whether a file is part of something that is being written or deleted, which nobody reads."""
+    """Whether a file belongs to a directory that is being written or deleted, and is not read."""
     return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
 
 

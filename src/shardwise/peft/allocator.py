@@ -1,7 +1,7 @@
-"""AdaLoRA's allocator of ranks: its measurements and the ranks that it has kept decide what the next steps do.
+"""AdaLoRA's rank allocator: its running means and the ranks that it kept decide what the next steps do.
 
-Its running means and the ranks that it has kept are in no state dict of peft's. They are saved beside the adapter, with
-the other values that change while it is trained (`shardwise.peft.extra`).
+No state dict of peft's holds them. They are saved beside the adapter, with the other values that change while it is
+trained (`shardwise.peft.extra`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from shardwise.peft.names import clean, join, named_modules
+from shardwise.peft.names import join, named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, entry
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.wrapping import adapted_model
+from shardwise.stateful_wrappers.wrapping import adapted_model, plain_path
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import AdaLoraModel
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Beginning of these tensors' names in that file.
 ALLOCATOR_PREFIX = "rank_allocator."
 
-#: What the allocator keeps of each parameter and reads again; ``ipt`` is computed again before it is read. Source:
+#: The allocator's running values of each parameter; ``ipt`` is recomputed before it is read. Source:
 #: ``peft.tuners.adalora.layer.RankAllocator``.
 _MEANS = ("exp_avg_ipt", "exp_avg_unc")
 
@@ -37,9 +37,9 @@ class _Allocator:
     """One part's allocator.
 
     Attributes:
-        tuner: Whose it is; its ``rankallocator`` has the means, and a configuration of its own the kept ranks.
-        path: Name of the model that the allocator names parameters of.
-        names: Plain names of the model's parameters -> the names by which the allocator knows them.
+        tuner: Its ``rankallocator`` holds the means, and the allocator's own configuration the kept ranks.
+        path: Name of the model whose parameters the allocator names.
+        names: Plain names of the model's parameters -> the allocator's names.
     """
 
     tuner: AdaLoraModel
@@ -52,7 +52,7 @@ class _Allocator:
 
     def plain(self, name: str) -> str:
         """A parameter's name in the file."""
-        return join(self.path, clean(name)).removeprefix(PEFT_PREFIX)
+        return join(self.path, plain_path(name)).removeprefix(PEFT_PREFIX)
 
 
 def _allocators(parts: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, _Allocator]]:
@@ -63,15 +63,15 @@ def _allocators(parts: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, _Alloca
     for part in parts:
         for path, module in named_modules(adapted_model(part)):
             if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
-                names = {clean(name): name for name, _ in module.model.named_parameters()}
-                # peft takes the adapter's name out of the pattern that it has once saved, and goes on with that.
+                names = {plain_path(name): name for name, _ in module.model.named_parameters()}
+                # Once peft has saved the pattern, the adapter's name is missing from it.
                 middle = f".{module.rankallocator.adapter_name}"
-                names |= {clean(name).replace(middle, ""): name.replace(middle, "") for name in names.values()}
+                names |= {plain_path(name).replace(middle, ""): name.replace(middle, "") for name in names.values()}
                 yield part, _Allocator(module, join(path, "model"), names)
 
 
 def allocator_entries(parts: Sequence[nn.Module]) -> Iterator[AdapterEntry]:
-    """What the parts' allocators have at this moment, for a save. Local."""
+    """The current state of the parts' allocators, for a save. Local."""
     for _, allocator in _allocators(parts):
         for kind in _MEANS:
             for name, tensor in getattr(allocator.tuner.rankallocator, kind).items():
@@ -84,18 +84,18 @@ def allocator_entries(parts: Sequence[nn.Module]) -> Iterator[AdapterEntry]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllocatorRestore:
-    """What the parts' allocators are about to have.
+    """State to be read for the parts' allocators.
 
     Attributes:
-        tensors: Name in the file -> memory to read into. The allocators do not have it yet.
-        _given: For each allocator and kind, its own names and that memory.
+        tensors: Name in the file -> memory to read into; not yet the allocators'.
+        _given: For each allocator and kind, the allocator's names and that memory.
     """
 
     tensors: Mapping[str, torch.Tensor]
     _given: Sequence[tuple[_Allocator, str, Mapping[str, torch.Tensor]]]
 
     def install(self) -> None:
-        """Give the allocators what has been read, instead of what they have. Local."""
+        """Replace the allocators' state by what was read. Local."""
         for allocator, kind, values in self._given:
             if kind != _KEPT:
                 setattr(allocator.tuner.rankallocator, kind, dict(values))
@@ -107,12 +107,7 @@ class AllocatorRestore:
 
 
 def restore_allocators(parts: Sequence[nn.Module], shapes: Mapping[str, Sequence[int]]) -> AllocatorRestore:
-    """Make memory for what a file has of the parts' allocators; an allocator without saved state starts again. Local.
-
-    Args:
-        parts: This rank's parts.
-        shapes: Name in the file -> shape, of all of its tensors.
-    """
+    """Allocate memory for a file's allocator state; an allocator without saved state starts again. Local."""
     tensors: dict[str, torch.Tensor] = {}
     given: list[tuple[_Allocator, str, Mapping[str, torch.Tensor]]] = []
     for part, allocator in _allocators(parts):

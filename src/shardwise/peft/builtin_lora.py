@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError
-from shardwise.peft.names import clean, expand_combined, expert_projections, fused_parameter, join, named_modules
-from shardwise.stateful_wrappers.wrapping import bare_model, original_class
+from shardwise.peft.names import expand_combined, expert_projections, fused_parameter, join, named_modules
+from shardwise.stateful_wrappers.wrapping import bare_model, original_class, plain_path
 from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters, unsaved_buffers
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class LinearSite:
         b: The factor with the output rows.
         rank: The LoRA rank.
         transposed: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
-        scale: What the module multiplies the product by, where it says so.
+        scale: The factor on the product, where the module states it.
         magnitude: DoRA's magnitude.
         bias: The bias of ``b``.
     """
@@ -76,7 +76,7 @@ class ExpertSite:
     Attributes:
         projections: Per-expert projections of the Hugging Face model that it stands for.
         parameter: The fused parameter of the Hugging Face model that it stands for.
-        fused: Whether the adapter is to be written for the fused parameter and not for single experts.
+        fused: Whether the adapter is written for the fused parameter instead of single experts.
     """
 
     fqn: str
@@ -120,18 +120,11 @@ def model_type(model: object) -> str | None:
 
 def has_hub_names(model: nn.Module) -> bool:
     """Whether the module names are those of the Hugging Face model: it is transformers' class or the hub's code."""
-    return original_class(bare_model(model)).__module__.partition(".")[0] in (
-        "transformers",
-        "transformers_modules",
-    )
+    return original_class(bare_model(model)).__module__.partition(".")[0] in ("transformers", "transformers_modules")
 
 
 def named_targets(model: nn.Module) -> list[str]:
-    """Modules that are adapted by the names of their children alone, combined projections expanded, sorted.
-
-    Args:
-        model: A part, wrapped or not.
-    """
+    """Modules of a part that are adapted by their children's names, combined projections expanded, sorted."""
     root = bare_model(model)
     expand = not has_hub_names(root)
     paths = (name.rpartition(".") for name, _ in named_modules(root))
@@ -140,12 +133,7 @@ def named_targets(model: nn.Module) -> list[str]:
 
 
 def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The names as the model's state-dict adapter maps them for adapter files, sorted; as they are where it does not.
-
-    Args:
-        model: A part, wrapped or not.
-        names: Adapted modules.
-    """
+    """Adapted modules' names as the model's state-dict adapter maps them, sorted; unchanged where it does not."""
     adapter = getattr(bare_model(model), "state_dict_adapter", None)
     rename = getattr(adapter, "map_peft_target_module_to_hf", None)
     return sorted({str(rename(name)) for name in names}) if callable(rename) else sorted(names)
@@ -184,9 +172,7 @@ def find_sites(
 def _is_pair(module: nn.Module) -> bool:
     """Whether both factors of a linear LoRA are there, and are matrices that fit together."""
     a, b = _native("", module, "lora_A"), _native("", module, "lora_B")
-    if a is None or b is None:
-        return False
-    if a.tensor.dim() != 2 or b.tensor.dim() != 2:
+    if a is None or b is None or a.tensor.dim() != 2 or b.tensor.dim() != 2:
         return False
     (rows_a, columns_a), (rows_b, columns_b) = a.tensor.shape, b.tensor.shape
     return rows_a == columns_b or columns_a == rows_b
@@ -222,7 +208,7 @@ def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind
     own = own_parameters(module)
     tokens = [m["token"] for name, p in own.items() if p is not None and (m := _GROUPED.fullmatch(name))]
     tokens = [t for t in tokens if own[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
-    # A gate and an up factor of their own cannot be a view of one factor of the fused parameter.
+    # Separate gate and up factors cannot be views of one factor of the fused parameter.
     fused = fuse and all(fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
     sites: list[ExpertSite] = []
     for token in tokens:
@@ -283,15 +269,15 @@ class TrainedModule:
 def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[TrainedModule]:
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
-    Where nothing at all is frozen, nobody has prepared the model for adapter training; there the adapter is the LoRA
-    factors alone, and a warning says so.
+    Where nothing is frozen, the model was not prepared for adapter training: the adapter is then only the LoRA factors,
+    and a warning says so.
 
     Raises:
         AdapterError: A trained parameter cannot be described: it belongs to a LoRA module or to the model itself.
     """
     root = bare_model(model)
     lora = {native.fqn for site in sites for native in natives(site)}
-    rest = {clean(name): p for name, p in root.named_parameters() if clean(name) not in lora}
+    rest = {plain_path(name): p for name, p in root.named_parameters() if plain_path(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]
     if not trained or not sites:
         return []

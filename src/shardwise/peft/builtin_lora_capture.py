@@ -81,8 +81,7 @@ def _rows(name: str, native: Native, start: int, size: int) -> AdapterEntry:
 
 
 def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
-    in_at, a_rank = (1, 2) if site.transposed else (2, 1)
-    rank_at, out_at = (1, 2) if site.transposed else (2, 1)
+    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
     a, b = site.a.tensor, site.b.tensor
     size = int(b.shape[out_at]) // len(site.projections)
     for expert in range(site.experts):
@@ -107,10 +106,8 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
 
     peft up to 0.19.0 read the parameter's ``(out, in)`` as ``(in, out)``, so that the factors change places.
     """
-    in_at, a_rank = (1, 2) if site.transposed else (2, 1)
-    rank_at, out_at = (1, 2) if site.transposed else (2, 1)
-    a, b = site.a, site.b
-    columns, rows = (a, in_at, a_rank), (b, out_at, rank_at)
+    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
+    columns, rows = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
     if legacy_layout:
         columns, rows = rows, columns
     base = f"{PEFT_PREFIX}{site.fqn}{'.base_layer' * depth}"

@@ -1,9 +1,8 @@
-"""What an adapter checkpoint contains, as one rank holds it: the adapters' counterpart of capturing a model."""
+"""The content of an adapter checkpoint as one rank holds it: the adapters' counterpart of capturing a model."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 
 import torch.nn as nn
 
@@ -13,10 +12,9 @@ from shardwise.peft.builtin_lora_capture import capture_own
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import extra_entries
 from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted
-from shardwise.peft.names import clean, join, named_modules, text_config
+from shardwise.peft.names import join, named_modules, text_config
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
-from shardwise.plan.views import AxisView, hub_views
+from shardwise.plan.fragments import HeldTensor, seen_through
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.state_dict_overrides import (
     has_foreign_hooks,
@@ -28,7 +26,7 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
 )
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
-from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, unwrap
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_path, unwrap
 from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
 
 
@@ -58,18 +56,18 @@ def capture_adapter(
         adapter_name: Only this adapter; all if not given.
         save_embedding_layers: As in ``PeftModel.save_pretrained``.
         base: The base model, for an adapter that does not name it.
-        stepped: Identities of parameters that an optimizer has state of: trained, if they are frozen by now.
+        stepped: Identities of parameters with optimizer state: trained, even if they are frozen now.
 
     Raises:
         AdapterError: The adapter cannot be described.
         MisuseError: There is no adapter of that name.
-        ModuleStateError: A module that is to be saved makes or takes its state in a way of its own.
+        ModuleStateError: A module to be saved has its own state_dict methods or hooks.
         NameCollisionError: Two parts have a tensor of one name.
     """
     inventory, cut = _inventory(parts)
     if is_peft_adapted(parts, peft_config):
         configs = adapter_configs(parts, peft_config)
-        # In an order of all ranks': stages may have been given their adapters in different ones.
+        # Sorted, so that all ranks have one order: stages may have received their adapters in different ones.
         wanted = sorted(configs) if adapter_name is None else [adapter_name]
         files = []
         for name in wanted:
@@ -89,7 +87,7 @@ def capture_adapter(
             files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
     else:
         for part in parts:
-            # What reads the modules below is to find shards, and not what a forward pass has left gathered.
+            # So that the code below finds shards, not parameters that a forward pass left gathered.
             own_tensors(adapted_model(part))
         if adapter_name not in (None, "default"):
             raise MisuseError(
@@ -98,7 +96,7 @@ def capture_adapter(
         dim = rank_setting(peft_config)
         own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
         files = [AdapterFile("default", "", _joined(own))]
-    _refuse_own_ways(parts, files)
+    _require_plain_state(parts, files)
     extra: tuple[AdapterEntry, ...] = ()
     if adapter_name is None:
         extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))
@@ -106,11 +104,7 @@ def capture_adapter(
 
 
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
-    """What this rank holds of an adapter's tensors: sources for a save, destinations for a load.
-
-    Args:
-        entries: Of one `AdapterFile`.
-        meshes: Keys of the meshes seen so far on this rank.
+    """What this rank holds of one `AdapterFile`'s entries: sources for a save, destinations for a load.
 
     Raises:
         TensorError: A partial or unknown placement.
@@ -119,16 +113,9 @@ def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple
     out: list[HeldTensor] = []
     for item in entries:
         native = held_tensor(item.spec.name, item.tensor, meshes)
-        parts = native.parts if item.view is None else tuple(_through(item.view, part) for part in native.parts)
+        parts = tuple(seen_through(item.view, part) for part in native.parts)
         out.append(HeldTensor(item.spec, item.grid, parts))
     return tuple(out)
-
-
-def _through(view: AxisView, held: HeldPart) -> HeldPart:
-    pieces = tuple(
-        Fragment(box, data) for fragment in held.fragments for box, data in hub_views(view, fragment.box, fragment.data)
-    )
-    return HeldPart(replace(held.part, view=view), held.coordinate, pieces)
 
 
 def adapter_directory(adapter_name: str) -> str:
@@ -156,9 +143,9 @@ def _layers(parts: Sequence[nn.Module]) -> int | None:
 
 
 def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """The outermost lists and dictionaries of numbered layers, and which of them are no whole lists.
+    """The outermost lists and dictionaries of numbered layers, and which of them are incomplete.
 
-    A layer is a module with modules in it. Heads by number are none, and neither is what an adapter's name keys.
+    A layer is a module with modules in it: neither numbered heads nor dictionaries keyed by adapter names count.
     """
     found: dict[str, set[int]] = {}
     cut: set[str] = set()
@@ -171,7 +158,7 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
             layered = any(any(True for _ in unwrap(child).children()) for child in children.values())
             kept = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
             if kept and numbered and layered:
-                name = clean(path).removeprefix(PEFT_PREFIX)
+                name = plain_path(path).removeprefix(PEFT_PREFIX)
                 found.setdefault(name, set()).update(map(int, children))
                 if isinstance(module, nn.ModuleDict) or len(children) < len(own_children(module)):
                     cut.add(name)
@@ -183,32 +170,30 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
-    if (
+    return not (
         saves_subtree_itself(module)
         or saves_itself(module)
         or overrides_get_extra_state(module)
         or overrides_set_extra_state(module)
-    ):
-        return False
-    if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
-        return False
-    return own_loader(type(module)).__module__.startswith("torch.nn.")
+        or has_foreign_hooks(loading_pre_hooks(module))
+        or LOAD_OWN in vars(module)
+    ) and own_loader(type(module)).__module__.startswith("torch.nn.")
 
 
-def _refuse_own_ways(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
-    """Check that what is saved of each module is its parameters and buffers, and that it takes them as they are."""
+def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
+    """Check that each saved module's state is its parameters and buffers, and is loaded into these unchanged."""
     owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
     around = {name[:at] for name in owners for at, letter in enumerate(name) if letter == "."}
     for part in parts:
         refuse_hooks_around(part, adapted_model(part))
         for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
             hooks = saving_hooks(module)
-            # What is around may have a state_dict() of its own, as peft's own layers do; peft picks from what it gives.
+            # Modules around it may override state_dict(), as peft's layers do; peft picks from the result.
             if (name in owners and not _is_plain(module)) or (
                 (name in around or not name) and has_foreign_hooks(hooks)
             ):
                 raise ModuleStateError(
-                    f"{label(module, name)} makes or takes its state in a way of its own, and an adapter's file holds "
-                    "parameters and buffers as they are",
+                    f"{label(module, name)} saves or loads its state by its own methods or hooks, and an adapter's "
+                    "file holds parameters and buffers unchanged",
                     hint="Remove its state_dict hooks, or leave it out of modules_to_save.",
                 )

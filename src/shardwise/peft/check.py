@@ -33,9 +33,9 @@ def check_adapter(
         inventories: Each rank's `shardwise.peft.tensors.AdapterTensors.inventory`, where the ranks have parts
             of a model; nothing where each has a whole one.
         layers: Number of transformer layers that the model's configuration promises.
-        declared: Whether each rank has compared its tensors with its modules, as `capture_adapter` does. Then which
-            modules are adapted is known, and the settings' names, which peft matches by rules of its own, say nothing.
-            A file by itself has to have what its settings name.
+        declared: Whether each rank has compared its tensors with its modules, as `capture_adapter` does. The adapted
+            modules are then known, and the settings' target names, which peft matches by its own rules, are not
+            checked. A file by itself has to hold what its settings name.
 
     Raises:
         AdapterError: The adapter has no tensor, a factor lacks its counterpart, shapes contradict each other or the
@@ -81,18 +81,15 @@ def _pair_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> Ite
         if a is None or b is None:
             yield f"{owner} has no lora_{'A' if a is None else 'B'}"
             continue
-        if len(a.shape) < 2 or len(b.shape) < 2 or not _commensurate(a.shape[0], b.shape[1]):
+        # B of a grouped convolution, or either factor of BD-LoRA, has a block of the rank alone.
+        low, high = sorted((a.shape[0], b.shape[1])) if min(len(a.shape), len(b.shape)) > 1 else (0, 0)
+        if not low or high % low:
             yield f"{owner} has lora_A {a.shape} and lora_B {b.shape}, which do not fit together"
             continue
         rank, configured = a.shape[0], _configured_rank(owner, config)
         several = bool(config.get("target_parameters"))
         if configured is not None and rank != configured and not (several and _divides(config, rank)):
             yield f"{owner} has rank {rank}, configured is {configured}"
-
-
-def _commensurate(rank: int, columns: int) -> bool:
-    """Whether factors may fit: B of a grouped convolution, or either of BD-LoRA, has a block of the rank alone."""
-    return min(rank, columns) > 0 and max(rank, columns) % min(rank, columns) == 0
 
 
 def adapted_modules(names: Iterable[str]) -> frozenset[str]:
@@ -153,7 +150,7 @@ def _target_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> I
 
 
 def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: int | None) -> Iterator[str]:
-    """What the ranks lack of the layers that the model's configuration promises."""
+    """The layers that the model's configuration promises and no rank has."""
     union: dict[str, set[int]] = {}
     for inventory in inventories:
         for container, indices in inventory.items():
@@ -169,10 +166,7 @@ def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: in
 
 
 def check_stages(stages: Collection[int]) -> None:
-    """Check that the ranks that save together have each pipeline stage below their last.
-
-    Args:
-        stages: The ranks' stages.
+    """Check that the ranks that save together, of these ``stages``, have each pipeline stage below their last.
 
     Raises:
         AdapterError: One is missing.

@@ -117,7 +117,7 @@ def _base_modules(model: nn.Module) -> Iterator[str]:
 
 
 def vllm_limits(names: Iterable[str], settings: Mapping[str, object], *, has_extra: bool) -> list[str]:
-    """What of an adapter vLLM does not serve, and why; nothing where it serves all. Pure.
+    """The parts of an adapter that vLLM does not serve, and why; empty where it serves all. Pure.
 
     Source: vLLM's ``PEFTHelper``, ``LoRAConfig`` and ``parse_fine_tuned_lora_name``.
 

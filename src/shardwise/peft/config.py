@@ -1,4 +1,4 @@
-"""adapter_config.json and automodel_peft_config.json: what they say, and reading them back."""
+"""The content of adapter_config.json and automodel_peft_config.json, and reading them back."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from shardwise.peft.builtin_lora import (
     find_trained_modules,
     hub_target_modules,
 )
+from shardwise.peft.models import auto_mapping
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
@@ -35,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 AUTOMODEL_CONFIG_NAME = "automodel_peft_config.json"
 
-#: What the class name of a model says of its task, first match. Source: the names of transformers' auto classes, and
+#: Part of a model's class name -> its task, first match. Source: the names of transformers' auto classes, and
 #: ``peft.TaskType``.
 _TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -56,7 +57,7 @@ _IN_HF_CONFIG = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OwnSettings:
-    """What adapter_config.json must say of a model's own LoRA modules; of one rank's parts, or of all ranks'.
+    """Settings of a model's own LoRA modules for adapter_config.json; of one rank's parts, or of all ranks'.
 
     Attributes:
         target_modules: Adapted modules under their Hugging Face names, sorted.
@@ -157,16 +158,19 @@ def _setting(config: object | None, name: str) -> object:
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
+def _number(config: object | None, names: Sequence[str], kinds: tuple[type, ...]) -> object:
+    values = (_setting(config, name) for name in names)
+    return next((value for value in values if isinstance(value, kinds) and not isinstance(value, bool)), None)
+
+
 def rank_setting(config: object | None) -> int | None:
     """The configured rank of a model's own LoRA: ``dim``, or ``r`` where a ``LoraConfig`` was used for it."""
-    values = (_setting(config, name) for name in ("dim", "r"))
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+    return cast("int | None", _number(config, ("dim", "r"), (int,)))
 
 
 def alpha_setting(config: object | None) -> float | None:
     """The configured alpha of a model's own LoRA: ``alpha``, or ``lora_alpha`` where a ``LoraConfig`` was used."""
-    values = (_setting(config, name) for name in ("alpha", "lora_alpha"))
-    return next((value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)), None)
+    return cast("float | None", _number(config, ("alpha", "lora_alpha"), (int, float)))
 
 
 def own_config(
@@ -195,21 +199,16 @@ def own_config(
         "base_model_name_or_path": base_model_name(parts) or original_model_path,
         "inference_mode": True,
     }
-    if mapping is not None:
-        out["auto_mapping"] = mapping
-    if settings.target_parameters:
-        out["target_parameters"] = list(settings.target_parameters)
-    if settings.rank_pattern:
-        out["rank_pattern"] = dict(settings.rank_pattern)
-    if settings.alpha_pattern:
-        out["alpha_pattern"] = dict(settings.alpha_pattern)
-    if settings.modules_to_save:
-        out["modules_to_save"] = list(settings.modules_to_save)
-    if settings.lora_bias:
-        out["lora_bias"] = True
-    if _setting(peft_config, "use_rslora") is True:
-        out["use_rslora"] = True
-    return out
+    optional: dict[str, object] = {
+        "auto_mapping": mapping,
+        "target_parameters": list(settings.target_parameters),
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "modules_to_save": list(settings.modules_to_save),
+        "lora_bias": settings.lora_bias,
+        "use_rslora": _setting(peft_config, "use_rslora") is True,
+    }
+    return out | {key: value for key, value in optional.items() if value}
 
 
 def task_type(parts: Sequence[nn.Module]) -> tuple[str | None, dict[str, str] | None]:
@@ -224,18 +223,13 @@ def task_type(parts: Sequence[nn.Module]) -> tuple[str | None, dict[str, str] | 
     for name in names:
         for marker, task in _TASKS:
             if marker in name:
-                return (task, None) if task is not None else (None, _auto_mapping(model))
+                return (task, None) if task is not None else (None, auto_mapping(model))
         if "ForConditionalGeneration" in name:
             # Vision-language models have the same ending; only an encoder-decoder is sequence to sequence.
             return ("SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) is True else "CAUSAL_LM"), None
     cls = original_class(model)
     headless = cls.__name__.endswith("Model") and cls.__module__.partition(".")[0].startswith("transformers")
     return ("FEATURE_EXTRACTION" if headless or "FeatureExtraction" in cls.__name__ else "CAUSAL_LM"), None
-
-
-def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    cls = original_class(model)
-    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def base_model_name(parts: Sequence[nn.Module]) -> str | None:

@@ -51,19 +51,12 @@ _OTHER_TOOLS = re.compile(
     r"(lora_(unet|te\d?|transformer)_|diffusion_model\.).*|.*\.(lora_(down|up)\..*|dora_scale|alpha)"
 )
 
-#: What `load_lora_adapter` makes settings of. Source: ``PeftAdapterMixin.load_lora_adapter``.
+#: Methods whose settings ``load_lora_adapter`` rebuilds. Source: ``PeftAdapterMixin.load_lora_adapter``.
 _METHODS = ("LORA", "LOKR")
 
 
 def component_of(parts: Sequence[nn.Module]) -> str | None:
-    """The name that diffusers' pipelines have for a model whose LoRA they load: ``unet`` or ``transformer``.
-
-    Args:
-        parts: This rank's parts, wrapped or not.
-
-    Returns:
-        ``None`` where a part is no such model.
-    """
+    """The name of a model in the pipelines of diffusers that load its LoRA (``unet``, ``transformer``), or ``None``."""
     found = {_component(bare_model(part)) for part in parts}
     return found.pop() if len(found) == 1 else None
 
@@ -148,7 +141,7 @@ def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: Ad
 
 
 def _why_not(config: PeftConfig) -> str:
-    """What in an adapter's settings keeps diffusers from opening it; empty where nothing does."""
+    """Why diffusers could not open an adapter with these settings; empty where it can."""
     method = method_of(config)
     values: dict[str, object] = dict(config.to_dict())
     if method not in _METHODS:
@@ -157,7 +150,7 @@ def _why_not(config: PeftConfig) -> str:
         return f"target_parameters is {values['target_parameters']!r}"
     if changed_base(values) is not None:
         return f"init_lora_weights is {values['init_lora_weights']!r}, which changes the base weights"
-    # diffusers makes the settings of what the header says, and passes it to the class as it is.
+    # diffusers passes the header's entries to the settings' class unchanged.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -181,10 +174,6 @@ def header_metadata(settings: Mapping[str, object], component: str) -> dict[str,
     """``__metadata__`` of an adapter's file, as a pipeline's ``save_lora_weights`` writes it.
 
     Sets are sorted, where diffusers has them in the order of a hash table.
-
-    Args:
-        settings: The adapter's, as JSON can hold them.
-        component: The model's name in a pipeline.
     """
     packed = {f"{component}.{key}": value for key, value in settings.items()}
     return {"format": "pt", _SETTINGS_KEY: _settings_text(packed)}
@@ -243,7 +232,7 @@ def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> Lor
         _LOG.warning("%s also has LoRA of %s, which this model does not take", path, ", ".join(others))
     # Without a prefix it is a file of ``save_lora_adapter``, which is of one model.
     prefix = f"{component}." if own else ""
-    names = {name: PEFT_PREFIX + _of_today(new.removeprefix(prefix)) for name, new in (own or taken).items()}
+    names = {name: PEFT_PREFIX + _current_name(new.removeprefix(prefix)) for name, new in (own or taken).items()}
     return LoraFile(names, _settings(header.metadata, prefix, path))
 
 
@@ -259,8 +248,8 @@ def _refuse_other_tools(names: Collection[str], path: Path) -> None:
             )
 
 
-def _of_today(name: str) -> str:
-    """A tensor's name as diffusers' own code has it today, from one of an older release (``to_q.lora.down.weight``)."""
+def _current_name(name: str) -> str:
+    """A tensor's current name in diffusers, from that of an older release (``to_q.lora.down.weight``)."""
     if "lora_A" in name or "lora_B" in name:
         return name
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft

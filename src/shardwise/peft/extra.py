@@ -1,10 +1,10 @@
 """Values that change while an adapter is trained and are not in its file: parameters unfrozen by hand, and statistics.
 
 peft saves what its layers and ``modules_to_save`` hold. Norms and embeddings that are unfrozen beside them, and the
-running statistics of a batch norm, would be the base model's again after a restore, under an optimizer that goes on
-with its state of them. So would base weights that an adapter's beginning has changed by chance or by measured data:
-another initialisation gives other weights, which the saved adapter does not fit. All of these are saved in a file of
-this library's own beside the adapter's.
+running statistics of a batch norm, would be the base model's again after a restore, while the optimizer keeps its state
+for them. So would base weights that an adapter's initialisation changed at random or from measured data: a new
+initialisation gives other weights, which the saved adapter does not fit. All of these are saved in a file of this
+library's own beside the adapter's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardwise.stateful_wrappers.wrapping import adapted_model
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import own_buffers, unsaved_buffers
 
-#: Beginnings of LoRA that change base weights by chance (a randomized decomposition) or by measured data.
+#: LoRA initialisations that change base weights at random (a randomized decomposition) or from measured data.
 _NOT_REPEATED = ("pissa_niter_", "lora_ga", "corda")
 
 
@@ -74,15 +74,15 @@ def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor
     model = adapted_model(part)
     listed = list_parameters([model])
     prepared = _is_prepared(model, listed)
-    changed = _statistics(model) | _begun_otherwise(model)
+    changed = _statistics(model) | _changed_at_start(model)
     for named in listed:
         trained = (named.tensor.requires_grad and prepared) or id(named.tensor) in stepped
         if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in changed:
             yield named
 
 
-def _begun_otherwise(model: nn.Module) -> frozenset[str]:
-    """Names of base weights that an adapter began by changing in a way that another beginning does not repeat."""
+def _changed_at_start(model: nn.Module) -> frozenset[str]:
+    """Names of base weights that an adapter's initialisation changed, and that another one would change otherwise."""
     if not is_peft_adapted([model]):
         return frozenset()
     chosen = {
@@ -99,9 +99,9 @@ def _begun_otherwise(model: nn.Module) -> frozenset[str]:
 
 
 def _is_prepared(model: nn.Module, listed: Sequence[NamedTensor]) -> bool:
-    """Whether the base is frozen at least in part, so that a gradient says what is trained.
+    """Whether the base is frozen at least in part, so that ``requires_grad`` shows what is trained.
 
-    Of a model with LoRA of its own that nobody has frozen, only an optimizer's state does.
+    For a model with its own LoRA and nothing frozen, only the optimizer's state shows it.
     """
     if is_peft_adapted([model]) or not find_sites(model, strict=False):
         return True

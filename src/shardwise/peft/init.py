@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -13,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.peft.builtin_lora import LinearSite, find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
-from shardwise.peft.names import join, named_modules
-from shardwise.plan.fragments import HeldTensor
+from shardwise.peft.names import join, named_modules, seed_of
+from shardwise.plan.fragments import HeldTensor, copy_whole
 from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.stateful_wrappers.wrapping import bare_model
 from shardwise.upstream.torch_modules import own_parameters
@@ -33,7 +32,7 @@ _METHODS = {
 def initialise_adapters(
     parts: Sequence[nn.Module], peft_config: object | None = None, peft_init_method: str | None = None, *, seed: int = 0
 ) -> None:
-    """Give fresh LoRA factors their initial values, in place. Every rank that holds a part calls; nobody communicates.
+    """Give fresh LoRA factors their initial values, in place. Every rank with a part calls; no communication.
 
     The product of the factors is zero: A is random and B zero, for embeddings the other way round. The random values
     depend on the tensor's name and ``seed`` alone, so that they are the same on every topology and replicas agree;
@@ -72,24 +71,18 @@ def initialise_adapters(
 
 
 def _fill(held: HeldTensor, leaf: str, method: str, key: str) -> None:
-    shape = held.spec.shape
     with torch.no_grad():
         if leaf in ("B.weight", "B.bias", "embedding_A"):
             for fragment in held.fragments:
                 fragment.data.zero_()
-            return
-        fragments = list(held.fragments)
-        if not fragments:
-            return
-        whole = _draw(shape, "normal" if leaf == "embedding_B" else method, key).reshape(held.grid)
-        for fragment in fragments:
-            index = tuple(slice(o, e) for o, e in zip(fragment.box.offsets, fragment.box.ends, strict=True))
-            fragment.data.copy_(whole[index])
+        elif held.fragments:
+            whole = _draw(held.spec.shape, "normal" if leaf == "embedding_B" else method, key).reshape(held.grid)
+            copy_whole(whole, held)
 
 
 def _draw(shape: tuple[int, ...], method: str, key: str) -> torch.Tensor:
     """A random float32 tensor that ``key`` determines. Source of the formulas: torch.nn.init, peft's LoraLayer."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+    generator = torch.Generator().manual_seed(seed_of(key))
     out = torch.empty(shape)
     rank, fan_in = shape[0], shape[1] if len(shape) > 1 else 1
     if method == "kaiming":

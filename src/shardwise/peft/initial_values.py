@@ -1,20 +1,20 @@
 """Initial values for the adapters of a model that was built on the meta device, computed by peft, layer by layer.
 
-peft decides what an adapter starts with, and some values follow from the base weights (DoRA's magnitudes, PiSSA,
-OLoRA, tokens that are trained) or from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies).
-So the base is loaded first, and then peft adapts a stand-in for the model: the adapted modules alone, without memory,
-and each receives its base weights just before peft replaces it. The values are copied into the model's shards and
-released, so that memory is that of the largest adapted module.
+peft decides an adapter's initial values. Some follow from the base weights (DoRA's magnitudes, PiSSA, OLoRA, trained
+tokens), others from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies). So the base is
+loaded first, and then peft adapts a stand-in for the model: only the adapted modules, without memory, each of which
+receives its base weights just before peft replaces it. The values are copied into the model's shards and released, so
+that memory is bounded by the largest adapted module.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AdapterError, ShardwiseError
 from shardwise.peft.models import adapter_configs, method_of
-from shardwise.peft.names import clean, join, named_modules
+from shardwise.peft.names import join, named_modules, seed_of
+from shardwise.plan.fragments import copy_whole
 from shardwise.stateful_wrappers.markers import has_mark, mark
 from shardwise.stateful_wrappers.memory import PLAIN
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
+from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, plain_path
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import (
     BUFFERS,
@@ -43,15 +44,15 @@ from shardwise.upstream.torch_tensors import local_part
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-#: Ways to begin LoRA that look at nothing but the factors. Source: peft's ``LoraLayer.update_layer``.
+#: LoRA initialisations that use nothing but the factors. Source: peft's ``LoraLayer.update_layer``.
 _LOOKS_AT_FACTORS = (True, False, None, "gaussian", "orthogonal", "eva")
 
-#: LoRA's variants that look at the base weights or may do so. Source: the fields of ``LoraConfig``.
+#: LoRA's variants that may use the base weights. Source: the fields of ``LoraConfig``.
 _VARIANTS = ("use_dora", "use_qalora", "arrow_config", "use_bdlora", "lora_ga_config", "velora_config")
 
 
 def adapter_tensors(part: nn.Module) -> list[torch.Tensor]:
-    """Every tensor of a part's adapters, and what lies beside them in peft's layers; not base weights."""
+    """Every tensor of a part's adapters and of peft's layers around them, without base weights."""
     return [tensor for _, tensor in _adapter_slots(part)]
 
 
@@ -98,20 +99,25 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
 
 
 def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = None) -> None:
-    """Check that peft can give the parts' adapters their first values after the model has been built.
+    """Check that peft can give the parts' adapters their initial values after the model has been built.
 
     Raises:
-        AdapterError: A method keeps its tensors elsewhere than in the adapted layers, or ties them by views.
+        AdapterError: A method keeps its tensors outside of the adapted layers, or ties them by views.
     """
     for name, config in adapter_configs(parts, peft_config).items():
-        _refuse_unknown(name, config)
+        reason = _why_not_on_meta(config)
+        if reason:
+            raise AdapterError(
+                f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
+                hint="Build and adapt this model on a real device, and restore with load_model.",
+            )
 
 
 def check_method(parts: Sequence[nn.Module], method: str) -> None:
-    """Check that LoRA factors may begin otherwise than their configuration says.
+    """Check that LoRA factors may be initialised otherwise than their configuration says.
 
     Raises:
-        AdapterError: It names a beginning that the base weights, or magnitudes, follow from.
+        AdapterError: The configured initialisation also determines base weights or magnitudes.
     """
     for name, config in adapter_configs(parts, None).items():
         begin = getattr(config, "init_lora_weights", True)
@@ -139,29 +145,25 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
             )
 
 
-def _refuse_unknown(name: str, config: PeftConfig) -> None:
-    reason, method = "", method_of(config)
+def _why_not_on_meta(config: PeftConfig) -> str:
+    method = method_of(config)
     tuner = upstream.tuner_of(config.peft_type)
     in_layers = tuner is not None and issubclass(tuner, upstream.tuner_class())
     if not (config.is_prompt_learning or method == "ADAPTION_PROMPT" or in_layers):
-        reason = "does not live in layers"
-    elif method == "CPT":
-        reason = "has a hook on a parameter, which masks its gradient and is lost when the parameter gets memory"
-    elif method == "SHIRA" and _mask_of(config) is None:
-        reason = "has no mask_fn in its configuration, which says which weights are trained"
-    elif str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
-        reason = "looks at gradients that have to be measured before the model is adapted"
-    elif getattr(config, "target_modules_to_tie", None):
-        reason = "with ensure_weight_tying ties factors by views, and memory of views is not kept on the meta device"
-    if reason:
-        raise AdapterError(
-            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
-            hint="Build and adapt this model on a real device, and restore with load_model.",
-        )
+        return "does not live in layers"
+    if method == "CPT":
+        return "has a hook on a parameter, which masks its gradient and is lost when the parameter gets memory"
+    if method == "SHIRA" and _mask_of(config) is None:
+        return "has no mask_fn in its configuration, which says which weights are trained"
+    if str(getattr(config, "init_lora_weights", None)).lower() == "lora_ga":
+        return "looks at gradients that have to be measured before the model is adapted"
+    if getattr(config, "target_modules_to_tie", None):
+        return "with ensure_weight_tying ties factors by views, and memory of views is not kept on the meta device"
+    return ""
 
 
 def _mask_of(config: Any) -> Callable[..., torch.Tensor] | None:
-    """SHiRA's choice of weights. A model is built on the meta device without one, since peft looks at what it gives."""
+    """SHiRA's choice of weights. On the meta device a model is built without one, since peft reads the result."""
     from peft.tuners.shira.mask_functions import random_mask
 
     return config.mask_fn or (random_mask if config.mask_type == "random" else None)
@@ -187,12 +189,10 @@ def _adapter_slots(part: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a tuner or of a layer of peft's, but for what it wraps, under clean names."""
     wraps = ("base_layer.", "model.")
-    for name, tensor in (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ):
-        if not clean(name).startswith(wraps):
-            yield clean(name), tensor
+    owned = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    for name, tensor in chain(*owned):
+        if not plain_path(name).startswith(wraps):
+            yield plain_path(name), tensor
 
 
 @dataclass(eq=False)
@@ -202,7 +202,7 @@ class _StandIn:
     Attributes:
         root: What peft is given.
         real: id of each stand-in -> the module that it stands for.
-        held: The stand-ins, which keep their ids.
+        held: The stand-ins, kept alive so that the ids stay theirs.
     """
 
     root: nn.Module
@@ -255,7 +255,7 @@ class _StandIn:
 
 
 def _nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape and dtype that takes no memory; whoever looks at it sees no number."""
+    """A tensor of the same shape and dtype that takes no memory; its values are not numbers."""
     local = local_part(tensor)
     if type(local) not in PLAIN and not isinstance(tensor, DTensor):
         return tensor.detach()  # a quantized weight: peft chooses the layer by its class
@@ -325,7 +325,7 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
 
 
 def _seed(seed: int, name: str, path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}/{path}".encode(), digest_size=7).digest())
+    return seed_of(f"{seed}/{name}/{path}")
 
 
 class _Copier:
@@ -509,7 +509,4 @@ def _begin_tokens(path: str, layer: Any, name: str, seed: int) -> None:
 
 
 def _write(name: str, target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy a whole tensor into what this rank holds of it."""
-    for fragment in held_tensor(name, target, MeshRegister()).fragments:
-        box = fragment.box
-        fragment.data.copy_(whole.detach()[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+    copy_whole(whole.detach(), held_tensor(name, target, MeshRegister()))

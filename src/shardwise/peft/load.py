@@ -1,4 +1,4 @@
-"""Before an adapter is loaded: does the file fit the model in ways that names and shapes do not show?"""
+"""Checks before an adapter is loaded: whether the file fits the model beyond names and shapes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from shardwise.disk.names import is_file
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.peft.tensors import AdapterFile
 from shardwise.upstream import peft
@@ -38,10 +39,10 @@ _WITHOUT_MEANING = frozenset(
     }
 )  # fmt: skip
 
-#: Beginnings of LoRA that take a part of the base weights into the adapter, or round them.
+#: LoRA initialisations that move a part of the base weights into the adapter, or round them.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-#: What LoRA assumes where a setting is absent, other than nothing. Source: ``peft.LoraConfig``.
+#: LoRA's defaults for absent settings, other than nothing. Source: ``peft.LoraConfig``.
 _LORA_DEFAULTS: dict[str, object] = {"peft_type": "LORA", "lora_alpha": 8, "qalora_group_size": 16}
 
 #: The first release of peft that reads an expert parameter's ``(experts, out, in)`` as such is the one after this.
@@ -82,7 +83,7 @@ def _kind(config: Mapping[str, object]) -> str:
 
 
 def _defaults(current: Mapping[str, object]) -> Mapping[str, object]:
-    """What peft assumes where a setting is absent, which a file of another release may be."""
+    """Peft's defaults for settings that are absent, as in files of other releases."""
     if not peft.is_imported() or _kind(current) == "LORA":
         return _LORA_DEFAULTS if _kind(current) == "LORA" else {}
     cls = peft.config_class_of(_kind(current))
@@ -103,7 +104,7 @@ def _plain(value: object) -> object:
 
 
 def changed_base(config: Mapping[str, object]) -> object:
-    """How the adapter's beginning changed the base weights, so that it fits only those; ``None`` where it did not."""
+    """How the adapter's initialisation changed the base weights, which it then needs; ``None`` where it did not."""
     begin = config.get("init_lora_weights")
     if not isinstance(begin, str) or not begin.lower().startswith(_CHANGES_BASE):
         return None
@@ -150,8 +151,8 @@ def check_shared_factors(
     from safetensors import safe_open
 
     path = Path(model_directory)
-    path = path if path.is_file() else path / file.path
-    if not path.is_file():
+    path = path if is_file(path) else path / file.path
+    if not is_file(path):
         raise CheckpointNotFoundError(
             f"no {path.name}", path=path, hint="Pass the model directory of an adapter checkpoint."
         )

@@ -56,11 +56,7 @@ class MergedGroup:
     _quantized: Mapping[str, QuantizedWeight]
 
     def merge(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Compute the merged tensors, one for each of ``results``, as peft does in this memory. Local; any thread.
-
-        Args:
-            values: For each name of ``sources`` the whole tensor; it may be written to.
-        """
+        """The merged tensors, one for each of ``results``, from whole ``sources``, which it may change. Any thread."""
         memory = {id(token): _like(token, self._whole(name, token, values)) for name, token in self._tokens.items()}
         copied = _Copier(lambda tensor: memory[id(tensor)])
         unloaded = _unload([copied.module(layer) for layer in self._layers])
@@ -93,10 +89,7 @@ class MergedPart:
 
 
 def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
-    """Describe a model as peft would merge its active adapters. Local; no tensor is computed or copied.
-
-    Args:
-        parts: This rank's parts, with memory.
+    """Describe a model, whose parts have memory, as peft would merge its active adapters. Local; nothing is computed.
 
     Raises:
         AdapterError: An adapter cannot be merged into the base weights.
@@ -114,7 +107,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
         _require_merge(name, config)
     for part in parts:
         base = bare_model(adapted_model(part))
-        # What reads the modules below is to find shards, not what a forward pass has gathered.
+        # So that the code below finds shards, not parameters that a forward pass left gathered.
         own_tensors(adapted_model(part))
         if has_quantized_parameters(module for module in base.modules() if quantized_weight(module) is None):
             raise QuantizationError(
@@ -129,7 +122,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
 def _is_bare(part: nn.Module) -> bool:
     """Whether a stage has no adapted module, and carries no settings."""
     model = adapted_model(part)
-    return not getattr(model, "peft_config", None) and not list(_adapted(bare_model(model)))
+    return not getattr(model, "peft_config", None) and not any(map(_is_adapted, bare_model(model).modules()))
 
 
 def _require_merge(name: str, config: PeftConfig) -> None:
@@ -177,20 +170,14 @@ class _Copier:
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, torch.Tensor):
-            made: object = self._tensor(value)
-        elif type(value) is dict:
-            made = {key: self._copied(item) for key, item in value.items()}
-        elif type(value) is list:
-            made = [self._copied(item) for item in value]
-        elif type(value) is tuple:
-            made = tuple(self._copied(item) for item in value)
-        elif type(value) is set:
-            made = set(value)
-        else:
-            return value
-        if isinstance(value, torch.Tensor):
+            made = self._tensor(value)
             self._made[id(value)] = (value, made)
-        return made
+            return made
+        if type(value) is dict:
+            return {key: self._copied(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return cast(type, type(value))(self._copied(item) for item in cast("Sequence[object]", value))
+        return set(value) if type(value) is set else value
 
     def _module(self, module: nn.Module) -> nn.Module:
         bare = unwrap(module)
@@ -285,30 +272,23 @@ def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
     return out
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that peft has put in place of others, in the order in which it merges them."""
-    yield from _outermost(model, _is_adapted)
-
-
 def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (upstream.layer_class(), upstream.copy_class()))
 
 
-def _is_changed(module: nn.Module) -> bool:
-    return _is_adapted(module) or quantized_weight(unwrap(module)) is not None
-
-
-def _outermost(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+def _outermost_changed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost adapted or quantized modules, in the order in which peft merges them."""
     inside: list[str] = []
     for path, module in named_modules(model):
-        if is_wanted(module) and not any(path.startswith(f"{above}.") for above in inside):
+        is_changed = _is_adapted(module) or quantized_weight(unwrap(module)) is not None
+        if is_changed and not any(path.startswith(f"{above}.") for above in inside):
             inside.append(path)
             yield path, module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """What merging leaves, without memory.
+    """The result of merging, without memory.
 
     Attributes:
         modules: One for each layer.
@@ -336,7 +316,7 @@ class _Part:
             self._memory.setdefault(identity(tensor), set()).add(id(tensor))
 
     def _token(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of the training model in the copies that nobody merges."""
+        """The placeholder of a training tensor in the copies that are not merged."""
         made = _like(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         self._reals[id(made)] = tensor
         return made
@@ -351,7 +331,7 @@ class _Part:
 
     def merged(self) -> MergedPart:
         """The part without adapters."""
-        changed = _outermost(self._model, _is_changed)
+        changed = _outermost_changed(self._model)
         layers = {path: (module, self._blueprint.module(module)) for path, module in changed}
         kept: dict[int, nn.Module] = {}
         outcomes: dict[str, _Outcome] = {}
@@ -479,12 +459,12 @@ def _sharing(outcomes: Mapping[str, _Outcome]) -> list[list[str]]:
     groups: list[tuple[list[str], set[int]]] = []
     for path, outcome in outcomes.items():
         paths, tokens = [path], {id(token) for token in outcome.origins.values()}
-        apart = []
+        unrelated = []
         for theirs, own in groups:
             if own.isdisjoint(tokens):
-                apart.append((theirs, own))
+                unrelated.append((theirs, own))
             else:
                 paths, tokens = [*theirs, *paths], own | tokens
-        groups = [*apart, (paths, tokens)]
+        groups = [*unrelated, (paths, tokens)]
     order = {path: number for number, path in enumerate(outcomes)}
     return sorted((sorted(paths, key=order.__getitem__) for paths, _ in groups), key=lambda paths: order[paths[0]])

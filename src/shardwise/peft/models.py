@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 import torch.nn as nn
 
+from shardwise.disk.names import exists
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.load import is_legacy_version
@@ -150,11 +151,8 @@ def adapters_prefixes(model: nn.Module) -> dict[str, str]:
     for name, module in named_modules(model):
         if not isinstance(module, kinds):
             continue
-        known = (
-            set(cast("Mapping[str, object]", module.peft_config))
-            if isinstance(module, upstream.tuner_class())
-            else None
-        )
+        is_tuner = isinstance(module, upstream.tuner_class())
+        known = set(cast("Mapping[str, object]", module.peft_config)) if is_tuner else None
         for leaf, child in module.named_children():
             if _is_dictionary(child):
                 out |= _keyed(join(name, leaf), child, known)
@@ -168,7 +166,7 @@ def _is_dictionary(module: nn.Module | None) -> bool:
 def _keyed(path: str, dictionary: nn.Module, known: Collection[str] | None) -> dict[str, str]:
     """Where a dictionary keeps each adapter's tensors.
 
-    What all layers share may be kept by kinds of layers first (FRoD), as a method's known adapters show.
+    Tensors that all layers share may be keyed by kinds of layers first (FRoD), as a method's known adapters show.
     """
     out: dict[str, str] = {}
     children = own_children(dictionary)
@@ -234,7 +232,7 @@ def capture_peft(
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
     stand_in = _StandIn(model, {adapter_name: _for_placeholders(config, base)}, is_stage)
     found = _named_by_peft(stand_in, adapter_name, placeholders, save_embedding_layers)
-    # SHiRA's indices are in no state dict; peft takes them from its layers, and they are what is saved and filled.
+    # SHiRA's indices are in no state dict: peft takes them from its layers, and those tensors are saved and filled.
     kept = _kept_tensors(model)
     wrappers = _param_wrappers(model)
     out: list[AdapterEntry] = []
@@ -261,7 +259,7 @@ def _named_by_peft(
     placeholders: dict[str, torch.Tensor],
     save_embedding_layers: SaveEmbeddings,
 ) -> dict[str, torch.Tensor]:
-    """What peft takes from a state dict, under the names that it writes.
+    """The tensors that peft takes from a state dict, under the names that it writes.
 
     Raises:
         AdapterError: peft looks at values, which placeholders do not have.
@@ -305,7 +303,7 @@ def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
             hint="Set use_asa=False, since a resumed run would allocate subspaces otherwise than one that goes on.",
         )
     if method_of(config) == "ADALORA":
-        # What was pruned is zero in lora_E: whole tensors mean the same, and a run can go on from them.
+        # Pruned ranks are zero in lora_E: whole tensors mean the same, and training can resume from them.
         setattr(out, "rank_pattern", None)  # noqa: B010 - a field of this method alone
     return out
 
@@ -389,7 +387,7 @@ def _with_local_base(config: PeftConfig, named: str | None) -> PeftConfig:
     """A copy whose base model is a local directory or none: peft compares the vocabulary's size, and asks the hub."""
     out = copy.copy(config)
     base = out.base_model_name_or_path = config.base_model_name_or_path or named
-    if base and not (Path(base) / "config.json").exists():
+    if base and not exists(Path(base) / "config.json"):
         out.base_model_name_or_path = _cached_directory(base)
     return out
 
@@ -445,6 +443,11 @@ def _legacy(name: str, fqn: str, tensor: torch.Tensor, side: str, experts: int) 
     return entry(name.replace(".lora_B.", ".lora_A."), fqn, tensor, view, (columns, rows))
 
 
+def _innermost(name: str) -> str:
+    """A module's name without peft's wrappers inside each other."""
+    return re.sub(r"(\.base_layer)+$", "", name)
+
+
 def _single_experts(
     name: str, fqn: str, tensor: torch.Tensor, parameter: str, side: str, experts: int
 ) -> list[AdapterEntry]:
@@ -455,9 +458,7 @@ def _single_experts(
             tensor=name,
             hint="Save this adapter without v4_compatible.",
         )
-    base = name.partition(f".{side}.")[0]
-    while base.endswith(".base_layer"):
-        base = base.removesuffix(".base_layer")
+    base = _innermost(name.partition(f".{side}.")[0])
     rows, columns = (int(n) for n in tensor.shape)
     out: list[AdapterEntry] = []
     for expert in range(experts):
@@ -496,20 +497,24 @@ def config_as_saved(
     if method_of(config) == "ADALORA":
         out["rank_pattern"] = None  # the tensors are whole: `_for_placeholders`
     if config.task_type is None and model is not None:
-        cls = original_class(model)
-        out["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        out["auto_mapping"] = auto_mapping(model)
     return out
+
+
+def auto_mapping(model: nn.Module) -> dict[str, str]:
+    """The entry that peft records for a base model without a task type."""
+    cls = original_class(model)
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def peft_target_modules(model: nn.Module) -> list[str]:
     """Names of the modules that peft's LoRA layers replace, without peft's prefix."""
     layer, wrapper = upstream.layer_class(), upstream.parameter_wrapper_class()
-    names = {
+    return sorted(
         name.removeprefix(PEFT_PREFIX)
         for name, module in named_modules(adapted_model(model))
         if isinstance(module, layer) and not isinstance(module, wrapper)
-    }
-    return sorted(names)
+    )
 
 
 def peft_target_parameters(model: nn.Module) -> list[str]:
@@ -541,16 +546,14 @@ class ExpertTargets:
 
 
 def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[ExpertTargets]:
-    """What an adapter's fused parameters stand for when its tensors are written expert by expert."""
+    """The single-expert modules behind an adapter's fused parameters, for writing expert by expert."""
     out: list[ExpertTargets] = []
     for part in parts:
         for name, wrapper in _param_wrappers(adapted_model(part)).items():
             ranks, alphas = cast("dict[str, int]", wrapper.r), cast("dict[str, float]", wrapper.lora_alpha)
             if not upstream.swaps_in_out(wrapper) or adapter_name not in ranks:
                 continue
-            module = name.removeprefix(PEFT_PREFIX)
-            while module.endswith(".base_layer"):
-                module = module.removesuffix(".base_layer")
+            module = _innermost(name.removeprefix(PEFT_PREFIX))
             parameter = str(wrapper.parameter_name)
             projections = _FUSED_PROJECTIONS.get(parameter, (parameter,))
             experts = int(cast("int", wrapper.num_experts))

@@ -1,7 +1,8 @@
-"""Names: wrappers' prefixes, combined projections, and expert projections. Pure."""
+"""Names: modules without wrappers, combined projections, and expert projections. Pure."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -33,11 +34,6 @@ _EXPERT_NAMES: dict[str, dict[str, str]] = {
 }
 
 
-def clean(name: str) -> str:
-    """A module or parameter name without what wrappers add to it."""
-    return plain_path(name)
-
-
 def join(*parts: str) -> str:
     """Join the non-empty parts of a dotted name."""
     return ".".join(part for part in parts if part)
@@ -45,10 +41,12 @@ def join(*parts: str) -> str:
 
 def named_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As ``named_modules``, under clean names; where a wrapper and the wrapped share one, the wrapped is given."""
-    found: dict[str, nn.Module] = {}
-    for name, module in part.named_modules():
-        found[clean(name)] = module
-    yield from found.items()
+    yield from {plain_path(name): module for name, module in part.named_modules()}.items()
+
+
+def seed_of(text: str) -> int:
+    """A generator's seed that follows from a text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def expert_projections(token: str, model_type: str | None) -> tuple[str, ...]:
@@ -84,11 +82,6 @@ def text_config(model: object) -> object | None:
     return config if nested is None or isinstance(nested, dict) else nested
 
 
-def _size(config: object | None, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
     """Output rows of each projection behind a combined one.
 
@@ -106,9 +99,10 @@ def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...
         sizes: Iterable[int] = (rows // 2, rows - rows // 2)
         known = rows % 2 == 0
     else:
-        heads = _size(config, "num_attention_heads") or 0
-        groups = _size(config, "num_key_value_heads") or heads
-        width = _size(config, "head_dim") or ((_size(config, "hidden_size") or 0) // heads if heads else 0)
+        named = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+        values = (getattr(config, name, None) for name in named)
+        heads, groups, width, hidden = (v if isinstance(v, int) and not isinstance(v, bool) else 0 for v in values)
+        groups, width = groups or heads, width or (hidden // heads if heads else 0)
         sizes = (heads * width, groups * width, groups * width)
         known = heads > 0 and sum(sizes) == rows
     if not known:

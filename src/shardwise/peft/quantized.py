@@ -40,11 +40,7 @@ class QuantizedWeight:
     _state: QuantState | None
 
     def dequantize(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The dequantized weight, as transformers and peft compute it.
-
-        Args:
-            values: For each name of ``sources`` the tensor.
-        """
+        """The dequantized weight, as transformers and peft compute it, from a tensor for each name of ``sources``."""
         from bitsandbytes import functional
 
         if self._state is None:

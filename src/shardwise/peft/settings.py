@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
@@ -20,10 +20,18 @@ from shardwise.peft.models import (
     is_peft_adapted,
     v4_config,
 )
-from shardwise.peft.stage_settings import part_settings, united
 from shardwise.stateful_wrappers.model_parts import described_part
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 Settings = dict[str, object]
+
+#: Settings that peft completes from the modules that it sees: ``all-linear``, ranks found for each layer, heads.
+_FOUND = ("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+#: Settings that have to be the same, since the whole adapter has one value of each.
+_SAME = ("peft_type", "r", "lora_alpha", "bias", "use_dora", "use_rslora")
 
 
 def adapter_settings(
@@ -36,7 +44,7 @@ def adapter_settings(
     legacy_layout: bool = False,
     diffusers_compatible: bool = False,
 ) -> dict[str, Settings]:
-    """What ``adapter_config.json`` is to say, for each adapter. All ranks call.
+    """The content of ``adapter_config.json``, for each adapter. All ranks call.
 
     Args:
         parts: This rank's parts of the model.
@@ -52,17 +60,16 @@ def adapter_settings(
     Raises:
         AdapterError: The adapter cannot be described.
     """
-    local: JsonValue = None
-    with group.together("describing the adapter"):
-        local = _local_settings(parts, peft_config, v4_compatible)
-    gathered = group.gather_json(local, "collecting the adapter's target modules")
-    out: dict[str, Settings] = {}
-    with group.together("describing the adapter"):
-        rows = [cast("dict[str, JsonValue]", row) for row in gathered]
-        out |= _merged(parts, peft_config, rows, v4_compatible, original_model_path, diffusers_compatible)
-        for settings in out.values():
+    gathered = group.gather(lambda: _local_settings(parts, peft_config, v4_compatible), "describing the adapter")
+    rows = [cast("dict[str, JsonValue]", row) for row in gathered]
+
+    def whole() -> dict[str, Settings]:
+        found = _merged(parts, peft_config, rows, v4_compatible, original_model_path, diffusers_compatible)
+        for settings in found.values():
             _record_layout(settings, legacy_layout)
-    return out
+        return found
+
+    return group.attempt(whole, "describing the adapter")
 
 
 def _record_layout(settings: Settings, legacy: bool) -> None:
@@ -89,7 +96,7 @@ def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_c
             values = dataclasses.asdict(target)
             rows.append({**values, "projections": list(target.projections)})
         found[name] = rows
-    own = {name: part_settings(config) for name, config in adapter_configs(parts, peft_config).items()}
+    own = {name: _part_settings(config) for name, config in adapter_configs(parts, peft_config).items()}
     return {"experts": found, "adapters": cast(JsonValue, names), "settings": cast(JsonValue, own)}
 
 
@@ -127,7 +134,7 @@ def _merged(
         if not diffusers_compatible:
             saved = config_as_saved(described_part(parts), config, original_model_path)
         saved = {key: jsonable(value, key) for key, value in saved.items()}
-        saved |= united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
+        saved |= _united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
         out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
     return out
 
@@ -147,3 +154,48 @@ def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list
             )
             found[target.module, projections] = target
     return list(found.values())
+
+
+def _part_settings(config: PeftConfig) -> dict[str, object]:
+    """The settings that the stages of one adapter have to agree on or to unite, as JSON values."""
+    values = config.to_dict()
+    if str(values.get("target_modules")).lower() == "all-linear":
+        values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
+    return {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
+
+
+def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """The settings of the whole adapter that differ between its stages: peft configures each stage by itself.
+
+    Raises:
+        AdapterError: Two stages contradict each other.
+    """
+    out: dict[str, object] = {}
+    for key in (*_FOUND, *_SAME):
+        values = [settings.get(key) for settings in stages]
+        if all(value == values[0] for value in values):
+            continue
+        whole = _union(values) if key in _FOUND else None
+        if whole is None:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise AdapterError(
+                f"the adapter {adapter_name!r} has {key} {values[0]!r} on rank 0 and {values[other]!r} on rank {other}",
+                hint="Adapt every pipeline stage with the same settings; each stage may list its own names.",
+            )
+        out[key] = whole
+    return out
+
+
+def _union(values: Sequence[object]) -> object | None:
+    """All names of several lists, or entries of several mappings; ``None`` where they contradict each other."""
+    given = [value for value in values if value is not None]
+    if all(isinstance(value, (list, tuple)) for value in given):
+        return sorted({str(name) for value in given for name in value})  # type: ignore[attr-defined]
+    if not all(isinstance(value, Mapping) for value in given):
+        return None
+    whole: dict[str, object] = {}
+    for value in given:
+        for key, entry in value.items():  # type: ignore[attr-defined]
+            if whole.setdefault(key, entry) != entry:
+                return None
+    return whole

@@ -1,4 +1,4 @@
-"""What an adapter checkpoint holds: its files, their tensors, and where each tensor lies in this rank's parameters."""
+"""The content of an adapter checkpoint: files, tensors, and where each tensor lies in this rank's parameters."""
 
 from __future__ import annotations
 

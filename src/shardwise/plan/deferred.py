@@ -1,14 +1,14 @@
-"""Values that a module makes when its state is asked for: described now, made when they are written or loaded.
+"""Values that a module makes in its ``state_dict()``: described now, made when they are written or loaded.
 
 A *stand-in* is a tensor on the meta device that takes the place of such a value. Planning looks at tensors only by
-views, and a view of a stand-in still has its storage, to which the description is attached. Whoever touches bytes asks
-`resolve` for the values, which are made again, one maker at a time: memory is that of the largest maker.
+views, and a view of a stand-in still has its storage, to which the description is attached. Code that needs
+the bytes calls `resolve`, which makes the values again, one maker at a time: memory is that of the largest maker.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -26,7 +26,7 @@ class Maker(Protocol):
 
     @property
     def label(self) -> str:
-        """What it is, for messages."""
+        """Its name, for messages."""
         ...
 
     def make(self) -> Mapping[str, torch.Tensor]:
@@ -36,7 +36,7 @@ class Maker(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deferred:
-    """What is known of a value that is made when it is needed.
+    """The description of a value that is made when it is needed.
 
     Attributes:
         key: The maker's name for it.
@@ -44,9 +44,9 @@ class Deferred:
         dtype: Likewise.
         device: Where it is made.
         maker: Makes it; ``None`` where it can only be loaded.
-        owner: Who takes it when it is loaded. Compared by identity.
-        template: Makes of this rank's part what the owner is given; a DTensor's.
-        is_flexible: Whether the owner says which shapes it takes.
+        owner: The module that loads it. Compared by identity.
+        template: Makes the DTensor of this rank's part, which the owner is given; ``None`` for plain tensors.
+        is_flexible: Whether the owner decides which shapes it accepts.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Deferred:
     device: torch.device
     maker: Maker | None
     owner: object
-    template: Template | None = None
+    template: Callable[[torch.Tensor], torch.Tensor] | None = None
     is_flexible: bool = False
 
     def empty(self) -> torch.Tensor:
@@ -73,16 +73,8 @@ class Deferred:
         return replace(self, shape=shape)
 
 
-class Template(Protocol):
-    """Builds a whole tensor around the part that a rank holds."""
-
-    def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The whole tensor that ``local`` is this rank's part of."""
-        ...
-
-
 def deferred(tensor: torch.Tensor) -> Deferred | None:
-    """What a stand-in, or a view of one, stands for; ``None`` for any other tensor."""
+    """The description behind a stand-in, or a view of one; ``None`` for any other tensor."""
     if not tensor.is_meta:
         return None
     return cast(Deferred | None, getattr(tensor.untyped_storage(), _ATTRIBUTE, None))
@@ -142,7 +134,7 @@ def bound(view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def split(tensor: HeldTensor) -> tuple[HeldTensor | None, list[tuple[object, HeldTensor]]]:
-    """Tell apart what is in memory of a tensor, and what goes to owners: ``(in memory, [(owner, theirs)])``."""
+    """Split a tensor into what is in memory and what its owners load: ``(in memory, [(owner, theirs)])``."""
     owners: dict[int, object] = {}
     for part in tensor.parts:
         for fragment in part.fragments:
@@ -181,7 +173,7 @@ def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
 
 
 class Buffers:
-    """Memory for what one owner is about to take, behind its stand-ins."""
+    """Memory for the values that one owner is about to load, behind its stand-ins."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Deferred, torch.Tensor]] = {}
@@ -206,16 +198,16 @@ class Buffers:
         return bound(view, self._made[id(what)][1])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """By key, what the owner is given; what was asked for only in part is not there."""
+        """The owner's values by key, without those that were requested only in part."""
         return {
-            what.key: made if what.template is None else what.template.around(made)
+            what.key: made if what.template is None else what.template(made)
             for number, (what, made) in self._made.items()
             if sum(self._regions[number].values()) == made.numel()
         }
 
 
 def stands_alone(tensor: HeldTensor) -> Deferred | None:
-    """What a tensor of the file is, where it is just one value that its owner takes in any shape; else ``None``."""
+    """The description of a file's tensor that is a single value, which its owner loads in any shape; else ``None``."""
     if len(tensor.parts) != 1 or len(tensor.parts[0].fragments) != 1 or tensor.parts[0].part.view is not None:
         return None
     what = deferred(tensor.parts[0].fragments[0].data)

@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor, under the tensor's name in the file: the value that all stages exchange. Pure.
+"""The part of a tensor that a rank holds, under the name in the file: the value that all stages exchange. Pure.
 
 A fragment is a source when saving and a destination when loading. Its box is in the tensor's *grid*, a refinement of
 its shape with the same row-major order (see `shardwise.plan.views`); for an unconverted tensor the grid is the shape.
@@ -7,7 +7,7 @@ its shape with the same row-major order (see `shardwise.plan.views`); for an unc
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -60,13 +60,13 @@ class Part:
         return self._hash
 
     def regions(self, coordinate: tuple[int, ...]) -> tuple[Region, ...]:
-        """What the rank at ``coordinate`` holds of the native tensor."""
+        """The regions of the native tensor that the rank at ``coordinate`` holds."""
         if self.mesh is None:
             return (Region(Box.whole(self.native_shape), (0,) * len(self.native_shape)),)
         return regions(self.native_shape, self.mesh.shape, self.placements, coordinate)
 
     def boxes(self, coordinate: tuple[int, ...]) -> tuple[Box, ...]:
-        """What the rank at ``coordinate`` holds of the file's tensor, in its grid."""
+        """The regions of the file's tensor, in its grid, that the rank at ``coordinate`` holds."""
         held = (region.box for region in self.regions(coordinate))
         if self.view is None:
             return tuple(held)
@@ -82,7 +82,7 @@ class HeldPart(NamedTuple):
 
 
 class HeldTensor(NamedTuple):
-    """What this rank holds of one tensor of the file. Two are never compared but by identity.
+    """This rank's part of one tensor of the file. Two are never compared but by identity.
 
     Attributes:
         spec: Name, global shape and dtype in the file.
@@ -100,6 +100,20 @@ class HeldTensor(NamedTuple):
         if len(self.parts) == 1:
             return self.parts[0].fragments
         return tuple([fragment for part in self.parts for fragment in part.fragments])
+
+
+def copy_whole(whole: torch.Tensor, held: HeldTensor) -> None:
+    """Copy a whole tensor, of the shape of the grid, into what this rank holds of it."""
+    for box, data in held.fragments:
+        data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+
+
+def seen_through(view: AxisView | None, native: HeldPart) -> HeldPart:
+    """A rank's share of a native tensor, seen through a view; the same memory. Without a view, unchanged."""
+    if view is None:
+        return native
+    pieces = (pair for fragment in native.fragments for pair in hub_views(view, fragment.box, fragment.data))
+    return HeldPart(replace(native.part, view=view), native.coordinate, tuple(Fragment(*pair) for pair in pieces))
 
 
 def hold(

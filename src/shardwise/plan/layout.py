@@ -46,7 +46,7 @@ class FileLayout:
         return len(self.header) + (self.entries[-1].end if self.entries else 0)
 
 
-class Place(NamedTuple):  # a tuple, like whatever is made once for every tensor: a frozen dataclass costs four times it
+class Place(NamedTuple):  # made once for each tensor: a frozen dataclass costs four times as much
     """Where a tensor's bytes lie: ``file`` is an index into `Layout.files`, ``offset`` counts from the file's start."""
 
     file: int

@@ -4,8 +4,8 @@ Ranks that hold the same bytes (replicas under HSDP, DDP or plain tensors) share
 rows, one piece for each replica; small ones go whole to the replica that has the least so far. Replicas see the same
 tensors in the same order, so each computes the whole assignment by itself.
 
-Where replicas may have different values (`Part.may_differ`) nothing is shared out: the lowest of them writes all that
-it holds, so that what is published is one rank's value, and that of tensors which belong together the same rank's.
+Where replicas may have different values (`Part.may_differ`) nothing is split: the lowest rank writes all that it holds,
+so that tensors which belong together are published with the values of one rank.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def own(
 
 
 def left_to_others(held: Sequence[HeldTensor], roster: Roster, rank: int) -> frozenset[str]:
-    """Names of the tensors that replicas may have other values of, and a lower rank than ``rank`` writes."""
+    """Names of the tensors whose replicas may differ and that a lower rank than ``rank`` writes."""
     return frozenset(
         held[number].spec.name
         for number, part, shard_set in roster.holders(held)

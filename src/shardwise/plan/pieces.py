@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from shardwise.geometry import Box
+from shardwise.geometry import Box, bounding
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk
 from shardwise.plan.views import factor_shape
@@ -66,17 +66,11 @@ def wanted_regions(tensor: HeldTensor) -> list[Box]:
     """The regions that a rank holds, in the tensor's own shape; together they cover its fragments, or more."""
     boxes = [fragment.box for fragment in tensor.fragments if 0 not in fragment.box.sizes]
     if len(boxes) > MOST_REGIONS:
-        boxes = [_spanning(boxes)]
+        boxes = [bounding(boxes)]
     if tensor.grid == tensor.spec.shape:
         return boxes
     factors = factor_shape(tensor.spec.shape, tensor.grid)
     return [_coarse(box, factors) for box in boxes]
-
-
-def _spanning(boxes: Sequence[Box]) -> Box:
-    lows = tuple(map(min, zip(*(box.offsets for box in boxes), strict=True)))
-    ends = tuple(map(max, zip(*(box.ends for box in boxes), strict=True)))
-    return Box(lows, tuple(end - low for low, end in zip(lows, ends, strict=True)))
 
 
 def _coarse(box: Box, factors: Sequence[tuple[int, ...]]) -> Box:

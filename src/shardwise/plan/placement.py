@@ -47,7 +47,7 @@ Placement = Replicated | Sharded | Strided
 
 @dataclass(frozen=True, slots=True)
 class MeshKey:
-    """What two ranks must agree on to speak of the same kind of mesh.
+    """The key by which ranks identify the same kind of mesh.
 
     Attributes:
         names: Names of the mesh dimensions; empty strings where the mesh has none.

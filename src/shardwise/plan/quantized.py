@@ -1,7 +1,7 @@
 """Quantized tensors by the slice: which values and scales a region needs, and what it becomes. Pure.
 
-A quantized tensor is stored as values of few bits and a grid of scales, one scale for each block of values. What a rank
-wants of it are fragments, cut anywhere. They become `Slab`s: boxes of the scale grid to read, and `QuantizedPiece`s of
+A quantized tensor is stored as values of few bits and a grid of scales, one scale for each block of values. The
+fragments that a rank wants, cut anywhere, become `Slab`s: boxes of the scale grid to read, and `QuantizedPiece`s of
 bounded size, each a box of values with the memory that its floating-point numbers fill. The arithmetic is float32
 throughout: value times scale, rounded once when it is copied into the destination.
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, bounding
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.views import factor_shape
@@ -111,13 +111,14 @@ def plan_slabs(
         yield Slab(around, exact, tuple(p for region in regions for p in _pieces(region, piece_elements)))
         return
     for region in regions:
-        for part in _aligned(region, tensor.block, slab_scales):
+        # At the borders of blocks, so that no two parts share a scale.
+        for part in _cut(region, tensor.block, lambda box: scale_box(box, tensor.block).numel, slab_scales):
             box = scale_box(part.box, tensor.block)
             yield Slab(box, (box,), tuple(_pieces(part, piece_elements)))
 
 
 def plan_small_slabs(tensor: Quantized, wanted: HeldTensor, piece_elements: int) -> Iterator[Slab]:
-    """As `plan_slabs`, with one piece in each slab, so that others than this rank can take some of them.
+    """As `plan_slabs`, with one piece in each slab, so that other ranks can read some of them.
 
     Scales at the border of two pieces are in both slabs.
     """
@@ -187,13 +188,6 @@ def _swap(dims: tuple[int, ...]) -> tuple[int, ...]:
 # --- boxes --------------------------------------------------------------------------------------------------------
 
 
-def bounding(boxes: Sequence[Box]) -> Box:
-    """The smallest box around some boxes of the same tensor."""
-    low = tuple(min(ns) for ns in zip(*(box.offsets for box in boxes), strict=True))
-    high = tuple(max(ns) for ns in zip(*(box.ends for box in boxes), strict=True))
-    return Box(low, tuple(h - n for n, h in zip(low, high, strict=True)))
-
-
 def disjoint(boxes: Sequence[Box]) -> tuple[Box, ...]:
     """Boxes that cover the same elements, each element once."""
     out: list[Box] = []
@@ -206,7 +200,7 @@ def disjoint(boxes: Sequence[Box]) -> tuple[Box, ...]:
 
 
 def _minus(box: Box, other: Box) -> Iterator[Box]:
-    """What is left of a box without another, as disjoint boxes."""
+    """The rest of a box without another, as disjoint boxes."""
     common = box.intersect(other)
     if common is None:
         yield box
@@ -229,12 +223,7 @@ def _part(region: QuantizedPiece, dim: int, start: int, size: int) -> QuantizedP
 
 def _pieces(region: QuantizedPiece, most: int) -> Iterator[QuantizedPiece]:
     """Cut a region into rows that lie one after the other, of at most ``most`` values."""
-    yield from _cut(region, (1,) * len(region.box.sizes), lambda box: box.numel, most)
-
-
-def _aligned(region: QuantizedPiece, block: tuple[int, ...], most: int) -> Iterator[QuantizedPiece]:
-    """Cut a region at the borders of blocks, so that no two parts share a scale, into parts of ``most`` scales."""
-    yield from _cut(region, block, lambda box: scale_box(box, block).numel, most)
+    return _cut(region, (1,) * len(region.box.sizes), lambda box: box.numel, most)
 
 
 def _cut(region: QuantizedPiece, block: tuple[int, ...], cost: _Cost, most: int) -> Iterator[QuantizedPiece]:

@@ -86,8 +86,8 @@ class Read(NamedTuple):
         rows: Number of rows.
         period: Bytes from one row's start to the next.
         width: Bytes of each row.
-        dest: Where they go, in any strides. One row is as many elements in the file's order, in any shape; of several
-            rows the first dimension is ``rows``.
+        dest: The memory, in any strides. A single row may have any shape, in the file's order; with several rows the
+            first dimension is ``rows``.
         spec: The saved tensor, for its dtype and for messages.
     """
 

@@ -1,4 +1,4 @@
-"""Who holds what, known to every rank without gathering anybody's plan. Pure.
+"""Who holds what, known to every rank without gathering the ranks' plans. Pure.
 
 A rank declares its tensors (`Declaration`): names, shapes, dtypes and how each is spread. Ranks of one kind declare the
 same, so declarations are compared by digest and only the distinct ones travel. With each rank's mesh coordinates, a few
@@ -36,7 +36,7 @@ def _part_code(part: Part) -> str:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a rank says of its tensors; equal on ranks of one kind.
+    """A rank's tensors; equal on ranks of one kind.
 
     Attributes:
         specs: The tensors in the file that this kind of rank holds a part of, in the model's order.
@@ -51,7 +51,7 @@ class Declaration:
     @staticmethod
     def of(held: Sequence[HeldTensor], stage: int = 0) -> Declaration:
         """Describe a rank's tensors."""
-        # What follows a tensor's name is the same for all tensors of one kind.
+        # The text behind a tensor's name is the same for all tensors of one kind.
         kinds: dict[tuple[object, ...], str] = {}
         text = [str(stage)]
         specs = []
@@ -110,7 +110,7 @@ class Roster:
         found: dict[str, TensorSpec] = {}
         stages: dict[str, int] = {}
         if len(declarations) == 1:
-            # With everybody saying the same there is nothing to compare, unless it names a tensor twice.
+            # A single declaration needs no comparison, unless it names a tensor twice.
             found = {spec.name: spec for spec in declarations[0].specs}
             if len(found) == len(declarations[0].specs):
                 return declarations[0].specs
@@ -155,7 +155,7 @@ class Roster:
     def holders(self, held: Iterable[HeldTensor]) -> Iterator[tuple[int, HeldPart, ShardSet]]:
         """For each part of each of a rank's tensors: the tensor's number, the part, and the ranks that hold one."""
         declarers = self._declarers
-        known: dict[tuple[str, int], ShardSet] = {}  # most tensors share their part with others, object and all
+        known: dict[tuple[str, int], ShardSet] = {}  # most tensors share their part object with others
         for number, tensor in enumerate(held):
             declared_by = declarers[tensor.spec.name]
             for part in tensor.parts:

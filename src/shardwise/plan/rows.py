@@ -33,11 +33,11 @@ RowsPiece = tuple[tuple[int, ...], tuple[Box, ...]]
 class Sources:
     """For each target, the ranks whose pieces make up its rows, and their boxes.
 
-    Found when asked for: a rank sends to few and receives from few of the many that hold a tensor.
+    Computed on demand: of the many ranks that hold a tensor, each exchanges rows with few.
 
     Attributes:
         pieces: The replicas that hold each piece, and its boxes, at least one each.
-        grid: Of the tensor.
+        grid: The tensor's grid.
         outer: Leading grid dimensions that enumerate the rows.
     """
 
@@ -45,6 +45,16 @@ class Sources:
     grid: tuple[int, ...]
     outer: int
     _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Grid shape of the rows."""
+        return self.grid[: self.outer]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return math.prod(self.lead)
 
     @cached_property
     def _turn(self) -> dict[int, int]:
@@ -61,11 +71,11 @@ class Sources:
 
     @cached_property
     def _row_ranges(self) -> tuple[tuple[int, int], ...]:
-        return tuple([_row_range(boxes, self.grid[: self.outer]) for _, boxes in self.pieces])
+        return tuple([_row_range(boxes, self.lead) for _, boxes in self.pieces])
 
     def share(self, target: int) -> tuple[int, int]:
         """The first row of a target, and the one after its last."""
-        rows, position, count = math.prod(self.grid[: self.outer]), self._position[target], len(self.members)
+        rows, position, count = self.rows, self._position[target], len(self.members)
         return rows * position // count, rows * (position + 1) // count
 
     def __getitem__(self, target: int) -> tuple[tuple[int, tuple[Box, ...]], ...]:
@@ -94,17 +104,11 @@ class Exchange:
 
     Attributes:
         tensor: Index into the list of held tensors.
-        grid: Of the tensor.
-        outer: Leading grid dimensions that enumerate the rows.
-        rows: Number of rows.
         sources: For each target, the ranks whose pieces make up its rows, and their boxes.
         rows_per_round: How many rows a target receives at a time.
     """
 
     tensor: int
-    grid: tuple[int, ...]
-    outer: int
-    rows: int
     sources: Sources
     rows_per_round: int
 
@@ -116,12 +120,12 @@ class Exchange:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Grid shape of one row."""
-        return self.grid[self.outer :]
+        return self.sources.grid[self.sources.outer :]
 
     @property
     def rounds(self) -> int:
         """Number of rounds; the same for every member."""
-        widest = -(-self.rows // len(self.members))
+        widest = -(-self.sources.rows // len(self.members))
         return -(-widest // self.rows_per_round)
 
     def target(self, rank: int, turn: int) -> tuple[int, int]:
@@ -134,11 +138,11 @@ class Exchange:
         """The boxes that rows ``start .. start + count`` are, in file order."""
         return tuple(
             Box((*lead.offsets, *(0 for _ in self.row_shape)), (*lead.sizes, *self.row_shape))
-            for lead in refine_range(start, count, self.grid[: self.outer])
+            for lead in refine_range(start, count, self.sources.lead)
         )
 
     def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[int, Box]]:
-        """What ``boxes`` contribute to a range of rows: pairs of the box's index and the common region, in order."""
+        """The contribution of ``boxes`` to a range of rows: pairs of a box's index and the common region, in order."""
         wanted = self.row_boxes(start, count)
         for number, box in enumerate(boxes):
             for rows in wanted:
@@ -165,7 +169,7 @@ class ExchangePlanner:
     def plan_all(self, held: Sequence[HeldTensor]) -> list[Exchange]:
         """The exchanges that a rank's tensors need."""
         found = []
-        # Most tensors share their part with others, object and all, and need no more than this look.
+        # Most tensors share their part object with others, and need only this lookup.
         needless: set[tuple[int, tuple[int, ...], str]] = set()
         for number, tensor in enumerate(held):
             spec, grid, parts = tensor
@@ -254,18 +258,11 @@ class ExchangePlanner:
             if (boxes := held.part.boxes(coordinate))
         )
         row_bytes = math.prod(tensor.grid[outer:]) * tensor.spec.itemsize
-        return Exchange(
-            -1,
-            tensor.grid,
-            outer,
-            math.prod(tensor.grid[:outer]),
-            Sources(pieces, tensor.grid, outer),
-            max(1, ROUND_BYTES // max(row_bytes, 1)),
-        )
+        return Exchange(-1, Sources(pieces, tensor.grid, outer), max(1, ROUND_BYTES // max(row_bytes, 1)))
 
 
 def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:
-    """What a view fixes of whole native dimensions: ``(native dimension, native grid dimension, index)``."""
+    """The whole native dimensions that a view fixes: ``(native dimension, native grid dimension, index)``."""
     if view is None:
         return []
     whole: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What one rank writes where, in which order. Pure.
+"""Which bytes one rank writes where, in which order. Pure.
 
 The order rotates: rank r of n starts r/n of the way into the list of files, so that ranks do not queue behind one
 inode's lock (measured: two writers on one file took 0.7 s where rotating took 0.36 s).

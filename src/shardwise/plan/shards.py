@@ -115,7 +115,7 @@ def plan_shards(
 
 
 def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> list[ShardPiece]:
-    """Tensors that have no element belong to nobody by their regions; the first of their holders writes them."""
+    """Tensors without elements, which no region assigns to a rank: their first holder writes them."""
     return [
         ShardPiece(number, tensor.spec, Box.whole(tensor.spec.shape), torch.empty(tensor.spec.shape))
         for number, tensor in enumerate(held)

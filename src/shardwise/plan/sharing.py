@@ -43,7 +43,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Share(Generic[T]):
-    """What one replica reads in one round.
+    """The pieces that one replica reads in one round.
 
     Attributes:
         reader: Its rank in the group.
@@ -74,7 +74,7 @@ class Replicas:
 def rounds(
     pieces: Iterable[tuple[int, T]], members: Sequence[int], limits: Limits = LIMITS
 ) -> Iterator[tuple[Share[T], ...]]:
-    """Deal pieces to replicas: neighbours to one, and each new share to whoever has read the least so far.
+    """Deal pieces to replicas: neighbours to one, and each new share to the replica that has read the least so far.
 
     Args:
         pieces: Bytes of each piece and the piece, in an order common to the replicas. One above ``limits.share`` is a

@@ -1,1 +1,1 @@
-"""Whatever holds tensors, opened: headers, shards, DCP directories, files of ``torch.save``; read by byte range."""
+"""Opens what holds tensors: headers, shards, DCP directories, files of ``torch.save``; read by byte range."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from shardwise.errors import StorageError
+from shardwise.disk.guarded import open_regular
+from shardwise.disk.names import status
+from shardwise.errors import FormatError, ShardwiseError
 from shardwise.geometry import Box, covers_once
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Wrong(NamedTuple):
 
     Attributes:
         file: Its path in the directory; empty for the metadata itself.
-        kind: What sort of thing, as `shardwise.engine.verify` names damages.
-        message: What.
+        kind: The kind of damage, as `shardwise.engine.verify` names damages.
+        message: Description.
         tensors: Names of the items concerned.
     """
 
@@ -38,13 +38,13 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DcpExtents:
-    """What was found.
+    """The extents that were found.
 
     Attributes:
         files: The files that the metadata names.
         tensors: Number of tensors.
         items: Number of items whose extent was compared.
-        wrong: What contradicts.
+        wrong: The contradictions.
     """
 
     files: tuple[str, ...]
@@ -86,7 +86,7 @@ def check_dcp_extents(directory: Path) -> DcpExtents:
 
 
 def _unplaced(metadata: Metadata) -> Iterator[Wrong]:
-    """Tensors of which a piece, or a piece's place, is missing."""
+    """Tensors with a missing piece, or a piece without a place."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     places = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data or {}}
@@ -111,22 +111,19 @@ def _unplaced(metadata: Metadata) -> Iterator[Wrong]:
 def _check_file(directory: Path, file: str, items: list[_Item]) -> Iterator[Wrong]:
     everything = tuple(dict.fromkeys(item.name for item in items))
     path = directory / file
-    try:
-        info = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    info = status(path)
+    if info is None:
         yield Wrong(file, "absent", "the file, which .metadata names, is absent", everything)
         return
-    except OSError as error:
-        raise StorageError.from_os(error, path=path) from error
-    if not stat.S_ISREG(info.st_mode):
+    if info.kind != "file":
         yield Wrong(file, "kind", "something else stands where .metadata names a file", everything)
         return
-    beyond = [item for item in items if item.offset + item.length > info.st_size]
+    beyond = [item for item in items if item.offset + item.length > info.size]
     if beyond:
         end = max(item.offset + item.length for item in beyond)
-        message = f"the file has {info.st_size} of the {end} bytes that .metadata speaks of: it was cut short"
+        message = f"the file has {info.size} of the {end} bytes that .metadata speaks of: it was cut short"
         yield Wrong(file, "size", message, tuple(dict.fromkeys(item.name for item in beyond)))
-    inside = [item for item in items if item.offset + item.length <= info.st_size]
+    inside = [item for item in items if item.offset + item.length <= info.size]
     overlapping = [
         late.name
         for early, late in itertools.pairwise(inside)
@@ -141,16 +138,16 @@ def _check_archives(path: Path, file: str, items: list[_Item]) -> Iterator[Wrong
     """Each tensor is an archive of its own, as ``torch.save`` writes it: look at its first and last bytes."""
     odd: dict[str, None] = {}
     try:
-        with path.open("rb", buffering=0) as stream:
-            handle = stream.fileno()
+        with open_regular(path, FormatError) as (stream, _):
             for item in items:
                 if not item.is_archive:
                     continue
-                start = os.pread(handle, len(_ZIP_START), item.offset)
-                end = os.pread(handle, len(_ZIP_END), item.offset + max(0, item.length - _ZIP_END_BYTES))
-                if start != _ZIP_START or end != _ZIP_END:
+                stream.seek(item.offset)
+                start = stream.read(len(_ZIP_START))
+                stream.seek(item.offset + max(0, item.length - _ZIP_END_BYTES))
+                if start != _ZIP_START or stream.read(len(_ZIP_END)) != _ZIP_END:
                     odd[item.name] = None
-    except OSError as error:
-        yield Wrong(file, "unreadable", error.strerror or str(error), ())
+    except ShardwiseError as error:
+        yield Wrong(file, "unreadable", error.message, ())
     if odd:
         yield Wrong(file, "header", "no serialised tensor lies where .metadata puts these", tuple(odd))

@@ -18,9 +18,9 @@ from shardwise.stateful_wrappers.wrapping import plain_name
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-#: What the mapping that holds the model is called, by those who write `{"model": ..., "optimizer": ...}`.
+#: Names of the model's mapping in state dicts such as `{"model": ..., "optimizer": ...}`.
 MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")
-#: What mappings are called that are something else.
+#: Names of mappings that are not the model.
 _OTHER_KEYS = frozenset(
     {
         *("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict", "param_groups"),
@@ -113,7 +113,7 @@ def model_below(metadata: Metadata, directory: Path, head: str, expected: Collec
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the model is: what names have in front, and names that are the model's whatever they look like."""
+    """Where the model is: the prefix of its names, and names that are the model's in any case."""
 
     head: str
     expected: frozenset[str] = frozenset()
@@ -157,7 +157,7 @@ def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], dire
 
 
 def places_of(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
-    """The places below which there are all of the names that a model has; none where it has no names."""
+    """The places below which all names of a model are; none where it has no names."""
     if not expected:
         return []
     probe = max(expected, key=lambda name: (name.count("."), len(name), name))
@@ -173,7 +173,7 @@ def places_of(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
 
 
 def _by_structure(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> _Place:
-    """The place of the one mapping that is called as a model's is."""
+    """The place of the one mapping with a model's name."""
     at: DcpPath = ()
     while True:
         below = {name: path for name, path in paths.items() if path[: len(at)] == at and len(path) > len(at)}
@@ -192,7 +192,7 @@ def _by_structure(paths: Mapping[str, DcpPath], tensors: Sequence[str], director
 
 
 def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, directory: Path) -> _Place:
-    """The place of tensors that are in one mapping; some write theirs with whole paths for names."""
+    """The place of tensors that are in one mapping; some tools use whole paths as names."""
     head = ".".join(map(str, at))
     tops = {str(paths[name][-1]).split(".")[0] for name in leaves}
     others = tops & _OTHER_KEYS
@@ -205,7 +205,7 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
 
 
 def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The names without what torch's wrappers put into them."""
+    """The names without the parts that torch's wrappers add."""
     strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}
     for name, dcp in found.items():

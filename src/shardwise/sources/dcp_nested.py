@@ -1,4 +1,4 @@
-"""Putting together what DCP took apart: it flattens nested dictionaries and lists to one table of names."""
+"""Rebuilding the nested dictionaries and lists that DCP flattened to one table of names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardwise.sources.dcp_model import DcpPath
 
 
 def nested(found: Mapping[DcpPath, object]) -> object:
-    """The value that DCP took apart: path -> part. Dictionaries of consecutive numbers are lists.
+    """The value that DCP flattened: path -> part. Dictionaries of consecutive numbers are lists.
 
     Raises:
         FormatError: A part stands below another.

@@ -65,7 +65,7 @@ class DcpOptimizer:
 
     @staticmethod
     def from_state(state: object) -> DcpOptimizer:
-        """What `to_state` gave, on another rank."""
+        """The inverse of `to_state`, on another rank."""
         fields = cast(dict[str, object], state)
         groups = cast("list[tuple[dict[str, object], list[str]]]", fields["groups"])
         return DcpOptimizer(
@@ -88,7 +88,7 @@ class _Item:
 
 @dataclass(slots=True)
 class _Found:
-    """What was found of one optimizer."""
+    """The entries of one optimizer."""
 
     path: DcpPath
     flat: set[bool] = field(default_factory=set)
@@ -121,7 +121,7 @@ def read_optimizers(values: DcpValues) -> list[DcpOptimizer]:
     read = []
     for found in _find(values):
         value = None if found.whole is None else values.value(found.whole)
-        # What is called so may be anything: the optimizer's name in a configuration, say.
+        # An entry of this name may be anything, such as the optimizer's name in a configuration.
         if found.whole is None or (isinstance(value, dict) and "param_groups" in value):
             read.append(_Reading(values, found).optimizer())
     return read
@@ -149,7 +149,7 @@ def _locate(path: DcpPath) -> tuple[DcpPath, str, DcpPath, bool] | None:
         if part in _KINDS and (part == "param_groups" or number + 1 < len(path)):
             return path[:number], str(part), path[number + 1 :], False
         match = _FLAT.fullmatch(part) if isinstance(part, str) else None
-        # Only where nothing is recorded of a nested state dict may there be more in front.
+        # A longer prefix is possible only where the nesting of the state dict was not recorded.
         if match is not None and (match["head"] is None or len(path) == 1):
             head = path[:number] if match["head"] is None else (match["head"],)
             return head, match["kind"], (match["rest"], *path[number + 1 :]), True

@@ -1,4 +1,4 @@
-"""What a DCP directory holds beside model and optimizer: schedulers, counters, whatever a loop keeps."""
+"""Values of a DCP directory beside model and optimizer: schedulers, counters, other state of a training loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardwise.sources.dcp_values import DcpValues
 from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
-#: What torch's schedulers keep: all of them the first, and each one of the others.
+#: State of torch's schedulers: all have the first entry, and each has one of the others.
 _SCHEDULER_KEYS = ("last_epoch", frozenset({STEP_COUNT, "base_lrs", "num_bad_epochs"}))
 
 
 def state_at(values: DcpValues, place: DcpPath) -> object:
-    """What stands below a place of the state dict, as it was before DCP took it apart; empty dictionaries are lost.
+    """The value below a place of the state dict, as before DCP flattened it; empty dictionaries are lost.
 
     Raises:
         FormatError: It is damaged.
@@ -30,7 +30,7 @@ def state_at(values: DcpValues, place: DcpPath) -> object:
 
 
 def place_called(values: DcpValues, name: str) -> DcpPath:
-    """The place of what is called ``name``: its path in the state dict, joined by dots.
+    """The place of the entry ``name``: its path in the state dict, joined by dots.
 
     Raises:
         CheckpointNotFoundError: There is no such state; lists those that exist.
@@ -48,7 +48,7 @@ def place_called(values: DcpValues, name: str) -> DcpPath:
 
 
 def scheduler_places(values: DcpValues) -> list[DcpPath]:
-    """Where there are schedulers: what is called so, or keeps what torch's do. Reads no item."""
+    """The places of schedulers: entries of that name, or with the state of torch's schedulers. Reads no item."""
     children: dict[DcpPath, set[str]] = {}
     for path in values.paths.values():
         for length in range(len(path)):
@@ -91,7 +91,7 @@ def _outermost(places: list[DcpPath]) -> list[DcpPath]:
 
 
 def components(values: DcpValues, model_place: str | None = None) -> list[str]:
-    """What there is beside a model: ``optimizer``, ``scheduler``, and the places of all else. Reads no item.
+    """The entries beside a model: ``optimizer``, ``scheduler``, and the places of all others. Reads no item.
 
     Args:
         values: Of the directory.
@@ -107,7 +107,7 @@ def components(values: DcpValues, model_place: str | None = None) -> list[str]:
             model = model_below(values.metadata, values.directory, model_place, ())
         known |= {*model.names.values()}
     except MisuseError:
-        pass  # there is none, or it is for whoever loads it to say which part it is
+        pass  # there is none, or the caller has to say which part it is
     paths = list(values.paths.values())
     common = _common(paths)
     rest = [
@@ -119,7 +119,7 @@ def components(values: DcpValues, model_place: str | None = None) -> list[str]:
 
 
 def _common(paths: list[DcpPath]) -> int:
-    """How many parts all paths begin with, short of the whole of any."""
+    """The number of leading parts that all paths share, less than the length of any."""
     shortest = min((len(path) - 1 for path in paths), default=0)
     length = 0
     while length < shortest and len({path[length] for path in paths}) == 1:

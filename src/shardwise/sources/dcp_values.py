@@ -1,4 +1,4 @@
-"""What a DCP directory holds beside sharded tensors: values that DCP pickled, and small tensors read whole."""
+"""Entries of a DCP directory beside sharded tensors: values that DCP pickled, and small tensors read whole."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.disk.guarded import open_regular, read_exactly
+from shardwise.disk.names import is_file
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 from shardwise.format.torch_value import MAX_VALUE_BYTES, read_torch_value
@@ -25,7 +26,7 @@ MAX_SMALL_TENSOR_BYTES = 2**28
 
 def is_dcp(directory: Path) -> bool:
     """Whether a directory is one that DCP wrote."""
-    return (directory / DCP_METADATA_NAME).is_file()
+    return is_file(directory / DCP_METADATA_NAME)
 
 
 class DcpValues:
@@ -66,7 +67,7 @@ class DcpValues:
 
         Raises:
             CheckpointNotFoundError: A file of the directory is absent.
-            FormatError: It is damaged, or too large for what it is to be.
+            FormatError: It is damaged, or too large for such a value.
             UnsafePickleError: It names something outside the allow-lists.
         """
         if name in self.tensors:

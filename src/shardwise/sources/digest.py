@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 2**22
 def contribution(
     box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc: int, dtype: torch.dtype | None = None
 ) -> int:
-    """What a piece contributes to the CRC-32C of its whole tensor.
+    """The contribution of a piece to the CRC-32C of its whole tensor.
 
     Args:
         box: The piece's region.

@@ -1,21 +1,21 @@
-"""What a directory holds instead of a model, and which directories below hold one: for the hints of errors."""
+"""The contents of a directory without a model, and which directories below hold one: for the hints of errors."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shardwise.disk.names import exists, is_directory, names_in
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter
 
-#: Names by which tools keep weights; what else is in a directory is not mentioned.
+#: Names of weight files of other tools; other files of a directory are not mentioned.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|hdf5|keras|msgpack|onnx|npz|npy|pkl|pickle|nemo|tar|zip|gz|tgz|zst|"
     r"distcp|llamafile|tflite|pb)$"
 )
-#: What a training run keeps beside a model's weights in files of the same kind.
+#: Files of the same kind that a training run keeps beside a model's weights.
 _NO_MODEL = re.compile(
     r"^(training_args|optimizer|optim|scheduler|scaler|sched|random_states|rng_state|trainer_state|dataloader|"
     r"custom_checkpoint)\b.*|^(optimizer|rng_state|random_states|sampler|scheduler)(_.*)?\.(bin|pt|pth|pkl)$"
@@ -32,7 +32,7 @@ def torch_files(directory: Path) -> list[str]:
     the file begins as torch's do.
     """
     found = []
-    for name in sorted(os.listdir(directory)):
+    for name in names_in(directory):
         stem = TORCH.stem_of(name)
         if stem is None or _NO_MODEL.match(name):
             continue
@@ -44,22 +44,23 @@ def torch_files(directory: Path) -> list[str]:
 
 def holds_model(directory: Path) -> bool:
     """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
-    try:
-        names = os.listdir(directory)
-    except NotADirectoryError:
+    if not is_directory(directory):
         return False
-    if ".metadata" in names or any(_is_weights(name) for name in names):
-        return True
-    merged = directory / "consolidated"
-    if "consolidated" in names and merged.is_dir() and any(_is_weights(name) for name in os.listdir(merged)):
-        return True
-    return bool(torch_files(directory))
+    return exists(directory / ".metadata") or holds_safetensors(directory) or holds_torch_files(directory)
 
 
-def _is_weights(name: str) -> bool:
-    if any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH)):
-        return True
-    return SAFETENSORS.stem_of(name) is not None and not is_adapter(name)
+def holds_safetensors(directory: Path) -> bool:
+    """Whether there is a model in safetensors files in a directory, or in ``consolidated/`` below it."""
+    names = [n for place in (directory, directory / "consolidated") if is_directory(place) for n in names_in(place)]
+    return any(
+        SAFETENSORS.index_stem(name) is not None or (SAFETENSORS.stem_of(name) is not None and not is_adapter(name))
+        for name in names
+    )
+
+
+def holds_torch_files(directory: Path) -> bool:
+    """Whether there is a model in files of ``torch.save`` in a directory."""
+    return any(TORCH.index_stem(name) is not None for name in names_in(directory)) or bool(torch_files(directory))
 
 
 def _is_torch(found: Recognised | None) -> bool:
@@ -67,8 +68,8 @@ def _is_torch(found: Recognised | None) -> bool:
 
 
 def found_instead(directory: Path) -> str:
-    """What a directory without a model holds, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
-    weights = sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name))
+    """The contents of a directory without a model, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
+    weights = sorted(name for name in names_in(directory) if _WEIGHTS.search(name))
     shown = []
     for name in weights[:_SHOWN]:
         found = what_is_file(directory / name)
@@ -78,8 +79,8 @@ def found_instead(directory: Path) -> str:
 
 
 def how_to_open(directory: Path) -> str:
-    """What to do about the first of the files that `found_instead` lists; may be empty."""
-    for name in sorted(name for name in os.listdir(directory) if _WEIGHTS.search(name)):
+    """The hint for the first of the files that `found_instead` lists; may be empty."""
+    for name in sorted(name for name in names_in(directory) if _WEIGHTS.search(name)):
         if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."
         found = what_is_file(directory / name)
@@ -131,9 +132,8 @@ def _children(directory: Path) -> Sequence[Path]:
 
 def _directories(directory: Path) -> Iterator[Path]:
     try:
-        with os.scandir(directory) as entries:
-            named = [e for e in entries if not e.name.startswith(".") and e.name not in _BESIDE]
-            yield from [Path(e.path) for e in named if e.is_dir()]
+        named = [name for name in names_in(directory) if not name.startswith(".") and name not in _BESIDE]
+        yield from [directory / name for name in named if is_directory(directory / name)]
     except OSError:
         return
 

@@ -110,7 +110,7 @@ def _joined(name: str, found: Sequence[tuple[Entry, int]], files: Sequence[Path]
                 hint="The directory mixes files of different checkpoints; separate them.",
             )
         box = Box(whole if saved is None else saved, sizes)
-        # The same region twice: replicas written by somebody else. Either will do, so that no byte is read twice.
+        # The same region twice: replicas that another tool wrote. One of them is read.
         chunks.setdefault(box, SourceChunk(box, file, offset))
     starts = zip(*(box.offsets for box in chunks), strict=True)
     lengths = zip(*(box.sizes for box in chunks), strict=True)

@@ -9,7 +9,7 @@ the number of tensors. Instead each tensor has one *index rank*, which knows all
    touch these regions. It sends no request for pieces from headers that it has read itself, as after a restart on the
    same ranks.
 
-What a rank sends, receives and keeps then grows with the tensors, and with the pieces that it reads.
+The bytes that a rank sends, receives and keeps then grow with the tensors, and with the pieces that it reads.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
 def look_up_pieces(
     wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], piece_table: PieceTable, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
-    """Find the pieces that touch what a rank wants. All ranks of the group call.
+    """Find the pieces that touch the regions that a rank wants. All ranks of the group call.
 
     Args:
         wanted: Gives tensors with remote pieces, and the regions wanted of each. Local.

@@ -1,7 +1,7 @@
 """Reading byte ranges into place.
 
 Where a range is contiguous in the file and in a CPU parameter of the same dtype, the file system copies straight into
-the parameter's memory. So do the rows of a column shard, many at a time: small gaps between them are read along and
+the parameter's memory. So do the rows of a column shard, many at a time: small gaps between them are read too and
 dropped. Other memory (strided within a row, another device, another dtype) is filled through a small buffer.
 """
 
@@ -25,13 +25,13 @@ from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
 #: Bytes of the buffer of each reading thread.
 BUFFER_BYTES = 4 * 2**20
-#: Gaps up to this are read along: copying so much out of the page cache takes as long as asking once more.
+#: Gaps up to this are read too: copying them from the page cache takes as long as another request.
 SMALL_GAP_BYTES = 16 * 1024
 
 
 @dataclass
 class ReadCounts:
-    """What a load has read: bytes asked for, bytes read with the gaps between rows, and bytes got from replicas."""
+    """The counts of a load: bytes requested, bytes read with the gaps between rows, and bytes got from replicas."""
 
     wanted: int = 0
     read: int = 0
@@ -61,10 +61,10 @@ class Reader:
     """Executes reads from a list of files. One object for one load; `close` releases the files.
 
     Args:
-        storage: Through what.
+        storage: The storage to read from.
         files: Paths; reads name them by index.
         threads: How many reads at once.
-        observe: Told of every byte range read, ``(file, offset, length)``; for counting.
+        observe: Called with every byte range read, ``(file, offset, length)``; for counting.
     """
 
     def __init__(

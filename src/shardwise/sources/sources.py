@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import exists, is_directory, is_file, names_in
 from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, FormatError, WeightIndexError
 from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
@@ -31,6 +32,7 @@ from shardwise.sources.piece_lookup import (
     look_up_pieces,
     tensor_of_row,
 )
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
@@ -87,6 +89,7 @@ class Source:
         return replace(self, tensors=tensors)
 
 
+@phase("headers")
 def open_source(
     path: str | os.PathLike[str],
     group: Group,
@@ -140,18 +143,18 @@ def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
 
     Relative file names, names of tensors per the index, and whether it is a DCP directory.
     """
-    if not root.exists():
+    if not exists(root):
         raise CheckpointNotFoundError(
             "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
         )
-    if not root.is_dir():
+    if not is_directory(root):
         return _look_at_file(root, read)
-    if (root / ".metadata").exists():
+    if exists(root / ".metadata"):
         _refuse_both(root)
         return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
     own, index = _tensor_files(root, read, exclude)
     merged: list[str] = []
-    if (root / "consolidated").is_dir():
+    if is_directory(root / "consolidated"):
         below, index_below = _tensor_files(root / "consolidated", read)
         merged = [f"consolidated/{name}" for name in below]
         index = index or [f"consolidated/{name}" for name in index_below]
@@ -163,7 +166,7 @@ def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
 
 def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
     if SAFETENSORS.index_stem(file.name) is not None:
-        found = files_of_index(file, os.listdir(file.parent), read)
+        found = files_of_index(file, names_in(file.parent), read)
         return {"single": [], "files": list(found.files), "index": [file.name], "dcp": []}
     if file.suffix == ".distcp" or file.name == ".metadata":
         raise FormatError(
@@ -185,7 +188,7 @@ def nothing_to_open(root: Path) -> CheckpointNotFoundError:
 
 def _refuse_both(root: Path) -> None:
     """Refuse a directory that is a DCP checkpoint and a Hugging Face model, which may be two different models."""
-    names = os.listdir(root)
+    names = names_in(root)
     standard = [name for name in SAFETENSORS.standard if name in names]
     standard += [name for name in names if SAFETENSORS.index_stem(name) is not None]
     if standard:
@@ -200,7 +203,7 @@ def _tensor_files(
     directory: Path, read: _ReadIndex, exclude: frozenset[str] = frozenset()
 ) -> tuple[list[str], list[str]]:
     """Names of the safetensors files that make up the model in a directory, and of the index that lists them."""
-    names = [name for name in os.listdir(directory) if name not in exclude]
+    names = [name for name in names_in(directory) if name not in exclude]
     chosen = choose_weights(directory, names, SAFETENSORS, read)
     if chosen is None:
         return [], []
@@ -210,7 +213,7 @@ def _tensor_files(
 
 
 def tell_unread(directory: Path, chosen: WeightFiles) -> None:
-    """Say which of two was taken."""
+    """Log which of two sources was used."""
     _LOG.warning(
         "%s holds %s and %s, which lists other files: the former is read, as transformers does",
         directory,
@@ -317,7 +320,7 @@ def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:
             number = files.setdefault(str(info.relative_path), len(files))
             chunks.append([list(chunk.offsets), list(chunk.sizes), number, info.offset, info.length])
         rows.append([name, list(saved.size), dtype_code(saved.properties.dtype, name), chunks])
-    missing = [name for name in files if not (root / name).is_file()]
+    missing = [name for name in files if not is_file(root / name)]
     if missing:
         raise CheckpointNotFoundError(
             f"the metadata names {missing[0]}, which is absent",

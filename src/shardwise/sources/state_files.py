@@ -5,10 +5,10 @@ A state is JSON, with the tensors in it in a safetensors file beside. No pickle.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from shardwise.disk.guarded import read_whole
+from shardwise.disk.names import is_there
 from shardwise.errors import ShardwiseError, StateFormatError
 from shardwise.format.state_json import decode_state, encode_state
 
@@ -43,6 +43,23 @@ def unpack_state(packed: dict[str, bytes]) -> object:
     return decode_state(packed[".json"], tensors)
 
 
+def joined(packed: dict[str, bytes]) -> bytes:
+    """A packed state as one byte string."""
+    return b"".join(len(v).to_bytes(8, "little") + k.encode().ljust(16) + v for k, v in sorted(packed.items()))
+
+
+def split(raw: bytes) -> dict[str, bytes]:
+    """The packed state that `joined` was given."""
+    found: dict[str, bytes] = {}
+    position = 0
+    while position < len(raw):
+        size = int.from_bytes(raw[position : position + 8], "little")
+        key = raw[position + 8 : position + 24].decode().strip()
+        found[key] = raw[position + 24 : position + 24 + size]
+        position += 24 + size
+    return found
+
+
 def read_file(path: Path) -> bytes:
     """Read a small regular file; a FIFO, a device or a directory in its place is a typed error at once."""
     return read_whole(path, MAX_STATE_FILE_BYTES, StateFormatError)
@@ -56,7 +73,7 @@ def read_packed(text: Path, tensors: Path) -> object:
         StateFormatError: It is damaged.
     """
     packed = {".json": read_file(text)}
-    if os.path.lexists(tensors):
+    if is_there(tensors):
         packed[".safetensors"] = read_file(tensors)
     try:
         return unpack_state(packed)
@@ -72,4 +89,4 @@ def read_state(stem: Path) -> object:
 
 def has_state(stem: Path) -> bool:
     """Whether a state stands at ``stem``."""
-    return os.path.lexists(stem.with_name(stem.name + ".json"))
+    return is_there(stem.with_name(stem.name + ".json"))

@@ -18,11 +18,11 @@ from shardwise.sources.tensor_bytes import as_bytes
 STREAM_BYTES = 8 * 2**20
 
 
-def tensor_blocks(source: SourceTensor, reader: Reader) -> Iterator[memoryview]:
-    """A saved tensor's bytes in row-major order, in bounded memory."""
+def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = None) -> Iterator[memoryview]:
+    """A saved tensor's bytes in row-major order, in bounded memory; ``elements`` in each block, by default 8 MiB."""
     spec = source.spec
     dtype = torch_dtype(spec.dtype)
-    per_block = max(1, STREAM_BYTES // spec.itemsize)
+    per_block = elements or max(1, STREAM_BYTES // spec.itemsize)
     start, total = 0, math.prod(spec.shape)
     while start < total:
         count = min(per_block, total - start)

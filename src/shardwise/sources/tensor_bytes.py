@@ -51,7 +51,7 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def prefer_huge_pages(tensor: torch.Tensor) -> None:
     """Ask for huge pages behind a large CPU tensor whose memory has not been touched: its first touch costs a fraction.
 
-    Only a wish: a system without huge pages, or with none to spare, gives small ones.
+    A hint only: a system without free huge pages gives small ones.
     """
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
@@ -91,7 +91,7 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
     """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
 
     Nothing is copied where the tensor lies contiguous in CPU memory in that dtype; otherwise one block at a time is.
-    What a stand-in stands for is made.
+    The values behind a stand-in are made.
 
     Args:
         tensor: Any strides, any device.

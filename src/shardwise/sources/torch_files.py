@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,9 @@ from typing import cast
 import torch
 
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.guarded import open_regular
+from shardwise.disk.names import file_size, is_directory, is_file, names_in
+from shardwise.disk.storage import local_path
 from shardwise.dtypes import dtype_code
 from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
 from shardwise.format.index import read_index
@@ -46,7 +48,7 @@ class BinSource:
     """The tensors of ``.bin`` files.
 
     Attributes:
-        source: Those that byte ranges can read.
+        source: The tensors that byte ranges can read.
         loose: Name -> what it is and the file that has to be opened for it.
         legacy: Whether unrestricted unpickling is permitted.
     """
@@ -54,13 +56,6 @@ class BinSource:
     source: Source
     loose: Mapping[str, tuple[TensorSpec, Path]]
     legacy: bool
-
-
-def has_torch_files(path: Path) -> bool:
-    """Whether there are ``.bin`` weights at a path, which may be a file."""
-    if path.is_file():
-        return TORCH.index_stem(path.name) is not None or TORCH.stem_of(path.name) is not None
-    return path.is_dir() and bool(torch_files(path) or _indices(path))
 
 
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
@@ -82,7 +77,7 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
         f"looking for .bin files at {path}",
     )
     names = cast(list[str], listed)
-    files = [(path if path.is_dir() else path.parent) / name for name in names]
+    files = [(path if is_directory(path) else path.parent) / name for name in names]
     own: dict[str, JsonValue] = {}
     with group.together(f"looking into the .bin files at {path}"):
         for number, file in enumerate(files):
@@ -104,18 +99,18 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
 
 
 def _is_weights(path: Path) -> bool:
-    return path.is_file() and TORCH.index_stem(path.name) is None
+    return is_file(path) and TORCH.index_stem(path.name) is None
 
 
 def _indices(directory: Path) -> list[str]:
-    return [name for name in os.listdir(directory) if TORCH.index_stem(name) is not None]
+    return [name for name in names_in(directory) if TORCH.index_stem(name) is not None]
 
 
 def _listing(path: Path) -> list[str]:
     """Names of the files that an index lists, or that make up the model in a directory."""
     read = cache(read_index)
-    if path.is_file():
-        return list(files_of_index(path, os.listdir(path.parent), read).files)
+    if is_file(path):
+        return list(files_of_index(path, names_in(path.parent), read).files)
     chosen = choose_weights(path, [*torch_files(path), *_indices(path)], TORCH, read)
     if chosen is None:
         raise CheckpointNotFoundError(
@@ -133,7 +128,7 @@ def _refuse_other_formats(file: Path) -> None:
         raise FormatError(
             "the file is a safetensors file, whatever its name says", path=file, hint="Rename it to *.safetensors."
         )
-    if found is not None and found.kind is not Kind.TORCH and not zipfile.is_zipfile(file):
+    if found is not None and found.kind is not Kind.TORCH and not _is_zip(file):
         raise FormatError(f"the file is {found.name}, and none that torch.save wrote", path=file, hint=found.hint)
     shards = distributed_class(file)
     if shards is not None:
@@ -149,11 +144,11 @@ def _refuse_other_formats(file: Path) -> None:
 def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
     """Name, shape, dtype code and byte offset of every tensor; no offset for one that has to be loaded."""
     _refuse_other_formats(file)
-    if not zipfile.is_zipfile(file):
+    if not _is_zip(file):
         for name, tensor in load_file(file, legacy).items():
             yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
         return
-    size = file.stat().st_size
+    size = file_size(file)
     with without_memory():
         state = load_file(file, legacy, mmap=False)
     for name, tensor in state.items():
@@ -166,6 +161,11 @@ def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
         yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), offset]
 
 
+def _is_zip(file: Path) -> bool:
+    with open_regular(file, FormatError) as (stream, _):
+        return zipfile.is_zipfile(stream)
+
+
 def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, torch.Tensor]:
     """The state dict of a ``.bin`` file, memory-mapped where its format allows.
 
@@ -175,9 +175,14 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
     """
     from pickle import UnpicklingError
 
-    mapped = zipfile.is_zipfile(file) if mmap is None else mmap
+    mapped = _is_zip(file) if mmap is None else mmap
+    place = local_path(file)
     try:
-        found: object = torch.load(file, map_location="cpu", mmap=mapped, weights_only=not legacy)
+        if place is not None:
+            found: object = torch.load(place, map_location="cpu", mmap=mapped, weights_only=not legacy)
+        else:
+            with open_regular(file, FormatError) as (stream, _):
+                found = torch.load(stream, map_location="cpu", weights_only=not legacy)
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise UnsafePickleError(
@@ -198,31 +203,27 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
     return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def fill_loose(source: BinSource, wanted: Sequence[HeldTensor]) -> int:
-    """Fill fragments from tensors that byte ranges cannot read, file by file; returns the bytes copied.
+def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> int:
+    """Fill fragments from tensors of a file that byte ranges cannot read; returns the bytes copied.
 
     A memory-mapped file adds nothing to this rank's memory but pages that the system may drop; one of torch before
-    1.6 is loaded whole, one file at a time.
+    1.6 is loaded whole.
+
+    Args:
+        file: The file.
+        legacy: Whether unrestricted unpickling is permitted.
+        wanted: What is to be filled.
     """
     copied = 0
-    for file, tensors in _by_file(source, wanted):
-        state = load_file(file, source.legacy)
-        for tensor in tensors:
-            whole = state[tensor.spec.name].view(tensor.grid)
-            for fragment in tensor.fragments:
-                box = fragment.box
-                part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
-                copied += part.numel() * part.element_size()
-                _copy(fragment.data, part)
-        del state
-    return copied
-
-
-def _by_file(source: BinSource, wanted: Iterable[HeldTensor]) -> Iterator[tuple[Path, list[HeldTensor]]]:
-    found: dict[Path, list[HeldTensor]] = {}
+    state = load_file(file, legacy)
     for tensor in wanted:
-        found.setdefault(source.loose[tensor.spec.name][1], []).append(tensor)
-    yield from found.items()
+        whole = state[tensor.spec.name].view(tensor.grid)
+        for fragment in tensor.fragments:
+            box = fragment.box
+            part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+            copied += part.numel() * part.element_size()
+            _copy(fragment.data, part)
+    return copied
 
 
 def _copy(into: torch.Tensor, part: torch.Tensor) -> None:

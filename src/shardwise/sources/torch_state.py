@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import torch
 
+from shardwise.disk.guarded import open_regular
 from shardwise.errors import FormatError
 
 #: Entries under which training loops keep a model's state dict.
@@ -89,20 +90,21 @@ def distributed_class(file: Path) -> str | None:
     A file that cannot be recognised, such as a damaged one, is left to the reader.
     """
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
+        with open_regular(file, FormatError) as (stream, _):
+            if not zipfile.is_zipfile(stream):
+                return _named_in_legacy(stream)
+            with zipfile.ZipFile(stream) as archive:
                 name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
                 if name is None or archive.getinfo(name).file_size > _MOST_PICKLE:
                     return None
                 data = archive.read(name)
             return _scan(data) if b"torch.distributed" in data else None
-        with file.open("rb") as stream:
-            return _named_in_legacy(stream)
     except (OSError, ValueError, zipfile.BadZipFile, KeyError, IndexError):
         return None
 
 
 def _named_in_legacy(stream: BinaryIO) -> str | None:
+    stream.seek(0)
     if b"torch.distributed" not in stream.read(2**20):
         return None
     stream.seek(0)

@@ -60,7 +60,7 @@ class DigestLedger:
     _compared: dict[Path, set[int]] = field(default_factory=dict)
 
     def take(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
-        """Take note of a run of bytes that was read; compare it where it is recorded as it is.
+        """Record a run of bytes that was read; compare it where the same run has a recorded digest.
 
         Raises:
             IntegrityError: It has changed since it was written.
@@ -162,9 +162,9 @@ class VerifyingReader:
     """Reads tensors of some files block by block; `close` releases the files.
 
     Args:
-        storage: Through what.
+        storage: The storage to read from.
         files: Paths; pieces name them by index.
-        ledger: Told of all that is read.
+        ledger: Records all that is read.
     """
 
     def __init__(self, storage: Storage, files: Sequence[Path], ledger: DigestLedger) -> None:
@@ -220,7 +220,7 @@ class VerifyingReader:
         self._fill(chunk.file, into, chunk.offset + start, tensor)
 
     def took(self, chunk: SourceChunk, nbytes: int, crc: int) -> None:
-        """Tell the ledger of a piece that was read."""
+        """Record a piece that was read in the ledger."""
         self._ledger.take(self._files[chunk.file], chunk.offset, nbytes, crc)
 
     def path(self, chunk: SourceChunk) -> Path:
@@ -243,11 +243,11 @@ class _Stream(ABC):
         """The bytes of the next ``count`` elements; valid until the next call."""
 
     def finish(self) -> None:  # noqa: B027 - not every kind has anything left to compare
-        """Nothing more is wanted; what was read is compared."""
+        """End the stream, and compare the bytes that were read."""
 
 
 class _Raw(_Stream):
-    """A piece that lies in its file as it is."""
+    """A piece that lies in its file as raw bytes."""
 
     def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
         super().__init__(reader, chunk, tensor)

@@ -38,7 +38,7 @@ def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
 
 
 def loads_custom(optimizer: AnyOptimizer) -> bool:
-    """Whether taking a state dict in does something that torch's class does not."""
+    """Whether loading a state dict does something that torch's class does not."""
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
@@ -78,7 +78,7 @@ class StateView:
                     self._named.setdefault(name_of(param), (holder, param))
 
     def rest(self) -> list[tuple[Path, object]]:
-        """What no holder shows: largest parts of the state dict, with their paths.
+        """The largest parts of the state dict that no holder shows, with their paths.
 
         Raises:
             MisuseError: The optimizer's own code fails to give its state.
@@ -102,16 +102,16 @@ class StateView:
             if holder is not None:
                 yield from self._rest_of_packed(value, holder, path)
                 return
-            entries = [(("key", key), each) for key, each in value.items() if not self._is_flat(key, each)]
-            yield from self._largest(value, [self._named_step(step, each) for step, each in entries], path)
+            entries: list[tuple[Step, object]] = [
+                (("parameter", self._name_of(key)) if isinstance(key, torch.Tensor) else ("key", key), each)
+                for key, each in value.items()
+                if not self._is_flat(key, each)
+            ]
+            yield from self._largest(value, entries, path)
         elif isinstance(value, (list, tuple)):
             yield from self._largest(value, [(("item", n), each) for n, each in enumerate(value)], path)
         else:
             yield path, value
-
-    def _named_step(self, step: Step, each: object) -> tuple[Step, object]:
-        key = step[1]
-        return (("parameter", self._name_of(key)), each) if isinstance(key, torch.Tensor) else (step, each)
 
     def _largest(
         self, value: Mapping[object, object] | Sequence[object], entries: list[tuple[Step, object]], path: Path
@@ -156,7 +156,8 @@ class StateView:
         fitting = [k for k in self._holders if [len(members(group)) for group in k.groups()] == sizes]
         state = cast(Mapping[object, object], value["state"])
         owners = [self._entries[id(each)] for each in state.values() if id(each) in self._entries]
-        owners += [k for k in fitting if any(_holds(state, t) for s in k.optimizer.state.values() for t in _tensors(s))]
+        given = set(map(id, _tensors(state)))
+        owners += [k for k in fitting if any(id(t) in given for t in _tensors(k.optimizer.state))]
         for holder in [*owners, *fitting]:
             if holder in fitting and (owners or self._is_like(groups, holder)):
                 return holder
@@ -215,7 +216,7 @@ class StateView:
         """Hand the rest back, with what the holders have by now around it.
 
         Raises:
-            Exception: What the optimizer's own code refuses it with.
+            Exception: The error of the optimizer's own code.
         """
         if not rest and not loads_custom(self.optimizer):
             return
@@ -293,10 +294,6 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _tensors(each)
-
-
-def _holds(state: Mapping[object, object], tensor: torch.Tensor) -> bool:
-    return any(each is tensor for value in state.values() for each in _tensors(value))
 
 
 def _is_same(a: object, b: object) -> bool:

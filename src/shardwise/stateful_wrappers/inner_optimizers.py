@@ -7,14 +7,13 @@ which own moments that `Optimizer.state` of the outer one does not show.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.optimizer_classes import class_name
 
 Options = dict[str, object]
 _DEPTH = 4
@@ -58,7 +57,7 @@ class StateHolder:
     @property
     def kind(self) -> str:
         """Name of its class."""
-        return class_name(self.optimizer)
+        return type(self.optimizer).__name__
 
     def groups(self) -> list[Options]:
         """Its groups."""
@@ -79,8 +78,7 @@ def find_state_holders(passed: Sequence[AnyOptimizer]) -> list[StateHolder]:
     """
     found: list[StateHolder] = []
     for number, each in enumerate(passed):
-        seen: set[int] = set()
-        found += _state_holders(each, number, frozenset(), seen, 0)
+        found += _state_holders(each, number, frozenset(), set(), 0)
     return _with_slots(found)
 
 
@@ -171,7 +169,7 @@ def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
         if others:
             used = {other.slot for other in others.values()}
             slot = holder.kind if holder.kind not in used else f"{holder.kind}.{len(used)}"
-        new = StateHolder(holder.optimizer, slot, holder.mirrors, holder.passed, holder.ancestors)
+        new = replace(holder, slot=slot)
         found.append(new)
         for param in params:
             owner.setdefault(id(param), []).append(new)
@@ -179,7 +177,7 @@ def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
 
 
 class SharedParameterError(Exception):
-    """Two optimizers update one parameter; for who knows its name to say."""
+    """Two optimizers update one parameter; its name is added by the caller."""
 
     def __init__(self, param: torch.Tensor, first: StateHolder, second: StateHolder) -> None:
         super().__init__(param, first, second)

@@ -1,10 +1,10 @@
-"""Loading what was not read into memory directly: modules take their state by their own methods, in torch's order."""
+"""Loading state that was not read into memory directly: modules load it by their own methods, in torch's order."""
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
-from shardwise.stateful_wrappers.units import Step, Taker, label
+from shardwise.stateful_wrappers.units import Step, Taker, label, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
@@ -22,25 +22,20 @@ from shardwise.upstream.torch_modules import (
     loading_answer,
     loading_post_hooks,
     note_versions,
-    own_buffers,
     own_children,
-    own_parameters,
-    unsaved_buffers,
 )
-
-_LOG = logging.getLogger(__name__)
 
 _CHECKPOINTED = f"{CHECKPOINTED}."
 
 
 @dataclass
 class Installing:
-    """What modules take, and what they say to it.
+    """Loads state through modules' own methods, and judges their answers.
 
     Attributes:
-        tensors: Gives what a module takes, by its name in `plain_name` form or as `state_dict` has it.
-        aside: Plain name -> other values of the state; ``None`` where nothing was saved of such.
-        metadata: Plain module name -> what torch noted of it.
+        tensors: Gives the tensors for a module, by name in `plain_name` form or as `state_dict` has it.
+        aside: Plain name -> other values of the state; ``None`` where none were saved.
+        metadata: Plain module name -> torch's metadata of it.
         allow_missing: Whether tensors may be absent.
         skips_empty: Whether a module without any saved entry is skipped.
         without: Modules that found no extra state.
@@ -57,8 +52,8 @@ class Installing:
         """Carry out steps. Local, unless a module's own methods communicate.
 
         Raises:
-            ModuleStateError: A module's method or hook failed, or refused what it was given.
-            TensorError: It lacks something, or was given what it does not know.
+            ModuleStateError: A module's method or hook failed, or refused its values.
+            TensorError: A module's entries are missing or unexpected.
         """
         for step in steps:
             if step.kind == "take":
@@ -67,9 +62,9 @@ class Installing:
             elif step.kind == "extra":
                 self._take_extra(step.module, step.prefix)
             else:
-                said = _Said(step.module, step.prefix)
-                said.after(step.module)
-                self._judge(said)
+                answer = _Answer(step.module, step.prefix)
+                answer.after(step.module)
+                self._judge(answer)
 
     def _take(self, taker: Taker) -> None:
         values: dict[str, object] = OrderedDict(
@@ -78,18 +73,17 @@ class Installing:
         values |= self._aside_of(taker)
         if not values and (self.skips_empty or not taker.is_lenient):
             return
-        said = _Said(taker.module, taker.prefix)
+        answer = _Answer(taker.module, taker.prefix)
         if taker.calls_root:
-            said.root(values, {name: dict(noted) for name, noted in self.metadata.items()})
+            answer.root(values, {name: dict(noted) for name, noted in self.metadata.items()})
         elif taker.whole:
-            said.below(taker.module, values, taker.prefix, self._noted)
+            answer.below(taker.module, values, taker.prefix, self._noted)
         else:
             if not taker.is_lenient:  # what was read directly already is copied onto itself
-                for name, tensor in (*own_parameters(taker.module).items(), *own_buffers(taker.module).items()):
-                    if tensor is not None and name not in unsaved_buffers(taker.module):
-                        values.setdefault(taker.prefix + name, tensor.detach())
-            said.own(taker.module, values, taker.prefix, self._noted(taker.prefix))
-        self._judge(said)
+                for name, tensor in saved_tensors(taker.module):
+                    values.setdefault(taker.prefix + name, tensor.detach())
+            answer.own(taker.module, values, taker.prefix, self._noted(taker.prefix))
+        self._judge(answer)
 
     def _noted(self, prefix: str) -> dict[str, object]:
         return dict(self.metadata.get(plain_name(prefix)[:-1], {}))
@@ -112,19 +106,19 @@ class Installing:
         with _failing(module, prefix, "set_extra_state"):
             module.set_extra_state(self.aside[name])
 
-    def _judge(self, said: _Said) -> None:
-        where = label(said.module, said.prefix)
-        self.without += [where for key in said.missing if key.rpartition(".")[2] == EXTRA]
-        missing = [key for key in said.missing if key.rpartition(".")[2] != EXTRA]
-        if said.errors:
+    def _judge(self, answer: _Answer) -> None:
+        where = label(answer.module, answer.prefix)
+        self.without += [where for key in answer.missing if key.rpartition(".")[2] == EXTRA]
+        missing = [key for key in answer.missing if key.rpartition(".")[2] != EXTRA]
+        if answer.errors:
             raise ModuleStateError(
-                f"{where} does not take the state that was saved: {'; '.join(said.errors)}",
+                f"{where} does not take the state that was saved: {'; '.join(answer.errors)}",
                 hint="Build the model as it was when the checkpoint was saved.",
             )
-        if said.unexpected:
+        if answer.unexpected:
             raise UnexpectedTensorError(
-                f"{where} does not know what the checkpoint has for it: {', '.join(map(str, said.unexpected[:5]))}",
-                tensor=plain_name(str(said.unexpected[0])),
+                f"{where} does not know what the checkpoint has for it: {', '.join(map(str, answer.unexpected[:5]))}",
+                tensor=plain_name(str(answer.unexpected[0])),
                 hint="Build the model as it was when the checkpoint was saved.",
             )
         if missing and not self.allow_missing:
@@ -142,25 +136,20 @@ def given_name(taker: Taker, key: str) -> str:
     return taker.prefix + plain_name(key).removeprefix(plain_name(taker.prefix))
 
 
-class _failing:  # noqa: N801 - a context manager
-    """Names the module whose own method failed."""
-
-    def __init__(self, module: nn.Module, prefix: str, method: str) -> None:
-        self._label, self._method = label(module, prefix), method
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            raise ModuleStateError(
-                f"{self._method} of {self._label} failed: {type(error).__name__}: {error}",
-                hint="What was restored before it stays; correct the module, and restore again.",
-            ) from error
+@contextlib.contextmanager
+def _failing(module: nn.Module, prefix: str, method: str) -> Iterator[None]:
+    """Name the module whose own method failed."""
+    try:
+        yield
+    except Exception as error:
+        raise ModuleStateError(
+            f"{method} of {label(module, prefix)} failed: {type(error).__name__}: {error}",
+            hint="What was restored before it stays; correct the module, and restore again.",
+        ) from error
 
 
-class _Said:
-    """What torch's loading keeps while modules take their state."""
+class _Answer:
+    """The lists that torch's loading fills: missing and unexpected keys, errors."""
 
     def __init__(self, module: nn.Module, prefix: str) -> None:
         self.module, self.prefix = module, prefix
@@ -214,7 +203,7 @@ def post_steps(root: nn.Module) -> list[Step]:
         for name, child in own_children(module).items():
             if child is not None:
                 visit(child, f"{prefix}{name}.")
-        # FSDP2's own put sharded parameters back in place, which have not been away.
+        # FSDP2's own hooks put sharded parameters back in place; these never left it.
         if has_foreign_hooks(loading_post_hooks(module)):
             found.append(Step("post", module, prefix))
 

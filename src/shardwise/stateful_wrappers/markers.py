@@ -22,7 +22,7 @@ def is_untouched(tensor: torch.Tensor) -> bool:
         return False
     if isinstance(signal, float):
         wide = local.to(torch.float32) if local.dtype.itemsize == 1 else local
-        # Looking at one element settles it for all but tensors that were never touched.
+        # The first element decides for all but tensors that were never written.
         return bool(wide.flatten()[0].isnan()) and bool(wide.isnan().all())
     return bool((local == signal).all())
 
@@ -32,13 +32,10 @@ def has_mark(tensor: torch.Tensor) -> bool:
 
     For integers, where the mark is a possible value, only a part that is nothing else counts.
     """
-    local, signal = _local(tensor), _signal(tensor.dtype)
-    if local.numel() == 0 or signal is None:
-        return False
-    if isinstance(signal, float):
-        wide = local.to(torch.float32) if local.dtype.itemsize == 1 else local
-        return bool(wide.isnan().any())
-    return is_untouched(tensor)
+    local = _local(tensor)
+    if not isinstance(_signal(tensor.dtype), float):
+        return is_untouched(tensor)
+    return bool((local.to(torch.float32) if local.dtype.itemsize == 1 else local).isnan().any())
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

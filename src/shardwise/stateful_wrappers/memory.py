@@ -1,8 +1,8 @@
 """Where a tensor's elements lie: whether two tensors are the same, and what memory is behind a tensor's class.
 
-A tensor subclass that wraps others has no memory of its own: its address is 0, as every other one's is, and what its
-elements are is for its class to say. So nothing here goes by addresses alone, and a wrapper's memory is used only where
-it was tried that the wrapper reads and writes exactly the one tensor that it wraps.
+A tensor subclass that wraps others has no memory of its own: its address is always 0, and its class decides what its
+elements are. So nothing here goes by addresses alone, and a wrapper's memory is used only after a trial has shown that
+the wrapper reads and writes exactly the one tensor that it wraps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MOST_KNOWN = 1000
 
 
 class Wrapper(Protocol):
-    """What torch asks of a subclass that wraps other tensors (``is_traceable_wrapper_subclass``)."""
+    """A subclass that wraps other tensors (``is_traceable_wrapper_subclass``)."""
 
     def __tensor_flatten__(self) -> tuple[list[str], object]:
         """The attributes that hold the inner tensors, and everything else that the wrapper consists of."""
@@ -51,7 +51,7 @@ def _is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """A number that two tensors which are the same have in common: enough to see that no two are."""
+    """A number that is equal for tensors of the same memory: enough to show that no two are the same."""
     local = local_part(tensor)
     if _is_wrapper(local):
         return hash(identity(tensor))
@@ -62,11 +62,11 @@ def address(tensor: torch.Tensor) -> int:
 
 
 def identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What two tensors have in common if and only if they are the same memory, read in the same way.
+    """A key that is equal for two tensors if and only if they are the same memory, read in the same way.
 
-    That is device, address, layout, shape, strides, dtype, conjugate and negative bits; of a wrapper its class, its
-    context and the identities of what it wraps; of a DTensor also how it is spread. What has no memory to go by is the
-    same as itself alone.
+    The key holds device, address, layout, shape, strides, dtype, conjugate and negative bits; for a wrapper its class,
+    its context and the keys of its inner tensors; for a DTensor also its mesh and placements. A tensor without
+    comparable memory equals only itself.
     """
     if isinstance(tensor, DTensor):
         placements = placements_of(tensor)
@@ -156,7 +156,7 @@ def stands_for_memory(tensor: torch.Tensor) -> bool:
 
 
 def require_own_elements(name: str, memory: torch.Tensor) -> None:
-    """Check that each element of a tensor that is to be loaded has memory of its own, as torch's ``copy_`` does.
+    """Check that each element of a tensor to load into has its own memory, as torch's ``copy_`` does.
 
     Raises:
         TensorError: Several elements are one and the same memory: an expanded tensor.
@@ -287,7 +287,7 @@ def _outside_inference(local: torch.Tensor) -> torch.Tensor:
 
 
 def _comparable(context: object) -> object:
-    """A wrapper's context as something that can be hashed; what cannot equals nothing."""
+    """A wrapper's context as a hashable value; one that cannot be hashed equals nothing."""
     if isinstance(context, torch.Tensor):
         return object()
     if isinstance(context, Mapping):

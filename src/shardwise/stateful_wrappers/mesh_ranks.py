@@ -20,7 +20,7 @@ from shardwise.upstream.torch_tensors import root_mesh
 
 
 class Role(Enum):
-    """What a mesh dimension is for."""
+    """The purpose of a mesh dimension."""
 
     DATA = "data"
     TENSOR = "tensor"
@@ -60,13 +60,9 @@ class MeshRanks:
 
 
 def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> MeshRanks:
-    """Read this rank's coordinates from the meshes of a model's tensors. Local.
+    """Read this rank's coordinates from the meshes of the tensors of a model's parts. Local.
 
     Each mesh is looked at together with the one that it was cut out of, which knows the other dimensions.
-
-    Args:
-        parts: The model's parts on this rank.
-        tensors: Their tensors.
     """
     meshes = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     is_fsdp = any(isinstance(module, FSDPModule) for part in parts for module in part.modules())
@@ -107,7 +103,7 @@ def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]
     if not strange:
         return found, ""
     found.pop(Role.DATA, None)
-    return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use nobody said"
+    return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use is unknown"
 
 
 def _by_role(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], tuple[str, ...]]:

@@ -75,7 +75,7 @@ class ModelState:
         return not self.is_peft and not self._skip
 
     def listing(self, stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False) -> Listing:
-        """What the model's state holds, each tied tensor once, and the modules that have it; see `list_state`."""
+        """The model's state, each tied tensor once, and the modules that have it; see `list_state`."""
         listed = list_state(self.model, stand_ins, values=values, norms=norms)
         if self.is_whole:
             return listed
@@ -178,4 +178,4 @@ def _made(named: NamedTensor) -> torch.Tensor:
     if what is None:
         return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())
-    return value if what.template is None else what.template.around(value)
+    return value if what.template is None else what.template(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple, cast
@@ -19,7 +18,7 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     refuse_fsdp1,
     refuse_hooks_around,
 )
-from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe
+from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,
@@ -27,16 +26,11 @@ from shardwise.upstream.torch_modules import (
     SAVE_OWN,
     has_state_hooks,
     loading_pre_hooks,
-    own_buffers,
     own_children,
-    own_parameters,
     saving_hooks,
     saving_pre_hooks,
-    unsaved_buffers,
 )
 from shardwise.upstream.transformers import class_ties, configured_ties, has_configured_ties
-
-_LOG = logging.getLogger(__name__)
 
 
 class NamedTensor(NamedTuple):
@@ -62,12 +56,11 @@ class Listing(NamedTuple):
 
     Attributes:
         tensors: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or
-            take what is saved in a way of their own.
-        modules: The modules that have them, some maybe twice; ``None`` where one makes or takes its state in a way of
-            its own.
-        aside: Plain name -> what the state holds beside ordinary tensors.
-        metadata: Plain module name -> what torch notes of modules with ways of their own.
-        steps: For each part, how it takes what is not read into its memory directly; empty for most models.
+            load their entries by their own methods.
+        modules: The modules that have them, possibly some twice; ``None`` where one has its own methods for state.
+        aside: Plain name -> a value of the state that is no ordinary tensor.
+        metadata: Plain module name -> torch's metadata of modules with their own methods for state.
+        steps: For each part, how it loads entries that are not read into its memory directly; empty for most models.
     """
 
     tensors: tuple[NamedTensor, ...]
@@ -77,15 +70,10 @@ class Listing(NamedTuple):
     steps: tuple[tuple[Step, ...], ...] = ()
 
 
-def state_tensors(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
-    """The tensors of `list_state`."""
-    return list_state(parts).tensors
-
-
 def list_state(
     parts: Sequence[nn.Module], stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False
 ) -> Listing:
-    """What ``state_dict()`` of a rank's model parts holds, each tensor once, in the model's order.
+    """The content of ``state_dict()`` of a rank's model parts, each tensor once, in the model's order.
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
     is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
@@ -94,7 +82,7 @@ def list_state(
     Args:
         parts: The model's parts.
         stand_ins: Those of last time, for what modules make on the fly.
-        values: Whether it is to be saved; otherwise extra state is not asked for.
+        values: Whether the state is for a save; otherwise extra state is not requested.
         norms: Whether torch's normalisation layers take their state themselves.
 
     Raises:
@@ -151,8 +139,8 @@ def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
 def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of a module under their plain names, a tied one under each of its names.
 
-    As `list_parameters`, FSDP2's hooks are called first: what a forward pass has left gathered, in memory that FSDP2
-    frees when it likes, gives way to the shards that training owns.
+    As in `list_parameters`, FSDP2's hooks are called first: parameters that a forward pass left gathered, in memory
+    that FSDP2 may free at any time, are replaced by the shards that training owns.
     """
     return {plain_name(name): tensor for name, tensor in _own_entries(root).items()}
 
@@ -205,10 +193,10 @@ class _Plain(NamedTuple):
 
 
 def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
-    """What torch's ``state_dict`` lists, in its order, in a third of its time; and the modules.
+    """The entries of torch's ``state_dict``, in its order, in a third of its time; and the modules.
 
     Returns:
-        ``None`` where a module makes or takes its state in a way of its own, or has somebody else's hook.
+        ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.
     """
     found: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = []
@@ -229,7 +217,7 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         modules.append(module)
         for hook in saving_pre_hooks(module):
             hook(module, prefix, True)
-        _take_own(found, module, prefix)
+        found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
         if below := own_children(module):
             children = [(f"{prefix}{name}.", child) for name, child in below.items() if child is not None]
             pending.extend(reversed(children))
@@ -245,19 +233,10 @@ def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
         for hook in saving_pre_hooks(module):  # FSDP2's, which puts sharded parameters back in place
             if not has_foreign_hooks([hook]):
                 hook(module, prefix, True)
-        _take_own(found, module, prefix)
+        found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
         children = [(f"{prefix}{name}.", child) for name, child in own_children(module).items() if child is not None]
         pending.extend(reversed(children))
     return found
-
-
-def _take_own(found: dict[str, torch.Tensor], module: nn.Module, prefix: str) -> None:
-    for name, parameter in own_parameters(module).items():
-        if parameter is not None:
-            found[prefix + name] = parameter
-    if own_buffers(module):
-        lost = unsaved_buffers(module)
-        found |= {prefix + n: b for n, b in own_buffers(module).items() if b is not None and n not in lost}
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:
@@ -267,7 +246,7 @@ def has_torchs_ways(cls: type[nn.Module]) -> bool:
 
 def keeps_torchs_ways(module: nn.Module) -> bool:
     """Whether nothing was put into a module that makes or takes its state in another way than its class does."""
-    own = vars(module)  # looked into by hand, since every module of a model is asked
+    own = vars(module)  # directly, since this runs for every module of a model
     if "state_dict" in own or SAVE_OWN in own or LOAD_OWN in own:
         return False
     if not has_state_hooks(module):
@@ -279,7 +258,7 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
     """Names that the model declares as tied to another: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
-    Only what is declared; whether the tensors really are one is for the caller to see.
+    Declarations only; whether the tensors really are one is not checked.
     """
     ties: dict[str, str] = {}
     for part in parts:
@@ -292,9 +271,9 @@ def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
 
 
 def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
-    """As `declared_ties`, but only what the parts' configuration ties: a head of its own is not in it.
+    """As `declared_ties`, but only ties that the parts' configuration asks for: an untied head is not among them.
 
-    A pipeline stage has a copy of its own of a tensor that another stage has under the name that it is tied to.
+    A pipeline stage may have its own copy of a tensor that another stage has under the name that it is tied to.
     """
     ties: dict[str, str] = {}
     for part in parts:
@@ -306,10 +285,10 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
 
 
 def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
-    """Names whose tensors whoever loads these parts from files takes from others, by the parts' own word.
+    """Names that a loader of these parts fills from other tensors, as the parts declare.
 
     As `declared_ties`, but what transformers ties depends on the configuration: with ``tie_word_embeddings=False`` a
-    declared tie is none.
+    declared tie does not count.
     """
     found: set[str] = set()
     for part in parts:

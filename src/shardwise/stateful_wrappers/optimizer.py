@@ -1,9 +1,9 @@
 """An optimizer's state, keyed by parameter name.
 
 An optimizer numbers its parameters, which means nothing on another topology. Here each state tensor has a name,
-``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. What
-is not a tensor, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state,
-and comes back without.
+``state.<parameter>.<key>``, and is sharded as its parameter is, so that it is saved and resharded as weights are. Other
+values, and the groups' options, go into a JSON state. A parameter that has never had a gradient has no state, and is
+restored without one.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from shardwise.stateful_wrappers.state_tensors import (
     as_shard_of,
     describe,
     is_sharded,
-    local_of,
 )
 from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.upstream.torch_tensors import local_part
 
 StateValue = object
 
@@ -96,15 +96,11 @@ class OptimizerRecord:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def file_label(self, label: str) -> str:
-        """What the files call the state of a parameter."""
+        """The label of a parameter's state in the files."""
         return self.files.get(label, label)
 
     def under(self, names: Mapping[str, str]) -> OptimizerRecord:
-        """The same with other names of parameters; the files have the old ones.
-
-        Args:
-            names: Old name -> new name, of every parameter.
-        """
+        """The same under new names (old name -> new, of every parameter); the files keep the old ones."""
         labels = {label: _label_under(label, names) for label in {**self.tensors, **self.shapes, **self.trees}}
         groups = [replace(g, params=tuple(names.get(name, name) for name in g.params)) for g in self.groups]
         return replace(
@@ -187,7 +183,7 @@ class OptimizerRecord:
     def merge(records: Iterable[OptimizerRecord]) -> OptimizerRecord:
         """Put the records of several ranks together: groups of one class with equal options become one.
 
-        Of what several ranks have of one parameter, options and values are those of the first of them, all of them.
+        Where several ranks have one parameter, all its options and values are those of the first of these ranks.
 
         Raises:
             MisuseError: Ranks have different numbers of schedulers.
@@ -227,7 +223,7 @@ class OptimizerRecord:
 
 
 def _one_tree(name: str, known: Tree, tree: Tree) -> Tree:
-    """What two ranks have under one name.
+    """The trees of two ranks under one name, merged.
 
     Raises:
         MisuseError: It belongs to no parameter, and they have different values.
@@ -256,13 +252,13 @@ def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: Saved
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
-    """A state taken apart.
+class SplitState:
+    """A parameter's state, split into tensors and the rest.
 
     Attributes:
         tensors: Key -> tensor.
-        values: Key -> what is none, where nothing is nested.
-        tree: How it is nested; ``None`` where nothing is.
+        values: Key -> other value, where nothing is nested.
+        tree: How the state is nested; ``None`` where it is flat.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -272,7 +268,7 @@ class Apart:
 
 @dataclass(frozen=True, slots=True)
 class _Loose:
-    """State that belongs to no parameter, taken apart, and what it is saved under."""
+    """State that belongs to no parameter, split into a tree and tensors, and its label in the checkpoint."""
 
     label: str
     tree: Tree
@@ -287,7 +283,7 @@ def _label_under(label: str, names: Mapping[str, str]) -> str:
 
 
 def label_of(slot: str, name: str) -> str:
-    """What the state of a parameter is saved under."""
+    """The label under which a parameter's state is saved."""
     return f"<{slot}>{name}" if slot else name
 
 
@@ -302,15 +298,15 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What it is saved under."""
+        """The label under which it is saved."""
         return label_of(self.holder.slot, self.name)
 
     def tensor_name(self, key: str) -> str:
         """Under which name a tensor of it is saved."""
         return f"state.{self.label}.{key}"
 
-    def apart(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> Apart:
-        """The state taken apart.
+    def split(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> SplitState:
+        """The state, split into tensors and the rest.
 
         Args:
             name_of: Gives a parameter's name.
@@ -323,10 +319,10 @@ class Entry:
             named = cast(Mapping[str, object], self.state)
             tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
             if not any(map(own, tensors)):
-                return Apart(tensors, {key: value for key, value in named.items() if key not in tensors}, None)
+                return SplitState(tensors, {key: value for key, value in named.items() if key not in tensors}, None)
         writer = TreeWriter(self.label, self.param, name_of, own)
-        tree = writer.take_apart(dict(self.state))
-        return Apart(writer.tensors, {}, tree)
+        tree = writer.split(dict(self.state))
+        return SplitState(writer.tensors, {}, tree)
 
 
 class OptimizerState:
@@ -345,7 +341,7 @@ class OptimizerState:
     ) -> None:
         passed = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         parts = [model] if isinstance(model, nn.Module) else list(model)
-        # As the modules have them: what they give out for their state may be copies.
+        # The modules' own tensors: their state_dict may hold copies.
         named = list_parameters(parts)
         self._names = {id(each.tensor): each.name for each in named}
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
@@ -428,7 +424,7 @@ class OptimizerState:
 
     @property
     def has_own_ways(self) -> bool:
-        """Whether any optimizer makes or takes its state dict in a way of its own."""
+        """Whether any optimizer overrides how its state dict is made or loaded."""
         return any(map(makes_or_loads_custom, self.passed))
 
     def loose(self) -> list[_Loose]:
@@ -442,29 +438,26 @@ class OptimizerState:
             state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
-                yield self._taken_apart(label, keyed)
+                yield self._split_loose(label, keyed)
         for number, label in self.passed_labels():
             if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
-                    yield self._taken_apart(label, rest)
+                    yield self._split_loose(label, rest)
 
     def labels(self) -> list[tuple[StateHolder, str]]:
-        """Each holder, with what its state that belongs to no parameter is saved under."""
-        kinds = [holder.kind for holder in self.state_holders]
-        return [
-            (k, f"<{kind}.{kinds[:n].count(kind)}>")
-            for n, (k, kind) in enumerate(zip(self.state_holders, kinds, strict=True))
-        ]
+        """Each holder, and the label of its state that belongs to no parameter."""
+        labels = _numbered([holder.kind for holder in self.state_holders])
+        return [(holder, f"<{label}>") for holder, label in zip(self.state_holders, labels, strict=True)]
 
     def passed_labels(self) -> list[tuple[int, str]]:
-        """Number of each optimizer that was passed, with what the rest of its state dict is saved under."""
-        kinds = [type(each).__name__ for each in self.passed]
-        return [(n, f"<{kind}.{kinds[:n].count(kind)}.state_dict>") for n, kind in enumerate(kinds)]
+        """The number of each optimizer that was passed, and the label of the rest of its state dict."""
+        labels = _numbered([type(each).__name__ for each in self.passed])
+        return [(number, f"<{label}.state_dict>") for number, label in enumerate(labels)]
 
-    def _taken_apart(self, label: str, value: object) -> _Loose:
+    def _split_loose(self, label: str, value: object) -> _Loose:
         writer = TreeWriter(label, None, self.name)
-        tree = writer.take_apart(value)
+        tree = writer.split(value)
         return _Loose(label, tree, writer.tensors)
 
     # --- what ranks find out together -------------------------------------------------------------------------------
@@ -479,9 +472,9 @@ class OptimizerState:
         for entry in self.entries():
             if not is_sharded(entry.param):
                 continue
-            for key, value in entry.apart(self.name).tensors.items():
+            for key, value in entry.split(self.name).tensors.items():
                 if not isinstance(value, DTensor) and value.ndim and "@" not in key:
-                    is_local = value.shape == local_of(entry.param).shape
+                    is_local = value.shape == local_part(entry.param).shape
                     found[entry.tensor_name(key)] = [f"{entry.holder.kind} {key}", int(is_local), _digest(value)]
         return found
 
@@ -507,15 +500,11 @@ class OptimizerState:
 
     # --- what is saved ----------------------------------------------------------------------------------------------
 
-    def _apart(self, entry: Entry) -> Apart:
-        return entry.apart(self.name, lambda key: entry.tensor_name(key) in self._own)
+    def _split(self, entry: Entry) -> SplitState:
+        return entry.split(self.name, lambda key: entry.tensor_name(key) in self._own)
 
     def record(self, schedulers: Sequence[str] = ()) -> OptimizerRecord:
-        """Groups, and what each parameter's state consists of.
-
-        Args:
-            schedulers: The classes of the schedulers that are saved along.
-        """
+        """The groups, and a description of each parameter's state."""
         groups: list[SavedGroup] = []
         tensors: dict[str, Mapping[str, SavedTensor]] = {}
         values: dict[str, Mapping[str, StateValue]] = {}
@@ -526,22 +515,22 @@ class OptimizerState:
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             groups.append(SavedGroup(options, self.names(group), holder.kind, holder.slot))
         for entry in self.entries():
-            apart = self._apart(entry)
+            parts = self._split(entry)
             shapes[entry.label] = tuple(entry.param.shape)
             tensors[entry.label] = {
                 key: describe(value, None if "@" in key else entry.param, self._settled.get(entry.tensor_name(key)))
-                for key, value in apart.tensors.items()
+                for key, value in parts.tensors.items()
             }
-            values[entry.label] = apart.values
-            if apart.tree is not None:
-                trees[entry.label] = apart.tree
+            values[entry.label] = parts.values
+            if parts.tree is not None:
+                trees[entry.label] = parts.tree
         for loose in self.loose():
             tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
             trees[loose.label] = loose.tree
         return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
-        """What this rank holds of the state tensors, as views of the optimizers' memory."""
+        """This rank's parts of the state tensors, as views of the optimizers' memory."""
         register = meshes or MeshRegister()
         return held_tensors(self.state_dict().items(), register)
 
@@ -549,7 +538,7 @@ class OptimizerState:
         """State tensors by name, sharing the optimizers' memory."""
         found: dict[str, torch.Tensor] = {}
         for entry in self.entries():
-            for key, value in self._apart(entry).tensors.items():
+            for key, value in self._split(entry).tensors.items():
                 name = entry.tensor_name(key)
                 tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
@@ -564,7 +553,7 @@ class OptimizerState:
 
     def owners(self) -> list[tuple[str, str]]:
         """The name of each state tensor, and its parameter's."""
-        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._apart(entry).tensors]
+        return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._split(entry).tensors]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Copy state tensors in place; those that already share the optimizers' memory are left alone.
@@ -576,6 +565,10 @@ class OptimizerState:
         with torch.no_grad():
             for name, value in state_dict.items():
                 install(own[name], plain_view(name, value))
+
+
+def _numbered(kinds: Sequence[str]) -> list[str]:
+    return [f"{kind}.{kinds[:n].count(kind)}" for n, kind in enumerate(kinds)]
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.optim import Optimizer
 
-#: What torch's optimizers keep of a parameter. All of them have the shape of the parameter, but for `_OF_NO_SHAPE`.
+#: The state that torch's optimizers keep of a parameter. All have its shape, except `_OF_NO_SHAPE`.
 #: Source: the `step` methods in `torch.optim`. A class that is not listed here is judged by its options alone.
 _STATE_KEYS = {
     "ASGD": {"ax", "eta", "mu"},
@@ -29,14 +29,9 @@ _COMMON = {"step"}
 _FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 
 
-def class_name(optimizer: Optimizer) -> str:
-    """Name of the optimizer's class."""
-    return type(optimizer).__name__
-
-
 def is_torchs_own(optimizer: Optimizer) -> bool:
     """Whether the optimizer's class is one of torch's."""
-    return type(optimizer) is getattr(torch.optim, class_name(optimizer), None)
+    return type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
 
 
 def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
@@ -48,7 +43,7 @@ def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[
         keys: Names under which parameters of the group have state in the checkpoint.
         own: Names under which they have state now.
     """
-    name, is_torchs = class_name(optimizer), is_torchs_own(optimizer)
+    name, is_torchs = type(optimizer).__name__, is_torchs_own(optimizer)
     known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
     has, expects = {*keys} - _COMMON, known - _COMMON
     if has and expects and not has & expects:
@@ -58,7 +53,7 @@ def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[
 
 def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
     """Whether the state ``key`` is known to have its parameter's shape."""
-    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(class_name(optimizer), set()) - _OF_NO_SHAPE
+    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(type(optimizer).__name__, set()) - _OF_NO_SHAPE
 
 
 def equal(a: object, b: object) -> bool:

@@ -1,4 +1,4 @@
-"""Restoring an optimizer in two steps: find out what it would become, which changes nothing, and make it so."""
+"""Restoring an optimizer in two steps: plan, which changes nothing, and apply."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.optimizer_classes import (
-    class_name,
-    equal,
-    is_foreign,
-    is_like_parameter,
-    is_torchs_own,
-)
+from shardwise.stateful_wrappers.optimizer_classes import equal, is_foreign, is_like_parameter, is_torchs_own
 from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -39,11 +33,11 @@ Rest = list[tuple[Path, object]]
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
-    """What a restore of optimizers lets pass.
+    """Options of a restore of optimizers.
 
     Attributes:
         allow_new: Parameters that the saved optimizer did not update start without state.
-        aside: Whether state is read into memory of its own and not into what the optimizers have.
+        aside: Whether state is read into new memory instead of the optimizers' tensors.
     """
 
     allow_new: bool = False
@@ -78,7 +72,7 @@ class _Keyed:
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """An optimizer with ways of its own, and what its state dict holds beside its holders' state."""
+    """An optimizer with its own ``state_dict``, and the entries of it beside its holders' state."""
 
     view: Callable[[], StateView]
     kind: str
@@ -87,14 +81,14 @@ class _Own:
 
 @dataclass(slots=True)
 class OptimizerRestore:
-    """What optimizers are about to become.
+    """A plan for optimizers.
 
     Attributes:
         groups: Every group that takes options.
         params: Every parameter.
         keyed: State under keys that are no parameters.
-        own: Optimizers whose own code takes their state in.
-        targets: What is to be filled, under the names of the checkpoint.
+        own: Optimizers that load their state by their own code.
+        targets: Tensors to fill, under the names of the checkpoint.
         fresh: Names of parameters that the saved optimizer did not update, which start without state.
         params_of: Name of a saved tensor -> whose state it is.
     """
@@ -123,7 +117,7 @@ class OptimizerRestore:
         self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
-        """What this rank holds of the state tensors, under the names of the checkpoint.
+        """This rank's parts of the state tensors, under the names of the checkpoint.
 
         A pipeline stage's own copy of a tied tensor takes the state that the single tensor had, where nothing was
         saved under its own name; so does each of two parameters that were one when the checkpoint was saved.
@@ -133,10 +127,10 @@ class OptimizerRestore:
     def apply(self) -> Undo:
         """Set the options and put the state's tensors in place.
 
-        Their values may still have to be filled in, unless an optimizer takes its state in a way of its own.
+        Their values may still have to be filled in, unless an optimizer has its own ``load_state_dict``.
 
         Returns:
-            Puts everything back as it was; possible until the first tensor that was in place before is filled.
+            A function that restores the former state; valid until the first tensor that existed before is filled.
 
         Raises:
             MisuseError: An optimizer's own code refuses its state.
@@ -158,7 +152,7 @@ class OptimizerRestore:
         return undo
 
     def _undo(self) -> Undo:
-        """What puts everything back as it is now."""
+        """A function that restores the current state."""
         groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
         states = [(each, _had(each.optimizer, each.param)) for each in self.params]
         keyed = [(each, _had_keys(each)) for each in self.keyed]
@@ -202,19 +196,13 @@ class OptimizerRestore:
                 continue
             for key, value in each.state.items():
                 now = have.get(key)
-                if (
-                    isinstance(now, torch.Tensor)
-                    and isinstance(value, torch.Tensor)
-                    and _is_cast(now, value, each.param)
-                ):
+                both = isinstance(now, torch.Tensor) and isinstance(value, torch.Tensor)
+                if both and _is_cast(cast(torch.Tensor, now), cast(torch.Tensor, value), each.param):
                     have[key] = value
 
 
-class _Absent:
-    """Stands for a key that was not there."""
-
-
-_ABSENT = _Absent()
+#: Stands for a key that was not there.
+_ABSENT = object()
 
 
 def plan_restore(
@@ -233,8 +221,6 @@ def plan_restore(
 
 
 class _Planner:
-    """Makes one plan."""
-
     def __init__(self, state: OptimizerState, record: OptimizerRecord, options: RestoreOptions) -> None:
         self.state, self.record, self.options = state, record, options
         self.group_of = {(g.slot, name): n for n, g in enumerate(record.groups) for name in g.params}
@@ -244,7 +230,6 @@ class _Planner:
         self.params = {state.name(p): p for _, group in state.groups() for p in members(group)}
 
     def plan(self) -> OptimizerRestore:
-        """The plan."""
         record, state = self.record, self.state
         if not record.groups and self.params:
             raise CheckpointNotFoundError(
@@ -254,7 +239,7 @@ class _Planner:
         for label, found in record.tensors.items():
             name = label.rpartition(">")[2] or label[1:-1].partition(".")[0]
             self.found.params_of |= {f"state.{record.file_label(label)}.{key}": name for key in found}
-        # Around others there may be what keeps no state, as containers do.
+        # Outer optimizers may keep no state, as containers do.
         kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
@@ -266,7 +251,7 @@ class _Planner:
                 self._plan_group(holder, group, position)
         for slot in sorted((slots & kept) - {holder.slot for holder in state.state_holders}) if self.params else ():
             raise MisuseError(
-                f"the checkpoint has the state of a {slot} around the optimizer, and none is to be restored",
+                f"the checkpoint has the state of a {slot} around the optimizer, and the optimizer to restore has none",
                 hint=f"Build the {slot} that the checkpoint was saved with, or restore without the optimizer.",
             )
         self._plan_loose()
@@ -350,7 +335,7 @@ class _Planner:
     # --- states -----------------------------------------------------------------------------------------------------
 
     def _planned(self, entry: Entry, saved_label: str, options: Options) -> dict[object, object] | None:
-        """The state of one parameter as it is to be."""
+        """The planned state of one parameter."""
         record, param, optimizer = self.record, entry.param, entry.holder.optimizer
         shape = record.shapes.get(saved_label)
         if shape is not None and shape != tuple(param.shape):
@@ -360,7 +345,7 @@ class _Planner:
         have: Mapping[str, torch.Tensor] = {}
         known = self.have.get(entry.label)
         if known is not None:
-            have = known.apart(self.state.name).tensors
+            have = known.split(self.state.name).tensors
         saved_tensors = record.tensors[saved_label]
 
         def tensor(key: str) -> torch.Tensor:
@@ -473,7 +458,7 @@ def _check_kind(
     names: Sequence[str],
     group: Sequence[torch.Tensor],
 ) -> None:
-    own = class_name(optimizer)
+    own = type(optimizer).__name__
     hint = (
         "Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the optimizer "
         "(and its scheduler) out of what is restored and let it start afresh."
@@ -506,7 +491,7 @@ def _misfit(name: str, param: torch.Tensor, saved: tuple[int, ...]) -> ShapeMism
 
 
 def _is_cast(now: torch.Tensor, value: torch.Tensor, param: torch.Tensor) -> bool:
-    """Whether ``now`` is ``value`` cast to the dtype of its parameter, and no more than that."""
+    """Whether ``now`` is exactly ``value`` cast to the dtype of its parameter."""
     if now is value or now.dtype == value.dtype or now.dtype != param.dtype or now.shape != value.shape:
         return False
     mine, saved = (local_part(each) for each in (now, value))

@@ -1,4 +1,4 @@
-"""Which tensors ranks may hold with different values, though each holds them whole."""
+"""Which replicated tensors may have different values on the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ class _Everything:
 
 @dataclass(frozen=True, slots=True)
 class MayDiffer:
-    """What the settings say about values that differ between ranks which hold a tensor as replicas.
+    """The settings for tensors whose values may differ between the ranks that hold them as replicas.
 
-    Parameters are compared. Buffers and extra state are kept by each rank for itself while it trains (statistics of its
-    own batches), and the lowest rank's are saved for all, as in DistributedDataParallel's own broadcast.
+    Parameters are compared. Buffers and extra state differ between ranks while they train (statistics of their own
+    batches), and the lowest rank's are saved for all, as in DistributedDataParallel's own broadcast.
 
     Attributes:
         all: Whether nothing is compared: the lowest rank's value is saved for all (``replicas="first"``).
-        per_rank: Patterns of the names of tensors that each rank has a value of its own of (``per_rank_state``).
+        per_rank: Patterns of the names of tensors that have another value on each rank (``per_rank_state``).
     """
 
     all: bool = False
     per_rank: tuple[str, ...] = ()
 
     def of_model(self, tensors: Sequence[NamedTensor], parts: Sequence[nn.Module]) -> Container[str]:
-        """Names of the model's tensors with replicas that may differ.
-
-        Args:
-            tensors: The model's state.
-            parts: The modules that it is of.
-        """
+        """Names of the model's tensors with replicas that may differ."""
         if self.all:
             return _Everything()
         others = [named for named in tensors if not isinstance(named.tensor, nn.Parameter)]
-        buffers = buffer_names(parts) if others else frozenset()
-        found = {named.name for named in others if _is_kept_apart(named, buffers)}
+        buffers = {
+            plain_name(name)
+            for part in (parts if others else ())
+            for name, _ in unwrap(part).named_buffers(remove_duplicate=False)
+        }
+        # A tensor that is neither parameter, buffer nor extra state was made of parameters by a hook.
+        names = {named.name: (named.name, *named.aliases) for named in others}
+        found = {n for n, own in names.items() if any(o in buffers or o.rpartition(".")[2] == EXTRA for o in own)}
         return found | {named.name for named in self.own(tensors)}
 
     def of_adapter(self, tensors: Iterable[tuple[str, torch.Tensor]], parts: Sequence[nn.Module]) -> Container[str]:
@@ -68,7 +69,7 @@ class MayDiffer:
         return {name for name, parameter in names if self.is_own(parameter)} if self.per_rank else frozenset()
 
     def own(self, tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
-        """The tensors that each rank has a value of its own of."""
+        """The tensors that have another value on each rank."""
         if not self.per_rank:
             return []
         return [named for named in tensors if any(map(self.is_own, (named.name, *named.aliases)))]
@@ -79,18 +80,5 @@ class MayDiffer:
         return any(fnmatchcase(name, pattern) for name in names)
 
     def is_own(self, name: str) -> bool:
-        """Whether each rank has a value of its own of the tensor called ``name``."""
+        """Whether the tensor called ``name`` has another value on each rank."""
         return any(fnmatchcase(name, pattern) for pattern in self.per_rank)
-
-
-def _is_kept_apart(named: NamedTensor, buffers: frozenset[str]) -> bool:
-    """Whether a tensor that is no parameter is a buffer or extra state; others were made of parameters by a hook."""
-    names = (named.name, *named.aliases)
-    return any(name in buffers or name.rpartition(".")[2] == EXTRA for name in names)
-
-
-def buffer_names(parts: Iterable[nn.Module]) -> frozenset[str]:
-    """Plain names of the buffers of a rank's model parts."""
-    return frozenset(
-        plain_name(name) for part in parts for name, _ in unwrap(part).named_buffers(remove_duplicate=False)
-    )

@@ -70,7 +70,7 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
     return found
 
 
-#: What `label_of` calls a parameter's state -> the first that has it.
+#: Label of a parameter's state -> the first record and group that have it.
 _Owners = dict[str, tuple[RankRecord, SavedGroup]]
 
 

@@ -1,15 +1,15 @@
 """Whether a model still consists of the same tensors, without listing them again.
 
 Listing a model's state takes torch and this library several microseconds for each tensor, at every save. A snapshot
-looks at the dictionaries in which modules keep what they have, which is faster by an order of magnitude, and gives up
-where a module makes its state in a way of its own. It looks once in every training step that saves, so what it compares
-is kept in flat lists that the interpreter walks by itself. For 40,000 modules of one parameter each listing took 0.37 s
+compares the dictionaries in which modules keep their tensors, which is faster by an order of magnitude, and gives up
+where a module overrides how its state is made. It is compared at every save, so it is kept in flat lists that the
+interpreter walks by itself. For 40,000 modules of one parameter each listing took 0.37 s
 and the look 0.05 s, of the 0.3 s that planning a later save may take (`benchmarks/run.py plan`, on a busy machine).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from itertools import chain, compress, filterfalse
 from operator import attrgetter, is_, itemgetter
 from typing import NoReturn, TypeAlias
@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.stateful_wrappers.memory import PLAIN, identity
 from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways
+from shardwise.stateful_wrappers.state_dict_overrides import every_module
 from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.torch_modules import other_stores_in, own_buffers, own_children, parameters_in, unsaved_buffers
+from shardwise.upstream.torch_modules import other_stores_in, own_buffers, parameters_in, unsaved_buffers
 from shardwise.upstream.torch_tensors import local_in, local_part
 
 _Kept: TypeAlias = dict[str, object]
@@ -49,11 +50,7 @@ class _ByIdentity(TorchFunctionMode):
 
 
 class Memory:
-    """Remembers tensors, where they lie on this rank, and how their memory is read.
-
-    Args:
-        tensors: The tensors; they are kept alive.
-    """
+    """Remembers tensors, which it keeps alive, where they lie on this rank, and how their memory is read."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = list(tensors)
@@ -68,18 +65,18 @@ class Memory:
                 wrappers.append(tensor)
             elif local is None:
                 self._plain.append(tensor)
-        # What is behind another class may be replaced inside of it. Keeping what there is keeps its addresses taken.
+        # A wrapper's inner tensors may be replaced. Keeping the current ones alive keeps their addresses taken.
         self._wrappers = [(tensor, tensor.detach(), identity(tensor)) for tensor in wrappers]
-        # What a DTensor has on this rank is an object of its own, which nobody turns into another dtype or layout.
+        # A DTensor's local tensor is a separate object, whose dtype and layout are never changed in place.
         self._locals = list(map(local_in, self._sharded))
-        # Asking for strides takes as long as all else; those of a contiguous tensor follow from its shape.
+        # Reading strides takes as long as all the rest; those of a contiguous tensor follow from its shape.
         self._strided = [tensor for tensor in self._plain if not tensor.is_contiguous()]
         # A real tensor is never a conjugate.
         self._complex = [tensor for tensor in (*self._plain, *self._locals) if tensor.is_complex()]
         self._places = self._now()
 
     def _now(self) -> tuple[object, ...]:
-        """Addresses of all; how those are read that may be given other memory in place."""
+        """All addresses, and for tensors whose memory may be replaced in place, how it is read."""
         return (
             list(map(torch.Tensor.data_ptr, self._plain)),
             list(map(torch.Tensor.data_ptr, self._locals)),
@@ -130,7 +127,7 @@ class Snapshot:
         self._empty: list[_Kept] = []
         self._full: list[_Kept] = []
         self._forgotten: list[Sized] = []
-        known = list(_modules(self._parts)) if modules is None else modules
+        known = list(every_module(self._parts)) if modules is None else modules
         self.is_plain = modules is not None or (
             all(map(has_torchs_ways, set(map(type, known)))) and all(map(keeps_torchs_ways, known))
         )
@@ -156,7 +153,7 @@ class Snapshot:
             elif own_buffers(module).keys() - unsaved_buffers(module):
                 self.is_plain = False
         values = chain.from_iterable(map(dict.values, chain(self._parameters, self._full)))
-        if any(map(_says_what_is_equal, {*map(type, modules), *map(type, values)})):
+        if any(map(_defines_equality, {*map(type, modules), *map(type, values)})):
             self.is_plain = False
 
     def holds(self, parts: Sequence[nn.Module]) -> bool:
@@ -185,19 +182,6 @@ class Snapshot:
             return False
 
 
-def _says_what_is_equal(cls: type) -> bool:
+def _defines_equality(cls: type) -> bool:
     """Whether modules or tensors of a class may be equal without being the same."""
     return issubclass(cls, nn.Module | torch.Tensor) and cls.__eq__ not in (object.__eq__, torch.Tensor.__eq__)
-
-
-def _modules(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Every module once, in no particular order: a fifth of the time of torch's ``modules()``, which names them."""
-    seen: set[nn.Module] = set()
-    pending = list(parts)
-    while pending:
-        module = pending.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            if own_children(module):
-                pending.extend([child for child in own_children(module).values() if child is not None])

@@ -58,9 +58,7 @@ def overrides_set_extra_state(module: nn.Module) -> bool:
 def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
     """Whether a module loads its state with its own code, or a hook changes it before.
 
-    Args:
-        module: The module.
-        norms: Whether torch's normalisation layers count: they copy, if all their tensors are there.
+    With ``norms`` torch's normalisation layers count too: they copy only if all their tensors are there.
     """
     return not loads_as_torch(module, norms=norms) or has_foreign_hooks(loading_pre_hooks(module))
 
@@ -84,17 +82,6 @@ def reaches_below(module: nn.Module) -> bool:
     if has_foreign_hooks(loading_pre_hooks(module)) or LOAD_OWN in vars(module):
         return True
     return not own_loader(type(module)).__module__.startswith("torch.")
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module saves and loads its state as torch does, load post-hooks aside."""
-    return not (
-        saves_subtree_itself(module)
-        or saves_itself(module)
-        or overrides_get_extra_state(module)
-        or overrides_set_extra_state(module)
-        or loads_itself(module)
-    )
 
 
 def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:

@@ -69,12 +69,12 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """What a state tensor was when it was saved: enough to make one to load into.
+    """The description of a saved state tensor: enough to make one to load into.
 
     Attributes:
         dtype: Its dtype's code.
         shape: Its shape in the whole; of a `LOCAL` one, its parameter's.
-        kind: Of which kind it was.
+        kind: Its kind.
     """
 
     dtype: str
@@ -99,12 +99,12 @@ class SavedTensor:
 
 
 def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
-    """What there is to record of a state tensor.
+    """Describe a state tensor for the checkpoint.
 
     Args:
         tensor: The tensor.
         param: Its parameter; ``None`` for what belongs to no parameter.
-        settled: What the ranks found out together about a plain tensor of the shape of a shard.
+        settled: The kind that the ranks agreed on for a plain tensor of the shape of a shard.
     """
     dtype = dtype_code(tensor.dtype)
     kind = _kind(tensor, param, settled)
@@ -120,13 +120,13 @@ def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None)
     if param is None:
         return Kind(PLAIN, device="cpu" if tensor.device.type == "cpu" else "parameter")
     device = ""
-    if tensor.ndim == 0 and local_of(param).device.type != "cpu":
+    if tensor.ndim == 0 and local_part(param).device.type != "cpu":
         device = "cpu" if tensor.device.type == "cpu" else "parameter"
     if not isinstance(param, DTensor):
         return Kind(device=device)
     if tensor.ndim == 0:
         return Kind(USUAL if param.ndim else PLAIN, device=device)
-    if tensor.shape == local_of(param).shape:
+    if tensor.shape == local_part(param).shape:
         return Kind(settled or UNCLEAR)
     return Kind(PLAIN)
 
@@ -147,11 +147,6 @@ def is_spread_alike(tensor: DTensor, param: DTensor) -> bool:
 def is_sharded(param: torch.Tensor) -> bool:
     """Whether ranks hold different parts of a parameter."""
     return isinstance(param, DTensor) and not all(isinstance(each, Replicate) for each in param.placements)
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, without a copy."""
-    return local_part(tensor)
 
 
 def region_of(param: torch.Tensor) -> str:
@@ -224,7 +219,7 @@ def make(saved: SavedTensor, place: Place) -> Made:
         return Made(tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor)
     dtype = torch_dtype(saved.dtype)
     if kind.name == LOCAL:
-        local = torch.zeros_like(local_of(param).detach(), dtype=dtype, requires_grad=False)
+        local = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
         return Made(local, as_shard_of(local, param))
     if kind.name == LIKE:
         tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
@@ -232,7 +227,7 @@ def make(saved: SavedTensor, place: Place) -> Made:
         tensor = _spread(saved, kind, param, dtype)
     else:
         at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
-        tensor = torch.zeros(saved.shape, dtype=dtype, device=local_of(param).device if at_param else "cpu")
+        tensor = torch.zeros(saved.shape, dtype=dtype, device=local_part(param).device if at_param else "cpu")
     return Made(tensor, tensor)
 
 
@@ -254,14 +249,14 @@ def _settled(saved: SavedTensor, place: Place) -> Kind:
         return seen
     if kind.name == USUAL and is_param_shape:
         return Kind(LIKE)
-    if kind.name == UNCLEAR and saved.shape == tuple(local_of(param).shape):
+    if kind.name == UNCLEAR and saved.shape == tuple(local_part(param).shape):
         return Kind(PLAIN)
     if kind.name == USUAL and place.is_torchs:
         return Kind(SPREAD, ("R",) * param.device_mesh.ndim)
     raise MisuseError(
-        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing tells whether the optimizer "
+        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing shows whether the optimizer "
         f"keeps each rank's shard of it here, the whole, or a DTensor: the parameter is spread otherwise than when it "
-        f"was saved ({list(param.shape)}, {list(local_of(param).shape)} on this rank)",
+        f"was saved ({list(param.shape)}, {list(local_part(param).shape)} on this rank)",
         tensor=place.name,
         hint="Let the optimizer take one step before restoring, which makes its state, or restore on the topology "
         "that saved.",
@@ -276,7 +271,7 @@ def _seen(saved: SavedTensor, place: Place) -> Kind | None:
     if isinstance(have, DTensor):
         alike = isinstance(param, DTensor) and is_spread_alike(have, param)
         return (Kind(LIKE) if alike else _kind(have, param, None)) if tuple(have.shape) == saved.shape else None
-    local = local_of(param).shape
+    local = local_part(param).shape
     if have.shape == local and local != param.shape and saved.shape == tuple(param.shape):
         return Kind(LOCAL)
     return Kind(PLAIN) if tuple(have.shape) == saved.shape else None
@@ -285,13 +280,13 @@ def _seen(saved: SavedTensor, place: Place) -> Kind | None:
 def _fits(have: torch.Tensor, kind: Kind, saved: SavedTensor, param: torch.Tensor) -> bool:
     """Whether memory that an optimizer has is of the kind and shape that is wanted."""
     if kind.name == LOCAL:
-        return not isinstance(have, DTensor) and have.shape == local_of(param).shape
-    if tuple(have.shape) != saved.shape or type(local_of(have)) is not torch.Tensor:
+        return not isinstance(have, DTensor) and have.shape == local_part(param).shape
+    if tuple(have.shape) != saved.shape or type(local_part(have)) is not torch.Tensor:
         return False
     if kind.name == LIKE:
         alike = isinstance(have, DTensor) and isinstance(param, DTensor) and is_spread_alike(have, param)
         plain = not isinstance(have, DTensor) and not isinstance(param, DTensor)
-        return (alike or plain) and local_of(have).device == local_of(param).device
+        return (alike or plain) and local_part(have).device == local_part(param).device
     if kind.name == SPREAD and isinstance(param, DTensor):
         return isinstance(have, DTensor)
     return not isinstance(have, DTensor)

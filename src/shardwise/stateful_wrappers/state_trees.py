@@ -1,4 +1,4 @@
-"""Nested state as plain containers: dictionaries, lists and tuples with tensors in them, taken apart and put together.
+"""Nested state as plain containers: dictionaries, lists and tuples with tensors in them, split and put together again.
 
 A tree is a list; its first item names its type: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree],
 ...]]``, ``["ordered", ...]``, ``["list", [tree, ...]]``, ``["tuple", ...]``, ``["sharded", {region: tree}]`` for what
@@ -11,24 +11,18 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, Protocol, cast
+from typing import NoReturn, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.memory import PLAIN, Wrapper
 from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
 from shardwise.upstream.torch_tensors import PendingTensor, local_part
 
 Tree = list[object]
 _PLAIN = {*PLAIN, PendingTensor}
-
-
-class _Flattens(Protocol):
-    """A tensor that consists of others: https://pytorch.org/docs/stable/notes/extending.html, traceable subclasses."""
-
-    def __tensor_flatten__(self) -> tuple[Sequence[str], object]: ...
 
 
 def is_flat(state: Mapping[object, object]) -> bool:
@@ -52,10 +46,10 @@ def _holds_tensors(value: object) -> bool:
 
 
 class TreeWriter:
-    """Takes values apart.
+    """Splits values into a tree and tensors.
 
     Args:
-        name: Whose state it is, for messages.
+        name: The owner of the state, for messages.
         param: The parameter; ``None`` for what belongs to none.
         name_of: Gives a parameter's name where one is a key.
         own: Keys of plain tensors that differ from shard to shard.
@@ -71,11 +65,11 @@ class TreeWriter:
         self.tensors: dict[str, torch.Tensor] = {}
         self._name, self._param, self._name_of, self._own = name, param, name_of, own
 
-    def take_apart(self, value: object, path: str = "") -> Tree:
+    def split(self, value: object, path: str = "") -> Tree:
         """The tree of a value; its tensors are in `tensors` afterwards.
 
         Raises:
-            MisuseError: A tensor is of a class that keeps its values in a way of its own.
+            MisuseError: A tensor's class neither has plain memory nor consists of plain tensors.
         """
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
@@ -85,10 +79,10 @@ class TreeWriter:
             rows = []
             for key, each in cast(dict[object, object], value).items():
                 below = f"{path}.{self._text(key)}" if path else self._text(key)
-                rows.append([self.key(key), self.take_apart(each, below)])
+                rows.append([self.key(key), self.split(each, below)])
             return ["dict" if type(value) is dict else "ordered", rows]
         if type(value) in (list, tuple):
-            items = [self.take_apart(x, f"{path}.{n}") for n, x in enumerate(cast(Sequence[object], value))]
+            items = [self.split(x, f"{path}.{n}") for n, x in enumerate(cast(Sequence[object], value))]
             return ["list" if type(value) is list else "tuple", items]
         return self._refuse(path, f"is a {type(value).__name__} with tensors in it")
 
@@ -134,8 +128,8 @@ class TreeWriter:
         if kind in _PLAIN:
             return ["tensor", self._add(path + suffix, tensor)]
         if not (hasattr(tensor, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")):
-            self._refuse(path, f"is a {kind.__name__}, a tensor that keeps its values in a way of its own")
-        names, context = cast(_Flattens, tensor).__tensor_flatten__()
+            self._refuse(path, f"is a {kind.__name__}, a tensor class with its own storage of values")
+        names, context = cast(Wrapper, tensor).__tensor_flatten__()
         inner = [[name, self._parts(getattr(tensor, name), f"{path}.{name}", suffix)] for name in names]
         about = [kind.__module__, kind.__qualname__, context, list(tensor.shape), list(tensor.stride())]
         return ["subclass", *about, inner]
@@ -153,7 +147,7 @@ class TreeReader:
     """Puts values together again.
 
     Args:
-        name: Whose state it is, for messages.
+        name: The owner of the state, for messages.
         param: The parameter; ``None`` for what belongs to none.
         tensor: Gives the tensor of a key, to be filled later.
         parameter: Gives the parameter of a name.
@@ -169,7 +163,7 @@ class TreeReader:
         self._name, self._param, self._tensor, self._parameter = name, param, tensor, parameter
 
     def put_together(self, tree: object) -> object:
-        """What `TreeWriter.take_apart` took apart.
+        """The value that `TreeWriter.split` split.
 
         Raises:
             MisuseError: A tensor's class is not there, or each shard had a state of its own and the shards are others.
@@ -195,7 +189,7 @@ class TreeReader:
         raise StateFormatError("the optimizer's state holds what is no tree", tensor=self._name, hint=_RESTORE)
 
     def key(self, key: object) -> object:
-        """What `TreeWriter.key` made of a key."""
+        """The key that `TreeWriter.key` encoded."""
         match key:
             case ["value", value]:
                 return value

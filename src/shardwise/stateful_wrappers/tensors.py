@@ -53,8 +53,8 @@ class MeshRegister:
         self._differing = differing
         self._known: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]], MeshKey] = {}
         self._used: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
-        # Listing a mesh's ranks takes longer than all else that a tensor needs, and most tensors share a mesh object,
-        # which is kept alive here so that its identity stays its own.
+        # Listing a mesh's ranks takes longer than the rest of a tensor's description, and most tensors share a mesh
+        # object, which is kept alive here so that its id stays unique.
         self._seen: dict[int, tuple[DeviceMesh, MeshKey, tuple[int, ...] | None]] = {}
         self._spreads: dict[tuple[object, ...], Spread] = {}
 

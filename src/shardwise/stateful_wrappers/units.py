@@ -6,9 +6,10 @@ Names here are those of ``state_dict()``, with what wrappers put into them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -41,7 +42,7 @@ from shardwise.upstream.torch_modules import (
     state_version,
     unsaved_buffers,
 )
-from shardwise.upstream.torch_tensors import DTensorSpec, around, is_lazy, local_part, spread_of, storage_key
+from shardwise.upstream.torch_tensors import around, is_lazy, local_part, spread_of, storage_key
 
 
 def label(module: nn.Module, prefix: str) -> str:
@@ -108,7 +109,7 @@ class Unit:
 
 
 class _Entries(OrderedDict[str, object]):
-    """What torch makes for a state."""
+    """An empty state dict with torch's metadata."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Taker:
         module: The module.
         prefix: The prefix of its names.
         whole: Whether it takes those of the modules below it too.
-        is_lenient: Whether names and shapes are its own affair: it has methods or hooks of its own for loading.
+        is_lenient: Whether it decides names and shapes itself, by its own methods or hooks for loading.
         calls_root: Whether the model's own ``load_state_dict`` is what takes them.
     """
 
@@ -154,17 +155,6 @@ class Taker:
     def label(self) -> str:
         """For messages."""
         return label(self.module, self.prefix)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SpreadAs:
-    """Makes a DTensor of this rank's part, spread as another one is."""
-
-    spec: DTensorSpec
-
-    def around(self, local: torch.Tensor) -> torch.Tensor:
-        """The DTensor that ``local`` is this rank's part of."""
-        return around(local, self.spec)
 
 
 class Step(NamedTuple):
@@ -196,9 +186,9 @@ class Described:
 
     Attributes:
         tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
-        aside: Name -> what else the state holds.
-        metadata: Module name -> what torch notes of modules that make or take their state in a way of their own.
-        steps: How it is loaded, but for what is read into memory directly.
+        aside: Name -> any other value of the state.
+        metadata: Module name -> torch's metadata of modules with their own methods for state.
+        steps: How it is loaded, except for tensors that are read into memory directly.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -208,7 +198,7 @@ class Described:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, detached."""
+    """This rank's part of a tensor, detached."""
     local = local_part(tensor)
     return local.detach().as_subclass(torch.Tensor) if _is_ordinary(local) else local.detach()
 
@@ -241,13 +231,13 @@ class StandIns:
         seen = (key, id(whose), id(taker), *how)
         known = self._known.get(seen) or self._used.get(seen)
         if known is None:
-            template = SpreadAs(spread_of(value)) if isinstance(value, DTensor) else None
+            template = partial(around, spread=spread_of(value)) if isinstance(value, DTensor) else None
             is_flexible = taker.is_lenient and template is None
             what = Deferred(key, tuple(local.shape), local.dtype, value.device, maker, taker, template, is_flexible)
-            stand_in = what.stand_in() if template is None else template.around(what.stand_in())
+            stand_in = what.stand_in() if template is None else template(what.stand_in())
             if needs_grad and stand_in.dtype.is_floating_point:
                 stand_in.requires_grad_(True)
-            # What the key names by identity is kept alive.
+            # Keep alive the objects whose ids are in the key.
             known = (stand_in, (whose, taker))
         self._used[seen] = known
         return known[0]
@@ -270,7 +260,7 @@ def describe(
         root: The model, without wrappers.
         stand_ins: Those of last time.
         plain: Strips what wrappers put into names.
-        values: Whether it is to be saved; otherwise extra state is not asked for.
+        values: Whether the state is for a save; otherwise extra state is not requested.
         norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
 
     Raises:
@@ -326,7 +316,7 @@ class _Describing:
         if own is not None:
             self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         self._modules[self._plain(prefix)] = (module, prefix, own)
-        for name, tensor in _tensors_of(module):
+        for name, tensor in saved_tensors(module):
             self._owned[self._plain(prefix + name)] = _Owned(tensor, own)
             self._memory.setdefault(_memory(tensor), tensor)
         for name, child in own_children(module).items():
@@ -363,7 +353,7 @@ class _Describing:
         if saves_itself(module):
             self._add_made(Unit(module, prefix, whole=False))
         else:
-            for name, tensor in _tensors_of(module):
+            for name, tensor in saved_tensors(module):
                 self._add(prefix + name, tensor, None)
             if self._values and overrides_get_extra_state(module):
                 self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
@@ -395,7 +385,7 @@ class _Describing:
         if owned is not None:
             own, taker = owned
         else:
-            # A wrapper may rename what it gives out; where nobody takes it in another way, it is still that tensor.
+            # A wrapper may rename an entry; if it loads as torch does, it is still the same tensor.
             taker = self._nearest(key)[1][2]
             own = self._memory.get(_memory(value))
         if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
@@ -410,7 +400,7 @@ class _Describing:
         taker = taker or self._taker_of(key)
         if not _is_ordinary(local_part(value)):
             raise ModuleStateError(
-                f"{taker.label} makes or takes its state in a way of its own, and gives a {type(value).__name__}, "
+                f"{taker.label} saves or loads its state by its own methods, and gives a {type(value).__name__}, "
                 "which cannot be described",
                 tensor=key,
                 hint="Give out a plain tensor in state_dict(), and take one.",
@@ -420,14 +410,13 @@ class _Describing:
         self.found.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's parameters and persistent buffers."""
-    for name, parameter in own_parameters(module).items():
-        if parameter is not None:
-            yield name, parameter
-    for name, buffer in own_buffers(module).items():
-        if buffer is not None and name not in unsaved_buffers(module):
-            yield name, buffer
+def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """A module's own parameters and persistent buffers, without those of the modules below it."""
+    found: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in own_parameters(module).items() if p is not None]
+    if buffers := own_buffers(module):
+        unsaved = unsaved_buffers(module)
+        found += [(name, buffer) for name, buffer in buffers.items() if buffer is not None and name not in unsaved]
+    return found
 
 
 def _extra_of(module: nn.Module, prefix: str) -> object:
@@ -449,7 +438,7 @@ def _is_dense(value: torch.Tensor) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What two tensors that read the same memory in the same way have in common, as long as both are alive."""
+    """A key that is equal for two living tensors if they read the same memory in the same way."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
         return (id(tensor),)
     local, spread = tensor, None

@@ -1,4 +1,4 @@
-"""What only wraps a model, and the model that the files are of: the one place that knows.
+"""Which modules only wrap a model, and which model the files describe: the one place that knows.
 
 Four questions, since a wrapper may have state of its own:
 
@@ -6,7 +6,7 @@ Four questions, since a wrapper may have state of its own:
   FSDP1 add a prefix to names and nothing else.
 * `inner_model`: which module do the files belong to? A running average (``AveragedModel``), a value head around a
   language model, a SentenceTransformer are modules with further state; their files are the model's inside, under
-  the names that it has, and the rest is kept apart.
+  its own names, and the rest is saved separately.
 * `adapted_model`: which module did peft adapt? The ``PeftModel`` itself, or the model with adapters injected into it.
 * `bare_model`: which module is the base model, in which peft's layers are, out of an average too?
 """
@@ -136,7 +136,7 @@ def is_average(module: nn.Module) -> bool:
 
 
 def _averaged() -> type:
-    # Importing torch.optim.swa_utils would cost whoever has no average.
+    # Not imported here: a model without an average should not pay for it.
     known = getattr(sys.modules.get("torch.optim.swa_utils"), "AveragedModel", None)
     return known if isinstance(known, type) else type(None)
 
@@ -156,7 +156,7 @@ def _transformers_config(module: nn.Module) -> object | None:
         return None
     try:
         config: object = getattr(module, "config", None)
-    except Exception:  # noqa: BLE001 - whoever writes the configuration says what it raises
+    except Exception:  # noqa: BLE001 - a property may raise anything
         return None
     return config if isinstance(config, known) else None
 

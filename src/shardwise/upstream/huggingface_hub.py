@@ -16,18 +16,6 @@ def cache_folder(repo_id: str) -> str:
     return repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether a name is one that a model on the hub may have."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def hub_mixin() -> type | None:
     """The mixin for models of one's own; ``None`` where its module was not imported."""
     found = getattr(sys.modules.get("huggingface_hub.hub_mixin"), "ModelHubMixin", None)

@@ -356,12 +356,6 @@ HUGGINGFACE_HUB = (
         "function",
         ("repo_id", "repo_type"),
     ),
-    Name(
-        "huggingface_hub.utils.validate_repo_id",
-        "which names are ids of models and not paths",
-        "function",
-        ("repo_id",),
-    ),
     Name("huggingface_hub.hub_mixin.ModelHubMixin", "the mixin is looked for where it was imported", "type"),
     Name("huggingface_hub.hub_mixin:_hub_mixin_config", "the arguments that rebuild a model"),
 )
@@ -390,8 +384,6 @@ TRANSFORMERS_TRAINER = (
     Name("transformers.Trainer._save_optimizer_and_scheduler", "likewise", "function"),
     Name("transformers.Trainer._save_scaler", "likewise", "function"),
     Name("transformers.Trainer._save_rng_state", "likewise", "function"),
-    Name("transformers.utils.is_sagemaker_mp_enabled", "what cannot be saved is refused before training", "function"),
-    Name("transformers.utils.is_torch_xla_available", "what cannot be saved is refused before training", "function"),
 )
 
 _PREPARED = "no public attribute lists what save_state would save"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner as BaseTuner  # noqa: PLC0414
     from torch import nn
 
-#: What the names of attributes begin with that accelerate puts into modules.
+#: Prefix of the attributes that accelerate puts into modules.
 ACCELERATES = "_hf_"
 
 

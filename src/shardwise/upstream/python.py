@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def before_threads_end(call: Callable[[], object]) -> None:
     """Have the interpreter call something at its end before it waits for threads and executors close.
 
-    What ``atexit`` registers runs only when every thread has ended. Nothing is registered by an interpreter that has
+    ``atexit`` functions run only when every thread has ended. Nothing is registered by an interpreter that has
     no such list, or is on its way out already.
     """
     register = getattr(threading, "_register_atexit", None)

@@ -1,4 +1,4 @@
-"""What ``torch.nn.Module`` and the modules that wrap others keep in private attributes."""
+"""Private attributes of ``torch.nn.Module`` and of the modules that wrap others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INITIALISERS = ("reset_parameters", "_reset_parameters")
 SAVE_OWN = "_save_to_state_dict"
 LOAD_OWN = "_load_from_state_dict"
 
-#: Methods that a module overrides to make its state in a way of its own.
+#: Methods that a module overrides to make its own state.
 MAKES_STATE = ("state_dict", SAVE_OWN, "get_extra_state", "set_extra_state")
 
 #: The name under which a module's extra state stands among its entries.
@@ -111,12 +111,12 @@ def load_own(
 
 
 def loading_answer(missing: list[str], unexpected: list[str]) -> object:
-    """What ``load_state_dict`` answers, and gives to post-hooks, which may change the lists."""
+    """The answer of ``load_state_dict``, also given to post-hooks, which may change the lists."""
     return _IncompatibleKeys(missing, unexpected)
 
 
 def keys_of_answer(answer: object) -> tuple[list[str], list[str]]:
-    """Missing and unexpected keys of what ``load_state_dict`` answered; none of what is not torch's answer."""
+    """Missing and unexpected keys in an answer of ``load_state_dict``; none if it is not torch's."""
     if isinstance(answer, _IncompatibleKeys):
         return answer.missing_keys, answer.unexpected_keys
     return [], []
@@ -138,12 +138,12 @@ def state_version(module: nn.Module) -> int:
 
 
 def noted_versions(entries: object) -> dict[str, dict[str, object]]:
-    """What torch notes of modules beside a state dict, by module name; empty where there is nothing."""
+    """Torch's metadata of modules beside a state dict, by module name; empty where there is none."""
     return cast("dict[str, dict[str, object]]", getattr(entries, "_metadata", {}))
 
 
 def note_versions(entries: object, noted: Mapping[str, Mapping[str, object]]) -> None:
-    """Give a state dict what torch notes of modules; it has to take attributes, as an ``OrderedDict``'s subclass."""
+    """Give a state dict torch's metadata of modules; it has to allow attributes, as an ``OrderedDict``'s subclass."""
     cast(Any, entries)._metadata = noted
 
 

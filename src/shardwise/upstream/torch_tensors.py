@@ -1,4 +1,4 @@
-"""What tensors, DTensors and wrapper subclasses show of themselves in private attributes."""
+"""Private attributes of tensors, DTensors and wrapper subclasses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ StridedShard = _StridedShard
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, without a copy: a DTensor's local tensor, any other tensor itself.
+    """This rank's part of a tensor, without a copy: a DTensor's local tensor, any other tensor itself.
 
     ``to_local()`` would record a step for a gradient, and wait for a collective.
     """

@@ -36,11 +36,6 @@ _TABLES = (
 # --- models and configurations ----------------------------------------------------------------------------------------
 
 
-def is_imported() -> bool:
-    """Whether transformers' models were imported, without which there is none."""
-    return "transformers.modeling_utils" in sys.modules
-
-
 def model_class() -> type | None:
     """The base of transformers' models; ``None`` where its module was not imported."""
     found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
@@ -129,7 +124,7 @@ def mark_initialised(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What transformers says about loading.
+    """The result of loading by transformers.
 
     Attributes:
         missing: Names that the model has and did not find.
@@ -145,12 +140,7 @@ class Loaded:
 
 
 def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loaded:
-    """Let transformers load tensors without memory into a model without memory, ties and all.
-
-    Args:
-        model: A model of transformers' on the meta device.
-        tensors: Meta tensors under the names of files.
-    """
+    """Let transformers load tensors without memory into a model without memory, ties and all."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 

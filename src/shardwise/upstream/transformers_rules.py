@@ -69,7 +69,7 @@ def matching_converter(name: str, converters: Sequence[WeightConverter]) -> tupl
 
 
 def renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
-    """What renamings, one after the other, make of a name. They remember what they were applied to."""
+    """A name after some renamings, one after the other. They remember what they were applied to."""
     for renaming in renamings:
         name, _ = rename(renaming, name)
     return name
@@ -93,7 +93,7 @@ def reversed_rule(rule: Any) -> Any:
 
 
 def rename(rule: WeightRenaming | WeightConverter, name: str) -> tuple[str, str | None]:
-    """What one rule makes of a name, and the pattern of the rule that the name fills; ``None`` if it does not match.
+    """A name after one rule, and the rule's pattern that it fills; ``None`` if it does not match.
 
     The rule remembers it.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 #: Methods of the Trainer that `TrainerCheckpoints` replaces as a whole, and never calls.
 REPLACED = (
@@ -78,13 +77,3 @@ class TrainerCheckpoints(Trainer):  # type: ignore[misc] # transformers is not f
 
     def _load_best_model(self) -> None:
         self.read_best_model(Path(self.state.best_model_checkpoint))
-
-
-def uses_sagemaker_model_parallelism() -> bool:
-    """Whether SageMaker's model parallelism is on."""
-    return bool(is_sagemaker_mp_enabled())
-
-
-def uses_xla() -> bool:
-    """Whether the Trainer would save and load through torch_xla."""
-    return bool(is_torch_xla_available())

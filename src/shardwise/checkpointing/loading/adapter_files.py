@@ -10,6 +10,7 @@ from pathlib import Path
 from shardwise.checkpointing.loading.models import renamed, retitled
 from shardwise.checkpointing.session import Session
 from shardwise.convert.mapping import rename
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, read_lora
@@ -88,22 +89,22 @@ def find_saved(
 
 
 def _saved(weights: Path, component: str | None, key_mapping: Mapping[str, str]) -> SavedAdapter:
-    if component is not None and weights.is_file() and not weights.name.endswith(".bin"):
+    if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
         lora = read_lora(weights, component, key_mapping)
         if lora is not None:
             return SavedAdapter(weights, lora.settings, lora.names)
-    has_config = (weights.parent / ADAPTER_CONFIG_NAME).is_file()
+    has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
     return SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
 
 
 def _there(path: Path) -> Iterator[tuple[str, Path]]:
     """Directory below ``path`` (empty for itself) and file of each adapter."""
-    if path.is_file():
+    if is_file(path):
         yield "", path
         return
-    places = [path, *sorted(p for p in path.iterdir() if p.is_dir())] if path.is_dir() else []
+    places = [path, *(p for name in names_in(path) if is_directory(p := path / name))] if is_directory(path) else []
     for place in places:
-        names = [name for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME, LORA_WEIGHTS_NAME) if (place / name).is_file()]
+        names = [name for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME, LORA_WEIGHTS_NAME) if is_file(place / name)]
         if len(names) > 1 and names[-1] == LORA_WEIGHTS_NAME:
             raise AmbiguousFilesError(
                 f"the directory holds adapters of peft and of diffusers: {', '.join(names)}",

@@ -13,7 +13,6 @@ Decisions made here, and why:
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,21 +26,17 @@ from torch.distributed.tensor import DTensor
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.base.files import base_config, find_base, open_base_source, ties_head
 from shardwise.base.initialise import check_attributes, initialise, recompute_buffers
-from shardwise.base.load import (
-    BaseLoadReport,
-    BaseOptions,
-    BaseSource,
-    check_base,
-    load_base_tensors,
-)
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
+from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
+from shardwise.checkpointing.loading.foreign import expected_unused
 from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
 from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.load import LoadOptions
+from shardwise.engine.computed import declared, open_computed
+from shardwise.engine.load import LoadOptions, LoadReport, compare_load, open_load
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
 from shardwise.peft.builtin_lora import find_sites
@@ -53,8 +48,8 @@ from shardwise.peft.initial_values import (
     refuse_changed_base,
 )
 from shardwise.peft.models import is_peft_adapted
+from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import declared_ties
-from shardwise.upstream.transformers import may_be_unexpected
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,7 +101,7 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
     elif any(find_sites(part) for part in parts):
         initialise_adapters(parts, None, method, seed=seed)
     elif method is not None:
-        _LOG.info("peft_init_method is %s and the model has no adapter", method)
+        _LOG.debug("peft_init_method is %s and the model has no adapter", method)
 
 
 def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
@@ -121,7 +116,7 @@ def load_base_model(
     root_dir: str | Path | None,
     model_name: str | None,
     load: bool,
-) -> BaseLoadReport | None:
+) -> LoadReport | None:
     """Materialise a model and fill it from its base. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
@@ -200,7 +195,7 @@ def fill_from_base(
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
-) -> BaseLoadReport:
+) -> LoadReport:
     """Fill a model from a base in place. All ranks of the session's group call.
 
     Args:
@@ -229,28 +224,30 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = BaseOptions(allow_missing, session.threads, sharing=session.sharing)
+    options = LoadOptions(
+        allow_missing, allow_unexpected=True, allow_cast=True, threads=session.threads, sharing=session.sharing
+    )
     wanted = _matched(session, parts, source, told, key_mapping)
     if before is not None:
-        check_base(wanted.held, wanted.groups, source, group, options)
+        compare_load(lambda: _described(wanted), source, group, session.storage, options)
         before(wanted)
         wanted = _matched(session, parts, source, told, key_mapping, wanted)
-    with group.together("checking the model's memory") as asks:
+
+    def describe() -> list[HeldTensor]:
         require_memory(((None, tensor) for tensor in wanted.tensors), "memory to load into")
-        asks.flag = bool(wanted.steps)
+        return _described(wanted)
+
+    load = open_load(describe, source, group, session.storage, options, lambda: bool(wanted.steps))
+    computed = open_computed(wanted.groups, source, group, options)
     module_load: ModuleLoad | None = None
-    if asks.any or stems:
+    if load.asked or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
         module_load = open_module_load(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
-    report = load_base_tensors(
-        wanted.held,
-        wanted.groups,
-        source,
-        group,
-        session.storage,
-        options,
-        None if module_load is None else lambda values: module_load.run(values, str(path), group),
-    )
+    report = load.read()
+    computed.read(session.storage)
+    if module_load is not None:
+        with load.reading() as values:
+            module_load.run(values, str(path), group)
     with group.together("copying what is held twice"), torch.no_grad():
         for first, second in wanted.copies:
             second.copy_(first)
@@ -260,9 +257,13 @@ def fill_from_base(
             initialise_magnitudes(own)
     with group.together("telling what was loaded"):
         if group.is_main:
-            own_names = [t.spec.name for t in wanted.held] + [s.name for g in wanted.groups for s in g.computed.hub]
-            _tell(report, parts, own_names)
+            _tell(report, parts, _described(wanted), source)
     return report
+
+
+def _described(wanted: BaseWanted) -> list[HeldTensor]:
+    """What a base fills, whether or not it has to be computed."""
+    return [*wanted.held, *declared(wanted.groups)]
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
@@ -291,7 +292,7 @@ def _matched(
     match = partial(
         match_base,
         parts,
-        source.names(),
+        list(source.names()),
         base_ties=ties_head(config),
         skip_prefixes=session.config.skip_task_head_prefixes_for_base_model or [],
         key_mapping=key_mapping,
@@ -304,26 +305,24 @@ def _matched(
     return replace(found, held=(*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)))
 
 
-def _tell(report: BaseLoadReport, parts: Sequence[nn.Module], own: Sequence[str]) -> None:
-    seconds = max(report.seconds, 1e-9)
-    _LOG.info(
-        "loaded %s: rank 0 read %.3f GB in %.2f s (%.2f GB/s); %d tensors dequantized, %d cast",
-        report.path,
-        report.counts.read / 1e9,
-        report.seconds,
-        report.counts.read / 1e9 / seconds,
-        report.dequantized,
-        report.cast,
+def _tell(report: LoadReport, parts: Sequence[nn.Module], wanted: Sequence[HeldTensor], source: BaseSource) -> None:
+    specs = [tensor.spec for tensor in wanted]
+    dequantized = [spec for spec in specs if source.dequantizes(spec)]
+    cast = [spec for spec in specs if (stored := source.stored(spec.name)) and stored.dtype != spec.dtype]
+    _LOG.debug(
+        "loaded %s: on rank 0 %d tensors dequantized, %d cast",
+        source.path,
+        len(dequantized),
+        len({spec.name for spec in cast} - {spec.name for spec in dequantized}),
     )
     if report.missing:
         near = listed(report.missing, report.unexpected, "it has")
         _LOG.warning("the base model lacks %s, which keep their values", near)
-    known = [re.compile(pattern) for part in parts for pattern in _expected_leftovers(part)]
-    strange = [name for name in report.unexpected if not any(pattern.search(name) for pattern in known)]
+    known = set(expected_unused(parts, report.unexpected))
+    ties = tuple(declared_ties(parts))
+    strange = [name for name in report.unexpected if name not in known and not name.endswith(ties)]
     if strange:
-        _LOG.warning("the base model has tensors that the model lacks: %s", listed(strange, own, "the model has"))
-
-
-def _expected_leftovers(part: nn.Module) -> list[str]:
-    """Patterns of names that files may have and a transformers model does not load, tied heads among them."""
-    return [*may_be_unexpected(part), *(f"{re.escape(name)}$" for name in declared_ties([part]))]
+        _LOG.warning(
+            "the base model has tensors that the model lacks: %s",
+            listed(strange, [spec.name for spec in specs], "the model has"),
+        )

@@ -1,9 +1,4 @@
-"""A model's tensors under the names in files that other tools wrote.
-
-Our checkpoints, and those of today's ``save_pretrained``, have the names that the model's conversion gives. Other files
-come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
-unconverted; `shardwise.convert.for_files` maps them as transformers would.
-"""
+"""A checkpoint's model under the names in files that other tools wrote; `shardwise.base.names` finds them."""
 
 from __future__ import annotations
 
@@ -11,15 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
-from shardwise.base.names import names_in_files
+from shardwise.base.names import names_in_files, under_names_of_files
 from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.saving.shared_names import is_pretrained
-from shardwise.convert import HeldGroup, conversion_of, for_files, to_hub
+from shardwise.convert import HeldGroup
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
@@ -55,14 +48,10 @@ def in_names_of_files(
     for part in parts:
         module = unwrap(part)
         own = [by_name.pop(name) for name in _names_of(part, parts, hub) if name in by_name]
-        specs = tuple(tensor.spec for tensor in own)
-        if not is_pretrained(part):
-            converted = to_hub(conversion_of(module, specs), own)
-        else:
-            converted = to_hub(for_files(module, conversion_of(module, specs), specs, names), own)
-            own_ties = {alias: name for alias, name in ties.items() if name in {spec.name for spec in specs}}
-            found_ties |= _ties_in_files(module, own_ties, names)
-        held += _copies_of_ties(module, converted.held, names)
+        _, converted = under_names_of_files(module, own, names)
+        own_names = {tensor.spec.name for tensor in own}
+        found_ties |= _ties_in_files(module, {a: name for a, name in ties.items() if name in own_names}, names)
+        held += converted.held
         groups += converted.groups
     return replace(hub, held=tuple(held), groups=tuple(groups)), found_ties
 
@@ -101,20 +90,5 @@ def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[s
     """The ties for which the files have the alias, under the files' names."""
     if not ties:
         return {}
-    found = _find(module, [*ties, *ties.values()], names)
+    found = names_in_files(module, [*ties, *ties.values()], names)
     return {found[alias]: found.get(name, name) for alias, name in ties.items() if alias in found}
-
-
-def _copies_of_ties(module: nn.Module, held: Sequence[HeldTensor], names: Sequence[str]) -> list[HeldTensor]:
-    """A stage's copies of tied tensors that the files lack, under the names of the tensors they are tied to."""
-    available = set(names)
-    promised = promised_ties([module])
-    lacking = {t.spec.name for t in held if t.spec.name not in available and t.spec.name in promised}
-    found = _find(module, [promised[name] for name in lacking], names) if lacking else {}
-    moved = {name: found[promised[name]] for name in lacking if promised[name] in found}
-    return [t._replace(spec=t.spec._replace(name=moved.get(t.spec.name, t.spec.name))) for t in held]
-
-
-def _find(module: nn.Module, natives: Iterable[str], names: Sequence[str]) -> dict[str, str]:
-    scalar = torch.empty((), device="meta")
-    return names_in_files(module, [(name, scalar) for name in dict.fromkeys(natives)], names, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpointing.loading.foreign_states import ForeignSchedules, foreign_schedules, read_schedules
-from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.loading.foreign_states import broadcast_state, foreign_schedules, read_schedules
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.convert import rename
@@ -30,7 +30,7 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.state_files import has_state, pack_state, unpack_state
+from shardwise.sources.state_files import has_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
@@ -47,7 +47,6 @@ class ForeignOptimizers:
     """Optimizers in a DCP directory, on every rank alike.
 
     Attributes:
-        directory: The DCP directory.
         found: The optimizers found; empty where none is to be restored.
         source: All tensors of the directory, under DCP's names.
     """
@@ -60,10 +59,6 @@ class ForeignOptimizers:
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
         """The state that this rank's optimizers will get, and DCP's name of each tensor. Local.
-
-        Args:
-            state: This rank's optimizers.
-            key_mapping: Regular expression -> replacement, applied to parameters' names.
 
         Raises:
             MisuseError: Parameters cannot be matched without doubt.
@@ -121,7 +116,7 @@ class ForeignOptimizers:
         if len(numbered) != len(optimizers) or (len(numbered) > 1 and not all(each.listed for each in numbered)):
             raise MisuseError(
                 f"the checkpoint has {len(numbered)} optimizers ({_places(numbered)}), whose parameters are known by "
-                f"number alone, and {len(optimizers)} are to be restored: which is which cannot be told",
+                f"number alone, and {len(optimizers)} are to be restored: which is which is not known",
                 path=self.directory,
                 hint="Save a list of optimizers' states and pass as many, in the same order; or save them by "
                 f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_FRESH}",
@@ -134,8 +129,7 @@ class ForeignOptimizers:
         sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
         if sizes != saved_sizes:
             raise self._no_match(
-                saved,
-                f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}",
+                saved, f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}"
             )
         names: dict[str, str] = {}
         for group, (group_names, params) in zip(saved.groups, own, strict=True):
@@ -183,7 +177,11 @@ class ForeignOptimizers:
                     hint="Save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names "
                     f"parameters. {_FRESH}",
                 )
-        return under_names(self.source, dcp_names)
+        tensors: dict[str, SourceTensor] = {}
+        for name, known in dcp_names.items():
+            tensor = self.source.tensors[known]
+            tensors[name] = tensor._replace(spec=tensor.spec._replace(name=name))
+        return replace(self.source, tensors=tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,17 +199,10 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class OpenedForeign:
-    """Optimizers and schedulers matched with another tool's state, on every rank; nothing has been changed yet.
-
-    Attributes:
-        plan: The state the optimizers will get.
-        schedulers: Each scheduler with its saved state.
-        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
-        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
-    """
+    """Optimizers and schedulers matched with another tool's state, on every rank; see `OpenedOptimizer`."""
 
     plan: OptimizerRestore
-    schedulers: tuple[tuple[HasState, dict[str, object]], ...]
+    schedulers: tuple[tuple[Stateful, dict[str, object]], ...]
     tensors: OpenedLoad | None
     is_buffered: bool
 
@@ -220,19 +211,13 @@ def open_foreign(
     session: Session,
     optimizer: AnyOptimizer | Sequence[AnyOptimizer],
     model: nn.Module | Sequence[nn.Module],
-    schedulers: Sequence[HasState],
+    schedulers: Sequence[Stateful],
     directory: Path,
     changes: Changes,
 ) -> OpenedForeign | None:
     """Match optimizers and schedulers with another tool's state; ``None`` where there is none. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        optimizer: The optimizers.
-        model: Their model.
-        schedulers: The schedulers.
-        directory: Where a checkpoint of ours would have its optimizer.
-        changes: Intended differences from the saved state.
+    ``directory`` is where a checkpoint of ours would have its optimizer.
 
     Raises:
         CheckpointNotFoundError: There is no optimizer or scheduler in it.
@@ -242,45 +227,36 @@ def open_foreign(
     """
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
     found_place = group.broadcast_result(
-        lambda: str(foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
+        lambda: str(_foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
     )
     if not found_place:
         return None
     place = Path(cast(str, found_place))
-    state: OptimizerState | None = None
-    with group.together("describing the optimizer") as steers:
-        state = OptimizerState(optimizer, model)
-        steers.flag = bool(state.optimizers)
-    assert state is not None
-    own = state
-    is_buffered = group.any(own.has_own_ways, "asking how optimizers take their state")
-    found = find_foreign(place, group, legacy, steers.any)
-    schedules: ForeignSchedules | None = None
-    if group.any(bool(schedulers), "comparing schedulers"):
-        schedules = read_schedules(found.directory, group, legacy)
-    plan: OptimizerRestore | None = None
-    names: dict[str, str] = {}
-    fitting: list[tuple[HasState, dict[str, object]]] = []
-    with group.together(f"comparing the optimizer with {found.directory}") as has_tensors:
-        record, names = found.matched(own, changes.key_mapping)
+    state = group.attempt(lambda: OptimizerState(optimizer, model), "describing the optimizer")
+    steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
+    is_buffered = group.any(state.has_own_ways, "asking how optimizers load their state")
+    found = _find_foreign(place, group, legacy, steers)
+    has_schedulers = group.any(bool(schedulers), "comparing schedulers")
+    schedules = read_schedules(place, group, legacy) if has_schedulers else None
+
+    def compare() -> tuple[OptimizerRestore, dict[str, str], list[tuple[Stateful, dict[str, object]]]]:
+        record, names = found.matched(state, changes.key_mapping)
         try:
-            plan = plan_restore(own, record, RestoreOptions(changes.allow_new, is_buffered))
+            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
         except ShardwiseError as error:
-            error.path = error.path or str(found.directory)
+            error.path = error.path or str(place)
             _add_names(error, record)
             raise
-        if schedulers and schedules is not None:
-            fitting = foreign_schedules(schedulers, schedules)
-        has_tensors.flag = bool(plan.targets)
-    assert plan is not None
-    planned = plan
+        return plan, names, foreign_schedules(schedulers, schedules) if schedulers and schedules is not None else []
+
+    plan, names, fitting = group.attempt(compare, f"comparing the optimizer with {place}")
     source = found.agreed(names, group)
     tensors: OpenedLoad | None = None
-    if has_tensors.any:
+    if group.any(bool(plan.targets), "asking which optimizers have tensors"):
         options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
-        tensors = open_described(planned.held_as_saved, source, group, session.storage, options)
-    _count_in_tensors(planned)
-    return OpenedForeign(planned, tuple(fitting), tensors, is_buffered)
+        tensors = open_described(plan.held_as_saved, source, group, session.storage, options)
+    _count_in_tensors(plan)
+    return OpenedForeign(plan, tuple(fitting), tensors, is_buffered)
 
 
 def _count_in_tensors(plan: OptimizerRestore) -> None:
@@ -302,42 +278,21 @@ def _count_in_tensors(plan: OptimizerRestore) -> None:
         each.state["step"] = torch.tensor(float(cast(float, step)), dtype=dtype, device=device)
 
 
-def under_names(source: Source, names: Mapping[str, str]) -> Source:
-    """Some tensors of a source under other names: new name -> the one in the source."""
-    tensors: dict[str, SourceTensor] = {}
-    for name, known in names.items():
-        tensor = source.tensors[known]
-        tensors[name] = tensor._replace(spec=tensor.spec._replace(name=name))
-    return replace(source, tensors=tensors)
-
-
-def foreign_place(directory: Path) -> Path | None:
+def _foreign_place(directory: Path) -> Path | None:
     """The DCP directory that has the optimizer: ``optim`` itself, or the checkpoint around it. Local."""
     if has_state(directory / "optimizer"):
         return None
     return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
 
 
-def find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
-    """Read the optimizers of a DCP directory. All ranks call.
+def _find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
+    """Read the optimizers of a DCP directory, if any rank has one to restore (``steers``). All ranks call."""
 
-    Args:
-        place: The directory.
-        group: The ranks that restore.
-        legacy: Whether to unpickle without restrictions what cannot be read otherwise.
-        steers: Whether any rank has an optimizer to restore.
+    def read() -> list[object]:
+        return [each.to_state() for each in _read(place, legacy)] if steers else []
 
-    Raises:
-        CheckpointNotFoundError: The DCP directory has no optimizer.
-        MisuseError: One is kept in a way that is not understood.
-        FormatError: It is damaged.
-        UnsafePickleError: A value of it could run code.
-    """
-    packed = b""
-    with group.together(f"reading the optimizers of {place}"):
-        if group.is_main:
-            packed = _pack(_read(place, legacy) if steers else [])
-    found = _unpack(group.broadcast_bytes(packed, 0, "sharing what there is of optimizers"))
+    states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
+    found = tuple(map(DcpOptimizer.from_state, states))
     return ForeignOptimizers(place, found, open_source(place, group, spread=True))
 
 
@@ -353,20 +308,6 @@ def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
             hint="Restore without an optimizer, or choose a checkpoint that has one.",
         )
     return found
-
-
-def _pack(found: Iterable[DcpOptimizer]) -> bytes:
-    packed = pack_state([each.to_state() for each in found])
-    text = packed[".json"]
-    return len(text).to_bytes(8, "little") + text + packed.get(".safetensors", b"")
-
-
-def _unpack(raw: bytes) -> tuple[DcpOptimizer, ...]:
-    size = int.from_bytes(raw[:8], "little")
-    packed = {".json": raw[8 : 8 + size]}
-    if len(raw) > 8 + size:
-        packed[".safetensors"] = raw[8 + size :]
-    return tuple(DcpOptimizer.from_state(state) for state in cast("list[object]", unpack_state(packed)))
 
 
 def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> DcpOptimizer:

@@ -13,15 +13,16 @@ from typing import cast
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
 from shardwise.sources.dcp_values import DcpValues, is_dcp
-from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.sources.state_files import joined, pack_state, split, unpack_state
 
-#: Of torch's schedulers, and not in every release.
+#: An attribute of torch's schedulers that some releases lack.
 _MAY_DIFFER = {"verbose"}
 _FRESH = "Or restore without it, and it starts afresh."
 
@@ -49,13 +50,13 @@ def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedu
         states = {".".join(map(str, place)): state_at(values, place) for place in places}
         return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
 
-    found = cast("dict[str, object]", _broadcast(read, group, f"reading the schedulers of {directory}"))
+    found = cast("dict[str, object]", broadcast_state(read, group, f"reading the schedulers of {directory}"))
     return ForeignSchedules(directory, cast("dict[str, object]", found["states"]), cast(bool, found["listed"]))
 
 
 def foreign_schedules(
-    schedulers: Sequence[HasState], found: ForeignSchedules
-) -> list[tuple[HasState, dict[str, object]]]:
+    schedulers: Sequence[Stateful], found: ForeignSchedules
+) -> list[tuple[Stateful, dict[str, object]]]:
     """Each scheduler with its saved state. Local; nothing is changed.
 
     Raises:
@@ -75,7 +76,7 @@ def foreign_schedules(
             f"{len(found.states)} {'scheduler was' if len(found.states) == 1 else 'schedulers were'} saved"
             f" ({listed([*found.states])}) and {len(schedulers)} "
             f"{'is' if len(schedulers) == 1 else 'are'} to be restored"
-            + ("" if len(found.states) != len(schedulers) else ": which is which cannot be told"),
+            + ("" if len(found.states) != len(schedulers) else ": which is which is not known"),
             path=path,
             hint="Pass the schedulers that the checkpoint was saved with, in the same order; or restore without them.",
         )
@@ -85,7 +86,7 @@ def foreign_schedules(
     ]
 
 
-def _fitting(scheduler: HasState, place: str, saved: object, path: Path) -> dict[str, object]:
+def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict[str, object]:
     own = scheduler.state_dict()
     state = filled(own, saved)
     if not isinstance(state, dict):
@@ -139,16 +140,10 @@ def _vanishes(value: object) -> bool:
 
 
 def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bool) -> dict[str, object]:
-    """Extra state out of a DCP directory: name -> state. All ranks call, each with the names that it wants.
+    """Extra state in a DCP directory: name -> state, of all names that any rank wants. All ranks call.
 
-    Args:
-        directory: A checkpoint.
-        wanted: Names: the path of a part of the state dict, joined by dots.
-        group: The ranks that restore.
-        legacy: Whether to unpickle without restrictions what cannot be read otherwise.
-
-    Returns:
-        The states that any rank wants; empty where the checkpoint is not a DCP directory.
+    A name is the path of a part of the state dict, joined by dots. Empty where the checkpoint is not a DCP directory.
+    What cannot be read otherwise is unpickled without restrictions if ``legacy`` is true.
 
     Raises:
         CheckpointNotFoundError: There is no such part.
@@ -157,10 +152,10 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
     """
     own = sorted(wanted)
 
-    def tell() -> JsonValue:
+    def describe() -> JsonValue:
         return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
 
-    gathered = cast("list[tuple[list[str], bool]]", group.gather(tell, "comparing what is to be restored"))
+    gathered = cast("list[tuple[list[str], bool]]", group.gather(describe, "comparing what is to be restored"))
     names = sorted({name for theirs, _ in gathered for name in theirs})
     if not gathered[0][1] or not names:
         return {}
@@ -169,15 +164,13 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
         values = DcpValues(directory, legacy)
         return {name: state_at(values, place_called(values, name)) for name in names}
 
-    return cast("dict[str, object]", _broadcast(read, group, f"reading extra state of {directory}"))
+    return cast("dict[str, object]", broadcast_state(read, group, f"reading extra state of {directory}"))
 
 
 def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
     """Names of what a DCP directory has beside a model; empty where it is not a DCP directory. Local.
 
-    Args:
-        directory: Of a checkpoint, or of its optimizer.
-        model_place: What DCP's names of the model have in front, where that is known.
+    ``model_place`` is the prefix of the model's names in it, where that is known.
     """
     return components(DcpValues(directory), model_place) if is_dcp(directory) else []
 
@@ -185,20 +178,15 @@ def foreign_components(directory: Path, model_place: str | None = None) -> list[
 def torch_leftovers(directory: Path) -> list[str]:
     """Files of ``torch.save`` beside model and optimizer, and directories of them, which are not read. Local."""
     found = []
-    for entry in sorted(directory.iterdir()):
-        if entry.suffix in (".pt", ".pth") and entry.is_file():
+    for entry in (directory / name for name in names_in(directory)):
+        if entry.suffix in (".pt", ".pth") and is_file(entry):
             found.append(entry.stem)
-        elif entry.is_dir() and entry.name not in ("model", "optim") and any(entry.glob("*.pt")):
-            found.append(entry.name)
+        elif is_directory(entry) and entry.name not in ("model", "optim"):
+            found += [entry.name] * any(name.endswith(".pt") for name in names_in(entry))
     return found
 
 
-def _broadcast(read: Callable[[], object], group: Group, what: str) -> object:
-    """Call ``read`` on rank 0 and broadcast its result, which may hold tensors."""
-    packed: dict[str, bytes] = {}
-    with group.together(what):
-        if group.is_main:
-            packed = pack_state(read())
-    text = group.broadcast_bytes(packed.get(".json", b""), 0, what)
-    tensors = group.broadcast_bytes(packed.get(".safetensors", b""), 0, what)
-    return unpack_state({".json": text} | ({".safetensors": tensors} if tensors else {}))
+def broadcast_state(read: Callable[[], object], group: Group, what: str) -> object:
+    """Call ``read`` on rank 0 and broadcast its result, which may hold tensors. All ranks call."""
+    packed = group.attempt(lambda: joined(pack_state(read())) if group.is_main else b"", what)
+    return unpack_state(split(group.broadcast_bytes(packed, 0, what)))

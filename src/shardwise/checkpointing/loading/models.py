@@ -31,12 +31,20 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.engine.computed import OpenedComputed, open_computed
-from shardwise.engine.load import LoadOptions, LoadReport, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.load import (
+    CheckpointSource,
+    LoadOptions,
+    LoadReport,
+    OpenedLoad,
+    listed_anywhere,
+    open_described,
+)
 from shardwise.engine.name_suggestions import listed
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.units import Step
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
@@ -95,8 +103,8 @@ class OpenedModel:
         if self.own is not None:
             with self.session.group.together("reading each rank's own tensors"):
                 self.own.read(self.session)
-        with self.direct.reading() as values:
-            self.module_load.run(values, str(self.direct.source.path), self.session.group)
+        with phase("install"), self.direct.reading() as values:
+            self.module_load.run(values, str(self.direct.source.plain.path), self.session.group)
         return report
 
 
@@ -140,7 +148,11 @@ def open_model(
         return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
-    there = open_computed(computed, source, group, options) if opened.differs and not speaks_native else None
+    there = (
+        open_computed(computed, CheckpointSource(source), group, options)
+        if opened.differs and not speaks_native
+        else None
+    )
     # Every rank knows which module state was saved.
     has_any = load.asked or bool(opened.module_state)
     module_load = ModuleLoad((), None, options, 0)

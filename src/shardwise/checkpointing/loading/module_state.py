@@ -1,4 +1,4 @@
-"""Loads the state of modules that have loading code of their own: finds it, and calls them in torch's order."""
+"""Loads the state of modules with their own loading code: finds the state, and calls the modules in torch's order."""
 
 from __future__ import annotations
 
@@ -39,12 +39,6 @@ def as_modules_load(
 
     Such a module gets tensors in the shapes of the files, decides itself whether one is missing, and also gets every
     tensor in the files below its name that no other module loads.
-
-    Args:
-        held: What this rank holds, under the names of the files.
-        hub: The same tensors, and how they were listed.
-        computed: Tensors that are converted separately.
-        source: The tensors of the checkpoint.
     """
     found = list(in_shapes_of(held, {name: saved.spec for name, saved in source.tensors.items()}))
     own = {tensor.spec.name for tensor in held} | {spec.name for each in computed for spec in each.computed.hub}
@@ -53,13 +47,7 @@ def as_modules_load(
 
 
 def claimed(steps: Iterable[Step], own: Collection[str], specs: Iterable[TensorSpec]) -> Iterator[HeldTensor]:
-    """Tensors in the files below the names of modules with their own loading code that no other module loads. Local.
-
-    Args:
-        steps: The loading steps of this rank's modules.
-        own: Names that are loaded already.
-        specs: The tensors in the files.
-    """
+    """Tensors in the files below the names of modules with their own loading code that no other module loads. Local."""
     takers = [step.taker for step in steps if step.taker is not None and step.taker.is_lenient]
     takers.sort(key=lambda taker: len(taker.prefix), reverse=True)
     for spec in specs if takers else ():
@@ -109,12 +97,7 @@ def _is_below(name: str, taker: Taker) -> bool:
 
 
 def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
-    """The steps of a rank's parts beyond filling their memory. Local.
-
-    Args:
-        parts: The parts.
-        listing: How they were listed; ``None`` where all load their state as torch does.
-    """
+    """The steps of a rank's parts beyond filling their memory. Local."""
     found: list[Step] = []
     for number, part in enumerate(parts):
         own = () if listing is None else listing.steps[number]
@@ -129,7 +112,6 @@ class ModuleLoad:
     Attributes:
         steps: The loading steps of this rank, in order.
         module_state: The saved module state; ``None`` where none was saved.
-        options: Allowed differences.
         rounds: One more than the largest number of modules on a rank that load tensors; 0 where no rank has steps.
         skips_empty: Whether a module without saved state, such as a fresh head, is skipped.
     """
@@ -142,11 +124,6 @@ class ModuleLoad:
 
     def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
         """Call the modules' loading code, one module after the other. All ranks call.
-
-        Args:
-            values: Reads the tensors of one module.
-            what: Name of the source, for messages.
-            group: The ranks that load together.
 
         Raises:
             ModuleStateError: A module refuses its state; modules before it in torch's order were loaded.
@@ -166,14 +143,8 @@ class ModuleLoad:
             _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
-        module_state = self.module_state
-        installing = Installing(
-            lambda _: values,
-            None if module_state is None else module_state.values,
-            {} if module_state is None else module_state.metadata,
-            self.options.allow_missing,
-            self.skips_empty,
-        )
+        saved, metadata = (self.module_state.values, self.module_state.metadata) if self.module_state else (None, {})
+        installing = Installing(lambda _: values, saved, metadata, self.options.allow_missing, self.skips_empty)
         installing.run(steps)
         return installing.without
 
@@ -201,13 +172,8 @@ def open_module_load(
 ) -> ModuleLoad:
     """Agree on the modules' loading steps, and read the saved module state. All ranks call; nothing is written.
 
-    Args:
-        steps: The loading steps of this rank's modules.
-        stems: Files of the saved module state.
-        group: The ranks that load together.
-        options: Allowed differences.
-        is_strict: Whether every saved state needs a module: the state beside an export serves other models, too.
-        skips_empty: Whether a module without saved state is skipped.
+    With ``is_strict`` every saved state needs a module; the state beside an export serves other models, too. With
+    ``skips_empty`` a module without saved state is skipped.
 
     Raises:
         MissingTensorError: Module state was saved, but not that of a module that needs some.
@@ -216,7 +182,7 @@ def open_module_load(
     """
     found: SavedModuleState | None = None
 
-    def tell() -> JsonValue:
+    def describe() -> JsonValue:
         nonlocal found
         found = read_module_state(stems)
         names = [] if found is None else sorted(found.values)
@@ -224,7 +190,7 @@ def open_module_load(
             _require_extra(steps, found)
         return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
 
-    everyone = cast("list[tuple[int, list[int]]]", group.gather(tell, "comparing what modules take"))
+    everyone = cast("list[tuple[int, list[int]]]", group.gather(describe, "comparing the state that modules load"))
     counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
     names = [] if found is None else sorted(found.values)
     lost = [name for name, count in zip(names, counts, strict=True) if not count]

@@ -12,23 +12,22 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shardwise.errors import ShardwiseError
 
 _LOG = logging.getLogger(__name__)
 
 
-class HasState(Protocol):
-    """A scheduler, or anything with the two methods of a state."""
+@runtime_checkable
+class Stateful(Protocol):
+    """A scheduler, or anything with DCP's two methods of a state."""
 
     def state_dict(self) -> dict[str, object]:
         """The state, as plain containers."""
-        ...
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the state in."""
-        ...
+        """Load a state."""
 
 
 class Undos:
@@ -41,7 +40,7 @@ class Undos:
         """Remember how to undo a change of ``what``; call before the change, or directly after it."""
         self._steps.append((what, undo))
 
-    def load(self, what: str, target: HasState, state: dict[str, object]) -> None:
+    def load(self, what: str, target: Stateful, state: dict[str, object]) -> None:
         """Load ``state`` into ``target``, and remember its previous state.
 
         Raises:
@@ -72,7 +71,7 @@ class Undos:
                 _LOG.error("%s could not be put back as it was and may be partly overwritten: %s", what, error)
 
 
-def _back(target: HasState) -> Callable[[], None]:
+def _back(target: Stateful) -> Callable[[], None]:
     try:
         had = copy.deepcopy(target.state_dict())
     except Exception as error:  # noqa: BLE001 - it matters only if the state is refused, and is logged then

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from shardwise.base.names import names_of_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import derive_for
 from shardwise.disk.storage import Storage
@@ -35,19 +36,15 @@ def under_saved_names(
         held: What it holds, under the names of files.
         available: Names in the files.
     """
-    lacking = {tensor.spec.name: tensor.spec for tensor in held if tensor.spec.name not in available}
+    lacking = {tensor.spec.name for tensor in held if tensor.spec.name not in available}
     found: dict[str, str] = {}
     for part in parts if lacking else ():
-        for name, other in promised_ties([part]).items():
-            own = file_name(part, name)
-            if own in lacking:
-                found[own] = file_name(part, other)
-    return [
-        tensor._replace(spec=tensor.spec._replace(name=found[tensor.spec.name]))
-        if found.get(tensor.spec.name) in available
-        else tensor
-        for tensor in held
-    ]
+        ties = promised_ties([part])
+        own = {name: native for native in ties if (name := file_name(part, native)) in lacking}
+        found |= names_of_ties(unwrap(part), own, ties, list(available))
+    if not found:
+        return list(held)
+    return [t._replace(spec=t.spec._replace(name=found.get(t.spec.name, t.spec.name))) for t in held]
 
 
 def file_name(part: nn.Module, name: str) -> str:

@@ -5,81 +5,91 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
-from shardwise.checkpointing.arguments import check_mapping
-from shardwise.checkpointing.averages import MODEL_EMA, Average, FoundAveraging
+from shardwise.checkpointing.adapters import check_before_training
+from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
+from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.calls import check_same_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
+from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import (
-    OpenedOptimizer,
-    Optimizers,
-    Schedulers,
-    as_list,
-    open_optimizer,
-    several,
-)
-from shardwise.checkpointing.optimizers import load_optimizer as restore_optimizer
+from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.checkpoint_state import FoundExtras, find_extras, locate, model_place, unrestored
-from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.saving.adapters import OpenedAdapter, check_before_training, open_adapter
-from shardwise.checkpointing.saving.torch_format import tensors_alone
+from shardwise.checkpointing.reports import Call, Outcome
+from shardwise.checkpointing.run_state.checkpoint_state import (
+    FoundExtras,
+    find_extras,
+    locate,
+    model_place,
+    require_position,
+    unrestored,
+)
+from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
-from shardwise.stateful_wrappers import ModelState, OptimizerState
+from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import Recording, phase
+
+
+class _OpenedAverage(NamedTuple):
+    model: OpenedModel | OpenedAdapter
+    average: Average
+    saved: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet.
-
-    Attributes:
-        model: The model, or its adapters.
-        averaged: The averaged model, with the state of its wrapper.
-        steering: Optimizers and schedulers.
-        extras: Extra state and generators.
-    """
+    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet."""
 
     model: OpenedModel | OpenedAdapter
-    averaged: tuple[OpenedModel | OpenedAdapter, FoundAveraging] | None
+    averaged: _OpenedAverage | None
     steering: OpenedOptimizer | None
     extras: FoundExtras
 
-    def restore(self, group: Group, order: DataOrder) -> None:
-        """Restore everything. All ranks call.
+    def restore(self, group: Group, order: DataOrder, recording: Recording) -> int:
+        """Restore everything; returns the bytes that all ranks have read. All ranks call.
 
-        Objects with loading code of their own come first, since they may refuse: then every rank undoes its changes.
+        Objects with their own loading code come first, since they may refuse: then every rank undoes its changes.
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
             self.steering.read_buffered()
-        with undone_on_failure() as undos, group.together("taking in options, schedulers and extra state"):
+        with (
+            phase("install"),
+            undone_on_failure() as undos,
+            group.together("taking in options, schedulers and extra state"),
+        ):
             if self.steering is not None:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged[1].take_in(undos)
+                self.averaged.average.take_in(self.averaged.saved, undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged[0].fill()
+                self.averaged.model.fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
-            with group.together("setting the random number generators"):
+
+            def finish() -> JsonValue:
                 self.extras.set_generators(order)
+                return recording.nbytes
+
+            read = group.gather(finish, "setting the random number generators")
+        return sum(cast(list[int], read))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,68 +105,96 @@ class WhatToRestore:
     key_mapping: Mapping[str, str] | None
     ema: Model | None
     allow_new_parameters: bool
+    dataloader: object | None = None
 
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
-    model, optimizer, scheduler, ema = what.model, what.optimizer, what.scheduler, what.ema
-    extra_state, key_mapping = what.extra_state, what.key_mapping
+    with life.reports.call("restore") as told:
+        return _restore(life, what, told)
+
+
+def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
+    """As `restore_checkpoint`. All ranks call."""
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
-    steers = optimizer is not None or bool(as_list(scheduler))
+    steers = what.optimizer is not None or bool(as_list(what.scheduler))
     given = {
         "an optimizer or scheduler": steers,
         "verify='digests'": what.verify == "digests",
-        f"key_mapping={key_mapping}": bool(key_mapping),
-        "an ema": ema is not None,
+        f"key_mapping={what.key_mapping}": bool(what.key_mapping),
+        "an ema": what.ema is not None,
         "allow_new_parameters=True": what.allow_new_parameters,
+        "a dataloader": what.dataloader is not None,
     }
 
     def look() -> str:
-        check_mapping("extra_state", extra_state)
-        check_mapping("key_mapping", key_mapping)
-        if ema is not None:
-            life.looked(ema, is_run=False)
-        return life.looked(model, optimizer, scheduler, "checkpoint")
+        nonlocal what
+        check_mapping("extra_state", what.extra_state)
+        check_mapping("key_mapping", what.key_mapping)
+        given_state = what.extra_state if what.extra_state is not None else {}
+        what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
+        if what.ema is not None:
+            life.looked(what.ema, is_run=False)
+        name = life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        config = life.config
+        if config.enabled and not config.is_peft and session.may_export and config.verify_export:
+            refuse_whole_adapter([what.model] if isinstance(what.model, nn.Module) else what.model)
+        return name
 
     check_same_call(call, look, given, session.group)
     if life.config.enabled:
         session.base_path()  # a base that later saves would not find is an error now, not after an hour
         if life.config.is_peft:
-            check_before_training(session, model, is_adapted=True)
+            check_before_training(session, what.model, is_adapted=True)
     starts: list[Start] = []
-    record = locate(session, what.restore_from, starts.append)
+    with phase("resolve"):
+        record = locate(session, what.restore_from, starts.append)
     if record is None:
-        allocate_staging(life, model, optimizer)
+        with session.group.together("looking at the optimizer"):
+            if what.optimizer is not None and life.config.enabled:
+                state = OptimizerState(what.optimizer, what.model)
+                for _, options in state.groups():
+                    state.names(options)  # the model has them, or no save would be possible
+        life.allocate_staging(what.model, what.optimizer)
         return None
-    path = record.path
-    # As in a save, a rank may have states that other ranks lack.
-    extras = session.group.any(bool(extra_state), "comparing what is to be restored")
-    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
-    wanted[MODEL_EMA] = ema is not None
-    components = [name for name, is_wanted in wanted.items() if is_wanted]
-    check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     # All checks come before the first byte is overwritten.
-    opened = open_component(life, model, model_place(path, session.group), key_mapping)
-    averaged = _open_ema(life, ema, path / MODEL_EMA) if ema is not None else None
-    steering: OpenedOptimizer | None = None
-    if steers:
-        changes = Changes(key_mapping, what.allow_new_parameters)
-        chosen = [] if optimizer is None else optimizer
-        steering = open_optimizer(session, chosen, model, scheduler, path / "optim", changes)
-    found = find_extras(session, path, extra_state if extra_state is not None else {})
-    taken = ["optimizer"] * bool(several(optimizer)) + ["scheduler"] * bool(as_list(scheduler))
-    taken += ["ema"] * (ema is not None)
-    taken += [*(extra_state or ()), *found.generators.values]
-    partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
-    below_name = opened.direct.source.below if isinstance(opened, OpenedModel) else None
-    left = unrestored(session, path, found, taken, partly, below_name)
-    _Opened(opened, averaged, steering, found).restore(session.group, life.order)
-    allocate_staging(life, model, optimizer)
+    opened, left = _open(life, what, record.path, steers)
+    total = opened.restore(session.group, life.order, told.recording)
+    life.allocate_staging(what.model, what.optimizer)
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
         life.order.epoch = record.epoch
-    return replace(record, unrestored=left, fresh=tuple(steering.plan.fresh) if steering is not None else ())
+    told.over(Outcome(session.group, record.path, record.epoch, record.step, total))
+    fresh = () if opened.steering is None else tuple(opened.steering.plan.fresh)
+    return replace(record, unrestored=left, fresh=fresh)
+
+
+def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tuple[_Opened, tuple[str, ...]]:
+    """Match the run with a checkpoint; also names what stays unrestored. All ranks call; nothing is changed."""
+    session = life.session
+    # As in a save, a rank may have states that other ranks lack.
+    extras = session.group.any(bool(what.extra_state), "comparing what is to be restored")
+    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
+    wanted[MODEL_EMA] = what.ema is not None
+    components = [name for name, is_wanted in wanted.items() if is_wanted]
+    check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
+    model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
+    averaged = _open_ema(session, what.ema, path / MODEL_EMA) if what.ema is not None else None
+    steering: OpenedOptimizer | None = None
+    if steers:
+        changes = Changes(what.key_mapping, what.allow_new_parameters)
+        optimizer = [] if what.optimizer is None else what.optimizer
+        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", changes)
+    found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
+    if what.dataloader is not None:
+        require_position(found, what.dataloader, path, session.group)
+    taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
+    partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
+    below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
+    left = unrestored(session, path, found, taken, partly, below_name)
+    return _Opened(model, averaged, steering, found), left
 
 
 def load_model(
@@ -168,18 +206,30 @@ def load_model(
     allow_checkpoint_key_subset: bool,
 ) -> None:
     """See `Checkpointer.load_model`. All ranks call."""
+    with life.reports.call("load_model") as told:
+        _load_model(life, model, Path(model_path).absolute(), is_init_step, key_mapping, allow_checkpoint_key_subset)
+        told.over(Outcome(life.session.group, Path(model_path).absolute()))
+
+
+def _load_model(
+    life: Lifetime,
+    model: Model,
+    path: Path,
+    is_init_step: bool,
+    key_mapping: Mapping[str, str] | None,
+    allow_checkpoint_key_subset: bool,
+) -> None:
     life.wait()
-    session = life.begin(call := f"load_model({model_path})")
+    session = life.begin(call := f"load_model({path})")
     given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
     check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
-    path = Path(model_path).absolute()
     if is_init_step:
         parts = [model] if isinstance(model, nn.Module) else list(model)
         base_model.fill_from_base(
             session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
         )
         return
-    opened = open_component(life, model, path, key_mapping, allow_checkpoint_key_subset)
+    opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
     with overwriting("the model"):
         opened.fill()
 
@@ -193,77 +243,64 @@ def load_optimizer(
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
+    with life.reports.call("load_optimizer") as told:
+        place = Path(weights_path).absolute() / "optim"
+        _load_optimizer(life, optimizer, model, place, scheduler, changes)
+        told.over(Outcome(life.session.group, place))
+
+
+def _load_optimizer(
+    life: Lifetime, optimizer: Optimizers, model: Model, place: Path, scheduler: Schedulers | None, changes: Changes
+) -> None:
     life.wait()
-    session = life.begin(call := f"load_optimizer({weights_path})")
+    session = life.begin(call := f"load_optimizer({place.parent})")
     given = {
         f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
         "allow_new_parameters=True": changes.allow_new,
     }
     check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-    restore_optimizer(session, optimizer, model, scheduler, Path(weights_path).absolute() / "optim", changes)
+    opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
+    opened.read_buffered()
+    with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
+        opened.take_in(undos)
+    with overwriting("the optimizer's state"):
+        opened.fill()
 
 
 def load_base_model(
-    life: Lifetime,
-    model: Model,
-    device: torch.device,
-    root_dir: str | Path | None,
-    model_name: str | None,
-    loads: bool,
+    life: Lifetime, model: Model, device: torch.device, root_dir: str | Path | None, model_name: str | None, loads: bool
 ) -> None:
     """See `Checkpointer.load_base_model`. All ranks call."""
-    session = life.begin(call := f"load_base_model({model_name})")
-    life.wait()
-    given = {"load_base_model=True": loads}
-    check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
-    base_model.load_base_model(session, model, device, root_dir, model_name, loads)
-    if life.config.is_peft and life.config.enabled:
-        check_before_training(session, model, is_adapted=False)
-    allocate_staging(life, model)
+    with life.reports.call("load_base_model") as told:
+        session = life.begin(call := f"load_base_model({model_name})")
+        life.wait()
+        given = {"load_base_model=True": loads}
+        check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
+        base_model.load_base_model(session, model, device, root_dir, model_name, loads)
+        if life.config.is_peft and life.config.enabled:
+            check_before_training(session, model, is_adapted=False)
+        life.allocate_staging(model)
+        if loads and model_name is not None:
+            told.over(Outcome(session.group, Path(model_name)))
 
 
-def allocate_staging(life: Lifetime, model: Model, optimizer: Optimizers | None = None) -> None:
-    """As `Checkpointer.allocate_staging`, within another call. All ranks call."""
-    session = life.session
-    stager = session.stager
-    if stager is None or life.config.is_peft:
-        return
-    with session.group.together("making room for asynchronous saves"):
-        if life.config.model_save_format == "torch_save":
-            stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
-            if optimizer is not None:
-                stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
-            return
-        captured = session.names.capture(ModelState(model), load=True)
-        stager.allocate("model", [*captured.held, *captured.excluded])
-        if optimizer is not None:
-            stager.allocate("optim", OptimizerState(optimizer, model).held())
-
-
-def open_component(
-    life: Lifetime,
+def _open_component(
+    session: Session,
     model: Model,
     path: Path,
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
-    session: Session | None = None,
 ) -> OpenedModel | OpenedAdapter:
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
-    session = session or life.session
-    if life.config.is_peft:
+    if session.config.is_peft:
         return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
     options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(life: Lifetime, ema: Model, directory: Path) -> tuple[OpenedModel | OpenedAdapter, FoundAveraging]:
+def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    session = life.session
-    average: Average | None = None
-    found: FoundAveraging | None = None
-    with session.group.together("looking at the averaged model"):
-        average = Average.of(ema)
-        found = average.find(directory)
-    assert average is not None
-    assert found is not None
-    return open_component(life, average.model, directory, session=session.further(MODEL_EMA)), found
+    average, saved = session.group.attempt(
+        lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
+    )
+    return _OpenedAverage(_open_component(session.of_model(MODEL_EMA), average.model, directory), average, saved)

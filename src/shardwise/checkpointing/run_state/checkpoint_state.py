@@ -12,7 +12,12 @@ from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.loading.foreign_states import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.optimizers import optimizer_components
 from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.data_order import (
+    DATALOADER,
+    RESUME_ON_AS_MANY,
+    DataOrder,
+    has_position,
+)
 from shardwise.checkpointing.run_state.extra_sharded import OpenedSharded
 from shardwise.checkpointing.run_state.extras import (
     FoundValues,
@@ -26,23 +31,23 @@ from shardwise.checkpointing.run_state.extras import (
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.jobs import Step
+from shardwise.disk.names import is_directory
+from shardwise.engine.jobs import Step, below
+from shardwise.errors import MisuseError
 from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
 from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.state_files import has_state
 
 _LOG = logging.getLogger(__name__)
-#: What is saved of positions in data, beside the generators.
+#: Name of the saved positions in data, beside the generators.
 BATCHES = "batches"
 
 
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0 and broadcast the result. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        restore_from: What is to be restored.
-        seen: Called on rank 0 with the checkpoint found.
+    On rank 0, ``seen`` is called with the checkpoint found.
     """
 
     def find() -> JsonValue:
@@ -63,12 +68,9 @@ def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Sta
 
 
 def model_place(directory: Path, group: Group) -> Path:
-    """Where a checkpoint has its model: in ``model``, or, of DCP's with everything in one directory, in itself.
-
-    All ranks call.
-    """
+    """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
     is_one = group.broadcast_result(
-        lambda: not (directory / "model").is_dir() and is_dcp(directory), f"looking into {directory}"
+        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
     )
     return directory if is_one else directory / "model"
 
@@ -89,13 +91,7 @@ def capture_extras(
 
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
-    """Extra state and generators that were found, read and looked at, on every rank.
-
-    Attributes:
-        extra: Extra state.
-        generators: The generators' states.
-        spread: Extra state that is spread over the ranks.
-    """
+    """Extra state and generators that were found, read and looked at, on every rank."""
 
     extra: FoundValues
     generators: FoundValues
@@ -103,11 +99,11 @@ class FoundExtras:
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """What stays as it is on this rank, because it was saved for each of another number of ranks."""
+        """Names of states that stay unchanged on this rank: they were saved for each of another number of ranks."""
         return self.extra.skipped + self.generators.skipped
 
     def set_generators(self, order: DataOrder) -> None:
-        """Set the generators, after everything else: what others do may draw numbers. Local."""
+        """Set the generators, after everything else, since other code may draw numbers. Local."""
         state = cast("dict[str, object] | None", self.generators.states.get("rng"))
         if state is not None:
             RandomState().load_state_dict(state)
@@ -117,21 +113,20 @@ class FoundExtras:
 
 
 def find_extras(session: Session, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
-    """Read generators and extra state; nothing is changed. All ranks call, one perhaps with names of its own.
+    """Read generators and extra state; nothing is changed. All ranks call; a rank may have names that others lack.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no state of a name.
         StateFormatError: A state is damaged.
     """
     group = session.group
-    extra: FoundValues | None = None
-    generators: FoundValues | None = None
-    # Of others' checkpoints; ours have a directory for it.
+    # For other tools' checkpoints; ours have a directory of extra state.
     foreign: Mapping[str, object] = {}
-    if group.any(bool(extra_state) and not (directory / "extra").is_dir(), "looking for extra state"):
+    if group.any(bool(extra_state) and not is_directory(directory / "extra"), "looking for extra state"):
         legacy = session.config.allow_legacy_pickle_restore
         foreign = read_states(directory, extra_state, group, legacy)
-    with group.together("looking for extra state"):
+
+    def find() -> tuple[FoundValues, FoundValues]:
         own = {name: value for name, value in extra_state.items() if name not in foreign}
         extra = find_values(own, directory / "extra", group.rank, group.world_size)
         states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
@@ -140,13 +135,41 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         if session.config.save_rng:
             wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
+        if group.world_size > 1 and has_state(directory / "rng" / BATCHES):  # not of each rank: there was only one
+            states = {name: state for name, state in generators.states.items() if name != BATCHES}
+            generators = replace(generators, states=states, skipped=(*generators.skipped, BATCHES))
         if "rng" in generators.states:
             check_generators(generators.states["rng"])
         if BATCHES in generators.states:
             DataOrder.parsed(generators.states[BATCHES])
-    assert extra is not None
-    assert generators is not None
+        return extra, generators
+
+    extra, generators = group.attempt(find, "looking for extra state")
     return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+
+
+def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
+    """Check that the position of a loader can be restored on every rank. All ranks call; nothing is changed.
+
+    Raises:
+        MisuseError: It cannot; the message says why.
+    """
+    with group.together("looking for the position in the data"):
+        name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
+        if name in where.skipped:
+            raise MisuseError(
+                f"the position of the {type(loader).__name__} was saved for each rank, on another number of ranks than "
+                f"{group.world_size}",
+                path=directory,
+                hint=RESUME_ON_AS_MANY,
+            )
+        if name not in where.states:
+            raise MisuseError(
+                f"the checkpoint has no position of the {type(loader).__name__} passed as dataloader",
+                path=directory,
+                hint="Choose a checkpoint that was saved with dataloader=..., or leave it out: the epoch's data then "
+                "begin afresh.",
+            )
 
 
 def unrestored(
@@ -157,23 +180,19 @@ def unrestored(
     partly: Sequence[str],
     model_place: str | None = None,
 ) -> tuple[str, ...]:
-    """What the checkpoint has and stays as it is in this run, by name; said once, in the log of rank 0. All ranks call.
+    """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        directory: The checkpoint's.
-        found: What was found of extra state and generators.
-        given: What this rank restores: ``optimizer``, ``scheduler``, ``rng``, and names of extra state.
-        partly: What no rank wants of what is restored; the same on every rank.
-        model_place: In a DCP directory with more than a model: what the model's names have in front there.
+    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
+    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
+    prefix of the model's names.
     """
     group = session.group
 
-    def tell() -> JsonValue:
+    def describe() -> JsonValue:
         has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
         return [has, [*found.skipped], [*given]]
 
-    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(tell, "comparing what is restored"))
+    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(describe, "comparing what is restored"))
     wanted = {name for _, _, theirs in rows for name in theirs}
     left = [name for name in rows[0][0] if name not in wanted] + [*partly]
     skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
@@ -185,23 +204,14 @@ def unrestored(
 
 
 def _components(directory: Path, model_place: str | None) -> list[str]:
-    """What a checkpoint has beside its model."""
+    """Names of the states in a checkpoint beside its model."""
     others = (
         [] if is_verifiable(directory) else [*foreign_components(directory, model_place), *torch_leftovers(directory)]
     )
     return [
         *others,
-        *["ema"] * (directory / MODEL_EMA).is_dir(),
+        *["ema"] * is_directory(directory / MODEL_EMA),
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),
         *saved_names(directory / "rng"),
     ]
-
-
-def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]:
-    """The steps with the paths of their records put below ``prefix``; see `ComponentRecord.below`."""
-
-    def moved(step: Step) -> Step:
-        return lambda group: step(group).below(prefix, component)
-
-    return [moved(step) for step in steps]

@@ -6,26 +6,91 @@ one makes its iterator again, and has to go on as if it had not.
 
 `DataOrder.batches` therefore remembers, for each epoch, what the generators were when it began, and how many batches
 the loop has had. Resumed in the middle of an epoch, it sets the generators to the start of that epoch, makes the
-iterator, skips what the loop has had, and sets the generators to what they were when the checkpoint was saved.
+iterator, skips what the loop has had, and sets the generators to what they were when the checkpoint was saved. Before
+it skips the last batch, it sets them to what they were when the loop asked for that one: a loader that reads ahead
+(those of accelerate do) then makes the next batch as it did.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError, StateFormatError
 
+if TYPE_CHECKING:
+    from shardwise.checkpointing.loading.restoring import Stateful
+
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
 _State = dict[str, object]
-#: The loader whose epochs are the run's.
+#: Name of the loader that counts the run's epochs.
 TRAIN = "train"
+#: The name under which a loader with a position of its own is kept among extra state.
+DATALOADER = "dataloader"
+#: What to do about a position among another number of ranks.
+RESUME_ON_AS_MANY = "Resume on as many ranks, or leave dataloader out: the epoch's data then begin afresh."
+_USE_BATCHES = "Iterate over checkpointer.batches(loader, epoch), or use torchdata's StatefulDataLoader."
+
+
+def has_position(loader: object) -> bool:
+    """Whether a loader keeps its own position, as torchdata's ``StatefulDataLoader`` does."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPosition:
+    """The position that a loader keeps itself, with the number of ranks that it is a position among.
+
+    Attributes:
+        loader: The loader.
+        world_size: The present number of ranks.
+    """
+
+    loader: Stateful
+    world_size: int
+
+    def state_dict(self) -> _State:
+        """The position and the number of ranks."""
+        return {"world_size": self.world_size, "position": self.loader.state_dict()}
+
+    def load_state_dict(self, state_dict: _State) -> None:
+        """Put the loader there.
+
+        Raises:
+            MisuseError: It is a position among another number of ranks.
+        """
+        if state_dict["world_size"] != self.world_size:
+            raise MisuseError(
+                f"the position of the {type(self.loader).__name__} was saved on {state_dict['world_size']} ranks, and "
+                f"the run has {self.world_size}",
+                hint=RESUME_ON_AS_MANY,
+            )
+        self.loader.load_state_dict(cast(_State, state_dict["position"]))
+
+
+def with_loader(
+    extra_state: MutableMapping[str, object], loader: object | None, world_size: int
+) -> MutableMapping[str, object]:
+    """Extra state, and in it the loader if it has a position of its own. Local.
+
+    Raises:
+        MisuseError: There is another state of this name.
+    """
+    if loader is None or not has_position(loader):
+        return extra_state
+    if DATALOADER in extra_state:
+        raise MisuseError(
+            f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
+            hint="Pass the loader once, as dataloader.",
+        )
+    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast("Stateful", loader), world_size)})
 
 
 @dataclass(slots=True)
@@ -33,11 +98,12 @@ class Position:
     """The position of a training loop in its data.
 
     Attributes:
-        epoch: The epoch.
         start: States of the process's generators when the epoch began.
         loader: States of the loader's own generators at that time, by attribute.
         count: Number of batches that the loop has taken.
         is_over: Whether the epoch has no more batches.
+        before: States of the process's generators when the last batch was asked for. A loader that reads ahead has made
+            the next one with them, in between the draws of the steps.
     """
 
     epoch: int
@@ -45,11 +111,12 @@ class Position:
     loader: dict[str, torch.Tensor] = field(default_factory=dict)
     count: int = 0
     is_over: bool = False
+    before: _State | None = None
 
     def to_state(self, now: Mapping[str, torch.Tensor]) -> _State:
         """The position as plain containers, with the present states of the loader's generators."""
         state: _State = {"epoch": self.epoch, "count": self.count, "is_over": self.is_over, "start": self.start}
-        return state | {"loader": dict(self.loader), "now": dict(now)}
+        return state | {"loader": dict(self.loader), "now": dict(now), "before": self.before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +128,15 @@ class _Saved:
 
     @staticmethod
     def of(state: object) -> _Saved:
-        """Check and take in what `Position.to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `Position.to_state` gave; `StateFormatError` if it is something else."""
         try:
             table = cast(_State, state)
             epoch, count = cast(int, table["epoch"]), cast(int, table["count"])
             if type(epoch) is not int or type(count) is not int or count < 0:
                 raise ValueError("an epoch and a number of batches are whole numbers")
             start, loader = cast(_State, table["start"]), dict(cast(dict[str, torch.Tensor], table["loader"]))
-            position = Position(epoch, start, loader, count, bool(table["is_over"]))
+            before = cast("_State | None", table.get("before"))  # earlier releases kept none
+            position = Position(epoch, start, loader, count, bool(table["is_over"]), before)
             return _Saved(position, dict(cast(dict[str, torch.Tensor], table["now"])))
         except (KeyError, TypeError, ValueError) as error:
             raise StateFormatError(
@@ -98,38 +162,50 @@ class DataOrder:
     def state(self, rank: int) -> _State | None:
         """The positions of all loaders; ``None`` where the loop uses no `batches`.
 
-        Args:
-            rank: This rank. It is part of the state, since a position is meaningless on another number of ranks.
+        The rank is part of the state, since a position is meaningless on another number of ranks.
         """
         found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
-        # A loader that the resumed loop has not come to yet is still where it was.
+        # A loader that the resumed loop has not reached yet keeps its position.
         kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
         return {"rank": rank, "loaders": found | kept} if found or kept else None
 
-    @staticmethod
-    def parsed(state: object) -> dict[str, _Saved]:
-        """Check what `state` gave.
+    def check_saved(self, loader: object, save_rng: bool) -> None:
+        """Check that the position of a loader is going to be saved. Local.
 
         Raises:
-            StateFormatError: It is something else.
+            MisuseError: It is not known, or not saved.
         """
+        name = type(loader).__name__
+        if has_position(loader):
+            return
+        if not any(each is loader for _, each in self._positions.values()):
+            raise MisuseError(f"the position of the {name} passed as dataloader is not known", hint=_USE_BATCHES)
+        if not save_rng:
+            raise MisuseError(
+                f"the position of the {name} passed as dataloader is kept with the random numbers, which save_rng "
+                "leaves out",
+                hint="Set save_rng to true, or use torchdata's StatefulDataLoader.",
+            )
+
+    @staticmethod
+    def parsed(state: object) -> dict[str, _Saved]:
+        """Parse what `state` gave; `StateFormatError` if it is something else."""
         loaders = state.get("loaders") if isinstance(state, Mapping) else None
         if not isinstance(loaders, Mapping):
             raise StateFormatError("these are no positions in data", hint="Restore the file.")
         return {str(name): _Saved.of(each) for name, each in loaders.items()}
 
     def resume(self, generators: _State | None, positions: dict[str, _Saved], restored: Iterable[object]) -> None:
-        """Take in what was restored.
+        """Continue from a restored checkpoint.
 
-        Args:
-            generators: What the generators have been set to; ``None`` where they were left alone.
-            positions: Where the loop was in its data.
-            restored: Objects that have taken in a state of their own, loaders among them.
+        ``generators`` is the state that the generators have been set to, ``None`` where they were left alone;
+        ``positions`` are the loop's positions in its data, ``restored`` the objects that have loaded a state, such as
+        loaders.
         """
         self._positions = {}
         self._saved = positions
         self._generators, self._is_pending = generators, generators is not None
-        self._restored = list(restored)
+        self._restored = [each.loader if isinstance(each, OwnPosition) else each for each in restored]
 
     def set_generators(self) -> None:
         """Set the generators to what they were when the checkpoint was saved; once after a restore."""
@@ -138,7 +214,7 @@ class DataOrder:
         self._is_pending = False
 
     def batches(self, loader: Iterable[_Batch], epoch: int, name: str) -> Iterator[_Batch]:
-        """What is left of an epoch's batches; see `Checkpointer.batches`."""
+        """The remaining batches of an epoch; see `Checkpointer.batches`."""
         if name == TRAIN:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
@@ -155,18 +231,18 @@ class DataOrder:
             return self._counted(iter(loader), position)
         self._positions[name] = (saved.position, loader)
         if saved.position.is_over:
-            _LOG.info("the checkpoint was saved after the last batch of epoch %d, of which nothing is left", epoch)
+            _LOG.debug("the checkpoint was saved after the last batch of epoch %d: no batch of it is left", epoch)
             return iter(())
         return self._counted(self._again(loader, saved), saved.position)
 
     def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
-        """The iterator of an epoch that was begun, where it was."""
+        """The iterator of an epoch that was begun, at its saved position."""
         position = saved.position
-        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        if has_position(loader):
             if not any(loader is each for each in self._restored):
                 raise MisuseError(
                     f"the {type(loader).__name__} keeps its own position, which restore() was not given",
-                    hint="Pass the loader in extra_state, when saving and when restoring.",
+                    hint="Pass it as dataloader, when saving and when restoring.",
                 )
             iterator = iter(loader)
         else:
@@ -175,6 +251,8 @@ class DataOrder:
             _set_generators(loader, position.loader)
             iterator = iter(loader)
             for number in range(position.count):
+                if number + 1 == position.count and None not in (self._generators, position.before):
+                    RandomState().load_state_dict(cast(_State, position.before))
                 if next(iterator, _END) is _END:
                     raise MisuseError(
                         f"the loop had {position.count} batches of epoch {position.epoch} when it was saved, and the "
@@ -189,7 +267,12 @@ class DataOrder:
 
     @staticmethod
     def _counted(iterator: Iterator[_Batch], position: Position) -> Iterator[_Batch]:
-        for batch in iterator:
+        while True:
+            position.before = RandomState().state_dict()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
             position.count += 1
             yield batch
         position.is_over = True

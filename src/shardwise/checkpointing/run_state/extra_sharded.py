@@ -22,13 +22,11 @@ from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
-from shardwise.engine.jobs import Step
+from shardwise.engine.jobs import Step, below
 from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.replicas import comparison
-from shardwise.engine.shards import ShardPlan, write_shards
+from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.shards import plan_shards
 from shardwise.settings import SaveConsolidatedMode, SerializationFormat
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
@@ -85,12 +83,12 @@ def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "")
 
 
 def directory_of(directory: Path, name: str) -> Path:
-    """Where the shards of a value are."""
+    """The directory of a value's shards."""
     return directory / f"{quote(name, safe='')}{SHARDS}"
 
 
-def further(session: Session, name: str) -> Session:
-    """What a module in extra state is saved and loaded with: as shards, without a base model. Local."""
+def module_session(session: Session, name: str) -> Session:
+    """The session that saves and loads a module in extra state: as shards, without a base model. Local."""
     config = replace(
         session.config,
         save_consolidated=SaveConsolidatedMode.FALSE,
@@ -101,20 +99,23 @@ def further(session: Session, name: str) -> Session:
         per_rank_state=None,
         v4_compatible=False,
     )
-    return session.further(f"extra/{name}", config)
+    return session.of_model(f"extra/{name}", config)
 
 
 def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
-    """Capture a module now; returns what is left to do. All ranks call."""
+    """Capture a module now; returns the steps that write it. All ranks call."""
     own = directory_of(directory, name)
     save = ModelSave(
-        further(session, name), module, own, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
+        module_session(session, name),
+        module,
+        own,
+        [],
+        tokenizer=None,
+        peft_config=None,
+        is_final=False,
+        reserve=lambda: None,
     )
     steps = save.steps()
-    prefix = own.name
-
-    def moved(step: Step) -> Step:
-        return lambda group: step(group).below(prefix, f"extra/{name}")
 
     def finish(group: Group) -> ComponentRecord:
         with group.together(f"finishing {own}"):
@@ -122,11 +123,11 @@ def module_steps(session: Session, name: str, module: nn.Module, directory: Path
                 work(group)
         return ComponentRecord()
 
-    return [*map(moved, steps), finish]
+    return [*below(own.name, steps, f"extra/{name}"), finish]
 
 
 def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> list[Step]:
-    """Capture DTensors now; returns what is left to do. All ranks call, one perhaps with none."""
+    """Capture DTensors now; returns the step that writes them. All ranks call, also those without any."""
     own, component = directory_of(directory, name), f"extra/{name}"
     held: list[HeldTensor] = []
 
@@ -135,19 +136,15 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
         held.extend(session.staged(component, found))
         return held
 
-    agreement = session.further_agreements.setdefault(name, Agreement(session.group, session.stage))
+    agreement = session.extra_agreements.setdefault(name, Agreement(session.group, session.stage))
     roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
-    files = session.group.attempt(
-        lambda: plan_shards(held, roster, session.group.rank, stem="extra"), f"planning the files of {name!r}"
-    )
-    plan = ShardPlan(own, component, roster, files, replicas=(comparison(held, roster, session.group.rank),))
-    prefix = own.name
+    plan = shard_plan(held, roster, session.group, own, component, "extra")
 
     def write(group: Group) -> ComponentRecord:
         with group.together(f"making {own}"):
             if group.is_main:
                 session.storage.make_directory(own)
-        return write_shards(plan, group, session.storage).below(prefix)
+        return write_shards(plan, group, session.storage).below(own.name)
 
     return [write]
 
@@ -157,9 +154,8 @@ class OpenedSharded:
     """Values that are spread over the ranks and fit the checkpoint, on every rank; nothing has been read.
 
     Attributes:
-        modules: Modules.
         tensors: DTensors of other values.
-        then: What takes its state in when its tensors have been read: by name. Local.
+        then: Loads the state of objects when their tensors have been read. Local.
     """
 
     modules: tuple[OpenedModel, ...] = ()
@@ -173,20 +169,20 @@ class OpenedSharded:
         for load in self.tensors:
             load.read()
         if self.tensors:
-            with group.together("taking extra state in"):
+            with group.together("loading extra state"):
                 for take in self.then:
                     take()
 
 
 def open_module(session: Session, name: str, module: nn.Module, directory: Path) -> OpenedModel:
     """Compare a module with what was saved. All ranks call; nothing is changed."""
-    own = further(session, name)
+    own = module_session(session, name)
     options = LoadOptions(threads=own.threads, sharing=own.sharing)
     return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
 
 
 def open_tensors(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
-    """Compare DTensors with what was saved. All ranks call, one perhaps with none; nothing is changed."""
+    """Compare DTensors with what was saved. All ranks call, also those without any; nothing is changed."""
     source = open_source(directory_of(directory, name), session.group, spread=True)
     options = LoadOptions(threads=session.threads, sharing=session.sharing)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
@@ -15,104 +16,95 @@ from shardwise.upstream.python import bits_of
 if TYPE_CHECKING:
     import numpy as np
 
+    _Numpys: TypeAlias = np.random.Generator | np.random.RandomState | np.random.BitGenerator
+
+_State: TypeAlias = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorState:
+    """A random number generator with DCP's two methods.
+
+    Attributes:
+        kind: What it is, for messages.
+        get: Its state.
+        fits: Whether a state is of this kind of generator.
+        put: Sets it to a state that fits.
+    """
+
+    kind: str
+    get: Callable[[], dict[str, object]]
+    fits: Callable[[_State], bool]
+    put: Callable[[_State], object]
+
+    def state_dict(self) -> dict[str, object]:
+        """The generator's state."""
+        return self.get()
+
+    def load_state_dict(self, state_dict: _State) -> None:
+        """Set the generator.
+
+        Raises:
+            MisuseError: The state is of another kind of generator.
+        """
+        if not self.fits(state_dict):
+            raise _other(self.kind, state_dict)
+        self.put(state_dict)
+
 
 def as_stateful(value: object) -> object:
-    """The value with ``state_dict`` and ``load_state_dict`` where it is a generator; any other as it is."""
+    """A generator with ``state_dict`` and ``load_state_dict``; any other value unchanged."""
     if isinstance(value, torch.Generator):
-        return TorchGenerator(value)
+        device = value.device.type
+        return GeneratorState(
+            f"a torch.Generator of {device}",
+            lambda: {"torch.Generator": device, "state": value.get_state()},
+            lambda state: state.get("torch.Generator") == device,
+            lambda state: value.set_state(cast(torch.Tensor, state["state"])),
+        )
     if isinstance(value, random.Random):
-        return PythonGenerator(value)
+        return GeneratorState(
+            "a random.Random",
+            lambda: {"random.Random": value.getstate()},
+            lambda state: "random.Random" in state,
+            lambda state: value.setstate(cast(tuple[object, ...], state["random.Random"])),
+        )
     if "numpy" in sys.modules:
         import numpy as np
 
         if isinstance(value, np.random.Generator | np.random.RandomState | np.random.BitGenerator):
-            return NumpyGenerator(value)
+            return _of_numpy(value)
     return value
 
 
-class TorchGenerator:
-    """A ``torch.Generator`` with its state; on an accelerator, too."""
+def _of_numpy(generator: _Numpys) -> GeneratorState:
+    """A generator of numpy's: new or old, or the source of bits alone."""
+    import numpy as np
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+    if isinstance(generator, np.random.BitGenerator):
+        bits = generator
+    else:
+        bits = generator.bit_generator if isinstance(generator, np.random.Generator) else bits_of(generator)
+    kind = type(bits).__name__
 
-    def state_dict(self) -> dict[str, object]:
-        """The state."""
-        return {"torch.Generator": self._generator.device.type, "state": self._generator.get_state()}
+    def get() -> dict[str, object]:
+        if isinstance(generator, np.random.RandomState):
+            # With the half of a pair of normal numbers that an old generator keeps.
+            return {"numpy.random": generator.get_state(legacy=False)}
+        return {"numpy.random": bits.state}
 
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Set the generator.
+    def fits(state: _State) -> bool:
+        saved = state.get("numpy.random")
+        return isinstance(saved, Mapping) and saved.get("bit_generator") == kind
 
-        Raises:
-            MisuseError: The state is of another kind of generator.
-        """
-        own = self._generator.device.type
-        if state_dict.get("torch.Generator") != own:
-            raise _other(f"a torch.Generator of {own}", state_dict)
-        self._generator.set_state(cast(torch.Tensor, state_dict["state"]))
-
-
-class PythonGenerator:
-    """A ``random.Random`` with its state."""
-
-    def __init__(self, generator: random.Random) -> None:
-        self._generator = generator
-
-    def state_dict(self) -> dict[str, object]:
-        """The state."""
-        return {"random.Random": self._generator.getstate()}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Set the generator.
-
-        Raises:
-            MisuseError: The state is of another kind of generator.
-        """
-        if "random.Random" not in state_dict:
-            raise _other("a random.Random", state_dict)
-        self._generator.setstate(cast(tuple[object, ...], state_dict["random.Random"]))
-
-
-class NumpyGenerator:
-    """A generator of numpy's with its state: new or old, or the source of bits alone."""
-
-    def __init__(self, generator: np.random.Generator | np.random.RandomState | np.random.BitGenerator) -> None:
-        self._generator = generator
-
-    @property
-    def _bits(self) -> np.random.BitGenerator:
-        import numpy as np
-
-        if isinstance(self._generator, np.random.BitGenerator):
-            return self._generator
-        if isinstance(self._generator, np.random.Generator):
-            return self._generator.bit_generator
-        return bits_of(self._generator)
-
-    def state_dict(self) -> dict[str, object]:
-        """The state; of an old generator with the half of a pair of normal numbers that it keeps."""
-        import numpy as np
-
-        if isinstance(self._generator, np.random.RandomState):
-            return {"numpy.random": self._generator.get_state(legacy=False)}
-        return {"numpy.random": self._bits.state}
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Set the generator.
-
-        Raises:
-            MisuseError: The state is of another kind of generator.
-        """
-        import numpy as np
-
-        saved = state_dict.get("numpy.random")
-        own = type(self._bits).__name__
-        if not isinstance(saved, Mapping) or saved.get("bit_generator") != own:
-            raise _other(f"a numpy generator with {own}", state_dict)
-        if isinstance(self._generator, np.random.RandomState):
-            self._generator.set_state(dict(saved))
+    def put(state: _State) -> None:
+        saved = dict(cast("Mapping[str, object]", state["numpy.random"]))
+        if isinstance(generator, np.random.RandomState):
+            generator.set_state(saved)
         else:
-            self._bits.state = dict(saved)
+            bits.state = saved
+
+    return GeneratorState(f"a numpy generator with {kind}", get, fits, put)
 
 
 def _other(own: str, state: Mapping[str, object]) -> MisuseError:

@@ -1,4 +1,4 @@
-"""States that are neither model nor optimizer: random number generators, dataloaders, whatever the loop keeps.
+"""States beside model and optimizer: random number generators, dataloaders, values that the loop keeps.
 
 A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
 and restored only on the same number of ranks; on another number it is left alone, and the caller gets its name.
@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 from urllib.parse import quote, unquote
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpointing.loading.restoring import Undos
+from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.run_state.extra_modules import shared_modules
 from shardwise.checkpointing.run_state.extra_sharded import (
     SHARDS,
@@ -35,37 +35,22 @@ from shardwise.checkpointing.run_state.extra_values import as_stateful
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_directory, names_in
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.state_files import has_state, pack_state, read_state
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with DCP's two methods of a state."""
-
-    def state_dict(self) -> dict[str, object]:
-        """The state."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Take the state in."""
-        ...
+from shardwise.sources.state_files import has_state, joined, pack_state, read_state
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
     """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
 
-    Args:
-        session: Settings, ranks and storage.
-        values: Name -> a `Stateful` object, or a value that JSON and tensors can express.
-        directory: Where they go.
+    A value is a `Stateful` object, or what JSON and tensors can express.
     """
     group = session.group
     taken, modules = _captured(values, group)
     packed, spread = taken.packed, taken.spread
-    digests = {name: _digest(found) for name, found in packed.items()}
+    digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
     own = {name: [digest, name in spread] for name, digest in digests.items()}
     everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
     shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
@@ -97,20 +82,14 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
 class _Captured:
     """Values as they are now.
 
-    Attributes:
-        packed: Name -> what is written of it on this rank, or once.
-        spread: Name -> the DTensors in it.
+    For each name the encoded state that is written, once or by this rank, and the DTensors in it.
     """
 
     packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
     spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
 
     def take(self, name: str, value: object) -> None:
-        """Capture a value. Local.
-
-        Raises:
-            StateFormatError: It holds what cannot be stored.
-        """
+        """Capture a value; `StateFormatError` if it cannot be stored. Local."""
         value = as_stateful(value)
         rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
         self.spread |= {name: found} if found else {}
@@ -127,7 +106,7 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
     with group.together("capturing extra state") as has_modules:
         for name, value in values.items():
             if not isinstance(name, str) or name in ("", "."):
-                raise MisuseError(f"extra_state has the name {name!r}", hint="Name each state with a word of its own.")
+                raise MisuseError(f"extra_state has the name {name!r}", hint="Use a word as the name of each state.")
             if isinstance(value, nn.Module):
                 has_modules.flag = True
             else:
@@ -142,15 +121,8 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
     return taken, modules
 
 
-def _digest(packed: Mapping[str, bytes]) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
-    for suffix, content in sorted(packed.items()):
-        hasher.update(suffix.encode() + len(content).to_bytes(8, "little") + content)
-    return hasher.hexdigest()
-
-
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
-    """Where one rank's state of a name is.
+    """The stem of one rank's state of a name.
 
     The number of ranks is part of the name, since the state is meaningless on another number.
     """
@@ -159,14 +131,14 @@ def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class FoundValues:
-    """States of named values, read and parsed; nothing has taken them in yet.
+    """States of named values, read and parsed, not yet loaded.
 
     Attributes:
-        values: Where the values are, by name; what has no methods of its own is replaced in it.
+        values: The values by name; those without methods are replaced in this mapping.
         states: Name -> the state that was saved.
-        skipped: Names that were saved for each rank on another number of ranks, and stay as they are.
+        skipped: Names of states that were saved for each of another number of ranks, and stay unchanged.
         spread: Names of modules that were saved by all ranks together, and are restored by them.
-        tensors: Of values with DTensors: these, to be filled after their values have been taken in.
+        tensors: Name -> its DTensors, read after the other states have been loaded.
     """
 
     values: MutableMapping[str, object]
@@ -176,7 +148,7 @@ class FoundValues:
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
     def loaders(self) -> list[Callable[[], None]]:
-        """What objects with DTensors do when these are filled: they take their state in."""
+        """The calls that load the state of objects with DTensors, once these have been read."""
         return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
 
     def _load(self, name: str) -> None:
@@ -186,7 +158,7 @@ class FoundValues:
     def take_in(self, undos: Undos) -> None:
         """Put the states in place. Local.
 
-        A `Stateful` object takes its state in, a mutable mapping is refilled, anything else is replaced.
+        A `Stateful` object loads its state, a mutable mapping is refilled, anything else is replaced.
 
         Raises:
             MisuseError: An object refuses its state.
@@ -216,7 +188,7 @@ class FoundValues:
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
-    """Read the states of named values. Local, and changes nothing; one rank may have names of its own.
+    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack.
 
     Raises:
         CheckpointNotFoundError: The checkpoint has no state of a name, or none for this rank.
@@ -232,10 +204,10 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         found = stem if has_state(stem) else own if has_state(own) else None
         if found is not None:
             states[name] = read_state(found)
-            if directory_of(directory, name).is_dir():
+            if is_directory(directory_of(directory, name)):
                 tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
             continue
-        if directory_of(directory, name).is_dir() and not _of_ranks(directory, name):
+        if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):
                 raise MisuseError(
                     f"extra state {name!r} was saved of a module, and a {type(value).__name__} is to be restored",
@@ -269,13 +241,13 @@ _RANK_FILE = re.compile(r"(.+)_rank_(\d{5,})_of_(\d{5,})\.json")
 
 
 def _rank_files(directory: Path) -> list[re.Match[str]]:
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    names = names_in(directory) if is_directory(directory) else []
     return [match for match in map(_RANK_FILE.fullmatch, names) if match is not None]
 
 
 def saved_names(directory: Path) -> list[str]:
     """Names of the states in a directory, of whatever rank."""
-    files = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    files = names_in(directory) if is_directory(directory) else []
     of_ranks = {match[0]: match[1] for match in _rank_files(directory)}
     stems = [of_ranks.get(file, file.removesuffix(".json")) for file in files if file.endswith(".json")]
     stems += [file.removesuffix(SHARDS) for file in files if file.endswith(SHARDS)]
@@ -308,11 +280,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
 
 
 def check_generators(state: object) -> None:
-    """Find out whether the generators take ``state``, and leave them as they are. Local.
-
-    Raises:
-        StateFormatError: They do not.
-    """
+    """Raise `StateFormatError` unless the generators can load ``state``; they stay unchanged. Local."""
     generators = RandomState()
     had = generators.state_dict()
     try:

@@ -15,19 +15,15 @@ class DeviceGenerators(Protocol):
 
     def device_count(self) -> int:
         """Number of devices that the process sees."""
-        ...
 
     def current_device(self) -> int:
         """Number of the current one."""
-        ...
 
     def get_rng_state(self, device: int) -> torch.Tensor:
         """The state of one device's generator."""
-        ...
 
     def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
         """Set one device's generator."""
-        ...
 
 
 def of_accelerator() -> tuple[str, DeviceGenerators] | None:
@@ -43,7 +39,7 @@ def of_accelerator() -> tuple[str, DeviceGenerators] | None:
 
 
 class _Single:
-    """Generators of a kind of which there is one device (``torch.mps``)."""
+    """Generators of a kind with a single device (``torch.mps``)."""
 
     def __init__(self, module: object) -> None:
         self._module = cast(DeviceGenerators, module)
@@ -88,14 +84,14 @@ class RandomState:
         found: dict[str, object] = {"kind": kind, "state": module.get_rng_state(current)}
         others = [number for number in range(module.device_count()) if number != current and _is_used(module, number)]
         if others:
-            # Only then: without them ranks whose generators agree have the same state, which is restored anywhere.
+            # Not otherwise: ranks with equal generators then have the same state, which is restored anywhere.
             found |= {"current": current, "others": {number: module.get_rng_state(number) for number in others}}
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Set the generators.
 
-        The current device takes the state of the one that was current, and the others of theirs what they had.
+        The current device gets the state of the one that was current; other devices get their own.
 
         Raises:
             ValueError: There is the state of a device that this process does not see, or another one is current.
@@ -131,6 +127,6 @@ class RandomState:
 
 
 def _is_used(module: object, device: int) -> bool:
-    """Whether this process has memory on a device, as far as its kind tells; a rank of many leaves the others alone."""
+    """Whether this process has memory on a device, if its module can say; a rank usually uses one device."""
     reserved = getattr(module, "memory_reserved", None)
     return not callable(reserved) or bool(reserved(device))

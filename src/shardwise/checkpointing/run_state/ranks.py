@@ -1,13 +1,13 @@
-"""States of which every rank has its own: one file for each data-parallel rank, or for each process."""
+"""States that every rank has one of: one file for each data-parallel rank, or for each process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import cast
 
-from shardwise.checkpointing.arguments import check_stateful
-from shardwise.checkpointing.run_state.extras import Stateful
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.session import Session
+from shardwise.disk.names import is_file
 from shardwise.engine.records import write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.format.torch_value import read_torch_value
@@ -23,7 +23,6 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
 def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
     """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
     with session.group.together(f"writing {state_name} of every rank"):
-        check_stateful(state)
         stem = _stem(path, state_name, rank)
         if writes:
             session.storage.make_directory(stem.parent)
@@ -34,10 +33,9 @@ def save_rank_state(session: Session, state: Stateful, state_name: str, path: Pa
 def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
     """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
     with session.group.together(f"reading {state_name} of every rank"):
-        check_stateful(state)
         stem = _stem(path, state_name, rank)
         theirs = stem.with_name(f"{stem.name}.pt")
-        if not has_state(stem) and theirs.is_file():
+        if not has_state(stem) and is_file(theirs):
             legacy = session.config.allow_legacy_pickle_restore
             found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
             state.load_state_dict(cast("dict[str, object]", found))

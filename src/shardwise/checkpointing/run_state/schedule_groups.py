@@ -1,21 +1,22 @@
 """One scheduler's state from those of several, or for other parameter groups than it was saved with.
 
-On pipeline stages each rank's scheduler knows the groups of its own stage. On another topology a scheduler takes what
-is said of each of its groups from whichever saved scheduler steered these parameters. What is not said of groups is
-the same in all of them, or nothing is taken.
+On pipeline stages each rank's scheduler knows the groups of its stage. On another topology a scheduler gets the values
+of each of its groups from the saved scheduler that steered these parameters. Values that do not belong to a group have
+to be equal in all saved schedulers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 from shardwise.checkpointing.run_state.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES
 
-#: What torch's schedulers have one of for each parameter group. Source: ``torch.optim.lr_scheduler``.
+#: Attributes of torch's schedulers with one value for each parameter group. Source: ``torch.optim.lr_scheduler``.
 _OF_GROUPS = frozenset({"base_lrs", LAST_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 _HINT = (
     "Build optimizers and schedulers with the parameter groups that the checkpoint was saved with; or restore without "
@@ -23,8 +24,7 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it."""
 
     source: int
@@ -34,13 +34,11 @@ class _Place:
 def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str, object]) -> object:
     """The state of one of torch's schedulers, of the saved ones that steered its parameters. Local.
 
-    Args:
-        sources: The saved schedulers; one at least.
-        groups: The groups of the scheduler to be restored, under the names of the checkpoint.
-        own: Its state now, from which a group takes what it has where no parameter of it was steered by any of them.
+    ``groups`` has the names of the checkpoint. A group of which no saved scheduler steered a parameter keeps its values
+    in ``own``, the state that the scheduler has now.
 
     Raises:
-        MisuseError: They differ in what is not said of groups, or in groups that are one now.
+        MisuseError: They differ in values that do not belong to a group, or in groups that are one now.
     """
     first = sources[0]
     if len(sources) == 1 and _alike(first.of.groups, groups):
@@ -62,19 +60,14 @@ def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int)
         if not wanted.isdisjoint(names)
     ]
     if not found and not group and all(number < len(saved.of.groups) for saved in sources):
-        # Nothing tells a group without parameters but its number.
+        # A group without parameters is known by its number alone.
         found = [_Place(source, number) for source in range(len(sources))]
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Merge:
-    """What is put together.
-
-    Attributes:
-        sources: The saved schedulers.
-        places: For each group of the result, where it was.
-    """
+    """The saved schedulers, and for each group of the result its places in them."""
 
     sources: Sequence[SavedSchedule]
     places: Sequence[Sequence[_Place]]
@@ -114,7 +107,7 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
             found.append(own[number])
             continue
-        each = [_item(values[place.source], place.group) for place in places]
+        each = [cast("Sequence[object]", values[place.source])[place.group] for place in places]
         for place, value in zip(places, each, strict=True):
             if not equal(value, each[0]):
                 raise MisuseError(
@@ -124,11 +117,6 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
         found.append(each[0])
     return found
-
-
-def _item(value: object, index: int) -> object:
-    assert isinstance(value, list | tuple)
-    return value[index]
 
 
 def _same(values: Sequence[object], merge: _Merge, key: str) -> object:

@@ -9,10 +9,10 @@ from typing import cast
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.loading.restoring import HasState
-from shardwise.checkpointing.run_state.distinct_values import DistinctValue, blob_of, unblob
+from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.run_state.distinct_values import DistinctValue
 from shardwise.errors import StateFormatError
-from shardwise.sources.state_files import pack_state, unpack_state
+from shardwise.sources.state_files import joined, pack_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
 from shardwise.upstream.torch_optim import inner_schedulers
 
@@ -23,10 +23,10 @@ _VERSION = 2
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """A scheduler of this rank's: what it is, and what it steers.
+    """A scheduler of this rank: its class, and the parameters that it steers.
 
     Attributes:
-        kind: Its class; of one that is made of others, theirs as well.
+        kind: Its class, with those of the schedulers that it is made of.
         groups: The parameter groups of its optimizer, by the names of the model's parameters in them; none where it
             belongs to no optimizer of the model's.
         order: Which one it is among the rank's schedulers of this kind for these groups.
@@ -44,13 +44,7 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class SavedSchedule:
-    """A saved state of a scheduler.
-
-    Attributes:
-        of: The scheduler.
-        ranks: The ranks that had it.
-        state: Its state.
-    """
+    """A saved state of a scheduler, and the ranks that had it."""
 
     of: Attached
     ranks: tuple[int, ...]
@@ -66,12 +60,7 @@ class SavedSchedule:
 
 @dataclass(frozen=True, slots=True)
 class SavedSchedules:
-    """All that was saved of schedulers.
-
-    Attributes:
-        entries: The states.
-        world_size: Number of ranks that saved.
-    """
+    """All that was saved of schedulers, and the number of ranks that saved."""
 
     entries: tuple[SavedSchedule, ...]
     world_size: int
@@ -105,11 +94,7 @@ class SavedSchedules:
 
     @staticmethod
     def from_state(state: object) -> SavedSchedules:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Parse what `to_state` gave; `StateFormatError` if it is something else."""
         try:
             fields = cast(dict[str, object], state)
             if fields["version"] != _VERSION:
@@ -139,13 +124,8 @@ def _index(value: object) -> int:
     return value
 
 
-def attached(schedulers: Sequence[HasState], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
-    """What this rank's schedulers are and steer. Local.
-
-    Args:
-        schedulers: The schedulers.
-        model: The model, or this rank's stages.
-    """
+def attached(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
+    """Describe this rank's schedulers: their classes, and the parameters that they steer. Local."""
     if not schedulers:
         return []
     parts = [model] if isinstance(model, nn.Module) else list(model)
@@ -186,13 +166,13 @@ def kind_of(scheduler: object) -> str:
     return type(scheduler).__name__
 
 
-def capture_schedules(schedulers: Sequence[HasState], model: nn.Module | Sequence[nn.Module]) -> tuple[bytes, bytes]:
+def capture_schedules(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> tuple[bytes, bytes]:
     """This rank's schedulers now: what they steer, and their states; both empty where there are none. Local."""
     if not schedulers:
         return b"", b""
     rows = [[each.kind, [list(group) for group in each.groups], each.order] for each in attached(schedulers, model)]
     states = [scheduler.state_dict() for scheduler in schedulers]
-    return blob_of(pack_state(rows)), blob_of(pack_state(states))
+    return joined(pack_state(rows)), joined(pack_state(states))
 
 
 def merge_schedules(
@@ -200,15 +180,12 @@ def merge_schedules(
 ) -> dict[str, bytes]:
     """All ranks' schedulers as one packed state; empty where no rank has any. Local.
 
-    Args:
-        attachments: Every different first value of `capture_schedules`.
-        states: Every different second one.
-        world_size: Number of ranks.
+    ``attachments`` are the distinct first values of `capture_schedules`, ``states`` the distinct second ones.
     """
     entries = []
-    read = [(own.ranks, cast(list[object], unpack_state(unblob(own.blob)))) for own in states]
+    read = [(own.ranks, cast(list[object], unpack_state(split(own.blob)))) for own in states]
     for own in attachments:
-        rows = cast(list[list[object]], unpack_state(unblob(own.blob)))
+        rows = cast(list[list[object]], unpack_state(split(own.blob)))
         for number, (kind, groups, order) in enumerate(rows):
             of = Attached(str(kind), tuple(tuple(group) for group in cast(list[list[str]], groups)), cast(int, order))
             for their_ranks, their_states in read:

@@ -13,7 +13,7 @@ from typing import cast
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.loading.restoring import HasState
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedule_groups import composed
 from shardwise.checkpointing.run_state.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
@@ -21,55 +21,39 @@ from shardwise.sources.state_files import has_state, read_state
 from shardwise.stateful_wrappers.optimizer_classes import equal
 
 SCHEDULER_STATE = "scheduler"
-#: Of torch's schedulers, and gone from newer releases.
+#: An attribute of torch's schedulers that newer releases lack.
 _GONE = {"verbose"}
 _BUILD = "Build the scheduler that the checkpoint was saved with; or restore without it, and it starts afresh."
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """A scheduler, and the state that it gets."""
-
-    scheduler: HasState
-    state: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
 class FoundSchedules:
-    """The states of this rank's schedulers; nothing has taken them in yet.
+    """The states of this rank's schedulers, not yet loaded.
 
     Attributes:
         schedules: Each scheduler with its state.
         entries: Everything that was saved, in order; none where an older release saved it.
-        used: Numbers of the entries that this rank's schedulers are restored from, or that stand for the same one.
+        used: Numbers of the entries that this rank's schedulers are restored from, with equivalent ones.
         chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
 
-    schedules: tuple[Schedule, ...] = ()
+    schedules: tuple[tuple[Stateful, dict[str, object]], ...] = ()
     entries: tuple[SavedSchedule, ...] = ()
     used: frozenset[int] = frozenset()
     chosen: tuple[str, ...] = ()
 
     def check_all_used(self, used: frozenset[int], directory: Path) -> None:
-        """Check that every saved scheduler was restored on some rank. Local.
-
-        Args:
-            used: What all ranks use.
-            directory: The optimizer's directory.
-
-        Raises:
-            MisuseError: One was not.
-        """
+        """Raise `MisuseError` if a saved scheduler was restored on no rank (``used``, of all ranks). Local."""
         left = [entry for number, entry in enumerate(self.entries) if number not in used]
         if left:
             of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
             raise _other_number(
-                len(of_rank), len(self.schedules), directory, f"; nothing takes that of {left[0].where}"
+                len(of_rank), len(self.schedules), directory, f"; none is restored from that of {left[0].where}"
             )
 
 
 def saved_schedules(
-    schedulers: Sequence[HasState],
+    schedulers: Sequence[Stateful],
     own: Sequence[Attached],
     renamed: Callable[[str, frozenset[str]], str],
     kinds: Sequence[str],
@@ -80,10 +64,10 @@ def saved_schedules(
     """The state of each scheduler. Local; nothing is changed.
 
     Args:
-        schedulers: What is to be restored; one at least.
-        own: What they are and steer.
+        schedulers: The schedulers to restore; one at least.
+        own: Their descriptions.
         renamed: The name under which a parameter was saved, given its name and those that were saved.
-        kinds: The classes of those that an older release saved; the oldest do not say.
+        kinds: The classes of schedulers that an older release saved; the oldest do not say.
         directory: The optimizer's directory.
         rank: This rank.
         world_size: Number of ranks.
@@ -115,7 +99,7 @@ def saved_schedules(
     for scheduler, each in zip(schedulers, own, strict=True):
         groups = tuple(tuple(renamed(name, every) for name in group) for group in each.groups)
         state, entries, differing = match.find(inner_of(scheduler), replace(each, groups=groups))
-        found.append(Schedule(scheduler, cast(dict[str, object], state)))
+        found.append((scheduler, cast(dict[str, object], state)))
         used |= entries
         chosen |= dict.fromkeys(differing)
     return FoundSchedules(tuple(found), saved.entries, frozenset(used), tuple(chosen))
@@ -126,10 +110,8 @@ class _Match:
     """Finds the states of schedulers.
 
     Attributes:
-        saved: What there is.
         rank: This rank, where as many ranks restore as saved; ``None`` on another number.
         count: Number of schedulers to be restored on this rank, for messages.
-        path: The file.
     """
 
     saved: SavedSchedules
@@ -138,12 +120,12 @@ class _Match:
     path: Path
 
     def find(self, scheduler: object, own: Attached) -> tuple[object, set[int], list[str]]:
-        """A scheduler's state; the entries that it stands for; and what ranks had different values of.
+        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed.
 
         Raises:
             MisuseError: There is none for it.
         """
-        numbered = self._ordered(scheduler, own, self._of_kind(scheduler, own, self._steering(own)))
+        numbered = self._ordered(own, self._of_kind(scheduler, own, self._steering(own)))
         entries = [entry for _, entry in numbered]
         exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
         mine = [entry for entry in exact if self.rank in entry.ranks]
@@ -200,9 +182,7 @@ class _Match:
             return of_kind or found
         raise _other_kind(found[0][1].of.kind, own.kind, self.path)
 
-    def _ordered(
-        self, scheduler: object, own: Attached, found: list[tuple[int, SavedSchedule]]
-    ) -> list[tuple[int, SavedSchedule]]:
+    def _ordered(self, own: Attached, found: list[tuple[int, SavedSchedule]]) -> list[tuple[int, SavedSchedule]]:
         ordered = [each for each in found if each[1].of.order == own.order]
         if ordered:
             return ordered
@@ -225,7 +205,7 @@ def _differing(entries: Sequence[SavedSchedule]) -> list[str]:
 
 
 def _by_position(
-    schedulers: Sequence[HasState], states: list[object], kinds: Sequence[str], path: Path
+    schedulers: Sequence[Stateful], states: list[object], kinds: Sequence[str], path: Path
 ) -> FoundSchedules:
     """As older releases saved them: rank 0's, in order."""
     if len(states) != len(schedulers):
@@ -234,8 +214,7 @@ def _by_position(
         inner = inner_of(scheduler)
         if isinstance(inner, LRScheduler):
             _check_fit(inner, state, kinds[number] if number < len(kinds) else "", path)
-    pairs = zip(schedulers, cast(list[dict[str, object]], states), strict=True)
-    return FoundSchedules(tuple(Schedule(*pair) for pair in pairs))
+    return FoundSchedules(tuple(zip(schedulers, cast(list[dict[str, object]], states), strict=True)))
 
 
 def _other_number(saved: int, wanted: int, path: Path, which: str) -> MisuseError:
@@ -254,7 +233,7 @@ def _other_kind(saved: str, own: str, path: Path) -> MisuseError:
 
 
 def _check_fit(scheduler: LRScheduler, state: object, kind: str, path: Path) -> None:
-    """Torch's schedulers take in whatever they are given, attribute by attribute, so they are compared here."""
+    """Compare here what torch's schedulers would load unchecked, attribute by attribute."""
     own = type(scheduler).__name__
     if not isinstance(state, Mapping):
         raise StateFormatError("a scheduler's state is not a dictionary", path=path, hint="Restore the file.")

@@ -7,11 +7,8 @@ its own. Names and shapes are all that is looked at, so that it is done before a
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,22 +17,22 @@ import torch
 from torch import nn
 
 from shardwise.addons.hf_config import CONFIG, untied
+from shardwise.base.class_of_config import build_on_meta, named_classes, quiet
+from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
-from shardwise.errors import AdapterError, ExportMismatchError
+from shardwise.errors import ExportMismatchError
 from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
-from shardwise.peft.models import is_whole_with_adapter
 from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers.model_parts import config_of, described_part
 from shardwise.stateful_wrappers.wrapping import is_pretrained, original_class
-from shardwise.upstream.diffusers import model_mixin
+from shardwise.upstream.diffusers import CLASS_NAME, model_mixin
 from shardwise.upstream.transformers import (
     config_class,
     left_out,
     load_on_meta,
     registered_classes,
-    without_initial_values,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -71,21 +68,6 @@ class _CannotCheckError(Exception):
     """Why the check is not possible."""
 
 
-def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
-    """Refuse a model that peft has adapted and that is about to be exported as if it were not. Local.
-
-    Raises:
-        AdapterError: The model is adapted.
-    """
-    if is_whole_with_adapter(parts):
-        raise AdapterError(
-            "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
-            "those of peft's layers, which no model class opens",
-            hint="Set is_peft to true, which saves the adapter and resumes from it; or save the model that "
-            "merge_and_unload() returns. Nothing is published.",
-        )
-
-
 class ClassCheck:
     """Checks exports, each kind once. Used on rank 0."""
 
@@ -117,7 +99,7 @@ class ClassCheck:
             ExportMismatchError: The class would not load them.
         """
         model = described_part(parts)
-        if model is None or not (directory / CONFIG).is_file():
+        if model is None or not is_file(directory / CONFIG):
             return
         entries = read_json_object(directory / CONFIG)
         if untie:
@@ -153,7 +135,7 @@ def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], 
     Raises:
         ExportMismatchError: The class would not load them.
     """
-    classes = _named(entries)
+    classes = [] if CLASS_NAME in entries else named_classes(entries)
     if entries.get("quantization_config") or entries.get("auto_map") or not classes:
         return "config.json names no class of transformers' whose tensors it tells"
     try:
@@ -191,8 +173,8 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
     if is_pretrained(model):
         cls = original_class(model)
         return cls.__name__, _by_transformers(cls, type(config), entries, specs)
-    named = _named(entries)
-    classes = named or registered_classes(type(config))
+    named = named_classes(entries)
+    classes: Sequence[type] = named or registered_classes(type(config))
     if not classes:
         raise _CannotCheckError(f"transformers has no class for {type(config).__name__}")
     # A model that is no class of transformers' and shows a configuration of its: some class has to open it.
@@ -202,22 +184,12 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
     return min(found, key=lambda pair: pair[1].count)
 
 
-def _named(entries: Mapping[str, object]) -> list[type]:
-    """Those classes among ``architectures`` that transformers has."""
-    transformers = importlib.import_module("transformers")
-    names = entries.get("architectures")
-    found = [getattr(transformers, str(name), None) for name in names] if isinstance(names, list) else []
-    return [cls for cls in found if isinstance(cls, type)]
-
-
 def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
     """Let transformers load tensors without memory into a model without memory."""
-    made: Any = cls
     tensors = _without_memory(specs)
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]), without_initial_values(), torch.device("meta"):
-            built = made(cast(Any, config).from_dict(dict(entries)))
-        with _quiet():
+        built = build_on_meta(cls, cast(Any, config).from_dict(dict(entries)))
+        with quiet():
             found = load_on_meta(built, tensors)
     except Exception as error:
         raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
@@ -229,9 +201,7 @@ def _by_transformers(cls: type, config: type, entries: Mapping[str, object], spe
 
 def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
     try:
-        with _quiet(), torch.device("meta"):
-            built: nn.Module = cast(Any, cls).from_config(dict(entries))
-        theirs = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in build_on_meta(cls, entries).state_dict().items()}
     except Exception as error:
         raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
     ours = {spec.name: spec.shape for spec in specs}
@@ -245,22 +215,6 @@ def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[Tens
 
 def _without_memory(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
     return {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own words about loading, and their progress bars."""
-    with contextlib.ExitStack() as stack:
-        for name in ("transformers.utils.logging", "diffusers.utils.logging"):
-            library = cast(Any, sys.modules.get(name))
-            if library is None:
-                continue
-            stack.callback(library.set_verbosity, library.get_verbosity())
-            library.set_verbosity_error()
-            if library.is_progress_bar_enabled():
-                stack.callback(library.enable_progress_bar)
-                library.disable_progress_bar()
-        yield
 
 
 def _sorted(names: object) -> tuple[str, ...]:

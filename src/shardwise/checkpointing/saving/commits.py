@@ -1,11 +1,10 @@
-"""From written bytes to a checkpoint that resolves: manifest, one rename, pointers, retention."""
+"""Publishes written bytes as a checkpoint: manifest, one rename, pointers, retention."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,6 +16,7 @@ import yaml
 from shardwise.checkpointing.saving.shared_directory import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import exists, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
@@ -47,6 +47,7 @@ from shardwise.lifecycle import (
     set_pointer,
 )
 from shardwise.settings import Settings
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 CONFIG_NAME = "config.yaml"
@@ -61,15 +62,9 @@ def gather_records(
 ) -> Callable[[], ComponentRecord]:
     """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
-    Args:
-        session: Settings, ranks and storage.
-        group: The ranks that save together.
-        temp: Where they write; rank 0 has claimed it.
-        record: What this rank knows.
-        closing: Local work to be done first; what fails in it on one rank is raised on all.
+    ``closing`` is local work to be done first.
 
-    Returns:
-        Puts the union together, and checks that rank 0 sees every file. Local; rank 0 calls.
+    Returns a function for rank 0 that merges the records and checks that rank 0 sees every file.
 
     Raises:
         StorageError: A rank writes elsewhere than rank 0.
@@ -79,7 +74,7 @@ def gather_records(
     def close() -> JsonValue:
         for work in closing:
             work(group)
-        if not (group.is_main or session.config.is_remote):
+        if not (group.is_main or session.is_remote):
             check_claim(temp.parent, published_name(temp.name), first_exchange.token, group, first_exchange.locations)
         return None if group.is_main else record.encoded()
 
@@ -88,7 +83,7 @@ def gather_records(
     def union() -> ComponentRecord:
         records = [record, *map(ComponentRecord.decoded, rows[1:])]
         whole = merged(records)
-        if not session.config.is_remote:
+        if not session.is_remote:
             check_files_visible(temp, records, first_exchange.locations)
         return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
@@ -96,7 +91,7 @@ def gather_records(
 
 
 def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
-    """The aliases without those that another stage has a tensor of its own under."""
+    """The aliases, without names under which another stage has a tensor."""
     if not aliases:
         return ()
     saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
@@ -104,25 +99,21 @@ def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> t
 
 
 def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
-    """A directory's files: what the engine wrote, and every other with its digest, made durable. One rank calls."""
+    """The record with every file in the directory; files that others wrote are digested and synced. One rank calls."""
     known = {file.path for file in record.files} | {MANIFEST_NAME}
     files = list(record.files)
-    for where, _, names in os.walk(directory):
-        for path in (Path(where) / name for name in names):
+    for where, names in walk(directory):
+        for path in (where / name for name in names):
             relative = path.relative_to(directory).as_posix()
             if relative not in known:
-                sync_file(storage, path)  # an addon wrote it by means of its own
+                sync_file(storage, path)  # an addon wrote it without the storage
                 files.append(FileRecord(relative, *digest_file(storage, path), None))
     files.sort(key=lambda file: file.path)
     return replace(record, files=tuple(files))
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
-    """Metrics as plain numbers.
-
-    Raises:
-        MisuseError: One is not a number.
-    """
+    """Metrics as plain numbers; `MisuseError` if one is not a number."""
     out: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
@@ -133,7 +124,7 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
-    """Say so before a save where ``keep_best`` cannot judge the checkpoint. One rank calls."""
+    """Warn before a save if ``keep_best`` cannot judge the checkpoint. One rank calls."""
     key = config.best_metric_key
     if config.keep_best is None or math.isfinite(metrics.get(key, math.nan)):
         return
@@ -162,7 +153,7 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True)
 class RunLine:
-    """Which checkpoint a run goes on from.
+    """The checkpoint that a run continues from.
 
     Attributes:
         start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
@@ -181,13 +172,7 @@ class RunLine:
 class Publication:
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
-    Args:
-        session: Settings, ranks and storage.
-        temp: Where the checkpoint was written.
-        final: The name under which it is to be found.
-        info: What the manifest says beside files and tensors.
-        metrics: Metrics, for the best pointer.
-        line: Where the run came from.
+    It is written to ``temp`` and published as ``final``. ``info`` goes into the manifest beside files and tensors.
     """
 
     def __init__(
@@ -207,12 +192,12 @@ class Publication:
         self._line = line
         self._is_reserved = False
         self._claim: Claim | None = None
+        #: Bytes of all files, and the names of the checkpoints that were removed; known on rank 0 after `commit`.
+        self.total_bytes: int | None = None
+        self.pruned: tuple[str, ...] = ()
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
-        """``make_room``, which makes the directory, as a call that is remembered: only then is there one to abandon.
-
-        Before it the name is claimed, so that nobody else writes or removes it.
-        """
+        """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
 
         def reserve() -> None:
             self._claim = claimed(self._session, self._final)
@@ -221,6 +206,7 @@ class Publication:
 
         return reserve
 
+    @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         session = self._session
@@ -229,12 +215,13 @@ class Publication:
             if group.is_main:
                 write_run_files(session.storage, self._temp, session.config, self._metrics)
                 found = union()
-                with nullcontext() if session.config.is_remote else publishing(session.root):
-                    # What the line says of other checkpoints has to be true until this one is published.
+                with nullcontext() if session.is_remote else publishing(session.root):
+                    # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
                     found = complete_record(session.storage, self._temp, found)
+                    self.total_bytes = sum(file.size for file in found.files)
                     write_manifest(session.storage, self._temp, found, self._info)
-                    publish(self._temp, self._final, self._line.left_from, storage=session.storage)
+                    publish(self._temp, self._final, self._line.left_from)
                     self._line.start = Start(self._final, lineage)
                     self._point()
                 self._release()
@@ -253,11 +240,9 @@ class Publication:
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self._final.name, storage=session.storage)
-        _LOG.info("published %s", self._final)
+        set_pointer(session.root, LATEST, self._final.name)
         policy = Retention.from_config(session.config)
-        # What is left concerns other checkpoints. This one is published, and a save that failed now would be repeated,
-        # and find its name taken.
+        # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
             self._tidy(policy)
         except (OSError, ShardwiseError) as error:
@@ -274,24 +259,23 @@ class Publication:
         checkpoints = list_checkpoints(session.root)
         best = best_checkpoint(checkpoints, policy)
         if best is not None:
-            set_pointer(session.root, BEST, best, storage=session.storage)
+            set_pointer(session.root, BEST, best)
         if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
-                "no checkpoint in %s has the metric %r, by which keep_best is to tell the best: none is deleted",
+                "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
                 session.root,
                 policy.metric_key,
             )
-        deleted = prune(session.root, policy, storage=session.storage)
-        if deleted:
-            _LOG.info("removed %s", ", ".join(deleted))
+        with phase("prune"):
+            self.pruned = tuple(prune(session.root, policy))
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""
         if not group.is_main:
             return
         try:
-            if self._is_reserved and self._temp.exists():
-                abandon(self._temp, storage=self._session.storage)
+            if self._is_reserved and exists(self._temp):
+                abandon(self._temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
         finally:
@@ -299,12 +283,11 @@ class Publication:
 
 
 def claimed(session: Session, final: Path) -> Claim | None:
-    """Claim what is to be saved as ``final``, whose directory is made. One rank calls.
+    """Claim the name ``final``, and make the directory around it. One rank calls.
 
-    Raises:
-        CheckpointBusyError: A process that is alive is saving it.
+    Raises `CheckpointBusyError` if a process that is alive is saving it.
     """
-    if session.config.is_remote:
+    if session.is_remote:
         return None
-    make_root(final.parent, storage=session.storage)
+    make_root(final.parent)
     return claim(final.parent, final.name, session.first_exchange.token)

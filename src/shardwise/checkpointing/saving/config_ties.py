@@ -1,9 +1,8 @@
-"""What a model's configuration ties, and what its memory does.
+"""Tensors that a model's configuration ties, compared with those that share memory.
 
-Whoever loads a model by its configuration ties what that says, whatever the files hold: transformers keeps two tensors
-that differ, others (vLLM) take one and lose the other. Memory and configuration part where a tied model is given memory
-anew (``to_empty``), where head and embedding are units of FSDP of their own, and where somebody changes the
-configuration later.
+A loader ties what the configuration says, whatever the files hold: transformers keeps two tensors that differ, others
+(vLLM) load one and lose the other. Memory and configuration disagree where a tied model is given new memory
+(``to_empty``), where head and embedding are separate FSDP units, and where the configuration is changed later.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def ties_by_config(module: nn.Module) -> dict[str, str]:
-    """What a transformers model's configuration ties, as it stands now: ``{tied name: the name that it is tied to}``.
+    """The ties of a transformers model's present configuration: ``{tied name: the name that it is tied to}``.
 
     Empty for other modules. Names are the model's own.
     """
@@ -39,7 +38,7 @@ def ties_by_config(module: nn.Module) -> dict[str, str]:
         try:
             known = expand(all_submodels=True)
         except ValueError:
-            # A pipeline stage lacks what its class ties; what was found as the model was built is what there is.
+            # A pipeline stage lacks tensors that its class ties; the ties found when the model was built are used.
             known = None
     if not isinstance(known, dict):
         known = getattr(module, "all_tied_weights_keys", None)
@@ -48,10 +47,10 @@ def ties_by_config(module: nn.Module) -> dict[str, str]:
 
 
 def expected_ties(parts: Sequence[ExportedPart]) -> frozenset[str]:
-    """Names whose tensors whoever loads these parts takes from others, so that they need not be in the files.
+    """Names that a loader of these parts ties to others, so that files may lack them.
 
-    None of a model of which the configuration ties something that memory does not: it may have to be exported as
-    untied, and then its files have to have every name.
+    None for a model with a tie in its configuration that is not one in memory: it may have to be exported as untied,
+    and then its files have to have every name.
     """
     found: set[str] = set()
     for part in parts:
@@ -70,14 +69,10 @@ def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
 
 
 def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
-    """Ties by configuration of which files are to have both names: ``{tied name: the name that it is tied to}``.
+    """The configuration's ties with both names in the files: ``{tied name: the name that it is tied to}``.
 
-    Args:
-        parts: This rank's parts.
-        written: Names in the files, of all ranks: pipeline stages have one of the two each.
-
-    Returns:
-        Names in the files. A tie of which they have one name alone is in memory as well.
+    ``written`` has the names in the files of all ranks, since pipeline stages may have one name of a tie each. A tie
+    with one name in the files is a tie in memory as well.
     """
     found: dict[str, str] = {}
     for module in exported_modules(parts):
@@ -87,17 +82,11 @@ def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str
 
 
 def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
-    """Let the configuration in a directory say what was written of tensors that it ties. Rank 0 calls.
+    """Correct a directory's configuration where tensors that it ties were written with different values. Rank 0 calls.
 
     Two tensors are equal where their digests are; these are of the whole tensors, whichever rank wrote them.
 
-    Args:
-        ties: The `loose_ties`.
-        tensors: What was written.
-        directory: Where config.json is.
-
-    Returns:
-        Whether the configuration was changed: it ties nothing any more.
+    Returns whether the configuration was changed: it then ties nothing any more.
     """
     differ = differing_ties(ties, tensors)
     if not differ:
@@ -115,7 +104,7 @@ def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], direct
 
 
 def differing_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord]) -> dict[str, str]:
-    """Those ties of which both tensors were written and have different values."""
+    """The ties with two written tensors that have different values."""
     written = {tensor.spec.name: (tensor.crc32c, tensor.spec[1:]) for tensor in tensors} if ties else {}
     return {
         name: source

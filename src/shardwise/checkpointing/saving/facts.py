@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from shardwise.checkpointing.saving.header_checks import Expectation, ExpectationRow, merge_expectations
 from shardwise.comm import JsonValue
@@ -16,8 +16,7 @@ class RankFacts(NamedTuple):
 
     Attributes:
         quantized: Whether the rank has quantized parameters.
-        beside: Names of the state beside ordinary tensors, as `saving.module_state.module_state_names`
-            gives them.
+        beside: Names of the state beside ordinary tensors, see `module_state_names`.
         expectation: What its part of the model says about its files, where there is a base model to compare with.
         native: Name of a tensor exported in another dtype -> its dtype in memory.
         outside: Names of tensors outside the exported model.
@@ -38,17 +37,7 @@ class RankFacts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The merged facts of all ranks about a model to save.
-
-    Attributes:
-        quantized: Whether any rank has quantized parameters.
-        beside: For each rank, the names of its state beside ordinary tensors.
-        expectation: What the model says about its files.
-        native: Name of any rank's tensor exported in another dtype -> its dtype in memory.
-        outside: Names of any rank's tensors outside the exported model; they are saved beside it.
-        excluded: Names of any rank's tensors that the class excludes from its files.
-        specs: The specs that an export would have, where the written files do not show them.
-    """
+    """The merged `RankFacts` of all ranks; ``specs`` is empty where the written files show them."""
 
     quantized: bool
     beside: tuple[list[list[str]], ...]
@@ -66,7 +55,7 @@ class Facts:
     @staticmethod
     def of(notes: Sequence[JsonValue]) -> Facts:
         """Merge the gathered `RankFacts` of all ranks."""
-        rows = [RankFacts(*cast(_Row, note)) for note in notes]
+        rows = [RankFacts(*cast("tuple[Any, ...]", note)) for note in notes]
         specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),
@@ -80,15 +69,3 @@ class Facts:
             tuple(sorted({name for row in rows for name in row.excluded})),
             tuple(TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in specs.items()),
         )
-
-
-_Row = tuple[
-    bool,
-    list[list[str]],
-    ExpectationRow | None,
-    dict[str, str],
-    list[str],
-    list[str],
-    list[tuple[str, list[int], str]],
-    list[str],
-]

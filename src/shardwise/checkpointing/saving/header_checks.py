@@ -6,7 +6,6 @@ are read back.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly
+from shardwise.disk.names import is_file, names_in
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
@@ -31,7 +31,7 @@ from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
 _SHOWN = 10
-#: What a quantized base has beside or instead of a weight; gone once the weight is ordinary floating point.
+#: Tensors that a quantized base has beside or instead of a weight; an ordinary floating point weight has none.
 _QUANTIZED = re.compile(r"(_scale_inv|_scale|_scales|_blocks|_zero_point|weight_packed|weight_shape|input_scale)$")
 _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
@@ -78,12 +78,7 @@ ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
 
 
 def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
-    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local.
-
-    Args:
-        parts: This rank's parts.
-        absent: Names that files of this rank's parts may have and the export does not.
-    """
+    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local."""
     if not parts:
         return None
     module = exported_modules(parts)[0]
@@ -102,12 +97,7 @@ def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> Expect
 
 
 def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
-    """Merge the rows of all ranks: pipeline stages have different parts of the model.
-
-    Args:
-        rows: The rows of the ranks that have parts.
-        keys: Names of the base model's tensors in the settings of all ranks (``model_state_dict_keys``).
-    """
+    """Merge the rows of all ranks: pipeline stages have different parts of the model."""
     prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
     sizes = [size for *_, size in rows if size is not None]
     return Expectation(
@@ -137,11 +127,8 @@ def compare_with_base(
 ) -> HeaderComparison:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
-    Args:
-        specs: The union of all ranks' tensors, under the names of the files.
-        base: The base model.
-        expectation: What the model says about its files.
-        pass_through: Whether tensors that the class does not load are carried over.
+    ``specs`` are the tensors of all ranks, under the names of the files. With ``pass_through``, tensors that the class
+    does not load are carried over.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)
@@ -160,12 +147,7 @@ def compare_with_base(
 
 
 def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> HeaderComparison:
-    """Compare what will be written with the names in the settings. Pure.
-
-    Args:
-        specs: The union of all ranks' tensors, under the names of the files.
-        expectation: What the model says of its files, and what the settings say about the base model's.
-    """
+    """Compare what will be written with the names in the settings. Pure."""
     written = {spec.name: spec for spec in specs}
     lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
     return HeaderComparison((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
@@ -190,7 +172,7 @@ def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> b
 def _accounted(
     name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
 ) -> bool:
-    """Whether a tensor of the base is in the export under another name, or need not be."""
+    """Whether a tensor of the base is in the export under another name, or may be absent."""
     if name in expectation.aliases or _tail(name) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
@@ -205,7 +187,7 @@ def _accounted(
 
 def _base_config(directory: Path) -> Mapping[str, object]:
     path = directory / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         found = read_json(path)
@@ -221,11 +203,7 @@ def _same_architecture(config: Mapping[str, object], expectation: Expectation) -
 
 
 def require_equal(comparison: HeaderComparison, path: Path) -> None:
-    """Raise if there are differences.
-
-    Raises:
-        ExportMismatchError: Lists them.
-    """
+    """Raise `ExportMismatchError`, which lists the differences, if there are any."""
     if not comparison.differences:
         return
     more = len(comparison.differences) - _SHOWN
@@ -253,7 +231,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
             differences += _unlike(file, read_header(path))
     if group.is_main:
         planned = {file.name for file in layout.files}
-        found = {name for name in os.listdir(directory) if name.endswith(".safetensors")}
+        found = {name for name in names_in(directory) if name.endswith(".safetensors")}
         differences += [f"{name}: not written" for name in sorted(planned - found)]
         differences += [f"{name}: not planned" for name in sorted(found - planned)]
         index = directory / index_name(plan.options.stem)
@@ -264,7 +242,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
-    """Whether a file has this size and begins with these bytes; if not, parsing it finds what is wrong."""
+    """Whether a file has this size and begins with these bytes; if not, parsing it shows the difference."""
     try:
         with open_regular(path, FormatError) as (written, found):
             return found == size and read_exactly(written, len(head)) == head

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NoReturn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons.base import SavesPretrained
+from shardwise.addons.files import local_arguments
+from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
+from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers import ModelState
 
 
 class MovedOnState(ModelState):
-    """What hooks that run in the background are given of the model: its modules, but no values.
+    """The model as hooks that run in the background get it: its modules, but no values.
 
     Training goes on meanwhile, so that the values are those of a later step than the save's, or of two.
     """
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise MisuseError(
             "post_save of an asynchronous save reads the model, whose values are those of a later step by now",
             hint="Read what the hook needs in pre_save, or set is_async to false.",
         )
 
-    def listing(self, stand_ins: object = None, *, values: bool = True, norms: bool = False) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def tensors(self) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def held(self, meshes: object = None) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def state_dict(self) -> NoReturn:
-        """Refuse."""
-        self._refuse()
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> NoReturn:
-        """Refuse."""
-        self._refuse()
+    listing = tensors = held = state_dict = load_state_dict = _refuse
 
 
-def after_arguments(args: SaveHookArgs, state: ModelState, *, in_background: bool) -> SaveHookArgs:
-    """What ``post_save`` hooks are given, for ``args`` of ``pre_save`` hooks and the model's state."""
-    return args | {"model_state": MovedOnState(state.model)} if in_background else args
+def hook_arguments(
+    session: Session,
+    state: ModelState,
+    directory: Path,
+    tokenizer: SavesPretrained | None,
+    peft_config: object | None,
+    is_final: bool,
+) -> SaveHookArgs:
+    """The ``pre_save`` hooks' arguments in an adapter's save; a model's save adds its directories. All ranks call."""
+    config = session.config
+    return {
+        "model_state": state,
+        "model_path": str(directory),
+        "hf_metadata_dir": None,
+        "consolidated_path": None,
+        "tokenizer": tokenizer,
+        "peft_config": peft_config,
+        "original_model_path": session.base_name(),
+        "v4_compatible": config.v4_compatible,
+        "diffusers_compatible": config.diffusers_compatible,
+        "legacy_paramwrapper_layout": config.legacy_paramwrapper_layout,
+        "is_final_checkpoint": is_final,
+        "pp_group": session.pp_group,
+    }
 
 
 def run_hooks(
@@ -54,32 +62,38 @@ def run_hooks(
 ) -> None:
     """Call a hook of every addon, one after the other. All ranks call, with the same addons.
 
-    An addon may communicate, or not: its author need not know that the ranks have to leave together.
-
-    Raises:
-        ShardwiseError: What a hook failed with, on every rank.
+    An addon may communicate or not: the failure of one rank's hook is raised on every rank either way.
     """
     for addon in addons:
         failure: BaseException | None = None
         try:
             run = addon.pre_save if hook == "pre_save" else addon.post_save
-            run(**(args | {"group": group}))
+            with local_arguments(args) as local:
+                run(**(local | {"group": group}))
         except Exception as error:  # noqa: BLE001 - raised on every rank by agree()
-            # What looks agreed may come from a group of the addon's own, of which the other ranks know nothing.
+            # An error that looks agreed may come from the addon's own group, which the other ranks know nothing of.
             failure = error
         group.agree(failure, f"{type(addon).__name__}.{hook}")
 
 
+def run_after(addons: Sequence[CheckpointAddon], args: SaveHookArgs, session: Session, group: Group) -> ComponentRecord:
+    """Call the ``post_save`` hooks, as a step of a save. All ranks call."""
+    if session.config.is_async:
+        args = args | {"model_state": MovedOnState(args["model_state"].model)}
+    run_hooks(addons, "post_save", args, group)
+    return ComponentRecord()
+
+
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
-    """How many addons at the start are the library's, with its own hooks.
+    """The number of addons at the start that are the library's, with its own hooks.
 
-    What they do is local, and is done where the ranks leave together anyhow; `run_hooks` is for all behind them.
+    Their work is local, and is done where failures reach all ranks anyway; `run_hooks` is for the addons behind them.
     """
-    return next((n for n, addon in enumerate(addons) if not _is_own(addon)), len(addons))
 
+    def is_own(addon: CheckpointAddon) -> bool:
+        return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))
 
-def _is_own(addon: CheckpointAddon) -> bool:
-    return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))
+    return next((number for number, addon in enumerate(addons) if not is_own(addon)), len(addons))
 
 
 def passed_addons(addons: Sequence[CheckpointAddon]) -> dict[str, bool]:

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from shardwise.checkpointing.saving.module_state import find_module_state
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_file
 from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import StateFormatError
 from shardwise.format.json_file import read_json
@@ -34,10 +35,6 @@ class ModelMetadata:
 
 def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
     """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
-
-    Args:
-        path: The model's directory or file.
-        group: The ranks that load together.
 
     Raises:
         StateFormatError: A file is damaged.
@@ -65,7 +62,7 @@ def _read(path: Path, name: str, absent: _Note) -> _Note:
     """The note called ``name``; ``absent`` where there is none."""
     for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
         file = directory / name
-        if not file.is_file():
+        if not is_file(file):
             continue
         found = read_json(file, StateFormatError)
         if not isinstance(found, type(absent)):

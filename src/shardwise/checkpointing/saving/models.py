@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.hf_config import CONFIG
 from shardwise.addons.huggingface import (
@@ -25,9 +25,9 @@ from shardwise.addons.huggingface import (
     why_no_config,
     write_metadata,
 )
+from shardwise.checkpointing.arguments import refuse_whole_adapter
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.per_rank import model_steps
-from shardwise.checkpointing.saving.class_check import refuse_whole_adapter
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
 from shardwise.checkpointing.saving.facts import Facts, RankFacts
@@ -38,13 +38,14 @@ from shardwise.checkpointing.saving.header_checks import (
     read_back,
     require_equal,
 )
-from shardwise.checkpointing.saving.hooks import after_arguments, leading_own, run_hooks
+from shardwise.checkpointing.saving.hooks import hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
+from shardwise.disk.names import is_file
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import storage_errors
 from shardwise.engine.agreement import Statement
@@ -90,7 +91,7 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model that is to be saved, on one rank, and what all ranks know of it.
+    """A model to save: this rank's tensors, and the facts of all ranks.
 
     Attributes:
         hub: What this rank holds.
@@ -99,7 +100,6 @@ class Described:
         roster: Who holds what of the tensors that are written.
         computed: Who holds what of those that an export's tensors are computed from.
         beside: Who holds what of those that are written beside an export.
-        facts: The merged facts of all ranks.
     """
 
     hub: HubState
@@ -114,15 +114,7 @@ class Described:
 class ModelSave:
     """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
-    Args:
-        session: Settings, ranks and storage.
-        model: The model, or this rank's pipeline stages.
-        directory: Where the ``model`` directory's content goes.
-        addons: Hooks around the writing.
-        tokenizer: What the caller gave for the hooks.
-        peft_config: Likewise.
-        is_final: Whether this is the run's last save.
-        reserve: Makes the directory above, on rank 0, before anything else is written.
+    ``directory`` is the ``model`` directory; on rank 0, ``reserve`` makes the one above it before anything is written.
 
     Attributes:
         closing: Local work to do when all bytes are durable; known after `steps`.
@@ -144,7 +136,7 @@ class ModelSave:
         self._directory = directory
         self._reserve = reserve
         own = leading_own(addons)
-        # What the library's own addon does at the start is local, and is done where the ranks leave together anyhow.
+        # The library's own addon works locally, inside steps whose failures reach all ranks anyway.
         self._describes, self._addons = bool(own), addons[own:]
         self._exporter: HFMetadataExporter | None = None
         self._refusal: Exception | None = None
@@ -156,20 +148,10 @@ class ModelSave:
         self._carried: list[str] = []
         self.state = ModelState(model)
         self.base = session.base()
-        self._args: SaveHookArgs = {
-            "model_state": self.state,
-            "model_path": str(directory),
-            "hf_metadata_dir": str(directory / METADATA_DIR),
-            "consolidated_path": str(directory / CONSOLIDATED_DIR) if self._exports else None,
-            "tokenizer": tokenizer,
-            "peft_config": peft_config,
-            "original_model_path": session.base_path(),
-            "v4_compatible": session.config.v4_compatible,
-            "diffusers_compatible": session.config.diffusers_compatible,
-            "legacy_paramwrapper_layout": session.config.legacy_paramwrapper_layout,
-            "is_final_checkpoint": is_final,
-            "pp_group": session.pp_group,
-        }
+        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self._args["original_model_path"] = session.base_path()
+        self._args["hf_metadata_dir"] = str(directory / METADATA_DIR)
+        self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
 
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
@@ -190,7 +172,7 @@ class ModelSave:
             self.closing.append(self._copy_metadata)
         if not self._addons:
             return steps
-        # Other addons may look at everything that stands there, and communicate.
+        # Other addons may read everything that is there, and communicate.
         closing, self.closing = self.closing, []
         return [*steps, partial(self._after, closing)]
 
@@ -261,7 +243,7 @@ class ModelSave:
 
     @staticmethod
     def _release_after(step: Step) -> Step:
-        """The step; when it is over, what modules have made for it is let go."""
+        """The step, which then releases the tensors that modules have made for it."""
 
         def run(group: Group) -> ComponentRecord:
             try:
@@ -347,7 +329,7 @@ class ModelSave:
         return Described(*captured[0], roster, computed, beside, Facts.of(agreed.notes))
 
     def _ask_exporter(self) -> None:
-        """Let a metadata exporter of the model's own refuse the save, on every rank. Local."""
+        """Let the model's own metadata exporter refuse the save, on every rank. Local."""
         if not self._describes:
             return
         try:
@@ -365,7 +347,7 @@ class ModelSave:
             session.checked_state = hub
         # As long as the same is captured, the parameters are the same.
         quantized = session.is_quantized.get([hub], None, self._look_at_parameters)
-        # All at once: each component has one piece of memory, which a second call would fill anew.
+        # In one call: each component has one piece of memory, which a second call would overwrite.
         natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         staged = session.staged("model", [*hub.held, *hub.excluded])
@@ -392,9 +374,9 @@ class ModelSave:
         )
 
     def _compare_with_base(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
-        """Compare what will be written with the base model; returns the names of what is carried over.
+        """Compare what will be written with the base model; returns the names of tensors to carry over.
 
-        All ranks call. Rank 0 compares, since the base's config on another machine may be another, or not there.
+        All ranks call. Rank 0 compares, since the base's config may differ or be absent on another machine.
         """
         base, names_keys = self.base, self._session.first_exchange.names_keys
         if base is None and not names_keys:
@@ -416,7 +398,7 @@ class ModelSave:
         return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
-        """Make the directory and write what stands beside the weights. Local; rank 0 has something to do."""
+        """Make the directory and write the files beside the weights. Local; only rank 0 writes."""
         session = self._session
         if self.base is not None:
             numbers = self.base.numbers
@@ -442,7 +424,7 @@ class ModelSave:
             self._log_missing_config(facts)
 
     def _log_missing_config(self, facts: Facts) -> None:
-        """Say once that an export has no configuration and why, and what is not in it. Local; rank 0 calls."""
+        """Log once why an export has no configuration, and which tensors are not in it. Local; rank 0 calls."""
         session = self._session
         if session.may_export and facts.outside:
             names = sorted(facts.outside)
@@ -451,19 +433,19 @@ class ModelSave:
                 session.logged.add(said)
                 _LOG.info("%s", said)
         config = self._directory / METADATA_DIR / CONFIG
-        if session.may_export and self._exporter is None and not config.is_file():
+        if session.may_export and self._exporter is None and not is_file(config):
             why = why_no_config(self.state.model)
             if why not in session.logged:
                 session.logged.add(why)
                 _LOG.warning("the export has no config.json: %s", why)
 
     def _look_at_ties(self, roster: Roster) -> None:
-        """Find out what the configuration ties and the files have twice. Local."""
+        """Find the configuration's ties with both names in the files. Local."""
         if self._session.group.is_main and self._describes:
             self._loose_ties = loose_ties(self.state.model, {spec.name for spec in roster.specs})
 
     def _settling_ties(self, step: Step) -> Step:
-        """The step, after which the configuration says of ties what was written."""
+        """The step, after which the configuration's ties are corrected by what was written."""
         written: list[ComponentRecord] = []
 
         def settle(group: Group) -> None:
@@ -485,11 +467,11 @@ class ModelSave:
         if not (session.group.is_main and session.may_export and session.config.verify_export):
             return
         if not self._exports and described.hub.groups:
-            return  # shards hold what their names are computed from
+            return  # shards hold the tensors that the names in files are computed from
         directory, left_out = self._directory / METADATA_DIR, {*described.facts.outside, *described.facts.excluded}
         session.class_check.check(self.state.model, directory, described.roster, passed=passed, left_out=left_out)
         if self._exports and self._loose_ties:
-            # What it would be if the two turn out to differ, which is known when they are written.
+            # Whether the two differ is known when they are written; the export is then opened as untied.
             try:
                 session.class_check_untied.check(
                     self.state.model, directory, described.roster, passed=passed, left_out=left_out, untie=True
@@ -498,7 +480,7 @@ class ModelSave:
                 self._untied_misfit = misfit
 
     def _export_note(self) -> dict[str, object]:
-        """How an export made later is to be laid out; nothing where there is one."""
+        """The layout of an export made later; empty where this save writes one."""
         if self._exports:
             return {}
         options, base = self._options(()), self.base
@@ -516,10 +498,8 @@ class ModelSave:
         if group.is_main:
             script = self._directory / CONSOLIDATE_NAME
             write_file(self._session.storage, script, CONSOLIDATE_SCRIPT)
-            if script.exists():  # a storage may keep its files elsewhere
-                with storage_errors(script):
-                    mode = script.stat().st_mode
-                    script.chmod(mode | (mode & 0o444) >> 2)
+            with storage_errors(script):
+                self._session.storage.make_executable(script)
 
     def _copy_metadata(self, group: Group) -> None:
         if group.is_main:
@@ -529,9 +509,7 @@ class ModelSave:
         with group.together("finishing the model's directory"):
             for work in closing:
                 work(group)
-        args = after_arguments(self._args, self.state, in_background=self._session.config.is_async)
-        run_hooks(self._addons, "post_save", args, group)
-        return ComponentRecord()
+        return run_after(self._addons, self._args, self._session, group)
 
     @property
     def _merges(self) -> bool:
@@ -562,11 +540,7 @@ class ModelSave:
         nbytes, failure = 0, None
         try:
             memo = session.shard_plans.setdefault(component, Memo())
-            known = memo.get(
-                [*held, roster],
-                None,
-                lambda: self._shard_plan(held, roster, component, excluded),
-            )
+            known = memo.get([*held, roster], None, lambda: self._shard_plan(held, roster, component, excluded))
             nbytes = known.own_bytes
             if described is not None:
                 self._look_at_ties(roster)
@@ -584,7 +558,7 @@ class ModelSave:
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, excluded: Collection[str]
     ) -> ShardPlan:
-        # Of what stands beside an export the exact values are compared with it, and what it has not is compared here.
+        # Exact values beside an export are compared with the export; only excluded tensors are compared here.
         compared = held if component != EXACT else [t for t in held if t.spec.name in excluded]
         replicas = (comparison(compared, roster, self._session.group.rank),)
         return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
@@ -616,7 +590,7 @@ def default_addons(is_peft: bool) -> list[CheckpointAddon]:
 
 
 def _uncomputed(rounded: Sequence[HeldTensor], groups: Sequence[HeldGroup]) -> list[HeldTensor]:
-    """What holds the exact values: the tensors, but for those that have to be computed what they are computed from."""
+    """The tensors with the exact values: for computed ones, the tensors that they are computed from."""
     names = {tensor.spec.name for tensor in rounded}
     computed = [held for held in groups if not names.isdisjoint(spec.name for spec in held.computed.hub)]
     outside = {spec.name for held in computed for spec in held.computed.hub}

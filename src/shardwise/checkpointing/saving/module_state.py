@@ -1,6 +1,6 @@
 """State of modules beside ordinary tensors: extra state, quantized weights, and the versions that torch notes.
 
-It is saved in a directory of its own beside the model's tensors, in files of JSON and tensors, and is not part of an
+It is saved in a separate directory beside the model's tensors, in files of JSON and tensors, and is not part of an
 export. Each value is written by the lowest rank that holds it.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.comm import Group
+from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
@@ -32,7 +33,6 @@ class SavedModuleState:
     """The module state saved beside a model's tensors.
 
     Attributes:
-        values: By plain name.
         metadata: Plain module name -> torch's metadata of the module (its version).
     """
 
@@ -50,12 +50,7 @@ def module_state_step(
 ) -> Step:
     """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
-    Args:
-        listing: What was listed of this rank's model; ``None`` where there is nothing.
-        everyone: The `module_state_names` of each rank.
-        directory: The model's.
-        group: The ranks that save together.
-        storage: Where the files are written.
+    ``everyone`` has the `module_state_names` of each rank, ``directory`` is the model's.
 
     Raises:
         ModuleStateError: A value cannot be stored; names the module.
@@ -121,9 +116,9 @@ def _plain(value: object) -> object:
 
 def find_module_state(path: Path) -> list[str]:
     """The stems of the files of module state beside the model at ``path``; none in other tools' checkpoints. Local."""
-    places = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
+    places = (path, path.parent, path.parent.parent) if is_file(path) else (path, path.parent)
     for place in places:
-        found = sorted((place / ASIDE_DIR).glob("state-*.json"))
+        found = [path for path in files_under(place / ASIDE_DIR) if path.match("state-*.json")]
         if found:
             return [str(file.with_suffix("")) for file in found]
     return []
@@ -135,11 +130,7 @@ def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
 
 
 def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
-    """Read what `module_state_step` wrote; ``None`` where there is nothing. Local.
-
-    Raises:
-        StateFormatError: A file is damaged.
-    """
+    """Read what `module_state_step` wrote, if anything; `StateFormatError` if a file is damaged. Local."""
     if not stems:
         return None
     values: dict[str, object] = {}

@@ -9,8 +9,6 @@ from shardwise.dtypes import FLOATS
 from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 
-#: Dtypes between which an export may convert: those of ordinary weights.
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recast:
@@ -18,7 +16,7 @@ class Recast:
 
     Attributes:
         export: The tensors to export, each in the dtype that the base has it in.
-        exact: Those among the originals whose values the base's dtype cannot hold exactly: a run that trains in
+        exact: The original tensors where the base's dtype cannot hold their values exactly: a run that trains in
             float32 from a bfloat16 base exports bfloat16 and resumes from float32.
         native: Name of a tensor exported in another dtype -> its dtype in memory.
         outside: Names of tensors outside the exported model; they are in ``exact``.

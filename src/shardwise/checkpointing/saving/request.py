@@ -1,4 +1,4 @@
-"""What a caller asks to save: by position or by name, looked at before anything is done with it."""
+"""The arguments of a save, by position or by name, checked before anything is done with them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,7 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class WhatToSave:
-    """The arguments of a save that may be given by position or by name.
-
-    Attributes:
-        epoch: Epoch.
-        step: Global step.
-        model: The model, or this rank's pipeline stages.
-        optimizer: One, several or none.
-        scheduler: Likewise.
-        tokenizer: As `Checkpointer.save` says; so are the others.
-    """
+    """The arguments of a save that may be given by position or by name."""
 
     epoch: int
     step: int
@@ -44,6 +35,7 @@ class WhatToSave:
     extra_state: Mapping[str, object] | None = None
     is_final_checkpoint: bool = False
     ema: Model | None = None
+    dataloader: object | None = None
 
     @staticmethod
     def of(
@@ -51,13 +43,7 @@ class WhatToSave:
     ) -> tuple[WhatToSave, MisuseError | None]:
         """Sort the arguments by their names.
 
-        Args:
-            positional: In the order epoch, step, model, optimizer, scheduler.
-            named: By name.
-            epoch: The one that is meant where none is given.
-
-        Returns:
-            Them, and what is wrong with them: to be raised where all ranks learn of it.
+        ``epoch`` is meant where none is given. A mistake is returned, to be raised where all ranks receive it.
         """
         given = dict(zip(_NAMES, positional, strict=False))
         mistake = _mistake(positional, given, named)

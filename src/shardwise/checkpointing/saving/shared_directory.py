@@ -1,6 +1,6 @@
 """Checks that all ranks write into the same directory, before anything is published.
 
-A time stamp in ``checkpoint_dir`` or node-local disks give every rank a directory of its own, in which all of its
+A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its
 writing succeeds. Two checks find this without another collective:
 
 1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
@@ -9,14 +9,13 @@ writing succeeds. Two checks find this without another collective:
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
+from shardwise.disk.names import real_path, status
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import ConfigError, StorageError
 from shardwise.lifecycle import claimed_by
@@ -27,39 +26,25 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RootLocation:
-    """Where a rank's root directory is.
+class RootLocation(NamedTuple):
+    """The location of a rank's root directory.
 
     Attributes:
-        host: Name of the rank's machine.
         path: The resolved path on that machine.
         identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
     """
 
     host: str
     path: str
-    identity: tuple[int, int] | None
+    identity: Sequence[int] | None
 
     @staticmethod
     def own(root: Path) -> RootLocation:
         """The location on this rank."""
-        path = os.path.realpath(root)
-        try:
-            info = os.stat(path)
-        except OSError:
-            return RootLocation(socket.gethostname(), path, None)
-        return RootLocation(socket.gethostname(), path, (info.st_dev, info.st_ino))
-
-    def to_json(self) -> JsonValue:
-        """The location as JSON, to be gathered."""
-        return [self.host, self.path, None if self.identity is None else list(self.identity)]
-
-    @staticmethod
-    def from_json(value: JsonValue) -> RootLocation:
-        """What `to_json` gave on another rank."""
-        host, path, identity = cast(tuple[str, str, list[int] | None], value)
-        return RootLocation(host, path, None if identity is None else (identity[0], identity[1]))
+        path = real_path(root)
+        found = status(path)
+        identity = None if found is None or found.identity is None else list(found.identity)
+        return RootLocation(socket.gethostname(), str(path), identity)
 
     def is_another(self, other: RootLocation) -> bool:
         """Whether the two are certainly different directories; unknown (false) on different machines."""
@@ -72,11 +57,7 @@ class RootLocation:
 
 
 def check_same_root(locations: Sequence[RootLocation]) -> None:
-    """Check that the ranks of each machine use one root directory.
-
-    Raises:
-        ConfigError: Two ranks of one machine use different ones.
-    """
+    """Raise `ConfigError` if two ranks of one machine use different root directories."""
     for rank, location in enumerate(locations):
         first = next(number for number, other in enumerate(locations) if other.host == location.host)
         if locations[first].is_another(location):
@@ -87,21 +68,13 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Check that this rank sees rank 0's claim of the save. Local.
+    """Raise `StorageError` unless this rank sees rank 0's claim of the save. Local.
 
-    Args:
-        directory: Where ``name`` is saved.
-        name: What is saved.
-        token: The token of this run.
-        group: The ranks that save together.
-        locations: Each rank's root.
-
-    Raises:
-        StorageError: The claim is not visible here.
+    ``name`` is saved in ``directory``; ``token`` is this run's, ``locations`` are the roots of all ranks.
     """
     found = claimed_by(directory, name)
     if found != token:
-        seen = "another run is saving there" if found else "rank 0's save is not to be seen there"
+        seen = "another run is saving there" if found else "rank 0's save is not visible there"
         raise StorageError(
             f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
             f"rank 0 writes below {locations[0]}",
@@ -111,26 +84,16 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
 
 
 def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
-    """Check that rank 0 sees every written file with its size. Rank 0 calls.
+    """Raise `StorageError` unless rank 0 sees every written file with its size. Rank 0 calls.
 
-    Args:
-        directory: The unfinished save.
-        records: What each rank wrote.
-        locations: Each rank's root.
-
-    Raises:
-        StorageError: A file is absent or has another size.
+    ``records`` say what each rank wrote, ``locations`` where its root is.
     """
-    # What several ranks know of was written by others than rank 0, which would see its own.
+    # A file in several records was written by the last of these ranks; rank 0 would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
     for rank, file in writers.values():
         path = directory / file.path
-        try:
-            size = os.stat(path).st_size
-        except FileNotFoundError:
-            size = None
-        except OSError as error:
-            raise StorageError.from_os(error, path=path) from error
+        found = status(path)
+        size = None if found is None else found.size
         if size != file.size:
             sees = "does not see it" if size is None else f"sees {size:,} bytes"
             raise StorageError(

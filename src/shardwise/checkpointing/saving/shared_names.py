@@ -2,7 +2,7 @@
 
 A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not
 declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
-tie is declared, a model without it is another model, and lacks the tensor.
+tie is declared, a model without it is another model, and misses the tensor.
 
 Other libraries read files and no manifest. Of a model that they build by themselves, a share that is not declared is
 therefore written under every name: transformers would give those that are not there new random values.
@@ -40,10 +40,8 @@ class SharedNames:
 def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
     """Decide how aliases are saved. Local.
 
-    Args:
-        part: The model's part.
-        tied: Each alias, and the held tensor under its kept native name.
-        expected: Declared aliases; see `loaders_ties`.
+    ``tied`` has each alias with the held tensor under its kept native name; ``expected`` are declared aliases, see
+    `loaders_ties`.
     """
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
@@ -54,9 +52,11 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
-        # A rule that needs more than these tensors gives them no names of their own.
+        # A rule that needs more than these tensors gives them no separate names.
         return SharedNames(absent=names)
-    undeclared = {alias for alias in names if alias not in expected} if _is_loaded_by_others(module) else set()
+    # huggingface_hub's mixin loads into a model that shares what it shares.
+    is_loaded_by_others = wrapping.is_loaded_by_others(module) and not wrapping.is_hub_mixin(module)
+    undeclared = {alias for alias in names if alias not in expected} if is_loaded_by_others else set()
     written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
     natives = {each.native for hub in written for each in hub.parts}
     copies = to_hub(Conversion(tuple(written)), [t for t in aliases if t.spec.name in natives]).held
@@ -72,16 +72,11 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
     return SharedNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
 
 
-def _views(tensors: Sequence[HubTensor]) -> list[object]:
-    """How each looks into the one native tensor that it is made of; an object of its own where it is not so simple."""
-    return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]
-
-
 def is_pretrained(part: nn.Module) -> bool:
     """Whether a model, out of its wrappers, is one of transformers' classes."""
     return wrapping.is_pretrained(unwrap(part))
 
 
-def _is_loaded_by_others(module: nn.Module) -> bool:
-    # huggingface_hub's mixin loads into a model that shares what it shares.
-    return wrapping.is_loaded_by_others(module) and not wrapping.is_hub_mixin(module)
+def _views(tensors: Sequence[HubTensor]) -> list[object]:
+    """Each tensor's view of its one native tensor; a unique object where it is made of several."""
+    return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]

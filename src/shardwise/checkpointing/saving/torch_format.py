@@ -17,16 +17,12 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
+from shardwise.timing import count_bytes, phase
 from shardwise.upstream.torch_tensors import local_part
 
 
 def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state's tensors as DCP is to write them: copied aside in asynchronous mode, else as they are. Local.
-
-    Args:
-        session: Settings, ranks and storage.
-        component: What they are part of.
-        tensors: Plain tensors and DTensors, by name.
+    """A state's tensors for DCP to write: staged copies in asynchronous mode, else the tensors themselves. Local.
 
     Raises:
         MisuseError: A tensor is sharded in a way that DCP's format describes wrongly, or cannot be copied aside.
@@ -43,18 +39,14 @@ def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch
     )
 
 
+@phase("write")
 def write_distcp(
     tensors: Mapping[str, torch.Tensor], directory: Path, group: Group, *, replicas: Comparison, others: Collection[str]
 ) -> ComponentRecord:
     """Write what `capture_distcp` captured as a DCP directory. All ranks of the group call.
 
-    Args:
-        tensors: What was captured.
-        directory: Where the files go.
-        group: The ranks that save together.
-        replicas: What this rank holds that others hold too, under the same names.
-        others: Names of the tensors that a lower rank writes, since replicas may have other values of them. (DCP would
-            choose by the bytes that each rank writes.)
+    ``replicas`` are compared. A lower rank writes the tensors named in ``others``, since replicas may have other values
+    of them; DCP itself would choose by the bytes that each rank writes.
 
     Raises:
         ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
@@ -71,6 +63,7 @@ def write_distcp(
         seen = look_at([replicas.reading({name: local_part(tensor) for name, tensor in tensors.items()})])
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
+    count_bytes(sum(local_part(tensor).nbytes for name, tensor in tensors.items() if name not in others))
     _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
     if differ:
         refuse(seen, group)
@@ -78,7 +71,7 @@ def write_distcp(
 
 
 def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's state without what is written beside its tensors: extra state, and what is no ordinary tensor."""
+    """The ordinary tensors of a model's state, without extra state and quantized tensors."""
     return {name: value for name, value in state.items() if not _is_aside(name, value)}
 
 

@@ -1,0 +1,116 @@
+"""The commands that write: consolidate, prune, repair, push."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from shardwise.cli.exits import FINE, FOUND
+from shardwise.cli.output import Bar, print_json, record, size
+from shardwise.errors import MisuseError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def consolidate(options: argparse.Namespace) -> int:
+    """``shardwise consolidate``."""
+    from shardwise.ops import consolidate as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.consolidate(
+            options.path,
+            options.output,
+            progress=bar.progress,
+            prefix=options.prefix,
+            base=options.base,
+            diffusers_compatible=options.diffusers,
+            assume_complete=options.assume_complete,
+            verify_export=options.verify_export,
+        )
+    finally:
+        bar.close()
+    for note in report.notes:
+        print(f"note  {note}", file=sys.stderr)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        print(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
+    return FINE
+
+
+def prune(options: argparse.Namespace) -> int:
+    """``shardwise prune``."""
+    from shardwise.ops import prune as work
+
+    asked = (options.keep_last, options.keep_every, options.keep_best)
+    policy = None
+    if any(each is not None for each in asked):
+        policy = work.Retention(*asked, options.metric_mode, options.metric)
+    report = work.prune_checkpoints(options.root, policy, delete=options.yes)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        for name in report.names:
+            print(f"{'deleted' if report.deleted else 'would delete'}  {name}")
+        print(f"{len(report.kept)} kept in {report.root}")
+        if report.names and not report.deleted:
+            print("Nothing was changed; --yes deletes them.")
+    return FINE
+
+
+def repair(options: argparse.Namespace) -> int:
+    """``shardwise repair``."""
+    from shardwise.ops import repair as work
+
+    report = work.repair(options.root, apply=options.yes)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        for name in report.leftovers:
+            print(f"{'removed' if report.done else 'would remove'}  {name}")
+        for each in report.pointers:
+            old = "nothing" if each.old is None else each.old
+            print(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
+    for sentence in () if options.json else report.left:
+        print(f"left     {sentence}")
+    found = report.leftovers or report.pointers
+    if not options.json and not options.quiet:
+        if not found and not report.left:
+            print(f"{report.root} is in order")
+        elif found and not report.done:
+            print("Nothing was changed; --yes does it.")
+    return FOUND if report.left or (found and not report.done) else FINE
+
+
+def push(options: argparse.Namespace) -> int:
+    """``shardwise push``."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    from shardwise.ops import push as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.push(
+            options.path,
+            options.repo,
+            revision=options.revision,
+            private=options.private,
+            message=options.message,
+            allow_unverified=options.allow_unverified,
+            progress=bar.progress,
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise MisuseError(
+            f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."
+        ) from error
+    finally:
+        bar.close()
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        print(
+            f"uploaded {len(report.files)} files, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"
+        )
+    return FINE

@@ -1,0 +1,213 @@
+"""The commands and their options.
+
+argparse, because it is there: typer takes several times as long to import as ``--help`` and ``ls`` take together.
+Neither torch nor anything else that is heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from shardwise._version import __version__
+from shardwise.cli import changing, showing
+
+_WORD = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)")
+
+_DESCRIPTION = "Offline work on checkpoints: look, compare, check, export, clean up, publish."
+_EXITS = (
+    "exit codes: 0 fine, 1 something was found (damage, a difference), 2 misuse (also: nothing there, or unreadable), "
+    "3 unverifiable, 70 an error of shardwise itself, 130 interrupted"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests what was meant instead of an unknown word."""
+
+    def __init__(self, **options: object) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.words: set[str] = set()
+
+    def add_argument(self, *names: str, **options: object) -> argparse.Action:
+        """Add an argument, and know its names."""
+        if hasattr(self, "words"):  # not yet when the base class adds --help
+            self.words.update(name for name in names if name.startswith("--"))
+        return super().add_argument(*names, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and leave with exit code 2."""
+        found = _WORD.search(message)
+        word = "" if found is None else (found[1] or found[2] or "").split("=")[0]
+        near = difflib.get_close_matches(word, sorted(self.words), n=1) if word else []
+        super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; each command leaves its function in ``command``."""
+    parser = _Parser(prog="shardwise", description=_DESCRIPTION, epilog=_EXITS)
+    parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str, examples: str) -> _Parser:
+        added = commands.add_parser(name, help=text, description=more, epilog=f"examples:\n{examples}\n\n{_EXITS}")
+        added.add_argument("--json", action="store_true", help="print one JSON object (of several paths: a list)")
+        added.add_argument("-q", "--quiet", action="store_true", help="print nothing but what is wrong")
+        added.set_defaults(command=command)
+        parser.words.add(name)
+        return added
+
+    _add_reading(add)
+    _add_writing(add)
+    _add_roots(add)
+    _add_push(add)
+    parser.words.update(*(added.words for added in commands.choices.values()))
+    return parser
+
+
+_Add = Callable[[str, Callable[[argparse.Namespace], int], str, str, str], _Parser]
+
+
+def _add_reading(add: _Add) -> None:
+    ls = add(
+        "ls",
+        showing.ls,
+        "list the checkpoints of a directory",
+        "Steps, age, size, metrics, pointers and state of the checkpoints of a root, one line each. Damage is what\n"
+        "sizes show; `verify` reads every byte.",
+        "  shardwise ls checkpoints/\n  shardwise ls --watch checkpoints/",
+    )
+    ls.add_argument("root", type=_path, nargs="+", metavar="ROOT", help="the directory that holds the checkpoints")
+    ls.add_argument(
+        "--watch", type=float, nargs="?", const=2.0, metavar="SECONDS", help="list again every 2 seconds until Ctrl-C"
+    )
+
+    verify = add(
+        "verify",
+        showing.verify,
+        "compare a checkpoint with its manifest, byte by byte",
+        "Say whether a checkpoint is what was saved, and if not what is damaged, by file and tensor.",
+        "  shardwise verify checkpoints/\n  shardwise verify --quick checkpoints/epoch_0_step_*",
+    )
+    verify.add_argument(
+        "path",
+        type=_path,
+        nargs="+",
+        metavar="PATH",
+        help="a checkpoint, its model/ or optim/, or a root (its LATEST is verified)",
+    )
+    verify.add_argument("--quick", action="store_true", help="compare manifest, kinds and sizes; read no tensor")
+    verify.add_argument("--threads", type=int, metavar="N", help="reads at once (default: the cores, at most 8)")
+
+    inspect = add(
+        "inspect",
+        showing.inspect,
+        "show what is in a checkpoint",
+        "Files, tensors, dtypes, who saved it and when.",
+        "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors",
+    )
+    inspect.add_argument(
+        "path",
+        type=_path,
+        nargs="+",
+        metavar="PATH",
+        help="a checkpoint, a part of one, or a root (its LATEST is shown)",
+    )
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+
+    diff = add(
+        "diff",
+        showing.diff,
+        "compare two checkpoints or models",
+        "Names, shapes, dtypes, and of each tensor the relative difference and the largest; configurations too.\n"
+        "Tensors with the same digest in both manifests are not read. Exit code 1 where anything differs.",
+        "  shardwise diff run/epoch_0_step_100 run/epoch_0_step_200\n  shardwise diff run/LATEST/model /models/base",
+    )
+    diff.add_argument("a", type=_path, metavar="A", help="a checkpoint, a component, a model, a file, a DCP directory")
+    diff.add_argument("b", type=_path, metavar="B", help="likewise")
+    diff.add_argument("--digests", action="store_true", help="compare digests alone; read no tensor")
+
+
+def _add_writing(add: _Add) -> None:
+    consolidate = add(
+        "consolidate",
+        changing.consolidate,
+        "make the Hugging Face export of a checkpoint",
+        "Write the files that transformers, vLLM and PEFT open from a checkpoint saved without them: as shards, with\n"
+        "torch_save, or by another tool's DCP. What verify refuses is refused. One process, bounded memory; the\n"
+        "checkpoint stays.",
+        "  shardwise consolidate checkpoints/\n  shardwise consolidate run/epoch_0_step_500 --output /data/export",
+    )
+    consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
+    consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
+    consolidate.add_argument(
+        "--prefix", help="what the model's names begin with in a DCP directory that does not tell; '' for all names"
+    )
+    consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
+    consolidate.add_argument(
+        "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
+    )
+    consolidate.add_argument(
+        "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
+    )
+    consolidate.add_argument(
+        "--no-class-check",
+        dest="verify_export",
+        action="store_false",
+        default=None,
+        help="write the export even if the class that config.json names would not load it",
+    )
+
+
+def _add_roots(add: _Add) -> None:
+    prune = add(
+        "prune",
+        changing.prune,
+        "delete old checkpoints by the retention policy",
+        "Show which checkpoints the policy gives up; with --yes, delete them. Without --keep-... the policy is\n"
+        "that of the newest checkpoint's settings. What a pointer leads to and the newest one stay.",
+        "  shardwise prune checkpoints/ --keep-last 3\n  shardwise prune run/ --keep-last 2 --keep-best 1 --yes",
+    )
+    repair = add(
+        "repair",
+        changing.repair,
+        "remove what interrupted saves left and mend pointers",
+        "Show what interrupted saves left and which pointers lead nowhere; with --yes, mend it. What is being written\n"
+        "stays. Exit code 1 where something is left to do.",
+        "  shardwise repair checkpoints/\n  shardwise repair checkpoints/ --yes",
+    )
+    for each in (prune, repair):
+        each.add_argument("root", type=_path, metavar="ROOT", help="the directory that holds the checkpoints")
+        each.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
+    prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N")
+    prune.add_argument("--keep-every", type=int, metavar="K", help="keep those whose step is a multiple of K")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="keep the best N by the metric")
+    prune.add_argument("--metric", default="default", metavar="KEY", help="its key in losses.json (default: default)")
+    prune.add_argument("--metric-mode", choices=("min", "max"), default="min", help="whether lower is better or higher")
+
+
+def _add_push(add: _Add) -> None:
+    push = add(
+        "push",
+        changing.push,
+        "upload a model to the Hugging Face Hub",
+        "Verify a checkpoint's export or adapter, or a model's directory, and upload it as one commit. What verify\n"
+        "refuses is refused.",
+        "  shardwise push checkpoints/ my-org/my-model --private",
+    )
+    push.add_argument("path", type=_path, metavar="PATH", help="a checkpoint, a root (its LATEST), a model's directory")
+    push.add_argument("repo", metavar="REPO", help="organisation/name; made where it does not exist")
+    push.add_argument("--revision", help="the branch (default: the repository's)")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")  # an unset variable must not mean the working directory
+    return Path(text)

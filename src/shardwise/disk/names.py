@@ -1,0 +1,100 @@
+"""Looking at names in the storage of the call (`shardwise.disk.storage.current`): what is there, and of which kind.
+
+Each raises ``StorageError`` where the storage refuses; what is absent is no failure unless a function says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from shardwise.disk.storage import Status, current
+from shardwise.errors import CheckpointNotFoundError
+
+
+def status(path: Path, *, follows: bool = True) -> Status | None:
+    """What is at ``path``, see `Looks.status`."""
+    return current().status(path, follows=follows)
+
+
+def is_there(path: Path) -> bool:
+    """Whether the name is taken, be it by a link that leads nowhere."""
+    return status(path, follows=False) is not None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something, behind links."""
+    return status(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, behind links."""
+    found = status(path)
+    return found is not None and found.kind == "file"
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a file, behind links.
+
+    Raises:
+        CheckpointNotFoundError: Nothing is there.
+    """
+    found = status(path)
+    if found is None:
+        raise CheckpointNotFoundError(
+            f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
+        )
+    return found.size
+
+
+def is_directory(path: Path, *, follows: bool = True) -> bool:
+    """Whether there is a directory, behind links if ``follows``."""
+    found = status(path, follows=follows)
+    return found is not None and found.kind == "directory"
+
+
+def is_link(path: Path) -> bool:
+    """Whether the name is that of a symbolic link."""
+    found = status(path, follows=False)
+    return found is not None and found.kind == "symbolic link"
+
+
+def real_path(path: Path) -> Path:
+    """Where ``path`` is when every link in it is followed, see `Looks.real_path`."""
+    return current().real_path(path)
+
+
+def names_in(directory: Path) -> list[str]:
+    """The names in a directory, sorted.
+
+    Raises:
+        CheckpointNotFoundError: It does not exist.
+        StorageError: It is no directory.
+    """
+    return [entry.name for entry in current().entries(directory)]
+
+
+def walk(top: Path, enters: Callable[[Path], bool] = lambda directory: True) -> Iterator[tuple[Path, list[str]]]:
+    """Every directory below ``top``, itself included, with the names in it that are no directories, sorted.
+
+    Those inside a directory come before it, as for deleting and syncing. Links are not followed.
+
+    Args:
+        top: A directory; nothing is found where there is none.
+        enters: Whether a directory below it is looked into.
+    """
+    if not is_directory(top):
+        return
+    others = []
+    for entry in current().entries(top):
+        if entry.kind != "directory":
+            others.append(entry.name)
+        elif enters(top / entry.name):
+            yield from walk(top / entry.name, enters)
+    yield top, others
+
+
+def files_under(top: Path, enters: Callable[[Path], bool] = lambda directory: True) -> list[Path]:
+    """Every file below ``top`` and every link to one, sorted; see `walk`."""
+    found = (where / name for where, names in walk(top, enters) for name in names)
+    return sorted(path for path in found if is_file(path))

@@ -1,0 +1,221 @@
+"""Exports of torchtitan's models: its adapter says the names, and ``config.json`` comes from ``hf_assets_path``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from shardwise.addons.base import SavesPretrained
+from shardwise.addons.files import copy_file, write_json
+from shardwise.addons.hf_config import CONFIG, GENERATION_CONFIG
+from shardwise.addons.side_files import write_tokenizer
+from shardwise.checkpointing.saving.class_check import check_described
+from shardwise.comm import Group, JsonValue
+from shardwise.dtypes import dtype_code
+from shardwise.errors import ConfigError, ExportMismatchError
+from shardwise.format.json_file import read_json_object
+from shardwise.geometry import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_Tensors = dict[str, torch.Tensor]
+#: torchtitan's names of RoPE's scalings -> those of Hugging Face.
+_ROPES = {"none": "default", "llama": "llama3", "yarn": "yarn"}
+#: Names of the numbers of Llama's scaling in config.json -> in torchtitan's configuration.
+_LLAMA_ROPE = {
+    "factor": "scaling_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
+
+
+class _TitansAdapter(Protocol):
+    """The part of torchtitan's ``BaseStateDictAdapter`` that is used here."""
+
+    def to_hf(self, state_dict: _Tensors) -> _Tensors: ...
+
+    def from_hf(self, hf_state_dict: _Tensors) -> _Tensors: ...
+
+
+class HubAdapter:
+    """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time."""
+
+    def __init__(self, adapter: _TitansAdapter) -> None:
+        self._adapter = adapter
+
+    def to_hf(self, state_dict: Mapping[str, torch.Tensor], **options: object) -> _Tensors:
+        """Convert torchtitan's tensors."""
+        return self._adapter.to_hf(dict(state_dict))
+
+    def from_hf(
+        self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object
+    ) -> _Tensors:
+        """Convert tensors of Hugging Face files."""
+        return self._adapter.from_hf(dict(state_dict))
+
+    def convert_single_tensor_to_hf(
+        self, fqn: str, tensor: torch.Tensor, **options: object
+    ) -> list[tuple[str, torch.Tensor]]:
+        """Convert one of torchtitan's tensors."""
+        return list(self._adapter.to_hf({fqn: tensor}).items())
+
+
+class _Described(Protocol):
+    """What a model may say of itself to shardwise."""
+
+    state_dict_adapter: HubAdapter
+    _get_consolidated_hf_metadata_exporter: Callable[..., _Metadata]
+
+
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """Writes what is beside the weights (a `shardwise.addons.huggingface.HFMetadataExporter`).
+
+    Attributes:
+        assets: ``hf_assets_path``.
+        dtype: Torch's name of the weights' dtype.
+    """
+
+    assets: Path
+    dtype: str
+
+    def validate(self, *, tokenizer: SavesPretrained | None, original_model_path: str | None) -> bool:
+        """Nothing: `attach_export` has looked at it."""
+        return True
+
+    def save(self, *, hf_metadata_dir: str, tokenizer: SavesPretrained | None, original_model_path: str | None) -> None:
+        """Write the configuration, true to the weights' dtype, and the tokenizer. Rank 0 calls."""
+        directory = Path(hf_metadata_dir)
+        entries = read_json_object(self.assets / CONFIG)
+        entries.pop("torch_dtype", None)
+        write_json(directory / CONFIG, entries | {"dtype": self.dtype})
+        if (self.assets / GENERATION_CONFIG).is_file():
+            copy_file(self.assets / GENERATION_CONFIG, directory / GENERATION_CONFIG)
+        write_tokenizer(tokenizer, self.assets, directory)
+
+
+def hub_adapter(parts: Sequence[nn.Module], adapter: object | None) -> HubAdapter:
+    """Have the parts' tensors named and arranged as torchtitan's adapter says. Local.
+
+    Raises:
+        ConfigError: The model has no adapter.
+    """
+    if adapter is None:
+        raise ConfigError(
+            "Hugging Face files are asked for, and torchtitan has no state_dict_adapter for this model",
+            hint="Leave last_save_in_hf, save_consolidated and initial_load_in_hf out, or give the ModelSpec one.",
+        )
+    made = HubAdapter(cast("_TitansAdapter", adapter))
+    for part in parts:
+        cast("_Described", part).state_dict_adapter = made
+    return made
+
+
+def attach_export(parts: Sequence[nn.Module], adapter: object | None, dtype: str | None) -> None:
+    """Have the parts exported under Hugging Face's names, beside the configuration in ``hf_assets_path``.
+
+    All ranks call. The model is built again without memory and compared with that configuration: names, shapes, and
+    the numbers that no shape shows.
+
+    Args:
+        parts: This rank's parts.
+        adapter: torchtitan's adapter.
+        dtype: ``export_dtype``, where it counts.
+
+    Raises:
+        ConfigError: There is no adapter, no configuration, or the export would be in another dtype than was asked for.
+        ExportMismatchError: The configuration describes another model.
+    """
+    with Group.current().together("checking whether the export would open"):
+        hub = hub_adapter(parts, adapter)
+        assets = getattr(adapter, "hf_assets_path", None)
+        if assets is None or not (Path(assets) / CONFIG).is_file():
+            raise ConfigError(
+                f"an export is asked for, and hf_assets_path has no {CONFIG} to go with it",
+                path=assets,
+                hint="Put the config.json of the Hugging Face model there, or leave last_save_in_hf and "
+                "save_consolidated out.",
+            )
+        have = {str(each.dtype).removeprefix("torch.") for part in parts for each in part.parameters()}
+        if len(have) != 1 or (dtype is not None and have != {dtype}):
+            raise ConfigError(
+                f"export_dtype is {dtype}, and the parameters are {' and '.join(sorted(have))}",
+                hint="Set export_dtype to the dtype that is trained; transformers casts when it loads (dtype=...).",
+            )
+        path = Path(assets) / CONFIG
+        entries = read_json_object(path)
+        config = getattr(adapter, "model_config", None)
+        _check(hub, config, entries, path)
+        exporter = _Metadata(Path(assets), have.pop())
+        for part in parts:
+            cast("_Described", part)._get_consolidated_hf_metadata_exporter = lambda **_: exporter
+
+
+def _check(hub: HubAdapter, config: object, entries: Mapping[str, JsonValue], path: Path) -> None:
+    """Compare torchtitan's configuration with ``config.json``. Local."""
+    build = getattr(config, "build", None)
+    if not callable(build):
+        raise ExportMismatchError(
+            "torchtitan's state_dict_adapter does not say which model it is for: it has no model_config",
+            path=path,
+            hint="Derive the adapter from torchtitan's StateDictAdapter, or export with torchtitan's tools.",
+        )
+    with torch.device("meta"):
+        native = build().state_dict()
+    tensors = hub.to_hf(native)
+    specs = [TensorSpec(name, tuple(each.shape), dtype_code(each.dtype)) for name, each in tensors.items()]
+    reason = check_described(entries, specs, path)
+    if reason is not None:
+        raise ExportMismatchError(
+            f"whether transformers would open the export cannot be checked: {reason}",
+            path=path,
+            hint="Use the config.json of a model class of transformers'.",
+        )
+    wrong = [
+        f"{name} is {theirs} in {CONFIG} and {ours} in torchtitan" for name, ours, theirs in _differing(config, entries)
+    ]
+    if wrong:
+        raise ExportMismatchError(
+            f"{CONFIG} describes a model that computes something else: {'; '.join(wrong)}",
+            path=path,
+            hint="Correct config.json in hf_assets_path, or the ModelSpec.",
+        )
+
+
+def _differing(config: object, entries: Mapping[str, JsonValue]) -> Iterator[tuple[str, object, object]]:
+    """Numbers that no shape shows and that differ: name, torchtitan's, ``config.json``'s."""
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(**entries)
+    for name, ours in _numbers(config):
+        value = getattr(theirs, name, None)
+        if name.startswith("rope."):
+            value = (getattr(theirs, "rope_parameters", None) or {}).get(name.removeprefix("rope."))
+        if value != ours:
+            yield name, ours, value
+
+
+def _numbers(config: object) -> Iterator[tuple[str, object]]:
+    """Such numbers, as torchtitan has them, under Hugging Face's names."""
+    yield "tie_word_embeddings", getattr(config, "enable_weight_tying", False)
+    eps = getattr(getattr(config, "norm", None), "eps", None)
+    if eps is not None:
+        yield "rms_norm_eps", eps
+    attention = getattr(next(iter(getattr(config, "layers", ())), None), "attention", None)
+    heads = getattr(attention, "n_heads", None)
+    if heads is not None:
+        yield "num_attention_heads", heads
+        yield "num_key_value_heads", getattr(attention, "n_kv_heads", None) or heads
+    rope = getattr(attention, "rope", None)
+    if rope is not None:
+        yield "rope.rope_theta", rope.theta
+        yield "rope.rope_type", _ROPES.get(rope.scaling, rope.scaling)
+        if rope.scaling == "llama":
+            for name, titans in _LLAMA_ROPE.items():
+                yield f"rope.{name}", getattr(rope, titans)

@@ -1,0 +1,352 @@
+"""Compares two checkpoints or models: names, shapes, dtypes, values and configurations.
+
+Where both have manifests, tensors with one digest are equal and are not read. Others are read block by block.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardwise.comm import Group
+from shardwise.disk.guarded import read_whole
+from shardwise.disk.storage import Storage, current, using
+from shardwise.errors import FormatError, MisuseError
+from shardwise.format.json_file import MAX_JSON_BYTES, parse_json
+from shardwise.format.manifest import TensorRecord
+from shardwise.geometry import TensorSpec
+from shardwise.ops.parts import Parts, find_parts
+from shardwise.ops.verify import Progress
+from shardwise.sources.reader import Reader
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.stream import tensor_blocks
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ConfigDifference", "DiffReport", "TensorDifference", "diff"]
+
+#: Elements of each tensor that are compared at a time: with everything that is computed from them about 64 MiB.
+_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """A tensor that both have, and that is not the same.
+
+    Attributes:
+        component: ``model``, ``optim``, or the folder of a pipeline's model.
+        a: What it is in the first.
+        b: What it is in the second.
+        relative: Norm of the difference, divided by the norm in the first; infinite where that is 0 or a value of one
+            is not finite. ``None`` where shapes differ or no values were compared.
+        largest: Largest absolute difference of two elements; likewise.
+        elements: How many elements differ: in their bits, or of two dtypes in their values; likewise.
+    """
+
+    component: str
+    a: TensorSpec
+    b: TensorSpec
+    relative: float | None = None
+    largest: float | None = None
+    elements: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigDifference:
+    """A value of a configuration file that is not the same.
+
+    Attributes:
+        file: The file's name.
+        key: Where it is in the file, keys joined by dots; empty for the whole file.
+        a: The value in the first, as JSON has it; ``None`` where it is absent.
+        b: Likewise in the second.
+    """
+
+    file: str
+    key: str
+    a: object
+    b: object
+
+
+@dataclass(frozen=True, slots=True)
+class DiffReport:
+    """How two checkpoints differ.
+
+    Attributes:
+        a: What the first path means: of a root, its newest checkpoint.
+        b: Likewise the second.
+        same: Number of tensors that are equal in name, shape, dtype and every bit.
+        by_digest: How many of these were compared by digests alone.
+        tensors: Those that differ.
+        only_a: Component and name of tensors that the first alone has.
+        only_b: Likewise the second.
+        configs: Differences of configuration files.
+        uncompared: Component and name of tensors whose values were not compared, since nobody asked for more than
+            digests and they have none in common.
+        notes: What was left out, one sentence each.
+    """
+
+    a: Path
+    b: Path
+    same: int = 0
+    by_digest: int = 0
+    tensors: tuple[TensorDifference, ...] = ()
+    only_a: tuple[tuple[str, str], ...] = ()
+    only_b: tuple[tuple[str, str], ...] = ()
+    configs: tuple[ConfigDifference, ...] = ()
+    uncompared: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything differs."""
+        return bool(self.tensors or self.only_a or self.only_b or self.configs)
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    values: bool = True,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> DiffReport:
+    """Compare two checkpoints, components of them, Hugging Face models, safetensors files or DCP directories.
+
+    A checkpoint is compared with a model by its model alone. Digests tell what was saved; whether files are still that,
+    `verify` says.
+
+    Args:
+        a: The first; of a root its newest checkpoint.
+        b: The second.
+        values: Read the tensors whose digests differ or that have none.
+        progress: Called with the bytes read of both and the bytes to read.
+        storage: Where both are; the mounted file systems by default.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at a path.
+        IncompleteCheckpointError: One is an interrupted save.
+        FormatError: A manifest, header or configuration is damaged.
+        IntegrityError: A file ends before its header says so.
+        MisuseError: They have no component in common.
+        StorageError: The file system refused.
+    """
+    with using(storage or current()):
+        first, second = find_parts(a), find_parts(b)
+        report = DiffReport(first.path, second.path)
+        shared, apart = _components(first, second)
+        whole = first.is_checkpoint and second.is_checkpoint
+        notes = [] if whole else [f"{name} is in one of them alone, and was not compared" for name in apart]
+        compared = _Comparison(first, second, values, progress)
+        for component, mine, theirs in shared:
+            compared.open(component, mine, theirs)
+        for name in apart if whole else ():
+            compared.open(name, first.places.get(name), second.places.get(name))
+        if compared.has_dcp:
+            notes.append("what DCP holds besides tensors was not compared")
+        configs = tuple(_config_differences(first, second))
+        return replace(compared.run(report), configs=configs, notes=tuple(notes))
+
+
+def _components(first: Parts, second: Parts) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """What is compared with what, and the components that one of them alone has."""
+    a, b = first.places, second.places
+    if len(a) == len(b) == 1:
+        [(name, place)], [other] = a.items(), b.values()
+        return [(name, place, other)], []
+    shared = [(name, a[name], b[name]) for name in a if name in b]
+    if not shared:
+        mine, theirs = (", ".join(places) or "no tensors" for places in (a, b))
+        raise MisuseError(
+            f"the two have nothing in common: the first has {mine}, the second {theirs}",
+            path=second.path,
+            hint="Name a directory of each that holds one model.",
+        )
+    return shared, [name for name in dict.fromkeys((*a, *b)) if name not in a or name not in b]
+
+
+class _Comparison:
+    """The tensors of both, and what is found of them."""
+
+    def __init__(self, first: Parts, second: Parts, values: bool, progress: Progress | None) -> None:
+        self._first, self._second = first, second
+        self._values = values
+        self._progress = progress
+        self.has_dcp = False
+        self._pairs: list[tuple[str, Source, Source, str]] = []
+        self._only: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+
+    def open(self, component: str, mine: Path | None, theirs: Path | None) -> None:
+        """Look at the tensors of a component."""
+        a = None if mine is None else open_source(mine, Group(None))
+        b = None if theirs is None else open_source(theirs, Group(None))
+        self.has_dcp |= any(each is not None and each.dcp for each in (a, b))
+        names_a, names_b = ({} if each is None else each.tensors for each in (a, b))
+        self._only[0].extend((component, name) for name in names_a if name not in names_b)
+        self._only[1].extend((component, name) for name in names_b if name not in names_a)
+        if a is not None and b is not None:
+            self._pairs += [(component, a, b, name) for name in names_a if name in names_b]
+
+    def run(self, report: DiffReport) -> DiffReport:
+        """Compare the tensors that both have."""
+        found: list[TensorDifference] = []
+        unread: list[tuple[str, str]] = []
+        to_read: list[tuple[str, Source, Source, str]] = []
+        by_digest = 0
+        for component, a, b, name in self._pairs:
+            mine, theirs = a.tensors[name].spec, b.tensors[name].spec
+            if mine.shape != theirs.shape:
+                found.append(TensorDifference(component, mine, theirs))
+                continue
+            equal = self._by_digest(component, mine, theirs)
+            if equal:
+                by_digest += 1
+            elif self._values:
+                to_read.append((component, a, b, name))
+            elif equal is None and mine.dtype == theirs.dtype:
+                unread.append((component, name))
+            else:
+                found.append(TensorDifference(component, mine, theirs))
+        differing = list(self._read(to_read))
+        return replace(
+            report,
+            same=by_digest + len(to_read) - len(differing),
+            by_digest=by_digest,
+            tensors=tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
+            only_a=tuple(sorted(self._only[0])),
+            only_b=tuple(sorted(self._only[1])),
+            uncompared=tuple(unread),
+        )
+
+    def _by_digest(self, component: str, a: TensorSpec, b: TensorSpec) -> bool | None:
+        """Whether the digests are equal; ``None`` where there are none that can be compared."""
+        if a.dtype != b.dtype:
+            return None
+        mine = _digest(self._first.recorded.get((component, a.name), ()), a)
+        theirs = _digest(self._second.recorded.get((component, b.name), ()), b)
+        if mine is None or theirs is None or mine.keys() != theirs.keys():
+            return None
+        return mine == theirs
+
+    def _read(self, pairs: list[tuple[str, Source, Source, str]]) -> Iterator[TensorDifference]:
+        total = sum(s.tensors[name].spec.nbytes for _, a, b, name in pairs for s in (a, b))
+        done = 0
+        readers: dict[int, Reader] = {}
+        try:
+            for component, a, b, name in pairs:
+                for source in (a, b):
+                    readers.setdefault(id(source), Reader(current(), source.files))
+                sums = _Sums(a.tensors[name].spec, b.tensors[name].spec)
+                blocks = (tensor_blocks(s.tensors[name], readers[id(s)], _ELEMENTS) for s in (a, b))
+                for mine, theirs in zip(*blocks, strict=True):
+                    sums.add(mine, theirs)
+                    done += len(mine) + len(theirs)
+                    if self._progress is not None:
+                        self._progress(done, total)
+                if sums.elements or sums.a.dtype != sums.b.dtype:
+                    yield sums.difference(component)
+        finally:
+            for reader in readers.values():
+                reader.close()
+
+
+def _digest(records: tuple[TensorRecord, ...], spec: TensorSpec) -> dict[object, int] | None:
+    """What the manifest has of a tensor: its digest, or those of its pieces by their places."""
+    fitting = [record for record in records if record.spec == spec]
+    if len(fitting) != 1:
+        return None  # shards and export may have different values: which of them is meant, only reading tells
+    [record] = fitting
+    if record.crc32c is not None:
+        return {None: record.crc32c}
+    if len(record.chunks) == 1:
+        return {None: record.chunks[0].crc32c}
+    return {chunk.box: chunk.crc32c for chunk in record.chunks} or None
+
+
+class _Sums:
+    """What is added up over the blocks of a tensor."""
+
+    def __init__(self, a: TensorSpec, b: TensorSpec) -> None:
+        self.a, self.b = a, b
+        self.elements = 0
+        self._difference = self._norm = self._largest = 0.0
+
+    def add(self, mine: memoryview, theirs: memoryview) -> None:
+        """Compare a block of the same elements of both."""
+        import torch
+
+        same_dtype = self.a.dtype == self.b.dtype
+        equal = same_dtype and mine == theirs
+        x = _values(mine, self.a)
+        self._norm += float(x.abs().square().sum())
+        if equal:
+            return
+        y = _values(theirs, self.b)
+        if same_dtype:
+            bits = [torch.frombuffer(data, dtype=torch.uint8).view(-1, self.a.itemsize) for data in (mine, theirs)]
+            self.elements += int(bits[0].ne(bits[1]).any(dim=1).sum())
+        else:
+            self.elements += int((x.ne(y) & ~(x.isnan() & y.isnan())).sum())
+        apart = (x - y).abs()
+        apart[x.eq(y) | (x.isnan() & y.isnan())] = 0.0
+        apart.nan_to_num_(nan=math.inf, posinf=math.inf)
+        self._difference += float(apart.square().sum())
+        self._largest = max(self._largest, float(apart.max()))
+
+    def difference(self, component: str) -> TensorDifference:
+        """What was found."""
+        relative = 0.0
+        if self._difference:
+            finite = math.isfinite(self._difference) and 0 < self._norm < math.inf
+            relative = math.sqrt(self._difference / self._norm) if finite else math.inf
+        return TensorDifference(component, self.a, self.b, relative, self._largest, self.elements)
+
+
+def _values(data: memoryview, spec: TensorSpec) -> torch.Tensor:
+    import torch
+
+    from shardwise.dtypes import torch_dtype
+
+    raw = torch.frombuffer(data, dtype=torch_dtype(spec.dtype))
+    return raw.to(torch.complex128 if raw.is_complex() else torch.float64)
+
+
+def _config_differences(first: Parts, second: Parts) -> Iterator[ConfigDifference]:
+    whole = first.is_checkpoint and second.is_checkpoint
+    for file in sorted(first.configs.keys() | second.configs.keys()):
+        a, b = first.configs.get(file), second.configs.get(file)
+        if a is not None and b is not None:
+            mine, theirs = _flat(_content(a)), _flat(_content(b))
+            for key in sorted(mine.keys() | theirs.keys()):
+                if mine.get(key) != theirs.get(key) or (key in mine) != (key in theirs):
+                    yield ConfigDifference(file, key, mine.get(key), theirs.get(key))
+        elif whole:
+            yield ConfigDifference(file, "", None if a is None else "present", None if b is None else "present")
+
+
+def _content(path: Path) -> object:
+    data = read_whole(path, MAX_JSON_BYTES, FormatError)
+    if path.suffix == ".json":
+        return parse_json(data, path)
+    import yaml
+
+    try:
+        content: object = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"not YAML: {error}", path=path, hint="Restore the file.") from error
+    return content
+
+
+def _flat(value: object, key: str = "") -> dict[str, object]:
+    """Leaves of nested objects by their keys joined with dots; a list is a leaf."""
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    found: dict[str, object] = {}
+    for name, each in value.items():
+        found |= _flat(each, f"{key}.{name}" if key else str(name))
+    return found

@@ -1,0 +1,150 @@
+"""Uploads a model to the Hugging Face Hub, in one commit, after it was verified."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shardwise.disk.names import file_size, files_under, is_directory, is_file
+from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
+from shardwise.format.manifest import MANIFEST_NAME
+from shardwise.ops.targets import find_targets
+from shardwise.ops.verify import Progress, verify
+from shardwise.sources.directory_contents import holds_model
+
+__all__ = ["HubApi", "PushReport", "push"]
+
+_ADAPTER = "adapter_model.safetensors"
+
+
+class HubApi(Protocol):
+    """What is used of `huggingface_hub.HfApi`."""
+
+    def create_repo(self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False) -> object:
+        """Make the repository where it does not exist."""
+        ...
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: str | Path,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        allow_patterns: list[str] | str | None = None,
+    ) -> object:
+        """Upload files of a directory as one commit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What was uploaded.
+
+    Attributes:
+        path: The directory.
+        repo: The repository.
+        files: Its files, relative to the directory.
+        nbytes: Bytes of these.
+        url: Where the commit is, as the Hub says it.
+    """
+
+    path: Path
+    repo: str
+    files: tuple[str, ...]
+    nbytes: int
+    url: str
+
+
+def push(
+    path: str | os.PathLike[str],
+    repo: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str | None = None,
+    allow_unverified: bool = False,
+    progress: Progress | None = None,
+    api: HubApi | None = None,
+) -> PushReport:
+    """Upload the Hugging Face model of a checkpoint: its export, its adapter, or a model's directory.
+
+    Every byte is verified first. The Hub shows all files or none: they are one commit. What an interrupted upload had
+    sent is not sent again where the Hub stores by content (hf_xet).
+
+    Args:
+        path: A checkpoint, its ``model``, a root (its newest checkpoint), or a model's directory.
+        repo: ``organisation/name``; made where it does not exist.
+        revision: The branch; the default one if not given.
+        private: Whether a new repository is private; by default as the account is set.
+        message: Of the commit.
+        allow_unverified: Upload also what has no manifest, of which nobody can say whether it is whole.
+        progress: Called while the files are verified.
+        api: Instead of `huggingface_hub.HfApi`, for another endpoint or account.
+
+    Raises:
+        IntegrityError: It is damaged.
+        UnverifiableError: It has no manifest.
+        MisuseError: There is no model in its final form.
+        CheckpointNotFoundError, IncompleteCheckpointError, StorageError: As `verify`.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused.
+    """
+    directory = _model_of(path)
+    report = verify(directory, progress=progress)
+    if report.damages:
+        raise IntegrityError(
+            f"the model is damaged and was not uploaded: {report.damages[0].describe()}",
+            path=directory,
+            hint="`shardwise verify` lists everything; restore the file from a copy.",
+        )
+    if not report.verifiable and not allow_unverified:
+        raise UnverifiableError(
+            "the model has no manifest, so nobody can say whether it is whole; it was not uploaded",
+            path=directory,
+            hint="Pass --allow-unverified (allow_unverified=True) if you know that it is.",
+        )
+    places = [place for place in files_under(directory) if _belongs(place.relative_to(directory))]
+    names = tuple(place.relative_to(directory).as_posix() for place in places)
+    if api is None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    # Patterns are names here: a name with a bracket in it has to stand for itself.
+    allowed = [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=directory,
+        revision=revision,
+        commit_message=message or f"Upload {directory.name}",
+        allow_patterns=allowed,
+    )
+    nbytes = sum(file_size(place) for place in places)
+    return PushReport(directory, repo, names, nbytes, str(getattr(commit, "commit_url", "")))
+
+
+def _model_of(path: str | os.PathLike[str]) -> Path:
+    """The directory of a model in its final form."""
+    [target, *others] = find_targets(path)
+    named = next((each for each in (target, *others) if each.directory.name == "model"), target)
+    place = named.directory / named.under
+    for candidate in (place / "model" / "consolidated", place / "consolidated", place / "model", place):
+        final = is_file(candidate / _ADAPTER) or (candidate.name != "model" and holds_model(candidate))
+        own = candidate != place or not is_directory(place / "model")
+        if final and own and not is_file(candidate / ".metadata") and not _sharded(candidate):
+            return candidate
+    raise MisuseError(
+        "there is no model here in the form that others open",
+        path=place,
+        hint="Make its export with `shardwise consolidate`, or name a model's directory.",
+    )
+
+
+def _sharded(directory: Path) -> bool:
+    return any(place.name.startswith("shard-") for place in files_under(directory))
+
+
+def _belongs(relative: Path) -> bool:
+    return relative.name != MANIFEST_NAME and not any(part.startswith(".") for part in relative.parts)

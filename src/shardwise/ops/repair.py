@@ -1,0 +1,144 @@
+"""Puts a root in order: removes what interrupted saves and deletions left, and mends pointers that lead nowhere."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.disk.names import exists, is_directory, real_path
+from shardwise.disk.storage import Storage, current, storage_errors, using
+from shardwise.errors import CheckpointNotFoundError
+from shardwise.lifecycle import (
+    BEST,
+    LATEST,
+    Retention,
+    best_checkpoint,
+    parse_checkpoint_name,
+    pointers,
+    publishing,
+    remove_leftovers,
+    set_pointer,
+)
+from shardwise.lifecycle import list_checkpoints as checkpoints_by_name
+from shardwise.lifecycle.resolve import is_complete, newest, publication_begun
+from shardwise.ops.listing import ListedCheckpoint, list_checkpoints
+from shardwise.ops.prune import recorded_policy
+
+__all__ = ["PointerRepair", "RepairReport", "repair"]
+
+
+@dataclass(frozen=True, slots=True)
+class PointerRepair:
+    """A pointer that is to lead elsewhere.
+
+    Attributes:
+        name: The pointer.
+        old: The name that it leads to, where nothing that could be resumed from is; ``None`` where there is no pointer.
+        new: The checkpoint that it is to lead to.
+    """
+
+    name: str
+    old: str | None
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What is out of order in a root.
+
+    Attributes:
+        root: The directory of the checkpoints.
+        leftovers: Names that interrupted saves and deletions left: removed, or to be removed.
+        pointers: Pointers that were set, or are to be.
+        left: What a person has to decide, one sentence each; nothing is done about it.
+        done: Whether it was done; else nothing was changed.
+    """
+
+    root: Path
+    leftovers: tuple[str, ...] = ()
+    pointers: tuple[PointerRepair, ...] = ()
+    left: tuple[str, ...] = ()
+    done: bool = False
+
+
+def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storage | None = None) -> RepairReport:
+    """Find what interrupted saves left in a root and which pointers lead nowhere, and mend it if asked to.
+
+    What a live process is writing stays, and so does everything that has a checkpoint's own name.
+
+    Args:
+        root: The directory of the checkpoints.
+        apply: Do it; otherwise nothing is changed.
+        storage: Where the root is; the mounted file systems by default.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path.
+        MisuseError: It is a checkpoint itself.
+        CheckpointBusyError: Another process has been publishing in the root for minutes.
+        StorageError: The file system refused.
+    """
+    given = Path(root).absolute()
+    with using(storage or current()), storage_errors(given):
+        if not exists(given):
+            raise CheckpointNotFoundError("there is nothing at this path", path=given, hint="Check the path.")
+        place = real_path(given)
+        listed = list_checkpoints(place)
+        if not apply:
+            gone = tuple(each.path.name for each in listed if _is_leftover(each))
+            return RepairReport(place, gone, _wrong_pointers(place), _left(place, listed))
+        # Of a claim of another machine nobody here knows whether its lock could be seen.
+        gone = remove_leftovers(place, active=[each.path for each in listed if each.state == "claimed"])
+        with publishing(place):
+            wrong = _wrong_pointers(place)
+            for each in wrong:
+                set_pointer(place, each.name, each.new)
+        return RepairReport(place, gone, wrong, _left(place, list_checkpoints(place)), done=True)
+
+
+def _is_leftover(each: ListedCheckpoint) -> bool:
+    hidden = each.path.name != each.name
+    return hidden and each.state in ("interrupted", "being deleted") and not (each.writer and each.writer.alive)
+
+
+def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:
+    """``LATEST`` and the best-metric pointer where they lead to nothing that may be resumed from."""
+    checkpoints = checkpoints_by_name(root)
+    last = newest(checkpoints)
+    if last is None:
+        return ()
+    leading = pointers(root)
+    found = []
+    latest = leading.get(LATEST)
+    begun = publication_begun(root)
+    if begun is not None and begun != latest:
+        found.append(PointerRepair(LATEST, latest, begun))
+    elif latest is None and not is_directory(root / LATEST):
+        found.append(PointerRepair(LATEST, None, last.name))
+    elif latest is not None and not is_complete(root / latest):
+        found.append(PointerRepair(LATEST, latest, last.name))
+    best = leading.get(BEST)
+    if best is not None and not is_complete(root / best):
+        name = best_checkpoint(checkpoints, recorded_policy(root) or Retention())
+        if name is not None:
+            found.append(PointerRepair(BEST, best, name))
+    return tuple(found)
+
+
+def _left(root: Path, listed: tuple[ListedCheckpoint, ...]) -> tuple[str, ...]:
+    found = []
+    for each in listed:
+        if each.state == "damaged":
+            found.append(f"{each.path.name} is damaged: restore its files from a copy, or delete it")
+        elif each.state == "claimed" and each.writer is not None:
+            found.append(
+                f"{each.path.name} was claimed by process {each.writer.pid} on {each.writer.host}: if that has ended, "
+                "run repair there, or delete it; the next save of the run removes it too"
+            )
+        elif each.state == "interrupted" and each.path.name == each.name:
+            found.append(f"{each.name} has neither a manifest nor a model: look at it, and delete it if it is nothing")
+    mended = {each.name for each in _wrong_pointers(root)}
+    for name, target in pointers(root).items():
+        if name not in mended and parse_checkpoint_name(name) is None and not exists(root / target):
+            found.append(f"the pointer {name} leads to {target}, which is not there: set it, or delete it")
+    return tuple(found)

@@ -32,7 +32,7 @@ def fresh_state() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def accelerator(directory: Path, automatic: bool = True, **named: Any) -> ShardwiseAccelerator:
+def accelerator(directory: Path | str, automatic: bool = True, **named: Any) -> ShardwiseAccelerator:
     from accelerate.utils import ProjectConfiguration
 
     from shardwise.integrations.accelerate import ShardwiseAccelerator
@@ -54,14 +54,14 @@ def test_settings_that_the_script_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["save_on_each_node", "FSDP 1"])
 def test_what_cannot_be_saved(name: str, tmp_path: Path) -> None:
-    from accelerate.state import AcceleratorState
+    from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
 
     from shardwise.integrations.accelerate import ShardwiseAccelerator
 
     config = ProjectConfiguration(str(tmp_path), save_on_each_node=name == "save_on_each_node")
     if name == "FSDP 1":
-        AcceleratorState(cpu=True).fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+        Accelerator(cpu=True).state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ConfigError, match=f"ShardwiseAccelerator does not support {name}"):
         ShardwiseAccelerator(cpu=True, project_config=config)
 
@@ -89,8 +89,11 @@ def test_paths_that_are_not_said(tmp_path: Path) -> None:
         made.save_state()
     with pytest.raises(MisuseError, match="load_state was not told from where"):
         made.load_state()
+    for call in (made.save_state, made.load_state, lambda path: made.save_model(torch.nn.Linear(1, 1), path)):
+        with pytest.raises(ConfigError, match="the path is a URL"):
+            call("s3://bucket/state")
     with pytest.raises(ConfigError, match="the path is a URL"):
-        made.save_state("s3://bucket/state")
+        accelerator("s3://bucket/run")
     made.project_configuration.automatic_checkpoint_naming = True
     made.project_configuration.set_directories(None)
     with pytest.raises(ConfigError, match="automatic_checkpoint_naming is set without a project_dir"):

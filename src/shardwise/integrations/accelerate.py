@@ -20,7 +20,7 @@ from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
 from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
-from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, state_of
+from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path, state_of
 from shardwise.integrations.model_files import SCRATCH, put_in_place
 from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.accelerate import dataloaders_of, models_of, objects_of, optimizers_of, schedulers_of
@@ -128,7 +128,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         if load_kwargs or others:
             self._refuse_arguments("load_state", ["load_kwargs"] * bool(load_kwargs) + list(others))
         self.wait_for_saves()
-        path = self._newest() if input_dir is None else Path(input_dir).expanduser().absolute()
+        path = self._newest() if input_dir is None else local_path(input_dir)
         parts = self._parts()
         parts.extra[_STATE] = parts.extra[_DATA] = None
         self._paths.restore(path, parts)
@@ -182,7 +182,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             self._refuse_arguments(
                 "save_model", ["safe_serialization=False" if not safe_serialization else "max_shard_size"]
             )
-        target = Path(save_directory).absolute()
+        target = local_path(save_directory)
         self._paths.write_model(model, target / SCRATCH)
         group = Group.current()
         with group.together(f"putting the model into {target}"):
@@ -263,6 +263,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         for name, (is_asked, hint) in asked.items():
             if is_asked:
                 raise ConfigError(f"ShardwiseAccelerator does not support {name}", hint=hint)
+        if self._is_automatic and self.project_dir is not None:
+            local_path(self.project_dir)  # refused now, not at the first save
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
                 "automatic_checkpoint_naming is set without a project_dir",
                 hint="Set ProjectConfiguration(project_dir=...).",
             )
-        return Path(self.project_dir).absolute() / "checkpoints"
+        return local_path(self.project_dir) / "checkpoints"
 
     def _numbered(self) -> list[tuple[int, Path]]:
         """The automatic names that have a complete checkpoint, in order."""
@@ -339,4 +341,4 @@ def _given(output_dir: str | os.PathLike[str] | None) -> Path:
         raise MisuseError(
             "save_state was not told where to", hint="Pass a directory, or set automatic_checkpoint_naming."
         )
-    return Path(output_dir).expanduser().absolute()
+    return local_path(output_dir)

@@ -195,7 +195,7 @@ class Rest:
         return self._loader.skipping(self._number)
 
     def __len__(self) -> int:
-        return len(cast("DataLoaderShard", self._loader)) - self._number
+        return max(0, len(cast("DataLoaderShard", self._loader)) - self._number)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)

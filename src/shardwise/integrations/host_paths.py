@@ -106,7 +106,7 @@ class HostPaths:
             ShardwiseError: What failed, on any rank. What was at the path before is still there.
         """
         self.finish()
-        root = _local(path)
+        root = local_path(path)
         epoch, step = cast(
             "list[int]", Group.current().broadcast_result(lambda: list(_free(root, numbers)), f"looking into {root}")
         )
@@ -176,7 +176,7 @@ class HostPaths:
             IncompleteCheckpointError: A save was interrupted, and there was none before.
         """
         self.finish()
-        root = _local(path)
+        root = local_path(path)
         return Path(str(Group.current().broadcast_result(lambda: str(_found(root)), f"looking for {root}")))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
@@ -186,7 +186,7 @@ class HostPaths:
             StorageError: It cannot be removed.
         """
         self.finish()
-        target = _local(path)
+        target = local_path(path)
         group = Group.current()
         with group.together(f"removing {target}"):
             if group.is_main and (target.exists() or target.is_symlink()):
@@ -217,6 +217,21 @@ class HostPaths:
             checkpointer.save_model(model, directory, tokenizer=tokenizer, is_final_checkpoint=True)
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path. A host's string is passed as it is: made a `Path`, a URL would be the name of a directory.
+
+    Raises:
+        ConfigError: It is a URL.
+    """
+    if "://" in str(path):
+        raise ConfigError(
+            "the path is a URL, which the mounted file systems cannot reach",
+            path=str(path),
+            hint="Write to a local or mounted directory.",
+        )
+    return Path(path).expanduser().absolute()
+
+
 def is_complete(path: Path) -> bool:
     """Whether a path has a checkpoint that may be resumed from. Any rank calls."""
     return any(info.complete for info in list_checkpoints(path.absolute()))
@@ -226,16 +241,6 @@ def state_of(extra: Mapping[str, object], name: str) -> Mapping[str, object]:
     """An entry of restored extra state that is a dict."""
     found = extra[name]
     return found if isinstance(found, Mapping) else {}
-
-
-def _local(path: str | os.PathLike[str]) -> Path:
-    if "://" in str(path):
-        raise ConfigError(
-            "the path is a URL, which the mounted file systems cannot reach",
-            path=str(path),
-            hint="Write to a local or mounted directory.",
-        )
-    return Path(path).absolute()
 
 
 def _free(root: Path, numbers: tuple[int, int] | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The order of the data of accelerate's loaders on another number of ranks. Each rank's loader is made in this process."""
+"""The order of the data of accelerate's loaders on another number of ranks, all of which are made in this process."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def fresh_state() -> Iterator[None]:
     AcceleratorState._reset_state(True)
 
 
-def loaders_of(world: int) -> list[Tracked]:
-    """Each rank's loader with a seedable sampler, in a run that has begun with the same seed."""
+def loaders_of(world: int, seedable: bool = True) -> list[Tracked]:
+    """Each rank's loader, in a run that has begun with the same seed."""
     loader = DataLoader(range(SAMPLES), batch_size=SAMPLES_OF_A_STEP // world, shuffle=True)  # type: ignore[arg-type]
     made = [
         tracked(
@@ -35,8 +35,8 @@ def loaders_of(world: int) -> list[Tracked]:
                 device=torch.device("cpu"),
                 num_processes=world,
                 process_index=rank,
-                use_seedable_sampler=True,
-                data_seed=3,
+                use_seedable_sampler=seedable,
+                data_seed=3 if seedable else None,
             )
         )
         for rank in range(world)
@@ -71,3 +71,10 @@ def test_each_step_has_the_samples_that_it_would_have_had(first: int, then: int,
         each.resume(stopped[0].position(), None)
     assert list(steps_of([iter(Rest(each, 3)) for each in resumed])) == whole[epochs][3:]
     assert epoch_of(resumed) == whole[epochs + 1]
+
+
+@pytest.mark.parametrize("seedable", [True, False])
+def test_an_order_that_may_differ_is_warned_of(seedable: bool, caplog: pytest.LogCaptureFixture) -> None:
+    (stopped, _), (resumed,) = loaders_of(2, seedable), loaders_of(1, seedable)
+    resumed.resume(stopped.position(), None)
+    assert ("the order of the data may be another one" in caplog.text) is not seedable

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import synchronize_rng_states
+from torch.utils.data import RandomSampler
 
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
@@ -155,6 +156,11 @@ class Tracked:
         self._resumed = _Resumed(position, own, RandomState().state_dict())
         self.iteration = self._resumed.next_epoch
         self._set_generator(position["now"])
+        if own is None and position["seed"] is None and isinstance(self.get_sampler(), RandomSampler):  # type: ignore[attr-defined]
+            _LOG.warning(
+                "the number of ranks is not that of the checkpoint: the order of the data may be another one. "
+                "DataLoaderConfiguration(use_seedable_sampler=True), from the beginning of a run, keeps it"
+            )
         if position["seed"] is not None and hasattr(sampler := self.get_sampler(), "initial_seed"):  # type: ignore[attr-defined]
             sampler.initial_seed = position["seed"]
 

@@ -15,11 +15,11 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -92,8 +92,7 @@ def result(run: Run, tmp_path: Path) -> Result:
     """Train, and return what came of it."""
     codes = train(run, tmp_path)
     said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(run.world)]
-    errors = [(tmp_path / f"rank-{rank}.err").read_text()[-3000:] for rank in range(run.world)]
-    assert codes == [0] * run.world, f"{codes}: " + "\n".join(errors)
+    assert codes == [0] * run.world, f"{codes}: " + errors_of(run.world, tmp_path)
     told = json.loads(said[0].splitlines()[-1])
     losses = {int(step): loss for step, loss in told["losses"].items() if int(step) > told["started"]}
     return Result(losses, told["weights"], told["best"], told["started"])
@@ -101,15 +100,32 @@ def result(run: Run, tmp_path: Path) -> Result:
 
 def train(run: Run, tmp_path: Path) -> list[int]:
     """Train, and return the ranks' exit codes."""
+    return launch(_rank, run, run.world, tmp_path)
+
+
+def launch(function: Callable[[Any, int, int], None], run: object, world: int, tmp_path: Path) -> list[int]:
+    """Call ``function(run, rank, port)`` in a process for each rank, and return their exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
     def rank(number: int) -> int:
-        return fresh(_rank, run, number, port, output=tmp_path / f"rank-{number}", seconds=SECONDS)
+        return fresh(function, run, number, port, output=tmp_path / f"rank-{number}", seconds=SECONDS)
 
-    with ThreadPoolExecutor(run.world) as pool:
-        return list(pool.map(rank, range(run.world)))
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(rank, range(world)))
+
+
+def errors_of(world: int, tmp_path: Path) -> str:
+    """The end of what the ranks have said before they failed."""
+    return "\n".join((tmp_path / f"rank-{rank}.err").read_text()[-3000:] for rank in range(world))
+
+
+def announce(rank: int, world: int, port: int) -> None:
+    """Put into the environment what `torchrun` does."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
 
 
 def die_when_opening(part: str) -> None:
@@ -153,9 +169,8 @@ def model(*, lora: bool = False, dropout: float = 0.1) -> torch.nn.Module:
 
 def _rank(run: Run, rank: int, port: int) -> None:
     if run.world > 1 or run.fsdp:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.world, "LOCAL_WORLD_SIZE": run.world}
-        os.environ |= {name: str(number) for name, number in numbers.items()}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        announce(rank, run.world, port)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     faulthandler.dump_traceback_later(SECONDS - 20)  # says where a rank that is killed for its time was
     multiprocessing.current_process().daemon = False  # which may not have workers
     if run.killed_in and rank == 0:
@@ -209,15 +224,25 @@ def _rank(run: Run, rank: int, port: int) -> None:
     trainer.save_model()
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     best = Path(trainer.state.best_model_checkpoint or "").name
-    print(json.dumps({"losses": losses, "weights": _digest(trainer.model), "best": best, "started": started}))
+    print(json.dumps({"losses": losses, "weights": digest(trainer.model), "best": best, "started": started}))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _digest(module: torch.nn.Module) -> str:
+def digest(module: torch.nn.Module) -> str:
+    """One number for everything that is trained. All ranks call."""
     hasher = hashlib.blake2b(digest_size=16)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             hasher.update(name.encode() + whole.detach().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def scripts(page: str) -> tuple[str, str, int]:
+    """A how-to's script as it was and as it is changed, and the number of lines in the change."""
+    text = (Path(__file__).parents[2] / "docs" / "howto" / page).read_text()
+    block = text.partition("```diff\n")[2].partition("```")[0].splitlines(keepends=True)
+    old = "".join(line[1:] for line in block if line[0] in " -")
+    new = "".join(line[1:] for line in block if line[0] in " +")
+    return old, new, sum(line[0] in "+-" for line in block)

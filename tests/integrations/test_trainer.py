@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 import torch
-from tests.integrations.runs import Run, die_when_opening, model, result, train
+from tests.integrations.runs import Run, die_when_opening, model, result, scripts, train
 from tests.support.ranks import fresh
 
 BEST = (("eval_strategy", "steps"), ("eval_steps", 3), ("load_best_model_at_end", True))
@@ -60,17 +60,6 @@ def test_killed_in_a_save(world: int, fsdp: bool, lora: bool, is_async: bool, tm
     killed_and_resumed(run, tmp_path)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "howto" / "trainer.md"
-
-
-def scripts() -> tuple[str, str, int]:
-    """The page's script as it was and as it is changed, and the number of lines in the change."""
-    block = PAGE.read_text().partition("```diff\n")[2].partition("```")[0].splitlines(keepends=True)
-    old = "".join(line[1:] for line in block if line[0] in " -")
-    new = "".join(line[1:] for line in block if line[0] in " +")
-    return old, new, sum(line[0] in "+-" for line in block)
-
-
 def run_original_then_changed(directory: Path) -> None:
     """Print what the page's script came to, then be killed in the changed one's second save."""
     _say(directory / "original", "old.py")
@@ -101,7 +90,7 @@ def test_the_pages_script_resumes_as_if_never_stopped(tmp_path: Path) -> None:
 
     from shardwise.integrations.transformers import get_last_checkpoint
 
-    old, new, lines = scripts()
+    old, new, lines = scripts("trainer.md")
     assert lines <= 8
     for name, text in (("original/old.py", old), ("changed/new.py", new)):
         (tmp_path / name).parent.mkdir()

@@ -12,7 +12,6 @@ goes on. What is written, and how, is `shardwise.Checkpointer`'s: one checkpoint
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,8 +23,8 @@ from shardwise.addons import SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
-from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import MisuseError
+from shardwise.integrations.model_files import SCRATCH, put_in_place
 from shardwise.integrations.trainer_checks import (
     STATE_NAME,
     check_arguments,
@@ -34,7 +33,7 @@ from shardwise.integrations.trainer_checks import (
     check_strategy,
     find_source,
 )
-from shardwise.lifecycle import MANIFEST_NAME, checkpoint_name, resolve
+from shardwise.lifecycle import checkpoint_name, resolve
 from shardwise.peft.models import is_peft_adapted
 from shardwise.upstream.transformers_trainer import TrainerCheckpoints
 
@@ -51,12 +50,6 @@ __all__ = ["ShardwiseTrainer", "get_last_checkpoint"]
 _LOG = logging.getLogger(__name__)
 #: The metric by which the Trainer's choice of the best checkpoint reaches retention, also among equals.
 _NEW_BEST = "new_best_at_step"
-#: Where `ShardwiseTrainer.save_model` writes before it puts files in place.
-_SCRATCH = ".saving-model"
-#: What is beside a model in a component's directory.
-_NOT_MODELS = (MANIFEST_NAME, "consolidate.sh")
-#: Files of an earlier model that would be opened instead of, or together with, those of a new one.
-_WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
 
 
 class ShardwiseTrainer(TrainerCheckpoints):
@@ -237,13 +230,13 @@ class ShardwiseTrainer(TrainerCheckpoints):
             save_consolidated=SaveConsolidatedMode.EVERY,
             export_merged=False,
         )
-        scratch = target / _SCRATCH
+        scratch = target / SCRATCH
         with self._built(settings) as checkpointer:
             checkpointer.save_model(self.model, scratch, tokenizer=_tokenizer(self), is_final_checkpoint=True)
         group = Group.current()
         with group.together(f"putting the model into {target}"):
             if group.is_main:
-                _put_in_place(scratch / "model", target)
+                put_in_place(scratch / "model", target)
 
     # --- what is refused --------------------------------------------------------------------------------------------
 
@@ -432,22 +425,3 @@ def _scaler(trainer: ShardwiseTrainer) -> dict[str, object]:
     """The gradient scaler, where there is one."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     return {} if scaler is None else {"scaler": scaler}
-
-
-def _put_in_place(written: Path, target: Path) -> None:
-    """Move a model's files into a directory, each in one step, and what says how to open them last. One rank calls."""
-    exported = written / "consolidated"
-    source = exported if exported.is_dir() else written
-    names = [
-        path.name for path in sorted(source.iterdir()) if not path.name.startswith(".") and path.name not in _NOT_MODELS
-    ]
-    with storage_errors(target):
-        for old in target.iterdir():
-            if old.name not in names and _WEIGHTS.fullmatch(old.name):
-                LOCAL.remove_file(old)
-        for name in sorted(names, key=lambda name: (name.endswith(".json"), name.endswith("config.json"))):
-            if (target / name).is_dir():
-                LOCAL.remove_tree(target / name)
-            LOCAL.rename(source / name, target / name)
-        LOCAL.sync_directory(target)
-        LOCAL.remove_tree(written.parent)

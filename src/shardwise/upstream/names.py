@@ -386,6 +386,16 @@ TRANSFORMERS_TRAINER = (
     Name("transformers.Trainer._save_rng_state", "likewise", "function"),
 )
 
+_PREPARED = "no public attribute lists what save_state would save"
+
+ACCELERATE = (
+    Name("accelerate.accelerator:_models", _PREPARED),
+    Name("accelerate.accelerator:_optimizers", _PREPARED),
+    Name("accelerate.accelerator:_schedulers", _PREPARED),
+    Name("accelerate.accelerator:_dataloaders", _PREPARED),
+    Name("accelerate.accelerator:_custom_objects", _PREPARED),
+)
+
 #: By module of this package: the names that it reads.
 BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "torch_modules": TORCH_MODULES,
@@ -398,6 +408,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
     "transformers": TRANSFORMERS,
     "transformers_rules": TRANSFORMERS_RULES,
     "transformers_trainer": TRANSFORMERS_TRAINER,
+    "accelerate": ACCELERATE,
     "peft": PEFT,
     "diffusers": DIFFUSERS,
     "huggingface_hub": HUGGINGFACE_HUB,

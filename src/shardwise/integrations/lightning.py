@@ -1,0 +1,408 @@
+"""Lightning's strategies with checkpoints by shardwise, for ``Trainer`` and ``Fabric``.
+
+    from shardwise.integrations.lightning import ShardwiseDDPStrategy
+
+    trainer = L.Trainer(strategy=ShardwiseDDPStrategy())
+    trainer.fit(model, ckpt_path="last")
+
+What Lightning decides stays with it: when to save, under which name, which checkpoints are kept. What is written at the
+path, and how, is `shardwise.Checkpointer`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import lightning.fabric.strategies as fabric
+import lightning.pytorch.strategies as pytorch
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.comm import Group
+from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.errors import ConfigError, MisuseError, StateFormatError
+from shardwise.format.state_json import encode_state
+from shardwise.integrations.host_paths import HostPaths, Parts
+from shardwise.integrations.lightning_data import Resumable, resumable, with_own, without_own
+from shardwise.peft.models import is_peft_adapted
+from shardwise.stateful_wrappers.wrapping import is_pretrained, unwrap
+
+if TYPE_CHECKING:
+    import os
+
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = [
+    "ShardwiseDDPStrategy",
+    "ShardwiseFabricDDPStrategy",
+    "ShardwiseFabricModelParallelStrategy",
+    "ShardwiseFabricSingleDeviceStrategy",
+    "ShardwiseModelParallelStrategy",
+    "ShardwiseSingleDeviceStrategy",
+]
+
+_STATE, _DATA, _FABRIC = "lightning", "lightning.data", "fabric"
+
+
+class _Shardwise:
+    """What strategies of Trainer and Fabric have in common.
+
+    Args:
+        *positional: Those of Lightning's strategy.
+        checkpointing: The settings beside those that Lightning decides. By default each checkpoint has a Hugging Face
+            export (``LATEST/model/consolidated`` below its path).
+        tokenizer: A tokenizer or processor to put beside the weights.
+        **named: Those of Lightning's strategy.
+
+    Raises:
+        ConfigError: What is asked for cannot be saved; the message names it.
+    """
+
+    is_global_zero: bool
+    _for_fabric = False
+
+    def __init__(
+        self,
+        *positional: object,
+        checkpointing: CheckpointingConfig | None = None,
+        tokenizer: SavesPretrained | None = None,
+        **named: object,
+    ) -> None:
+        for name in ("checkpoint_io", "save_distributed_checkpoint"):
+            if named.get(name):
+                self._refuse(name)
+        super().__init__(*positional, **named)
+        settings = checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
+        self._paths = HostPaths(settings, "Lightning")
+        self._tokenizer = tokenizer
+        self._resumables: list[Resumable] = []
+        self._restored_generators: dict[str, object] | None = None
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: object) -> None:
+        """Nothing: Lightning's own strategies keep their names."""
+
+    @property
+    def checkpoint_io(self) -> object:
+        """Lightning's own, which writes nothing."""
+        return super().checkpoint_io  # type: ignore[misc]
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: object) -> None:
+        self._refuse(f"the plugin {type(io).__name__}")
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """As in Lightning; what it returns knows its position."""
+        return resumable(super().process_dataloader(dataloader), self._for_fabric)  # type: ignore[misc]
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        """Remove a path. All ranks call."""
+        self._paths.remove(filepath)
+
+    def wait_for_saves(self) -> None:
+        """Return when the last checkpoint is complete, in asynchronous mode. All ranks call.
+
+        Raises:
+            ShardwiseError: What failed in it.
+        """
+        self._paths.finish()
+
+    def teardown(self) -> None:
+        """As in Lightning, once the last checkpoint is complete."""
+        self.wait_for_saves()
+        super().teardown()  # type: ignore[misc]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"{type(self).__name__} does not support {what}",
+            hint="Leave it out; what can be set is in the strategy's checkpointing=CheckpointingConfig(...).",
+        )
+
+
+class _TrainerStrategy(_Shardwise):
+    """A strategy of ``Trainer``."""
+
+    lightning_module: LightningModule
+    optimizers: list[Optimizer]
+    lr_scheduler_configs: list[object]
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Model and optimizer are filled where they are, once they are sharded."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """`load_checkpoint` does."""
+        return False
+
+    def setup(self, trainer: Trainer) -> None:
+        """As in Lightning, where everything can be saved.
+
+        Raises:
+            ConfigError: It cannot; the message names it.
+        """
+        module = self.lightning_module
+        if not module.strict_loading:
+            self._refuse("strict_loading=False")
+        for callback in trainer.callbacks if Group.current().world_size > 1 else ():
+            kind = type(callback).__name__
+            if isinstance(callback, ModelCheckpoint) and callback.save_on_exception:
+                self._refuse(f"{kind}(save_on_exception=True) on several ranks, of which one may fail alone")
+            if isinstance(callback, OnExceptionCheckpoint):
+                self._refuse(f"{kind} on several ranks, of which one may fail alone")
+        for owner in (module, trainer.datamodule):
+            try:
+                encode_state(dict(owner.hparams) if owner is not None else {})
+            except StateFormatError as error:
+                raise ConfigError(
+                    f"a hyper-parameter of {type(owner).__name__} cannot be saved: {error}",
+                    hint="Leave it out: self.save_hyperparameters(ignore=[...]).",
+                ) from error
+        super().setup(trainer)  # type: ignore[misc]
+
+    def lightning_module_state_dict(self) -> dict[str, object]:
+        """Empty: nothing is gathered, `save_checkpoint` takes the model as it is sharded."""
+        return {}
+
+    def optimizer_state(self, optimizer: object) -> dict[str, object]:
+        """Empty, likewise."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has done it.
+
+        Raises:
+            MisuseError: ``on_load_checkpoint`` has put something into the state of the model.
+        """
+        self._check_untouched(checkpoint, "on_load_checkpoint")
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        """Nothing: `load_checkpoint` has done it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, object], filepath: str | os.PathLike[str], storage_options: object = None
+    ) -> None:
+        """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
+
+        Args:
+            checkpoint: What Lightning collects; the model, optimizers and schedulers are taken from where they are.
+            filepath: The path.
+            storage_options: Only ``None``.
+
+        Raises:
+            MisuseError: A hook has put something into the state of the model; or there are storage options.
+            ShardwiseError: What failed, on any rank; what was saved before is untouched.
+        """
+        if storage_options is not None:
+            self._refuse("storage_options")
+        self._check_untouched(checkpoint, "on_save_checkpoint")
+        trainer = self.lightning_module.trainer
+        whole = "optimizer_states" in checkpoint
+        drawn = ("state_dict", "optimizer_states", "lr_schedulers")
+        rest = {name: value for name, value in checkpoint.items() if name not in drawn}
+        state, own = without_own(rest, trainer.is_last_batch)
+        extra: dict[str, object] = {_STATE: self.broadcast(_on_cpu(state)), _DATA: own}  # type: ignore[attr-defined]
+        is_final = not whole or trainer.global_step >= trainer.estimated_stepping_batches
+        self._paths.save(
+            filepath, self._parts(extra, whole), (trainer.current_epoch, trainer.global_step), bool(is_final)
+        )
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, object]:
+        """Restore model, optimizers and schedulers in place, on any number of ranks. All ranks call.
+
+        Args:
+            checkpoint_path: A path that was saved to.
+            weights_only: Without effect: nothing is unpickled.
+
+        Returns:
+            What Lightning collected, for it to restore.
+
+        Raises:
+            CheckpointNotFoundError: Nothing of shardwise's is there.
+            IncompleteCheckpointError: It is an interrupted save.
+            MisuseError: Training is to resume from a checkpoint of ``save_weights_only``.
+            ShardwiseError: Checkpoint and run do not fit; nothing was restored.
+        """
+        fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        found = self._paths.find(checkpoint_path)
+        if fits and not (found / "optim").is_dir():
+            raise MisuseError(
+                "the checkpoint was saved with save_weights_only, and has no optimizer to resume with",
+                path=checkpoint_path,
+                hint="Begin a new run from its model, or pass the path to validate, test or predict.",
+            )
+        before = RandomState().state_dict()
+        parts = self._parts({_STATE: None, _DATA: None}, fits)
+        self._paths.restore(checkpoint_path, parts)
+        generators = RandomState().state_dict()
+        if not fits:
+            RandomState().load_state_dict(before)
+        for loader in self._resumables:
+            loader.go_on_with(generators)
+        self._restored_generators = generators
+        own = cast("list[object]", parts.extra[_DATA] or [])
+        state = cast("dict[str, object]", with_own(parts.extra[_STATE], own))
+        schedulers = [scheduler.state_dict() for scheduler in parts.schedulers]
+        return {**state, "state_dict": {}, "optimizer_states": [], "lr_schedulers": schedulers}
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """As in Lightning; what it returns knows its position."""
+        made = super().process_dataloader(dataloader)
+        if isinstance(made, Resumable):
+            self._resumables.append(made)
+            if self._restored_generators is not None:
+                made.go_on_with(self._restored_generators)
+        return made
+
+    def _parts(self, extra: MutableMapping[str, object], whole: bool) -> Parts:
+        schedulers = [cast("LRScheduler", each.scheduler) for each in self.lr_scheduler_configs]  # type: ignore[attr-defined]
+        model = _inside(self.lightning_module)
+        return Parts(model, self.optimizers if whole else [], schedulers if whole else [], extra, self._tokenizer)
+
+    @staticmethod
+    def _check_untouched(checkpoint: Mapping[str, object], hook: str) -> None:
+        if checkpoint["state_dict"]:
+            raise MisuseError(
+                f"{hook} has put {', '.join(cast('dict[str, object]', checkpoint['state_dict']))} into the state of "
+                "the model, which shardwise takes from the model itself",
+                hint="Keep it under another key of the checkpoint, or as a buffer of the module.",
+            )
+
+
+class _FabricStrategy(_Shardwise):
+    """A strategy of ``Fabric``."""
+
+    _for_fabric = True
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        state: dict[str, object],
+        storage_options: object = None,
+        filter: Mapping[str, Callable[[str, object], bool]] | None = None,  # noqa: A002 - Lightning's own name
+    ) -> None:
+        """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
+
+        Args:
+            path: The path.
+            state: Name -> a model, an optimizer, a scheduler, anything with a state, or plain values.
+            storage_options: Only ``None``.
+            filter: Only ``None``.
+
+        Raises:
+            MisuseError: There is no model in the state.
+            ShardwiseError: What failed, on any rank; what was saved before is untouched.
+        """
+        for name, given in (("storage_options", storage_options), ("filter", filter)):
+            if given:
+                self._refuse(name)
+        self._paths.save(path, self._parts(state), None, False)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        state: nn.Module | Optimizer | dict[str, object] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, object]:
+        """Restore a state in place, on any number of ranks. All ranks call.
+
+        Args:
+            path: A path that was saved to.
+            state: The names that were saved. Plain values are replaced in it.
+            strict: Only ``True``.
+            weights_only: Without effect: nothing is unpickled.
+
+        Returns:
+            Nothing that is left: what the checkpoint has beside the state is named in a warning.
+
+        Raises:
+            CheckpointNotFoundError: Nothing of shardwise's is there.
+            MisuseError: There is no model in the state.
+            ShardwiseError: Checkpoint and state do not fit; nothing was restored.
+        """
+        if not strict:
+            self._refuse("strict=False")
+        if not isinstance(state, dict):
+            raise MisuseError(
+                f"load was given {'no state' if state is None else f'a {type(state).__name__}'}",
+                hint='Pass a dict of what is to be filled, as to save: {"model": model, "optimizer": optimizer, ...}.',
+            )
+        parts = self._parts(state)
+        self._paths.restore(path, parts)
+        for name, value in parts.extra.items():
+            state[name] = value
+            if isinstance(value, Resumable):
+                value.go_on_with(RandomState().state_dict())
+        return {}
+
+    def _parts(self, state: Mapping[str, object]) -> Parts:
+        models = [value for value in state.values() if isinstance(value, nn.Module)]
+        if not models:
+            raise MisuseError("there is no model in the state", hint='Pass {"model": model, ...}.')
+        optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+        schedulers = [value for value in state.values() if isinstance(value, LRScheduler)]
+        taken = (nn.Module, Optimizer, LRScheduler)
+        extra = {name: value for name, value in state.items() if not isinstance(value, taken)}
+        model = _inside(models[0]) if len(models) == 1 else nn.ModuleList([unwrap(each) for each in models])
+        return Parts(model, optimizers, schedulers, extra, self._tokenizer)
+
+
+class ShardwiseSingleDeviceStrategy(_TrainerStrategy, pytorch.SingleDeviceStrategy):  # type: ignore[misc]
+    """``Trainer`` on one device."""
+
+
+class ShardwiseDDPStrategy(_TrainerStrategy, pytorch.DDPStrategy):  # type: ignore[misc]
+    """``Trainer`` with DistributedDataParallel."""
+
+
+class ShardwiseModelParallelStrategy(_TrainerStrategy, pytorch.ModelParallelStrategy):  # type: ignore[misc]
+    """``Trainer`` with FSDP2 and tensor parallelism."""
+
+
+class ShardwiseFabricSingleDeviceStrategy(_FabricStrategy, fabric.SingleDeviceStrategy):  # type: ignore[misc]
+    """``Fabric`` on one device."""
+
+
+class ShardwiseFabricDDPStrategy(_FabricStrategy, fabric.DDPStrategy):  # type: ignore[misc]
+    """``Fabric`` with DistributedDataParallel."""
+
+
+class ShardwiseFabricModelParallelStrategy(_FabricStrategy, fabric.ModelParallelStrategy):  # type: ignore[misc]
+    """``Fabric`` with FSDP2 and tensor parallelism."""
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The pretrained or adapted model in a module that has no state beside it; else the module itself."""
+    found = module = unwrap(module)
+    names = list(module.state_dict(keep_vars=True))
+    prefix = ""
+    while not (is_pretrained(found) or hasattr(type(found), "get_base_model") or is_peft_adapted([found])):
+        below = [(name, child) for name, child in found.named_children() if _has_all(names, f"{prefix}{name}.")]
+        if not below:
+            return module
+        prefix, found = f"{prefix}{below[0][0]}.", below[0][1]
+    return found
+
+
+def _has_all(names: list[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
+
+
+def _on_cpu(state: object) -> object:
+    """Plain containers whose tensors are on the CPU."""
+    if isinstance(state, Mapping):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple) and type(state) in (list, tuple):
+        return type(state)(_on_cpu(each) for each in state)
+    return state.detach().cpu() if isinstance(state, torch.Tensor) else state

@@ -1,0 +1,120 @@
+"""Accelerate with shardwise's states: killed in a save and resumed, a run goes on as if never stopped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.integrations.accelerate_runs import Run, result, train
+from tests.integrations.runs import die_when_opening, scripts
+from tests.support.ranks import fresh
+
+stateful = pytest.param(
+    "stateful",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("torchdata") is None, reason="torchdata is not installed: pip install torchdata"
+    ),
+)
+
+
+def killed_and_resumed(run: Run, tmp_path: Path) -> None:
+    """A run that is killed in the save of step 12, and resumed, equals one that was never stopped."""
+    whole = result(replace(run, directory=tmp_path / "whole"), tmp_path)
+    name = "state/.saving-epoch_0_step_3" if run.named else "checkpoint_3/.saving-epoch_0_step_3"
+    assert train(replace(run, killed_in=name), tmp_path)[0] == -signal.SIGKILL
+    resumed = result(run, tmp_path)
+    assert resumed.started == 9
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 9}
+    assert resumed.weights == whole.weights
+    left = sorted(path.name for path in (run.directory / ("state" if run.named else "checkpoints")).iterdir())
+    assert left[0] == "LATEST" and len(left) == 2 if run.named else left == ["checkpoint_4", "checkpoint_5"]
+    opens(run)
+
+
+def opens(run: Run) -> None:
+    """transformers opens what `save_model` wrote."""
+    from transformers import LlamaForCausalLM
+
+    for number in range(run.models):
+        _, info = LlamaForCausalLM.from_pretrained(run.directory / f"final-{number}", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False), (2, True), (1, True)])
+def test_killed_in_a_save(world: int, fsdp: bool, is_async: bool, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", world, fsdp, batch=4 // world, is_async=is_async), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["seedable", stateful, "dispatch"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_ways_of_making_batches(world: int, data: str, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", world, batch=4 // world, data=data), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_directory_again_and_again(world: int, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", world, batch=4 // world, named=True), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False)])
+def test_several_models(world: int, fsdp: bool, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", world, fsdp, batch=4 // world, models=2), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks(first: int, then: int, tmp_path: Path) -> None:
+    """FSDP2 on two, one process alone, in the middle of an epoch: the same samples in each step, rounded otherwise."""
+    started = Run(tmp_path / "run", first, first > 1, 4 // first, steps=6, data="seedable", dropout=0.0)
+    before = result(started, tmp_path)
+    after = result(replace(started, steps=18, world=then, fsdp=then > 1, batch=4 // then), tmp_path)
+    whole = result(replace(started, steps=18, directory=tmp_path / "whole"), tmp_path)
+    assert after.started == 6
+    assert before.samples | after.samples == whole.samples
+    assert before.losses | after.losses == pytest.approx(whole.losses, rel=1e-2)
+    opens(started)
+
+
+def say(directory: Path, killed_in: str) -> None:
+    os.chdir(directory)
+    if killed_in:
+        die_when_opening(killed_in)
+    ran = runpy.run_path("train.py")
+    weights = {name: tensor.tolist() for name, tensor in ran["model"].state_dict().items()}
+    print(json.dumps({"losses": ran["progress"].losses, "weights": weights}))
+
+
+def test_the_pages_script_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    old, new, lines = scripts("accelerate.md")
+    assert lines <= 8
+    said = {}
+    for name, text, killed_in, code in (
+        ("old", old, "", 0),
+        ("new", new, "checkpoint_3/.saving", -signal.SIGKILL),
+        ("new", new, "", 0),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "train.py").write_text(text)
+        output = tmp_path / f"{name}.out"
+        errors = output.with_name(output.name + ".err")
+        assert fresh(say, tmp_path / name, killed_in, output=output, seconds=200) == code, errors.read_text()[-3000:]
+        said[name] = output.read_text().splitlines()[-1:]
+    assert said["new"] == said["old"]
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "new" / "my-llama" / "final")
+    assert {name: tensor.tolist() for name, tensor in opened.state_dict().items()} == json.loads(said["old"][0])[
+        "weights"
+    ]

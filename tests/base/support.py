@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.faults import is_tensor_data
+from tests.support.faults import NamedHandles, is_tensor_data
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.disk.storage import LocalStorage, Storage
+from shardwise.disk.storage import Storage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -95,17 +95,12 @@ def assert_same(model: nn.Module, expected: nn.Module, *, but: tuple[str, ...] =
         assert torch.equal(buffers[name], buffer), name
 
 
-class CountingStorage(LocalStorage):
+class CountingStorage(NamedHandles):
     """Remembers every range of tensors' bytes that was read from every file."""
 
     def __init__(self) -> None:
-        self.paths: dict[int, Path] = {}
+        super().__init__()
         self.ranges: list[tuple[Path, int, int]] = []
-
-    def open(self, path: Path, *, writable: bool) -> int:
-        handle = super().open(path, writable=writable)
-        self.paths[handle] = path
-        return handle
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         got = super().read(handle, into, offset)

@@ -14,14 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.engine.setups import checkpointer, digest
-from tests.support.faults import is_tensor_data
+from tests.support.faults import NamedHandles, is_tensor_data
 from tests.support.ranks import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.disk.storage import LocalStorage
 from shardwise.errors import (
     CheckpointNotFoundError,
     DtypeMismatchError,
@@ -321,21 +320,13 @@ def test_what_is_refused_changes_nothing(tmp_path: Path, world: int, settings: d
 # --- what cannot be foreseen, and what is left ----------------------------------------------------------------------
 
 
-class Failing(LocalStorage):
+class Failing(NamedHandles):
     """Cannot read tensors any more once it is told so."""
 
     fails = False
 
-    def __init__(self) -> None:
-        self._paths: dict[int, Path] = {}
-
-    def open(self, path: Path, *, writable: bool) -> int:
-        handle = super().open(path, writable=writable)
-        self._paths[handle] = path
-        return handle
-
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        path = self._paths[handle]
+        path = self.paths[handle]
         if self.fails and "model" in path.parts and is_tensor_data(path, offset):
             raise StorageError("Input/output error", hint="Check the disk.")
         return super().read(handle, into, offset)

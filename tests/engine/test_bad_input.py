@@ -179,7 +179,7 @@ class CutStorage(FaultyStorage):
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         got = super().read(handle, into, offset)
-        return got - 1 if got and dist.get_rank() == 1 and is_tensor_data(self._opened[handle], offset) else got
+        return got - 1 if got and dist.get_rank() == 1 and is_tensor_data(self.paths[handle], offset) else got
 
 
 def load_cut(root: Path) -> None:

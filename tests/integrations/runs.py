@@ -239,6 +239,35 @@ def digest(module: torch.nn.Module) -> str:
     return hasher.hexdigest()
 
 
+def run_pages_script(
+    page: str, say: Callable[[Path, str], None], killed_in: str, tmp_path: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a how-to's script as it was; then, below ``new``, as it is changed: killed in a save, and resumed.
+
+    Args:
+        page: The how-to; its change has at most 8 lines.
+        say: Runs ``train.py`` in a directory, dies when it opens a file of tensors whose path has the second argument
+            in it, and prints its result as JSON in the last line.
+        killed_in: That part of a path, for the run that is killed.
+        tmp_path: Where the scripts run.
+
+    Returns:
+        What the original and the resumed run printed.
+    """
+    old, new, lines = scripts(page)
+    assert lines <= 8
+    told: dict[str, dict[str, Any]] = {}
+    for name, text, part, code in (("old", old, "", 0), ("new", new, killed_in, -signal.SIGKILL), ("new", new, "", 0)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "train.py").write_text(text)
+        output = tmp_path / f"{name}.out"
+        errors = output.with_name(output.name + ".err")
+        assert fresh(say, tmp_path / name, part, output=output, seconds=200) == code, errors.read_text()[-3000:]
+        if not part:
+            told[name] = json.loads(output.read_text().splitlines()[-1])
+    return told["old"], told["new"]
+
+
 def scripts(page: str) -> tuple[str, str, int]:
     """A how-to's script as it was and as it is changed, and the number of lines in the change."""
     text = (Path(__file__).parents[2] / "docs" / "howto" / page).read_text()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.integrations.runs import SECONDS, die_when_opening
-from tests.support.ranks import fresh
+from tests.integrations.runs import announce, die_when_opening, errors_of, launch
 
 PAGES = Path(__file__).parents[2] / "docs" / "howto"
 
@@ -35,25 +32,18 @@ def run_script(
         killed_in: Rank 0 dies when it opens a file of tensors whose path has this in it.
     """
     directory.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-
-    def rank(number: int) -> int:
-        output = directory / f"rank-{number}"
-        return fresh(_rank, script, directory, number, world, port, killed_in, output=output, seconds=SECONDS)
-
-    with ThreadPoolExecutor(world) as pool:
-        codes = list(pool.map(rank, range(world)))
-    errors = "\n".join((directory / f"rank-{number}.err").read_text()[-3000:] for number in range(world))
+    codes = launch(_rank, (script, directory, world, killed_in), world, directory)
     said = [line for line in (directory / "rank-0").read_text().splitlines() if line.startswith("{")]
-    return codes, {int(step): loss for step, loss in json.loads(said[-1] if said else "{}").items()}, errors
+    return (
+        codes,
+        {int(step): loss for step, loss in json.loads(said[-1] if said else "{}").items()},
+        errors_of(world, directory),
+    )
 
 
-def _rank(script: Path, directory: Path, rank: int, world: int, port: int, killed_in: str) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+def _rank(run: tuple[Path, Path, int, str], rank: int, port: int) -> None:
+    script, directory, world, killed_in = run
+    announce(rank, world, port)
     os.chdir(directory)
     if killed_in and rank == 0:
         die_when_opening(killed_in)

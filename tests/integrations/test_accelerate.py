@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.integrations.accelerate_runs import Run, result, train
-from tests.integrations.runs import die_when_opening, scripts
-from tests.support.ranks import fresh
+from tests.integrations.runs import die_when_opening, run_pages_script
 
 stateful = pytest.param(
     "stateful",
@@ -99,22 +98,7 @@ def say(directory: Path, killed_in: str) -> None:
 def test_the_pages_script_resumes_as_if_never_stopped(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    old, new, lines = scripts("accelerate.md")
-    assert lines <= 8
-    said = {}
-    for name, text, killed_in, code in (
-        ("old", old, "", 0),
-        ("new", new, "checkpoint_3/.saving", -signal.SIGKILL),
-        ("new", new, "", 0),
-    ):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "train.py").write_text(text)
-        output = tmp_path / f"{name}.out"
-        errors = output.with_name(output.name + ".err")
-        assert fresh(say, tmp_path / name, killed_in, output=output, seconds=200) == code, errors.read_text()[-3000:]
-        said[name] = output.read_text().splitlines()[-1:]
-    assert said["new"] == said["old"]
+    whole, resumed = run_pages_script("accelerate.md", say, "checkpoint_3/.saving", tmp_path)
+    assert json.dumps(resumed) == json.dumps(whole)
     opened = LlamaForCausalLM.from_pretrained(tmp_path / "new" / "my-llama" / "final")
-    assert {name: tensor.tolist() for name, tensor in opened.state_dict().items()} == json.loads(said["old"][0])[
-        "weights"
-    ]
+    assert {name: tensor.tolist() for name, tensor in opened.state_dict().items()} == whole["weights"]

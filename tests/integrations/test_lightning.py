@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.integrations.lightning_runs import Run, result, train
-from tests.integrations.runs import die_when_opening, scripts
-from tests.support.ranks import fresh
+from tests.integrations.runs import die_when_opening, run_pages_script
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None, reason="Lightning is not installed: pip install lightning"
@@ -92,23 +91,9 @@ def say(directory: Path, killed_in: str) -> None:
 def test_the_pages_script_resumes_as_if_never_stopped(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    old, new, lines = scripts("lightning.md")
-    assert lines <= 8
-    said = {}
-    for name, text, killed_in, code in (
-        ("old", old, "", 0),
-        ("new", new, "last.ckpt/.saving-epoch_1_step_14", -signal.SIGKILL),
-        ("new", new, "", 0),
-    ):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "train.py").write_text(text)
-        output = tmp_path / f"{name}.out"
-        errors = output.with_name(output.name + ".err")
-        assert fresh(say, tmp_path / name, killed_in, output=output, seconds=200) == code, errors.read_text()[-3000:]
-        if not killed_in:
-            said[name] = json.loads(output.read_text().splitlines()[-1])
-    assert said["new"]["weights"] == said["old"]["weights"]
-    assert said["new"]["losses"] == {step: loss for step, loss in said["old"]["losses"].items() if int(step) >= 8}
+    whole, resumed = run_pages_script("lightning.md", say, "last.ckpt/.saving-epoch_1_step_14", tmp_path)
+    assert resumed["weights"] == whole["weights"]
+    assert resumed["losses"] == {step: loss for step, loss in whole["losses"].items() if int(step) >= 8}
     export = tmp_path / "new" / "my-llama" / "last.ckpt" / "LATEST" / "model" / "consolidated"
     opened = LlamaForCausalLM.from_pretrained(export)
     assert opened.config.hidden_size == 32

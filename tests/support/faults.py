@@ -20,7 +20,19 @@ def is_tensor_data(path: Path, offset: int) -> bool:
         return offset >= 8 + int.from_bytes(file.read(8), "little")
 
 
-class FaultyStorage(LocalStorage):
+class NamedHandles(LocalStorage):
+    """Knows which file a handle is of."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, Path] = {}
+
+    def open(self, path: Path, *, writable: bool) -> int:
+        handle = super().open(path, writable=writable)
+        self.paths[handle] = path
+        return handle
+
+
+class FaultyStorage(NamedHandles):
     """Fails the ``nth`` call of one operation on one rank, and every later one.
 
     Args:
@@ -34,8 +46,9 @@ class FaultyStorage(LocalStorage):
     def __init__(
         self, operation: str, rank: int, code: int = errno.ENOSPC, nth: int = 1, folder: str | None = None
     ) -> None:
+        super().__init__()
         self._operation, self._rank, self._code, self._left = operation, rank, code, nth
-        self._folder, self._opened = folder, dict[int, Path]()
+        self._folder = folder
 
     def _maybe(self, operation: str, path: Path | None = None) -> None:
         if self._folder is not None and (path is None or self._folder not in path.parts):
@@ -59,32 +72,30 @@ class FaultyStorage(LocalStorage):
 
     def open(self, path: Path, *, writable: bool) -> int:
         self._maybe("open", path)
-        handle = super().open(path, writable=writable)
-        self._opened[handle] = path
-        return handle
+        return super().open(path, writable=writable)
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
-        self._maybe("write", self._opened.get(handle))
+        self._maybe("write", self.paths.get(handle))
         super().write(handle, data, offset)
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
-        if is_tensor_data(self._opened[handle], offset):
-            self._maybe("read", self._opened[handle])
+        if is_tensor_data(self.paths[handle], offset):
+            self._maybe("read", self.paths[handle])
         return super().read(handle, into, offset)
 
     def read_rows(
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
     ) -> int:
-        self._maybe("read", self._opened.get(handle))
+        self._maybe("read", self.paths.get(handle))
         return super().read_rows(handle, into, rows, width, pitch, period, offset)
 
     def sync(self, handle: int) -> None:
-        self._maybe("sync", self._opened.get(handle))
+        self._maybe("sync", self.paths.get(handle))
         super().sync(handle)
 
     def close(self, handle: int) -> None:
         super().close(handle)
-        self._maybe("close", self._opened.get(handle))
+        self._maybe("close", self.paths.get(handle))
 
     def sync_directory(self, path: Path) -> None:
         self._maybe("sync_directory", path)

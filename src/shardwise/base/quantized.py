@@ -23,7 +23,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.read_sharing import Made
 from shardwise.errors import QuantizationError, ShapeMismatchError
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, part_in_box
 from shardwise.plan.quantized import (
     Quantized,
     QuantizedPiece,
@@ -301,7 +301,7 @@ def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:
 def _regions(stored: torch.Tensor, slab: Slab) -> Iterator[Fragment]:
     for box in slab.scales:
         inside = box.relative_to(slab.around)
-        yield Fragment(box, stored[tuple(slice(o, e) for o, e in zip(inside.offsets, inside.ends, strict=True))])
+        yield Fragment(box, part_in_box(stored, inside))
 
 
 def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Reader) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.plan.fragments import Fragment
+from shardwise.plan.fragments import Fragment, part_in_box
 from shardwise.stateful_wrappers.memory import PLAIN, plain_memory, stands_for_memory
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.upstream.torch_dispatch import OpOverload, TorchDispatchMode, operation_name
@@ -90,8 +90,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 seed = int.from_bytes(hashlib.blake2b(block_key.encode(), digest_size=7).digest())
                 drawn = torch.empty(shape, dtype=dtype)
                 func(drawn, *args, **rest, generator=torch.Generator().manual_seed(seed))
-                box = part.box
-                part.data.copy_(drawn[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+                part.data.copy_(part_in_box(drawn, part.box))
 
 
 def _place(tensor: torch.Tensor) -> tuple[str, int] | None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardwise.base.slots import Slot
+from shardwise.plan.fragments import copy_whole
 from shardwise.stateful_wrappers.markers import has_mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import original_class
@@ -122,7 +123,5 @@ def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
     whole = value.detach()
     if has_mark(whole):  # it holds what was to be filled, or memory that nobody has filled
         return False
-    for fragment in held_tensor(slot.name, slot.tensor, MeshRegister()).fragments:
-        box = fragment.box
-        fragment.data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+    copy_whole(whole, held_tensor(slot.name, slot.tensor, MeshRegister()))
     return True

@@ -25,21 +25,20 @@ def check_places(config: Settings, storage: Storage | None, trace_dir: Path | No
     if config.enabled and not config.is_remote and (storage is None or isinstance(storage, IsLocal)):
         root = Path(config.checkpoint_dir).absolute()
         local = root if storage is None else storage.local_path(root)
-        error = _refusal(
+        unwritable = _refusal(
             "checkpoint_dir",
             local,
             "Set checkpoint_dir to a directory that this user may write to, or set enabled to false in a program that "
             "only restores.",
         )
-        if error is not None:
+        if unwritable is not None:
             if not is_directory(local) or not any(parse_checkpoint_name(name) for name in names_in(local)):
-                raise error
-            _LOG.warning("no checkpoint can be saved: %s", error)
-    error = None
+                raise unwritable
+            _LOG.warning("no checkpoint can be saved: %s", unwritable)
     if trace_dir is not None:
-        error = _refusal("trace", trace_dir, f"Name another directory in the setting trace or in {TRACE_VARIABLE}.")
-    if error is not None:
-        raise error
+        hint = f"Name another directory in the setting trace or in {TRACE_VARIABLE}."
+        if (no_trace := _refusal("trace", trace_dir, hint)) is not None:
+            raise no_trace
 
 
 def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:

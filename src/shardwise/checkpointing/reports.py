@@ -1,4 +1,4 @@
-"""What a user is told of saves and loads: a line in the log, a record, the callbacks."""
+"""Reports of saves and loads to the user: a line in the log, a record, the callbacks."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from shardwise.cli.exits import CRASHED, INTERRUPTED, MISUSE, code_of
+from shardwise.cli.output import text_of
 from shardwise.cli.parsing import make_parser
 from shardwise.errors import ShardwiseError, StorageError
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a full disk or a closed pipe is to be seen here, and not at exit
         return code
     except ShardwiseError as error:
-        _say("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        _say(text_of(error))
         return code_of(error)
     except KeyboardInterrupt:
         return INTERRUPTED

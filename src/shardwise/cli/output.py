@@ -37,6 +37,11 @@ def plain(value: object) -> object:
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+def text_of(error: Exception) -> str:
+    """What is printed of an error: its message, and where the documentation has more."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def print_json(value: object) -> None:
     """Print a value on standard output."""
     print(json.dumps(value, indent=1))

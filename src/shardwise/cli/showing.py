@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.cli.exits import FINE, FOUND, UNVERIFIABLE, code_of, gravest
-from shardwise.cli.output import Bar, age, coloured, columns, print_json, record, size
+from shardwise.cli.output import Bar, age, coloured, columns, print_json, record, size, text_of
 from shardwise.errors import MisuseError, ShardwiseError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object
         except ShardwiseError as error:
             if len(paths) == 1:
                 raise
-            print(f"shardwise: {path}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+            print(f"shardwise: {path}: {text_of(error)}", file=sys.stderr)
             code, result = code_of(error), {"requested": str(path), "error": error.to_record()}
         codes.append(code)
         results.append(result)

@@ -18,6 +18,7 @@ from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import CheckpointNotFoundError, ConfigError, IncompleteCheckpointError
+from shardwise.integrations.decided_settings import first_set
 from shardwise.lifecycle import checkpoint_name, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
 
@@ -75,14 +76,12 @@ class HostPaths:
     """
 
     def __init__(self, settings: CheckpointingConfig, host: str) -> None:
-        defaults = CheckpointingConfig()
-        for name in _DERIVED:
-            if getattr(settings, name) != getattr(defaults, name):
-                raise ConfigError(
-                    f"checkpointing sets {name}, which {host} decides",
-                    hint=f"Leave {name} out: where and when checkpoints are written, and which are kept, is up to the "
-                    "training script.",
-                )
+        if (name := first_set(settings, _DERIVED)) is not None:
+            raise ConfigError(
+                f"checkpointing sets {name}, which {host} decides",
+                hint=f"Leave {name} out: where and when checkpoints are written, and which are kept, is up to the "
+                "training script.",
+            )
         settings.build().close()  # refuses what no checkpointer can be built of
         self.settings = settings
         self._writing: tuple[Checkpointer, Path, str] | None = None

@@ -32,6 +32,7 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import ConfigError, MisuseError
+from shardwise.integrations.decided_settings import first_set
 from shardwise.integrations.torchtitan_export import attach_export, hub_adapter
 from shardwise.lifecycle import LATEST, resolve
 from shardwise.sources.state_files import pack_state, unpack_state
@@ -237,13 +238,11 @@ def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> Checkp
         ConfigError: They contradict torchtitan's, or something is asked for that is not supported.
     """
     given = config.checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.FALSE)
-    defaults = CheckpointingConfig()
-    for name, origin in _DERIVED.items():
-        if getattr(given, name) != getattr(defaults, name):
-            raise ConfigError(
-                f"checkpointing sets {name}, which ShardwiseCheckpointManager takes from {origin}",
-                hint=f"Leave {name} out, and set {origin}.",
-            )
+    if (name := first_set(given, _DERIVED)) is not None:
+        raise ConfigError(
+            f"checkpointing sets {name}, which ShardwiseCheckpointManager takes from {_DERIVED[name]}",
+            hint=f"Leave {name} out, and set {_DERIVED[name]}.",
+        )
     if config.initial_load_in_hf_quantized:
         raise ConfigError(
             "ShardwiseCheckpointManager does not support initial_load_in_hf_quantized",

@@ -11,6 +11,7 @@ from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError
+from shardwise.integrations.decided_settings import first_set
 from shardwise.lifecycle import LATEST, ResolvedCheckpoint, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
 from shardwise.upstream.transformers_trainer import (
@@ -109,13 +110,11 @@ def check_settings(settings: CheckpointingConfig, trainer: TrainerCheckpoints) -
     Raises:
         ConfigError: There is one; the message names it.
     """
-    defaults = CheckpointingConfig()
-    for name, origin in _DERIVED.items():
-        if getattr(settings, name) != getattr(defaults, name):
-            raise ConfigError(
-                f"checkpointing sets {name}, which ShardwiseTrainer takes from {origin}",
-                hint=f"Leave {name} out, and set it in TrainingArguments.",
-            )
+    if (name := first_set(settings, _DERIVED)) is not None:
+        raise ConfigError(
+            f"checkpointing sets {name}, which ShardwiseTrainer takes from {_DERIVED[name]}",
+            hint=f"Leave {name} out, and set it in TrainingArguments.",
+        )
     if settings.is_peft and not is_peft_adapted([trainer.model]):
         raise ConfigError(
             f"checkpointing sets is_peft, and the {type(trainer.model).__name__} has no adapter of peft's",

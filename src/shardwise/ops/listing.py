@@ -65,6 +65,19 @@ class ListedCheckpoint:
     writer: Writer | None = None
 
 
+def real_root(given: Path) -> Path:
+    """Where a root is when every link in it is followed.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at the path.
+    """
+    if not exists(given):
+        raise CheckpointNotFoundError(
+            "there is nothing at this path", path=given, hint="Check the path and that the file system is mounted."
+        )
+    return real_path(given)
+
+
 def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = None) -> tuple[ListedCheckpoint, ...]:
     """List the checkpoints of a root, what is being written and what was left, by epoch and step.
 
@@ -82,11 +95,7 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
     """
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):
-        if not exists(given):
-            raise CheckpointNotFoundError(
-                "there is nothing at this path", path=given, hint="Check the path and that the file system is mounted."
-            )
-        place = real_path(given)
+        place = real_root(given)
         if is_there(place / MANIFEST_NAME):
             raise MisuseError(
                 "this is a checkpoint and no directory of checkpoints",

@@ -9,11 +9,11 @@ from pathlib import Path
 import yaml
 
 from shardwise.disk.guarded import read_note
-from shardwise.disk.names import exists, real_path
 from shardwise.disk.storage import Storage, current, storage_errors, using
-from shardwise.errors import CheckpointNotFoundError, ConfigError, StateFormatError
+from shardwise.errors import ConfigError, StateFormatError
 from shardwise.lifecycle import Retention, list_checkpoints, prunable, prune, publishing
 from shardwise.lifecycle.resolve import newest
+from shardwise.ops.listing import real_root
 
 __all__ = ["PruneReport", "Retention", "prune_checkpoints", "recorded_policy"]
 
@@ -66,9 +66,7 @@ def prune_checkpoints(
     """
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):
-        if not exists(given):
-            raise CheckpointNotFoundError("there is nothing at this path", path=given, hint="Check the path.")
-        place = real_path(given)
+        place = real_root(given)
         chosen = policy or recorded_policy(place)
         if chosen is None or chosen.max_recent is None:
             raise ConfigError(

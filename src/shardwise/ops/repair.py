@@ -6,9 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.disk.names import exists, is_directory, real_path
+from shardwise.disk.names import exists, is_directory
 from shardwise.disk.storage import Storage, current, storage_errors, using
-from shardwise.errors import CheckpointNotFoundError
 from shardwise.lifecycle import (
     BEST,
     LATEST,
@@ -22,7 +21,7 @@ from shardwise.lifecycle import (
 )
 from shardwise.lifecycle import list_checkpoints as checkpoints_by_name
 from shardwise.lifecycle.resolve import is_complete, newest, publication_begun
-from shardwise.ops.listing import ListedCheckpoint, list_checkpoints
+from shardwise.ops.listing import ListedCheckpoint, list_checkpoints, real_root
 from shardwise.ops.prune import recorded_policy
 
 __all__ = ["PointerRepair", "RepairReport", "repair"]
@@ -80,20 +79,19 @@ def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storag
     """
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):
-        if not exists(given):
-            raise CheckpointNotFoundError("there is nothing at this path", path=given, hint="Check the path.")
-        place = real_path(given)
+        place = real_root(given)
         listed = list_checkpoints(place)
         if not apply:
             gone = tuple(each.path.name for each in listed if _is_leftover(each))
-            return RepairReport(place, gone, _wrong_pointers(place), _left(place, listed))
+            wrong = _wrong_pointers(place)
+            return RepairReport(place, gone, wrong, _left(place, listed, wrong))
         # Of a claim of another machine nobody here knows whether its lock could be seen.
         gone = remove_leftovers(place, active=[each.path for each in listed if each.state == "claimed"])
         with publishing(place):
             wrong = _wrong_pointers(place)
             for each in wrong:
                 set_pointer(place, each.name, each.new)
-        return RepairReport(place, gone, wrong, _left(place, list_checkpoints(place)), done=True)
+        return RepairReport(place, gone, wrong, _left(place, list_checkpoints(place), wrong), done=True)
 
 
 def _is_leftover(each: ListedCheckpoint) -> bool:
@@ -125,7 +123,7 @@ def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:
     return tuple(found)
 
 
-def _left(root: Path, listed: tuple[ListedCheckpoint, ...]) -> tuple[str, ...]:
+def _left(root: Path, listed: tuple[ListedCheckpoint, ...], wrong: tuple[PointerRepair, ...]) -> tuple[str, ...]:
     found = []
     for each in listed:
         if each.state == "damaged":
@@ -137,7 +135,7 @@ def _left(root: Path, listed: tuple[ListedCheckpoint, ...]) -> tuple[str, ...]:
             )
         elif each.state == "interrupted" and each.path.name == each.name:
             found.append(f"{each.name} has neither a manifest nor a model: look at it, and delete it if it is nothing")
-    mended = {each.name for each in _wrong_pointers(root)}
+    mended = {each.name for each in wrong}
     for name, target in pointers(root).items():
         if name not in mended and parse_checkpoint_name(name) is None and not exists(root / target):
             found.append(f"the pointer {name} leads to {target}, which is not there: set it, or delete it")

@@ -105,7 +105,12 @@ class HeldTensor(NamedTuple):
 def copy_whole(whole: torch.Tensor, held: HeldTensor) -> None:
     """Copy a whole tensor, of the shape of the grid, into what this rank holds of it."""
     for box, data in held.fragments:
-        data.copy_(whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))])
+        data.copy_(part_in_box(whole, box))
+
+
+def part_in_box(whole: torch.Tensor, box: Box) -> torch.Tensor:
+    """The part of a tensor in a box; the same memory."""
+    return whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
 
 
 def seen_through(view: AxisView | None, native: HeldPart) -> HeldPart:

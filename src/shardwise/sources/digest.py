@@ -13,7 +13,6 @@ from shardwise.plan.deferred import resolve
 from shardwise.sources.tensor_bytes import as_bytes, blocks, stored
 
 _POLYNOMIAL = np.uint32(0x82F63B78)
-_TOP = np.uint32(0x80000000)
 _ROWS_AT_ONCE = 2**22
 
 

@@ -9,7 +9,6 @@ opened by ``torch.load``, memory-mapped where the format allows it, and copied s
 from __future__ import annotations
 
 import errno
-import logging
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,8 +36,6 @@ from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
 from shardwise.sources.torch_state import distributed_class, unwrapped
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
-
-_LOG = logging.getLogger(__name__)
 
 _COPY_ELEMENTS = 2**20
 

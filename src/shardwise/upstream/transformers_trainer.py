@@ -6,6 +6,7 @@ module imports the Trainer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from transformers import Trainer
@@ -23,28 +24,28 @@ REPLACED = (
 UNUSED = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")
 
 
-class TrainerCheckpoints(Trainer):  # type: ignore[misc] # transformers is not followed by mypy
+class TrainerCheckpoints(Trainer, ABC):  # type: ignore[misc] # transformers is not followed by mypy
     """A Trainer whose checkpoints are written and read by the methods below. All ranks call each of them."""
 
+    @abstractmethod
     def begin_epoch(self, epoch: int, is_begun: bool) -> None:
         """Note that the loop enters an epoch; ``is_begun`` where it skips batches that the resumed run has had."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_checkpoint(self) -> None:
         """Write a checkpoint of the present step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_checkpoint(self, checkpoint: Path) -> None:
         """Fill model, optimizer and scheduler, which are prepared for training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_best_model(self, checkpoint: Path) -> None:
         """Fill the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_generators(self) -> None:
         """Set the random number generators to what they were when the checkpoint was saved."""
-        raise NotImplementedError
 
     def _run_epoch(
         self, *, epoch: int, epochs_trained: int, steps_trained_in_current_epoch: int, **others: object

@@ -18,6 +18,7 @@ FAST = [
     Case("PiSSA, fast", FSDP, True),  # base weights that were changed by chance were others after a restore
     Case("LoRA, embeddings and head", STAGES, False),  # the last stage's head was left out
     Case("rsLoRA", TP, True),
+    Case("X-LoRA", ONE, False),  # the names of its experts were taken for those of other modules
 ]
 
 

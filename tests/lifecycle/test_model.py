@@ -172,7 +172,7 @@ class Lifecycle(RuleBasedStateMachine):
         for gone in self._publish(run, node):
             del self.world.there[gone]
 
-    @rule(which=st.integers(0, 1), ahead=st.integers(1, 4), at=st.integers(0, 70), kills=st.booleans())
+    @rule(which=st.integers(0, 1), ahead=st.integers(1, 4), at=st.integers(0, 90), kills=st.booleans())
     def save_and_fail(self, which: int, ahead: int, at: int, kills: bool) -> None:
         """The file system refuses from an operation on, or the process ends at it."""
         number = which % len(self.runs)
@@ -262,6 +262,29 @@ def check(examples: int, steps: int) -> None:
 
 def test_the_lifecycle_is_that_of_the_model() -> None:
     check(12, 25)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("rolled_back", [True, False])
+def test_a_run_goes_on_from_what_a_failing_save_has_published(swaps: bool, rolled_back: bool) -> None:
+    """Retention went by the checkpoint before it, and kept one too many."""
+    published = 0
+    for at in range(18, 42, 2):
+        machine = Lifecycle()
+        machine.begin(swaps, 2)
+        machine.save(0, 1)
+        machine.save(0, 1)
+        if rolled_back:
+            assert machine.runs[0].restore("epoch_0_step_1") == (1, 1.0)
+            machine.runs[0].origin, machine.runs[0].restored = machine.world.there[1], True
+        machine.save_and_fail(0, 1, at, False)
+        published += machine.runs[0].origin is not None and machine.runs[0].origin.value == 3.0
+        machine.what_is_there()
+        for _ in range(2):
+            machine.save(0, 1)
+            machine.what_is_there()
+        machine.teardown()
+    assert 0 < published < 12
 
 
 @pytest.mark.slow

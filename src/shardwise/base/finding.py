@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.base.hub_cache import Snapshot, default_cache, find_snapshot, is_models_folder, snapshot_in
 from shardwise.disk.names import exists, is_directory, is_file, real_path
 from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_index
 from shardwise.settings import Settings
 from shardwise.sources.directory_contents import did_you_mean, found_instead, holds_model, how_to_open
+from shardwise.sources.hub_cache import Snapshot, default_cache, find_snapshot, is_models_folder, snapshot_in
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ A save, on the coordinating rank::
     mine = claim(root, name)                    # nobody else writes or removes it, as long as this process lives
     temp = reserve(root, name, start)           # every rank writes below it, lineage and manifest come last
     with publishing(root):
-        publish(temp, root / name, start)       # the commit point
+        put_in_place(temp, root / name, start)  # the commit point
+        settle(temp, root / name)               # durable; `publish` is both
         set_pointer(root, LATEST, name)
         if best := best_checkpoint(list_checkpoints(root), policy):
             set_pointer(root, BEST, best)
@@ -32,7 +33,15 @@ from shardwise.lifecycle.names import (
 from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import abandon, make_root, publish, remove_leftovers, reserve
+from shardwise.lifecycle.publish import (
+    abandon,
+    make_root,
+    publish,
+    put_in_place,
+    remove_leftovers,
+    reserve,
+    settle,
+)
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
@@ -68,12 +77,14 @@ __all__ = [
     "publish",
     "published_name",
     "publishing",
+    "put_in_place",
     "read_pointer",
     "remove_leftovers",
     "reserve",
     "resolve",
     "select_doomed",
     "set_pointer",
+    "settle",
     "temporary_name",
     "writer_of",
 ]

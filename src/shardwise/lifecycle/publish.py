@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from shardwise.errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
     MisuseError,
+    ShardwiseError,
 )
 from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
@@ -27,6 +29,8 @@ from shardwise.lifecycle.names import (
 from shardwise.lifecycle.ownership import claim
 from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
+
+_LOG = logging.getLogger(__name__)
 
 
 def reserve(root: Path, name: str, start: Start | None = None) -> Path:
@@ -83,8 +87,9 @@ def publish(temp: Path, final: Path, start: Start | None = None) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
     The writers have synced the content of their files; this syncs the directories that list them, and then renames
-    once. A crash before the rename leaves a temporary directory, one after it the whole checkpoint. Set ``LATEST``
-    next, with `set_pointer`; until then resolving ``LATEST`` follows the announcement made here.
+    once (`put_in_place`) and makes that durable (`settle`). A crash before the rename leaves a temporary directory, one
+    after it the whole checkpoint. Set ``LATEST`` next, with `set_pointer`; until then resolving ``LATEST`` follows the
+    announcement made here.
 
     One that the run left behind when it went back to ``start`` is replaced: the two directories swap their names in
     one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
@@ -100,8 +105,14 @@ def publish(temp: Path, final: Path, start: Start | None = None) -> None:
         CheckpointNotFoundError: ``temp`` does not exist.
         IncompleteCheckpointError: ``temp`` has no manifest.
         MisuseError: ``temp`` is not what `reserve` returned for ``final``.
-        StorageError: The file system refused; ``temp`` is still there, unless only the sync after the rename failed.
+        StorageError: The file system refused; ``temp`` is still there, unless only what comes after the rename failed.
     """
+    put_in_place(temp, final, start)
+    settle(temp, final)
+
+
+def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
+    """The first part of `publish`: when it returns the checkpoint is there, and when it raises it is not."""
     if temp.parent != final.parent or published_name(temp.name) != final.name:
         raise MisuseError(
             f"{temp.name!r} was not reserved for {final.name!r}", path=temp, hint="Pass what reserve() returned."
@@ -124,27 +135,36 @@ def publish(temp: Path, final: Path, start: Start | None = None) -> None:
         lineage = read_lineage(temp)
         announce(final.parent, final.name, "" if lineage is None else lineage.own.id)
         if replaces:
-            _replace(temp, final)
-            return
+            doomed = final.with_name(doomed_name(final.name))
+            storage.remove_tree(doomed)
+            if storage.exchange(temp, final):
+                return
+            storage.rename_new(final, doomed)
         try:
             storage.rename_new(temp, final)
         except FileExistsError:
             _refuse(final)
-        storage.sync_directory(final.parent)
 
 
-def _replace(temp: Path, final: Path) -> None:
+def settle(temp: Path, final: Path) -> None:
+    """The second part of `publish`: sync the rename, and delete the checkpoint that was replaced.
+
+    Raises:
+        StorageError: The file system refused the sync: after a power failure ``final`` might not be there. What could
+            not be deleted is logged, and `remove_leftovers` deletes it later.
+    """
     storage, doomed = current(), final.with_name(doomed_name(final.name))
-    storage.remove_tree(doomed)
-    if storage.exchange(temp, final):
+    with storage_errors(final):
         storage.sync_directory(final.parent)
-        storage.rename_new(temp, doomed)
-    else:
-        storage.rename_new(final, doomed)
-        storage.rename_new(temp, final)
-    # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-    storage.sync_directory(final.parent)
-    storage.remove_tree(doomed)
+    try:
+        if is_there(temp):
+            storage.rename_new(temp, doomed)
+        if is_there(doomed):
+            # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
+            storage.sync_directory(final.parent)
+            storage.remove_tree(doomed)
+    except (OSError, ShardwiseError) as error:
+        _LOG.warning("%s is published, but deleting what it replaced failed: %s", final, ShardwiseError.wrap(error))
 
 
 def abandon(temp: Path) -> None:

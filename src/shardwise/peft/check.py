@@ -92,6 +92,10 @@ def _pair_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> Ite
             yield f"{owner} has rank {rank}, configured is {configured}"
 
 
+#: X-LoRA keeps the model with its experts' adapters one level deeper.
+_MIXTURE_PREFIX = "base_model.lora_model.model."
+
+
 def adapted_modules(names: Iterable[str]) -> frozenset[str]:
     """The modules that a file's LoRA factors adapt, by its tensors' names."""
     sides = tuple(f".{suffix}" for pair in _PAIRS for suffix in pair)
@@ -100,7 +104,9 @@ def adapted_modules(names: Iterable[str]) -> frozenset[str]:
 
 def _adapted(owner: str) -> str:
     """The module that is adapted: parts of it, or several of its parameters, are called after peft's inner layers."""
-    return owner.removeprefix(PEFT_PREFIX).partition(".base_layer")[0]
+    for prefix in (PEFT_PREFIX, _MIXTURE_PREFIX):
+        owner = owner.removeprefix(prefix)
+    return owner.partition(".base_layer")[0]
 
 
 def _configured_rank(owner: str, config: Mapping[str, object]) -> int | None:

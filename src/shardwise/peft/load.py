@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -9,8 +10,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from shardwise.disk.names import is_file
+from shardwise.disk.storage import current
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.peft.tensors import AdapterFile
+from shardwise.sources.entries import Entry, read_entries
+from shardwise.sources.reader import Reader
+from shardwise.sources.stream import tensor_blocks
 from shardwise.upstream import peft
 
 #: Settings that do not change what the tensors of an adapter mean; every other one is compared.
@@ -133,7 +138,7 @@ def check_shared_factors(
     """Check that tensors which share memory in the model are equal in the file. One rank calls.
 
     A model with a combined projection has one A factor for all of its parts; an adapter trained with one factor each
-    cannot be loaded into it. Reads those tensors of the file, two at a time.
+    cannot be loaded into it. Reads those tensors of the file, two at a time, block by block.
 
     Args:
         file: One adapter of the model.
@@ -147,24 +152,27 @@ def check_shared_factors(
     shared = [(item.spec.name, item.alias_of) for item in file.entries if item.alias_of is not None]
     if not shared:
         return
-    import torch
-    from safetensors import safe_open
-
     path = Path(model_directory)
     path = path if is_file(path) else path / file.path
     if not is_file(path):
         raise CheckpointNotFoundError(
             f"no {path.name}", path=path, hint="Pass the model directory of an adapter checkpoint."
         )
-    with safe_open(path, framework="pt") as reader:
-        names = {renamed(name): name for name in reader.keys()}  # noqa: SIM118 - the reader cannot be iterated over
+    names = {renamed(entry.name): entry for entry in read_entries(path)}
+    with contextlib.closing(Reader(current(), [path])) as reader:
         for name, first in shared:
-            if not (name in names and first in names):
-                continue
-            if not torch.equal(reader.get_tensor(names[name]), reader.get_tensor(names[first])):
+            if name in names and first in names and not _equal(names[name], names[first], reader):
                 raise AdapterError(
                     f"{name!r} differs from {first!r}, and both are one parameter of this model",
                     path=path,
                     tensor=name,
                     hint="Load this adapter into a model with separate projections, for example with peft.",
                 )
+
+
+def _equal(one: Entry, other: Entry, reader: Reader) -> bool:
+    """Whether two tensors of the reader's only file have the same dtype, shape and bytes."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    pairs = zip(*(tensor_blocks(entry.located_in(0), reader) for entry in (one, other)), strict=True)
+    return all(ours == theirs for ours, theirs in pairs)

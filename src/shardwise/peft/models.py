@@ -25,6 +25,7 @@ from shardwise.peft.load import is_legacy_version
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.plan.views import AxisView
+from shardwise.sources.hub_cache import default_cache, find_snapshot
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
 from shardwise.upstream import peft as upstream
@@ -388,19 +389,11 @@ def _with_local_base(config: PeftConfig, named: str | None) -> PeftConfig:
     out = copy.copy(config)
     base = out.base_model_name_or_path = config.base_model_name_or_path or named
     if base and not exists(Path(base) / "config.json"):
-        out.base_model_name_or_path = _cached_directory(base)
+        snapshot = find_snapshot(default_cache(), base)
+        directory = None if snapshot is None else snapshot.path
+        described = directory is not None and exists(directory / "config.json")
+        out.base_model_name_or_path = str(directory) if described else None
     return out
-
-
-def _cached_directory(model_id: str) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model_id, "config.json")
-    except HFValidationError:
-        return None
-    return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def _param_wrappers(model: nn.Module) -> dict[str, nn.Module]:

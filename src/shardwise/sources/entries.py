@@ -32,6 +32,11 @@ class Entry(NamedTuple):
     offset: int
     saved: tuple[int, ...] | None
 
+    def located_in(self, file: int) -> SourceTensor:
+        """The tensor, where the file with this number holds it whole."""
+        spec = TensorSpec(self.name, self.shape, self.dtype)
+        return SourceTensor(spec, (SourceChunk(Box.whole(self.shape), file, self.offset),))
+
 
 def read_entries(file: Path) -> list[Entry]:
     """The entries of one file, in the order of their data.
@@ -87,12 +92,10 @@ def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Seq
                 pieces[entry.name] = [piece]
         if not below:
             sharded_names.update(entry.name for entry in found)
-    return [_joined(n, pieces[n], files) if n in pieces else _whole(*piece) for n, piece in first.items()]
-
-
-def _whole(entry: Entry, file: int) -> SourceTensor:
-    spec = TensorSpec(entry.name, entry.shape, entry.dtype)
-    return SourceTensor(spec, (SourceChunk(Box.whole(entry.shape), file, entry.offset),))
+    return [
+        _joined(name, pieces[name], files) if name in pieces else entry.located_in(number)
+        for name, (entry, number) in first.items()
+    ]
 
 
 def _joined(name: str, found: Sequence[tuple[Entry, int]], files: Sequence[Path]) -> SourceTensor:

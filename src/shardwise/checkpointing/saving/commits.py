@@ -41,10 +41,11 @@ from shardwise.lifecycle import (
     next_lineage,
     parse_checkpoint_name,
     prune,
-    publish,
     published_name,
     publishing,
+    put_in_place,
     set_pointer,
+    settle,
 )
 from shardwise.settings import Settings
 from shardwise.timing import phase
@@ -221,8 +222,11 @@ class Publication:
                     found = complete_record(session.storage, self._temp, found)
                     self.total_bytes = sum(file.size for file in found.files)
                     write_manifest(session.storage, self._temp, found, self._info)
-                    publish(self._temp, self._final, self._line.left_from)
-                    self._line.start = Start(self._final, lineage)
+                    put_in_place(self._temp, self._final, self._line.left_from)
+                    # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is
+                    # abandoned (what it replaced may be all that a power failure leaves).
+                    self._line.start, self._is_reserved = Start(self._final, lineage), False
+                    settle(self._temp, self._final)
                     self._point()
                 self._release()
 

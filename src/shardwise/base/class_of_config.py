@@ -38,6 +38,26 @@ def named_classes(entries: Mapping[str, object]) -> list[type[nn.Module]]:
     return [cls for cls in found if isinstance(cls, type) and issubclass(cls, nn.Module)]
 
 
+def configuration(cls: type, entries: Mapping[str, object]) -> object:
+    """The configuration of a class of transformers', from a config.json that may be that of a model around it.
+
+    Source: ``PretrainedConfig.from_pretrained``, which looks for the class's own part first by the key that it has in
+    others' configurations, and then by its ``model_type``.
+
+    Args:
+        cls: The class of the configuration, as a model's ``config_class``.
+        entries: The content of config.json.
+    """
+    made = cast(Any, cls)
+    inner = entries.get(made.base_config_key or "")
+    if isinstance(inner, Mapping):
+        entries = inner
+    if entries.get("model_type", made.model_type) != made.model_type:
+        parts = (part for part in entries.values() if isinstance(part, Mapping))
+        entries = next((part for part in parts if part.get("model_type") == made.model_type), entries)
+    return made.from_dict(dict(entries))
+
+
 def build_on_meta(cls: type, config: object) -> nn.Module:
     """Build a model without memory, without initial values and without ties.
 

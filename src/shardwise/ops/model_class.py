@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from shardwise.base.class_of_config import build_on_meta, named_classes
+from shardwise.base.class_of_config import build_on_meta, configuration, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.disk.names import is_file
 from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
@@ -109,7 +109,7 @@ def model_class(directory: Path) -> ModelClass | None:
     if kind is None:
         return None
     try:
-        model = _build(kind, directory, config)
+        model = _build(kind, config)
     except Exception as error:
         raise FormatError(
             f"{kind.__name__} cannot be built from the configuration: {type(error).__name__}: {error}",
@@ -139,9 +139,9 @@ def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
     return next(iter(named_classes(config)), None)
 
 
-def _build(kind: type[nn.Module], directory: Path, config: Mapping[str, object]) -> nn.Module:
+def _build(kind: type[nn.Module], config: Mapping[str, object]) -> nn.Module:
     if CLASS_NAME in config:
         return build_on_meta(kind, config)
-    model = build_on_meta(kind, cast(Any, kind).config_class.from_pretrained(directory, local_files_only=True))
+    model = build_on_meta(kind, configuration(cast(Any, kind).config_class, config))
     cast(Any, model).tie_weights()
     return model

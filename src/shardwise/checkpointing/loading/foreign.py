@@ -10,10 +10,9 @@ from torch import nn
 
 from shardwise.base.names import names_in_files, under_names_of_files
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.shared_names import is_pretrained
 from shardwise.convert import HeldGroup
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
+from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
@@ -39,7 +38,7 @@ def in_names_of_files(
     available = set(names)
     hub_names = {t.spec.name for t in hub.held} | {s.name for g in hub.groups for s in g.computed.hub}
     has_natives = all(tensor.spec.name in available for tensor in hub.native)
-    if hub_names <= available or has_natives or not any(map(is_pretrained, parts)):
+    if hub_names <= available or has_natives or not any(is_pretrained(unwrap(part)) for part in parts):
         return hub, dict(ties)
     by_name = {tensor.spec.name: tensor for tensor in hub.native}
     held: list[HeldTensor] = []
@@ -69,7 +68,7 @@ def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[st
     for part in parts:
         module = unwrap(part)
         patterns += may_be_unexpected(module)
-        if is_pretrained(part):
+        if is_pretrained(module):
             # Releases place the module that recomputes them differently, but do not rename it.
             patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
     if not patterns:

@@ -16,6 +16,7 @@ from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require
 from shardwise.checkpointing.loading.aliases import Aliased, names_lacking, with_aliases
 from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files
 from shardwise.checkpointing.loading.foreign_model import OwnNames, model_part
+from shardwise.checkpointing.loading.model_metadata import read_model_metadata
 from shardwise.checkpointing.loading.module_state import (
     ModuleLoad,
     as_modules_load,
@@ -24,9 +25,8 @@ from shardwise.checkpointing.loading.module_state import (
     with_extra_in_files,
 )
 from shardwise.checkpointing.loading.ties import under_saved_names, untied
+from shardwise.checkpointing.module_state_files import is_own_module_state
 from shardwise.checkpointing.per_rank import OwnRead, find_model
-from shardwise.checkpointing.saving.model_metadata import read_model_metadata
-from shardwise.checkpointing.saving.module_state import is_own_module_state
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename

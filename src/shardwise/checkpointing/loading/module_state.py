@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.saving.module_state import SavedModuleState, read_module_state
+from shardwise.checkpointing.module_state_files import SavedModuleState, read_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.dtypes import torch_dtype

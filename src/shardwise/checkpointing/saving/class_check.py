@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shardwise.addons.hf_config import CONFIG, untied
-from shardwise.base.class_of_config import build_on_meta, named_classes, quiet
+from shardwise.base.class_of_config import build_on_meta, configuration, named_classes, quiet
 from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
@@ -188,7 +188,7 @@ def _by_transformers(cls: type, config: type, entries: Mapping[str, object], spe
     """Let transformers load tensors without memory into a model without memory."""
     tensors = _without_memory(specs)
     try:
-        built = build_on_meta(cls, cast(Any, config).from_dict(dict(entries)))
+        built = build_on_meta(cls, configuration(config, entries))
         with quiet():
             found = load_on_meta(built, tensors)
     except Exception as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from shardwise.checkpointing.saving.module_state import find_module_state
+from shardwise.checkpointing.module_state_files import find_module_state
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_file
 from shardwise.engine.per_rank import saved_ranks

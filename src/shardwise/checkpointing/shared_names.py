@@ -72,11 +72,6 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
     return SharedNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
 
 
-def is_pretrained(part: nn.Module) -> bool:
-    """Whether a model, out of its wrappers, is one of transformers' classes."""
-    return wrapping.is_pretrained(unwrap(part))
-
-
 def _views(tensors: Sequence[HubTensor]) -> list[object]:
     """Each tensor's view of its one native tensor; a unique object where it is made of several."""
     return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]

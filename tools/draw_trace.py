@@ -58,6 +58,7 @@ def draw(found: list[Bar], picture: Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "shardwise"  # the same picture of the same trace
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text that can be searched
     from matplotlib import pyplot
 
     rows = sorted({bar.row for bar in found}, key=lambda row: (row[0], row[1] != "calls", row[1]))
@@ -78,12 +79,13 @@ def draw(found: list[Bar], picture: Path) -> None:
     longest = max(bar.begin + bar.length for bar in found)
     for bar in found:
         if bar.length > 0.06 * longest and bar.depth < 2:
-            axes.text(bar.begin + bar.length / 2, rows.index(bar.row), bar.name, ha="center", va="center", fontsize=7)
+            left = bar.begin + 0.005 * longest
+            axes.text(left, rows.index(bar.row), bar.name, ha="left", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [f"rank {rank}: {thread}" for rank, thread in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours(number % 20)) for number in range(len(names))]
-    axes.legend(handles, names, ncols=9, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25 - 0.1 / len(rows)))
+    axes.legend(handles, names, ncols=9, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(picture, bbox_inches="tight", metadata={"Date": None})
 
 
@@ -123,8 +125,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.make:
         from tests.support.ranks import run
+        from tools.draw_trace import save_and_restore as work  # under the name by which ranks can import it
 
-        run(2, save_and_restore, str(given.traces.absolute()), seconds=300)
+        run(2, work, str(given.traces.absolute()), seconds=300)
     if given.picture is not None:
         draw(bars(given.traces, ("save", "restore")), given.picture)
 

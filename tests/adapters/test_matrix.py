@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from tests.adapters.cells import Case, outcomes
 from tests.adapters.methods import ROWS
 from tests.adapters.spreads import FSDP, ONE, SPREADS, STAGES, TP
@@ -29,6 +31,13 @@ def documented(name: str) -> dict[str, str]:
     return dict(zip(SPREADS, (cell.replace("\0", "\\|") for cell in cells[1:]), strict=True))
 
 
+def is_of_the_page() -> bool:
+    """Whether these are the releases of which the page tells what peft and transformers cannot do themselves."""
+    said = f"with peft {peft.__version__}, torch {torch.__version__.partition('+')[0]} and transformers "
+    text = " ".join(PAGE.read_text().split())
+    return f"{said}{transformers.__version__}." in text
+
+
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, str]:
     directory = tmp_path_factory.mktemp("matrix")
@@ -46,13 +55,18 @@ def test_nothing_is_documented_as_wrong() -> None:
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: f"{case.name}, {case.spread}")
 def test_as_documented(case: Case, fast: dict[Case, str]) -> None:
-    assert fast[case] == documented(case.name)[case.spread]
+    if is_of_the_page():
+        assert fast[case] == documented(case.name)[case.spread]
+    else:
+        assert fast[case].startswith(("same", "refused: ", "cannot: "))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", ROWS)
 def test_the_whole_row_is_as_documented(name: str, tmp_path: Path) -> None:
+    if not is_of_the_page():
+        pytest.skip("the page is of other releases")
     cases = [Case(name, spread, mode) for spread in SPREADS for mode in (False, True)]
     found = outcomes(cases, tmp_path / "scratch", tmp_path / "known")
     row = {spread: summary({mode: found[Case(name, spread, mode)] for mode in (False, True)}) for spread in SPREADS}

@@ -21,7 +21,6 @@ import torch.nn as nn
 from shardwise.disk.names import exists
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.peft.builtin_lora import find_sites
-from shardwise.peft.load import is_legacy_version
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
 from shardwise.plan.views import AxisView
@@ -222,8 +221,6 @@ def capture_peft(
         raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
     model = adapted_model(part)
     config = configs[adapter_name]
-    if v4_compatible and getattr(config, "target_parameters", None):
-        _require_new_layout()
     owners = adapters_prefixes(model)
     # peft would look for the other adapters' names anywhere in a tensor's, where one may be a layer's number.
     state = {n: t for n, t in own_tensors(model).items() if is_below(n, owners) in (None, adapter_name)}
@@ -342,22 +339,6 @@ def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Ten
             hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
         )
     return [entry(name, encoder + leaf, state[encoder + leaf]) for name, leaf in saved.items()]
-
-
-def _require_new_layout() -> None:
-    """Check that peft lays out adapters of expert parameters so that single experts can be located.
-
-    Raises:
-        AdapterError: It is a release up to 0.19.0.
-    """
-    from importlib.metadata import version
-
-    if is_legacy_version(version("peft")):
-        raise AdapterError(
-            f"peft {version('peft')} keeps adapters of expert parameters in its legacy layout, which v4_compatible "
-            "cannot split into single experts",
-            hint="Install peft 0.19.1 or newer, or save without v4_compatible.",
-        )
 
 
 def _require_whole(

@@ -281,8 +281,8 @@ TRANSFORMERS = (
         ("loading_info",),
     ),
     Name("transformers.initialization.no_init_weights", _META, "function"),
-    Name("transformers.initialization.no_tie_weights", _META, "function", optional=True),
-    Name("transformers.initialization.meta_device_safe_creation_ops", _META, "function", optional=True),
+    Name("transformers.initialization.no_tie_weights", _META, "function"),
+    Name("transformers.initialization.meta_device_safe_creation_ops", _META, "function"),
 )
 
 TRANSFORMERS_RULES = (

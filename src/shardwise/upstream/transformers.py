@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,9 +163,9 @@ def without_initial_values() -> Iterator[None]:
     """While active, models are built without initial values and ties."""
     from transformers import initialization
 
-    with contextlib.ExitStack() as stack:
-        for name in ("no_init_weights", "no_tie_weights", "meta_device_safe_creation_ops"):
-            make: Callable[[], contextlib.AbstractContextManager[object]] | None = getattr(initialization, name, None)
-            if make is not None:
-                stack.enter_context(make())
+    with (
+        initialization.no_init_weights(),
+        initialization.no_tie_weights(),
+        initialization.meta_device_safe_creation_ops(),
+    ):
         yield

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -107,3 +108,10 @@ def test_the_range_of_peft_begins_after_the_legacy_layout_of_expert_adapters() -
     assert not any(map(is_legacy_version, lowest))
     assert is_legacy_version("0.18.0")
     assert is_legacy_version("0.19.0")
+
+
+def test_the_benchmarks_are_of_this_state_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They use inner modules, and nothing else runs them in the tests."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    cases = importlib.import_module("run").CASES
+    assert {"consolidated", "load", "plan"} <= cases.keys()

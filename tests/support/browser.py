@@ -1,7 +1,7 @@
 """A real browser, driven over a pipe by its own debugging protocol: no package, no port.
 
-Source: the Chrome DevTools Protocol; with ``--remote-debugging-pipe`` messages are JSON ended by a zero byte, read by the
-browser from descriptor 3 and written to 4.
+Source: the Chrome DevTools Protocol; with ``--remote-debugging-pipe`` messages are JSON ended by a zero byte, read by
+the browser from descriptor 3 and written to 4.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "--hide-scrollbars"),
 )
 #: Puts the two descriptors where the browser looks for them.
 _LAUNCH = (
-    "import os, sys; r, w, *rest = sys.argv[1:]; r, w = os.dup(int(r)), os.dup(int(w)); "
+    "import fcntl, os, sys; r, w, *rest = sys.argv[1:]; "
+    "r, w = (fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in (r, w)); "
     "os.dup2(r, 3); os.dup2(w, 4); os.execvp(rest[0], rest)"
 )
 _SECONDS = 60.0
@@ -130,7 +138,16 @@ def browser(profile: Path) -> Iterator[Page]:
     """A browser with a new profile, ended with the block."""
     assert CHROMIUM is not None
     (to_read, send), (receive, to_write) = os.pipe(), os.pipe()
-    command = [sys.executable, "-c", _LAUNCH, str(to_read), str(to_write), CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"]
+    command = [
+        sys.executable,
+        "-c",
+        _LAUNCH,
+        str(to_read),
+        str(to_write),
+        CHROMIUM,
+        *_FLAGS,
+        f"--user-data-dir={profile}",
+    ]
     quiet = profile.with_suffix(".log").open("wb")
     with quiet, subprocess.Popen(command, pass_fds=(to_read, to_write), stdout=quiet, stderr=quiet) as process:
         os.close(to_read)

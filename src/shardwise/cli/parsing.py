@@ -107,8 +107,10 @@ def _add_reading(add: _Add) -> None:
         "inspect",
         showing.inspect,
         "show what is in a checkpoint",
-        "Files, tensors, dtypes, who saved it and when.",
-        "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors",
+        "Files and their formats by content, tensors, parameters by module, who wrote it and on what topology. --html\n"
+        "writes a page with a map of the files, for any browser; with --against it shows what changed, layer by layer.",
+        "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors\n"
+        "  shardwise inspect run/epoch_0_step_200 --html report.html --against run/epoch_0_step_100",
     )
     inspect.add_argument(
         "path",
@@ -118,6 +120,9 @@ def _add_reading(add: _Add) -> None:
         help="a checkpoint, a part of one, or a root (its LATEST is shown)",
     )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--html", type=_path, metavar="FILE", help="write a page about it instead of text")
+    inspect.add_argument("--against", type=_path, metavar="OTHER", help="on the page: what changed since OTHER")
+    inspect.add_argument("--digests", action="store_true", help="with --against: compare digests alone; read no tensor")
 
     diff = add(
         "diff",

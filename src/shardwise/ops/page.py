@@ -15,6 +15,7 @@ import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shardwise.disk.names import is_directory, is_there
 from shardwise.disk.sequential import write_file
@@ -22,10 +23,11 @@ from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.format.sniff import what_is_file
-from shardwise.ops.diff import diff
 from shardwise.ops.inspect import inspect
 from shardwise.ops.page_data import page_data
-from shardwise.ops.verify import Progress
+
+if TYPE_CHECKING:
+    from shardwise.ops.verify import Progress
 
 __all__ = ["PageReport", "write_page"]
 
@@ -83,7 +85,11 @@ def write_page(
         target = Path(html).absolute()
         _check_target(target)
         found = inspect(path)
-        change = None if against is None else diff(against, path, values=values, progress=progress)
+        change = None
+        if against is not None:
+            from shardwise.ops.diff import diff  # with torch, which the page alone does not need
+
+            change = diff(against, path, values=values, progress=progress)
         content = _page(found.path.name or str(found.path), page_data(found, change))
         _write(target, content)
         return PageReport(target, len(content), found.path, None if change is None else change.a, len(found.tensors))
@@ -92,6 +98,8 @@ def write_page(
 def _check_target(target: Path) -> None:
     """Refuse to write where something else than a page would be lost, or a checkpoint would get a file too many."""
     hint = "Name another file for the page."
+    if not is_directory(target.parent):
+        raise MisuseError("the directory that the page is to be in does not exist", path=target, hint="Make it first.")
     if is_directory(target):
         raise MisuseError("the page is to be written where a directory is", path=target, hint=hint)
     if is_there(target):

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import DTYPE_BYTES
-from shardwise.ops.diff import DiffReport, TensorDifference
-from shardwise.ops.inspect import CheckpointDescription, TensorDescription
 from shardwise.ops.modules import layer_of, module_of
+
+if TYPE_CHECKING:
+    from shardwise.ops.diff import DiffReport, TensorDifference
+    from shardwise.ops.inspect import CheckpointDescription, TensorDescription
 
 #: What became of a tensor: not compared; equal; its values differ by so much; they differ, and nobody read by how much;
 #: its shape differs, or its dtype and nobody read the values; the other lacks it. As in ``html/data.js``.
@@ -79,7 +81,7 @@ def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
 def _ranks(found: CheckpointDescription) -> str:
     if found.world_size is not None:
         return str(found.world_size)
-    return f"not recorded; files of {len(found.writers)} by their names" if found.writers else "not recorded"
+    return f"not recorded; {len(found.writers)} wrote files, by their names" if found.writers else "not recorded"
 
 
 def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:

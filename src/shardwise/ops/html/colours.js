@@ -75,7 +75,8 @@ function decade(value) {
 }
 
 function byChange() {
-  const steps = ["below 1e-6", ...DECADES.slice(0, -1).map((p) => `1e${p} to 1e${p + 1}`), "1 and above"];
+  const power = (p) => (p < -3 ? `1e${p}` : String(10 ** p));
+  const steps = ["below 1e-6", ...DECADES.slice(0, -1).map((p) => `${power(p)} to ${power(p + 1)}`), "1 and above"];
   const entries = [
     entry("equal", "--equal"),
     ...steps.map((text, i) => entry(text, `--r${i}`)),

@@ -2,8 +2,10 @@
 
 const natural = new Intl.Collator("en", { numeric: true });
 
+/** Columns: what they are sorted by, their heads, their classes and widths. */
 const HEADS = [
-  ["place", "Name", "n"], ["dtype", "Dtype", "d"], ["shape", "Shape", "s"], ["size", "Size", "b r"], ["digest", "CRC-32C", "x"], ["change", "Change", "v r"],
+  ["place", "Name", "n", "minmax(0, 1fr)"], ["dtype", "Dtype", "d", "62px"], ["shape", "Shape", "s", "120px"], ["size", "Size", "b r", "82px"],
+  ["digest", "CRC-32C", "x", "76px"], ["change", "Change", "v r", "88px"],
 ];
 
 class TensorList {
@@ -28,8 +30,10 @@ class TensorList {
   }
 
   heads() {
-    const shownHeads = HEADS.filter(([by]) => by !== "change" || model.change !== null);
+    const absent = [model.manifest ? null : "digest", model.change === null ? "change" : null];
+    const shownHeads = HEADS.filter(([by]) => !absent.includes(by));
     this.host.parentElement.classList.toggle("with-change", model.change !== null);
+    this.host.parentElement.style.setProperty("--columns", ["11px", ...shownHeads.map((head) => head[3])].join(" "));
     this.buttons = shownHeads.map(([by, text, kind]) => element("button", { type: "button", class: kind, "aria-pressed": "false", onclick: () => this.sortBy(by) }, text));
     document.getElementById("heads").replaceChildren(element("span"), ...this.buttons);
     this.keys = shownHeads.map(([by]) => by);
@@ -109,8 +113,8 @@ class TensorList {
       element("span", { class: "d m" }, model.dtypes[tensors.dtype[t]][0]),
       element("span", { class: "s m" }, model.shapeText[tensors.shape[t]]),
       element("span", { class: "b r" }, size(model.nbytes[t])),
-      element("span", { class: "x m" }, digest(digestOf(model, t)) ?? "–"),
     ];
+    if (model.manifest) cells.push(element("span", { class: "x m" }, digest(digestOf(model, t)) ?? "–"));
     if (model.change !== null) cells.push(element("span", { class: "v r", title: changeText(model, t) }, changeText(model, t)));
     return element("div", {
       class: "row", role: "option", id: `t${t}`, "data-tensor": t, style: { top: `${at * this.step}px` },
@@ -119,9 +123,9 @@ class TensorList {
   }
 
   /** Mark a tensor, and scroll to it. */
-  select(tensor, scrolls) {
+  select(tensor) {
     this.selected = tensor;
-    const at = scrolls ? this.order.indexOf(tensor) : -1;
+    const at = this.order.indexOf(tensor);
     const { scrollTop, clientHeight } = this.host;
     if (at >= 0 && (at * this.step < scrollTop || (at + 1) * this.step > scrollTop + clientHeight)) {
       this.host.scrollTop = at * this.step - clientHeight / 2;

@@ -14,7 +14,7 @@ class FileMap {
     this.scroll = document.getElementById("scroll");
     this.tip = document.getElementById("tip");
     this.lanes = model.files.filter((file) => file.last > file.first || (file.why !== null && file.bytes > 0));
-    this.most = Math.max(1, ...this.lanes.map((file) => file.bytes));
+    this.most = this.lanes.reduce((most, file) => Math.max(most, file.bytes), 1);
     this.from = 0;
     this.to = this.most;
     this.height = this.lanes.length <= 4 ? 52 : this.lanes.length <= 12 ? 34 : 18;
@@ -156,7 +156,7 @@ class FileMap {
   }
 
   drawName(context, i, left, right, top, colour) {
-    const name = shown(model.tensors.name[model.piece.tensor[i]]);
+    const name = shown(model.tensors.name[model.piece.tensor[i]]).replace(/\.weight$/, ""); // as most names end
     const text = ending(context, name, right - left - 16);
     if (!text) return;
     context.fillStyle = colour === null ? this.style.faint : isLight(colour) ? "rgb(20 18 14 / 82%)" : "rgb(255 255 255 / 94%)";

@@ -2,8 +2,8 @@
 
 const state = { search: "", colour: "module", tensor: -1, theme: "auto", entry: -1 };
 const searchField = document.getElementById("search");
-const map = new FileMap((tensor) => choose(tensor, "map"));
-const list = new TensorList((tensor) => choose(tensor, "list"));
+const map = new FileMap(choose);
+const list = new TensorList(choose);
 let legend = null;
 let colours = [];
 
@@ -99,14 +99,14 @@ function paint() {
   document.documentElement.dataset.shown = String(tensors.length);
 }
 
-function choose(tensor, from) {
+function choose(tensor) {
   state.tensor = tensor;
   map.selected = tensor;
   if (tensor >= 0) map.goTo(tensor, false);
-  list.select(tensor, from !== "list-click");
+  list.select(tensor);
   fillDetails(tensor, () => {
     map.goTo(tensor, true);
-    map.canvas.focus({ preventScroll: false });
+    map.canvas.focus();
   });
   document.getElementById("spoken").textContent = tensor < 0 ? "" : `${shown(model.tensors.name[tensor])}, ${size(model.nbytes[tensor])}`;
   writeAddress();
@@ -115,6 +115,7 @@ function choose(tensor, from) {
 function search(text) {
   state.search = text;
   searchField.value = text;
+  list.host.scrollTop = 0;
   paint();
   writeAddress();
 }
@@ -122,12 +123,12 @@ function search(text) {
 function listen() {
   searchField.addEventListener("input", () => search(searchField.value));
   searchField.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && list.order.length) choose(list.order[0], "search");
+    if (event.key === "Enter" && list.order.length) choose(list.order[0]);
     if (event.key === "Escape") search("");
     if (event.key === "ArrowDown" && list.order.length) {
       event.preventDefault();
       list.host.focus();
-      choose(list.order[0], "search");
+      choose(list.order[0]);
     }
   });
   document.addEventListener("keydown", (event) => {
@@ -136,6 +137,7 @@ function listen() {
     searchField.focus();
     searchField.select();
   });
+  document.getElementById("close").addEventListener("click", () => choose(-1));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => paint());
   window.addEventListener("hashchange", () => {
     readAddress();
@@ -147,7 +149,7 @@ function start() {
   searchField.value = state.search;
   showTheme();
   showColours();
-  choose(state.tensor, "address");
+  choose(state.tensor);
 }
 
 readAddress();

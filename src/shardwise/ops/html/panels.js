@@ -3,6 +3,7 @@
 const MOST_LAYERS = 1000;
 const MOST_PLACES = 64;
 const MOST_NAMES = 500;
+const MOST_FILES = 2000;
 
 function pairs(rows) {
   return rows.filter(([, value]) => value !== null).map(([name, ...value]) => element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
@@ -28,7 +29,7 @@ function fillMapNote(map) {
   document.getElementById("mapnote").textContent = [
     unknown ? `Hatched: ${unknown === 1 ? "a file" : `${unknown} files`} whose tensors could not be listed.` : "",
     unplaced ? `${count(unplaced)} tensors have no place here: where they lie in their files is not recorded.` : "",
-    others && map.lanes.length ? `${count(others)} ${others === 1 ? "file" : "files"} without listed tensors ${others === 1 ? "is" : "are"} below.` : "",
+    others && map.lanes.length ? `${count(others)} ${others === 1 ? "file" : "files"} without listed tensors ${others === 1 ? "is" : "are"} in the table below.` : "",
     map.lanes.length ? "" : "No file has tensors whose places are known.",
   ].filter(Boolean).join(" ");
 }
@@ -41,6 +42,7 @@ function noDigest(t) {
 
 function fillDetails(t, goTo) {
   const body = document.getElementById("detailsbody");
+  document.getElementById("details").classList.toggle("chosen", t >= 0);
   if (t < 0) {
     body.replaceChildren(element("p", { class: "empty" }, "Choose a tensor on the map or in the list."));
     return;
@@ -131,8 +133,8 @@ function fillChange(search) {
   document.getElementById("changehead").append(element("small", {}, said.join(", ")));
   const rows = layers();
   const largest = rows.map((row) => row.largest).filter((value) => value > 0 && value < Infinity);
-  const low = Math.floor(Math.log10(Math.min(...largest, 0.1))) - 0.3;
-  const high = Math.ceil(Math.log10(Math.max(...largest, 1e-9)) + 1e-9);
+  const low = Math.floor(Math.log10(largest.reduce((a, b) => Math.min(a, b), 0.1))) - 0.3;
+  const high = Math.ceil(Math.log10(largest.reduce((a, b) => Math.max(a, b), 1e-9)) + 1e-9);
   const body = [
     element("p", { class: "note" }, `The largest relative difference of a tensor in each layer: the norm of the difference by the norm in ${shown(change.against)}. Bars are logarithmic.`),
     element("div", { class: "layers" }, ...rows.slice(0, MOST_LAYERS).map((row) => layerRow(row, low, high, search))),
@@ -169,19 +171,22 @@ function listed(title, names) {
 
 function fillFiles() {
   const counts = model.files.map((file) => new Set(model.piece.tensor.subarray(file.first, file.last)).size);
-  const heads = [["File"], ["Format, by its first bytes"], ["Tensors", "right"], ["Size", "right"], ["Written by"], ["CRC-32C"]];
+  const heads = [["File"], ["Size", "right"], ["Tensors", "right"], ["Format, by its first bytes"], ["Written by"], ["CRC-32C"]];
   const writers = model.files.some((file) => file.writer);
   const digests = model.manifest;
   const columns = [true, true, true, true, writers, digests];
   const row = (cells) => element("tr", {}, ...cells.filter((_, i) => columns[i]));
   document.getElementById("files").replaceChildren(element("table", {},
     element("thead", {}, row(heads.map(([text, kind]) => element("th", { class: kind ?? null, scope: "col" }, text)))),
-    element("tbody", {}, ...model.files.map((file, i) => row([
+    element("tbody", {}, ...model.files.slice(0, MOST_FILES).map((file, i) => row([
       element("td", { class: "p" }, shown(file.path), file.why === null ? "" : element("em", {}, `Not read: ${shown(file.why)}`)),
-      element("td", {}, file.format === null ? "unknown" : shown(file.format)),
-      element("td", { class: "right" }, counts[i] ? count(counts[i]) : "–"),
       element("td", { class: "right", title: `${count(file.bytes)} bytes` }, size(file.bytes)),
+      element("td", { class: "right" }, counts[i] ? count(counts[i]) : "–"),
+      element("td", {}, file.format === null ? "unknown" : shown(file.format)),
       element("td", {}, file.writer ?? "–"),
       element("td", { class: "m", title: file.header ? "of the header; the rest of the file has one for each tensor" : "of the whole file" }, digest(file.crc) ?? "–"),
     ])))));
+  if (model.files.length > MOST_FILES) {
+    document.getElementById("files").append(element("p", { class: "note" }, `and ${count(model.files.length - MOST_FILES)} more files`));
+  }
 }

@@ -38,9 +38,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "hostile" / "model.safetensors", [(name, "U8", (50,)) for name in HOSTILE])
     write_page(root / "hostile", root / "hostile.html")
     for place, factor in ((root / "old", 1.0), (root / "new", 1.25)):
-        place.mkdir()
-        tensors = {f"h.{i}.w": torch.full((64,), factor if i % 2 else 1.0) for i in range(6)}
-        save_file(tensors, place / "model.safetensors")
+        for part in ("unet", "vae"):
+            (place / part).mkdir(parents=True)
+            tensors = {f"{part[0]}.{i}.w": torch.full((64,), factor if i % 2 else 1.0) for i in range(6)}
+            save_file(tensors, place / part / "diffusion_pytorch_model.safetensors")
+        (place / "model_index.json").write_text("{}")
     write_page(root / "new", root / "change.html", against=root / "old")
     return root
 
@@ -205,13 +207,13 @@ def test_hostile_names_are_text(tab: Page, pages: Path) -> None:
 
 def test_what_changed_is_shown_by_layer(tab: Page, pages: Path) -> None:
     opened(tab, pages / "change.html")
-    assert text(tab, "#changehead").endswith("3 changed, 3 equal")
+    assert text(tab, "#changehead").endswith("6 changed, 6 equal")
     rows = tab.run("[...document.querySelectorAll('.layer')].map(row => row.innerText.split('\\n'))")
-    assert [row[0] for row in rows] == [f"h.{i}" for i in range(6)]
-    assert [row[-2] for row in rows] == ["equal", "0.250"] * 3
+    assert [row[0].split() for row in rows] == [[part, f"{part[0]}.{i}"] for part in ("unet", "vae") for i in range(6)]
+    assert [row[-2] for row in rows] == ["equal", "0.250"] * 6
     assert "0.1 to 1" in text(tab, "#legend")
     tab.run("document.querySelectorAll('.layer')[3].click()")
-    assert seen(tab) == ["h.3.w"]
+    assert seen(tab) == ["u.3.w"]
 
 
 @pytest.mark.parametrize("width", [390, 1280])

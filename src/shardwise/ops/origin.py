@@ -38,7 +38,11 @@ def writer_of(path: str, world_size: int | None) -> str | None:
 
 
 def tools_named(root: Path, listed: Iterable[str]) -> Iterator[str]:
-    """The libraries that configurations say they were written by: ``transformers 5.13.0 (model/config.json)``."""
+    """The libraries that configurations say they were written by: ``transformers 5.13.0 (model/config.json)``.
+
+    Each release once, with the first file that names it.
+    """
+    seen: set[tuple[str, str]] = set()
     for relative in listed:
         entries = _RELEASES.get(PurePosixPath(relative).name)
         if entries is None:
@@ -49,5 +53,6 @@ def tools_named(root: Path, listed: Iterable[str]) -> Iterator[str]:
             continue  # a damaged configuration says nothing; what is wrong with it, `verify` tells
         for key, library in entries.items():
             release = found.get(key) if isinstance(found, dict) else None
-            if isinstance(release, str):
+            if isinstance(release, str) and (library, release) not in seen:
+                seen.add((library, release))
                 yield f"{library} {release} ({relative})"

@@ -93,11 +93,12 @@ def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:
     pieces: dict[str, list[JsonValue]] = {key: [] for key in ("tensor", "file", "offset", "nbytes", "crc")}
     for number, tensor in enumerate(found.tensors):
         name, shape, dtype = tensor.spec
+        component = components.number(tensor.component)
         row = (
             name,
-            components.number(tensor.component),
+            component,
             modules.number(module_of(name)),
-            layers.number((tensor.component, layer_of(name))),
+            layers.number((component, layer_of(name))),
             dtypes.number(dtype),
             shapes.number(shape),
             tensor.crc32c,

@@ -156,7 +156,7 @@ class FileMap {
   }
 
   drawName(context, i, left, right, top, colour) {
-    const name = shown(model.tensors.name[model.piece.tensor[i]]).replace(/\.weight$/, ""); // as most names end
+    const name = shown(model.tensors.name[model.piece.tensor[i]]).replace(/\.weight(?=$|\.[^.]+$)/, ""); // as most names end
     const text = ending(context, name, right - left - 16);
     if (!text) return;
     context.fillStyle = colour === null ? this.style.faint : isLight(colour) ? "rgb(20 18 14 / 82%)" : "rgb(255 255 255 / 94%)";

@@ -32,7 +32,7 @@ class ModuleDescription:
 
 def module_of(name: str) -> str:
     """The kind of module: ``model.layers.*.mlp`` of ``model.layers.7.mlp.up_proj.weight``."""
-    *path, _ = name.split(".")
+    path = _path(name)
     for at, part in enumerate(path):
         if part.isdecimal():
             return ".".join([*path[:at], "*", *path[at + 1 : at + 2]])
@@ -41,11 +41,17 @@ def module_of(name: str) -> str:
 
 def layer_of(name: str) -> str:
     """The layer: ``model.layers.7`` of ``model.layers.7.mlp.up_proj.weight``; outside of layers the module."""
-    *path, _ = name.split(".")
+    path = _path(name)
     for at, part in enumerate(path):
         if part.isdecimal():
             return ".".join(path[: at + 1])
     return ".".join(path[:_DEPTH])
+
+
+def _path(name: str) -> list[str]:
+    """The module's name in parts. Of an optimizer's state, ``state.PARAMETER.KEY``, a parameter's name is no module."""
+    *path, _ = name.split(".")
+    return path[:-1] if path[:1] == ["state"] and len(path) > 2 else path
 
 
 def describe_modules(specs: Iterable[TensorSpec]) -> tuple[ModuleDescription, ...]:

@@ -19,9 +19,11 @@ from examples.finetune.base_model import prepare_base
 from examples.finetune.console import Console, megabytes
 from examples.finetune.errors import DemoError
 from examples.finetune.inspection import look_at_remains, unfinished
+from examples.finetune.last_look import look
 from examples.finetune.raw_write import local_tensors, raw_write
 from examples.finetune.report import Check, RunRecord, Written, check_lines, run_lines, same, speed_lines, written_lines
 from examples.finetune.task import Task
+from tests.ops.checkpoints import saved
 from tests.support.ranks import fresh
 
 EVENTS: tuple[events.Event, ...] = (
@@ -176,6 +178,26 @@ class TestRemains:
         assert (found.published, found.latest) == (("epoch_0_step_1",), "epoch_0_step_1")
 
 
+class TestLastLook:
+    @pytest.mark.slow
+    def test_commands_are_run_and_shown(self, tmp_path: Path) -> None:
+        saved(tmp_path / "run", (1, 2))
+        ls, diff, inspect = look(tmp_path / "run", tmp_path / "page.html")
+        assert [ran.ok for ran in (ls, inspect)] == [True, True]
+        assert not diff.ok  # nothing was trained: the models are equal
+        assert diff.command.split()[1:] == [
+            "diff",
+            *(str(tmp_path / "run" / f"epoch_0_step_{n}" / "model") for n in (1, 2)),
+        ]
+        assert "LATEST" in ls.lines[-1]
+        assert (tmp_path / "page.html").is_file()
+
+    def test_one_checkpoint_cannot_be_compared(self, tmp_path: Path) -> None:
+        saved(tmp_path)
+        *_, last = look(tmp_path, tmp_path / "page.html")
+        assert not last.ok
+
+
 class TestModelChoice:
     def test_absent_directory(self, tmp_path: Path) -> None:
         with pytest.raises(DemoError, match="no such directory"):
@@ -220,7 +242,16 @@ def test_whole_story(tiny_model: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, text
     assert "every check passed" in text
     assert "SIGKILL while saving step" in text
-    assert (tmp_path / "out" / "checkpoints" / "LATEST").resolve().name == "epoch_0_step_6"
+    root = tmp_path / "out" / "checkpoints"
+    assert (root / "LATEST").resolve().name == "epoch_0_step_6"
+    ending = text[text.index("== $ shardwise ls") :]
+    steps = [line.split()[0] for line in ending.split("== $ shardwise diff")[0].splitlines() if "published" in line]
+    assert steps[-2:] == ["5", "6"]
+    assert f"diff {root}/epoch_0_step_5/model {root}/epoch_0_step_6/model" in ending
+    assert "relative difference at most" in ending
+    page = tmp_path / "out" / "report.html"
+    assert f"what its last step changed: {page}" in ending
+    assert "epoch_0_step_5" in page.read_text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@
 * ``base_model``, ``texts``: what is trained, and on what;
 * ``raw_write``: the yardstick;
 * ``inspection``: what is looked at after each run, and the final opening with plain transformers;
+* ``last_look``: what the command line says of the checkpoints in the end, and a page about the last;
 * ``events``, ``task``: what orchestrator and workers tell each other;
 * ``report``: the table at the end; ``console``: output.
 """

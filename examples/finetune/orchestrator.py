@@ -17,6 +17,7 @@ from examples.finetune.base_model import PROMPT, BaseChoice, prepare_base
 from examples.finetune.console import Console, megabytes
 from examples.finetune.errors import DemoError
 from examples.finetune.events import Event, Finished, Ready, Resumed, Saved, Saving, Stepped
+from examples.finetune.last_look import Ran, look, page_place
 from examples.finetune.launch import Workers
 from examples.finetune.report import Check, RunRecord, Written
 from examples.finetune.task import Task
@@ -180,7 +181,12 @@ class Demo:
 
         self._console.heading("The result, opened with plain transformers")
         self._open(base, last)
-        self._report()
+
+        self._console.heading("The checkpoints, looked at from the command line")
+        page = page_place(self._work, stays=self._options.out is not None or self._options.keep)
+        commands = list(look(self._root, page))
+        self._check(all(each.ok for each in commands), "shardwise ls, diff and inspect --html did what they should")
+        self._report(commands, page)
         return all(check.ok for check in self._checks)
 
     def _need_space(self, base: BaseChoice) -> None:
@@ -315,7 +321,7 @@ class Demo:
         else:
             self._check(base.answer in opened.text, f"generated: {opened.text}")
 
-    def _report(self) -> None:
+    def _report(self, commands: list[Ran], page: Path) -> None:
         checkpoint = (self._root / "LATEST").resolve()
         parts = list(_parts(checkpoint))
         sections: list[tuple[str, Callable[[], list[str]]]] = [
@@ -326,6 +332,7 @@ class Demo:
                 lambda: report.speed_lines(self._runs, sum(part.nbytes for part in parts)),
             ),
             ("Checks", lambda: report.check_lines(self._checks)),
+            *((f"$ {ran.command}", lambda ran=ran: ran.lines) for ran in commands),
         ]
         for title, lines in sections:
             self._console.heading(title)
@@ -333,7 +340,8 @@ class Demo:
                 self._console.plain(line)
         failed = sum(not check.ok for check in self._checks)
         verdict = "every check passed" if not failed else f"{failed} of {len(self._checks)} checks FAILED"
-        self._console.plain(f"\n{verdict}, in {self._console.seconds:.0f} s")
+        self._console.plain(f"\nA map of the last checkpoint, and what its last step changed: {page}")
+        self._console.plain(f"{verdict}, in {self._console.seconds:.0f} s")
 
 
 def _parts(checkpoint: Path) -> Iterator[Written]:

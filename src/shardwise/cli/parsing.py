@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from shardwise._version import __version__
 from shardwise.cli import changing, showing
+from shardwise.cli.completion import SHELLS, Command, Kind, Option, completion
 
 _WORD = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)")
 
@@ -32,12 +33,18 @@ class _Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)  # type: ignore[arg-type]
         self.words: set[str] = set()
+        #: What `described` tells of: each argument but ``--help``, one line about it, and the commands.
+        self.arguments: list[argparse.Action] = []
+        self.summary = ""
+        self.commands: dict[str, _Parser] = {}
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
         """Add an argument, and know its names."""
+        added = super().add_argument(*names, **options)  # type: ignore[arg-type]
         if hasattr(self, "words"):  # not yet when the base class adds --help
             self.words.update(name for name in names if name.startswith("--"))
-        return super().add_argument(*names, **options)  # type: ignore[arg-type]
+            self.arguments.append(added)
+        return added
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and leave with exit code 2."""
@@ -47,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(f"{message}. Did you mean {near[0]}?" if near else message)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The parser of the whole command line; each command leaves its function in ``command``."""
     parser = _Parser(prog="shardwise", description=_DESCRIPTION, epilog=_EXITS)
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
@@ -58,13 +65,19 @@ def make_parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print one JSON object (of several paths: a list)")
         added.add_argument("-q", "--quiet", action="store_true", help="print nothing but what is wrong")
         added.set_defaults(command=command)
-        parser.words.add(name)
+        enter(name, text, added)
         return added
+
+    def enter(name: str, text: str, added: _Parser) -> None:
+        added.summary = text
+        parser.words.add(name)
+        parser.commands[name] = added
 
     _add_reading(add)
     _add_writing(add)
     _add_roots(add)
     _add_push(add)
+    enter("completion", *_add_completion(commands))
     parser.words.update(*(added.words for added in commands.choices.values()))
     return parser
 
@@ -107,8 +120,10 @@ def _add_reading(add: _Add) -> None:
         "inspect",
         showing.inspect,
         "show what is in a checkpoint",
-        "Files, tensors, dtypes, who saved it and when.",
-        "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors",
+        "Files and their formats by content, tensors, parameters by module, who wrote it and on what topology. --html\n"
+        "writes a page with a map of the files, for any browser; with --against it shows what changed, layer by layer.",
+        "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors\n"
+        "  shardwise inspect run/epoch_0_step_200 --html report.html --against run/epoch_0_step_100",
     )
     inspect.add_argument(
         "path",
@@ -118,6 +133,9 @@ def _add_reading(add: _Add) -> None:
         help="a checkpoint, a part of one, or a root (its LATEST is shown)",
     )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--html", type=_path, metavar="FILE", help="write a page about it instead of text")
+    inspect.add_argument("--against", type=_path, metavar="OTHER", help="on the page: what changed since OTHER")
+    inspect.add_argument("--digests", action="store_true", help="with --against: compare digests alone; read no tensor")
 
     diff = add(
         "diff",
@@ -205,6 +223,49 @@ def _add_push(add: _Add) -> None:
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--message", help="of the commit")
     push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
+
+
+def _add_completion(commands: argparse._SubParsersAction[_Parser]) -> tuple[str, _Parser]:
+    text = "print a script with which a shell completes the command line"
+    added = commands.add_parser(
+        "completion",
+        help=text,
+        description="The script knows commands and options and starts no program. Its first lines say where it goes.",
+        epilog="examples:\n  shardwise completion bash > ~/.local/share/bash-completion/completions/shardwise\n"
+        "  shardwise completion fish > ~/.config/fish/completions/shardwise.fish",
+    )
+    added.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    added.set_defaults(command=completion)
+    return text, added
+
+
+def described() -> tuple[Command, ...]:
+    """The program, and each of its commands, for shells that complete them."""
+    parser = make_parser()
+    return (_described("", parser), *(_described(name, each) for name, each in parser.commands.items()))
+
+
+def _described(name: str, parser: _Parser) -> Command:
+    options = [Option(("-h", "--help"), "show this help and end")]
+    kind = _kind(None)
+    words: tuple[str, ...] = ()
+    for argument in parser.arguments:
+        own = tuple(map(str, argument.choices or ()))
+        if argument.option_strings:
+            text = "" if argument.help is None else argument.help.replace("%%", "%")
+            takes = _kind(argument)
+            options.append(Option(tuple(argument.option_strings), text, takes, own, argument.nargs == "?"))
+        elif kind == "none":  # further ones are of the same kind, or nothing that can be completed
+            kind, words = _kind(argument), own
+    return Command(name, parser.summary, tuple(options), kind, words)
+
+
+def _kind(argument: argparse.Action | None) -> Kind:
+    if argument is None or argument.nargs == 0:
+        return "none"
+    if argument.choices:
+        return "words"
+    return "path" if argument.type is _path else "text"
 
 
 def _path(text: str) -> Path:

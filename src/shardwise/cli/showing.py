@@ -158,6 +158,12 @@ def _print_report(report: VerifyReport, quiet: bool) -> None:
 
 def inspect(options: argparse.Namespace) -> int:
     """``shardwise inspect``."""
+    if options.html is not None:
+        return _page(options)
+    if options.against is not None or options.digests:
+        raise MisuseError(
+            "--against and --digests are for the page", hint="Add --html FILE, or use `shardwise diff` for text."
+        )
     from shardwise.ops import inspect as work
 
     def one(path: Path) -> tuple[int, object]:
@@ -169,33 +175,78 @@ def inspect(options: argparse.Namespace) -> int:
     return _each(options.path, options.json, one)
 
 
+def _page(options: argparse.Namespace) -> int:
+    from shardwise.ops.page import write_page
+
+    if len(options.path) != 1 or options.tensors:
+        raise MisuseError("--html takes one PATH and no --tensors", hint="Write a page for each path.")
+    bar = Bar(options.quiet)
+    try:
+        report = write_page(
+            options.path[0],
+            options.html,
+            against=options.against,
+            values=not options.digests,
+            progress=bar.progress,
+        )
+    finally:
+        bar.close()
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        against = "" if report.against is None else f", against {report.against}"
+        print(f"wrote {report.html}: {report.path} with {report.tensors} tensors{against}")
+    return FINE
+
+
 def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     print(found.path)
+    saved_by = [] if found.version is None else [f"shardwise {found.version}"]
+    ranks = None if found.world_size is None else str(found.world_size)
+    if ranks is None and found.writers:
+        ranks = f"not recorded; {len(found.writers)} wrote files, by their names"
     facts = {
         "epoch": found.epoch,
         "step": found.step,
-        "ranks": found.world_size,
-        "saved by": None if found.version is None else f"shardwise {found.version}",
+        "ranks": ranks,
+        "saved by": ", ".join([*saved_by, *found.tools]) or None,
+        "format": ", ".join(found.formats) or None,
         "manifest": "yes" if found.verifiable else "no: cannot be verified",
         "metrics": ", ".join(f"{name} {value:g}" for name, value in found.metrics.items()) or None,
     }
     for name, value in facts.items():
         if value is not None:
             print(f"  {name:<9} {value}")
+    wide = max((len(component) for component in found.components), default=0)
     for component in found.components:
         own = [tensor for tensor in found.tensors if tensor.component == component]
         kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(found.dtypes(component).items()))
-        print(f"  {component:<9} {len(own)} tensors, {size(sum(t.spec.nbytes for t in own))}: {kinds}")
+        pieces = sum(len(tensor.pieces) > 1 for tensor in own)
+        apart = f", {pieces} of them in pieces" if pieces else ""
+        print(
+            f"  {component:<{max(9, wide)}} {len(own)} tensors, {size(sum(t.spec.nbytes for t in own))}: {kinds}{apart}"
+        )
+        for line in _modules(found, component):
+            print(f"    {line}")
     print(f"  {len(found.files)} files, {size(found.nbytes)}")
-    width = max((len(file.path) for file in found.files), default=0)
-    for file in found.files:
-        held = f"  {file.tensors} tensors" if file.tensors else ""
-        print(f"    {file.path:<{width}}  {file.size:>14,}{held}")
+    rows = [
+        (f.path, f"{f.size:,}", f.format or "unknown", f"{f.tensors} tensors" if f.tensors else "") for f in found.files
+    ]
+    for line in columns(rows, frozenset({1})) if rows else ():
+        print(f"    {line}")
     for path, why in found.unread:
         print(f"    not read: {path}: {why}")
     for tensor in found.tensors if tensors else ():
         spec = tensor.spec
         print(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
+
+
+def _modules(found: CheckpointDescription, component: str) -> list[str]:
+    rows = []
+    for module in found.modules(component):
+        layers = f"{module.layers} layers" if module.layers > 1 else ""
+        rows.append((module.name or "(no module)", f"{module.parameters:,}", size(module.nbytes), layers))
+    return columns(rows, frozenset({1, 2}))
 
 
 def diff(options: argparse.Namespace) -> int:

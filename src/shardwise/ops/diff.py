@@ -86,6 +86,7 @@ class DiffReport:
         only_a: Component and name of tensors that the first alone has.
         only_b: Likewise the second.
         configs: Differences of configuration files.
+        equal: Component and name of those that are equal.
         uncompared: Component and name of tensors whose values were not compared, since nobody asked for more than
             digests and they have none in common.
         notes: What was left out, one sentence each.
@@ -99,6 +100,7 @@ class DiffReport:
     only_a: tuple[tuple[str, str], ...] = ()
     only_b: tuple[tuple[str, str], ...] = ()
     configs: tuple[ConfigDifference, ...] = ()
+    equal: tuple[tuple[str, str], ...] = ()
     uncompared: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -197,26 +199,30 @@ class _Comparison:
         found: list[TensorDifference] = []
         unread: list[tuple[str, str]] = []
         to_read: list[tuple[str, Source, Source, str]] = []
-        by_digest = 0
+        equal: list[tuple[str, str]] = []
         for component, a, b, name in self._pairs:
             mine, theirs = a.tensors[name].spec, b.tensors[name].spec
             if mine.shape != theirs.shape:
                 found.append(TensorDifference(component, mine, theirs))
                 continue
-            equal = self._by_digest(component, mine, theirs)
-            if equal:
-                by_digest += 1
+            same = self._by_digest(component, mine, theirs)
+            if same:
+                equal.append((component, name))
             elif self._values:
                 to_read.append((component, a, b, name))
-            elif equal is None and mine.dtype == theirs.dtype:
+            elif same is None and mine.dtype == theirs.dtype:
                 unread.append((component, name))
             else:
                 found.append(TensorDifference(component, mine, theirs))
+        by_digest = len(equal)
         differing = list(self._read(to_read))
+        apart = {(each.component, each.a.name) for each in differing}
+        equal += [(component, name) for component, _, _, name in to_read if (component, name) not in apart]
         return replace(
             report,
-            same=by_digest + len(to_read) - len(differing),
+            same=len(equal),
             by_digest=by_digest,
+            equal=tuple(sorted(equal)),
             tensors=tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
             only_a=tuple(sorted(self._only[0])),
             only_b=tuple(sorted(self._only[1])),

@@ -5,38 +5,67 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.disk.names import files_under, is_directory, is_file
+from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.verify import files_below, load_manifest
 from shardwise.errors import CheckpointNotFoundError
 from shardwise.format.manifest import Manifest
+from shardwise.format.sniff import what_is_file
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
+from shardwise.ops.modules import ModuleDescription, describe_modules
+from shardwise.ops.origin import tools_named, writer_of
 from shardwise.ops.targets import Target, find_targets
-from shardwise.ops.tensor_listing import DCP_SUFFIX, read_contents
+from shardwise.ops.tensor_listing import DCP_SUFFIX, Piece, format_name, read_contents
 
-__all__ = ["CheckpointDescription", "FileDescription", "TensorDescription", "inspect"]
+__all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]
 
 
 @dataclass(frozen=True, slots=True)
 class FileDescription:
-    """A file: path relative to the checkpoint, bytes, and how many tensors have a part in it."""
+    """A file.
+
+    Attributes:
+        path: Relative to the checkpoint.
+        size: Its bytes.
+        tensors: How many tensors have a part in it.
+        format: What it is, by its first bytes; ``None`` for an unknown format and for a file that is absent.
+        header_bytes: Bytes before the first tensor, where that is known.
+        writer: Who wrote it, where its name says so: ``rank 0``, or ``shard 1`` where nothing tells how many ranks
+            there were.
+        crc32c: Of the header of a tensor file, else of the whole file; where a manifest has it.
+    """
 
     path: str
     size: int
     tensors: int
+    format: str | None = None
+    header_bytes: int | None = None
+    writer: str | None = None
+    crc32c: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDescription:
-    """A tensor: component, what it is, and the files that hold it."""
+    """A tensor.
+
+    Attributes:
+        component: What it belongs to.
+        spec: What it is.
+        files: The files that hold it.
+        pieces: Where it lies in them, as far as that is known.
+        crc32c: CRC-32C of the whole tensor, where a manifest has it.
+    """
 
     component: str
     spec: TensorSpec
     files: tuple[str, ...]
+    pieces: tuple[Piece, ...] = ()
+    crc32c: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +84,7 @@ class CheckpointDescription:
         tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
             since each model of a pipeline has one of its own; ``model`` at the top.
         unread: Files whose tensors could not be listed, and why.
+        tools: Libraries that wrote a part of it, as configurations say: ``transformers 5.13.0 (config.json)``.
     """
 
     path: Path
@@ -67,6 +97,7 @@ class CheckpointDescription:
     files: tuple[FileDescription, ...] = ()
     tensors: tuple[TensorDescription, ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
+    tools: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -81,19 +112,42 @@ class CheckpointDescription:
                 found[tensor.spec.dtype] += tensor.spec.numel
         return dict(found)
 
+    def modules(self, component: str) -> tuple[ModuleDescription, ...]:
+        """The modules of one component, those of one kind in all layers together."""
+        return describe_modules(tensor.spec for tensor in self.tensors if tensor.component == component)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats of the files that hold tensors, in order of appearance."""
+        return tuple(dict.fromkeys(file.format for file in self.files if file.tensors and file.format))
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Who wrote files, where their names say so; in order of appearance."""
+        return tuple(dict.fromkeys(file.writer for file in self.files if file.writer))
+
     @property
     def components(self) -> tuple[str, ...]:
         """Components that have tensors, in order of appearance."""
         return tuple(dict.fromkeys(tensor.component for tensor in self.tensors))
 
 
-def inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
+def inspect(path: str | os.PathLike[str], *, storage: Storage | None = None) -> CheckpointDescription:
     """Describe a checkpoint, a part of one, or the newest checkpoint of a root.
+
+    Args:
+        path: Where it is.
+        storage: The storage that holds it; the mounted file systems by default.
 
     Raises:
         CheckpointNotFoundError: There is nothing there.
         FormatError: The manifest or, without one, a header is damaged; `verify` says what else is.
     """
+    with using(storage or current()):
+        return _inspect(path)
+
+
+def _inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
     targets = find_targets(path)
     parts = [_describe(target) for target in targets]
     if len(parts) == 1:
@@ -108,16 +162,21 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
         parts[0].version,
         {},
         tuple(
-            FileDescription(f"{name}/{file.path}", file.size, file.tensors)
+            replace(file, path=f"{name}/{file.path}")
             for name, part in zip(names, parts, strict=True)
             for file in part.files
         ),
-        tuple(
-            TensorDescription(tensor.component, tensor.spec, tuple(f"{name}/{file}" for file in tensor.files))
-            for name, part in zip(names, parts, strict=True)
-            for tensor in part.tensors
-        ),
+        tuple(_below(tensor, name) for name, part in zip(names, parts, strict=True) for tensor in part.tensors),
         tuple((f"{name}/{file}", why) for name, part in zip(names, parts, strict=True) for file, why in part.unread),
+        tuple(dict.fromkeys(tool for part in parts for tool in part.tools)),
+    )
+
+
+def _below(tensor: TensorDescription, name: str) -> TensorDescription:
+    return replace(
+        tensor,
+        files=tuple(f"{name}/{file}" for file in tensor.files),
+        pieces=tuple(piece._replace(file=f"{name}/{piece.file}") for piece in tensor.pieces),
     )
 
 
@@ -129,37 +188,55 @@ def _describe(target: Target) -> CheckpointDescription:
 
 
 def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
+    root = target.directory
     files = files_below(manifest, (target.under,) if target.under else ())
     wanted = {file.path for file in files}
     tensors = []
     counts: Counter[str] = Counter()
-    for tensor in manifest.tensors:
-        places = tuple(dict.fromkeys(chunk.file for chunk in tensor.chunks if chunk.file in wanted))
+    for component, spec, crc, chunks in manifest.tensors:
+        pieces = tuple([Piece(c.file, c.offset, c.nbytes, c.crc32c) for c in chunks if c.file in wanted])
+        places = tuple(dict.fromkeys(piece.file for piece in pieces))
         if places or not target.under:
-            tensors.append(TensorDescription(tensor.component, tensor.spec, places))
+            tensors.append(TensorDescription(component, spec, places, pieces, crc))
             counts.update(places)
     # A manifest has the bytes of DCP's files; their tensors are in DCP's own metadata.
-    described = read_contents(
-        target.directory, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], target.directory.name
-    )
-    for (component, _), (spec, held) in described.tensors.items():
-        tensors.append(TensorDescription(component, spec, tuple(held)))
+    described = read_contents(root, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], root.name)
+    for (component, name), (spec, held) in described.tensors.items():
+        found = tuple(described.pieces.get((component, name), ()))
+        tensors.append(TensorDescription(component, spec, tuple(held), found))
         counts.update(held)
-    named = parse_checkpoint_name(target.directory.name) or (None, None)
+    named = parse_checkpoint_name(root.name) or (None, None)
     info = manifest.info
-    version = info.get("shardwise")
+    version, ranks = info.get("shardwise"), _count(info.get("world_size"))
     return CheckpointDescription(
-        target.directory / target.under,
+        root / target.under,
         True,
         named[0] if named[0] is not None else _count(info.get("epoch")),
         named[1] if named[1] is not None else _count(info.get("step")),
-        _count(info.get("world_size")),
+        ranks,
         version if isinstance(version, str) else None,
-        read_metrics(target.directory),
-        tuple(FileDescription(file.path, file.size, counts[file.path]) for file in files),
+        read_metrics(root),
+        tuple(
+            FileDescription(
+                file.path,
+                file.size,
+                counts[file.path],
+                _format_of(root, file.path),
+                file.header_bytes,
+                writer_of(file.path, ranks),
+                file.crc32c,
+            )
+            for file in files
+        ),
         tuple(tensors),
         tuple(described.unread.items()),
+        tuple(tools_named(root, [file.path for file in files])),
     )
+
+
+def _format_of(root: Path, relative: str) -> str | None:
+    what = what_is_file(root / relative)
+    return None if what is None else format_name(relative, what)
 
 
 def _count(value: object) -> int | None:
@@ -180,11 +257,23 @@ def _from_headers(target: Target) -> CheckpointDescription:
         None,
         None,
         read_metrics(target.directory),
-        tuple(FileDescription(path, size, found.counts[path]) for path, size in found.files.items()),
         tuple(
-            TensorDescription(component, spec, tuple(files)) for (component, _), (spec, files) in found.tensors.items()
+            FileDescription(
+                path,
+                size,
+                found.counts[path],
+                found.formats.get(path),
+                found.headers.get(path),
+                writer_of(path, None),
+            )
+            for path, size in found.files.items()
+        ),
+        tuple(
+            TensorDescription(key[0], spec, tuple(files), tuple(found.pieces.get(key, ())))
+            for key, (spec, files) in found.tensors.items()
         ),
         tuple(found.unread.items()),
+        tuple(tools_named(target.directory, found.files)),
     )
 
 

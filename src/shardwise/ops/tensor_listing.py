@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from shardwise.disk.names import file_size
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
+from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.sources.directory_contents import kept_beside_models
 
 #: Suffix of the name of DCP's metadata file.
 DCP_SUFFIX = ".metadata"
@@ -22,24 +25,48 @@ _TORCH_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_mod
 _TOP = "model"
 
 
+class Piece(NamedTuple):
+    """Where a tensor, or a part of one, lies.
+
+    Attributes:
+        file: Path of the file.
+        offset: Where it begins in the file, in bytes.
+        nbytes: Its length there.
+        crc32c: CRC-32C of these bytes, where a manifest has it.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    crc32c: int | None = None
+
+
 @dataclass
 class Described:
     """The files and their tensors.
 
     Attributes:
         files: Path -> bytes.
+        formats: Path -> the format of the file, by its first bytes; without those of an unknown one.
+        headers: Path -> bytes before the first tensor, of safetensors files.
         counts: Path -> how many tensors have a part in it.
         tensors: (component, name) -> the tensor's spec, and the files that hold it.
+        pieces: (component, name) -> where the tensor lies, as far as that is known.
         unread: Path -> why its tensors could not be listed.
     """
 
     files: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     tensors: dict[tuple[str, str], tuple[TensorSpec, list[str]]] = field(default_factory=dict)
+    pieces: dict[tuple[str, str], list[Piece]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
 
-    def add(self, component: str, spec: TensorSpec, files: Sequence[str]) -> None:
+    def add(self, component: str, spec: TensorSpec, files: Sequence[str], pieces: Sequence[Piece] = ()) -> None:
         """Add a tensor, or another piece of one."""
+        if pieces:
+            self.pieces.setdefault((component, spec.name), []).extend(pieces)
         known = self.tensors.get((component, spec.name))
         if known is None:
             self.tensors[component, spec.name] = (spec, list(files))
@@ -61,24 +88,57 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
     """
     found = Described()
     own = top if top == "optim" else _TOP
+    dcp = {PurePosixPath(name).parent for name in listed if PurePosixPath(name).name == DCP_SUFFIX}
     for relative in listed:
         path = PurePosixPath(relative)
         found.files[relative] = file_size(root / relative)
+        what = what_is_file(root / relative)
+        if what is not None:
+            found.formats[relative] = format_name(relative, what)
+        if path.suffix == ".distcp" and path.parent in dcp:
+            continue  # .metadata describes it
         component = path.parent.as_posix() if len(path.parts) > 1 else own
-        if path.suffix == ".safetensors":
-            _add_safetensors(root, relative, component, found)
-        elif path.name == DCP_SUFFIX:
-            _add_dcp(root, relative, component, found)
-        elif _TORCH_WEIGHTS.fullmatch(path.name):
-            _add_torch(root, relative, component, found)
+        _add_file(root, relative, component, what, found)
     return found
+
+
+def format_name(relative: str, what: Recognised) -> str:
+    """What a file is, without an article."""
+    if PurePosixPath(relative).name == DCP_SUFFIX:
+        return "metadata of torch.distributed.checkpoint"
+    # What a text begins with helps where weights were expected, and not beside every settings file.
+    return what.name.removeprefix("a ").removeprefix("an ").partition(", which begins")[0]
+
+
+def _add_file(root: Path, relative: str, component: str, what: Recognised | None, found: Described) -> None:
+    path = PurePosixPath(relative)
+    kind = None if what is None else what.kind
+    if path.suffix == ".safetensors":
+        _add_safetensors(root, relative, component, found)
+    elif path.name == DCP_SUFFIX:
+        _add_dcp(root, relative, component, found)
+    elif kind is Kind.SAFETENSORS:
+        try:
+            _add_safetensors(root, relative, component, found)
+        except FormatError as error:
+            found.unread[relative] = str(error)  # only its first bytes say that it is such a file
+    elif path.suffix == ".distcp":
+        found.unread[relative] = "one file of a DCP directory, whose .metadata is absent"
+    elif kept_beside_models(path.name):
+        found.unread[relative] = "what a training loop keeps beside a model; its tensors are not listed"
+    elif kind is Kind.TORCH or _TORCH_WEIGHTS.fullmatch(path.name):
+        _add_torch(root, relative, component, found)
+    elif what is not None and kind in (Kind.GGUF, Kind.FOREIGN, Kind.POINTER):
+        found.unread[relative] = f"it is {what.name}, whose tensors are not listed"
 
 
 def _add_safetensors(root: Path, relative: str, component: str, found: Described) -> None:
     header = read_header(root / relative)
     offsets = saved_offsets(header) or {}
+    start = found.headers[relative] = header.data_start
     for entry in header.entries:
-        found.add(component, _placed(entry.spec, offsets.get(entry.spec.name)), (relative,))
+        piece = Piece(relative, start + entry.begin, entry.end - entry.begin)
+        found.add(component, _placed(entry.spec, offsets.get(entry.spec.name)), (relative,), (piece,))
 
 
 def _add_dcp(root: Path, relative: str, component: str, found: Described) -> None:
@@ -89,13 +149,15 @@ def _add_dcp(root: Path, relative: str, component: str, found: Described) -> Non
 
     metadata = read_dcp_metadata(root / relative)
     directory = PurePosixPath(relative).parent
-    places: dict[str, dict[str, None]] = {}
+    places: dict[str, list[Piece]] = {}
     for index, info in (metadata.storage_data or {}).items():
-        places.setdefault(index.fqn, {})[(directory / str(info.relative_path)).as_posix()] = None
+        file = (directory / str(info.relative_path)).as_posix()
+        places.setdefault(index.fqn, []).append(Piece(file, info.offset, info.length))
     for name, item in metadata.state_dict_metadata.items():
         if isinstance(item, TensorStorageMetadata):
             spec = TensorSpec(name, tuple(item.size), dtype_code(item.properties.dtype, name))
-            found.add(component, spec, tuple(places.get(name, ())))
+            pieces = places.get(name, [])
+            found.add(component, spec, tuple(dict.fromkeys(piece.file for piece in pieces)), pieces)
 
 
 def _add_torch(root: Path, relative: str, component: str, found: Described) -> None:
@@ -109,7 +171,8 @@ def _add_torch(root: Path, relative: str, component: str, found: Described) -> N
         found.unread[relative] = str(error)
         return
     for tensor in opened.source.tensors.values():
-        found.add(component, tensor.spec, (relative,))
+        pieces = [Piece(relative, chunk.offset, tensor.spec.nbytes) for chunk in tensor.chunks]
+        found.add(component, tensor.spec, (relative,), pieces)
     for spec, _ in opened.loose.values():
         found.add(component, spec, (relative,))
 

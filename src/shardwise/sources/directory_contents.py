@@ -42,6 +42,11 @@ def torch_files(directory: Path) -> list[str]:
     return found
 
 
+def kept_beside_models(name: str) -> bool:
+    """Whether a file's name is one under which training runs keep other state than a model's, in torch's formats."""
+    return TORCH.stem_of(name) is not None and _NO_MODEL.match(name) is not None
+
+
 def holds_model(directory: Path) -> bool:
     """Whether there are weights in a directory that can be opened: by names, nothing is read of safetensors files."""
     if not is_directory(directory):

@@ -1,0 +1,71 @@
+"""Which module of a model a tensor belongs to, by its name alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shardwise.geometry import TensorSpec
+
+#: Levels of a name that are told apart where none of them is a number.
+_DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDescription:
+    """A module, or the modules of one kind in all layers.
+
+    Attributes:
+        name: Its name, with ``*`` for the number of the layer; empty for tensors outside of any module.
+        layers: How many layers have it; 1 where it is in none.
+        tensors: Number of its tensors in all layers.
+        parameters: Number of their elements.
+        nbytes: Their bytes.
+    """
+
+    name: str
+    layers: int
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+def module_of(name: str) -> str:
+    """The kind of module: ``model.layers.*.mlp`` of ``model.layers.7.mlp.up_proj.weight``."""
+    path = _path(name)
+    for at, part in enumerate(path):
+        if part.isdecimal():
+            return ".".join([*path[:at], "*", *path[at + 1 : at + 2]])
+    return ".".join(path[:_DEPTH])
+
+
+def layer_of(name: str) -> str:
+    """The layer: ``model.layers.7`` of ``model.layers.7.mlp.up_proj.weight``; outside of layers the module."""
+    path = _path(name)
+    for at, part in enumerate(path):
+        if part.isdecimal():
+            return ".".join(path[: at + 1])
+    return ".".join(path[:_DEPTH])
+
+
+def _path(name: str) -> list[str]:
+    """The module's name in parts. Of an optimizer's state, ``state.PARAMETER.KEY``, a parameter's name is no module."""
+    *path, _ = name.split(".")
+    return path[:-1] if path[:1] == ["state"] and len(path) > 2 else path
+
+
+def describe_modules(specs: Iterable[TensorSpec]) -> tuple[ModuleDescription, ...]:
+    """The modules of some tensors, in order of appearance."""
+    found: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        found.setdefault(module_of(spec.name), []).append(spec)
+    return tuple(
+        ModuleDescription(
+            name,
+            len({layer_of(spec.name) for spec in own}),
+            len(own),
+            sum(spec.numel for spec in own),
+            sum(spec.nbytes for spec in own),
+        )
+        for name, own in found.items()
+    )

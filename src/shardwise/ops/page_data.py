@@ -1,0 +1,179 @@
+"""The data of the page about a checkpoint: tables and columns of numbers, as JSON that may stand in HTML. Pure.
+
+Columns instead of one object for each tensor: a model has tens of thousands, and a browser reads a column of numbers as
+fast as it comes. Names and shapes that many have in common stand once, in a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, cast
+
+from shardwise.format.strict_json import JsonValue
+from shardwise.geometry import DTYPE_BYTES
+from shardwise.ops.modules import layer_of, module_of
+
+if TYPE_CHECKING:
+    from shardwise.ops.diff import DiffReport, TensorDifference
+    from shardwise.ops.inspect import CheckpointDescription, TensorDescription
+
+#: What became of a tensor: not compared; equal; its values differ by so much; they differ, and nobody read by how much;
+#: its shape differs, or its dtype and nobody read the values; the other lacks it. As in ``html/data.js``.
+UNKNOWN, EQUAL, CHANGED, DIFFERS, ANOTHER, ADDED = range(6)
+
+#: Markup cannot begin without the first, end without the second, nor an entity without the third.
+_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+
+
+class _Table:
+    """Distinct values by number, in order of appearance."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def number(self, value: Hashable) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+    @property
+    def values(self) -> list[Hashable]:
+        return list(self._numbers)
+
+
+def page_data(found: CheckpointDescription, change: DiffReport | None = None) -> str:
+    """The page's data.
+
+    Args:
+        found: What is shown.
+        change: How it differs from something else, which is the first of both in the report.
+
+    Returns:
+        JSON without a ``<``, ``>`` or ``&``.
+    """
+    data: dict[str, JsonValue] = {
+        "name": found.path.name or str(found.path),
+        "path": str(found.path),
+        "facts": cast(JsonValue, _facts(found)),
+        "manifest": found.verifiable,
+        "files": cast(JsonValue, [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files]),
+        "unread": cast(JsonValue, [list(each) for each in found.unread]),
+        **_columns(found),
+        "change": None if change is None else _change(found, change),
+    }
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
+    saved_by = [] if found.version is None else [f"shardwise {found.version}"]
+    facts = {
+        "Step": found.step,
+        "Epoch": found.epoch,
+        "Ranks": _ranks(found),
+        "Written by": ", ".join([*saved_by, *found.tools]) or "not recorded",
+        "Format": ", ".join(found.formats) or None,
+        "Manifest": "yes, with digests" if found.verifiable else "none: no digests",
+    }
+    facts |= {f"Metric {name}": f"{value:g}" for name, value in found.metrics.items()}
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _ranks(found: CheckpointDescription) -> str:
+    if found.world_size is not None:
+        return str(found.world_size)
+    return f"not recorded; {len(found.writers)} wrote files, by their names" if found.writers else "not recorded"
+
+
+def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:
+    dtypes, shapes, components, modules, layers = (_Table() for _ in range(5))
+    numbers = {file.path: number for number, file in enumerate(found.files)}
+    tensors: dict[str, list[JsonValue]] = {
+        key: [] for key in ("name", "component", "module", "layer", "dtype", "shape", "crc")
+    }
+    pieces: dict[str, list[JsonValue]] = {key: [] for key in ("tensor", "file", "offset", "nbytes", "crc")}
+    for number, tensor in enumerate(found.tensors):
+        name, shape, dtype = tensor.spec
+        component = components.number(tensor.component)
+        row = (
+            name,
+            component,
+            modules.number(module_of(name)),
+            layers.number((component, layer_of(name))),
+            dtypes.number(dtype),
+            shapes.number(shape),
+            tensor.crc32c,
+        )
+        for column, value in zip(tensors.values(), row, strict=True):
+            column.append(value)
+        for piece in tensor.pieces:
+            if piece.file in numbers:
+                place = (number, numbers[piece.file], piece.offset, piece.nbytes, piece.crc32c)
+                for column, value in zip(pieces.values(), place, strict=True):
+                    column.append(value)
+    return {
+        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in cast("list[str]", dtypes.values)],
+        "shapes": cast(JsonValue, shapes.values),
+        "components": cast(JsonValue, components.values),
+        "modules": cast(JsonValue, modules.values),
+        "layers": cast(JsonValue, layers.values),
+        "tensors": cast(JsonValue, tensors),
+        "pieces": cast(JsonValue, pieces),
+    }
+
+
+def _change(found: CheckpointDescription, change: DiffReport) -> JsonValue:
+    place = _component_of(found, change)
+    equal, added, unread = set(change.equal), set(change.only_b), set(change.uncompared)
+    differing = {(each.component, each.b.name): each for each in change.tensors}
+
+    def status(key: tuple[str, str]) -> int:
+        if key in differing:
+            return _kind(differing[key])
+        if key in unread:
+            return UNKNOWN
+        return EQUAL if key in equal else ADDED if key in added else UNKNOWN
+
+    keys = [(place(tensor), tensor.spec.name) for tensor in found.tensors]
+    rows = [(number, differing[key]) for number, key in enumerate(keys) if key in differing]
+    return {
+        "against": str(change.a),
+        "status": [status(key) for key in keys],
+        "tensor": [number for number, _ in rows],
+        "relative": [_number(each.relative) for _, each in rows],
+        "largest": [_number(each.largest) for _, each in rows],
+        "elements": [each.elements for _, each in rows],
+        "was": [f"{each.a.dtype} {list(each.a.shape)}" for _, each in rows],
+        "gone": cast(JsonValue, [list(each) for each in change.only_a]),
+        "configs": [[each.file, each.key, _shown(each.a), _shown(each.b)] for each in change.configs],
+        "notes": list(change.notes),
+    }
+
+
+def _kind(difference: TensorDifference) -> int:
+    if difference.relative is not None:
+        return CHANGED
+    return DIFFERS if difference.a == difference.b else ANOTHER
+
+
+def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[[TensorDescription], str]:
+    """The component under which a report has a tensor: of a directory without a manifest, folders are components."""
+    known = {name for name, _ in (*change.equal, *change.only_b, *change.uncompared)}
+    known |= {each.component for each in change.tensors}
+    alone = next(iter(known)) if len(known) == 1 and len(found.components) == 1 else None
+
+    def place(tensor: TensorDescription) -> str:
+        own = tensor.component
+        if own in known:
+            return own
+        return alone if alone is not None else next((name for name in known if own.startswith(f"{name}/")), own)
+
+    return place
+
+
+def _number(value: float | None) -> JsonValue:
+    """JSON has no infinity."""
+    return value if value is None or math.isfinite(value) else "infinite"
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else json.dumps(value)

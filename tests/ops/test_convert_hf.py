@@ -247,6 +247,25 @@ def test_torchtitans_names_are_refused_where_anything_is_not_known(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_names_of_torchtitan_0_3(tmp_path: Path) -> None:
+    model = Titan(llama().config).eval()
+    state = {
+        name.replace("attention.w", "attention.qkv_linear.w")
+        .replace("qkv_linear.wo", "wo")
+        .replace("output", "lm_head"): v
+        for name, v in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "m.pt")
+    config = base(tmp_path / "base", llama())
+    report = convert(tmp_path / "m.pt", tmp_path / "out", "hf", config=config, rope="interleaved")
+    with torch.no_grad():
+        found = LlamaForCausalLM.from_pretrained(report.path).eval()(TOKENS).logits
+        torch.testing.assert_close(found, model(TOKENS), atol=1e-5, rtol=1e-4)
+    torch.save({**state, "output.weight": state["lm_head.weight"]}, tmp_path / "two.pt")
+    with pytest.raises(MisuseError, match=r"2 tensors are one: lm_head.weight, output.weight"):
+        convert(tmp_path / "two.pt", tmp_path / "new", "hf", config=config, rope="interleaved")
+
+
 def test_a_name_more_than_torchtitans_is_refused(tmp_path: Path) -> None:
     model = Titan(llama().config)
     model.layers["0"].attention.register_parameter("q_norm", nn.Parameter(torch.ones(4)))

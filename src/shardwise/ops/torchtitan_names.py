@@ -9,6 +9,7 @@ shapes do not tell, and weights in the wrong order give a model that runs and is
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -26,11 +27,20 @@ ROPES = ("interleaved", "halves")
 
 _CLASS = "LlamaForCausalLM"
 _EMBEDDING = "tok_embeddings.weight"
-_TOP = {_EMBEDDING: "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+#: Two names for one tensor are those of different releases: the first is Meta's too, the second torchtitan 0.3's.
+_TOP = {
+    _EMBEDDING: "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "lm_head.weight": "lm_head.weight",
+}
 _LAYER = {
     "attention.wq.weight": "self_attn.q_proj.weight",
     "attention.wk.weight": "self_attn.k_proj.weight",
     "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.qkv_linear.wq.weight": "self_attn.q_proj.weight",
+    "attention.qkv_linear.wk.weight": "self_attn.k_proj.weight",
+    "attention.qkv_linear.wv.weight": "self_attn.v_proj.weight",
     "attention.wo.weight": "self_attn.o_proj.weight",
     "feed_forward.w1.weight": "mlp.gate_proj.weight",
     "feed_forward.w2.weight": "mlp.down_proj.weight",
@@ -86,7 +96,10 @@ def in_transformers_names(
     unknown = [name for name in tensors if name not in found and name not in _TABLES]
     absent = [name for name in kind.hub if name not in found.values()]
     extra = [name for name, new in found.items() if new not in kind.hub and new not in kind.others]
-    for what, names in (("are not known", unknown), ("are absent", absent), ("are not in the configuration", extra)):
+    counts = Counter(found.values())
+    twice = [name for name, new in found.items() if counts[new] > 1]
+    wrong = {"are not known": unknown, "are absent": absent, "are not in the configuration": extra, "are one": twice}
+    for what, names in wrong.items():
         if names:
             raise _refused(kind, f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}")
     heads = {tail: _heads(kind, key, tail) for tail, key in _ROTATED.items()}
@@ -95,7 +108,7 @@ def in_transformers_names(
             "these are torchtitan's names of a Llama, as Meta's own files have them, and models of these names differ "
             "in the order of the rows of q and k, which no name or shape shows",
             path=kind.config,
-            tensor=next(name for name in found if name.endswith("attention.wq.weight")),
+            tensor=next(name for name in found if name.endswith("wq.weight")),
             hint="Say how the model that was trained rotates them: --rope interleaved (torchtitan's and Meta's Llama, "
             "neighbouring rows together) or --rope halves (as transformers does; rows stay as they are).",
         )

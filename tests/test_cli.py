@@ -94,6 +94,35 @@ def test_consolidate_takes_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["verify", str(tmp_path)]) == 0
 
 
+def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = saved(tmp_path / "root", save_consolidated="false")
+    out = {to: tmp_path / to for to in ("hf", "dcp", "shards")}
+    for to, place in out.items():
+        assert main(["convert", str(directory), str(place), "--to", to]) == 0
+        assert f"wrote {place}" in capsys.readouterr().out
+        assert main(["convert", str(directory), str(place), "--to", to]) == 2
+        assert "already" in capsys.readouterr().err
+    assert main(["verify", str(out["shards"])]) == 0
+    for part in ("model", "optim"):
+        assert main(["diff", str(directory / part), str(out["shards"] / directory.name / part)]) == 0
+    assert main(["diff", str(directory), str(out["hf"])]) == 0
+    capsys.readouterr()
+    again = ["convert", str(out["dcp"]), str(tmp_path / "again"), "--to", "shards", "--json", "--step", "7"]
+    assert main([*again, "--optimizer"]) == 2
+    assert "no optimizer" in capsys.readouterr().err
+    assert main(again) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(tmp_path / "again" / "epoch_0_step_7")
+    assert (report["format"], report["tensors"], report["optimizer"], report["verified"]) == ("shards", 3, False, False)
+    os.truncate(out["dcp"] / "__0_0.distcp", 1000)
+    assert main(["convert", str(out["dcp"]), str(tmp_path / "new"), "--to", "hf"]) == 1
+    assert main(["convert", str(tmp_path / "nobody"), str(tmp_path / "new"), "--to", "hf"]) == 2
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit) as left:
+        main(["convert", str(directory), str(tmp_path / "new")])
+    assert left.value.code == 2
+
+
 @pytest.mark.parametrize("command", ["verify", "inspect", "consolidate"])
 def test_an_empty_path_is_not_the_working_directory(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -1,4 +1,4 @@
-"""The commands that write: consolidate, prune, repair, push."""
+"""The commands that write: consolidate, convert, prune, repair, push."""
 
 from __future__ import annotations
 
@@ -37,6 +37,38 @@ def consolidate(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         print(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
+    return FINE
+
+
+def convert(options: argparse.Namespace) -> int:
+    """``shardwise convert``."""
+    from shardwise.ops import convert as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.convert(
+            options.source,
+            options.target,
+            options.to,
+            config=options.config,
+            prefix=options.prefix,
+            rope=options.rope,
+            optimizer=options.optimizer,
+            epoch=options.epoch,
+            step=options.step,
+            assume_complete=options.assume_complete,
+            verify_export=options.verify_export,
+            progress=bar.progress,
+        )
+    finally:
+        bar.close()
+    for note in report.notes:
+        print(f"note  {note}", file=sys.stderr)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        optimizer = " and the optimizer's state" if report.optimizer else ""
+        print(f"wrote {report.path}: {report.tensors} tensors{optimizer}, {size(report.nbytes)}")
     return FINE
 
 

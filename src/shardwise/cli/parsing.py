@@ -75,6 +75,7 @@ def make_parser() -> _Parser:
 
     _add_reading(add)
     _add_writing(add)
+    _add_convert(add)
     _add_roots(add)
     _add_push(add)
     enter("completion", *_add_completion(commands))
@@ -178,6 +179,59 @@ def _add_writing(add: _Add) -> None:
         action="store_false",
         default=None,
         help="write the export even if the class that config.json names would not load it",
+    )
+
+
+def _add_convert(add: _Add) -> None:
+    convert = add(
+        "convert",
+        changing.convert,
+        "convert what another tool saved: to a Hugging Face model, to DCP, or to a checkpoint to go on from",
+        "Write DST from SRC: DCP directories (bare, under model, under app, beside an optimizer), torch's sharded HF\n"
+        "files, runs of NeMo AutoModel, Lightning's .ckpt and FSDP directories, .bin, .pt, .pth, torchtitan's Llama,\n"
+        "or a checkpoint of shardwise. Only what is the model becomes a model. No code of a file runs. SRC stays.",
+        "  shardwise convert run/step-1000 model/ --to hf --config base/\n"
+        "  shardwise convert run/step-1000 checkpoints/ --to shards\n"
+        "  shardwise convert last.ckpt model/ --to hf --config base/ --prefix net",
+    )
+    convert.add_argument("source", type=_path, metavar="SRC", help="a directory, or a file of torch.save")
+    convert.add_argument("target", type=_path, metavar="DST", help="the directory to write, which must not exist")
+    convert.add_argument(
+        "--to",
+        choices=("hf", "dcp", "shards"),
+        required=True,
+        help="hf: a Hugging Face model; dcp: {'model': state_dict} for torch.distributed.checkpoint; shards: a "
+        "directory of checkpoints with one in it, which training goes on from",
+    )
+    convert.add_argument(
+        "--config", type=_path, metavar="DIR", help="where config.json, the tokenizer and the like are"
+    )
+    convert.add_argument(
+        "--prefix", help="what the model's names begin with in SRC, where that is not clear; '' for all"
+    )
+    convert.add_argument(
+        "--rope",
+        choices=("interleaved", "halves"),
+        help="of a Llama with torchtitan's names: how it rotates q and k (torchtitan and Meta: interleaved)",
+    )
+    convert.add_argument(
+        "--optimizer",
+        action=argparse.BooleanOptionalAction,
+        help="whether the optimizer's state goes into shards (default: it does where there is one)",
+    )
+    convert.add_argument(
+        "--epoch", type=int, metavar="N", help="of the checkpoint in shards (default: by SRC's name, 0)"
+    )
+    convert.add_argument("--step", type=int, metavar="N", help="likewise")
+    convert.add_argument(
+        "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
+    )
+    convert.add_argument(
+        "--no-class-check",
+        dest="verify_export",
+        action="store_false",
+        default=None,
+        help="write the model even if the class that config.json names would not load it",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,9 +32,10 @@ from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import temporary_name
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
-from shardwise.ops.hub_blocks import hub_tensors
 from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
+from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
+from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.sources.tensor_bytes import as_bytes
@@ -45,9 +46,6 @@ __all__ = ["ConsolidateReport", "consolidate"]
 _CONSOLIDATED = "consolidated"
 _MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
-
-#: A tensor of the export, and its bytes as they are saved.
-Blocks = Callable[[], Iterator[memoryview]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +67,6 @@ class ConsolidateReport:
     nbytes: int
     verified: bool = True
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to write: what it is as saved, and where its bytes come from."""
-
-    spec: TensorSpec
-    blocks: Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +92,8 @@ def consolidate(
     diffusers_compatible: bool | None = None,
     assume_complete: bool = False,
     verify_export: bool | None = None,
+    config: str | os.PathLike[str] | None = None,
+    rope: Rope | None = None,
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
@@ -110,18 +102,20 @@ def consolidate(
 
     Args:
         path: A checkpoint saved as shards or with ``torch_save``, its ``model`` directory, or a root with ``LATEST``.
-            Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory.
+            Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory, files of ``torch.save``.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
         max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
         progress: Called with the bytes written and the bytes to write.
         storage: Where files are read and written.
-        prefix: Prefix of the model's names in a DCP directory that holds more than a model, where its structure does
-            not show it; "" for all of them.
+        prefix: Prefix of the model's names in a DCP directory, or a file of ``torch.save``, that holds more than a
+            model, where its structure does not show it; "" for all of them.
         base: The base model; its tensors that the model's class does not load are carried over. The save's by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
         verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
             configured, else true.
+        config: Directory with ``config.json`` and what goes with it, if it is not beside the tensors.
+        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show.
 
     Raises:
         CheckpointExistsError: There is an export already.
@@ -142,7 +136,10 @@ def consolidate(
     place = Path(path).absolute()
     target = None if output is None else Path(output).absolute()
     with using(storage or current()):
-        found = find_input(place, current(), prefix=prefix, assume_complete=assume_complete)
+        described = None if config is None else Path(config).absolute()
+        found = find_input(
+            place, current(), prefix=prefix, assume_complete=assume_complete, config=described, rope=rope
+        )
         options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
         return _write(found, target or found.directory / _CONSOLIDATED, options)
 
@@ -174,8 +171,8 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
 
 
 def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
-    plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
-    tensors = _tensors(found, reader)
+    plain = {name: found.read(place) for name, place in side_files(found.described or found.directory).items()}
+    tensors = tensors_to_write(found, reader)
     note = _object(found, found.directory / METADATA_DIR / EXPORT)
     stem = _stem(found, note.get("stem"), options.diffusers_compatible)
     layout = _layout(found, tensors, note, stem, options.max_file_bytes)
@@ -209,7 +206,7 @@ def _require_opens(export: _Export, verify_export: bool | None) -> None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), specs, found.directory / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), specs, (found.described or found.directory) / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 
@@ -223,20 +220,9 @@ def _absent(directory: Path) -> list[Path]:
     return absent
 
 
-def _tensors(found: ModelInput, reader: VerifyingReader) -> dict[str, _Tensor]:
-    if found.native and found.kind is not None:
-        hub = hub_tensors(found.kind, found.source.tensors, reader)
-        return {spec.name: _Tensor(spec, blocks) for spec, blocks in hub}
-
-    def one(name: str) -> Blocks:
-        return lambda: reader.blocks(found.source.tensors[name])
-
-    return {name: _Tensor(tensor.spec, one(name)) for name, tensor in found.source.tensors.items()}
-
-
 def _layout(
     found: ModelInput,
-    tensors: Mapping[str, _Tensor],
+    tensors: Mapping[str, TensorToWrite],
     export: Mapping[str, JsonValue],
     stem: str,
     max_file_bytes: int | None,
@@ -291,7 +277,7 @@ class _Export:
     """A planned export whose bytes are not written yet."""
 
     found: ModelInput
-    tensors: Mapping[str, _Tensor]
+    tensors: Mapping[str, TensorToWrite]
     layout: Layout
     plain: Mapping[str, bytes]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.comm import Group
-from shardwise.disk.names import exists, is_directory, is_file, names_in
+from shardwise.disk.names import exists, is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import Storage
 from shardwise.engine.verify import extents_of, load_manifest
 from shardwise.errors import (
@@ -22,22 +22,28 @@ from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.strict_json import JsonValue
-from shardwise.format.weight_files import is_adapter
+from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
+from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
+from shardwise.ops.torch_input import open_torch_model, refuse_part
+from shardwise.ops.torchtitan_names import has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import find_model
-from shardwise.sources.directory_contents import holds_model
+from shardwise.sources.directory_contents import holds_model, holds_safetensors, holds_torch_files
 from shardwise.sources.entries import read_entries
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
 
+#: What Lightning's FSDP strategies write beside DCP's files.
+_LIGHTNING = "meta.pt"
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPTIMIZER_STATE = "optimizer.json"
-_SHOWN = 3
+_SHOWN, _MOST_LEFT = 3, 12
+_NO_MANIFEST = "there is no manifest: that the bytes are those that were saved could not be checked"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class ModelInput:
         notes: Notes for the report, one sentence each.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
+        computed: Tensors whose bytes are not those of a file as they lie there.
+        described: Where the configuration and its like are, if not in ``directory``.
+        unnamed_optimizers: Entries of a file that are optimizers' states, whose parameters have no names.
     """
 
     directory: Path
@@ -63,6 +72,9 @@ class ModelInput:
     notes: list[str] = field(default_factory=list)
     kind: ModelClass | None = None
     native: bool = False
+    computed: Mapping[str, Computed] = field(default_factory=dict)
+    described: Path | None = None
+    unnamed_optimizers: tuple[str, ...] = ()
 
     def read_json(self, path: Path) -> JsonValue:
         """A JSON file of the input; ``None`` where there is none.
@@ -86,14 +98,24 @@ class ModelInput:
         return content
 
 
-def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool) -> ModelInput:
+def find_input(
+    path: Path,
+    storage: Storage,
+    *,
+    prefix: str | None,
+    assume_complete: bool,
+    config: Path | None = None,
+    rope: str | None = None,
+) -> ModelInput:
     """Find the model at a path, and check that it is complete.
 
     Args:
-        path: A checkpoint, its ``model`` directory, a root, or another tool's directory.
+        path: A checkpoint, its ``model`` directory, a root, another tool's directory, or a file of ``torch.save``.
         storage: Where headers are read from.
-        prefix: What the names of the model's tensors begin with in a DCP directory.
+        prefix: What the names of the model's tensors begin with in a DCP directory or a file of ``torch.save``.
         assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
+        config: The directory with the configuration, if it is another one.
+        rope: How the model rotates q and k, where its names do not tell; see `shardwise.ops.torchtitan_names`.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
@@ -108,23 +130,41 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     directory = target.directory / target.under
     if not target.under and is_directory(directory / "model"):
         directory = directory / "model"
-    if not is_directory(directory):
+    file = directory if is_file(directory) else None
+    if file is not None and (TORCH.stem_of(file.name) is None or is_there(target.directory / MANIFEST_NAME)):
         raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
+    if config is not None and not is_file(config / CONFIG_NAME):
+        raise MisuseError(
+            f"the directory has no {CONFIG_NAME}", path=config, hint="Name the directory of the base model."
+        )
+    if file is not None:
+        refuse_part(file)
     report = verify(path, digests=False)
     _refuse_damaged(report, directory)
+    if file is not None:
+        directory = file.parent
+        beside = directory if is_file(directory / CONFIG_NAME) else file  # whatever lies around is not the model's
+        found = ModelInput(
+            directory, directory, False, Source(file, (), {}), DigestLedger({}), described=config or beside
+        )
+        found.notes.append(_NO_MANIFEST)
+        return _from_torch(found, file, prefix, rope)
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = DigestLedger(_recorded(manifests))
     # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
-    found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
+    source = Source(directory, (), {})
+    found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=config)
     if not manifests:
-        found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
+        found.notes.append(_NO_MANIFEST)
     if exists(directory / ".metadata"):
-        return _from_dcp(found, prefix)
+        return _from_dcp(found, prefix, rope)
+    if not holds_safetensors(directory) and holds_torch_files(directory):
+        return _from_torch(found, directory, prefix, rope)
     if prefix is not None:
         raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
-    return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete)
+    return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete, rope)
 
 
 def _model_target(targets: Sequence[Target], path: Path) -> Target:
@@ -149,10 +189,12 @@ def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
     first = report.damages[0]
     more = f"; {len(report.damages) - 1} more are damaged" if len(report.damages) > 1 else ""
     kind = ManifestError if first.kind == "manifest" else IntegrityError
-    elsewhere = not any((report.path / damage.file).is_relative_to(directory) for damage in report.damages)
+    place = report.path if is_directory(report.path) else report.path.parent
+    model = directory if is_directory(directory) else place
+    elsewhere = not any((place / damage.file).is_relative_to(model) for damage in report.damages)
     raise kind(
         f"the checkpoint is damaged: {first.describe()}{more}",
-        path=report.path / first.file,
+        path=place / first.file,
         tensor=first.tensors[0] if first.tensors else None,
         hint=f"Its model is not: name {directory} to export that alone."
         if elsewhere and kind is IntegrityError
@@ -203,52 +245,125 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
     return found
 
 
-# --- DCP -------------------------------------------------------------------------------------------------------------
+# --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def _from_dcp(found: ModelInput, prefix: str | None) -> ModelInput:
-    from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
-
+def _class_of(found: ModelInput) -> ModelClass | None:
+    """The class that the configuration names: the one that was given, else the one beside the model."""
     directory = found.directory
-    if found.manifest:
-        found.read(directory / DCP_METADATA_NAME)
-    metadata = read_dcp_metadata(directory)
-    kind = _class_beside(directory)
-    expected = () if kind is None else kind.native
-    model = find_model(metadata, directory, expected, prefix)
-    opened = open_source(directory, Group(None))
-    tensors = {name: _once(opened.tensors[dcp], name, directory) for name, dcp in model.names.items()}
-    if all(".lora_" in name or ".modules_to_save." in name for name in tensors):
-        raise MisuseError(
-            "this is an adapter's state, and nothing beside it says what its configuration is",
-            path=directory,
-            hint="Save the adapter with is_peft, which writes adapter_model.safetensors and adapter_config.json.",
-        )
-    if kind is not None:
-        kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=True)
-    if model.left:
-        found.notes.append(f"not exported, since it is no tensor: {', '.join(model.left[:_SHOWN])}")
-    if not any(is_file(place / CONFIG_NAME) for place in (directory, directory / METADATA_DIR)):
-        found.notes.append("there is no config.json: the export is weights alone")
-    native = kind is not None and kind.native.keys() <= tensors.keys() and kind.native.keys() != kind.hub.keys()
-    return replace(found, source=replace(opened, tensors=tensors), kind=kind, native=native)
-
-
-def _class_beside(directory: Path) -> ModelClass | None:
-    for place in (directory / METADATA_DIR, directory):
+    for place in (directory / METADATA_DIR, directory) if found.described is None else (found.described,):
         kind = model_class(place)
         if kind is not None:
             return kind
     return None
 
 
+def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
+    """The input under names of the class, compared with it.
+
+    Raises:
+        MisuseError: Its names are another tool's, and how they become those of the class is not known.
+        TensorError: It is not that class's.
+    """
+    tensors = found.source.tensors
+    if kind is not None and has_own_names(tensors, kind):
+        renamed = in_transformers_names(tensors, kind, rope, found.computed)
+        tensors = renamed.tensors
+        found.notes.append(renamed.note)
+        found = replace(found, source=replace(found.source, tensors=tensors), computed=renamed.computed)
+    elif rope is not None:
+        raise MisuseError(
+            "rope is for a Llama under torchtitan's names, with a configuration",
+            path=found.directory,
+            hint="Leave it out.",
+        )
+    if kind is None:
+        if has_own_names(tensors, None):
+            found.notes.append(
+                "the names are torchtitan's, which stay as they are: with the configuration of a Llama (--config) they "
+                "become those of transformers"
+            )
+        return found
+    kind.compare([tensor.spec for tensor in tensors.values()], found.directory, whole=whole)
+    native = kind.native.keys() <= tensors.keys() and kind.native.keys() != kind.hub.keys()
+    return replace(found, kind=kind, native=native)
+
+
+def _tell_left(found: ModelInput, left: Sequence[str], why: str) -> None:
+    if left:
+        more = f" and {len(left) - _MOST_LEFT} more" if len(left) > _MOST_LEFT else ""
+        found.notes.append(f"left out, since {why}: {', '.join(left[:_MOST_LEFT])}{more}")
+
+
+def _tell_missing_config(found: ModelInput) -> None:
+    places = (found.directory, found.directory / METADATA_DIR) if found.described is None else (found.described,)
+    if not any(is_file(place / CONFIG_NAME) for place in places):
+        found.notes.append("there is no config.json: the export is weights alone")
+
+
+def _refuse_adapter(names: Iterable[str], path: Path) -> None:
+    if all(".lora_" in name or ".modules_to_save." in name for name in names):
+        raise MisuseError(
+            "this is an adapter's state, and nothing beside it says what its configuration is",
+            path=path,
+            hint="Save the adapter with is_peft, which writes adapter_model.safetensors and adapter_config.json.",
+        )
+
+
+# --- DCP -------------------------------------------------------------------------------------------------------------
+
+
+def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelInput:
+    from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
+
+    directory = found.directory
+    if found.manifest:
+        found.read(directory / DCP_METADATA_NAME)
+    metadata = read_dcp_metadata(directory)
+    kind = _class_of(found)
+    if kind is None and prefix is None and is_file(directory / _LIGHTNING):
+        raise MisuseError(
+            "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
+            "known",
+            path=directory,
+            hint="Name the directory with the model's config.json (--config), or what the names of its tensors begin "
+            "with: --prefix model.model (prefix='model.model'), or --prefix model where the whole module is the model.",
+        )
+    expected = () if kind is None else kind.native
+    model = find_model(metadata, directory, expected, prefix)
+    opened = open_source(directory, Group(None))
+    tensors = {name: once(opened.tensors[dcp], name, directory) for name, dcp in model.names.items()}
+    _refuse_adapter(tensors, directory)
+    if model.left:
+        found.notes.append(f"not exported, since it is no tensor: {', '.join(model.left[:_SHOWN])}")
+    _tell_left(found, model.apart, "it is outside of the model")
+    _tell_missing_config(found)
+    source = replace(opened, tensors=tensors, below=model.prefix.removesuffix("."))
+    return _with_class(replace(found, source=source), kind, rope, whole=True)
+
+
+# --- torch.save ------------------------------------------------------------------------------------------------------
+
+
+def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | None) -> ModelInput:
+    kind = _class_of(found)
+    model = open_torch_model(path, kind, prefix)
+    _refuse_adapter(model.source.tensors, path)
+    _tell_left(found, model.left, "it is not the model's")
+    _tell_missing_config(found)
+    opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)
+    return _with_class(opened, kind, rope, whole=True)
+
+
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], assume_complete: bool) -> ModelInput:
+def _from_safetensors(
+    found: ModelInput, manifests: Sequence[Manifest], assume_complete: bool, rope: str | None
+) -> ModelInput:
     directory = found.directory
     source = open_source(directory, Group(None))
-    tensors = {name: _once(tensor, name, directory) for name, tensor in source.tensors.items()}
+    tensors = {name: once(tensor, name, directory) for name, tensor in source.tensors.items()}
     if manifests:
         # Each file that was written is there, so all pieces are; a tensor's record has to agree.
         recorded = {t.spec.name: t.spec.shape for m in manifests for t in m.tensors if t.component == "model"}
@@ -260,12 +375,13 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], assume_c
                     tensor=name,
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
-        return replace(found, source=replace(source, tensors=tensors))
-    kind = _class_beside(directory)
+        found = replace(found, source=replace(source, tensors=tensors))
+        return found if found.described is None else _with_class(found, _class_of(found), rope, whole=True)
+    kind = _class_of(found)
     unknown = _in_pieces(source, tensors)
+    found = replace(found, source=replace(source, tensors=tensors))
     if kind is not None:
-        kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=bool(unknown))
-        unknown = []
+        return _with_class(found, kind, rope, whole=bool(unknown))
     if unknown and not assume_complete:
         raise UnverifiableError(
             f"nothing says how large {len(unknown)} tensors in pieces were, {unknown[0]} among them: whether a file is "
@@ -277,7 +393,7 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], assume_c
         )
     if unknown:
         found.notes.append(f"{len(unknown)} tensors in pieces were taken to be complete, as was asked for")
-    return replace(found, source=replace(source, tensors=tensors), kind=kind)
+    return _with_class(found, None, rope, whole=False)
 
 
 def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:
@@ -294,8 +410,13 @@ def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]
     return [name for name in parts if name in tensors]
 
 
-def _once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:
+def once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:
     """The tensor under its name in the export, with each of its pieces once.
+
+    Args:
+        tensor: Under the name that it has in the files.
+        name: Its name in the export.
+        directory: For messages.
 
     Raises:
         IncompleteTensorError: The pieces do not make it up.

@@ -6,7 +6,7 @@ The views were derived on a model without memory; here each is laid over a tenso
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,12 @@ import torch
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
+from shardwise.ops.computed_tensors import BlockReader, read_flat
 from shardwise.ops.model_class import ModelClass
-from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import as_bytes
-from shardwise.sources.verifying_reader import BLOCK_BYTES, VerifyingReader
+from shardwise.sources.verifying_reader import BLOCK_BYTES
 from shardwise.upstream.torch_tensors import storage_key
 
 #: Number of native tensors kept in memory: those of one layer, which the tensors of a file use in turn.
@@ -26,7 +27,7 @@ _MOST_KEPT = 4
 
 
 def hub_tensors(
-    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: VerifyingReader
+    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: BlockReader
 ) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
     """The tensors of a model's files, each with its bytes in row-major order.
 
@@ -40,13 +41,7 @@ def hub_tensors(
     Raises:
         ConversionError: A tensor of the files has to be computed.
     """
-    if kind.state.groups:
-        raise ConversionError(
-            f"tensors of the files of a {kind.name} have to be computed from those of the model",
-            path=kind.config,
-            tensor=kind.state.groups[0].computed.hub[0].name,
-            hint="Load the checkpoint into the model, and save it with save_consolidated.",
-        )
+    _refuse_computed(kind)
     natives = {_memory(tensor): tensor.spec.name for tensor in kind.state.native}
     whole = _Natives(tensors, reader)
     found: list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]] = []
@@ -65,11 +60,84 @@ def hub_tensors(
     return found
 
 
+def native_tensors(
+    kind: ModelClass, tensors: Mapping[str, SourceTensor], reader: BlockReader
+) -> list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]]:
+    """The inverse of `hub_tensors`: the tensors that a model has in memory, each with its bytes in row-major order.
+
+    Memory: the tensor, and one of its files'.
+
+    Args:
+        kind: The model's class.
+        tensors: Under the names of the model's files; all that the class has.
+        reader: Reads them.
+
+    Raises:
+        ConversionError: A tensor of the files is computed from several of the model, or one of the model is in none.
+    """
+    _refuse_computed(kind)
+    pieces: dict[int, list[tuple[HeldTensor, Fragment]]] = {}
+    for held in kind.state.held:
+        for fragment in held.fragments:
+            pieces.setdefault(storage_key(fragment.data), []).append((held, fragment))
+    found: list[tuple[TensorSpec, Callable[[], Iterator[memoryview]]]] = []
+    for native in kind.state.native:
+        parts = pieces.get(_memory(native), [])
+        shape = native.spec.shape
+        if sum(fragment.data.numel() for _, fragment in parts) != native.spec.numel:
+            raise ConversionError(
+                f"the files of a {kind.name} do not have all of this tensor", path=kind.config, tensor=native.spec.name
+            )
+        first = tensors[parts[0][0].spec.name]
+        if len(parts) == 1 and parts[0][0].spec.shape == shape and _is_whole(parts[0]):
+            found.append((first.spec._replace(name=native.spec.name), _plain(first, reader)))
+        else:
+            spec = TensorSpec(native.spec.name, shape, first.spec.dtype)
+            found.append((spec, _assembled(spec, parts, tensors, reader)))
+    return found
+
+
+def _is_whole(part: tuple[HeldTensor, Fragment]) -> bool:
+    held, fragment = part
+    return held.grid == held.spec.shape and fragment.data.shape == held.spec.shape and fragment.data.is_contiguous()
+
+
+def _assembled(
+    spec: TensorSpec,
+    parts: Sequence[tuple[HeldTensor, Fragment]],
+    tensors: Mapping[str, SourceTensor],
+    reader: BlockReader,
+) -> Callable[[], Iterator[memoryview]]:
+    def blocks() -> Iterator[memoryview]:
+        whole = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
+        for held, fragment in parts:
+            view, box = fragment.data, fragment.box
+            saved = read_flat(tensors[held.spec.name], reader)[: held.spec.numel].view(held.grid)
+            for dim, (low, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+                saved = saved.narrow(dim, low, size)
+            whole.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(saved)
+        content = as_bytes(whole[: spec.numel])
+        for start in range(0, len(content), BLOCK_BYTES):
+            yield content[start : start + BLOCK_BYTES]
+
+    return blocks
+
+
+def _refuse_computed(kind: ModelClass) -> None:
+    if kind.state.groups:
+        raise ConversionError(
+            f"tensors of the files of a {kind.name} have to be computed from those of the model",
+            path=kind.config,
+            tensor=kind.state.groups[0].computed.hub[0].name,
+            hint="Load the checkpoint into the model, and save it with save_consolidated.",
+        )
+
+
 def _memory(tensor: HeldTensor) -> int:
     return storage_key(tensor.fragments[0].data)
 
 
-def _plain(tensor: SourceTensor, reader: VerifyingReader) -> Callable[[], Iterator[memoryview]]:
+def _plain(tensor: SourceTensor, reader: BlockReader) -> Callable[[], Iterator[memoryview]]:
     return lambda: reader.blocks(tensor)
 
 
@@ -96,7 +164,7 @@ class _Natives:
     """Caches the last few native tensors that were read whole."""
 
     tensors: Mapping[str, SourceTensor]
-    reader: VerifyingReader
+    reader: BlockReader
     _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
 
     def get(self, name: str) -> torch.Tensor:
@@ -105,11 +173,5 @@ class _Natives:
             return self._kept[name]
         while len(self._kept) >= _MOST_KEPT:
             self._kept.popitem(last=False)
-        saved = self.tensors[name]
-        flat = torch.empty(max(1, saved.spec.numel), dtype=torch_dtype(saved.spec.dtype))
-        into, at = as_bytes(flat), 0
-        for block in self.reader.blocks(saved):
-            into[at : at + len(block)] = block
-            at += len(block)
-        self._kept[name] = flat
+        flat = self._kept[name] = read_flat(self.tensors[name], self.reader)
         return flat

@@ -7,6 +7,7 @@ class's own names lie; otherwise the one mapping that is called as a model's is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ _OTHER_KEYS = frozenset(
         *("train_state", "trainer", "rng", "rng_state", "scaler", "grad_scaler"),
     }
 )
+#: Lightning numbers its optimizers.
+_NUMBERED = re.compile(r"optim(izer)?_\d+")
 _OPTIMIZER_KEYS = frozenset({"state", "param_groups"})
 _DATA_PARALLEL = "module."
 _SHOWN = 12
@@ -44,11 +47,13 @@ class DcpModel:
         names: The model's name of each tensor -> DCP's.
         prefix: What DCP's names of the model have in front.
         left: Names, as DCP has them, of what is not a tensor and lies in the same place, such as extra state.
+        apart: The same of tensors elsewhere that are no optimizer's and of nothing else with a name that tells.
     """
 
     names: Mapping[str, str]
     prefix: str
     left: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 def find_model(
@@ -85,7 +90,9 @@ def find_model(
     if not found:
         raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
     left = tuple(name for name in others if place.has(name, paths))
-    return DcpModel(_unwrapped(found, directory), place.front, left)
+    taken = frozenset(found.values())
+    apart = [n for n in tensors if n not in taken and not any(map(is_no_model, (*n.split("."), *paths[n])))]
+    return DcpModel(unwrapped_names(found, directory), place.front, left, tuple(apart))
 
 
 def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
@@ -108,7 +115,7 @@ def model_below(metadata: Metadata, directory: Path, head: str, expected: Collec
     tensors = {n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
     found = {name.removeprefix(place.front): name for name in paths if name in own and name in tensors}
     left = tuple(name for name in paths if name in own and name not in tensors)
-    return DcpModel(_unwrapped(found, directory), place.front, left)
+    return DcpModel(unwrapped_names(found, directory), place.front, left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,12 @@ class _Place:
             return True
         path = paths[name]
         mappings = {str(part) for part in path[:-1]} - set(self.head.split("."))
-        return rest.split(".")[0] not in _OTHER_KEYS and _OTHER_KEYS.isdisjoint(mappings)
+        return not any(map(is_no_model, (rest.split(".")[0], *mappings)))
+
+
+def is_no_model(key: object) -> bool:
+    """Whether a mapping of this name is not the model."""
+    return key in _OTHER_KEYS or (isinstance(key, str) and _NUMBERED.fullmatch(key) is not None)
 
 
 def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
@@ -166,7 +178,7 @@ def places_of(tensors: Sequence[str], expected: Collection[str]) -> list[str]:
     found = []
     for head in heads:
         front = f"{head}." if head else ""
-        if _OTHER_KEYS.isdisjoint(head.split(".")) and all(front + name in plain for name in expected):
+        if not any(map(is_no_model, head.split("."))) and all(front + name in plain for name in expected):
             found.append(head)
     # DataParallel's part of a name is the model's own way of naming, not a place: it is taken off later.
     return found
@@ -180,7 +192,7 @@ def _by_structure(paths: Mapping[str, DcpPath], tensors: Sequence[str], director
         leaves = [name for name in tensors if name in below and len(below[name]) == len(at) + 1]
         keys = list(dict.fromkeys(path[len(at)] for path in below.values() if len(path) > len(at) + 1))
         models = [key for key in keys if key in MODEL_KEYS]
-        rest = [key for key in keys if key not in MODEL_KEYS and key not in _OTHER_KEYS]
+        rest = [key for key in keys if key not in MODEL_KEYS and not is_no_model(key)]
         if len(models) == 1 and not rest:
             at = (*at, models[0])
         elif leaves and not models and not rest:
@@ -195,7 +207,7 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
     """The place of tensors that are in one mapping; some tools use whole paths as names."""
     head = ".".join(map(str, at))
     tops = {str(paths[name][-1]).split(".")[0] for name in leaves}
-    others = tops & _OTHER_KEYS
+    others = set(filter(is_no_model, tops))
     models = tops & set(MODEL_KEYS)
     if len(models) == 1 and others and tops == others | models:
         return _Place(".".join([*([head] if head else []), *models]))
@@ -204,8 +216,16 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
     return _Place(head)
 
 
-def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The names without the parts that torch's wrappers add."""
+def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The names without the parts that torch's wrappers add.
+
+    Args:
+        found: Name -> the file's name of the tensor.
+        directory: For messages.
+
+    Raises:
+        NameCollisionError: Two tensors would get one name.
+    """
     strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}
     for name, dcp in found.items():

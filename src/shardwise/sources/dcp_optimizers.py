@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn, cast
 
 from shardwise.errors import MisuseError, StateFormatError
@@ -51,6 +51,15 @@ class DcpOptimizer:
     tensors: Mapping[str, Mapping[str, str]]
     values: Mapping[str, Mapping[str, object]]
     listed: bool = False
+
+    def renamed(self, names: Mapping[str, str]) -> DcpOptimizer:
+        """The same with other names of its parameters: old name, or number as text -> new, of each."""
+        return replace(
+            self,
+            groups=tuple(replace(g, params=tuple(names[param] for param in g.params)) for g in self.groups),
+            tensors={names[param]: keys for param, keys in self.tensors.items()},
+            values={names[param]: keys for param, keys in self.values.items()},
+        )
 
     def to_state(self) -> dict[str, object]:
         """As plain containers."""

@@ -170,6 +170,28 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
         UnsafePickleError: It names something outside torch's allow-list, and ``legacy`` is not set.
         FormatError: It is damaged, or not a state dict.
     """
+    state = unwrapped(_load(file, legacy, mmap), file)
+    return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def entries_of(file: Path) -> Mapping[str, bool]:
+    """The entries of a file beside or around its state dict, and whether each holds anything; no tensor is read.
+
+    Raises:
+        UnsafePickleError: It names something outside torch's allow-list.
+        FormatError: It is damaged, or not a state dict.
+    """
+    _refuse_other_formats(file)
+    if not _is_zip(file):
+        found = _load(file, legacy=False)
+    else:
+        with without_memory():
+            found = _load(file, legacy=False, mmap=False)
+    return {str(name): bool(value) for name, value in found.items() if not isinstance(value, torch.Tensor)}
+
+
+def _load(file: Path, legacy: bool, mmap: bool | None = None) -> Mapping[object, object]:
+    """What a file holds, which is a mapping."""
     from pickle import UnpicklingError
 
     mapped = _is_zip(file) if mmap is None else mmap
@@ -196,8 +218,7 @@ def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, t
         raise FormatError(f"the file is not a torch checkpoint: {error}", path=file, hint="Fetch it again.") from error
     if not isinstance(found, Mapping):
         raise FormatError(f"the file holds a {type(found).__name__}", path=file, hint="It has to hold a state dict.")
-    state = unwrapped(found, file)
-    return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return found
 
 
 def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> int:

@@ -15,7 +15,7 @@ from shardwise.disk.guarded import open_regular
 from shardwise.errors import FormatError
 
 #: Entries under which training loops keep a model's state dict.
-_WRAPPERS = (
+WRAPPERS = (
     "state_dict",
     "model_state_dict",
     "model",
@@ -53,7 +53,7 @@ def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, obj
         for name, value in found.items()
         if isinstance(value, Mapping) and _has_tensors(value) and not _BESIDE.search(str(name))
     }
-    wrappers = [name for name in inner if name in _WRAPPERS]
+    wrappers = [name for name in inner if name in WRAPPERS]
     if not wrappers and own:
         return found
     if not inner:

@@ -79,6 +79,14 @@ class ForeignOptimizers:
                 self._by_position(each, optimizer, state)
                 for each, optimizer in self._paired(numbered, state.optimizers)
             ]
+        return self.described(named)
+
+    def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
+        """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local.
+
+        Raises:
+            MisuseError: Two of them have one parameter.
+        """
         self._refuse_shared(named)
         groups = [SavedGroup(group.options, group.params) for each in named for group in each.groups]
         tensors: dict[str, dict[str, SavedTensor]] = {}
@@ -136,7 +144,7 @@ class ForeignOptimizers:
             for number, name, param in zip(group.params, group_names, params, strict=True):
                 names[number] = name
                 self._compare(saved, number, name, param)
-        return _renamed(saved, names)
+        return saved.renamed(names)
 
     def _compare(self, saved: DcpOptimizer, number: str, name: str, param: torch.Tensor) -> None:
         for key, dcp_name in saved.tensors.get(number, {}).items():
@@ -313,16 +321,7 @@ def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
 def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> DcpOptimizer:
     names = [param for group in saved.groups for param in group.params]
     plain = [plain_name(name) for name in names]
-    return _renamed(saved, dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
-
-
-def _renamed(saved: DcpOptimizer, names: Mapping[str, str]) -> DcpOptimizer:
-    return replace(
-        saved,
-        groups=tuple(replace(g, params=tuple(names[param] for param in g.params)) for g in saved.groups),
-        tensors={names[param]: keys for param, keys in saved.tensors.items()},
-        values={names[param]: keys for param, keys in saved.values.items()},
-    )
+    return saved.renamed(dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
 
 
 def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:

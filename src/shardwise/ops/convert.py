@@ -1,0 +1,293 @@
+"""Converts a checkpoint that another tool wrote: to a Hugging Face model, to DCP, or to a checkpoint to go on from.
+
+One process, a constant amount of memory and the largest tensor; the source is never changed. What is not understood is
+refused before anything is written, and a failure leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, cast
+
+from shardwise._version import __version__
+from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import Storage, current, using
+from shardwise.engine.missing_files import saved_aliases
+from shardwise.engine.records import ComponentRecord, write_manifest
+from shardwise.errors import MisuseError
+from shardwise.format.manifest import AliasRecord, FileRecord
+from shardwise.format.notes import METADATA_DIR
+from shardwise.format.strict_json import JsonValue
+from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
+from shardwise.lifecycle.names import foreign_numbers
+from shardwise.ops.aside import refuse_existing, written_aside
+from shardwise.ops.consolidate import consolidate
+from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
+from shardwise.ops.side_content import side_files
+from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
+from shardwise.ops.torchtitan_names import ROPES, Rope
+from shardwise.ops.verify import Progress
+from shardwise.ops.write_dcp import write_dcp
+from shardwise.ops.write_shards import shards_of, write_shards
+from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.verifying_reader import VerifyingReader
+
+__all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
+
+Format: TypeAlias = Literal["hf", "dcp", "shards"]
+FORMATS: tuple[Format, ...] = ("hf", "dcp", "shards")
+_MODEL, _OPTIM = "model", "optim"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was written.
+
+    Attributes:
+        path: The directory; of ``shards`` the checkpoint in the root that was asked for.
+        format: ``hf``, ``dcp`` or ``shards``.
+        tensors: Number of the model's tensors.
+        nbytes: Their bytes, and those of the optimizer's.
+        optimizer: Whether an optimizer's state was carried over.
+        verified: Every byte was compared with the digests in the source's manifest.
+        notes: What was left out, changed, or could not be checked, one sentence each.
+    """
+
+    path: Path
+    format: Format
+    tensors: int
+    nbytes: int
+    optimizer: bool = False
+    verified: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a caller asked for, see `convert`."""
+
+    optimizer: bool | None
+    epoch: int | None
+    step: int | None
+    progress: Progress | None
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: Format,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    prefix: str | None = None,
+    rope: Rope | None = None,
+    optimizer: bool | None = None,
+    epoch: int | None = None,
+    step: int | None = None,
+    assume_complete: bool = False,
+    verify_export: bool | None = None,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> ConvertReport:
+    """Convert a checkpoint.
+
+    Args:
+        source: A directory of DCP, of shards, of a Hugging Face model, of a run; or a file of ``torch.save``.
+        target: The directory to write, which must not exist. Of ``shards`` it is a root, with one checkpoint in it.
+        to: ``hf`` for a Hugging Face model; ``dcp`` for what ``torch.distributed.checkpoint.load`` reads, with the
+            model's state dict below ``model``; ``shards`` for a checkpoint that `Checkpointer.restore` goes on from.
+        config: Directory with ``config.json``, the tokenizer and the like, where they are not beside the source.
+        prefix: What the names of the model's tensors begin with in the source, where that is not clear; "" for nothing.
+        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
+            (torchtitan's own, and Meta's) or ``halves``.
+        optimizer: Whether the optimizer's state goes into ``shards``. By default it does where there is one, and one
+            that cannot be carried over is refused.
+        epoch: Epoch of the checkpoint in ``shards``; by default what the source's name says, else 0.
+        step: The same of its step.
+        assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        verify_export: As for `consolidate`.
+        progress: Called with the bytes written and the bytes to write.
+        storage: Where files are read and written.
+
+    Raises:
+        CheckpointExistsError: There is something at ``target``.
+        CheckpointNotFoundError: There is nothing at ``source``.
+        MisuseError: The source is no model, or something of it is not clear; or it has an optimizer that cannot be
+            carried over.
+        IntegrityError, FormatError: The source is damaged.
+        TensorError: A tensor is not whole, or not that of the class in ``config.json``.
+        UnsafePickleError: A file would have to run code to be read.
+        UnverifiableError: Nothing says whether the tensors are whole.
+        ExportMismatchError: The class that ``config.json`` names would not load the model.
+        StorageError: The file system refused.
+
+    Examples:
+        >>> path = checkpointer.save(step=10, model=model, optimizer=optimizer)
+        >>> convert(path, "exported/dcp", "dcp").tensors > 0
+        True
+    """
+    if to not in FORMATS or (rope is not None and rope not in ROPES):
+        raise MisuseError(f"to is {to!r}, rope {rope!r}", hint=f"to is one of {FORMATS}, rope None or one of {ROPES}.")
+    if to != "shards" and (optimizer or epoch is not None or step is not None):
+        raise MisuseError("optimizer, epoch and step are for shards", hint="Leave them out, or convert to shards.")
+    place = Path(target).absolute()
+    with using(storage or current()):
+        refuse_existing(place)
+        if to == "hf":
+            made = consolidate(
+                source, place, progress=progress, prefix=prefix, assume_complete=assume_complete,
+                verify_export=verify_export, config=config, rope=rope,
+            )  # fmt: skip
+            return ConvertReport(made.path, to, made.tensors, made.nbytes, verified=made.verified, notes=made.notes)
+        described = None if config is None else Path(config).absolute()
+        found = find_input(
+            Path(source).absolute(), current(), prefix=prefix, assume_complete=assume_complete, config=described,
+            rope=rope,
+        )  # fmt: skip
+        wanted = _Wanted(optimizer, epoch, step, progress)
+        with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
+            return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
+    return sum(each.spec.nbytes for each in tensors.values())
+
+
+def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str, str]:
+    """Further names of tensors, where parameters are tied."""
+    known = saved_aliases(found.source) | (dict(found.kind.others) if found.kind is not None else {})
+    return {name: kept for name, kept in known.items() if kept in names and name not in names}
+
+
+# --- DCP -------------------------------------------------------------------------------------------------------------
+
+
+def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wanted) -> ConvertReport:
+    store = current()
+    tensors = native_tensors_to_write(found, reader)
+    nbytes = _nbytes(tensors)
+    with written_aside(place, store) as aside:
+        store.check_space(aside, nbytes)
+        write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
+        found.ledger.settle(store)
+    return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _Wanted) -> ConvertReport:
+    store = current()
+    optimizer = None if wanted.optimizer is False else find_optimizer(found)
+    if optimizer is None and wanted.optimizer:
+        raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
+    epoch, step = _numbers(found, wanted, needed=optimizer is not None)
+    name = checkpoint_name(epoch, step)
+    tensors = tensors_to_write(found, reader)
+    total = _nbytes(tensors)
+    if optimizer is not None:
+        total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
+    advance = _counter(total, wanted.progress)
+    _tell_left(found, optimizer)
+    with written_aside(root, store) as aside:
+        store.check_space(aside, total)
+        directory = aside / name
+        record = _model(found, tensors, directory / _MODEL, advance)
+        if optimizer is not None:
+            record += _optimizer(found, optimizer, directory / _OPTIM, advance)
+        found.ledger.settle(store)
+        plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
+        if is_file(found.checkpoint / METRICS_NAME):
+            plain[METRICS_NAME] = found.read(found.checkpoint / METRICS_NAME)
+        for file, content in plain.items():
+            write_file(store, directory / file, content)
+        record += ComponentRecord(tuple(FileRecord.plain(file, content) for file, content in plain.items()))
+        write_manifest(store, directory, record, _info(found, epoch, step))
+        set_pointer(aside, LATEST, name)
+    return ConvertReport(
+        root / name, "shards", len(tensors), total, optimizer is not None, found.manifest, tuple(found.notes)
+    )
+
+
+def _info(found: ModelInput, epoch: int, step: int) -> dict[str, JsonValue]:
+    notes = cast(JsonValue, list(found.notes))
+    return {"shardwise": __version__, "epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
+
+
+def _numbers(found: ModelInput, wanted: _Wanted, *, needed: bool) -> tuple[int, int]:
+    """Epoch and step of the checkpoint: what was asked for, or the nearest that names of the source say."""
+    source = found.source.path
+    epoch, step = wanted.epoch, wanted.step
+    for name in (source.stem if not is_directory(source) else source.name, found.checkpoint.name, source.parent.name):
+        said_epoch, said_step = foreign_numbers(name)
+        if step is None and said_step is not None:
+            step, epoch = said_step, epoch if epoch is not None else said_epoch
+    if step is None and needed:
+        raise MisuseError(
+            "the source's name does not say at which step it was saved",
+            path=source,
+            hint="Say it: --step N (step=N), and --epoch N if the run counts epochs.",
+        )
+    return epoch or 0, step or 0
+
+
+def _model(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]
+) -> ComponentRecord:
+    store = current()
+    store.make_directory(directory)
+    record = write_shards(shards_of(tensors, _MODEL), tensors, directory, store, advance)
+    files = []
+    for name, path in side_files(found.described or found.directory).items():
+        content = found.read(path)
+        noted = directory / METADATA_DIR / name
+        store.make_directory(noted.parent)
+        write_file(store, noted, content)
+        files.append(FileRecord.plain(f"{_MODEL}/{METADATA_DIR}/{name}", content))
+    aliases = [AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items())]
+    return record + ComponentRecord(tuple(files), aliases=tuple(aliases))
+
+
+def _optimizer(
+    found: ModelInput, optimizer: OptimizerInput, directory: Path, advance: Callable[[int], None]
+) -> ComponentRecord:
+    store = current()
+    store.make_directory(directory)
+    files = []
+    for name, content in optimizer.plain.items():
+        write_file(store, directory / name, content)
+        files.append(FileRecord.plain(f"{_OPTIM}/{name}", content))
+    with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as reader:
+        tensors = as_saved(optimizer.source.tensors, reader)
+        record = write_shards(shards_of(tensors, _OPTIM), tensors, directory, store, advance)
+    return record + ComponentRecord(tuple(files))
+
+
+def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:
+    """Note what else is in a checkpoint."""
+    left: dict[str, None] = {}
+    if found.checkpoint != found.directory and is_directory(found.checkpoint):
+        here = [name for name in names_in(found.checkpoint) if is_directory(found.checkpoint / name)]
+        left = {name: None for name in here if name not in (_MODEL, _OPTIM) and not name.startswith(".")}
+    for place in dict.fromkeys([found.directory, *([] if optimizer is None else [optimizer.place])]):
+        if is_dcp(place):
+            left |= dict.fromkeys(states_beside(place, found))
+    if left:
+        found.notes.append(f"not carried over: {', '.join(left)}")

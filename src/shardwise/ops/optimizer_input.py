@@ -1,0 +1,169 @@
+"""Finds the optimizer that belongs to a model, as a checkpoint of ours has it: a record, and tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shardwise.checkpointing.loading.foreign_optimizers import ForeignOptimizers
+from shardwise.comm import Group
+from shardwise.disk.names import is_directory, is_file
+from shardwise.errors import MisuseError
+from shardwise.format.notes import PER_RANK_DIR
+from shardwise.ops.consolidate_input import ModelInput, once
+from shardwise.plan.reads import SourceTensor
+from shardwise.sources.dcp_model import is_no_model
+from shardwise.sources.dcp_optimizers import DcpOptimizer, optimizer_places, read_optimizers
+from shardwise.sources.dcp_records import RECORD_TENSORS, has_record
+from shardwise.sources.dcp_values import DcpValues, is_dcp
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.state_files import pack_state
+from shardwise.stateful_wrappers.wrapping import plain_name
+
+_LEAVE = "Or leave it out with --no-optimizer (optimizer=False): training then starts with a fresh one."
+_RECORDS = ("optimizer", "scheduler")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerInput:
+    """An optimizer's state.
+
+    Attributes:
+        place: Where it was found.
+        source: Its tensors under the names of our ``optim`` directories.
+        plain: Name of a file in such a directory -> its content.
+    """
+
+    place: Path
+    source: Source
+    plain: Mapping[str, bytes]
+
+
+def find_optimizer(found: ModelInput) -> OptimizerInput | None:
+    """The optimizer beside a model; ``None`` where there is none.
+
+    Raises:
+        MisuseError: There is one that a run could not go on with: its parameters are known by number alone, are not the
+            model's, or have state that single ranks keep.
+        FormatError: It is damaged.
+        UnsafePickleError: A value of it could run code.
+    """
+    if found.unnamed_optimizers:
+        raise MisuseError(
+            f"the file has an optimizer's state ({', '.join(found.unnamed_optimizers)}), whose parameters are known by "
+            "number alone: which they are is not in it",
+            path=found.source.path,
+            hint=_LEAVE,
+        )
+    for place in _places(found):
+        if has_record(place):
+            return _own(found, place)
+        values = DcpValues(place) if is_dcp(place) else None
+        if values is not None and optimizer_places(values):
+            optimizers = read_optimizers(values)
+            return _foreign(found, place, optimizers) if optimizers else None
+    return None
+
+
+def states_beside(place: Path, found: ModelInput) -> list[str]:
+    """What a DCP directory has beside the model and optimizers, by its names, such as ``lr_scheduler``."""
+    values = DcpValues(place)
+    optimizers = {name for names in optimizer_places(values).values() for name in names}
+    has_model, below = place == found.directory, found.source.below
+    outer = below.split(".")[0]
+    left: dict[str, None] = {}
+    for name, path in values.paths.items():
+        if name in optimizers or (has_model and below and name.startswith(f"{below}.")):
+            continue
+        if has_model and not below and not any(map(is_no_model, (name.split(".")[0], *path))):
+            continue
+        left[".".join(map(str, path[: 2 if has_model and path[0] == outer else 1]))] = None
+    return list(left)
+
+
+def _places(found: ModelInput) -> list[Path]:
+    """Where the optimizer of a model can be: in the same DCP directory, or in ``optim`` beside the model's."""
+    beside = [found.checkpoint / "optim"]
+    if found.directory.name == "model":
+        beside.append(found.directory.parent / "optim")
+    return list(dict.fromkeys([found.directory, *beside]))
+
+
+def _own(found: ModelInput, place: Path) -> OptimizerInput:
+    """An ``optim`` directory of ours, whose record stays as it is."""
+    if is_directory(place / PER_RANK_DIR):
+        raise MisuseError(
+            "the optimizer has state that single ranks keep, which cannot be carried over", path=place, hint=_LEAVE
+        )
+    files = [place / f"{stem}{suffix}" for stem in _RECORDS for suffix in (".json", ".safetensors")]
+    plain = {file.name: found.read(file) for file in files if is_file(file)}
+    opened = open_source(place, Group(None), exclude=RECORD_TENSORS)
+    tensors = {name: once(tensor, name, place) for name, tensor in opened.tensors.items()}
+    return OptimizerInput(place, replace(opened, tensors=tensors), plain)
+
+
+def _foreign(found: ModelInput, place: Path, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
+    numbered = [each.place or "at the top" for each in optimizers if each.numbered]
+    if numbered:
+        raise MisuseError(
+            f"the optimizer ({numbered[0]}) knows its parameters by number alone: which they are is not in the "
+            "checkpoint",
+            path=place,
+            hint="Checkpointer.restore reads this directory as it is and matches them with the optimizer that it is "
+            f"given. {_LEAVE}",
+        )
+    named = [_in_model_names(each, found, place) for each in optimizers]
+    _refuse_counts(named, place)
+    opened = open_source(place, Group(None))
+    record, dcp_names = ForeignOptimizers(place, tuple(named), opened).described(named)
+    tensors: dict[str, SourceTensor] = {}
+    for name, dcp in dcp_names.items():
+        tensors[name] = once(opened.tensors[dcp], name, place)
+    packed = pack_state(record.to_state())
+    plain = {f"optimizer{suffix}": content for suffix, content in packed.items()}
+    return OptimizerInput(place, replace(opened, tensors=tensors), plain)
+
+
+def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> DcpOptimizer:
+    """The optimizer with the model's names for its parameters, which may be those of a module around the model."""
+    params = [param for group in optimizer.groups for param in group.params]
+    plain = {param: plain_name(param) for param in params}
+    known = _own_names(found)
+    for front in _fronts(found):
+        if all(name.startswith(front) and name.removeprefix(front) in known for name in plain.values()):
+            return optimizer.renamed({param: name.removeprefix(front) for param, name in plain.items()})
+    astray = [name for name in plain.values() if name not in known]
+    raise MisuseError(
+        f"the optimizer has {len(astray)} parameters that are not the model's: {', '.join(astray[:_SHOWN])}",
+        path=place,
+        tensor=astray[0] if astray else None,
+        hint=_LEAVE,
+    )
+
+
+def _own_names(found: ModelInput) -> Collection[str]:
+    """Names that the model has for its tensors in memory."""
+    if found.kind is None:
+        return found.source.tensors.keys()
+    return found.kind.native.keys() | found.kind.others.keys()
+
+
+def _fronts(found: ModelInput) -> list[str]:
+    """What names of parameters may begin with: the ends of what DCP's names of the model have in front."""
+    parts = found.source.below.split(".") if found.source.below else []
+    return ["", *(".".join(parts[start:]) + "." for start in reversed(range(len(parts))))]
+
+
+def _refuse_counts(named: Sequence[DcpOptimizer], place: Path) -> None:
+    """Refuse steps that are counted in numbers, as torch before 1.12 did, which its optimizers make tensors of."""
+    for each in named:
+        for param, values in each.values.items():
+            if type(values.get("step")) in (int, float):
+                raise MisuseError(
+                    "the optimizer counts its steps in numbers, as releases of torch before 1.12 did",
+                    path=place,
+                    tensor=param,
+                    hint=f"Checkpointer.restore reads this directory as it is. {_LEAVE}",
+                )

@@ -175,7 +175,7 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
         "epoch": found.epoch,
         "step": found.step,
         "ranks": found.world_size,
-        "saved by": None if found.version is None else f"shardwise {found.version}",
+        "saved by": ", ".join(found.tools) or None if found.version is None else f"shardwise {found.version}",
         "manifest": "yes" if found.verifiable else "no: cannot be verified",
         "metrics": ", ".join(f"{name} {value:g}" for name, value in found.metrics.items()) or None,
     }

@@ -174,7 +174,7 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
 
 
 def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
-    plain = {name: found.read(place) for name, place in side_files(found.directory).items()}
+    plain = {name: found.read(place) for name, place in side_files(found.beside).items()}
     tensors = _tensors(found, reader)
     note = _object(found, found.directory / METADATA_DIR / EXPORT)
     stem = _stem(found, note.get("stem"), options.diffusers_compatible)
@@ -209,7 +209,7 @@ def _require_opens(export: _Export, verify_export: bool | None) -> None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), specs, found.directory / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), specs, found.beside / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 

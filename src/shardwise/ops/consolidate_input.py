@@ -31,6 +31,8 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import find_model
 from shardwise.sources.directory_contents import holds_model
 from shardwise.sources.entries import read_entries
+from shardwise.sources.others.layout import Layout
+from shardwise.sources.others.recognise import recognise
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
@@ -53,6 +55,7 @@ class ModelInput:
         notes: Notes for the report, one sentence each.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
+        side: Where its configuration and tokenizer are, if not in ``directory``.
     """
 
     directory: Path
@@ -63,6 +66,12 @@ class ModelInput:
     notes: list[str] = field(default_factory=list)
     kind: ModelClass | None = None
     native: bool = False
+    side: Path | None = None
+
+    @property
+    def beside(self) -> Path:
+        """The directory with the configuration and tokenizer."""
+        return self.side or self.directory
 
     def read_json(self, path: Path) -> JsonValue:
         """A JSON file of the input; ``None`` where there is none.
@@ -121,9 +130,16 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     if not manifests:
         found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
     if exists(directory / ".metadata"):
-        return _from_dcp(found, prefix)
+        return _from_dcp(found, prefix, directory)
+    other = None if manifests else recognise(directory)
+    if other is not None:
+        found = replace(found, side=None if other.side == directory else other.side)
+        if other.dcp is not None:
+            return _from_dcp(found, prefix, other.dcp)
     if prefix is not None:
         raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
+    if other is not None:
+        return _from_other(found, other)
     return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete)
 
 
@@ -206,14 +222,13 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
 
-def _from_dcp(found: ModelInput, prefix: str | None) -> ModelInput:
+def _from_dcp(found: ModelInput, prefix: str | None, directory: Path) -> ModelInput:
     from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 
-    directory = found.directory
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)
     metadata = read_dcp_metadata(directory)
-    kind = _class_beside(directory)
+    kind = _class_beside(found.beside)
     expected = () if kind is None else kind.native
     model = find_model(metadata, directory, expected, prefix)
     opened = open_source(directory, Group(None))
@@ -228,10 +243,15 @@ def _from_dcp(found: ModelInput, prefix: str | None) -> ModelInput:
         kind.compare([tensor.spec for tensor in tensors.values()], directory, whole=True)
     if model.left:
         found.notes.append(f"not exported, since it is no tensor: {', '.join(model.left[:_SHOWN])}")
-    if not any(is_file(place / CONFIG_NAME) for place in (directory, directory / METADATA_DIR)):
+    return _as_named(found, replace(opened, tensors=tensors), kind)
+
+
+def _as_named(found: ModelInput, source: Source, kind: ModelClass | None) -> ModelInput:
+    """The input with tensors under the model's own names."""
+    if not any(is_file(place / CONFIG_NAME) for place in (found.beside, found.beside / METADATA_DIR)):
         found.notes.append("there is no config.json: the export is weights alone")
-    native = kind is not None and kind.native.keys() <= tensors.keys() and kind.native.keys() != kind.hub.keys()
-    return replace(found, source=replace(opened, tensors=tensors), kind=kind, native=native)
+    native = kind is not None and kind.native.keys() <= source.tensors.keys() and kind.native.keys() != kind.hub.keys()
+    return replace(found, source=source, kind=kind, native=native)
 
 
 def _class_beside(directory: Path) -> ModelClass | None:
@@ -240,6 +260,19 @@ def _class_beside(directory: Path) -> ModelClass | None:
         if kind is not None:
             return kind
     return None
+
+
+# --- other tools' own layouts ----------------------------------------------------------------------------------------
+
+
+def _from_other(found: ModelInput, layout: Layout) -> ModelInput:
+    """The model of a tool that writes per rank, or in flat partitions."""
+    opened = layout.open()
+    kind = _class_beside(found.beside)
+    if kind is not None:
+        kind.compare([tensor.spec for tensor in opened.source.tensors.values()], layout.directory, whole=True)
+    found.notes.extend(opened.notes)
+    return _as_named(found, opened.source, kind)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

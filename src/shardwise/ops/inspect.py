@@ -55,6 +55,7 @@ class CheckpointDescription:
         tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
             since each model of a pipeline has one of its own; ``model`` at the top.
         unread: Files whose tensors could not be listed, and why.
+        tools: Other tools that wrote it, as far as it is in a layout of their own.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class CheckpointDescription:
     files: tuple[FileDescription, ...] = ()
     tensors: tuple[TensorDescription, ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
+    tools: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +170,8 @@ def _count(value: object) -> int | None:
 
 def _from_headers(target: Target) -> CheckpointDescription:
     top = target.directory / target.under
-    found = read_contents(target.directory, _listed(target.directory, top), target.directory.name)
+    listed = _listed(target.directory, top)
+    found = read_contents(target.directory, listed, target.directory.name, whole=not is_file(top))
     if not found.files:
         raise CheckpointNotFoundError("the directory holds no file", path=top, hint="Name a checkpoint's directory.")
     epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
@@ -177,7 +180,7 @@ def _from_headers(target: Target) -> CheckpointDescription:
         False,
         epoch,
         step,
-        None,
+        found.world_size,
         None,
         read_metrics(target.directory),
         tuple(FileDescription(path, size, found.counts[path]) for path, size in found.files.items()),
@@ -185,6 +188,7 @@ def _from_headers(target: Target) -> CheckpointDescription:
             TensorDescription(component, spec, tuple(files)) for (component, _), (spec, files) in found.tensors.items()
         ),
         tuple(found.unread.items()),
+        tuple(found.tools),
     )
 
 

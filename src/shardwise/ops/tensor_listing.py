@@ -13,6 +13,7 @@ from shardwise.errors import FormatError, ShardwiseError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.geometry import TensorSpec
+from shardwise.ops.torch_archives import TORCH_SUFFIXES
 
 #: Suffix of the name of DCP's metadata file.
 DCP_SUFFIX = ".metadata"
@@ -31,12 +32,16 @@ class Described:
         counts: Path -> how many tensors have a part in it.
         tensors: (component, name) -> the tensor's spec, and the files that hold it.
         unread: Path -> why its tensors could not be listed.
+        tools: Who wrote the files, where that is known and it was another tool.
+        world_size: The number of ranks that wrote them, where that tool's files say so.
     """
 
     files: dict[str, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     tensors: dict[tuple[str, str], tuple[TensorSpec, list[str]]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    tools: dict[str, None] = field(default_factory=dict)
+    world_size: int | None = None
 
     def add(self, component: str, spec: TensorSpec, files: Sequence[str]) -> None:
         """Add a tensor, or another piece of one."""
@@ -48,13 +53,14 @@ class Described:
         self.counts.update(files)
 
 
-def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
+def read_contents(root: Path, listed: Sequence[str], top: str, *, whole: bool = False) -> Described:
     """Describe files.
 
     Args:
         root: The directory.
         listed: The files, relative to it (POSIX).
         top: The directory's own name: that of a component by itself says what its tensors are.
+        whole: Whether these are all files of a directory, among which those of other tools are looked for.
 
     Raises:
         FormatError: A safetensors header or DCP's metadata is damaged.
@@ -71,7 +77,35 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
             _add_dcp(root, relative, component, found)
         elif _TORCH_WEIGHTS.fullmatch(path.name):
             _add_torch(root, relative, component, found)
+    if not whole:
+        return found
+    others = [path for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
+    for directory in dict.fromkeys(path.parent.as_posix() for path in others):
+        _add_layout(root, directory, own if directory == "." else directory, found)
     return found
+
+
+def _add_layout(root: Path, directory: str, component: str, found: Described) -> None:
+    """Add the tensors of another tool that writes per rank, or in flat partitions."""
+    from shardwise.sources.others.recognise import recognise  # imports torch
+
+    place = root / directory
+    try:
+        layout = recognise(place)
+        if layout is None or layout.directory != place:
+            return
+        found.tools[layout.tool] = None
+        if layout.dcp is not None:
+            return
+        opened = layout.open()
+    except ShardwiseError as error:
+        # As of other torch files: what they contain is no reason for `inspect` to fail.
+        found.unread[directory] = str(error)
+        return
+    found.world_size = opened.world_size
+    names = [file.relative_to(root).as_posix() for file in opened.source.files]
+    for tensor in opened.source.tensors.values():
+        found.add(component, tensor.spec, tuple(dict.fromkeys(names[chunk.file] for chunk in tensor.chunks)))
 
 
 def _add_safetensors(root: Path, relative: str, component: str, found: Described) -> None:

@@ -85,7 +85,7 @@ def find_model(
     if not found:
         raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
     left = tuple(name for name in others if place.has(name, paths))
-    return DcpModel(_unwrapped(found, directory), place.front, left)
+    return DcpModel(unwrapped_names(found, directory), place.front, left)
 
 
 def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
@@ -108,7 +108,7 @@ def model_below(metadata: Metadata, directory: Path, head: str, expected: Collec
     tensors = {n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
     found = {name.removeprefix(place.front): name for name in paths if name in own and name in tensors}
     left = tuple(name for name in paths if name in own and name not in tensors)
-    return DcpModel(_unwrapped(found, directory), place.front, left)
+    return DcpModel(unwrapped_names(found, directory), place.front, left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
     return _Place(head)
 
 
-def _unwrapped(found: Mapping[str, str], directory: Path) -> dict[str, str]:
+def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]:
     """The names without the parts that torch's wrappers add."""
     strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from tests.ops.damaged import gpt2
+from tests.ops.damaged import gpt2, save_dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
@@ -135,3 +136,40 @@ def save_flat(root: str, seed: int) -> None:
         wrapped = FullyShardedDataParallel(gpt2(seed), device_id=torch.device("cpu"), use_orig_params=True)
         with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.LOCAL_STATE_DICT):
             torch.save(wrapped.state_dict(), Path(root) / f"pytorch_model_fsdp_rank{dist.get_rank()}.bin")
+
+
+def save_by_accelerate(root: str, seed: int, form: str, use_dcp: bool, version: int) -> None:
+    """The function of accelerate, with as much of an accelerator as it asks for: it has no FSDP on a CPU."""
+    from accelerate import PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import save_fsdp_model
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    PartialState(cpu=True)  # for its logger
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=form)
+            model: nn.Module = gpt2(seed)
+            if version == 1:
+                model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+            else:
+                fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+            accelerator = SimpleNamespace(
+                process_index=rank, num_processes=world, wait_for_everyone=dist.barrier, is_fsdp2=version == 2
+            )
+            save_fsdp_model(plugin, accelerator, model, root, use_dcp=use_dcp)
+    finally:
+        PartialState._reset_state()
+    dist.barrier()
+
+
+def trainer_directory(root: Path) -> Path:
+    """What transformers' Trainer and accelerate put beside a model, by hand: none of it is a model's."""
+    (root / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": []}))
+    for name in ("scheduler.pt", "rng_state_0.pth", "training_args.bin", "optimizer.bin"):
+        torch.save({"state": {"weight": torch.ones(2)}, "param_groups": []}, root / name)
+    (root / "random_states_0.pkl").write_bytes(b"\x80\x04N.")
+    state = {"optimizer": {"state": {"lm_head.weight": {"exp_avg": torch.ones(3)}}}}
+    save_dcp(state, root / "optimizer_0")
+    return root

@@ -30,6 +30,8 @@ _VERL_SIDE = "huggingface"
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _SHOWN = 5
 _CONFIG = "config.json"
+#: What FSDP1 calls a flat parameter in a local state dict.
+_FLAT = ("_flat_param", "flat_param")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,11 @@ class RankFiles:
         joined = join(self.directory, files)
         kinds = list(dict.fromkeys(tensor.kind for tensor in files[0].tensors.values() if tensor.kind != "Tensor"))
         checked = (
-            (len(files), "ranks' files: every rank's is there, and all say the same of each tensor"),
+            (len(files), "files of ranks: all that there have to be, and all say the same of each tensor"),
             (len(joined.tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once"),
         )
         source = Source(self.directory, tuple(file.path for file in files), joined.tensors)
-        return OtherModel(source, world or len(files), checked, joined.notes)
+        return OtherModel(source, world, checked, joined.notes)
 
     def _read(self, number: int, name: str) -> RankFile | None:
         archive = read_torch_archive(self.directory / name, RANK_NAMES, RANK_ENUMS)
@@ -82,6 +84,7 @@ class RankFiles:
             raise FormatError("the file holds no state dict", path=archive.path, hint="Name a model's files.")
         if self.world_size is None and {"state", "param_groups"} <= archive.tree.keys():
             return None
+        _refuse_flat(archive)
         state = unwrapped(archive.tree, archive.path, partial(_elements, archive))
         tensors: dict[str, RankTensor] = {}
         left = []
@@ -100,6 +103,20 @@ class RankFiles:
                 hint="Files were renamed or mixed: restore the directory from a copy.",
             )
         return RankFile(archive.path, next(iter(claimed), number), tensors, tuple(left))
+
+
+def _refuse_flat(archive: TorchArchive) -> None:
+    """Refuse FSDP1's local state dict: pieces of flat parameters, without what they are cut from."""
+    state = archive.tree if isinstance(archive.tree, dict) else {}
+    flat = next((str(name) for name in state if str(name).rpartition(".")[2] in _FLAT), None)
+    if flat is not None:
+        raise MisuseError(
+            "the file holds one rank's pieces of flat parameters (FSDP1's LOCAL_STATE_DICT), which say nothing of the "
+            "shapes that the parameters had",
+            path=archive.path,
+            tensor=flat,
+            hint="Load it where it was saved, on as many ranks, and save it with SHARDED_STATE_DICT instead.",
+        )
 
 
 def _elements(archive: TorchArchive, value: object) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardwise.disk.names import is_directory, names_in
+from shardwise.sources.others.accelerate import accelerates
 from shardwise.sources.others.layout import Layout
 from shardwise.sources.others.rank_files import saved_shards, verl_files
 
@@ -23,4 +24,4 @@ def recognise(directory: Path) -> Layout | None:
     names = names_in(directory)
     if ".metadata" in names or any(name.endswith(".safetensors") for name in names):
         return None
-    return verl_files(directory, names) or saved_shards(directory, names)
+    return accelerates(directory, names) or verl_files(directory, names) or saved_shards(directory, names)

@@ -38,6 +38,10 @@ _TORCH_NAMES = {
 FLOATS = {code: _TORCH_NAMES[code] for code in ("F64", "F32", "F16", "BF16")}
 
 
+#: torch's name of a dtype -> its code.
+CODES = {name: code for code, name in _TORCH_NAMES.items()}
+
+
 @cache
 def _tables() -> tuple[dict[str, torch.dtype], dict[torch.dtype, str]]:
     import torch

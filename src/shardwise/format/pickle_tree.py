@@ -44,12 +44,24 @@ class PickledCall:
     state: object = None
 
 
+@dataclass(frozen=True, slots=True)
+class PickledReference:
+    """Something outside of the pickle that it refers to by ``key``, such as a storage of ``torch.save``."""
+
+    key: object
+
+
 _MARK = object()
 _UNHASHABLE_AS_KEY = (list, dict, set, tuple, frozenset)
 
 
 def read_pickle_tree(
-    data: bytes, allowed: Collection[PickledGlobal], path: str, enums: Collection[PickledGlobal] = ()
+    data: bytes,
+    allowed: Collection[PickledGlobal],
+    path: str,
+    enums: Collection[PickledGlobal] = (),
+    *,
+    torch_file: bool = False,
 ) -> object:
     """Return what ``data`` holds as plain containers, `PickledGlobal` and `PickledCall`.
 
@@ -62,12 +74,15 @@ def read_pickle_tree(
         path: The file, for errors.
         enums: Those of ``allowed`` whose members it may name. Python calls such a class with the member's value, and
             Python 3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either.
+        torch_file: Whether it is the pickle of a file of ``torch.save``: it may refer to what is outside of it
+            (`PickledReference`), and attributes of an ``OrderedDict`` are dropped, such as the ``_metadata`` that
+            ``state_dict()`` adds.
 
     Raises:
         UnsafePickleError: It names another global, or uses an opcode that plain data do not need.
         FormatError: It is malformed.
     """
-    machine = _Machine(data, frozenset(allowed), path, frozenset(enums))
+    machine = _Machine(data, frozenset(allowed), path, frozenset(enums), torch_file)
     try:
         return machine.run()
     except (IndexError, struct.error) as error:
@@ -78,9 +93,15 @@ def read_pickle_tree(
 
 class _Machine:
     def __init__(
-        self, data: bytes, allowed: frozenset[PickledGlobal], path: str, enums: frozenset[PickledGlobal]
+        self,
+        data: bytes,
+        allowed: frozenset[PickledGlobal],
+        path: str,
+        enums: frozenset[PickledGlobal],
+        torch_file: bool,
     ) -> None:
         self._data, self._allowed, self._path, self._enums = data, allowed, path, enums
+        self._torch_file = torch_file
         self._at = self._uncalled = 0
         self._stack: list[object] = []
         self._memo: dict[int, object] = {}
@@ -154,6 +175,8 @@ class _Machine:
             b"\x81": self._call,
             b"b": self._build,
         }
+        if self._torch_file:
+            table[b"Q"] = lambda: push(PickledReference(self._pop()))
         return {code[0]: handler for code, handler in table.items()}
 
     def _fail(self, reason: str) -> NoReturn:
@@ -254,7 +277,7 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> None:
         found = PickledGlobal(module, name)
-        if found not in self._allowed and not (found in _GETATTR and self._enums):
+        if found not in self._allowed and not (found in _GETATTR and (self._enums or self._torch_file)):
             self._refuse(found)
         self._push_named(found)
 
@@ -281,9 +304,14 @@ class _Machine:
             self._plain(function, args) if function.module in _PLAIN_MODULES else PickledCall(function, args)
         )
 
-    def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall:
-        """A member of an enumeration, the only allowed use of ``getattr``."""
+    def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall | PickledGlobal:
+        """A member of an enumeration, or a class inside of a class: the only allowed uses of ``getattr``."""
         enum, name = args if len(args) == 2 else (None, None)
+        if self._torch_file and isinstance(enum, PickledGlobal) and type(name) is str:
+            nested = PickledGlobal(enum.module, f"{enum.name}.{name}")
+            if nested in self._allowed:
+                self._uncalled -= 1
+                return nested
         if not isinstance(enum, PickledGlobal) or enum not in self._enums or type(name) is not str:
             self._refuse(function)
         self._uncalled -= 1
@@ -300,6 +328,8 @@ class _Machine:
 
     def _build(self) -> None:
         state, target = self._pop(), self._stack[-1]
+        if self._torch_file and type(target) is dict and type(state) is dict:
+            return
         if type(target) is not PickledCall or target.state is not None:
             self._fail("gives a state to something that takes none")
         target.state = state

@@ -33,7 +33,6 @@ from shardwise.lifecycle import temporary_name
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
 from shardwise.ops.run_config import run_settings
-from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
@@ -171,7 +170,7 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
 
 
 def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
-    plain = {name: found.read(place) for name, place in side_files(found.described or found.directory).items()}
+    plain = {name: found.read(place) for name, place in side_files(found.beside).items()}
     tensors = tensors_to_write(found, reader)
     note = _object(found, found.directory / METADATA_DIR / EXPORT)
     stem = _stem(found, note.get("stem"), options.diffusers_compatible)
@@ -206,7 +205,7 @@ def _require_opens(export: _Export, verify_export: bool | None) -> None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), specs, (found.described or found.directory) / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), specs, found.beside / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 

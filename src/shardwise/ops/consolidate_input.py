@@ -34,6 +34,8 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import find_model
 from shardwise.sources.directory_contents import holds_model, holds_safetensors, holds_torch_files
 from shardwise.sources.entries import read_entries
+from shardwise.sources.others.layout import Layout
+from shardwise.sources.others.recognise import recognise
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
@@ -75,6 +77,11 @@ class ModelInput:
     computed: Mapping[str, Computed] = field(default_factory=dict)
     described: Path | None = None
     unnamed_optimizers: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> Path:
+        """The directory with the configuration and the tokenizer."""
+        return self.described or self.directory
 
     def read_json(self, path: Path) -> JsonValue:
         """A JSON file of the input; ``None`` where there is none.
@@ -158,13 +165,28 @@ def find_input(
     found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=config)
     if not manifests:
         found.notes.append(_NO_MANIFEST)
+    return _read(found, [manifest for _, manifest in manifests], prefix, rope, assume_complete=assume_complete)
+
+
+def _read(
+    found: ModelInput, manifests: Sequence[Manifest], prefix: str | None, rope: str | None, *, assume_complete: bool
+) -> ModelInput:
+    """The input with its tensors, whoever wrote them."""
+    directory = found.directory
     if exists(directory / ".metadata"):
-        return _from_dcp(found, prefix, rope)
+        return _from_dcp(found, directory, prefix, rope)
+    other = None if manifests else recognise(directory)
+    if other is not None:
+        if found.described is None and other.side != directory:
+            found = replace(found, described=other.side)
+        if other.dcp is not None:
+            return _from_dcp(found, other.dcp, prefix, rope)
+        return _from_other(found, other, prefix, rope)
     if not holds_safetensors(directory) and holds_torch_files(directory):
         return _from_torch(found, directory, prefix, rope)
     if prefix is not None:
         raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
-    return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete, rope)
+    return _from_safetensors(found, manifests, assume_complete, rope)
 
 
 def _model_target(targets: Sequence[Target], path: Path) -> Target:
@@ -250,8 +272,7 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
 
 def _class_of(found: ModelInput) -> ModelClass | None:
     """The class that the configuration names: the one that was given, else the one beside the model."""
-    directory = found.directory
-    for place in (directory / METADATA_DIR, directory) if found.described is None else (found.described,):
+    for place in (found.beside / METADATA_DIR, found.beside):
         kind = model_class(place)
         if kind is not None:
             return kind
@@ -296,8 +317,7 @@ def _tell_left(found: ModelInput, left: Sequence[str], why: str) -> None:
 
 
 def _tell_missing_config(found: ModelInput) -> None:
-    places = (found.directory, found.directory / METADATA_DIR) if found.described is None else (found.described,)
-    if not any(is_file(place / CONFIG_NAME) for place in places):
+    if not any(is_file(place / CONFIG_NAME) for place in (found.beside, found.beside / METADATA_DIR)):
         found.notes.append("there is no config.json: the export is weights alone")
 
 
@@ -313,10 +333,9 @@ def _refuse_adapter(names: Iterable[str], path: Path) -> None:
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
 
-def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelInput:
+def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str | None) -> ModelInput:
     from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 
-    directory = found.directory
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)
     metadata = read_dcp_metadata(directory)
@@ -353,6 +372,20 @@ def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | N
     _tell_missing_config(found)
     opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)
     return _with_class(opened, kind, rope, whole=True)
+
+
+# --- other tools' own layouts ----------------------------------------------------------------------------------------
+
+
+def _from_other(found: ModelInput, layout: Layout, prefix: str | None, rope: str | None) -> ModelInput:
+    """The model of a tool that writes per rank, or in flat partitions."""
+    if prefix is not None:
+        raise MisuseError("prefix is for DCP directories", path=layout.directory, hint="Leave it out.")
+    opened = layout.open()
+    _refuse_adapter(opened.source.tensors, layout.directory)
+    found.notes.extend(opened.notes)
+    _tell_missing_config(found)
+    return _with_class(replace(found, source=opened.source), _class_of(found), rope, whole=True)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------

@@ -15,8 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from shardwise.disk.names import exists, is_file
-from shardwise.engine.verify import Damage
-from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
+from shardwise.engine.verify import Damage, DamageKind
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    FormatError,
+    MisuseError,
+    ShardwiseError,
+    TensorError,
+    UnsafePickleError,
+    UnverifiableError,
+)
 from shardwise.format.header import read_header
 from shardwise.format.index import read_index
 from shardwise.format.sharding import saved_offsets
@@ -67,19 +75,24 @@ class Contents:
         self.damages += damages
 
 
-def check_contents(root: Path, listed: Sequence[str]) -> Contents:
+def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) -> Contents:
     """Compare what is in files with what other files say of them.
 
     Args:
         root: The directory.
         listed: Every file to look at, relative to it (POSIX).
+        alone: Whether a file was named, and not the directory that it is in.
     """
     found = Contents(files=len(listed))
     below: dict[str, list[str]] = {}
     for relative in listed:
         below.setdefault(PurePosixPath(relative).parent.as_posix(), []).append(relative)
     for directory, names in below.items():
+        before = len(found.damages)
         _check_directory(root, directory, names, found)
+        others = any(PurePosixPath(name).suffix in TORCH_SUFFIXES for name in names)
+        if others and not alone and len(found.damages) == before:
+            check_layout(root, directory, found)
     if not any(what for what in found.checked):
         found.unchecked.append("no file of a format that says how long it is")
     return found
@@ -248,3 +261,35 @@ def _check_torch(root: Path, relative: str, found: Contents) -> None:
         found.unchecked.append(f"{relative}: {outcome.unchecked if what is None else what.name}")
     else:
         found.count("torch archives: the directory at the end, and every entry's extent")
+
+
+def check_layout(root: Path, directory: str, found: Contents) -> None:
+    """Check that the files of another tool in a directory make up a model: all ranks', and all of each tensor."""
+    from shardwise.sources.others.recognise import recognise  # imports torch
+
+    place = root / directory
+    try:
+        layout = recognise(place)
+    except MisuseError as error:
+        found.unchecked.append(error.message)
+        return
+    if layout is None or layout.dcp is not None or layout.directory != place:
+        return
+    try:
+        opened = layout.open()
+    except (MisuseError, UnsafePickleError, UnverifiableError) as error:
+        found.unchecked.append(f"{directory}: {error.message}")
+        return
+    except (CheckpointNotFoundError, FormatError, TensorError) as error:
+        file = Path(error.path or place)
+        relative = file.relative_to(root).as_posix() if file.is_relative_to(root) else directory
+        kind: DamageKind = "incomplete" if isinstance(error, TensorError) else "header"
+        if isinstance(error, CheckpointNotFoundError):
+            kind = "absent"
+        tensors = () if error.tensor is None else (error.tensor,)
+        found.damages.append(Damage(relative, kind, error.message, "model" if tensors else None, tensors))
+        return
+    found.tensors += len(opened.source.tensors)
+    for number, what in opened.checked:
+        found.count(what, number)
+    found.unchecked += opened.notes

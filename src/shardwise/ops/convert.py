@@ -255,7 +255,7 @@ def _model(
     store.make_directory(directory)
     record = write_shards(shards_of(tensors, _MODEL), tensors, directory, store, advance)
     files = []
-    for name, path in side_files(found.described or found.directory).items():
+    for name, path in side_files(found.beside).items():
         content = found.read(path)
         noted = directory / METADATA_DIR / name
         store.make_directory(noted.parent)

@@ -84,7 +84,8 @@ class CheckpointDescription:
         tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
             since each model of a pipeline has one of its own; ``model`` at the top.
         unread: Files whose tensors could not be listed, and why.
-        tools: Libraries that wrote a part of it, as configurations say: ``transformers 5.13.0 (config.json)``.
+        tools: Other tools that wrote it, as far as it is in a layout of their own, and libraries that wrote a part of
+            it, as configurations say: ``transformers 5.18.0 (config.json)``.
     """
 
     path: Path
@@ -245,7 +246,8 @@ def _count(value: object) -> int | None:
 
 def _from_headers(target: Target) -> CheckpointDescription:
     top = target.directory / target.under
-    found = read_contents(target.directory, _listed(target.directory, top), target.directory.name)
+    listed = _listed(target.directory, top)
+    found = read_contents(target.directory, listed, target.directory.name, whole=not is_file(top))
     if not found.files:
         raise CheckpointNotFoundError("the directory holds no file", path=top, hint="Name a checkpoint's directory.")
     epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
@@ -254,7 +256,7 @@ def _from_headers(target: Target) -> CheckpointDescription:
         False,
         epoch,
         step,
-        None,
+        found.world_size,
         None,
         read_metrics(target.directory),
         tuple(
@@ -273,7 +275,7 @@ def _from_headers(target: Target) -> CheckpointDescription:
             for key, (spec, files) in found.tensors.items()
         ),
         tuple(found.unread.items()),
-        tuple(tools_named(target.directory, found.files)),
+        (*found.tools, *tools_named(target.directory, found.files)),
     )
 
 

@@ -13,11 +13,29 @@ from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.format.notes import METADATA_DIR, NOTES
 
 _WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx", ".tensors"),
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".distcp",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".tensors",
+    ),
     *(".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
 )
 #: Files that saves and tools leave in such a directory and that no reader of the model opens.
-_OTHERS = frozenset({MANIFEST_NAME, "consolidate.sh", "dcp_values.json", "losses.json", "config.yaml"})
+_OTHERS = frozenset(
+    {
+        *(MANIFEST_NAME, "consolidate.sh", "dcp_values.json", "losses.json", "config.yaml"),
+        *("trainer_state.json", "fsdp_config.json", "latest", "zero_to_fp32.py"),
+    }
+)
 _TEMPLATES = "additional_chat_templates"
 
 

@@ -15,6 +15,7 @@ from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.sources.directory_contents import kept_beside_models
 
 #: Suffix of the name of DCP's metadata file.
@@ -53,6 +54,8 @@ class Described:
         tensors: (component, name) -> the tensor's spec, and the files that hold it.
         pieces: (component, name) -> where the tensor lies, as far as that is known.
         unread: Path -> why its tensors could not be listed.
+        tools: Who wrote the files, where that is known and it was another tool.
+        world_size: The number of ranks that wrote them, where that tool's files say so.
     """
 
     files: dict[str, int] = field(default_factory=dict)
@@ -62,6 +65,8 @@ class Described:
     tensors: dict[tuple[str, str], tuple[TensorSpec, list[str]]] = field(default_factory=dict)
     pieces: dict[tuple[str, str], list[Piece]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    tools: dict[str, None] = field(default_factory=dict)
+    world_size: int | None = None
 
     def add(self, component: str, spec: TensorSpec, files: Sequence[str], pieces: Sequence[Piece] = ()) -> None:
         """Add a tensor, or another piece of one."""
@@ -75,13 +80,14 @@ class Described:
         self.counts.update(files)
 
 
-def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
+def read_contents(root: Path, listed: Sequence[str], top: str, *, whole: bool = False) -> Described:
     """Describe files.
 
     Args:
         root: The directory.
         listed: The files, relative to it (POSIX).
         top: The directory's own name: that of a component by itself says what its tensors are.
+        whole: Whether these are all files of a directory, among which those of other tools are looked for.
 
     Raises:
         FormatError: A safetensors header or DCP's metadata is damaged.
@@ -89,6 +95,7 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
     found = Described()
     own = top if top == "optim" else _TOP
     dcp = {PurePosixPath(name).parent for name in listed if PurePosixPath(name).name == DCP_SUFFIX}
+    laid_out = _add_layouts(root, listed, own, found) if whole else frozenset()
     for relative in listed:
         path = PurePosixPath(relative)
         found.files[relative] = file_size(root / relative)
@@ -97,9 +104,44 @@ def read_contents(root: Path, listed: Sequence[str], top: str) -> Described:
             found.formats[relative] = format_name(relative, what)
         if path.suffix == ".distcp" and path.parent in dcp:
             continue  # .metadata describes it
+        if relative in laid_out:
+            continue
         component = path.parent.as_posix() if len(path.parts) > 1 else own
         _add_file(root, relative, component, what, found)
     return found
+
+
+def _add_layouts(root: Path, listed: Sequence[str], own: str, found: Described) -> frozenset[str]:
+    """Add the tensors of other tools that write per rank, or in flat partitions; returns the files that hold them."""
+    torch = [path for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
+    files: set[str] = set()
+    for directory in dict.fromkeys(path.parent.as_posix() for path in torch):
+        files |= _add_layout(root, directory, own if directory == "." else directory, found)
+    return frozenset(files)
+
+
+def _add_layout(root: Path, directory: str, component: str, found: Described) -> set[str]:
+    from shardwise.sources.others.recognise import recognise  # imports torch
+
+    place = root / directory
+    try:
+        layout = recognise(place)
+        if layout is None or layout.directory != place:
+            return set()
+        found.tools[layout.tool] = None
+        if layout.dcp is not None:
+            return set()
+        opened = layout.open()
+    except ShardwiseError as error:
+        # As of other torch files: what they contain is no reason for `inspect` to fail.
+        found.unread[directory] = str(error)
+        return set()
+    found.world_size = opened.world_size
+    names = [file.relative_to(root).as_posix() for file in opened.source.files]
+    for tensor in opened.source.tensors.values():
+        pieces = [Piece(names[c.file], c.offset, c.box.numel * tensor.spec.itemsize) for c in tensor.chunks]
+        found.add(component, tensor.spec, tuple(dict.fromkeys(piece.file for piece in pieces)), pieces)
+    return set(names)
 
 
 def format_name(relative: str, what: Recognised) -> str:

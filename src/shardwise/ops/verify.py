@@ -192,7 +192,7 @@ class _Job:
                 path=target.directory / target.under,
                 hint="Name a checkpoint, a part of one, or the directory of checkpoints.",
             )
-        found = check_contents(target.directory, listed)
+        found = check_contents(target.directory, listed, alone=single)
         return replace(
             report,
             files=found.files,

@@ -132,7 +132,8 @@ def _refuse_other_formats(file: Path) -> None:
         raise FormatError(
             f"the file holds one rank's shards of a model and not its tensors: it names {shards}",
             path=file,
-            hint="Name the base model that the run started from, or gather its state dict where it is saved "
+            hint="`shardwise consolidate` makes a model of the directory with all ranks' files. Or name the base model "
+            "that the run started from, or gather its state dict where it is saved "
             "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True); a checkpoint of "
             "shardwise or DCP is loaded from its directory.",
         )

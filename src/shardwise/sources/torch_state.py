@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,21 +37,31 @@ _PICKLES_BEFORE = 3  # magic number, protocol version and system information, be
 _MOST_PICKLE = 2**28
 
 
-def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, object]:
+def elements_of(value: object) -> int | None:
+    """The number of elements of a tensor; ``None`` of anything else."""
+    return value.numel() if isinstance(value, torch.Tensor) else None
+
+
+def unwrapped(
+    found: Mapping[object, object], file: Path, elements: Callable[[object], int | None] = elements_of
+) -> Mapping[object, object]:
     """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
 
     Args:
         found: What the file holds.
         file: The file, for errors.
+        elements: How many elements a value has that is a tensor, where tensors are not torch's own.
 
     Raises:
         FormatError: No entry holds tensors, or several do and nothing shows which is meant.
     """
-    own = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    own = {name: count for name, value in found.items() if (count := elements(value)) is not None}
     inner = {
         str(name): value
         for name, value in found.items()
-        if isinstance(value, Mapping) and _has_tensors(value) and not _BESIDE.search(str(name))
+        if isinstance(value, Mapping)
+        and any(elements(each) is not None for each in value.values())
+        and not _BESIDE.search(str(name))
     }
     wrappers = [name for name in inner if name in WRAPPERS]
     if not wrappers and own:
@@ -65,7 +75,7 @@ def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, obj
             hint="Save the model's state dict, and pass that file.",
         )
     # A step count may be a tensor too.
-    weights = [str(name) for name, value in own.items() if value.numel() > 1]
+    weights = [str(name) for name, count in own.items() if count > 1]
     if len(inner) > 1 or weights or not wrappers:
         raise FormatError(
             f"the file holds tensors under {_listed([*inner, *weights])}, and nothing says which of them is the model",
@@ -73,10 +83,6 @@ def unwrapped(found: Mapping[object, object], file: Path) -> Mapping[object, obj
             hint="Save the state dict that is meant by itself, and pass that file.",
         )
     return inner[wrappers[0]]
-
-
-def _has_tensors(value: Mapping[object, object]) -> bool:
-    return any(isinstance(each, torch.Tensor) for each in value.values())
 
 
 def _listed(names: list[str]) -> str:

@@ -183,6 +183,8 @@ TORCH_DISTRIBUTED = (
     ),
 )
 
+_RANKS = "what files with one rank's DTensors call it"
+
 TORCH_CHECKPOINT = (
     Name(
         "torch.distributed.checkpoint.filesystem._StorageInfo",
@@ -193,6 +195,9 @@ TORCH_CHECKPOINT = (
     Name("torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING", _DCP, "type"),
     Name("torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING", _DCP, "type"),
     Name("torch.serialization._get_layout", _DCP, "function"),
+    Name("torch.distributed.tensor._api:_local_tensor", _RANKS),
+    Name("torch.distributed.tensor._api:_spec", _RANKS),
+    Name("torch.distributed.tensor.placement_types:_StridedShard", _RANKS),
 )
 
 TORCH_OPTIM = (

@@ -1,4 +1,4 @@
-"""Private classes and functions that the files of ``torch.distributed.checkpoint`` name."""
+"""Private classes, functions and attributes that files of torch and of ``torch.distributed.checkpoint`` name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ LEGACY_MEMORY_FORMATS = ("torch.distributed._shard.sharded_tensor.metadata", "ME
 
 #: The function by which a pickled layout is made.
 LAYOUT = ("torch.serialization", "_get_layout")
+
+#: What a pickled DTensor calls its tensor on the rank and how it is spread, and the class of a strided placement.
+DTENSOR_LOCAL, DTENSOR_SPEC, STRIDED_SHARD = "_local_tensor", "_spec", "_StridedShard"
 
 
 def storage_info(relative_path: str, offset: int, length: int, transforms: Sequence[str] | None) -> StorageInfo:

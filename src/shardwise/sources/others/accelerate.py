@@ -1,0 +1,76 @@
+"""Directories of accelerate, and of transformers' Trainer, in which FSDP saved a model.
+
+Source: accelerate's ``save_fsdp_model``. ``pytorch_model_fsdp_0/`` is a DCP directory, ``pytorch_model_fsdp.bin`` the
+full state dict, ``pytorch_model_fsdp_0_rank1.bin`` one rank's shards, and ``pytorch_model_fsdp_rank1.bin`` one rank's
+flat pieces (LOCAL_STATE_DICT). A number other than 0 is that of a further model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.disk.names import exists
+from shardwise.errors import AmbiguousFilesError, MisuseError
+from shardwise.sources.others.layout import OtherModel
+from shardwise.sources.others.rank_files import RankFiles
+
+_TOOL = "accelerate (FSDP)"
+_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)")
+_FULL = re.compile(r"pytorch_model_fsdp(_\d+)?\.bin")
+_OF_RANK = re.compile(r"pytorch_model_fsdp(_\d+)?_rank(\d{1,6})\.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class FsdpDirectory:
+    """A directory with a DCP directory of a model in it.
+
+    Attributes:
+        directory: The directory, in which the configuration is too, if there is any.
+        dcp: The DCP directory.
+    """
+
+    directory: Path
+    dcp: Path
+    tool: str = _TOOL
+
+    @property
+    def side(self) -> Path:
+        """See `Layout.side`."""
+        return self.directory
+
+    def open(self) -> OtherModel:
+        """See `Layout.open`; a DCP directory is opened as such.
+
+        Raises:
+            MisuseError: Always.
+        """
+        raise MisuseError("this is a DCP directory", path=self.dcp, hint="Open it as one.")
+
+
+def accelerates(directory: Path, names: Sequence[str]) -> FsdpDirectory | RankFiles | None:
+    """What accelerate's FSDP saved in a directory.
+
+    Raises:
+        AmbiguousFilesError: Several models, or one in several forms.
+    """
+    sharded = [name for name in names if _DIRECTORY.fullmatch(name) and exists(directory / name / ".metadata")]
+    full = [name for name in names if _FULL.fullmatch(name)]
+    by_model: dict[str, list[str]] = {}
+    for name in names:
+        match = _OF_RANK.fullmatch(name)
+        if match is not None:
+            by_model.setdefault(match[1] or "", []).append(name)
+    found = [*sharded, *full, *(group[0] for group in by_model.values())]
+    if len(found) > 1:
+        raise AmbiguousFilesError(
+            f"the directory holds several models, or one in several forms: {', '.join(found)}",
+            path=directory,
+            hint="Name one of the directories among them, or leave the files of one model in a directory.",
+        )
+    if sharded:
+        return FsdpDirectory(directory, directory / sharded[0])
+    files = full or [name for group in by_model.values() for name in group]
+    return RankFiles(directory, dict(enumerate(files)), None, _TOOL) if files else None

@@ -33,6 +33,7 @@ from shardwise.lifecycle import temporary_name
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, find_input
 from shardwise.ops.run_config import run_settings
+from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress

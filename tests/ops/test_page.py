@@ -221,6 +221,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["inspect", old, old, "--html", page]) == 2
 
 
+def test_who_wrote_on_which_topology_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_dcp(gpt2().state_dict(), tmp_path / "dcp")
+    assert main(["inspect", str(tmp_path / "dcp")]) == 0
+    out = capsys.readouterr().out
+    assert "ranks     not recorded; writers by the files' names: 1" in out
+    saved(tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "ranks     1\n" in out
+    assert "saved by  shardwise " in out
+
+
 def test_modules_and_formats_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"model.layers.{layer}.mlp.{part}.weight" for layer in range(3) for part in ("up", "down")]
     write_model(tmp_path / "model.safetensors", [(name, "BF16", (10, 10)) for name in names])

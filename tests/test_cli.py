@@ -214,3 +214,17 @@ def test_an_error_of_the_program_is_no_damage(
 def test_an_empty_directory_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert "there is nothing to verify" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:
+    directory = os.fsencode(tmp_path) + b"/run\xff"
+    os.mkdir(directory)
+    with open(directory + b"/a\xfe.json", "w") as file:
+        file.write("{}")
+    command = [sys.executable, "-m", "shardwise", "inspect", directory]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, timeout=120, env=strict)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"a\\udcfe.json" in done.stdout
+    command += ["--html", os.fsencode(tmp_path) + b"/page.html"]
+    assert subprocess.run(command, capture_output=True, timeout=120, env=strict).returncode == 0

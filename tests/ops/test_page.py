@@ -21,6 +21,8 @@ from tests.ops.pages import HOSTILE, data_of, write_model
 from shardwise.cli import main
 from shardwise.errors import MisuseError
 from shardwise.ops.inspect import inspect
+from shardwise.ops.modules import layer_of, module_of
+from shardwise.ops.origin import writer_of
 from shardwise.ops.page import write_page
 from shardwise.ops.page_data import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN
 
@@ -219,6 +221,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["inspect", old, old, "--html", page]) == 2
 
 
+def test_who_wrote_on_which_topology_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_dcp(gpt2().state_dict(), tmp_path / "dcp")
+    assert main(["inspect", str(tmp_path / "dcp")]) == 0
+    out = capsys.readouterr().out
+    assert "ranks     not recorded; writers by the files' names: 1" in out
+    saved(tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "ranks     1\n" in out
+    assert "saved by  shardwise " in out
+
+
 def test_modules_and_formats_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"model.layers.{layer}.mlp.{part}.weight" for layer in range(3) for part in ("up", "down")]
     write_model(tmp_path / "model.safetensors", [(name, "BF16", (10, 10)) for name in names])
@@ -241,3 +255,34 @@ def test_a_page_loads_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "layer"),
+    [
+        ("w", "", ""),
+        ("lm_head.weight", "lm_head", "lm_head"),
+        ("model.layers.7.mlp.up_proj.weight", "model.layers.*.mlp", "model.layers.7"),
+        ("h.7.weight", "h.*", "h.7"),
+        ("a.b.c.d.e.weight", "a.b.c", "a.b.c"),
+        ("state.lm_head.weight.exp_avg", "state.lm_head", "state.lm_head"),
+        ("state.h.7.mlp.weight.step", "state.h.*.mlp", "state.h.7"),
+    ],
+)
+def test_modules_and_layers_by_name(name: str, module: str, layer: str) -> None:
+    assert (module_of(name), layer_of(name)) == (module, layer)
+
+
+@pytest.mark.parametrize(
+    ("path", "ranks", "writer"),
+    [
+        ("optim/shard-00003-optim-00001-of-00001.safetensors", 4, "rank 2"),
+        ("shard-00007-model-00001-of-00001.safetensors", 4, "rank 2"),  # a further piece of one tensor
+        ("shard-00007-model-00001-of-00001.safetensors", None, "shard 7"),
+        ("shard-00000-model-00001-of-00001.safetensors", 4, "shard 0"),
+        ("model/__12_0.distcp", None, "rank 12"),
+        ("model-00001-of-00002.safetensors", 4, None),
+    ],
+)
+def test_writers_by_the_names_of_files(path: str, ranks: int | None, writer: str | None) -> None:
+    assert writer_of(path, ranks) == writer

@@ -204,7 +204,7 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     saved_by = [] if found.version is None else [f"shardwise {found.version}"]
     ranks = None if found.world_size is None else str(found.world_size)
     if ranks is None and found.writers:
-        ranks = f"not recorded; {len(found.writers)} wrote files, by their names"
+        ranks = f"not recorded; writers by the files' names: {len(found.writers)}"
     facts = {
         "epoch": found.epoch,
         "step": found.step,

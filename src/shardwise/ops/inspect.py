@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from shardwise.disk.guarded import is_followed, is_made_of_links, resolve_inside
 from shardwise.disk.names import files_under, is_directory, is_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.verify import files_below, load_manifest
-from shardwise.errors import CheckpointNotFoundError
+from shardwise.errors import CheckpointNotFoundError, ShardwiseError
 from shardwise.format.manifest import Manifest
 from shardwise.format.sniff import what_is_file
 from shardwise.geometry import TensorSpec
@@ -192,6 +193,9 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
     root = target.directory
     files = files_below(manifest, (target.under,) if target.under else ())
     wanted = {file.path for file in files}
+    linked = is_made_of_links(root)
+    own = [file.path for file in files if _is_own(root, file.path, linked)]
+    formats = {path: what for path in own if (what := what_is_file(root / path)) is not None}
     tensors = []
     counts: Counter[str] = Counter()
     for component, spec, crc, chunks in manifest.tensors:
@@ -222,7 +226,7 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
                 file.path,
                 file.size,
                 counts[file.path],
-                _format_of(root, file.path),
+                format_name(file.path, formats[file.path]) if file.path in formats else None,
                 file.header_bytes,
                 writer_of(file.path, ranks),
                 file.crc32c,
@@ -231,13 +235,17 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
         ),
         tuple(tensors),
         tuple(described.unread.items()),
-        tuple(tools_named(root, [file.path for file in files])),
+        tuple(tools_named(root, own)),
     )
 
 
-def _format_of(root: Path, relative: str) -> str | None:
-    what = what_is_file(root / relative)
-    return None if what is None else format_name(relative, what)
+def _is_own(root: Path, relative: str, linked: bool) -> bool:
+    """Whether a file may be looked into: a link leads out of a checkpoint only where all are links, or into a store."""
+    try:
+        resolve_inside(root, relative)
+    except ShardwiseError:
+        return is_followed(root / relative, linked)
+    return True
 
 
 def _count(value: object) -> int | None:

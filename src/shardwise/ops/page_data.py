@@ -81,7 +81,7 @@ def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
 def _ranks(found: CheckpointDescription) -> str:
     if found.world_size is not None:
         return str(found.world_size)
-    return f"not recorded; {len(found.writers)} wrote files, by their names" if found.writers else "not recorded"
+    return f"not recorded; writers by the files' names: {len(found.writers)}" if found.writers else "not recorded"
 
 
 def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:

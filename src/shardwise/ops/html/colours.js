@@ -59,12 +59,12 @@ function byDtype() {
 function byWriter() {
   const writers = [...new Set(model.files.filter((f) => f.last > f.first && f.writer).map((f) => f.writer))];
   writers.sort(new Intl.Collator("en", { numeric: true }).compare);
-  const entries = writers.map((name, i) => entry(name, ofMany(i, writers.length), "by the names of its files"));
+  const entries = writers.map((name, i) => entry(name, ofMany(i, writers.length)));
   const numbers = new Map(writers.map((name, i) => [name, i]));
   entries.push(entry("not recorded", "--grey", "all ranks write to these files together, or nobody noted who did"));
   const unknown = writers.length;
   const found = legendOf(entries, (t, i) => (i < 0 ? unknown : numbers.get(model.files[model.piece.file[i]].writer) ?? unknown));
-  return { title: "Writing rank", ...found };
+  return { title: "Written by, as the files' names say", ...found };
 }
 
 const DECADES = [-6, -5, -4, -3, -2, -1, 0];

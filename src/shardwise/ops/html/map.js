@@ -413,6 +413,11 @@ function tipText(i) {
   return `${model.dtypes[model.tensors.dtype[t]][0]} ${model.shapeText[model.tensors.shape[t]]} · ${size(model.piece.nbytes[i])}${whole} at ${count(model.piece.offset[i])}${change}`;
 }
 
+/** A name as text that may be broken behind its dots, dashes and the like, and only there while there is room. */
+function breakable(name) {
+  return shown(name).split(/(?<=[._/-])/).flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
+}
+
 /** A DOM node; texts are texts, whatever is in them. */
 function element(kind, attributes = {}, ...children) {
   const node = document.createElement(kind);

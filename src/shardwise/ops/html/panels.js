@@ -60,7 +60,7 @@ function fillDetails(t, goTo) {
     ...(change === null ? [] : changeRows(t)),
   ];
   body.replaceChildren(
-    element("p", { class: "fullname" }, shown(tensors.name[t])),
+    element("p", { class: "fullname" }, ...breakable(tensors.name[t])),
     element("dl", { class: "pairs" }, ...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
     places(own),
     own.length ? element("button", { class: "plain", type: "button", onclick: goTo }, "Show on the map") : "",
@@ -85,7 +85,7 @@ function places(own) {
     const from = piece.offset[i];
     const crc = own.length > 1 ? digest(piece.crc[i]) : null;
     return element("li", {},
-      element("b", {}, shown(file.path)),
+      element("b", {}, ...breakable(file.path)),
       element("span", {}, `bytes ${count(from)} to ${count(from + piece.nbytes[i])}${file.writer ? `, ${file.writer}` : ""}${crc ? ", " : ""}`),
       crc ? element("code", {}, crc) : "");
   });
@@ -101,7 +101,7 @@ function fillLegend(legend, colours, mode, chosen, choose) {
   document.getElementById("legend").replaceChildren(...most.map(([each, i]) => element("button",
     { class: "entry", type: "button", "aria-pressed": String(i === chosen), onclick: () => choose(i === chosen ? -1 : i) },
     element("i", { class: "swatch", style: { background: colours[i] } }),
-    element("span", { class: "label" }, shown(each.label)),
+    element("span", { class: "label" }, ...breakable(each.label)),
     element("span", { class: "amount" }, values ? amount(each.parameters) : size(each.nbytes)),
     element("span", { class: "share" }, [each.note && shown(each.note), `${count(each.tensors)} ${each.tensors === 1 ? "tensor" : "tensors"}`, values ? size(each.nbytes) : ""].filter(Boolean).join(" · ")))));
 }
@@ -179,7 +179,7 @@ function fillFiles() {
   document.getElementById("files").replaceChildren(element("table", {},
     element("thead", {}, row(heads.map(([text, kind]) => element("th", { class: kind ?? null, scope: "col" }, text)))),
     element("tbody", {}, ...model.files.slice(0, MOST_FILES).map((file, i) => row([
-      element("td", { class: "p" }, shown(file.path), file.why === null ? "" : element("em", {}, `Not read: ${shown(file.why)}`)),
+      element("td", { class: "p" }, ...breakable(file.path), file.why === null ? "" : element("em", {}, `Not read: ${shown(file.why)}`)),
       element("td", { class: "right", title: `${count(file.bytes)} bytes` }, size(file.bytes)),
       element("td", { class: "right" }, counts[i] ? count(counts[i]) : "–"),
       element("td", {}, file.format === null ? "unknown" : shown(file.format)),

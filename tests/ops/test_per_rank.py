@@ -71,7 +71,7 @@ def test_what_verl_wrote_becomes_the_model(verl: Path, tmp_path: Path) -> None:
 
 def test_inspect_and_verify_say_what_it_is(verl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspect(verl)
-    assert (found.tools, found.world_size) == (("verl",), 3)
+    assert (found.tools[0], found.world_size) == ("verl", 3)
     described = {tensor.spec.name: tensor for tensor in found.tensors}
     assert described.keys() == gpt2(11, **UNEVEN).state_dict().keys()
     assert described["transformer.wte.weight"].spec.shape == (33, 6)

@@ -78,7 +78,7 @@ def make_parser() -> _Parser:
     _add_convert(add)
     _add_roots(add)
     _add_push(add)
-    enter("completion", *_add_completion(commands))
+    enter("completion", *_add_completion(commands.add_parser))
     parser.words.update(*(added.words for added in commands.choices.values()))
     return parser
 
@@ -279,9 +279,9 @@ def _add_push(add: _Add) -> None:
     push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
 
 
-def _add_completion(commands: argparse._SubParsersAction[_Parser]) -> tuple[str, _Parser]:
+def _add_completion(add_parser: Callable[..., _Parser]) -> tuple[str, _Parser]:
     text = "print a script with which a shell completes the command line"
-    added = commands.add_parser(
+    added = add_parser(
         "completion",
         help=text,
         description="The script knows commands and options and starts no program. Its first lines say where it goes.",

@@ -10,9 +10,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from tests.engine.setups import checkpointer
+from tests.interop.automodel_run import build, everything
 from tests.ops.damaged import flip, save_dcp
 from tests.ops.llamas import Titan, base, llama, opens_as, outputs
 from tests.support.faults import NamedHandles
+from tests.support.peak import peak, reset_peak
+from tests.support.ranks import run as ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -20,7 +24,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from shardwise import CheckpointingConfig
 from shardwise.disk.storage import Buffer
 from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError
-from shardwise.ops.convert import convert
+from shardwise.ops.convert import FORMATS, Format, convert
 from shardwise.ops.listing import list_checkpoints
 from shardwise.ops.verify import verify
 
@@ -250,6 +254,24 @@ def test_our_own_in_dcps_format(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def go_on(root: Path) -> object:
+    model, optimizer, _ = build(seed=1)
+    with checkpointer(root) as engine:
+        record = engine.restore(model, optimizer)
+    assert record is not None
+    assert (record.epoch, record.step, record.unrestored) == (0, 3, ())
+    return everything(model, optimizer)
+
+
+def test_a_run_of_automodel_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
+    files = Path(__file__).parents[1] / "interop" / "automodel"
+    report = convert(files / "epoch_0_step_3", tmp_path / "root", "shards", assume_complete=True)
+    assert any("dataloader" in note for note in report.notes)
+    saved = json.loads((files / "saved.json").read_text())
+    for found in ranks(2, go_on, tmp_path / "root"):
+        assert json.loads(json.dumps(found)) == saved
+
+
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
 
@@ -368,3 +390,28 @@ def test_what_an_earlier_failure_left_is_removed(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="to is"):
         convert(tmp_path / "dcp", tmp_path / "other", "gguf")  # type: ignore[arg-type]
     assert len(load_file(convert(tmp_path / "out", tmp_path / "hf", "hf").path / "model.safetensors")) > 2
+
+
+MB = 2**20
+
+
+def save_large(path: Path, form: str) -> None:
+    state = {f"layers.{number}": torch.full((2048, 2048), float(number)) for number in range(24)}  # 16 MB each
+    save_dcp({"model": state}, path) if form == "dcp" else torch.save(state, path)
+
+
+def grown(path: Path, to: Format) -> int:
+    convert(path, path.parent / "warm", to)
+    reset_peak()
+    before = peak()
+    convert(path, path.parent / "out", to)
+    return peak() - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("form", ["dcp", "file"])
+def test_memory_is_that_of_a_tensor_and_not_of_the_model(to: Format, form: str, tmp_path: Path) -> None:
+    ranks(1, save_large, tmp_path / "source.pt", form)
+    [nbytes] = ranks(1, grown, tmp_path / "source.pt", to)
+    assert nbytes < 128 * MB  # the model has 384

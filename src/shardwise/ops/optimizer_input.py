@@ -57,7 +57,7 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
             path=found.source.path,
             hint=_LEAVE,
         )
-    for place in _places(found):
+    for place in _places(found) if is_directory(found.source.path) else []:  # what lies around a file is not its own
         if has_record(place):
             return _own(found, place)
         values = DcpValues(place) if is_dcp(place) else None

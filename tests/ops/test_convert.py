@@ -32,8 +32,8 @@ from shardwise.ops.verify import verify
 class Run:
     """A small run with groups of parameters, whose losses show every bit of its state."""
 
-    def __init__(self, seed: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> None:
-        self.net = llama(seed)
+    def __init__(self, seed: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **changes: object) -> None:
+        self.net = llama(seed, **changes)
         flat = [p for p in self.net.parameters() if p.ndim == 1]
         rest = [p for p in self.net.parameters() if p.ndim > 1]
         groups = [{"params": flat, "lr": 0.02}, {"params": rest, "lr": 0.01}]
@@ -78,6 +78,20 @@ def save(run: Run, layout: str, directory: Path) -> None:
         torch.save({"epoch": 0}, directory / "meta.pt")
     else:
         save_dcp({"model": model, "optimizer": optim, "train_state": {"step": 3}}, directory)
+
+
+def test_tied_parameters_go_on(tmp_path: Path) -> None:
+    run = Run(1, tie_word_embeddings=True)
+    run.steps(0, 2)
+    save(run, "named", tmp_path / "step-2")
+    expected = run.steps(2, 2)
+    for known in (None, base(tmp_path / "base", run.net)):
+        root = tmp_path / f"root {known is None}"
+        convert(tmp_path / "step-2", root, "shards", config=known)
+        other = Run(3, tie_word_embeddings=True)
+        with CheckpointingConfig(checkpoint_dir=root).build(0, 0, 0) as engine:
+            engine.restore(other.net, other.optimizer)
+        assert other.steps(2, 2) == expected
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -296,6 +310,29 @@ def test_torch_reads_a_hugging_face_model_into_the_state_dict_of_its_class(make:
     assert report.tensors == len(net.state_dict())
     assert {path.name for path in report.path.iterdir()} == {".metadata", "__0_0.distcp"}
     assert opens_as(convert(report.path, tmp_path / "back", "hf", config=tmp_path / "hf").path, net)
+
+
+def test_our_own_shards_have_the_names_of_their_class_in_dcp(tmp_path: Path) -> None:
+    net, other = mixtral(1), mixtral(2)
+    net.config.architectures = ["MixtralForCausalLM"]
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "root", save_consolidated="false").build(0, 0, 0) as engine:
+        own = engine.save(0, 1, net)
+    assert own is not None
+    assert convert(tmp_path / "root", tmp_path / "dcp", "dcp").verified
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=str(tmp_path / "dcp"))
+    other.load_state_dict(state["model"])
+    assert torch.equal(outputs(other), outputs(net))
+    # Notes for a later export go along with shards; what is no tensor cannot.
+    again = convert(own, tmp_path / "again", "shards").path
+    for name in ("fqn_to_dtype_mapping.json", "config.json", "export.json"):
+        there = own / "model" / ".hf_metadata" / name
+        assert not there.exists() or (again / "model" / ".hf_metadata" / name).read_bytes() == there.read_bytes()
+    assert (again / "model" / ".hf_metadata" / "export.json").exists()
+    assert opens_as(convert(again, tmp_path / "hf", "hf").path, net)
+    (own / "model" / "module_state").mkdir()
+    with pytest.raises(MisuseError, match="state that is no tensor of it"):
+        convert(own, tmp_path / "third", "shards")
 
 
 def test_the_dtypes_and_shapes_of_a_model_of_ones_own(tmp_path: Path) -> None:

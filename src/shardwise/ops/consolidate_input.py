@@ -248,8 +248,12 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def _class_of(found: ModelInput) -> ModelClass | None:
-    """The class that the configuration names: the one that was given, else the one beside the model."""
+def class_of(found: ModelInput) -> ModelClass | None:
+    """The class that the configuration names: the one that was given, else the one beside the model.
+
+    Raises:
+        FormatError: The configuration is damaged, or the class refuses it.
+    """
     directory = found.directory
     for place in (directory / METADATA_DIR, directory) if found.described is None else (found.described,):
         kind = model_class(place)
@@ -320,7 +324,7 @@ def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelI
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)
     metadata = read_dcp_metadata(directory)
-    kind = _class_of(found)
+    kind = class_of(found)
     if kind is None and prefix is None and is_file(directory / _LIGHTNING):
         raise MisuseError(
             "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
@@ -346,7 +350,7 @@ def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelI
 
 
 def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | None) -> ModelInput:
-    kind = _class_of(found)
+    kind = class_of(found)
     model = open_torch_model(path, kind, prefix)
     _refuse_adapter(model.source.tensors, path)
     _tell_left(found, model.left, "it is not the model's")
@@ -376,8 +380,8 @@ def _from_safetensors(
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
         found = replace(found, source=replace(source, tensors=tensors))
-        return found if found.described is None else _with_class(found, _class_of(found), rope, whole=True)
-    kind = _class_of(found)
+        return found if found.described is None else _with_class(found, class_of(found), rope, whole=True)
+    kind = class_of(found)
     unknown = _in_pieces(source, tensors)
     found = replace(found, source=replace(source, tensors=tensors))
     if kind is not None:

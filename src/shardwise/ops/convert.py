@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
@@ -21,13 +21,13 @@ from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import MisuseError
 from shardwise.format.manifest import AliasRecord, FileRecord
-from shardwise.format.notes import METADATA_DIR
+from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.consolidate import consolidate
-from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.consolidate_input import ModelInput, class_of, find_input
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
@@ -181,6 +181,8 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 
 def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wanted) -> ConvertReport:
     store = current()
+    if found.kind is None:
+        found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
     tensors = native_tensors_to_write(found, reader)
     nbytes = _nbytes(tensors)
     with written_aside(place, store) as aside:
@@ -195,6 +197,13 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
 
 def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _Wanted) -> ConvertReport:
     store = current()
+    for part in (ASIDE_DIR, PER_RANK_DIR):
+        if is_directory(found.directory / part):
+            raise MisuseError(
+                f"the model has state that is no tensor of it ({part}), which cannot be carried over",
+                path=found.directory / part,
+                hint="Restore the checkpoint where the model is built, and save it there.",
+            )
     optimizer = None if wanted.optimizer is False else find_optimizer(found)
     if optimizer is None and wanted.optimizer:
         raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
@@ -255,7 +264,9 @@ def _model(
     store.make_directory(directory)
     record = write_shards(shards_of(tensors, _MODEL), tensors, directory, store, advance)
     files = []
-    for name, path in side_files(found.described or found.directory).items():
+    beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
+    beside = {name: path for name, path in beside.items() if is_file(path)}
+    for name, path in {**side_files(found.described or found.directory), **beside}.items():
         content = found.read(path)
         noted = directory / METADATA_DIR / name
         store.make_directory(noted.parent)

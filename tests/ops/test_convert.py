@@ -277,6 +277,7 @@ def go_on(root: Path) -> object:
     return everything(model, optimizer)
 
 
+@pytest.mark.slow
 def test_a_run_of_automodel_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     files = Path(__file__).parents[1] / "interop" / "automodel"
     report = convert(files / "epoch_0_step_3", tmp_path / "root", "shards", assume_complete=True)

@@ -35,7 +35,7 @@ from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.ops.write_shards import shards_of, write_shards
-from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
@@ -297,8 +297,10 @@ def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:
     if found.checkpoint != found.directory and is_directory(found.checkpoint):
         here = [name for name in names_in(found.checkpoint) if is_directory(found.checkpoint / name)]
         left = {name: None for name in here if name not in (_MODEL, _OPTIM) and not name.startswith(".")}
-    for place in dict.fromkeys([found.directory, *([] if optimizer is None else [optimizer.place])]):
-        if is_dcp(place):
-            left |= dict.fromkeys(states_beside(place, found))
+    values = None if optimizer is None else optimizer.values
+    if values is not None:
+        left |= dict.fromkeys(states_beside(values, found))
+    if is_dcp(found.directory) and (values is None or values.directory != found.directory):
+        left |= dict.fromkeys(states_beside(DcpValues(found.directory), found))
     if left:
         found.notes.append(f"not carried over: {', '.join(left)}")

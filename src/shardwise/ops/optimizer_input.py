@@ -34,11 +34,13 @@ class OptimizerInput:
         place: Where it was found.
         source: Its tensors under the names of our ``optim`` directories.
         plain: Name of a file in such a directory -> its content.
+        values: What else is there, in a DCP directory of another tool.
     """
 
     place: Path
     source: Source
     plain: Mapping[str, bytes]
+    values: DcpValues | None = None
 
 
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
@@ -63,15 +65,14 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
         values = DcpValues(place) if is_dcp(place) else None
         if values is not None and optimizer_places(values):
             optimizers = read_optimizers(values)
-            return _foreign(found, place, optimizers) if optimizers else None
+            return _foreign(found, values, optimizers) if optimizers else None
     return None
 
 
-def states_beside(place: Path, found: ModelInput) -> list[str]:
+def states_beside(values: DcpValues, found: ModelInput) -> list[str]:
     """What a DCP directory has beside the model and optimizers, by its names, such as ``lr_scheduler``."""
-    values = DcpValues(place)
     optimizers = {name for names in optimizer_places(values).values() for name in names}
-    has_model, below = place == found.directory, found.source.below
+    has_model, below = values.directory == found.directory, found.source.below
     outer = below.split(".")[0]
     left: dict[str, None] = {}
     for name, path in values.paths.items():
@@ -104,7 +105,8 @@ def _own(found: ModelInput, place: Path) -> OptimizerInput:
     return OptimizerInput(place, replace(opened, tensors=tensors), plain)
 
 
-def _foreign(found: ModelInput, place: Path, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
+def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
+    place = values.directory
     numbered = [each.place or "at the top" for each in optimizers if each.numbered]
     if numbered:
         raise MisuseError(
@@ -123,7 +125,7 @@ def _foreign(found: ModelInput, place: Path, optimizers: Sequence[DcpOptimizer])
         tensors[name] = once(opened.tensors[dcp], name, place)
     packed = pack_state(record.to_state())
     plain = {f"optimizer{suffix}": content for suffix, content in packed.items()}
-    return OptimizerInput(place, replace(opened, tensors=tensors), plain)
+    return OptimizerInput(place, replace(opened, tensors=tensors), plain, values)
 
 
 def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> DcpOptimizer:

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from shardwise import CheckpointingConfig
 from shardwise.disk.storage import Buffer
-from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError
+from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError, UnsafePickleError
 from shardwise.ops.convert import FORMATS, Format, convert
 from shardwise.ops.listing import list_checkpoints
 from shardwise.ops.verify import verify
@@ -244,6 +244,28 @@ def test_an_optimizer_of_old_torch_or_of_single_ranks(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="single ranks keep"):
         convert(own, tmp_path / "root", "shards")
     assert not (tmp_path / "root").exists()
+
+
+class Code:
+    """A value that only code can make."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("ran",))
+
+
+def test_an_option_of_an_optimizer_that_would_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(1)
+    run.steps(0, 1)
+    model, optim = get_state_dict(run.net, run.optimizer)
+    for group in cast("list[dict[str, object]]", optim["param_groups"]):
+        group["hook"] = Code()
+    save_dcp({"model": model, "optimizer": optim}, tmp_path / "step-1")
+    capsys.readouterr()
+    with pytest.raises(UnsafePickleError, match="print") as caught:
+        convert(tmp_path / "step-1", tmp_path / "root", "shards")
+    assert "--no-optimizer" in str(caught.value)
+    assert not convert(tmp_path / "step-1", tmp_path / "root", "shards", optimizer=False).optimizer
+    assert "ran" not in capsys.readouterr().out
 
 
 def test_our_own_in_dcps_format(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shardwise.checkpointing.loading.foreign_optimizers import ForeignOptimizers
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file
-from shardwise.errors import MisuseError
+from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
 from shardwise.ops.consolidate_input import ModelInput, once
 from shardwise.plan.reads import SourceTensor
@@ -64,7 +64,11 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
             return _own(found, place)
         values = DcpValues(place) if is_dcp(place) else None
         if values is not None and optimizer_places(values):
-            optimizers = read_optimizers(values)
+            try:
+                optimizers = read_optimizers(values)
+            except (MisuseError, UnsafePickleError) as error:
+                error.hint = f"{error.hint or ''} {_LEAVE}".strip()
+                raise
             return _foreign(found, values, optimizers) if optimizers else None
     return None
 

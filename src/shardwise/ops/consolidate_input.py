@@ -139,16 +139,9 @@ def find_input(
         )
     if file is not None:
         refuse_part(file)
-    report = verify(path, digests=False)
-    _refuse_damaged(report, directory)
+    _refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
-        directory = file.parent
-        beside = directory if is_file(directory / CONFIG_NAME) else file  # whatever lies around is not the model's
-        found = ModelInput(
-            directory, directory, False, Source(file, (), {}), DigestLedger({}), described=config or beside
-        )
-        found.notes.append(_NO_MANIFEST)
-        return _from_torch(found, file, prefix, rope)
+        return _from_file(file, config, prefix, rope)
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = DigestLedger(_recorded(manifests))
@@ -163,7 +156,7 @@ def find_input(
     if not holds_safetensors(directory) and holds_torch_files(directory):
         return _from_torch(found, directory, prefix, rope)
     if prefix is not None:
-        raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
+        raise MisuseError("prefix is for DCP directories and files of torch.save", path=directory, hint="Leave it out.")
     return _from_safetensors(found, [manifest for _, manifest in manifests], assume_complete, rope)
 
 
@@ -347,6 +340,15 @@ def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelI
 
 
 # --- torch.save ------------------------------------------------------------------------------------------------------
+
+
+def _from_file(file: Path, config: Path | None, prefix: str | None, rope: str | None) -> ModelInput:
+    directory = file.parent
+    # Whatever else lies around a file is not the model's.
+    described = config or (directory if is_file(directory / CONFIG_NAME) else file)
+    found = ModelInput(directory, directory, False, Source(file, (), {}), DigestLedger({}), described=described)
+    found.notes.append(_NO_MANIFEST)
+    return _from_torch(found, file, prefix, rope)
 
 
 def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | None) -> ModelInput:

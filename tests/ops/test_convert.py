@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -179,6 +180,9 @@ def test_an_optimizer_that_cannot_go_on_is_refused_unless_left_out(choice: bool 
         if choice is False:
             report = convert(source, tmp_path / source.suffix / "root", "shards", optimizer=False)
             assert not report.optimizer
+            assert any("optimizer" in note for note in report.notes)
+            assert any("optimizer" in note for note in convert(source, source.with_name("d"), "dcp").notes)
+            shutil.rmtree(source.with_name("d"))
             assert report.path.name == "epoch_0_step_1"
             assert not (report.path / "optim").exists()
         else:

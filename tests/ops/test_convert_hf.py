@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -160,6 +161,21 @@ def test_files_that_byte_ranges_do_not_describe(kind: str, tmp_path: Path) -> No
         state = {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=kind != "old")
     assert opens_as(convert(tmp_path / "model.pt", tmp_path / "o", "hf", config=base(tmp_path / "b", net)).path, net)
+
+
+def test_files_with_an_index(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:
+    state = net.state_dict()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    where = {name: names[number % 2] for number, name in enumerate(state)}
+    for file in names:
+        torch.save({name: value for name, value in state.items() if where[name] == file}, config / file)
+    index = {"metadata": {}, "weight_map": where}
+    (config / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert opens_as(convert(config, tmp_path / "out", "hf").path, net)
+    (config / names[1]).unlink()
+    with pytest.raises((IntegrityError, FormatError)):
+        convert(config, tmp_path / "new", "hf")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_configuration_beside_the_file_is_used(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:

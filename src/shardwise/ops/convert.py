@@ -185,6 +185,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
     tensors = native_tensors_to_write(found, reader)
     nbytes = _nbytes(tensors)
+    _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
         write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
@@ -296,11 +297,13 @@ def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:
     left: dict[str, None] = {}
     if found.checkpoint != found.directory and is_directory(found.checkpoint):
         here = [name for name in names_in(found.checkpoint) if is_directory(found.checkpoint / name)]
-        left = {name: None for name in here if name not in (_MODEL, _OPTIM) and not name.startswith(".")}
+        taken = (_MODEL,) if optimizer is None else (_MODEL, _OPTIM)
+        left = {name: None for name in here if name not in taken and not name.startswith(".")}
     values = None if optimizer is None else optimizer.values
     if values is not None:
-        left |= dict.fromkeys(states_beside(values, found))
+        left |= dict.fromkeys(states_beside(values, found, carried=True))
     if is_dcp(found.directory) and (values is None or values.directory != found.directory):
-        left |= dict.fromkeys(states_beside(DcpValues(found.directory), found))
+        carried = optimizer is not None
+        left |= dict.fromkeys(states_beside(DcpValues(found.directory), found, carried=carried))
     if left:
         found.notes.append(f"not carried over: {', '.join(left)}")

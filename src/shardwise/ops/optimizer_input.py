@@ -73,9 +73,15 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
     return None
 
 
-def states_beside(values: DcpValues, found: ModelInput) -> list[str]:
-    """What a DCP directory has beside the model and optimizers, by its names, such as ``lr_scheduler``."""
-    optimizers = {name for names in optimizer_places(values).values() for name in names}
+def states_beside(values: DcpValues, found: ModelInput, *, carried: bool) -> list[str]:
+    """What a DCP directory has beside the model, by its names, such as ``lr_scheduler``.
+
+    Args:
+        values: The directory.
+        found: The model.
+        carried: Whether optimizers are carried over, and so are not what is meant.
+    """
+    optimizers = {name for names in optimizer_places(values).values() for name in names} if carried else set()
     has_model, below = values.directory == found.directory, found.source.below
     outer = below.split(".")[0]
     left: dict[str, None] = {}

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import LlamaForCausalLM
 
+from shardwise.cli import main
 from shardwise.errors import (
     AmbiguousFilesError,
     CheckpointExistsError,
@@ -277,6 +278,12 @@ def test_the_names_of_torchtitan_0_3(tmp_path: Path) -> None:
     with torch.no_grad():
         found = LlamaForCausalLM.from_pretrained(report.path).eval()(TOKENS).logits
         torch.testing.assert_close(found, model(TOKENS), atol=1e-5, rtol=1e-4)
+    said = ["--config", str(config), "--rope", "interleaved"]
+    assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "a"), "--to", "hf", *said]) == 0
+    assert main(["consolidate", str(tmp_path / "m.pt"), "--output", str(tmp_path / "b"), *said]) == 0
+    for place in ("a", "b"):
+        content = (tmp_path / place / "model.safetensors").read_bytes()
+        assert content == (report.path / "model.safetensors").read_bytes()
     torch.save({**state, "output.weight": state["lm_head.weight"]}, tmp_path / "two.pt")
     with pytest.raises(MisuseError, match=r"2 tensors are one: lm_head.weight, output.weight"):
         convert(tmp_path / "two.pt", tmp_path / "new", "hf", config=config, rope="interleaved")

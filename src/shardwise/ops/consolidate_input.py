@@ -394,8 +394,9 @@ def _from_safetensors(
             "absent cannot be told",
             path=directory,
             tensor=unknown[0],
-            hint="Put the checkpoint's manifest back, or the model's config.json beside the files; or pass "
-            "--assume-complete (assume_complete=True) if you know that every rank's files are here.",
+            hint="Put the checkpoint's manifest back, or name the directory of the model's config.json with --config "
+            "(config=DIR); or pass --assume-complete (assume_complete=True) if you know that every rank's files are "
+            "here.",
         )
     if unknown:
         found.notes.append(f"{len(unknown)} tensors in pieces were taken to be complete, as was asked for")

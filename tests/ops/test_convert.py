@@ -135,6 +135,9 @@ def test_a_root_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="at which step"):
         convert(tmp_path / "dcp", tmp_path / "root", "shards")
     assert not (tmp_path / "root").exists()
+    (tmp_path / "dcp" / "train.log").write_text("not the model's")
+    plain = convert(tmp_path / "dcp", tmp_path / "plain", "shards", epoch=1, step=2).path
+    assert not (plain / "model" / ".hf_metadata").exists()
     convert(tmp_path / "dcp", tmp_path / "root", "shards", epoch=1, step=2, config=base(tmp_path / "base", run.net))
     [entry] = list_checkpoints(tmp_path / "root")
     assert (entry.step, entry.state, entry.pointers) == (2, "published", ("LATEST",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -193,9 +194,13 @@ def test_without_a_configuration_lightning_asks_and_the_prefix_says(net: LlamaFo
     assert "--prefix" in str(caught.value)
     with pytest.raises(MisuseError, match="begins with 'model.'"):
         convert(tmp_path / name, tmp_path / "out", "hf", prefix="model")
-    report = convert(tmp_path / name, tmp_path / "out", "hf", prefix="net")
-    assert load_file(report.path / "model.safetensors").keys() == net.state_dict().keys()
-    assert left_of(tmp_path) == {name, "out"}
+    (tmp_path / "train.log").write_text("not the model's")
+    for source in (tmp_path / name, tmp_path):
+        report = convert(source, tmp_path.parent / f"out-{source.name}", "hf", prefix="net")
+        assert load_file(report.path / "model.safetensors").keys() == net.state_dict().keys()
+        assert left_of(report.path) == {"manifest.json", "model.safetensors", "model.safetensors.index.json"}
+        shutil.rmtree(report.path)
+    assert left_of(tmp_path) == {name, "train.log"}
 
 
 def test_two_models_in_a_file_that_fit(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ModelInput:
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
         computed: Tensors whose bytes are not those of a file as they lie there.
-        described: Where the configuration and its like are, if not in ``directory``.
+        described: Where the configuration and its like are, if not in ``directory``; a file where there are none.
         unnamed_optimizers: Entries of a file that are optimizers' states, whose parameters have no names.
     """
 
@@ -344,7 +344,6 @@ def _from_dcp(found: ModelInput, prefix: str | None, rope: str | None) -> ModelI
 
 def _from_file(file: Path, config: Path | None, prefix: str | None, rope: str | None) -> ModelInput:
     directory = file.parent
-    # Whatever else lies around a file is not the model's.
     described = config or (directory if is_file(directory / CONFIG_NAME) else file)
     found = ModelInput(directory, directory, False, Source(file, (), {}), DigestLedger({}), described=described)
     found.notes.append(_NO_MANIFEST)
@@ -355,6 +354,8 @@ def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | N
     kind = class_of(found)
     model = open_torch_model(path, kind, prefix)
     _refuse_adapter(model.source.tensors, path)
+    if found.described is None and not is_file(path / CONFIG_NAME):
+        found = replace(found, described=model.source.files[0])  # whatever else lies there is not the model's
     _tell_left(found, model.left, "it is not the model's")
     _tell_missing_config(found)
     opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from shardwise._version import __version__
+from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
@@ -267,7 +268,10 @@ def _model(
     files = []
     beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
     beside = {name: path for name, path in beside.items() if is_file(path)}
-    for name, path in {**side_files(found.described or found.directory), **beside}.items():
+    own = side_files(found.described or found.directory)
+    if CONFIG not in own and not is_directory(found.directory / METADATA_DIR):
+        own = {}  # whatever lies beside a run's tensors is not the model's
+    for name, path in {**own, **beside}.items():
         content = found.read(path)
         noted = directory / METADATA_DIR / name
         store.make_directory(noted.parent)

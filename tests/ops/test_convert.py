@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -10,17 +11,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from tests.engine.setups import checkpointer
+from tests.interop.automodel_run import build, everything
 from tests.ops.damaged import flip, save_dcp
 from tests.ops.llamas import Titan, base, llama, opens_as, outputs
 from tests.support.faults import NamedHandles
+from tests.support.peak import peak, reset_peak
+from tests.support.ranks import run as ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from shardwise import CheckpointingConfig
 from shardwise.disk.storage import Buffer
-from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError
-from shardwise.ops.convert import convert
+from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError, UnsafePickleError
+from shardwise.ops.convert import FORMATS, Format, convert
 from shardwise.ops.listing import list_checkpoints
 from shardwise.ops.verify import verify
 
@@ -28,8 +33,8 @@ from shardwise.ops.verify import verify
 class Run:
     """A small run with groups of parameters, whose losses show every bit of its state."""
 
-    def __init__(self, seed: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> None:
-        self.net = llama(seed)
+    def __init__(self, seed: int, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **changes: object) -> None:
+        self.net = llama(seed, **changes)
         flat = [p for p in self.net.parameters() if p.ndim == 1]
         rest = [p for p in self.net.parameters() if p.ndim > 1]
         groups = [{"params": flat, "lr": 0.02}, {"params": rest, "lr": 0.01}]
@@ -76,6 +81,20 @@ def save(run: Run, layout: str, directory: Path) -> None:
         save_dcp({"model": model, "optimizer": optim, "train_state": {"step": 3}}, directory)
 
 
+def test_tied_parameters_go_on(tmp_path: Path) -> None:
+    run = Run(1, tie_word_embeddings=True)
+    run.steps(0, 2)
+    save(run, "named", tmp_path / "step-2")
+    expected = run.steps(2, 2)
+    for known in (None, base(tmp_path / "base", run.net)):
+        root = tmp_path / f"root {known is None}"
+        convert(tmp_path / "step-2", root, "shards", config=known)
+        other = Run(3, tie_word_embeddings=True)
+        with CheckpointingConfig(checkpoint_dir=root).build(0, 0, 0) as engine:
+            engine.restore(other.net, other.optimizer)
+        assert other.steps(2, 2) == expected
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_as_in_torch(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
     for layout in ("named", "flat", "app", "apart", "lightning"):
@@ -116,6 +135,9 @@ def test_a_root_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="at which step"):
         convert(tmp_path / "dcp", tmp_path / "root", "shards")
     assert not (tmp_path / "root").exists()
+    (tmp_path / "dcp" / "train.log").write_text("not the model's")
+    plain = convert(tmp_path / "dcp", tmp_path / "plain", "shards", epoch=1, step=2).path
+    assert not (plain / "model" / ".hf_metadata").exists()
     convert(tmp_path / "dcp", tmp_path / "root", "shards", epoch=1, step=2, config=base(tmp_path / "base", run.net))
     [entry] = list_checkpoints(tmp_path / "root")
     assert (entry.step, entry.state, entry.pointers) == (2, "published", ("LATEST",))
@@ -161,6 +183,9 @@ def test_an_optimizer_that_cannot_go_on_is_refused_unless_left_out(choice: bool 
         if choice is False:
             report = convert(source, tmp_path / source.suffix / "root", "shards", optimizer=False)
             assert not report.optimizer
+            assert any("optimizer" in note for note in report.notes)
+            assert any("optimizer" in note for note in convert(source, source.with_name("d"), "dcp").notes)
+            shutil.rmtree(source.with_name("d"))
             assert report.path.name == "epoch_0_step_1"
             assert not (report.path / "optim").exists()
         else:
@@ -228,6 +253,28 @@ def test_an_optimizer_of_old_torch_or_of_single_ranks(tmp_path: Path) -> None:
     assert not (tmp_path / "root").exists()
 
 
+class Code:
+    """A value that only code can make."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("ran",))
+
+
+def test_an_option_of_an_optimizer_that_would_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(1)
+    run.steps(0, 1)
+    model, optim = get_state_dict(run.net, run.optimizer)
+    for group in cast("list[dict[str, object]]", optim["param_groups"]):
+        group["hook"] = Code()
+    save_dcp({"model": model, "optimizer": optim}, tmp_path / "step-1")
+    capsys.readouterr()
+    with pytest.raises(UnsafePickleError, match="print") as caught:
+        convert(tmp_path / "step-1", tmp_path / "root", "shards")
+    assert "--no-optimizer" in str(caught.value)
+    assert not convert(tmp_path / "step-1", tmp_path / "root", "shards", optimizer=False).optimizer
+    assert "ran" not in capsys.readouterr().out
+
+
 def test_our_own_in_dcps_format(tmp_path: Path) -> None:
     run = Run(1)
     run.steps(0, 2)
@@ -248,6 +295,25 @@ def test_our_own_in_dcps_format(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError):
         convert(tmp_path / "a", tmp_path / "c", "shards")
     assert not (tmp_path / "c").exists()
+
+
+def go_on(root: Path) -> object:
+    model, optimizer, _ = build(seed=1)
+    with checkpointer(root) as engine:
+        record = engine.restore(model, optimizer)
+    assert record is not None
+    assert (record.epoch, record.step, record.unrestored) == (0, 3, ())
+    return everything(model, optimizer)
+
+
+@pytest.mark.slow
+def test_a_run_of_automodel_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
+    files = Path(__file__).parents[1] / "interop" / "automodel"
+    report = convert(files / "epoch_0_step_3", tmp_path / "root", "shards", assume_complete=True)
+    assert any("dataloader" in note for note in report.notes)
+    saved = json.loads((files / "saved.json").read_text())
+    for found in ranks(2, go_on, tmp_path / "root"):
+        assert json.loads(json.dumps(found)) == saved
 
 
 # --- DCP -------------------------------------------------------------------------------------------------------------
@@ -274,6 +340,29 @@ def test_torch_reads_a_hugging_face_model_into_the_state_dict_of_its_class(make:
     assert report.tensors == len(net.state_dict())
     assert {path.name for path in report.path.iterdir()} == {".metadata", "__0_0.distcp"}
     assert opens_as(convert(report.path, tmp_path / "back", "hf", config=tmp_path / "hf").path, net)
+
+
+def test_our_own_shards_have_the_names_of_their_class_in_dcp(tmp_path: Path) -> None:
+    net, other = mixtral(1), mixtral(2)
+    net.config.architectures = ["MixtralForCausalLM"]
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "root", save_consolidated="false").build(0, 0, 0) as engine:
+        own = engine.save(0, 1, net)
+    assert own is not None
+    assert convert(tmp_path / "root", tmp_path / "dcp", "dcp").verified
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=str(tmp_path / "dcp"))
+    other.load_state_dict(state["model"])
+    assert torch.equal(outputs(other), outputs(net))
+    # Notes for a later export go along with shards; what is no tensor cannot.
+    again = convert(own, tmp_path / "again", "shards").path
+    for name in ("fqn_to_dtype_mapping.json", "config.json", "export.json"):
+        there = own / "model" / ".hf_metadata" / name
+        assert not there.exists() or (again / "model" / ".hf_metadata" / name).read_bytes() == there.read_bytes()
+    assert (again / "model" / ".hf_metadata" / "export.json").exists()
+    assert opens_as(convert(again, tmp_path / "hf", "hf").path, net)
+    (own / "model" / "module_state").mkdir()
+    with pytest.raises(MisuseError, match="state that is no tensor of it"):
+        convert(own, tmp_path / "third", "shards")
 
 
 def test_the_dtypes_and_shapes_of_a_model_of_ones_own(tmp_path: Path) -> None:
@@ -368,3 +457,28 @@ def test_what_an_earlier_failure_left_is_removed(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="to is"):
         convert(tmp_path / "dcp", tmp_path / "other", "gguf")  # type: ignore[arg-type]
     assert len(load_file(convert(tmp_path / "out", tmp_path / "hf", "hf").path / "model.safetensors")) > 2
+
+
+MB = 2**20
+
+
+def save_large(path: Path, form: str) -> None:
+    state = {f"layers.{number}": torch.full((2048, 2048), float(number)) for number in range(24)}  # 16 MB each
+    save_dcp({"model": state}, path) if form == "dcp" else torch.save(state, path)
+
+
+def grown(path: Path, to: Format) -> int:
+    convert(path, path.parent / "warm", to)
+    reset_peak()
+    before = peak()
+    convert(path, path.parent / "out", to)
+    return peak() - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("form", ["dcp", "file"])
+def test_memory_is_that_of_a_tensor_and_not_of_the_model(to: Format, form: str, tmp_path: Path) -> None:
+    ranks(1, save_large, tmp_path / "source.pt", form)
+    [nbytes] = ranks(1, grown, tmp_path / "source.pt", to)
+    assert nbytes < 128 * MB  # the model has 384

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import LlamaForCausalLM
 
+from shardwise.cli import main
 from shardwise.errors import (
     AmbiguousFilesError,
     CheckpointExistsError,
@@ -162,6 +165,21 @@ def test_files_that_byte_ranges_do_not_describe(kind: str, tmp_path: Path) -> No
     assert opens_as(convert(tmp_path / "model.pt", tmp_path / "o", "hf", config=base(tmp_path / "b", net)).path, net)
 
 
+def test_files_with_an_index(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:
+    state = net.state_dict()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    where = {name: names[number % 2] for number, name in enumerate(state)}
+    for file in names:
+        torch.save({name: value for name, value in state.items() if where[name] == file}, config / file)
+    index = {"metadata": {}, "weight_map": where}
+    (config / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert opens_as(convert(config, tmp_path / "out", "hf").path, net)
+    (config / names[1]).unlink()
+    with pytest.raises((IntegrityError, FormatError)):
+        convert(config, tmp_path / "new", "hf")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_configuration_beside_the_file_is_used(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:
     torch.save(net.state_dict(), config / "pytorch_model.bin")
     for source in (config, config / "pytorch_model.bin"):
@@ -176,9 +194,13 @@ def test_without_a_configuration_lightning_asks_and_the_prefix_says(net: LlamaFo
     assert "--prefix" in str(caught.value)
     with pytest.raises(MisuseError, match="begins with 'model.'"):
         convert(tmp_path / name, tmp_path / "out", "hf", prefix="model")
-    report = convert(tmp_path / name, tmp_path / "out", "hf", prefix="net")
-    assert load_file(report.path / "model.safetensors").keys() == net.state_dict().keys()
-    assert left_of(tmp_path) == {name, "out"}
+    (tmp_path / "train.log").write_text("not the model's")
+    for source in (tmp_path / name, tmp_path):
+        report = convert(source, tmp_path.parent / f"out-{source.name}", "hf", prefix="net")
+        assert load_file(report.path / "model.safetensors").keys() == net.state_dict().keys()
+        assert left_of(report.path) == {"manifest.json", "model.safetensors", "model.safetensors.index.json"}
+        shutil.rmtree(report.path)
+    assert left_of(tmp_path) == {name, "train.log"}
 
 
 def test_two_models_in_a_file_that_fit(net: LlamaForCausalLM, config: Path, tmp_path: Path) -> None:
@@ -261,6 +283,12 @@ def test_the_names_of_torchtitan_0_3(tmp_path: Path) -> None:
     with torch.no_grad():
         found = LlamaForCausalLM.from_pretrained(report.path).eval()(TOKENS).logits
         torch.testing.assert_close(found, model(TOKENS), atol=1e-5, rtol=1e-4)
+    said = ["--config", str(config), "--rope", "interleaved"]
+    assert main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "a"), "--to", "hf", *said]) == 0
+    assert main(["consolidate", str(tmp_path / "m.pt"), "--output", str(tmp_path / "b"), *said]) == 0
+    for place in ("a", "b"):
+        content = (tmp_path / place / "model.safetensors").read_bytes()
+        assert content == (report.path / "model.safetensors").read_bytes()
     torch.save({**state, "output.weight": state["lm_head.weight"]}, tmp_path / "two.pt")
     with pytest.raises(MisuseError, match=r"2 tensors are one: lm_head.weight, output.weight"):
         convert(tmp_path / "two.pt", tmp_path / "new", "hf", config=config, rope="interleaved")

@@ -28,6 +28,8 @@ def consolidate(options: argparse.Namespace) -> int:
             diffusers_compatible=options.diffusers,
             assume_complete=options.assume_complete,
             verify_export=options.verify_export,
+            config=options.config,
+            rope=options.rope,
         )
     finally:
         bar.close()

@@ -163,23 +163,11 @@ def _add_writing(add: _Add) -> None:
     )
     consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
     consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
-    consolidate.add_argument(
-        "--prefix", help="what the model's names begin with in a DCP directory that does not tell; '' for all names"
-    )
     consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
     consolidate.add_argument(
         "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
     )
-    consolidate.add_argument(
-        "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
-    )
-    consolidate.add_argument(
-        "--no-class-check",
-        dest="verify_export",
-        action="store_false",
-        default=None,
-        help="write the export even if the class that config.json names would not load it",
-    )
+    _add_source_options(consolidate)
 
 
 def _add_convert(add: _Add) -> None:
@@ -204,17 +192,6 @@ def _add_convert(add: _Add) -> None:
         "directory of checkpoints with one in it, which training goes on from",
     )
     convert.add_argument(
-        "--config", type=_path, metavar="DIR", help="where config.json, the tokenizer and the like are"
-    )
-    convert.add_argument(
-        "--prefix", help="what the model's names begin with in SRC, where that is not clear; '' for all"
-    )
-    convert.add_argument(
-        "--rope",
-        choices=("interleaved", "halves"),
-        help="of a Llama with torchtitan's names: how it rotates q and k (torchtitan and Meta: interleaved)",
-    )
-    convert.add_argument(
         "--optimizer",
         action=argparse.BooleanOptionalAction,
         help="whether the optimizer's state goes into shards (default: it does where there is one)",
@@ -223,10 +200,26 @@ def _add_convert(add: _Add) -> None:
         "--epoch", type=int, metavar="N", help="of the checkpoint in shards (default: by SRC's name, 0)"
     )
     convert.add_argument("--step", type=int, metavar="N", help="likewise")
-    convert.add_argument(
+    _add_source_options(convert)
+
+
+def _add_source_options(command: _Parser) -> None:
+    """What is to be known of a source that does not say it."""
+    command.add_argument(
+        "--config", type=_path, metavar="DIR", help="where config.json, the tokenizer and the like are"
+    )
+    command.add_argument(
+        "--prefix", help="what the model's names begin with in the source, where that is not clear; '' for all names"
+    )
+    command.add_argument(
+        "--rope",
+        choices=("interleaved", "halves"),
+        help="of a Llama with torchtitan's names: how it rotates q and k (torchtitan and Meta: interleaved)",
+    )
+    command.add_argument(
         "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
     )
-    convert.add_argument(
+    command.add_argument(
         "--no-class-check",
         dest="verify_export",
         action="store_false",

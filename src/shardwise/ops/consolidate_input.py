@@ -62,7 +62,7 @@ class ModelInput:
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
         computed: Tensors whose bytes are not those of a file as they lie there.
-        described: Where the configuration and its like are, if not in ``directory``.
+        described: Where the configuration and its like are, if not in ``directory``; a file where there are none.
         unnamed_optimizers: Entries of a file that are optimizers' states, whose parameters have no names.
     """
 
@@ -146,16 +146,9 @@ def find_input(
         )
     if file is not None:
         refuse_part(file)
-    report = verify(path, digests=False)
-    _refuse_damaged(report, directory)
+    _refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
-        directory = file.parent
-        beside = directory if is_file(directory / CONFIG_NAME) else file  # whatever lies around is not the model's
-        found = ModelInput(
-            directory, directory, False, Source(file, (), {}), DigestLedger({}), described=config or beside
-        )
-        found.notes.append(_NO_MANIFEST)
-        return _from_torch(found, file, prefix, rope)
+        return _from_file(file, config, prefix, rope)
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = DigestLedger(_recorded(manifests))
@@ -185,7 +178,7 @@ def _read(
     if not holds_safetensors(directory) and holds_torch_files(directory):
         return _from_torch(found, directory, prefix, rope)
     if prefix is not None:
-        raise MisuseError("prefix is for DCP directories", path=directory, hint="Leave it out.")
+        raise MisuseError("prefix is for DCP directories and files of torch.save", path=directory, hint="Leave it out.")
     return _from_safetensors(found, manifests, assume_complete, rope)
 
 
@@ -270,8 +263,12 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def _class_of(found: ModelInput) -> ModelClass | None:
-    """The class that the configuration names: the one that was given, else the one beside the model."""
+def class_of(found: ModelInput) -> ModelClass | None:
+    """The class that the configuration names: the one that was given, else the one beside the model.
+
+    Raises:
+        FormatError: The configuration is damaged, or the class refuses it.
+    """
     for place in (found.beside / METADATA_DIR, found.beside):
         kind = model_class(place)
         if kind is not None:
@@ -339,7 +336,7 @@ def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str 
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)
     metadata = read_dcp_metadata(directory)
-    kind = _class_of(found)
+    kind = class_of(found)
     if kind is None and prefix is None and is_file(directory / _LIGHTNING):
         raise MisuseError(
             "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
@@ -364,10 +361,20 @@ def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str 
 # --- torch.save ------------------------------------------------------------------------------------------------------
 
 
+def _from_file(file: Path, config: Path | None, prefix: str | None, rope: str | None) -> ModelInput:
+    directory = file.parent
+    described = config or (directory if is_file(directory / CONFIG_NAME) else file)
+    found = ModelInput(directory, directory, False, Source(file, (), {}), DigestLedger({}), described=described)
+    found.notes.append(_NO_MANIFEST)
+    return _from_torch(found, file, prefix, rope)
+
+
 def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | None) -> ModelInput:
-    kind = _class_of(found)
+    kind = class_of(found)
     model = open_torch_model(path, kind, prefix)
     _refuse_adapter(model.source.tensors, path)
+    if found.described is None and not is_file(path / CONFIG_NAME):
+        found = replace(found, described=model.source.files[0])  # whatever else lies there is not the model's
     _tell_left(found, model.left, "it is not the model's")
     _tell_missing_config(found)
     opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)
@@ -380,12 +387,12 @@ def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | N
 def _from_other(found: ModelInput, layout: Layout, prefix: str | None, rope: str | None) -> ModelInput:
     """The model of a tool that writes per rank, or in flat partitions."""
     if prefix is not None:
-        raise MisuseError("prefix is for DCP directories", path=layout.directory, hint="Leave it out.")
+        raise MisuseError("prefix is for DCP directories and files of torch.save", path=layout.directory, hint="Leave it out.")
     opened = layout.open()
     _refuse_adapter(opened.source.tensors, layout.directory)
     found.notes.extend(opened.notes)
     _tell_missing_config(found)
-    return _with_class(replace(found, source=opened.source), _class_of(found), rope, whole=True)
+    return _with_class(replace(found, source=opened.source), class_of(found), rope, whole=True)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -409,8 +416,8 @@ def _from_safetensors(
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
         found = replace(found, source=replace(source, tensors=tensors))
-        return found if found.described is None else _with_class(found, _class_of(found), rope, whole=True)
-    kind = _class_of(found)
+        return found if found.described is None else _with_class(found, class_of(found), rope, whole=True)
+    kind = class_of(found)
     unknown = _in_pieces(source, tensors)
     found = replace(found, source=replace(source, tensors=tensors))
     if kind is not None:
@@ -421,8 +428,9 @@ def _from_safetensors(
             "absent cannot be told",
             path=directory,
             tensor=unknown[0],
-            hint="Put the checkpoint's manifest back, or the model's config.json beside the files; or pass "
-            "--assume-complete (assume_complete=True) if you know that every rank's files are here.",
+            hint="Put the checkpoint's manifest back, or name the directory of the model's config.json with --config "
+            "(config=DIR); or pass --assume-complete (assume_complete=True) if you know that every rank's files are "
+            "here.",
         )
     if unknown:
         found.notes.append(f"{len(unknown)} tensors in pieces were taken to be complete, as was asked for")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from shardwise._version import __version__
+from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
@@ -21,13 +22,13 @@ from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, write_manifest
 from shardwise.errors import MisuseError
 from shardwise.format.manifest import AliasRecord, FileRecord
-from shardwise.format.notes import METADATA_DIR
+from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.consolidate import consolidate
-from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.consolidate_input import ModelInput, class_of, find_input
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
@@ -35,7 +36,7 @@ from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.ops.write_shards import shards_of, write_shards
-from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
@@ -181,8 +182,11 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 
 def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wanted) -> ConvertReport:
     store = current()
+    if found.kind is None:
+        found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
     tensors = native_tensors_to_write(found, reader)
     nbytes = _nbytes(tensors)
+    _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
         write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
@@ -195,6 +199,13 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
 
 def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _Wanted) -> ConvertReport:
     store = current()
+    for part in (ASIDE_DIR, PER_RANK_DIR):
+        if is_directory(found.directory / part):
+            raise MisuseError(
+                f"the model has state that is no tensor of it ({part}), which cannot be carried over",
+                path=found.directory / part,
+                hint="Restore the checkpoint where the model is built, and save it there.",
+            )
     optimizer = None if wanted.optimizer is False else find_optimizer(found)
     if optimizer is None and wanted.optimizer:
         raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
@@ -255,7 +266,12 @@ def _model(
     store.make_directory(directory)
     record = write_shards(shards_of(tensors, _MODEL), tensors, directory, store, advance)
     files = []
-    for name, path in side_files(found.beside).items():
+    beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
+    beside = {name: path for name, path in beside.items() if is_file(path)}
+    own = side_files(found.beside)
+    if CONFIG not in own and not is_directory(found.directory / METADATA_DIR):
+        own = {}  # whatever lies beside a run's tensors is not the model's
+    for name, path in {**own, **beside}.items():
         content = found.read(path)
         noted = directory / METADATA_DIR / name
         store.make_directory(noted.parent)
@@ -285,9 +301,13 @@ def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:
     left: dict[str, None] = {}
     if found.checkpoint != found.directory and is_directory(found.checkpoint):
         here = [name for name in names_in(found.checkpoint) if is_directory(found.checkpoint / name)]
-        left = {name: None for name in here if name not in (_MODEL, _OPTIM) and not name.startswith(".")}
-    for place in dict.fromkeys([found.directory, *([] if optimizer is None else [optimizer.place])]):
-        if is_dcp(place):
-            left |= dict.fromkeys(states_beside(place, found))
+        taken = (_MODEL,) if optimizer is None else (_MODEL, _OPTIM)
+        left = {name: None for name in here if name not in taken and not name.startswith(".")}
+    values = None if optimizer is None else optimizer.values
+    if values is not None:
+        left |= dict.fromkeys(states_beside(values, found, carried=True))
+    if is_dcp(found.directory) and (values is None or values.directory != found.directory):
+        carried = optimizer is not None
+        left |= dict.fromkeys(states_beside(DcpValues(found.directory), found, carried=carried))
     if left:
         found.notes.append(f"not carried over: {', '.join(left)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from shardwise.checkpointing.loading.foreign_optimizers import ForeignOptimizers
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file
-from shardwise.errors import MisuseError
+from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
 from shardwise.ops.consolidate_input import ModelInput, once
 from shardwise.plan.reads import SourceTensor
@@ -34,11 +34,13 @@ class OptimizerInput:
         place: Where it was found.
         source: Its tensors under the names of our ``optim`` directories.
         plain: Name of a file in such a directory -> its content.
+        values: What else is there, in a DCP directory of another tool.
     """
 
     place: Path
     source: Source
     plain: Mapping[str, bytes]
+    values: DcpValues | None = None
 
 
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
@@ -57,21 +59,30 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
             path=found.source.path,
             hint=_LEAVE,
         )
-    for place in _places(found):
+    for place in _places(found) if is_directory(found.source.path) else []:  # what lies around a file is not its own
         if has_record(place):
             return _own(found, place)
         values = DcpValues(place) if is_dcp(place) else None
         if values is not None and optimizer_places(values):
-            optimizers = read_optimizers(values)
-            return _foreign(found, place, optimizers) if optimizers else None
+            try:
+                optimizers = read_optimizers(values)
+            except (MisuseError, UnsafePickleError) as error:
+                error.hint = f"{error.hint or ''} {_LEAVE}".strip()
+                raise
+            return _foreign(found, values, optimizers) if optimizers else None
     return None
 
 
-def states_beside(place: Path, found: ModelInput) -> list[str]:
-    """What a DCP directory has beside the model and optimizers, by its names, such as ``lr_scheduler``."""
-    values = DcpValues(place)
-    optimizers = {name for names in optimizer_places(values).values() for name in names}
-    has_model, below = place == found.directory, found.source.below
+def states_beside(values: DcpValues, found: ModelInput, *, carried: bool) -> list[str]:
+    """What a DCP directory has beside the model, by its names, such as ``lr_scheduler``.
+
+    Args:
+        values: The directory.
+        found: The model.
+        carried: Whether optimizers are carried over, and so are not what is meant.
+    """
+    optimizers = {name for names in optimizer_places(values).values() for name in names} if carried else set()
+    has_model, below = values.directory == found.directory, found.source.below
     outer = below.split(".")[0]
     left: dict[str, None] = {}
     for name, path in values.paths.items():
@@ -104,7 +115,8 @@ def _own(found: ModelInput, place: Path) -> OptimizerInput:
     return OptimizerInput(place, replace(opened, tensors=tensors), plain)
 
 
-def _foreign(found: ModelInput, place: Path, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
+def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
+    place = values.directory
     numbered = [each.place or "at the top" for each in optimizers if each.numbered]
     if numbered:
         raise MisuseError(
@@ -123,7 +135,7 @@ def _foreign(found: ModelInput, place: Path, optimizers: Sequence[DcpOptimizer])
         tensors[name] = once(opened.tensors[dcp], name, place)
     packed = pack_state(record.to_state())
     plain = {f"optimizer{suffix}": content for suffix, content in packed.items()}
-    return OptimizerInput(place, replace(opened, tensors=tensors), plain)
+    return OptimizerInput(place, replace(opened, tensors=tensors), plain, values)
 
 
 def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> DcpOptimizer:

@@ -66,10 +66,11 @@ def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) ->
         MisuseError: It is an optimizer's state, or it is unclear which tensors are the model's.
     """
     try:
-        if is_file(path):
-            _refuse_file(path)
+        entries = entries_of(path) if is_file(path) else {}
+        _refuse_others(path, entries)
         opened = open_bin(path, Group(None))
-        entries = entries_of(opened.source.files[0]) if len(opened.source.files) == 1 else {}
+        if not is_file(path) and len(opened.source.files) == 1:
+            entries = entries_of(opened.source.files[0])
     except UnsafePickleError as error:
         error.hint = (
             "No option of this command runs code of a file. If you trust whoever wrote it, open it in Python with "
@@ -96,9 +97,9 @@ def refuse_part(path: Path) -> None:
         )
 
 
-def _refuse_file(path: Path) -> None:
+def _refuse_others(path: Path, entries: Mapping[str, bool]) -> None:
     """Refuse a file that holds something else than a model, by name."""
-    if entries_of(path).keys() >= set(_OPTIMIZER):
+    if entries.keys() >= set(_OPTIMIZER):
         raise MisuseError(
             "this is an optimizer's state and no model", path=path, hint="Name the file that has the model."
         )

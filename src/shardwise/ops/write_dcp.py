@@ -73,11 +73,11 @@ def write_dcp(
     specs = {name: (tensor.spec, name) for name, tensor in tensors.items()}
     specs |= {alias: (tensors[kept].spec, kept) for alias, kept in aliases.items()}
     metadata = Metadata(
-        {f"{MODEL}.{name}": _described(spec) for name, (spec, _) in specs.items()},
-        {f"{MODEL}.{name}": (MODEL, name) for name in specs},
-        {_index(name, spec): places[kept] for name, (spec, kept) in specs.items()},
-        StorageMeta(),
-        _VERSION,
+        state_dict_metadata={f"{MODEL}.{name}": _described(spec) for name, (spec, _) in specs.items()},
+        planner_data={f"{MODEL}.{name}": (MODEL, name) for name in specs},
+        storage_data={_index(name, spec): places[kept] for name, (spec, kept) in specs.items()},
+        storage_meta=StorageMeta(),
+        version=_VERSION,
     )
     content = pickle.dumps(metadata)
     write_file(storage, directory / DCP_METADATA_NAME, content)
@@ -91,7 +91,7 @@ def _index(name: str, spec: TensorSpec) -> MetadataIndex:
 def _described(spec: TensorSpec) -> TensorStorageMetadata:
     shape = torch.Size(spec.shape)
     chunk = ChunkStorageMetadata(torch.Size([0] * len(spec.shape)), shape)
-    return TensorStorageMetadata(TensorProperties(torch_dtype(spec.dtype)), shape, [chunk])
+    return TensorStorageMetadata(TensorProperties(dtype=torch_dtype(spec.dtype)), shape, [chunk])
 
 
 def _item(tensor: TensorToWrite) -> Iterator[memoryview]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import background, limits, loading, others, planning, saving, sharing
+from bench import background, limits, loading, offline, others, planning, saving, sharing
 from bench.measure import Row, conditions
 from bench.ranks import Settings
 
@@ -31,6 +31,7 @@ CASES: dict[str, Callable[[Settings], list[Row]]] = {
     "stall": background.async_stall,
     "steps": background.async_steps,
     "plan": planning.planning,
+    "offline": offline.offline,
 }
 #: Only when asked for by name: other libraries' ways, which are slow or need the whole model in one rank's memory, and
 #: what is not done by default here.

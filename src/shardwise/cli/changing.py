@@ -22,6 +22,8 @@ def consolidate(options: argparse.Namespace) -> int:
         report = work.consolidate(
             options.path,
             options.output,
+            max_file_bytes=options.max_file_size,
+            dtype=options.dtype,
             progress=bar.progress,
             prefix=options.prefix,
             base=options.base,

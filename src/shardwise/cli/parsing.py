@@ -147,6 +147,12 @@ def _add_writing(add: _Add) -> None:
     consolidate.add_argument(
         "--prefix", help="what the model's names begin with in a DCP directory that does not tell; '' for all names"
     )
+    consolidate.add_argument(
+        "--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast the floating tensors to it"
+    )
+    consolidate.add_argument(
+        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as saved)"
+    )
     consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
     consolidate.add_argument(
         "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
@@ -205,6 +211,20 @@ def _add_push(add: _Add) -> None:
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--message", help="of the commit")
     push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip().upper())
+    nbytes = int(float(found[1]) * _UNITS.get(found[2], 0)) if found is not None else 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB, 2GiB, or a number of bytes")
+    return nbytes
 
 
 def _path(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The commands that write: consolidate, prune, repair, push."""
+"""The commands that write: consolidate, merge-adapter, prune, repair, push."""
 
 from __future__ import annotations
 
@@ -39,6 +39,32 @@ def consolidate(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         print(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
+    return FINE
+
+
+def merge_adapter(options: argparse.Namespace) -> int:
+    """``shardwise merge-adapter``."""
+    from shardwise.ops import merge as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.merge_adapter(
+            options.base,
+            options.adapter,
+            options.output,
+            max_file_bytes=options.max_file_size,
+            progress=bar.progress,
+            verify_export=options.verify_export,
+        )
+    finally:
+        bar.close()
+    for note in report.notes:
+        print(f"note  {note}", file=sys.stderr)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        merged = f"{report.tensors} tensors, {len(report.merged)} of them merged"
+        print(f"wrote {report.path}: {merged}, {size(report.nbytes)}")
     return FINE
 
 

@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_reading(add)
     _add_writing(add)
+    _add_merging(add)
     _add_roots(add)
     _add_push(add)
     parser.words.update(*(added.words for added in commands.choices.values()))
@@ -166,6 +167,32 @@ def _add_writing(add: _Add) -> None:
         action="store_false",
         default=None,
         help="write the export even if the class that config.json names would not load it",
+    )
+
+
+def _add_merging(add: _Add) -> None:
+    merge = add(
+        "merge-adapter",
+        changing.merge_adapter,
+        "merge an adapter into its base model",
+        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
+        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
+        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
+        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
+    )
+    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
+    merge.add_argument(
+        "adapter", type=_path, metavar="ADAPTER", help="a directory of peft's, a checkpoint, a root (its LATEST)"
+    )
+    merge.add_argument("output", type=_path, metavar="OUT", help="the directory to write")
+    merge.add_argument(
+        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as the base)"
+    )
+    merge.add_argument(
+        "--no-class-check",
+        dest="verify_export",
+        action="store_false",
+        help="write the model even if the class that config.json names would not load it",
     )
 
 

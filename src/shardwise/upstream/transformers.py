@@ -115,6 +115,19 @@ def left_out(model: object) -> frozenset[str]:
     return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Patterns of the names that transformers keeps in float32 when it loads a model in a dtype."""
+    import torch
+
+    patterns: list[str] = []
+    for name, dtypes in (
+        ("_keep_in_fp32_modules", (torch.float16,)),
+        ("_keep_in_fp32_modules_strict", (torch.float16, torch.bfloat16)),
+    ):
+        patterns += getattr(model, name, None) or () if dtype in dtypes else ()
+    return [pattern.replace("*", ".*") for pattern in patterns]
+
+
 def forget_initialised(module: nn.Module | torch.Tensor) -> None:
     """Have transformers take a module, a parameter or a buffer for one without initial values."""
     vars(module).pop("_is_hf_initialized", None)

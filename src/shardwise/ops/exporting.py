@@ -17,15 +17,16 @@ from pathlib import Path
 from shardwise.disk.crc import crc32c
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import Storage, located, storage_errors
+from shardwise.disk.storage import Storage, located, locating, storage_errors
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
 from shardwise.engine.writer import FileSet
 from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import temporary_name
+from shardwise.lifecycle.ownership import claim
 from shardwise.ops.verify import Progress
-from shardwise.plan.layout import Layout
+from shardwise.plan.layout import FileLayout, Layout
 
 #: A tensor's name, and its bytes as they are in the file.
 Piece = tuple[str, Iterable[memoryview]]
@@ -101,25 +102,74 @@ class Export:
 def publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
     """Write an export beside ``target`` and rename it into place; a failure leaves no files.
 
+    What a process that was killed has written of the same export is not written again. Nothing is believed of it: each
+    block is read and compared with the one that belongs there.
+
     Raises:
+        CheckpointBusyError: Another process is writing it.
         ShardwiseError: Reading or writing failed.
     """
-    aside = target.with_name(temporary_name(target.name))
     made = _absent(target.parent)
-    with storage_errors(aside):
-        storage.remove_tree(aside)
     try:
+        storage.make_directory(target.parent)
+        mine = claim(target.parent, target.name)
+        try:
+            _publish(export, target, storage, progress)
+        finally:
+            mine.release()
+    except BaseException:
+        with storage_errors(target):
+            for directory in made:
+                storage.remove_empty(directory)
+        raise
+
+
+def _publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
+    aside = target.with_name(temporary_name(target.name))
+    try:
+        with storage_errors(aside):
+            kept = _kept(export.layout, aside, storage)
         storage.make_directory(aside)
-        _write(export, aside, storage, progress)
+        _write(export, aside, kept, storage, progress)
         with storage_errors(target):
             storage.rename_new(aside, target)
             storage.sync_directory(target.parent)
     except BaseException:
         with storage_errors(aside):
             storage.remove_tree(aside)
-            for directory in made:
-                storage.remove_empty(directory)
         raise
+
+
+def _kept(layout: Layout, aside: Path, storage: Storage) -> frozenset[int]:
+    """Numbers of the files that an interrupted run began, with this very header; all else is removed."""
+    info = storage.status(aside, follows=False)
+    if info is None or info.kind != "directory":
+        storage.remove_tree(aside)
+        return frozenset()
+    files = {file.name: number for number, file in enumerate(layout.files)}
+    kept = set()
+    for name, kind in storage.entries(aside):
+        number = files.get(name)
+        if kind == "file" and number is not None and _begins_with(aside / name, layout.files[number], storage):
+            kept.add(number)
+        else:
+            storage.remove_tree(aside / name)
+    return frozenset(kept)
+
+
+def _begins_with(path: Path, file: FileLayout, storage: Storage) -> bool:
+    handle = storage.open(path, writable=False)
+    with locating(path):
+        try:
+            return storage.status_of(handle).size == file.size and _has(storage, handle, file.header, 0)
+        finally:
+            storage.close(handle)
+
+
+def _has(storage: Storage, handle: int, data: bytes | memoryview, offset: int) -> bool:
+    """Whether a file has these bytes at an offset."""
+    there = bytearray(len(data))
+    return storage.read(handle, memoryview(there), offset) == len(data) and there.startswith(data)
 
 
 def _absent(directory: Path) -> list[Path]:
@@ -131,10 +181,11 @@ def _absent(directory: Path) -> list[Path]:
     return absent
 
 
-def _write(export: Export, aside: Path, storage: Storage, progress: Progress | None) -> None:
+def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, progress: Progress | None) -> None:
     """Write all files into the existing directory, the manifest last."""
-    storage.check_space(aside, export.layout.total_bytes)
-    crcs = _Writing(export.layout, aside, storage, progress).all(export.batches)
+    files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
+    storage.check_space(aside, sum(file.size for file in files_ahead))
+    crcs = _Writing(export.layout, aside, kept, storage, progress).all(export.batches)
     export.settle()
     record = layout_record(export.layout, crcs)
     files = []
@@ -148,10 +199,12 @@ def _write(export: Export, aside: Path, storage: Storage, progress: Progress | N
 
 
 class _Writing:
-    """Writes the tensor files of one export."""
+    """Writes the tensor files of one export; of those that are ``kept`` what they do not have yet."""
 
-    def __init__(self, layout: Layout, directory: Path, storage: Storage, progress: Progress | None) -> None:
-        self._layout, self._storage, self._progress = layout, storage, progress
+    def __init__(
+        self, layout: Layout, directory: Path, kept: frozenset[int], storage: Storage, progress: Progress | None
+    ) -> None:
+        self._layout, self._kept, self._storage, self._progress = layout, kept, storage, progress
         self._paths = [directory / file.name for file in layout.files]
         self._files = FileSet(storage, self._paths)
         self._specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
@@ -163,7 +216,8 @@ class _Writing:
         """Write all tensors and make them durable; returns the digest of each."""
         try:
             for number, file in enumerate(self._layout.files):
-                self._storage.create(self._paths[number], file.size, file.header)
+                if number not in self._kept:
+                    self._storage.create(self._paths[number], file.size, file.header)
                 self._files.handle(number)
             threads = min(_MOST_THREADS, os.cpu_count() or 1)
             with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-export") as pool:
@@ -191,7 +245,9 @@ class _Writing:
             for block in blocks:
                 if self._failed.is_set():
                     return
-                self._storage.write(handle, block, offset + nbytes)
+                at = offset + nbytes
+                if file not in self._kept or not _has(self._storage, handle, block, at):
+                    self._storage.write(handle, block, at)
                 crc = crc32c(block, crc)
                 nbytes += len(block)
         except ShardwiseError as error:

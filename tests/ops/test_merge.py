@@ -150,6 +150,57 @@ def test_the_layout_of_older_releases_of_peft(tmp_path: Path) -> None:
         merge_adapter(base, tmp_path / "run/LATEST", tmp_path / "other")
 
 
+def test_tokens_alone(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    causal("llama").save_pretrained(base)
+    config = peft.TrainableTokensConfig(token_indices=[1, 5], target_modules=["embed_tokens"])
+    over = peft.get_peft_model(causal("llama"), config)
+    randomise(over, 1)
+    over.save_pretrained(adapter)
+    report = merge_adapter(base, adapter, tmp_path / "merged")
+    assert report.merged == ("model.embed_tokens.weight",)
+    same_as_peft(report.path, base, adapter, tmp_path / "reference")
+
+
+def test_a_base_in_the_cache_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = made(tmp_path, "lora")
+    folder = tmp_path / "cache" / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    snapshot = folder / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in base.iterdir():  # links into blobs, as in a real one
+        (folder / "blobs").mkdir(exist_ok=True)
+        shutil.copy(file, folder / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    report = merge_adapter("org/name", adapter, tmp_path / "merged")
+    same_as_peft(report.path, base, adapter, tmp_path / "reference")
+
+
+def test_what_the_class_does_not_load_and_other_adapters_are_said(tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "lora")
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "mtp.weight": torch.ones(2)}, base / "model.safetensors", {"format": "pt"})
+    shutil.copytree(adapter, adapter / "second")
+    report = merge_adapter(base, adapter, tmp_path / "merged")
+    assert len(report.notes) == 2
+    assert "second" in report.notes[0]
+    assert "mtp.weight" in report.notes[1]
+
+
+def test_a_damaged_checkpoint_of_an_adapter(tmp_path: Path) -> None:
+    base, _ = made(tmp_path, "lora")
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "run", is_peft=True).build() as saver:
+        saver.save(0, 1, adapted("lora"))
+    file = tmp_path / "run/LATEST/model" / WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match=WEIGHTS):
+        merge_adapter(base, tmp_path / "run", tmp_path / "merged")
+
+
 def test_a_quantized_base_is_dequantized(tmp_path: Path) -> None:
     model = causal("llama-bf16")
     plain = _fp8_base(model, tmp_path / "base", (128, 128))
@@ -223,6 +274,11 @@ def _changed_base(base: Path, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": "pissa"}))
 
 
+def _truncated_base(base: Path, adapter: Path) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "kasa_config": {"beta": 1e-4}}))
+
+
 def _foreign_code(base: Path, adapter: Path) -> None:
     edit_config(base, auto_map={"AutoModelForCausalLM": "modeling.Own"})
 
@@ -230,11 +286,12 @@ def _foreign_code(base: Path, adapter: Path) -> None:
 WRONG: list[tuple[Any, type[ShardwiseError], str]] = [
     (_other_shape, AdapterError, "size mismatch"),
     (_other_names, AdapterError, "peft cannot put"),
-    (_cut_base, IntegrityError, "model.safetensors"),
-    (_cut_adapter, IntegrityError, WEIGHTS),
+    (_cut_base, FormatError, "model.safetensors"),
+    (_cut_adapter, FormatError, "damaged"),
     (_lacking, AdapterError, "not in its file"),
     (_prompt, AdapterError, "PROMPT_TUNING does not live in layers"),
     (_changed_base, AdapterError, "pissa"),
+    (_truncated_base, AdapterError, "kasa"),
     (_foreign_code, MisuseError, "code of its own"),
 ]
 

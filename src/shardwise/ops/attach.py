@@ -15,7 +15,6 @@ from torch import nn
 
 from shardwise.base.slots import Slot, slots_of
 from shardwise.comm import Group
-from shardwise.disk.names import is_file
 from shardwise.disk.storage import current, local_path
 from shardwise.engine.load import LoadOptions, open_described
 from shardwise.errors import AdapterError, FormatError, ShardwiseError, StorageError, UnsafePickleError
@@ -23,10 +22,10 @@ from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.load import changed_base, is_legacy_layout
 from shardwise.peft.merge import require_merge
-from shardwise.peft.tensors import ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME
+from shardwise.peft.tensors import ADAPTER_WEIGHTS_NAME
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers.tensors import MeshRegister
-from shardwise.upstream.peft import copy_class, forget_origin, model_class_of
+from shardwise.upstream.peft import copy_class, forget_origin, model_class_of, tokens_class
 from shardwise.upstream.transformers_rules import legacy_renamings
 
 _NAME = "default"
@@ -49,11 +48,11 @@ def attach(model: nn.Module, directory: Path) -> nn.Module:
         CheckpointNotFoundError: There is no adapter.
     """
     settings = read_adapter_config(directory)
-    begin = changed_base(settings)
-    if begin is not None and not is_file(directory / ADAPTER_EXTRA_NAME):
+    begin = changed_base(settings) or ("kasa" if settings.get("kasa_config") else None)
+    if begin is not None:
         raise AdapterError(
             f"the adapter began with a part of the base weights (init_lora_weights={begin!r}), and fits those that its "
-            "own run had, which are not beside it",
+            "own run made of them",
             path=directory,
             hint="Convert it with peft where it was trained (save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge there.",
@@ -134,8 +133,9 @@ def _require_all(adapted: nn.Module, own: Sequence[Slot], result: Any, directory
         )
     missing = set(result.missing_keys)
     filled = {id(t) for name, t in adapted.state_dict(keep_vars=True).items() if name not in missing}
-    copies = tuple(f"{name}." for name, module in adapted.named_modules() if isinstance(module, copy_class()))
-    # What a copied module keeps in no file is in no merged model either.
+    kinds = (copy_class(), tokens_class())
+    copies = tuple(f"{name}." for name, module in adapted.named_modules() if isinstance(module, kinds))
+    # What a copied module keeps in no file is in no merged model either; of tokens, what undoing a merge needs.
     spared = [s for s in own if not s.persistent and s.name.startswith(copies)]
     lost = [s.name for s in own if id(s.tensor) not in filled and s not in spared]
     if lost:

@@ -23,6 +23,7 @@ from shardwise.base.files import base_config, open_base_source, ties_head
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.loading.foreign import expected_unused
 from shardwise.checkpointing.merged_state import merged_state
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.comm import Group
@@ -46,12 +47,14 @@ from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.sources.reader import Reader
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import declared_ties
 from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.upstream.torch_tensors import storage_key
 
 __all__ = ["MergeReport", "merge_adapter"]
 
 _MAX_FILE_BYTES = 5_000_000_000
+_SHOWN = 3
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -134,6 +137,7 @@ class _Reading:
     def __init__(self, found: MergeInput) -> None:
         self._source: BaseSource = open_base_source(found.base, Group(None), base_config(found.base))
         self._ties = ties_head(found.config)
+        self._notes = found.notes
         self._reader = Reader(current(), self._source.plain.files, threads=2)
         self._wanted: dict[int, list[HeldTensor]] = {}
         self._copied: dict[int, torch.Tensor] = {}
@@ -176,8 +180,14 @@ class _Reading:
             )
         specs = [tensor.spec for tensor in wanted.held]
         names = {spec.name for spec in specs}
-        unused = [name for name in self._source.names() if name not in names]
-        self._source.compare(specs, self._source.unexpected(unused, _OPTIONS), _OPTIONS)
+        unused = self._source.unexpected([name for name in self._source.names() if name not in names], _OPTIONS)
+        self._source.compare(specs, unused, _OPTIONS)
+        known, ties = set(expected_unused([adapted], unused)), tuple(declared_ties([adapted]))
+        left = [name for name in unused if name not in known and not name.endswith(ties)]
+        if left:
+            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+            shown = ", ".join(left[:_SHOWN])
+            self._notes.append(f"not in the merged model, since the base's class does not load it: {shown}{more}")
         for tensor in wanted.held:
             for key in {storage_key(fragment.data) for fragment in tensor.fragments}:
                 self._wanted.setdefault(key, []).append(tensor)

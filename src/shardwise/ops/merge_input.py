@@ -17,7 +17,7 @@ from shardwise.base.class_of_config import build_on_meta, named_classes
 from shardwise.base.files import base_config, base_dtype, find_base
 from shardwise.base.slots import slots_of
 from shardwise.comm import Group
-from shardwise.disk.names import is_directory, is_file
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.storage import current
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, IntegrityError, MisuseError
@@ -76,8 +76,8 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     place = find_base(None, os.fspath(base))
     directory = _adapter_directory(Path(adapter).absolute())
     settings = read_adapter_config(directory)
-    _require_whole(directory, digests=True)
-    _require_whole(place, digests=False)
+    _require_whole(directory)
+    _require_whole(place)
     dtype = base_dtype(place)
     model = _model(base_config(place), place, getattr(torch, dtype))
     config = cast("dict[str, JsonValue]", {k: v for k, v in base_config(place).items() if k != _QUANTIZATION})
@@ -87,6 +87,9 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     recorded = settings.get("base_model_name_or_path")
     if isinstance(recorded, str) and recorded and not _same_base(recorded, os.fspath(base), place):
         notes.append(f"the adapter says that its base model is {recorded}, and it was merged into {place}")
+    others = [name for name in names_in(directory) if is_file(directory / name / ADAPTER_CONFIG_NAME)]
+    if others:
+        notes.append(f"further adapters are there and were not merged: {', '.join(others)}; name the directory of one")
     return MergeInput(place, directory, config, model, _plain(place, directory), notes)
 
 
@@ -104,8 +107,11 @@ def _adapter_directory(path: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def _require_whole(path: Path, *, digests: bool) -> None:
-    report = verify(path, digests=digests)
+def _require_whole(path: Path) -> None:
+    """Compare digests where a manifest has them; of other files the headers are compared when they are opened."""
+    if not find_targets(path)[0].has_manifest:
+        return
+    report = verify(path)
     if report.damages:
         first = report.damages[0]
         raise IntegrityError(
@@ -166,8 +172,10 @@ def take_extra(adapted: nn.Module, directory: Path) -> None:
         AdapterError: The model has no such tensor.
         FormatError: The file is damaged.
     """
-    file = directory / ADAPTER_EXTRA_NAME
-    if not is_file(file):
+    # One file for the model: beside the directories of adapters that have names.
+    places = [place / ADAPTER_EXTRA_NAME for place in (directory, directory.parent)]
+    file = next((place for place in places if is_file(place)), None)
+    if file is None:
         return
     source = open_source(file, Group(None))
     reads, placed, left = PlannedReads(), {}, dict(source.tensors)

@@ -1,4 +1,4 @@
-"""Whether a class would load tensors is told without transformers' loop where nothing is renamed, as the loop tells it."""
+"""Whether a class would load tensors is told without transformers' loop where nothing is renamed, as by the loop."""
 
 from __future__ import annotations
 

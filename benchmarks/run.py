@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import background, limits, loading, others, planning, saving, sharing, tracing
+from bench import background, limits, loading, offline, others, planning, saving, sharing, tracing
 from bench.measure import Row, conditions
 from bench.ranks import Settings
 
@@ -32,6 +32,7 @@ CASES: dict[str, Callable[[Settings], list[Row]]] = {
     "steps": background.async_steps,
     "plan": planning.planning,
     "trace": tracing.tracing,
+    "offline": offline.offline,
 }
 #: Only when asked for by name: other libraries' ways, which are slow or need the whole model in one rank's memory, and
 #: what is not done by default here.

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
-from shardwise.format.dcp_metadata import parse_dcp_metadata, read_dcp_metadata
+from shardwise.format.dcp_metadata import parse_dcp_metadata, parsed_once, read_dcp_metadata
 
 
 @pytest.fixture
@@ -234,3 +234,16 @@ def test_mutated_metadata_raise_only_typed_errors(changes: list[tuple[int, int]]
         assert isinstance(parse_dcp_metadata(bytes(data), "p"), Metadata)
     except FormatError as error:
         assert error.hint  # noqa: PT017
+
+
+def test_equal_files_are_parsed_once_and_a_changed_one_again(tmp_path: Path) -> None:
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(sample()))
+    first = read_dcp_metadata(path)
+    with parsed_once():
+        inside = read_dcp_metadata(path)
+        assert inside is not first
+        assert read_dcp_metadata(tmp_path) is inside
+        path.write_bytes(pickle.dumps(sample(version="another")))
+        assert read_dcp_metadata(path).version == "another"
+    assert read_dcp_metadata(path) is not read_dcp_metadata(path)

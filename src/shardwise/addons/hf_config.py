@@ -262,6 +262,17 @@ def _untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     }
 
 
+def with_dtype(entries: Mapping[str, JsonValue], dtype: str) -> dict[str, JsonValue]:
+    """The entries of a configuration with another dtype wherever one is said, of parts of the model too."""
+    out: dict[str, JsonValue] = {}
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            out[key] = with_dtype(value, dtype)
+        else:
+            out[key] = dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
+    return out
+
+
 def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
     """Write ``config.json`` of a model that is not transformers'.
 

@@ -23,6 +23,7 @@ from shardwise.plan.deferred import bound, deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.views import hub_views
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import storage_key
 
@@ -35,10 +36,12 @@ def check_merging(session: Session, parts: Sequence[nn.Module]) -> None:
     """
     merged = merged_parts(parts)
     state = ModelState([part.model for part in merged])
-    merged_state(HubNames(session.may_differ).capture(state), parts, merged, session)
+    merged_state(HubNames(session.may_differ).capture(state), parts, merged, session.may_differ)
 
 
-def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], session: Session) -> HubState:
+def merged_state(
+    hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], may_differ: MayDiffer
+) -> HubState:
     """Divide a merged model's tensors into those in memory and those to compute. Local.
 
     ``hub`` is the merged model's captured state, in which merged tensors have no memory; ``parts`` have their adapters.
@@ -53,7 +56,7 @@ def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[Mer
     for tensor in hub.held:
         groups = _makers(tensor, makers)
         if groups:
-            made.append(_Made(tensor, groups, _beside(tensor, hub.joined.get(tensor.spec.name, ()))))
+            made.append(_Made(tensor, groups, _beside(tensor, hub.joined.get(tensor.spec.name, ()), makers)))
         else:
             held.append(tensor)
     for native in natives_of(hub.groups):
@@ -65,7 +68,7 @@ def merged_state(hub: HubState, parts: Sequence[nn.Module], merged: Sequence[Mer
                 hint="Let the model's state_dict_adapter only rearrange tensors, or set export_merged to false.",
             )
     named = [(_source(g, name), t) for part in merged for g in part.groups for name, t in g.sources.items()]
-    meshes = MeshRegister(session.may_differ.of_adapter(named, parts))
+    meshes = MeshRegister(may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
     computed = [_held_group(together, sources) for together in _together(made)]
     return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), excluded=())
@@ -107,13 +110,15 @@ class _Made:
         return out.reshape(self.tensor.spec.shape)
 
 
-def _beside(tensor: HeldTensor, joined: Sequence[HeldTensor]) -> tuple[HeldTensor | None, ...]:
-    """For each part the tensor that it is a view of, where that has memory; merged ones have none on any rank."""
+def _beside(
+    tensor: HeldTensor, joined: Sequence[HeldTensor], makers: Mapping[int, MergedGroup]
+) -> tuple[HeldTensor | None, ...]:
+    """For each part the tensor that it is a view of, unless that is a merged one, which no rank has memory of."""
     if len(tensor.parts) == 1:
         return (None,)
     return tuple(
         None
-        if native.fragments and native.fragments[0].data.is_meta
+        if native.fragments and _makers(native, makers)
         else native._replace(spec=native.spec._replace(name=f"{tensor.spec.name}/{native.spec.name}"))
         for native in joined
     )

@@ -1,4 +1,4 @@
-"""The commands that write: consolidate, convert, prune, repair, push."""
+"""The commands that write: consolidate, convert, merge-adapter, prune, repair, push."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def consolidate(options: argparse.Namespace) -> int:
         report = work.consolidate(
             options.path,
             options.output,
+            max_file_bytes=options.max_file_size,
+            dtype=options.dtype,
             progress=bar.progress,
             prefix=options.prefix,
             base=options.base,
@@ -71,6 +73,32 @@ def convert(options: argparse.Namespace) -> int:
     elif not options.quiet:
         optimizer = " and the optimizer's state" if report.optimizer else ""
         print(f"wrote {report.path}: {report.tensors} tensors{optimizer}, {size(report.nbytes)}")
+    return FINE
+
+
+def merge_adapter(options: argparse.Namespace) -> int:
+    """``shardwise merge-adapter``."""
+    from shardwise.ops import merge as work
+
+    bar = Bar(options.quiet)
+    try:
+        report = work.merge_adapter(
+            options.base,
+            options.adapter,
+            options.output,
+            max_file_bytes=options.max_file_size,
+            progress=bar.progress,
+            verify_export=options.verify_export,
+        )
+    finally:
+        bar.close()
+    for note in report.notes:
+        print(f"note  {note}", file=sys.stderr)
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        merged = f"{report.tensors} tensors, {len(report.merged)} of them merged"
+        print(f"wrote {report.path}: {merged}, {size(report.nbytes)}")
     return FINE
 
 

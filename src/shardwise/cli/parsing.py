@@ -76,6 +76,7 @@ def make_parser() -> _Parser:
     _add_reading(add)
     _add_writing(add)
     _add_convert(add)
+    _add_merging(add)
     _add_roots(add)
     _add_push(add)
     enter("completion", *_add_completion(commands.add_parser))
@@ -163,6 +164,12 @@ def _add_writing(add: _Add) -> None:
     )
     consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
     consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
+    consolidate.add_argument(
+        "--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast the floating tensors to it"
+    )
+    consolidate.add_argument(
+        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as saved)"
+    )
     consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
     consolidate.add_argument(
         "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
@@ -224,6 +231,32 @@ def _add_source_options(command: _Parser) -> None:
         dest="verify_export",
         action="store_false",
         default=None,
+        help="write the model even if the class that config.json names would not load it",
+    )
+
+
+def _add_merging(add: _Add) -> None:
+    merge = add(
+        "merge-adapter",
+        changing.merge_adapter,
+        "merge an adapter into its base model",
+        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
+        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
+        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
+        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
+    )
+    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
+    merge.add_argument(
+        "adapter", type=_path, metavar="ADAPTER", help="a directory of peft's, a checkpoint, a root (its LATEST)"
+    )
+    merge.add_argument("output", type=_path, metavar="OUT", help="the directory to write")
+    merge.add_argument(
+        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as the base)"
+    )
+    merge.add_argument(
+        "--no-class-check",
+        dest="verify_export",
+        action="store_false",
         help="write the model even if the class that config.json names would not load it",
     )
 
@@ -313,6 +346,20 @@ def _kind(argument: argparse.Action | None) -> Kind:
     if argument.choices:
         return "words"
     return "path" if argument.type is _path else "text"
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?")
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip().upper())
+    nbytes = int(float(found[1]) * _UNITS.get(found[2], 0)) if found is not None else 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB, 2GiB, or a number of bytes")
+    return nbytes
 
 
 def _path(text: str) -> Path:

@@ -7,9 +7,12 @@ checkpoint; torch before 2.3 took the tensor properties from ``torch.distributed
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -111,7 +114,29 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 def parse_dcp_metadata(data: bytes, path: str) -> Metadata:
     """Do what `read_dcp_metadata` does with a file that is already in memory."""
-    return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
+    known = _known.get()
+    if known is None:
+        return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
+    digest = sha256(data).digest()
+    if digest not in known:
+        known[digest] = _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
+    return known[digest]
+
+
+_known: contextvars.ContextVar[dict[bytes, Metadata] | None] = contextvars.ContextVar("known_metadata", default=None)
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Parse equal metadata files once inside of the ``with`` block: each time takes seconds for 40,000 tensors.
+
+    Files are read every time, so that one that changes is seen. What was parsed is shared and must not be changed.
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 class _Builder:

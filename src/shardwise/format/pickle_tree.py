@@ -283,7 +283,9 @@ class _Machine:
 
     def _push_named(self, value: object) -> None:
         # Named and then called, each time: as a value by itself it has no place in the tree.
-        self._uncalled += type(value) is PickledGlobal and value in _GETATTR
+        # The name is looked at first: a large file names things a million times.
+        if type(value) is PickledGlobal and value.name == "getattr":
+            self._uncalled += value in _GETATTR
         self._stack.append(value)
 
     def _refuse(self, found: PickledGlobal) -> NoReturn:
@@ -297,7 +299,7 @@ class _Machine:
         args, function = self._pop(), self._pop()
         if type(function) is not PickledGlobal or type(args) is not tuple:
             self._fail("calls something that is not a global")
-        if function in _GETATTR:
+        if function.name == "getattr" and function in _GETATTR:
             self._stack.append(self._member(function, args))
             return
         self._stack.append(

@@ -10,28 +10,29 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from shardwise.addons.files import as_text
-from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied
+from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.saving.config_ties import differing_ties
-from shardwise.disk.names import exists, is_there
-from shardwise.disk.sequential import SequentialFile, write_file
-from shardwise.disk.storage import Storage, current, storage_errors, using
+from shardwise.disk.names import is_there
+from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
-from shardwise.errors import CheckpointExistsError, ConfigError
-from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
+from shardwise.errors import CheckpointExistsError, ConfigError, ConversionError, MisuseError
+from shardwise.format.dcp_metadata import parsed_once
+from shardwise.format.manifest import AliasRecord, TensorRecord
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
-from shardwise.lifecycle import temporary_name
 from shardwise.ops.carry_over import carry_over
+from shardwise.ops.collector import few_collections
 from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.exporting import Export, batches_of, publish
 from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
@@ -46,6 +47,7 @@ __all__ = ["ConsolidateReport", "consolidate"]
 _CONSOLIDATED = "consolidated"
 _MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class ConsolidateReport:
         nbytes: Bytes of the tensor files.
         verified: Every byte was compared with the digests in the checkpoint's manifest.
         notes: What was left out, or could not be checked, one sentence each.
+        recast: Names of the tensors that were cast because ``dtype`` asked for it.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class ConsolidateReport:
     nbytes: int
     verified: bool = True
     notes: tuple[str, ...] = ()
+    recast: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class _Options:
     base: str | os.PathLike[str] | None
     diffusers_compatible: bool | None
     verify_export: bool | None
+    dtype: str | None
 
 
 def consolidate(
@@ -94,6 +99,7 @@ def consolidate(
     verify_export: bool | None = None,
     config: str | os.PathLike[str] | None = None,
     rope: Rope | None = None,
+    dtype: str | None = None,
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
 
@@ -104,7 +110,8 @@ def consolidate(
         path: A checkpoint saved as shards or with ``torch_save``, its ``model`` directory, or a root with ``LATEST``.
             Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory, files of ``torch.save``.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
-        max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
+        max_file_bytes: Largest file; by default the split of the base model, where it was recorded, or the limit of the
+            save.
         progress: Called with the bytes written and the bytes to write.
         storage: Where files are read and written.
         prefix: Prefix of the model's names in a DCP directory, or a file of ``torch.save``, that holds more than a
@@ -116,6 +123,8 @@ def consolidate(
             configured, else true.
         config: Directory with ``config.json`` and what goes with it, if it is not beside the tensors.
         rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show.
+        dtype: ``float64``, ``float32``, ``float16`` or ``bfloat16``: what all floating tensors are cast to; others
+            stay. By default as they are in the base model, where that was recorded, or as they were saved.
 
     Raises:
         CheckpointExistsError: There is an export already.
@@ -125,7 +134,9 @@ def consolidate(
         IntegrityError: A file is absent, too short, or has other bytes than were saved.
         FormatError: A file, or the manifest, is damaged.
         TensorError: A tensor is not whole, or not that of the class that ``config.json`` names.
-        MisuseError: It is not a model (an optimizer, an adapter, a pipeline), or it is unclear which part is the model.
+        MisuseError: It is not a model (an optimizer, an adapter, a pipeline), or it is unclear which part is the model;
+            ``dtype`` is none of these, or the model is quantized.
+        ConversionError: A value is too large for ``dtype``.
         UnverifiableError: Nothing says whether the tensors are whole.
 
     Examples:
@@ -133,14 +144,16 @@ def consolidate(
         >>> consolidate(path).path.name
         'consolidated'
     """
+    if dtype is not None and dtype not in FLOATS.values():
+        raise MisuseError(f"dtype is {dtype!r}", hint=f"Use one of {', '.join(FLOATS.values())}.")
     place = Path(path).absolute()
     target = None if output is None else Path(output).absolute()
-    with using(storage or current()):
-        described = None if config is None else Path(config).absolute()
+    described = None if config is None else Path(config).absolute()
+    with using(storage or current()), parsed_once(), few_collections():
         found = find_input(
             place, current(), prefix=prefix, assume_complete=assume_complete, config=described, rope=rope
         )
-        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
+        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export, dtype)
         return _write(found, target or found.directory / _CONSOLIDATED, options)
 
 
@@ -154,13 +167,15 @@ def _write(found: ModelInput, target: Path, options: _Options) -> ConsolidateRep
     found = _exported_tensors(found, options.base)
     reader = VerifyingReader(store, found.source.files, found.ledger)
     try:
-        export = _planned(found, reader, options)
-        _require_opens(export, options.verify_export)
-        _publish(export, target, store, options.progress)
+        planned = _planned(found, reader, options)
+        _require_opens(planned, options.verify_export)
+        publish(planned.export(), target, store, options.progress)
     finally:
         reader.close()
-    names, nbytes = tuple(file.name for file in export.layout.files), export.layout.total_bytes
-    return ConsolidateReport(target, names, len(export.tensors), nbytes, found.manifest, tuple(found.notes))
+    names, nbytes = tuple(file.name for file in planned.layout.files), planned.layout.total_bytes
+    return ConsolidateReport(
+        target, names, len(planned.tensors), nbytes, found.manifest, tuple(found.notes), planned.recast
+    )
 
 
 def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
@@ -170,38 +185,48 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
     return replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
 
 
-def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Export:
+def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Planned:
     plain = {name: found.read(place) for name, place in side_files(found.beside).items()}
     tensors = tensors_to_write(found, reader)
     note = _object(found, found.directory / METADATA_DIR / EXPORT)
     stem = _stem(found, note.get("stem"), options.diffusers_compatible)
-    layout = _layout(found, tensors, note, stem, options.max_file_bytes)
-    return _Export(found, tensors, layout, {**plain, index_name(stem): layout.index})
+    dtypes = _object(found, found.directory / METADATA_DIR / FILE_DTYPES)
+    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
+    recast: tuple[str, ...] = ()
+    if options.dtype is not None:
+        specs, plain, recast = _recast(found, specs, plain, options.dtype)
+    layout = _layout(found, specs, note, stem, options.max_file_bytes)
+    return _Planned(found, tensors, layout, {**plain, index_name(stem): layout.index}, recast)
 
 
-def _publish(export: _Export, target: Path, storage: Storage, progress: Progress | None) -> None:
-    """Write the export beside ``target`` and rename it into place; a failure leaves no files."""
-    aside = target.with_name(temporary_name(target.name))
-    made = _absent(target.parent)
-    with storage_errors(aside):
-        storage.remove_tree(aside)
-    try:
-        storage.make_directory(aside)
-        export.write(aside, storage, progress)
-        with storage_errors(target):
-            storage.rename_new(aside, target)
-            storage.sync_directory(target.parent)
-    except BaseException:
-        with storage_errors(aside):
-            storage.remove_tree(aside)
-            for directory in made:
-                storage.remove_empty(directory)
-        raise
+def _recast(
+    found: ModelInput, specs: Sequence[TensorSpec], plain: Mapping[str, bytes], dtype: str
+) -> tuple[list[TensorSpec], dict[str, bytes], tuple[str, ...]]:
+    """Give the floating tensors another dtype; also which these are. Configurations that say the dtype say it."""
+    code = next(code for code, name in FLOATS.items() if name == dtype)
+    configs = {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
+    quantized = [spec.name for spec in specs if spec.dtype.startswith("F8_")]
+    if quantized or any(entries.get("quantization_config") for entries in configs.values()):
+        raise MisuseError(
+            "the model is quantized: its values are not those of its tensors alone, so that no dtype can be chosen",
+            path=found.directory,
+            tensor=quantized[0] if quantized else None,
+            hint="Leave --dtype (dtype=) out.",
+        )
+    changed = [spec for spec in specs if spec.dtype in FLOATS and spec.dtype != code]
+    for old in dict.fromkeys(spec.dtype for spec in changed):
+        names = [spec.name for spec in changed if spec.dtype == old]
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        found.notes.append(f"cast from {FLOATS[old]} to {dtype}, as was asked for: {', '.join(names[:_SHOWN])}{more}")
+    recast = tuple(spec.name for spec in changed)
+    made = [spec._replace(dtype=code) if spec.dtype in FLOATS else spec for spec in specs]
+    texts = {name: as_text(with_dtype(entries, dtype)).encode() for name, entries in configs.items()}
+    return made, {**plain, **texts}, recast
 
 
-def _require_opens(export: _Export, verify_export: bool | None) -> None:
+def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
     """Check the planned export against the class that its configuration names, before a tensor is written."""
-    found, plain, specs = export.found, export.plain, [tensor.spec for tensor in export.tensors.values()]
+    found, plain, specs = planned.found, planned.plain, [tensor.spec for tensor in planned.tensors.values()]
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
@@ -211,32 +236,24 @@ def _require_opens(export: _Export, verify_export: bool | None) -> None:
         found.notes.append(f"not compared with a model class: {why}")
 
 
-def _absent(directory: Path) -> list[Path]:
-    """The directories that have to be made for this one to exist, the innermost first."""
-    absent = []
-    while not exists(directory):
-        absent.append(directory)
-        directory = directory.parent
-    return absent
-
-
 def _layout(
     found: ModelInput,
-    tensors: Mapping[str, TensorToWrite],
+    specs: Sequence[TensorSpec],
     export: Mapping[str, JsonValue],
     stem: str,
     max_file_bytes: int | None,
 ) -> Layout:
-    notes = found.directory / METADATA_DIR
-    numbers = {n: i for n, i in _object(found, notes / FILE_INDEX).items() if isinstance(i, int)}
-    dtypes = _object(found, notes / FILE_DTYPES)
+    if max_file_bytes is not None:
+        return lay_out(specs, max_file_bytes=max_file_bytes, stem=stem)
+    numbers = {
+        n: i for n, i in _object(found, found.directory / METADATA_DIR / FILE_INDEX).items() if isinstance(i, int)
+    }
     named = export.get("files")
     names = [str(name) for name in named] if isinstance(named, list) else []
     count = max(numbers.values(), default=0)
     files = {name: _file_name(number, count, names) for name, number in numbers.items()}
     recorded = export.get("max_file_bytes")
-    limit = max_file_bytes if max_file_bytes is not None else recorded if type(recorded) is int else _MAX_FILE_BYTES
-    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
+    limit = recorded if type(recorded) is int else _MAX_FILE_BYTES
     return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
 
 
@@ -273,39 +290,32 @@ def _names(found: ModelInput, path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Export:
-    """A planned export whose bytes are not written yet."""
+class _Planned:
+    """An export that is planned: its tensors as saved, their places, the files beside them."""
 
     found: ModelInput
     tensors: Mapping[str, TensorToWrite]
     layout: Layout
     plain: Mapping[str, bytes]
+    recast: tuple[str, ...]
 
-    def write(self, aside: Path, storage: Storage, progress: Progress | None) -> None:
-        """Write all files into the existing directory, the manifest last."""
-        layout = self.layout
-        storage.check_space(aside, layout.total_bytes)
-        crcs: dict[str, int] = {}
-        done = 0
-        for file in layout.files:
-            with SequentialFile(storage, aside / file.name, file.size) as made:
-                made.append([file.header])
-                for spec, _, _ in file.entries:
-                    crcs[spec.name] = made.append(self._blocks(spec), spec.name)
-                    done += spec.nbytes
-                    if progress is not None:
-                        progress(done, layout.tensor_bytes)
-        self.found.ledger.settle(storage)
-        record = layout_record(layout, crcs)
-        files = []
-        for name, content in self._plain(record.tensors).items():
-            storage.make_directory((aside / name).parent)
-            write_file(storage, aside / name, content)
-            storage.sync_directory((aside / name).parent)
-            files.append(FileRecord.plain(name, content))
-        record += ComponentRecord(tuple(files), aliases=self._aliases())
-        notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(self.found.notes)}
-        write_manifest(storage, aside, record, {} if self.found.manifest else notes)
+    @cached_property
+    def _asked(self) -> frozenset[str]:
+        return frozenset(self.recast)
+
+    def export(self) -> Export:
+        """The same, to be written."""
+        specs = {entry.spec.name: entry.spec for file in self.layout.files for entry in file.entries}
+        found = self.found
+        notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
+        return Export(
+            self.layout,
+            batches_of(self.layout, lambda name: self._blocks(specs[name]), specs),
+            self._plain,
+            lambda: found.ledger.settle(current()),
+            self._aliases(),
+            {} if found.manifest else notes,
+        )
 
     def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
         """The files beside the tensors; the configuration's ties are those that were written."""
@@ -325,9 +335,20 @@ class _Export:
 
     def _blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
         saved = self.tensors[spec.name]
+        if saved.spec.dtype == spec.dtype:
+            yield from saved.blocks()
+            return
+        strict = spec.name in self._asked
+        memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
         for block in saved.blocks():
-            if saved.spec.dtype == spec.dtype:
-                yield block
-            else:
-                values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
-                yield as_bytes(values.to(torch_dtype(spec.dtype)))
+            values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
+            memory = memory if len(memory) >= len(values) else torch.empty_like(values, dtype=memory.dtype)
+            made = memory[: len(values)].copy_(values)
+            if strict and made.isinf().any() and not values.isinf().equal(made.isinf()):
+                raise ConversionError(
+                    f"values are too large for {FLOATS[spec.dtype]}",
+                    path=self.found.directory,
+                    tensor=spec.name,
+                    hint="Choose bfloat16 or float32.",
+                )
+            yield as_bytes(made)

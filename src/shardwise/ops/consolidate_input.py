@@ -387,7 +387,9 @@ def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | N
 def _from_other(found: ModelInput, layout: Layout, prefix: str | None, rope: str | None) -> ModelInput:
     """The model of a tool that writes per rank, or in flat partitions."""
     if prefix is not None:
-        raise MisuseError("prefix is for DCP directories and files of torch.save", path=layout.directory, hint="Leave it out.")
+        raise MisuseError(
+            "prefix is for DCP directories and files of torch.save", path=layout.directory, hint="Leave it out."
+        )
     opened = layout.open()
     _refuse_adapter(opened.source.tensors, layout.directory)
     found.notes.extend(opened.notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
@@ -161,13 +162,18 @@ def _viewed(
 
 @dataclass
 class _Natives:
-    """Caches the last few native tensors that were read whole."""
+    """Caches the last few native tensors that were read whole; any thread."""
 
     tensors: Mapping[str, SourceTensor]
     reader: BlockReader
     _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
+    _lock: Lock = field(default_factory=Lock)
 
     def get(self, name: str) -> torch.Tensor:
+        with self._lock:
+            return self._get(name)
+
+    def _get(self, name: str) -> torch.Tensor:
         if name in self._kept:
             self._kept.move_to_end(name)
             return self._kept[name]

@@ -24,6 +24,7 @@ from shardwise.engine.verify import (
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.lifecycle.names import is_doomed, is_temporary
+from shardwise.ops.collector import few_collections
 from shardwise.ops.contents import check_contents
 from shardwise.ops.targets import Target, find_targets, with_nested
 
@@ -113,7 +114,7 @@ def verify(
         raise MisuseError(f"threads is {threads}", hint="Use at least 1.")
     started = time.monotonic()
     level: VerifyLevel = "digests" if digests else "sizes"
-    with using(storage or current()):
+    with using(storage or current()), few_collections():
         targets = with_nested(find_targets(path))
         job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, current())
         reports = [job.run(Path(path), target) for target in targets]

@@ -77,7 +77,7 @@ def differing_settings(saved: Mapping[str, object], current: Mapping[str, object
             out[key] = (theirs, ours)
     if changed_base(saved) != changed_base(current):
         out["init_lora_weights"] = (saved.get("init_lora_weights"), current.get("init_lora_weights"))
-    layouts = _legacy_layout(saved), _legacy_layout(current)
+    layouts = is_legacy_layout(saved), is_legacy_layout(current)
     if None not in layouts and layouts[0] != layouts[1]:
         out["legacy_paramwrapper_layout"] = layouts
     return out
@@ -116,7 +116,7 @@ def changed_base(config: Mapping[str, object]) -> object:
     return (begin, _plain(config.get("loftq_config"))) if begin == "loftq" else begin
 
 
-def _legacy_layout(config: Mapping[str, object]) -> bool | None:
+def is_legacy_layout(config: Mapping[str, object]) -> bool | None:
     """Whether adapters of expert parameters are laid out as peft up to 0.19.0 does; ``None`` where there are none."""
     if not config.get("target_parameters"):
         return None

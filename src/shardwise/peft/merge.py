@@ -104,7 +104,7 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
         return [MergedPart(bare_model(adapted_model(part)), ()) for part in parts]
     configs = {} if all(_is_bare(part) for part in parts) else adapter_configs(parts, None)
     for name, config in configs.items():
-        _require_merge(name, config)
+        require_merge(name, config)
     for part in parts:
         base = bare_model(adapted_model(part))
         # So that the code below finds shards, not parameters that a forward pass left gathered.
@@ -125,7 +125,12 @@ def _is_bare(part: nn.Module) -> bool:
     return not getattr(model, "peft_config", None) and not any(map(_is_adapted, bare_model(model).modules()))
 
 
-def _require_merge(name: str, config: PeftConfig) -> None:
+def require_merge(name: str, config: PeftConfig) -> None:
+    """Refuse methods whose adapters cannot be merged into base weights, by the name of the adapter.
+
+    Raises:
+        AdapterError: It is one.
+    """
     tuner = upstream.tuner_of(config.peft_type)
     reason = ""
     if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):

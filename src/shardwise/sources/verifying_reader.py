@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,10 +26,11 @@ from shardwise.errors import FormatError, IntegrityError
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.views import refine_range
+from shardwise.sources.packed_items import PackedItems
 from shardwise.sources.tensor_bytes import as_bytes
 
 #: Bytes of one block.
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 _HINT = "Restore the file from a copy, or take another checkpoint; `shardwise verify` lists all that is damaged."
 
 
@@ -58,9 +60,10 @@ class DigestLedger:
     recorded: Mapping[Path, Sequence[RecordedDigest]]
     _pieces: dict[Path, list[_Piece]] = field(default_factory=dict)
     _compared: dict[Path, set[int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
-        """Record a run of bytes that was read; compare it where the same run has a recorded digest.
+        """Record a run of bytes that was read; compare it where the same run has a recorded digest. Any thread.
 
         Raises:
             IntegrityError: It has changed since it was written.
@@ -71,9 +74,11 @@ class DigestLedger:
         at = bisect_left(runs, offset, key=lambda run: run.offset)
         if at < len(runs) and (runs[at].offset, runs[at].nbytes) == (offset, nbytes):
             _compare(path, runs[at], crc)
-            self._compared.setdefault(path, set()).add(at)
+            with self._lock:
+                self._compared.setdefault(path, set()).add(at)
         else:
-            self._pieces.setdefault(path, []).append(_Piece(offset, nbytes, crc))
+            with self._lock:
+                self._pieces.setdefault(path, []).append(_Piece(offset, nbytes, crc))
 
     def content(self, path: Path, content: bytes) -> None:
         """Compare a file that was read as a whole.
@@ -159,7 +164,7 @@ def _read(storage: Storage, handle: int, into: memoryview, offset: int, path: Pa
 
 
 class VerifyingReader:
-    """Reads tensors of some files block by block; `close` releases the files.
+    """Reads tensors of some files block by block, on any thread; `close` releases the files.
 
     Args:
         storage: The storage to read from.
@@ -172,6 +177,8 @@ class VerifyingReader:
         self._files = files
         self._ledger = ledger
         self._handles: dict[int, int] = {}
+        self._opening = threading.Lock()
+        self.items = PackedItems()
 
     def close(self) -> None:
         """Close the files."""
@@ -183,7 +190,9 @@ class VerifyingReader:
     def blocks(self, tensor: SourceTensor) -> Iterator[memoryview]:
         """A tensor's bytes in row-major order; its pieces have to cover each element once.
 
-        Memory is two blocks, and of pieces that are serialised tensors (DCP) those of one tensor.
+        A block is valid until the next is asked for.
+
+        Memory is two blocks; of a piece that is a serialised tensor and no plain one (in another order, say), all.
 
         Raises:
             IntegrityError: Bytes differ from what was recorded, or a file ends too early.
@@ -193,12 +202,13 @@ class VerifyingReader:
         total, item = math.prod(spec.shape), spec.itemsize
         pieces = [self._stream(chunk, tensor) for chunk in tensor.chunks if chunk.box.numel]
         per_block = max(1, BLOCK_BYTES // item)
+        memory = torch.empty((min(per_block, total) if len(pieces) > 1 else 0, item), dtype=torch.uint8)
         for start in range(0, total, per_block):
             count = min(per_block, total - start)
             if len(pieces) == 1:
                 yield pieces[0].next(count)
                 continue
-            block = torch.empty((count, item), dtype=torch.uint8)
+            block = memory[:count]
             boxes = refine_range(start, count, spec.shape)
             for piece in pieces:
                 _scatter(piece, boxes, block)
@@ -207,21 +217,31 @@ class VerifyingReader:
             piece.finish()
 
     def _stream(self, chunk: SourceChunk, tensor: SourceTensor) -> _Stream:
-        make = _Packed if chunk.packed else _Raw
-        return make(self, chunk, tensor)
+        if not chunk.packed:
+            return _Raw(self, chunk, tensor, 0)
+        name = tensor.spec.name
+        place = self.items.find(
+            lambda into, at: self.read(chunk, into, at, name), chunk.packed, chunk.box.sizes, tensor.spec.dtype
+        )
+        return _Packed(self, chunk, tensor) if place is None else _Raw(self, chunk, tensor, place)
 
     def _fill(self, file: int, into: memoryview, offset: int, tensor: str) -> None:
-        if file not in self._handles:
-            self._handles[file] = self._storage.open(self._files[file], writable=False)
+        with self._opening:
+            if file not in self._handles:
+                self._handles[file] = self._storage.open(self._files[file], writable=False)
         _read(self._storage, self._handles[file], into, offset, self._files[file], tensor)
 
     def read(self, chunk: SourceChunk, into: memoryview, start: int, tensor: str) -> None:
         """Fill memory with a piece's bytes from ``start`` on."""
         self._fill(chunk.file, into, chunk.offset + start, tensor)
 
-    def took(self, chunk: SourceChunk, nbytes: int, crc: int) -> None:
-        """Record a piece that was read in the ledger."""
-        self._ledger.take(self._files[chunk.file], chunk.offset, nbytes, crc)
+    def took(self, chunk: SourceChunk, start: int, nbytes: int, crc: int) -> None:
+        """Record in the ledger what was read of a piece, from ``start`` on."""
+        self._ledger.take(self._files[chunk.file], chunk.offset + start, nbytes, crc)
+
+    def has_digests(self, chunk: SourceChunk) -> bool:
+        """Whether digests of a piece's file were recorded."""
+        return bool(self._ledger.recorded.get(self._files[chunk.file]))
 
     def path(self, chunk: SourceChunk) -> Path:
         """The file that has a piece."""
@@ -247,21 +267,30 @@ class _Stream(ABC):
 
 
 class _Raw(_Stream):
-    """A piece that lies in its file as raw bytes."""
+    """A piece whose elements lie in its file as raw bytes, ``start`` bytes behind its begin."""
 
-    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor, start: int) -> None:
         super().__init__(reader, chunk, tensor)
-        self._crc = 0
+        self._crc, self._start = 0, start
+        self._counts = reader.has_digests(chunk)
+        self._buffer = memoryview(b"")
 
     def next(self, count: int) -> memoryview:
-        into = as_bytes(torch.empty(count * self._spec.itemsize, dtype=torch.uint8))
-        self._reader.read(self._chunk, into, self._at, self._spec.name)
-        self._crc = crc32c(into, self._crc)
+        # One buffer for all blocks: new ones fill a thread's heap before the allocator comes back to the first.
+        nbytes = count * self._spec.itemsize
+        if len(self._buffer) < nbytes:
+            self._buffer = as_bytes(torch.empty(nbytes, dtype=torch.uint8))
+        into = self._buffer[:nbytes]
+        self._reader.read(self._chunk, into, self._start + self._at, self._spec.name)
+        if self._counts:
+            self._crc = crc32c(into, self._crc)
         self._at += len(into)
+        if self._at == self.box.numel * self._spec.itemsize:
+            self._buffer = memoryview(b"")  # the memory is needed for the next piece
         return into
 
     def finish(self) -> None:
-        self._reader.took(self._chunk, self._at, self._crc)
+        self._reader.took(self._chunk, self._start, self._at, self._crc)
 
 
 class _Packed(_Stream):
@@ -283,7 +312,7 @@ class _Packed(_Stream):
     def _load(self) -> torch.Tensor:
         raw = bytearray(self._chunk.packed)
         self._reader.read(self._chunk, memoryview(raw), 0, self._spec.name)
-        self._reader.took(self._chunk, len(raw), crc32c(raw))
+        self._reader.took(self._chunk, 0, len(raw), crc32c(raw))
         try:
             loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         except Exception as error:

@@ -252,6 +252,16 @@ TRANSFORMERS = (
     Name(
         "transformers.modeling_utils.PreTrainedModel._keys_to_ignore_on_save", "names that a file has to lack", "object"
     ),
+    Name(
+        "transformers.modeling_utils.PreTrainedModel._keep_in_fp32_modules",
+        "the dtypes in which a base model is loaded",
+        "object",
+    ),
+    Name(
+        "transformers.modeling_utils.PreTrainedModel._keep_in_fp32_modules_strict",
+        "the dtypes in which a base model is loaded",
+        "object",
+    ),
     Name("transformers.initialization:_is_hf_initialized", "which tensors initialisation leaves alone"),
     Name("transformers.configuration_utils:_name_or_path", "a path of this machine, which no checkpoint has to name"),
     Name("transformers.generation.configuration_utils:_from_model_config", "where a generation config came from"),
@@ -333,6 +343,7 @@ PEFT = (
     Name("peft.tuners.adaption_prompt.AdaptedAttention", _LAYERS, "type"),
     Name("peft.tuners.lora.ParamWrapper", _LAYERS, "type"),
     Name("peft.tuners.lora.layer:_did_swap_in_out_features", "how a factor of an expert parameter is laid out"),
+    Name("peft.tuners.lora.model:tied_adapter", "what a layer was made from has no memory", optional=True),
     Name("peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING", "adapters begin by peft's own code, one module at a time", "dict"),
     Name("peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING", "what peft assumes where a setting is absent", "dict"),
     Name(

@@ -76,6 +76,20 @@ def config_class_of(method: str) -> type | None:
     return next((cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(kind.value) == method), None)
 
 
+def model_class_of(task: object) -> Callable[..., Any]:
+    """The class of the models that peft makes for a task; the general one where it has none."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    return cast("Callable[..., Any]", MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel))
+
+
+def forget_origin(module: nn.Module) -> None:
+    """Drop the tensors of another layer that a layer of LoRA was made from, and that it keeps for no later use."""
+    given = vars(module).get("kwargs")
+    if isinstance(module, layer_class()) and isinstance(given, dict):
+        given.pop("tied_adapter", None)
+
+
 def has_adapter(module: nn.Module, name: str) -> bool:
     """Whether a module is one of peft's layers with an adapter of this name."""
     return isinstance(module, layer_class()) and name in cast(Any, module)._all_available_adapter_names()

@@ -9,7 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from shardwise.upstream.transformers_rules import registered_rules
+from shardwise.upstream.transformers_rules import (
+    converters_of,
+    matching_converter,
+    registered_rules,
+    renamed,
+    renamings_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +115,19 @@ def left_out(model: object) -> frozenset[str]:
     return frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Patterns of the names that transformers keeps in float32 when it loads a model in a dtype."""
+    import torch
+
+    patterns: list[str] = []
+    for name, dtypes in (
+        ("_keep_in_fp32_modules", (torch.float16,)),
+        ("_keep_in_fp32_modules_strict", (torch.float16, torch.bfloat16)),
+    ):
+        patterns += getattr(model, name, None) or () if dtype in dtypes else ()
+    return [pattern.replace("*", ".*") for pattern in patterns]
+
+
 def forget_initialised(module: nn.Module | torch.Tensor) -> None:
     """Have transformers take a module, a parameter or a buffer for one without initial values."""
     vars(module).pop("_is_hf_initialized", None)
@@ -145,8 +164,14 @@ def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loade
     from transformers.modeling_utils import LoadStateDictConfig
 
     built = cast(Any, model)
-    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=registered_rules(model))
-    info, _ = convert_and_load_state_dict_in_model(built, dict(tensors), options)
+    rules = registered_rules(model)
+    options = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=rules)
+    if _fits_as_it_is(built, tensors, rules):
+        # transformers compiles a regular expression for each tensor: most of the time for tens of thousands.
+        info, _ = convert_and_load_state_dict_in_model(built, {}, options)
+        info.missing_keys -= tensors.keys()
+    else:
+        info, _ = convert_and_load_state_dict_in_model(built, dict(tensors), options)
     built.mark_tied_weights_as_initialized(info)
     built.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     built._adjust_missing_and_unexpected_keys(info)
@@ -156,6 +181,27 @@ def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loade
         tuple((str(name), ours, theirs) for name, ours, theirs in info.mismatched_keys),
         tuple(map(str, info.conversion_errors)),
     )
+
+
+def _fits_as_it_is(model: Any, tensors: Mapping[str, torch.Tensor], rules: Sequence[Any]) -> bool:
+    """Whether each tensor is one of the model's by name and shape, and transformers would change no name.
+
+    If so, they are marked as loading marks them.
+    """
+    own = model.state_dict(keep_vars=True)
+    renamings, converters = renamings_of(rules), converters_of(rules)
+    prefix = f"{model.base_model_prefix}."
+    for name, tensor in tensors.items():
+        if name not in own or getattr(own[name], "shape", None) != tensor.shape:
+            return False
+        # A name that is there with the prefix and without is for transformers to decide.
+        if prefix + name in own or (name.startswith(prefix) and name.removeprefix(prefix) in own):
+            return False
+        if renamed(name, renamings) != name or matching_converter(name, converters) != (name, None):
+            return False
+    for name in tensors:
+        mark_initialised(own[name])
+    return True
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class MergedSave(ModelSave):
     def _captured(self) -> tuple[HubState, bool]:
         session = self._session
         hub = session.names.capture(self.state)
-        hub = merged_state(hub, self._parts, self._merged, session)
+        hub = merged_state(hub, self._parts, self._merged, session.may_differ)
         require_memory(memory_of(hub.held), "values to save")
         natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)

@@ -1,0 +1,260 @@
+"""Writes a planned export with all cores, beside its directory, and renames it into place.
+
+Every tensor's place is known beforehand, so that several are written at a time: each by one thread, block by block, at
+its offset.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardwise.disk.crc import crc32c
+from shardwise.disk.names import exists
+from shardwise.disk.sequential import write_file
+from shardwise.disk.storage import Storage, located, locating, storage_errors
+from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
+from shardwise.engine.writer import FileSet
+from shardwise.errors import ShardwiseError
+from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
+from shardwise.format.strict_json import JsonValue
+from shardwise.lifecycle import temporary_name
+from shardwise.lifecycle.ownership import claim
+from shardwise.ops.verify import Progress
+from shardwise.plan.layout import FileLayout, Layout
+
+#: A tensor's name, and its bytes as they are in the file.
+Piece = tuple[str, Iterable[memoryview]]
+
+#: Each has a few blocks in memory.
+_MOST_THREADS = 8
+#: Smaller tensors are written several at a time by one thread.
+_BATCH_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors that one thread makes and writes, one after the other.
+
+    Attributes:
+        pieces: Gives them when the thread has come to them.
+    """
+
+    pieces: Callable[[], Iterator[Piece]]
+
+
+def batches_of(layout: Layout, blocks: Callable[[str], Iterable[memoryview]], names: Iterable[str]) -> list[Batch]:
+    """Tensors that are made independently of each other as batches, in the order of the files.
+
+    Args:
+        layout: Of the export.
+        blocks: Gives a tensor's bytes, in any thread.
+        names: The tensors.
+    """
+    wanted = set(names)
+    found: list[Batch] = []
+    for file in layout.files:
+        own: list[str] = []
+        size = 0
+        for spec, _, _ in file.entries:
+            if spec.name not in wanted:
+                continue
+            if own and size + spec.nbytes > _BATCH_BYTES:
+                found.append(_batch(own, blocks))
+                own, size = [], 0
+            own.append(spec.name)
+            size += spec.nbytes
+        if own:
+            found.append(_batch(own, blocks))
+    return found
+
+
+def _batch(names: Sequence[str], blocks: Callable[[str], Iterable[memoryview]]) -> Batch:
+    return Batch(lambda: ((name, blocks(name)) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """An export whose bytes are not written yet.
+
+    Attributes:
+        layout: Its files of tensors.
+        batches: Their tensors, each once.
+        plain: Relative path -> content of the files beside them, once the tensors' records are known.
+        settle: What is checked when all tensors are written, before anything says that they are.
+        aliases: Other names of tensors.
+        notes: What its manifest says of where it comes from.
+    """
+
+    layout: Layout
+    batches: Sequence[Batch]
+    plain: Callable[[Sequence[TensorRecord]], Mapping[str, bytes]]
+    settle: Callable[[], None]
+    aliases: tuple[AliasRecord, ...]
+    notes: Mapping[str, JsonValue]
+
+
+def publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
+    """Write an export beside ``target`` and rename it into place; a failure leaves no files.
+
+    What a process that was killed has written of the same export is not written again. Nothing is believed of it: each
+    block is read and compared with the one that belongs there.
+
+    Raises:
+        CheckpointBusyError: Another process is writing it.
+        ShardwiseError: Reading or writing failed.
+    """
+    made = _absent(target.parent)
+    try:
+        storage.make_directory(target.parent)
+        mine = claim(target.parent, target.name)
+        try:
+            _publish(export, target, storage, progress)
+        finally:
+            mine.release()
+    except BaseException:
+        with storage_errors(target):
+            for directory in made:
+                storage.remove_empty(directory)
+        raise
+
+
+def _publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
+    aside = target.with_name(temporary_name(target.name))
+    try:
+        with storage_errors(aside):
+            kept = _kept(export.layout, aside, storage)
+        storage.make_directory(aside)
+        _write(export, aside, kept, storage, progress)
+        with storage_errors(target):
+            storage.rename_new(aside, target)
+            storage.sync_directory(target.parent)
+    except BaseException:
+        with storage_errors(aside):
+            storage.remove_tree(aside)
+        raise
+
+
+def _kept(layout: Layout, aside: Path, storage: Storage) -> frozenset[int]:
+    """Numbers of the files that an interrupted run began, with this very header; all else is removed."""
+    info = storage.status(aside, follows=False)
+    if info is None or info.kind != "directory":
+        storage.remove_tree(aside)
+        return frozenset()
+    files = {file.name: number for number, file in enumerate(layout.files)}
+    kept = set()
+    for name, kind in storage.entries(aside):
+        number = files.get(name)
+        if kind == "file" and number is not None and _begins_with(aside / name, layout.files[number], storage):
+            kept.add(number)
+        else:
+            storage.remove_tree(aside / name)
+    return frozenset(kept)
+
+
+def _begins_with(path: Path, file: FileLayout, storage: Storage) -> bool:
+    handle = storage.open(path, writable=False)
+    with locating(path):
+        try:
+            return storage.status_of(handle).size == file.size and _has(storage, handle, file.header, 0)
+        finally:
+            storage.close(handle)
+
+
+def _has(storage: Storage, handle: int, data: bytes | memoryview, offset: int) -> bool:
+    """Whether a file has these bytes at an offset."""
+    there = bytearray(len(data))
+    return storage.read(handle, memoryview(there), offset) == len(data) and there.startswith(data)
+
+
+def _absent(directory: Path) -> list[Path]:
+    """The directories that have to be made for this one to exist, the innermost first."""
+    absent = []
+    while not exists(directory):
+        absent.append(directory)
+        directory = directory.parent
+    return absent
+
+
+def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, progress: Progress | None) -> None:
+    """Write all files into the existing directory, the manifest last."""
+    files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
+    storage.check_space(aside, sum(file.size for file in files_ahead))
+    crcs = _Writing(export.layout, aside, kept, storage, progress).all(export.batches)
+    export.settle()
+    record = layout_record(export.layout, crcs)
+    files = []
+    for name, content in export.plain(record.tensors).items():
+        storage.make_directory((aside / name).parent)
+        write_file(storage, aside / name, content)
+        storage.sync_directory((aside / name).parent)
+        files.append(FileRecord.plain(name, content))
+    record += ComponentRecord(tuple(files), aliases=export.aliases)
+    write_manifest(storage, aside, record, dict(export.notes))
+
+
+class _Writing:
+    """Writes the tensor files of one export; of those that are ``kept`` what they do not have yet."""
+
+    def __init__(
+        self, layout: Layout, directory: Path, kept: frozenset[int], storage: Storage, progress: Progress | None
+    ) -> None:
+        self._layout, self._kept, self._storage, self._progress = layout, kept, storage, progress
+        self._paths = [directory / file.name for file in layout.files]
+        self._files = FileSet(storage, self._paths)
+        self._specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
+        self._crcs: dict[str, int] = {}
+        self._total, self._done = layout.tensor_bytes, 0
+        self._lock, self._failed = threading.Lock(), threading.Event()
+
+    def all(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Write all tensors and make them durable; returns the digest of each."""
+        try:
+            for number, file in enumerate(self._layout.files):
+                if number not in self._kept:
+                    self._storage.create(self._paths[number], file.size, file.header)
+                self._files.handle(number)
+            threads = min(_MOST_THREADS, os.cpu_count() or 1)
+            with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-export") as pool:
+                futures = [pool.submit(contextvars.copy_context().run, self._batch, batch) for batch in batches]
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    self._failed.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+            self._files.sync()
+        finally:
+            self._files.close()
+        return self._crcs
+
+    def _batch(self, batch: Batch) -> None:
+        for name, blocks in batch.pieces():
+            self._tensor(name, blocks)
+
+    def _tensor(self, name: str, blocks: Iterable[memoryview]) -> None:
+        file, offset = self._layout.places[name]
+        handle, crc, nbytes = self._files.handle(file), 0, 0
+        try:
+            for block in blocks:
+                if self._failed.is_set():
+                    return
+                at = offset + nbytes
+                if file not in self._kept or not _has(self._storage, handle, block, at):
+                    self._storage.write(handle, block, at)
+                crc = crc32c(block, crc)
+                nbytes += len(block)
+        except ShardwiseError as error:
+            raise located(error, self._paths[file], name) from None
+        check_written(self._specs[name], nbytes, self._paths[file])
+        with self._lock:
+            self._crcs[name] = crc
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)

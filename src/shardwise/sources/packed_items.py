@@ -1,0 +1,103 @@
+"""Where the elements of tensors serialised by ``torch.save`` lie, so that they are read like any bytes.
+
+DCP writes each piece of a tensor as an archive of its own, whose one storage is kept uncompressed. Loading all of it
+takes its size twice in memory, and a pickle for each. Here torch's restricted unpickler reads one of each kind over
+tensors without memory, which tells the place. An archive that begins like it, byte for byte up to the elements (which
+is shape, dtype and byte order), and is as long, has them at the same place.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+
+from shardwise.dtypes import torch_dtype
+from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
+
+#: Fills memory with the bytes of an archive from an offset on.
+Fill = Callable[[memoryview, int], None]
+
+
+class PackedItems:
+    """Finds the elements of archives; remembers the kinds of archives that it has seen. Any thread."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, tuple[int, ...], str], list[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: str) -> int | None:
+        """The offset of the elements in an archive, in row-major order.
+
+        Args:
+            fill: Reads the archive.
+            nbytes: Its length.
+            shape: What the tensor has to be.
+            dtype: Likewise, a dtype code.
+
+        Returns:
+            ``None`` where the archive has to be loaded: to see what it is instead, or to bring its elements in order.
+        """
+        with self._lock:
+            known = self._kinds.setdefault((nbytes, shape, dtype), [])
+            longest = memoryview(bytearray(max(map(len, known), default=0)))
+            if longest:
+                fill(longest, 0)
+            for head in known:
+                if longest[: len(head)] == head:
+                    return len(head)
+            place = _look(fill, nbytes, shape, torch_dtype(dtype))
+            if place is not None:
+                own = bytearray(place)
+                fill(memoryview(own), 0)
+                known.append(bytes(own))
+            return place
+
+
+def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    try:
+        with without_memory(), io.BufferedReader(_Archive(fill, nbytes)) as archive:
+            found: object = torch.load(archive, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001 - loading it says what is wrong
+        return None
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape or found.dtype != dtype:
+        return None
+    place = place_in_archive(found)
+    own = found.numel() * found.element_size()
+    alone = found.storage_offset() == 0 and found.untyped_storage().nbytes() == own and found.is_contiguous()
+    plain = not (found.is_conj() or found.is_neg())
+    return place if place is not None and alone and plain and place + own <= nbytes else None
+
+
+class _Archive(io.RawIOBase):
+    """An archive that lies somewhere in a file, as a file of its own."""
+
+    def __init__(self, fill: Fill, nbytes: int) -> None:
+        super().__init__()
+        self._nbytes = nbytes
+        self._fill = fill
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._nbytes}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, into: memoryview) -> int:  # type: ignore[override]
+        part = memoryview(into).cast("B")[: max(0, self._nbytes - self._at)]
+        if part:
+            self._fill(part, self._at)
+        self._at += len(part)
+        return len(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -70,6 +71,7 @@ def _rank(rank: int, case: Case, settings: Settings, world_size: int, port: int,
         LOCAL_WORLD_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
+    logging.getLogger("shardwise").setLevel(logging.WARNING)  # the table is what is to be seen
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     try:
         rows = case(Rank(rank, world_size, settings))

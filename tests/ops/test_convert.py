@@ -27,6 +27,7 @@ from shardwise.disk.storage import Buffer
 from shardwise.errors import CheckpointNotFoundError, IntegrityError, MisuseError, StorageError, UnsafePickleError
 from shardwise.ops.convert import FORMATS, Format, convert
 from shardwise.ops.listing import list_checkpoints
+from shardwise.ops.torchtitan_names import ROPES
 from shardwise.ops.verify import verify
 
 
@@ -210,28 +211,60 @@ def test_an_optimizer_of_other_parameters_or_none(tmp_path: Path) -> None:
         convert(tmp_path / "b", tmp_path / "root", "shards", optimizer=True)
     with pytest.raises(MisuseError, match="are for shards"):
         convert(tmp_path / "b", tmp_path / "root", "dcp", optimizer=True)
-    # Rows of q and k in another order: the optimizer's state is not in that order.
+
+
+def titan_steps(model: Titan, optimizer: torch.optim.Optimizer, first: int, count: int) -> list[float]:
+    losses = []
+    for step in range(first, first + count):
+        tokens = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_run_of_torchtitan_goes_on_in_transformers_with_its_optimizer(tmp_path: Path) -> None:
     model = Titan(llama().config)
-    titan_optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.arange(4).view(1, 4)).sum().backward()
-    titan_optimizer.step()
-    own, state = get_state_dict(model, titan_optimizer)
-    save_dcp({**own, "optimizer": state}, tmp_path / "step-4")
-    with pytest.raises(MisuseError, match="not the model's"):
-        convert(
-            tmp_path / "step-4",
-            tmp_path / "root",
-            "shards",
-            config=base(tmp_path / "base", llama()),
-            rope="interleaved",
-        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    titan_steps(model, optimizer, 0, 4)
+    own, state = get_state_dict(model, optimizer, options=FLAT)
+    source = save_dcp({**own, "optimizer": state, "train_state": {"step": torch.tensor(4)}}, tmp_path / "step-4")
+    expected = titan_steps(model, optimizer, 4, 4)
+    known = base(tmp_path / "base", llama())
+    found = {}
+    for rope in ROPES:
+        report = convert(source, tmp_path / rope, "shards", config=known, rope=rope)
+        assert report.optimizer
+        run = Run(2)
+        run.optimizer = torch.optim.AdamW(run.net.parameters(), lr=0.5)
+        with CheckpointingConfig(checkpoint_dir=tmp_path / rope).build(0, 0, 0) as engine:
+            engine.restore(run.net, run.optimizer)
+        found[rope] = run.steps(4, 4)
+    assert found["interleaved"] == pytest.approx(expected, abs=1e-4)
+    assert found["halves"] != pytest.approx(expected, abs=1e-3)
     # Without a configuration the model is torchtitan's own, and goes on with its own names.
-    report = convert(tmp_path / "step-4", tmp_path / "root", "shards")
-    with CheckpointingConfig(checkpoint_dir=tmp_path / "root").build(0, 0, 0) as engine:
-        again = Titan(llama().config)
-        engine.restore(again, torch.optim.AdamW(again.parameters()))
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in own.items())
-    assert report.optimizer
+    convert(source, tmp_path / "own", "shards")
+    again = Titan(llama().config)
+    optimizer = torch.optim.AdamW(again.parameters())
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "own").build(0, 0, 0) as engine:
+        engine.restore(again, optimizer)
+    assert titan_steps(again, optimizer, 4, 4) == expected
+
+
+def test_state_of_rows_whose_order_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = Titan(llama().config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    titan_steps(model, optimizer, 0, 1)
+    own, state = get_state_dict(model, optimizer)
+    states = cast("dict[str, dict[str, object]]", state["state"])
+    states["layers.1.attention.wk.weight"]["rows"] = torch.ones(8)
+    save_dcp({**own, "optimizer": state}, tmp_path / "step-1")
+    known = base(tmp_path / "base", llama())
+    with pytest.raises(MisuseError, match=r"keeps \[8\] of a parameter whose rows"):
+        convert(tmp_path / "step-1", tmp_path / "root", "shards", config=known, rope="interleaved")
+    assert not (tmp_path / "root").exists()
 
 
 def test_an_optimizer_of_old_torch_or_of_single_ranks(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
 from shardwise.ops.torch_input import open_torch_model, refuse_part
-from shardwise.ops.torchtitan_names import has_own_names, in_transformers_names
+from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import find_model
@@ -63,6 +63,7 @@ class ModelInput:
         native: Whether the names are the model's own, and not yet those of its files.
         computed: Tensors whose bytes are not those of a file as they lie there.
         described: Where the configuration and its like are, if not in ``directory``; a file where there are none.
+        renamed: What was done to a model under torchtitan's names.
         unnamed_optimizers: Entries of a file that are optimizers' states, whose parameters have no names.
     """
 
@@ -77,6 +78,7 @@ class ModelInput:
     computed: Mapping[str, Computed] = field(default_factory=dict)
     described: Path | None = None
     unnamed_optimizers: tuple[str, ...] = ()
+    renamed: Renamed | None = None
 
     @property
     def beside(self) -> Path:
@@ -288,7 +290,8 @@ def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *,
         renamed = in_transformers_names(tensors, kind, rope, found.computed)
         tensors = renamed.tensors
         found.notes.append(renamed.note)
-        found = replace(found, source=replace(found.source, tensors=tensors), computed=renamed.computed)
+        source = replace(found.source, tensors=tensors)
+        found = replace(found, source=source, computed=renamed.computed, renamed=renamed)
     elif rope is not None:
         raise MisuseError(
             "rope is for a Llama under torchtitan's names, with a configuration",

@@ -27,6 +27,7 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
+from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, class_of, find_input
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
@@ -291,7 +292,7 @@ def _optimizer(
         write_file(store, directory / name, content)
         files.append(FileRecord.plain(f"{_OPTIM}/{name}", content))
     with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as reader:
-        tensors = as_saved(optimizer.source.tensors, reader)
+        tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
         record = write_shards(shards_of(tensors, _OPTIM), tensors, directory, store, advance)
     return record + ComponentRecord(tuple(files))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.checkpointing.loading.foreign_optimizers import ForeignOptimizers
@@ -11,7 +11,9 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file
 from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
+from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.consolidate_input import ModelInput, once
+from shardwise.ops.torchtitan_names import in_halves
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import is_no_model
 from shardwise.sources.dcp_optimizers import DcpOptimizer, optimizer_places, read_optimizers
@@ -35,12 +37,14 @@ class OptimizerInput:
         source: Its tensors under the names of our ``optim`` directories.
         plain: Name of a file in such a directory -> its content.
         values: What else is there, in a DCP directory of another tool.
+        computed: Tensors whose rows are in another order in the files.
     """
 
     place: Path
     source: Source
     plain: Mapping[str, bytes]
     values: DcpValues | None = None
+    computed: Mapping[str, Computed] = field(default_factory=dict)
 
 
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
@@ -135,7 +139,30 @@ def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptim
         tensors[name] = once(opened.tensors[dcp], name, place)
     packed = pack_state(record.to_state())
     plain = {f"optimizer{suffix}": content for suffix, content in packed.items()}
-    return OptimizerInput(place, replace(opened, tensors=tensors), plain, values)
+    computed = _reordered(found, tensors, place)
+    return OptimizerInput(place, replace(opened, tensors=tensors), plain, values, computed)
+
+
+def _reordered(found: ModelInput, tensors: Mapping[str, SourceTensor], place: Path) -> dict[str, Computed]:
+    """The state of parameters whose rows are put into another order, in that order.
+
+    Raises:
+        MisuseError: State of such a parameter has a shape of which the order of its rows is not known.
+    """
+    computed: dict[str, Computed] = {}
+    for param, heads in found.renamed.heads.items() if found.renamed is not None else ():
+        for name in [name for name in tensors if name.startswith(f"state.{param}.")]:
+            shape = tensors[name].spec.shape
+            if shape == found.source.tensors[param].spec.shape:
+                computed[name] = in_halves(tensors[name], heads)
+            elif shape not in ((), (1,)):
+                raise MisuseError(
+                    f"the optimizer keeps {list(shape)} of a parameter whose rows are put into another order",
+                    path=place,
+                    tensor=name,
+                    hint=_LEAVE,
+                )
+    return computed
 
 
 def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> DcpOptimizer:
@@ -145,7 +172,9 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
     known = _own_names(found)
     for front in _fronts(found):
         if all(name.startswith(front) and name.removeprefix(front) in known for name in plain.values()):
-            return optimizer.renamed({param: name.removeprefix(front) for param, name in plain.items()})
+            own = {param: name.removeprefix(front) for param, name in plain.items()}
+            names = {} if found.renamed is None else found.renamed.names
+            return optimizer.renamed({param: names.get(name, name) for param, name in own.items()})
     astray = [name for name in plain.values() if name not in known]
     raise MisuseError(
         f"the optimizer has {len(astray)} parameters that are not the model's: {', '.join(astray[:_SHOWN])}",
@@ -156,7 +185,9 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
 
 
 def _own_names(found: ModelInput) -> Collection[str]:
-    """Names that the model has for its tensors in memory."""
+    """Names that the model has for its tensors in memory, where it was trained."""
+    if found.renamed is not None:
+        return found.renamed.names.keys()
     if found.kind is None:
         return found.source.tensors.keys()
     return found.kind.native.keys() | found.kind.others.keys()

@@ -23,7 +23,7 @@ from shardwise.sources.tensor_bytes import as_bytes
 
 #: Which rows of a head a rotary embedding turns together: neighbours, or those half a head apart.
 Rope: TypeAlias = Literal["interleaved", "halves"]
-ROPES = ("interleaved", "halves")
+ROPES: tuple[Rope, ...] = ("interleaved", "halves")
 
 _CLASS = "LlamaForCausalLM"
 _EMBEDDING = "tok_embeddings.weight"
@@ -63,11 +63,15 @@ class Renamed:
         tensors: By their new names.
         computed: Those whose rows are in another order in the file.
         note: What was done, for the report.
+        names: torchtitan's name of each -> transformers'.
+        heads: transformers' name of each tensor whose rows are put into another order -> its number of heads.
     """
 
     tensors: Mapping[str, SourceTensor]
     computed: Mapping[str, Computed]
     note: str
+    names: Mapping[str, str]
+    heads: Mapping[str, int]
 
 
 def has_own_names(names: Collection[str], kind: ModelClass | None) -> bool:
@@ -124,12 +128,14 @@ def _made(
 ) -> Renamed:
     renamed: dict[str, SourceTensor] = {}
     made: dict[str, Computed] = {}
+    reordered: dict[str, int] = {}
     for name, new in found.items():
         tensor = tensors[name]
         renamed[new] = tensor._replace(spec=tensor.spec._replace(name=new))
         count = next((count for tail, count in heads.items() if new.endswith(tail)), None)
         if count is not None and rope == "interleaved":
-            made[new] = _in_halves(tensor, count, computed.get(name))
+            reordered[new] = count
+            made[new] = in_halves(tensor, count, computed.get(name))
         elif name in computed:
             made[new] = computed[name]
     counts = " and ".join(map(str, heads.values()))
@@ -139,7 +145,7 @@ def _made(
             f"tensors have torchtitan's names; rows of q_proj and k_proj ({counts} heads) were put from neighbouring "
             "pairs into halves of each head"
         )
-    return Renamed(renamed, made, note)
+    return Renamed(renamed, made, note, found, reordered)
 
 
 def _renamed(name: str) -> str | None:
@@ -163,8 +169,14 @@ def _heads(kind: ModelClass, key: str, tail: str) -> int:
     return count
 
 
-def _in_halves(tensor: SourceTensor, heads: int, computed: Computed | None) -> Computed:
-    """The rows of each head, where neighbours are a pair, with the first ones of all pairs before the second ones."""
+def in_halves(tensor: SourceTensor, heads: int, computed: Computed | None = None) -> Computed:
+    """The rows of each head, where neighbours are a pair, with the first ones of all pairs before the second ones.
+
+    Args:
+        tensor: Of two dimensions.
+        heads: Of an even number of rows each.
+        computed: The tensor's bytes, where they are not those of a file as they lie there.
+    """
     rows, columns = tensor.spec.shape
 
     def blocks(reader: BlockReader) -> Iterator[memoryview]:

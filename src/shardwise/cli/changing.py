@@ -27,6 +27,7 @@ def consolidate(options: argparse.Namespace) -> int:
             base=options.base,
             diffusers_compatible=options.diffusers,
             assume_complete=options.assume_complete,
+            master_weights=options.master_weights,
             verify_export=options.verify_export,
         )
     finally:

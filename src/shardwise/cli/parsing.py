@@ -155,6 +155,9 @@ def _add_writing(add: _Add) -> None:
         "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
     )
     consolidate.add_argument(
+        "--master-weights", action="store_true", help="of DeepSpeed, the fp32 weights where 16-bit ones are there too"
+    )
+    consolidate.add_argument(
         "--no-class-check",
         dest="verify_export",
         action="store_false",

@@ -101,6 +101,7 @@ def consolidate(
     base: str | os.PathLike[str] | None = None,
     diffusers_compatible: bool | None = None,
     assume_complete: bool = False,
+    master_weights: bool = False,
     verify_export: bool | None = None,
 ) -> ConsolidateReport:
     """Write the export of a checkpoint, with the base model's file split and dtypes where they were recorded.
@@ -110,7 +111,8 @@ def consolidate(
 
     Args:
         path: A checkpoint saved as shards or with ``torch_save``, its ``model`` directory, or a root with ``LATEST``.
-            Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory.
+            Other tools' too: a directory of shards, a DCP directory, a Hugging Face directory, and what verl,
+            accelerate's FSDP, DeepSpeed and loops that call `torch.save` on every rank leave.
         output: The export's directory; ``consolidated`` in the ``model`` directory by default.
         max_file_bytes: Largest file where no base model's split was recorded; that of the save by default.
         progress: Called with the bytes written and the bytes to write.
@@ -120,6 +122,7 @@ def consolidate(
         base: The base model; its tensors that the model's class does not load are carried over. The save's by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        master_weights: Take the fp32 master weights of DeepSpeed where 16-bit weights are saved too.
         verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
             configured, else true.
 
@@ -142,7 +145,9 @@ def consolidate(
     place = Path(path).absolute()
     target = None if output is None else Path(output).absolute()
     with using(storage or current()):
-        found = find_input(place, current(), prefix=prefix, assume_complete=assume_complete)
+        found = find_input(
+            place, current(), prefix=prefix, assume_complete=assume_complete, master_weights=master_weights
+        )
         options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export)
         return _write(found, target or found.directory / _CONSOLIDATED, options)
 

@@ -95,7 +95,9 @@ class ModelInput:
         return content
 
 
-def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool) -> ModelInput:
+def find_input(
+    path: Path, storage: Storage, *, prefix: str | None, assume_complete: bool, master_weights: bool = False
+) -> ModelInput:
     """Find the model at a path, and check that it is complete.
 
     Args:
@@ -103,6 +105,7 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
         storage: Where headers are read from.
         prefix: What the names of the model's tensors begin with in a DCP directory.
         assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
+        master_weights: Whether the fp32 master weights of DeepSpeed are taken where 16-bit weights are there too.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
@@ -129,9 +132,12 @@ def find_input(path: Path, storage: Storage, *, prefix: str | None, assume_compl
     found = ModelInput(directory, target.directory, bool(manifests), Source(directory, (), {}), ledger)
     if not manifests:
         found.notes.append("there is no manifest: that the bytes are those that were saved could not be checked")
-    if exists(directory / ".metadata"):
+    dcp = exists(directory / ".metadata")
+    other = None if manifests or dcp else recognise(directory, master_weights)
+    if master_weights and (other is None or not other.has_masters):
+        raise MisuseError("master_weights is for directories of DeepSpeed", path=directory, hint="Leave it out.")
+    if dcp:
         return _from_dcp(found, prefix, directory)
-    other = None if manifests else recognise(directory)
     if other is not None:
         found = replace(found, side=None if other.side == directory else other.side)
         if other.dcp is not None:

@@ -49,6 +49,11 @@ class Layout(Protocol):
         """The DCP directory that it is made of, which is opened as such; ``None`` for any other."""
         ...
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether there may be master weights beside those of the model."""
+        ...
+
     def open(self) -> OtherModel:
         """Read what all its files say of the tensors, and check that they are whole.
 

@@ -50,6 +50,7 @@ class RankFiles:
     world_size: int | None
     tool: str
     dcp: Path | None = None
+    has_masters: bool = False
 
     @property
     def side(self) -> Path:

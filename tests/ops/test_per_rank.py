@@ -22,9 +22,11 @@ from tests.sources.per_rank import (
     save_fsdp2,
     save_fsdp_and_tp,
     save_hybrid,
+    save_state,
     verl_directory,
 )
 from tests.support.ranks import run
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from shardwise.cli import main
 from shardwise.errors import (
@@ -104,6 +106,7 @@ def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
     assert notes[0].startswith("1 tensors differ")
     assert "transformer.wpe.weight on rank 0 and rank 2" in notes[0]
     assert same_logits(report.path, gpt2(2))
+    assert any("differ between ranks" in what for what in verify(tmp_path).unchecked)
 
 
 def test_every_form_of_a_distributed_tensor(tmp_path: Path) -> None:
@@ -127,6 +130,23 @@ def test_fsdp1s_sharded_state_dicts(with_optimizer: bool, tmp_path: Path) -> Non
     assert "those of rank 1" in str(verify(tmp_path).damages)
     with pytest.raises(IntegrityError, match="those of rank 1"):
         consolidate(tmp_path, tmp_path / "again")
+
+
+def test_names_of_the_model_become_those_of_its_files(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "tie_word_embeddings": False}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, architectures=["MixtralForCausalLM"])).eval()
+    model.config.save_pretrained(tmp_path / "huggingface")
+    run(2, save_state, str(tmp_path), dict(model.state_dict()))
+    report = consolidate(tmp_path, tmp_path / "export")
+    assert any("experts.2" in name for name in load_file(report.path / "model.safetensors"))
+    assert same_logits(report.path, model)
+
+
+def test_a_model_with_an_adapter_in_it(tmp_path: Path) -> None:
+    run(2, save_state, str(tmp_path), {"base_model.model.a.base_layer.weight": torch.ones(4, 2)})
+    with pytest.raises(MisuseError, match="an adapter's modules in it"):
+        consolidate(tmp_path, tmp_path / "export")
 
 
 # --- refused by name -------------------------------------------------------------------------------------------------

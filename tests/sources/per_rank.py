@@ -173,3 +173,10 @@ def trainer_directory(root: Path) -> Path:
     state = {"optimizer": {"state": {"lm_head.weight": {"exp_avg": torch.ones(3)}}}}
     save_dcp(state, root / "optimizer_0")
     return root
+
+
+def save_state(root: str, state: dict[str, torch.Tensor]) -> None:
+    """Cut tensors along their first dimension, under verl's names."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cut = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
+    torch.save(cut, Path(root) / f"model_world_size_{mesh.size()}_rank_{dist.get_rank()}.pt")

@@ -274,10 +274,18 @@ def _class_beside(directory: Path) -> ModelClass | None:
 def _from_other(found: ModelInput, layout: Layout) -> ModelInput:
     """The model of a tool that writes per rank, or in flat partitions."""
     opened = layout.open()
+    adapted = next((name for name in opened.source.tensors if ".lora_" in name or ".base_layer." in name), None)
+    if adapted is not None:
+        raise MisuseError(
+            "the model has an adapter's modules in it, under whose names no class of transformers loads it",
+            path=layout.directory,
+            tensor=adapted,
+            hint="Load the state dict into the PeftModel that it is of, and save that with merge_and_unload().",
+        )
     kind = _class_beside(found.beside)
     if kind is not None:
         kind.compare([tensor.spec for tensor in opened.source.tensors.values()], layout.directory, whole=True)
-    found.notes.extend(opened.notes)
+    found.notes.extend((*opened.notes, *opened.unchecked))
     return _as_named(found, opened.source, kind)
 
 

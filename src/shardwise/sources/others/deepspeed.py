@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -86,10 +86,12 @@ class DeepSpeedDirectory:
             return self._stage3(models, names)
         if self.masters:
             return self._stage2(first, names)
-        notes = []
-        if any(map(_OPTIM.fullmatch, names)):
-            notes.append("the 16-bit weights were taken; the fp32 master weights are there too (--master-weights)")
-        return _opened(self.directory, _Result([first.archive.path]), first.whole(), first, notes)
+        found = _opened(self.directory, _Result([first.archive.path]), first.whole(), first, ())
+        if not any(map(_OPTIM.fullmatch, names)):
+            return found
+        note = "the weights of the model's state dict were taken; the master weights are there too (--master-weights)"
+        unread = "the optimizer's partitions: the model is not read from them"
+        return replace(found, notes=(*found.notes, note), unchecked=(unread,))
 
     def _read(self, name: str) -> TorchArchive:
         return read_torch_archive(self.directory / name, _NAMES, {_STAGE})

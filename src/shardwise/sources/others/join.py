@@ -42,11 +42,13 @@ class Joined:
 
     Attributes:
         tensors: By the model's own names: without what wrappers add.
-        notes: Notes for a report, one sentence each.
+        notes: What was left out, one sentence each.
+        unchecked: What differs or could not be compared where ranks hold the same, one sentence each.
     """
 
     tensors: Mapping[str, SourceTensor]
     notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 def join(directory: Path, files: Sequence[RankFile]) -> Joined:
@@ -68,7 +70,7 @@ def join(directory: Path, files: Sequence[RankFile]) -> Joined:
     tensors = {plain: found[name]._replace(spec=found[name].spec._replace(name=plain)) for plain, name in names.items()}
     left = list(dict.fromkeys(name for file in files for name in file.left))
     notes = [f"not exported, since it is no tensor: {_listed(left)}"] if left else []
-    return Joined(tensors, (*notes, *replicas.notes()))
+    return Joined(tensors, tuple(notes), tuple(replicas.notes()))
 
 
 def _refuse_other_names(files: Sequence[RankFile]) -> None:

@@ -77,7 +77,7 @@ class RankFiles:
             (len(joined.tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once"),
         )
         source = Source(self.directory, tuple(file.path for file in files), joined.tensors)
-        return OtherModel(source, world, checked, joined.notes)
+        return OtherModel(source, world, checked, joined.notes, joined.unchecked)
 
     def _read(self, number: int, name: str) -> RankFile | None:
         archive = read_torch_archive(self.directory / name, RANK_NAMES, RANK_ENUMS)

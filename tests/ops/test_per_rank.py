@@ -16,12 +16,14 @@ from tests.ops.damaged import cut, describe, gpt2, same_logits
 from tests.sources.per_rank import (
     UNEVEN,
     forms,
+    meshes,
     save_flat,
     save_forms,
     save_fsdp1,
     save_fsdp2,
     save_fsdp_and_tp,
     save_hybrid,
+    save_meshes,
     save_state,
     verl_directory,
 )
@@ -95,6 +97,13 @@ def test_fsdp2_over_tensor_parallelism(tmp_path: Path) -> None:
     found = load_file(consolidate(tmp_path, tmp_path / "export").path / "model.safetensors")
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_meshes_of_all_kinds(tmp_path: Path) -> None:
+    run(4, save_meshes, str(tmp_path))
+    found = load_file(consolidate(tmp_path, tmp_path / "export").path / "model.safetensors")
+    assert found.keys() == meshes().keys()
+    assert all(torch.equal(found[name], value) for name, value in meshes().items())
 
 
 def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
@@ -254,6 +263,13 @@ def test_flat_pieces_without_shapes(tmp_path: Path) -> None:
         consolidate(tmp_path, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert verify(tmp_path).status == "unverifiable"
+
+
+def test_plain_tensors_that_may_be_parts(tmp_path: Path) -> None:
+    for rank in range(2):
+        torch.save({"same": torch.ones(3), "w": torch.full((2,), float(rank))}, rank_file(tmp_path, rank, 2))
+    with pytest.raises(IntegrityError, match="1 tensors are not known to be equal in all ranks' files"):
+        consolidate(tmp_path, tmp_path / "export")
 
 
 def test_what_is_pickled_with_protocol_4(tmp_path: Path) -> None:

@@ -16,15 +16,19 @@ from tests.ops.damaged import cut, describe, gpt2, same_logits
 from tests.sources.per_rank import (
     UNEVEN,
     forms,
+    meshes,
     save_flat,
     save_forms,
     save_fsdp1,
     save_fsdp2,
     save_fsdp_and_tp,
     save_hybrid,
+    save_meshes,
+    save_state,
     verl_directory,
 )
 from tests.support.ranks import run
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from shardwise.cli import main
 from shardwise.errors import (
@@ -95,6 +99,13 @@ def test_fsdp2_over_tensor_parallelism(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+def test_meshes_of_all_kinds(tmp_path: Path) -> None:
+    run(4, save_meshes, str(tmp_path))
+    found = load_file(consolidate(tmp_path, tmp_path / "export").path / "model.safetensors")
+    assert found.keys() == meshes().keys()
+    assert all(torch.equal(found[name], value) for name, value in meshes().items())
+
+
 def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
     run(4, save_hybrid, str(tmp_path), 2)
     describe(tmp_path)
@@ -104,6 +115,7 @@ def test_replicas_that_differ_are_named(tmp_path: Path) -> None:
     assert notes[0].startswith("1 tensors differ")
     assert "transformer.wpe.weight on rank 0 and rank 2" in notes[0]
     assert same_logits(report.path, gpt2(2))
+    assert any("differ between ranks" in what for what in verify(tmp_path).unchecked)
 
 
 def test_every_form_of_a_distributed_tensor(tmp_path: Path) -> None:
@@ -127,6 +139,23 @@ def test_fsdp1s_sharded_state_dicts(with_optimizer: bool, tmp_path: Path) -> Non
     assert "those of rank 1" in str(verify(tmp_path).damages)
     with pytest.raises(IntegrityError, match="those of rank 1"):
         consolidate(tmp_path, tmp_path / "again")
+
+
+def test_names_of_the_model_become_those_of_its_files(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "tie_word_embeddings": False}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, architectures=["MixtralForCausalLM"])).eval()
+    model.config.save_pretrained(tmp_path / "huggingface")
+    run(2, save_state, str(tmp_path), dict(model.state_dict()))
+    report = consolidate(tmp_path, tmp_path / "export")
+    assert any("experts.2" in name for name in load_file(report.path / "model.safetensors"))
+    assert same_logits(report.path, model)
+
+
+def test_a_model_with_an_adapter_in_it(tmp_path: Path) -> None:
+    run(2, save_state, str(tmp_path), {"base_model.model.a.base_layer.weight": torch.ones(4, 2)})
+    with pytest.raises(MisuseError, match="an adapter's modules in it"):
+        consolidate(tmp_path, tmp_path / "export")
 
 
 # --- refused by name -------------------------------------------------------------------------------------------------
@@ -234,6 +263,13 @@ def test_flat_pieces_without_shapes(tmp_path: Path) -> None:
         consolidate(tmp_path, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert verify(tmp_path).status == "unverifiable"
+
+
+def test_plain_tensors_that_may_be_parts(tmp_path: Path) -> None:
+    for rank in range(2):
+        torch.save({"same": torch.ones(3), "w": torch.full((2,), float(rank))}, rank_file(tmp_path, rank, 2))
+    with pytest.raises(IntegrityError, match="1 tensors are not known to be equal in all ranks' files"):
+        consolidate(tmp_path, tmp_path / "export")
 
 
 def test_what_is_pickled_with_protocol_4(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.ops.damaged import gpt2, save_dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -173,3 +173,45 @@ def trainer_directory(root: Path) -> Path:
     state = {"optimizer": {"state": {"lm_head.weight": {"exp_avg": torch.ones(3)}}}}
     save_dcp(state, root / "optimizer_0")
     return root
+
+
+def save_state(root: str, state: dict[str, torch.Tensor]) -> None:
+    """Cut tensors along their first dimension, under verl's names."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cut = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state.items()}
+    torch.save(cut, Path(root) / f"model_world_size_{mesh.size()}_rank_{dist.get_rank()}.pt")
+
+
+def meshes() -> dict[str, torch.Tensor]:
+    """The tensors of `save_meshes`."""
+    torch.manual_seed(9)
+    plain = {f"plain.{name}": value.clone() for name, value in Gated().state_dict().items()}
+    return {
+        **plain,
+        "flat": torch.arange(14.0).view(7, 2),
+        "part": torch.arange(9.0),
+        "both": torch.arange(30.0).view(5, 6),
+    }
+
+
+def save_meshes(root: str) -> None:
+    """FSDP1 with a mesh, which gives DTensors; DTensors of a flattened mesh, of a part of one, of two dimensions."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    whole = meshes()
+    torch.manual_seed(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = FullyShardedDataParallel(
+            Gated(),
+            device_mesh=mesh,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        )
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.SHARDED_STATE_DICT):
+            state = {f"plain.{name}": value for name, value in wrapped.state_dict().items()}
+    assert all(isinstance(value, DTensor) for value in state.values())
+    state["flat"] = distribute_tensor(whole["flat"], mesh["a", "b"]._flatten("ab"), [Shard(0)])
+    state["part"] = distribute_tensor(whole["part"], mesh["b"], [Shard(0)])
+    state["both"] = distribute_tensor(whole["both"], mesh, [Shard(1), Shard(0)])
+    torch.save(state, Path(root) / f"model_world_size_4_rank_{dist.get_rank()}.pt")

@@ -158,8 +158,8 @@ def _add_writing(add: _Add) -> None:
         changing.consolidate,
         "make the Hugging Face export of a checkpoint",
         "Write the files that transformers, vLLM and PEFT open from a checkpoint saved without them: as shards, with\n"
-        "torch_save, or by another tool's DCP. What verify refuses is refused. One process, bounded memory; the\n"
-        "checkpoint stays.",
+        "torch_save, or by another tool: DCP, verl, accelerate's FSDP, DeepSpeed, one file per rank. What verify\n"
+        "refuses is refused. One process, bounded memory; the checkpoint stays.",
         "  shardwise consolidate checkpoints/\n  shardwise consolidate run/epoch_0_step_500 --output /data/export",
     )
     consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
@@ -225,6 +225,9 @@ def _add_source_options(command: _Parser) -> None:
     )
     command.add_argument(
         "--assume-complete", action="store_true", help="believe that no file is absent where nothing tells"
+    )
+    command.add_argument(
+        "--master-weights", action="store_true", help="of DeepSpeed, the fp32 weights where 16-bit ones are there too"
     )
     command.add_argument(
         "--no-class-check",

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from shardwise.disk.guarded import open_regular
+from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledGlobal, read_pickle_tree
+from shardwise.format.sniff import FIRST_BYTES, what_is
 
 #: Largest pickle that is read, in bytes; storages are not in it.
 MAX_PICKLE_BYTES = 2**28
 
 _PICKLE = "data.pkl"
 _LOCAL_HEADER = 30
+_OTHER = "Restore it from a copy; or, if it is one of torch before 1.6, load it there and save it again."
 _DAMAGED = "It was cut short or changed: fetch it again, or restore it from a copy."
 
 
@@ -70,6 +72,10 @@ def read_torch_archive(
         FormatError: It is no such archive, was cut short, or is of another byte order.
     """
     with open_regular(path, FormatError) as (stream, size):
+        start = read_exactly(stream, FIRST_BYTES)
+        found = None if start.startswith(b"PK") else what_is(start)
+        if found is not None:
+            raise FormatError(f"the file is {found.name}, and no zip archive of torch.save", path=path, hint=_OTHER)
         try:
             with zipfile.ZipFile(stream) as archive:
                 front = _front(archive, path)

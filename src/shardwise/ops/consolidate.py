@@ -31,7 +31,7 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.collector import few_collections
-from shardwise.ops.consolidate_input import ModelInput, find_input
+from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
 from shardwise.ops.exporting import Export, batches_of, publish
 from shardwise.ops.run_config import run_settings
 from shardwise.ops.side_content import side_files
@@ -96,6 +96,7 @@ def consolidate(
     base: str | os.PathLike[str] | None = None,
     diffusers_compatible: bool | None = None,
     assume_complete: bool = False,
+    master_weights: bool = False,
     verify_export: bool | None = None,
     config: str | os.PathLike[str] | None = None,
     rope: Rope | None = None,
@@ -119,6 +120,7 @@ def consolidate(
         base: The base model; its tensors that the model's class does not load are carried over. The save's by default.
         diffusers_compatible: Whether files are named as diffusers expects; as the save was configured by default.
         assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        master_weights: Take the fp32 master weights of DeepSpeed where 16-bit weights are saved too.
         verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
             configured, else true.
         config: Directory with ``config.json`` and what goes with it, if it is not beside the tensors.
@@ -150,9 +152,7 @@ def consolidate(
     target = None if output is None else Path(output).absolute()
     described = None if config is None else Path(config).absolute()
     with using(storage or current()), parsed_once(), few_collections():
-        found = find_input(
-            place, current(), prefix=prefix, assume_complete=assume_complete, config=described, rope=rope
-        )
+        found = find_input(place, current(), SourceHints(prefix, assume_complete, described, rope, master_weights))
         options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export, dtype)
         return _write(found, target or found.directory / _CONSOLIDATED, options)
 

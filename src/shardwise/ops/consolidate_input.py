@@ -107,24 +107,32 @@ class ModelInput:
         return content
 
 
-def find_input(
-    path: Path,
-    storage: Storage,
-    *,
-    prefix: str | None,
-    assume_complete: bool,
-    config: Path | None = None,
-    rope: str | None = None,
-) -> ModelInput:
+@dataclass(frozen=True, slots=True)
+class SourceHints:
+    """What a caller says of a source that does not say it itself.
+
+    Attributes:
+        prefix: What the names of the model's tensors begin with in a DCP directory or a file of ``torch.save``.
+        assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
+        config: The directory with the configuration, if it is another one.
+        rope: How the model rotates q and k, where its names do not tell; see `shardwise.ops.torchtitan_names`.
+        master_weights: Whether the fp32 master weights of DeepSpeed are taken where 16-bit weights are there too.
+    """
+
+    prefix: str | None = None
+    assume_complete: bool = False
+    config: Path | None = None
+    rope: str | None = None
+    master_weights: bool = False
+
+
+def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
     """Find the model at a path, and check that it is complete.
 
     Args:
         path: A checkpoint, its ``model`` directory, a root, another tool's directory, or a file of ``torch.save``.
         storage: Where headers are read from.
-        prefix: What the names of the model's tensors begin with in a DCP directory or a file of ``torch.save``.
-        assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
-        config: The directory with the configuration, if it is another one.
-        rope: How the model rotates q and k, where its names do not tell; see `shardwise.ops.torchtitan_names`.
+        hints: What the caller says of it.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
@@ -142,46 +150,51 @@ def find_input(
     file = directory if is_file(directory) else None
     if file is not None and (TORCH.stem_of(file.name) is None or is_there(target.directory / MANIFEST_NAME)):
         raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
-    if config is not None and not is_file(config / CONFIG_NAME):
+    if hints.config is not None and not is_file(hints.config / CONFIG_NAME):
         raise MisuseError(
-            f"the directory has no {CONFIG_NAME}", path=config, hint="Name the directory of the base model."
+            f"the directory has no {CONFIG_NAME}", path=hints.config, hint="Name the directory of the base model."
         )
     if file is not None:
         refuse_part(file)
     _refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
-        return _from_file(file, config, prefix, rope)
+        return _from_file(file, hints)
     _refuse_others(directory)
     manifests = _manifests(target)
     ledger = DigestLedger(_recorded(manifests))
     # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
     source = Source(directory, (), {})
-    found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=config)
+    found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=hints.config)
     if not manifests:
         found.notes.append(_NO_MANIFEST)
-    return _read(found, [manifest for _, manifest in manifests], prefix, rope, assume_complete=assume_complete)
+    return _read(found, [manifest for _, manifest in manifests], hints)
 
 
-def _read(
-    found: ModelInput, manifests: Sequence[Manifest], prefix: str | None, rope: str | None, *, assume_complete: bool
-) -> ModelInput:
+def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) -> ModelInput:
     """The input with its tensors, whoever wrote them."""
     directory = found.directory
-    if exists(directory / ".metadata"):
-        return _from_dcp(found, directory, prefix, rope)
-    other = None if manifests else recognise(directory)
+    dcp = exists(directory / ".metadata")
+    other = None if manifests or dcp else recognise(directory, hints.master_weights)
+    if hints.master_weights and (other is None or not other.has_masters):
+        raise MisuseError("master_weights is for directories of DeepSpeed", path=directory, hint="Leave it out.")
+    if dcp:
+        return _from_dcp(found, directory, hints)
     if other is not None:
         if found.described is None and other.side != directory:
             found = replace(found, described=other.side)
         if other.dcp is not None:
-            return _from_dcp(found, other.dcp, prefix, rope)
-        return _from_other(found, other, prefix, rope)
+            return _from_dcp(found, other.dcp, hints)
+        return _from_other(found, other, hints)
     if not holds_safetensors(directory) and holds_torch_files(directory):
-        return _from_torch(found, directory, prefix, rope)
-    if prefix is not None:
+        return _from_torch(found, directory, hints)
+    _refuse_prefix(hints, directory)
+    return _from_safetensors(found, manifests, hints)
+
+
+def _refuse_prefix(hints: SourceHints, directory: Path) -> None:
+    if hints.prefix is not None:
         raise MisuseError("prefix is for DCP directories and files of torch.save", path=directory, hint="Leave it out.")
-    return _from_safetensors(found, manifests, assume_complete, rope)
 
 
 def _model_target(targets: Sequence[Target], path: Path) -> Target:
@@ -333,14 +346,14 @@ def _refuse_adapter(names: Iterable[str], path: Path) -> None:
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
 
-def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str | None) -> ModelInput:
+def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelInput:
     from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)
     metadata = read_dcp_metadata(directory)
     kind = class_of(found)
-    if kind is None and prefix is None and is_file(directory / _LIGHTNING):
+    if kind is None and hints.prefix is None and is_file(directory / _LIGHTNING):
         raise MisuseError(
             "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
             "known",
@@ -349,7 +362,7 @@ def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str 
             "with: --prefix model.model (prefix='model.model'), or --prefix model where the whole module is the model.",
         )
     expected = () if kind is None else kind.native
-    model = find_model(metadata, directory, expected, prefix)
+    model = find_model(metadata, directory, expected, hints.prefix)
     opened = open_source(directory, Group(None))
     tensors = {name: once(opened.tensors[dcp], name, directory) for name, dcp in model.names.items()}
     _refuse_adapter(tensors, directory)
@@ -358,54 +371,57 @@ def _from_dcp(found: ModelInput, directory: Path, prefix: str | None, rope: str 
     _tell_left(found, model.apart, "it is outside of the model")
     _tell_missing_config(found)
     source = replace(opened, tensors=tensors, below=model.prefix.removesuffix("."))
-    return _with_class(replace(found, source=source), kind, rope, whole=True)
+    return _with_class(replace(found, source=source), kind, hints.rope, whole=True)
 
 
 # --- torch.save ------------------------------------------------------------------------------------------------------
 
 
-def _from_file(file: Path, config: Path | None, prefix: str | None, rope: str | None) -> ModelInput:
+def _from_file(file: Path, hints: SourceHints) -> ModelInput:
     directory = file.parent
-    described = config or (directory if is_file(directory / CONFIG_NAME) else file)
+    described = hints.config or (directory if is_file(directory / CONFIG_NAME) else file)
     found = ModelInput(directory, directory, False, Source(file, (), {}), DigestLedger({}), described=described)
     found.notes.append(_NO_MANIFEST)
-    return _from_torch(found, file, prefix, rope)
+    return _from_torch(found, file, hints)
 
 
-def _from_torch(found: ModelInput, path: Path, prefix: str | None, rope: str | None) -> ModelInput:
+def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput:
     kind = class_of(found)
-    model = open_torch_model(path, kind, prefix)
+    model = open_torch_model(path, kind, hints.prefix)
     _refuse_adapter(model.source.tensors, path)
     if found.described is None and not is_file(path / CONFIG_NAME):
         found = replace(found, described=model.source.files[0])  # whatever else lies there is not the model's
     _tell_left(found, model.left, "it is not the model's")
     _tell_missing_config(found)
     opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)
-    return _with_class(opened, kind, rope, whole=True)
+    return _with_class(opened, kind, hints.rope, whole=True)
 
 
 # --- other tools' own layouts ----------------------------------------------------------------------------------------
 
 
-def _from_other(found: ModelInput, layout: Layout, prefix: str | None, rope: str | None) -> ModelInput:
+def _from_other(found: ModelInput, layout: Layout, hints: SourceHints) -> ModelInput:
     """The model of a tool that writes per rank, or in flat partitions."""
-    if prefix is not None:
-        raise MisuseError(
-            "prefix is for DCP directories and files of torch.save", path=layout.directory, hint="Leave it out."
-        )
+    _refuse_prefix(hints, layout.directory)
     opened = layout.open()
     _refuse_adapter(opened.source.tensors, layout.directory)
-    found.notes.extend(opened.notes)
+    adapted = next((name for name in opened.source.tensors if ".lora_" in name or ".base_layer." in name), None)
+    if adapted is not None:
+        raise MisuseError(
+            "the model has an adapter's modules in it, under whose names no class of transformers loads it",
+            path=layout.directory,
+            tensor=adapted,
+            hint="Load the state dict into the PeftModel that it is of, and save that with merge_and_unload().",
+        )
+    found.notes.extend((*opened.notes, *opened.unchecked))
     _tell_missing_config(found)
-    return _with_class(replace(found, source=opened.source), class_of(found), rope, whole=True)
+    return _with_class(replace(found, source=opened.source), class_of(found), hints.rope, whole=True)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def _from_safetensors(
-    found: ModelInput, manifests: Sequence[Manifest], assume_complete: bool, rope: str | None
-) -> ModelInput:
+def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) -> ModelInput:
     directory = found.directory
     source = open_source(directory, Group(None))
     tensors = {name: once(tensor, name, directory) for name, tensor in source.tensors.items()}
@@ -421,13 +437,13 @@ def _from_safetensors(
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
         found = replace(found, source=replace(source, tensors=tensors))
-        return found if found.described is None else _with_class(found, class_of(found), rope, whole=True)
+        return found if found.described is None else _with_class(found, class_of(found), hints.rope, whole=True)
     kind = class_of(found)
     unknown = _in_pieces(source, tensors)
     found = replace(found, source=replace(source, tensors=tensors))
     if kind is not None:
-        return _with_class(found, kind, rope, whole=bool(unknown))
-    if unknown and not assume_complete:
+        return _with_class(found, kind, hints.rope, whole=bool(unknown))
+    if unknown and not hints.assume_complete:
         raise UnverifiableError(
             f"nothing says how large {len(unknown)} tensors in pieces were, {unknown[0]} among them: whether a file is "
             "absent cannot be told",
@@ -439,7 +455,7 @@ def _from_safetensors(
         )
     if unknown:
         found.notes.append(f"{len(unknown)} tensors in pieces were taken to be complete, as was asked for")
-    return _with_class(found, None, rope, whole=False)
+    return _with_class(found, None, hints.rope, whole=False)
 
 
 def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:

@@ -292,4 +292,4 @@ def check_layout(root: Path, directory: str, found: Contents) -> None:
     found.tensors += len(opened.source.tensors)
     for number, what in opened.checked:
         found.count(what, number)
-    found.unchecked += opened.notes
+    found.unchecked += opened.unchecked

@@ -29,7 +29,7 @@ from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
-from shardwise.ops.consolidate_input import ModelInput, class_of, find_input
+from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
@@ -88,6 +88,7 @@ def convert(
     config: str | os.PathLike[str] | None = None,
     prefix: str | None = None,
     rope: Rope | None = None,
+    master_weights: bool = False,
     optimizer: bool | None = None,
     epoch: int | None = None,
     step: int | None = None,
@@ -107,6 +108,7 @@ def convert(
         prefix: What the names of the model's tensors begin with in the source, where that is not clear; "" for nothing.
         rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
             (torchtitan's own, and Meta's) or ``halves``.
+        master_weights: As for `consolidate`.
         optimizer: Whether the optimizer's state goes into ``shards``. By default it does where there is one, and one
             that cannot be carried over is refused.
         epoch: Epoch of the checkpoint in ``shards``; by default what the source's name says, else 0.
@@ -143,14 +145,12 @@ def convert(
         if to == "hf":
             made = consolidate(
                 source, place, progress=progress, prefix=prefix, assume_complete=assume_complete,
-                verify_export=verify_export, config=config, rope=rope,
+                verify_export=verify_export, config=config, rope=rope, master_weights=master_weights,
             )  # fmt: skip
             return ConvertReport(made.path, to, made.tensors, made.nbytes, verified=made.verified, notes=made.notes)
         described = None if config is None else Path(config).absolute()
-        found = find_input(
-            Path(source).absolute(), current(), prefix=prefix, assume_complete=assume_complete, config=described,
-            rope=rope,
-        )  # fmt: skip
+        hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
+        found = find_input(Path(source).absolute(), current(), hints)
         wanted = _Wanted(optimizer, epoch, step, progress)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)

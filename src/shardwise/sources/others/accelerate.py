@@ -35,6 +35,7 @@ class FsdpDirectory:
     directory: Path
     dcp: Path
     tool: str = _TOOL
+    has_masters: bool = False
 
     @property
     def side(self) -> Path:

@@ -19,6 +19,7 @@ from shardwise.geometry import Box
 from shardwise.plan.placement import Placement, Region, Replicated, Sharded, Strided, regions
 from shardwise.sources.others.stored import (
     PLAIN_NAMES,
+    TYPED,
     StoredTensor,
     counts,
     dtype_of,
@@ -41,7 +42,7 @@ def _names(modules: Iterable[str], *names: str) -> frozenset[PickledGlobal]:
 
 
 _DT, _OLD_DT = "torch.distributed.tensor", "torch.distributed._tensor"
-_TYPED = _names(["torch._tensor"], "_rebuild_from_type_v2")
+_TYPED = frozenset({TYPED})
 _WRAPPER = _names(["torch._utils"], "_rebuild_wrapper_subclass")
 _DTENSOR = _names([_DT, f"{_DT}._api", _OLD_DT, f"{_OLD_DT}.api"], "DTensor")
 _SPEC_MODULES = (f"{_DT}._dtensor_spec", f"{_OLD_DT}._dtensor_spec", f"{_OLD_DT}.placement_types")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.errors import FormatError, IncompleteTensorError, ShapeMismatchError, TensorError
+from shardwise.errors import FormatError, IncompleteTensorError, ReplicasDifferError, ShapeMismatchError, TensorError
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once, runs, stride_of
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.sources.dcp_model import unwrapped_names
@@ -42,11 +42,13 @@ class Joined:
 
     Attributes:
         tensors: By the model's own names: without what wrappers add.
-        notes: Notes for a report, one sentence each.
+        notes: What was left out, one sentence each.
+        unchecked: What differs or could not be compared where ranks hold the same, one sentence each.
     """
 
     tensors: Mapping[str, SourceTensor]
     notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 def join(directory: Path, files: Sequence[RankFile]) -> Joined:
@@ -59,16 +61,19 @@ def join(directory: Path, files: Sequence[RankFile]) -> Joined:
     Raises:
         IncompleteTensorError: A rank's file lacks a tensor, or the pieces do not make it up.
         TensorError: The ranks disagree about a tensor, or what a rank holds lies in too many pieces.
+        ReplicasDifferError: Each rank has plain tensors alone, and other values than another rank.
         NameCollisionError: Two tensors would get one name.
     """
     _refuse_other_names(files)
     replicas = _Replicas()
     found = {name: _joined(name, files, replicas) for name in files[0].tensors}
+    if all(tensor.kind == "Tensor" for tensor in files[0].tensors.values()):
+        replicas.refuse(directory)
     names = unwrapped_names({name: name for name in found}, directory)
     tensors = {plain: found[name]._replace(spec=found[name].spec._replace(name=plain)) for plain, name in names.items()}
     left = list(dict.fromkeys(name for file in files for name in file.left))
     notes = [f"not exported, since it is no tensor: {_listed(left)}"] if left else []
-    return Joined(tensors, (*notes, *replicas.notes()))
+    return Joined(tensors, tuple(notes), tuple(replicas.notes()))
 
 
 def _refuse_other_names(files: Sequence[RankFile]) -> None:
@@ -163,6 +168,18 @@ class _Replicas:
             self._differing.setdefault(name, (a[0], b[0]))
         else:
             self._unknown[name] = None
+
+    def refuse(self, directory: Path) -> None:
+        """Refuse what is not known to be equal, where nothing says that ranks hold the same and not parts."""
+        doubtful = [*self._differing, *self._unknown]
+        if doubtful:
+            raise ReplicasDifferError(
+                f"{len(doubtful)} tensors are not known to be equal in all ranks' files, and nothing says that they "
+                "are replicas and not each rank's part",
+                path=directory,
+                tensor=doubtful[0],
+                hint="Save the model as one, or as distributed tensors, which say what they are parts of.",
+            )
 
     def notes(self) -> list[str]:
         """Sentences about what differs, and what could not be compared."""

@@ -17,13 +17,15 @@ class OtherModel:
         source: Its tensors under the model's own names; each region of a tensor once.
         world_size: The number of ranks that saved it, where the files say so.
         checked: What was compared to know that it is whole: how many of what.
-        notes: Notes for a report, one sentence each.
+        notes: Notes for a report of an export, one sentence each.
+        unchecked: What could not be compared, or differs where ranks hold the same, one sentence each.
     """
 
     source: Source
     world_size: int | None
     checked: tuple[tuple[int, str], ...] = ()
     notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
 
 class Layout(Protocol):
@@ -47,6 +49,11 @@ class Layout(Protocol):
     @property
     def dcp(self) -> Path | None:
         """The DCP directory that it is made of, which is opened as such; ``None`` for any other."""
+        ...
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether there may be master weights beside those of the model."""
         ...
 
     def open(self) -> OtherModel:

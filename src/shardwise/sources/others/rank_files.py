@@ -50,6 +50,7 @@ class RankFiles:
     world_size: int | None
     tool: str
     dcp: Path | None = None
+    has_masters: bool = False
 
     @property
     def side(self) -> Path:
@@ -71,12 +72,14 @@ class RankFiles:
         files, world = (found, self.world_size) if self.world_size is not None else _by_rank(self.directory, found)
         joined = join(self.directory, files)
         kinds = list(dict.fromkeys(tensor.kind for tensor in files[0].tensors.values() if tensor.kind != "Tensor"))
-        checked = (
-            (len(files), "files of ranks: all that there have to be, and all say the same of each tensor"),
-            (len(joined.tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once"),
-        )
+        checked = [
+            (len(joined.tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once")
+        ]
+        if kinds or len(files) > 1:
+            ranks = "files of ranks: all that there have to be, and all say the same of each tensor"
+            checked.insert(0, (len(files), ranks))
         source = Source(self.directory, tuple(file.path for file in files), joined.tensors)
-        return OtherModel(source, world, checked, joined.notes)
+        return OtherModel(source, world, tuple(checked), joined.notes, joined.unchecked)
 
     def _read(self, number: int, name: str) -> RankFile | None:
         archive = read_torch_archive(self.directory / name, RANK_NAMES, RANK_ENUMS)

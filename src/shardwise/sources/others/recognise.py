@@ -6,12 +6,17 @@ from pathlib import Path
 
 from shardwise.disk.names import is_directory, names_in
 from shardwise.sources.others.accelerate import accelerates
+from shardwise.sources.others.deepspeed import deepspeeds
 from shardwise.sources.others.layout import Layout
 from shardwise.sources.others.rank_files import saved_shards, verl_files
 
 
-def recognise(directory: Path) -> Layout | None:
+def recognise(directory: Path, master_weights: bool = False) -> Layout | None:
     """Which other tool's checkpoint stands in a directory.
+
+    Args:
+        directory: The directory.
+        master_weights: Whether fp32 master weights are preferred to 16-bit ones where both are there.
 
     Returns:
         ``None`` where it is none of them; a directory with Hugging Face files or DCP metadata is what these are.
@@ -22,6 +27,9 @@ def recognise(directory: Path) -> Layout | None:
     if not is_directory(directory):
         return None
     names = names_in(directory)
+    if master_weights:
+        return deepspeeds(directory, names, True)
     if ".metadata" in names or any(name.endswith(".safetensors") for name in names):
         return None
-    return accelerates(directory, names) or verl_files(directory, names) or saved_shards(directory, names)
+    named = deepspeeds(directory, names, False) or accelerates(directory, names) or verl_files(directory, names)
+    return named or saved_shards(directory, names)

@@ -39,12 +39,17 @@ _REBUILD = {
     PickledGlobal("torch._utils", "_rebuild_tensor_v3"): 7,
 }
 _PARAMETER = PickledGlobal("torch._utils", "_rebuild_parameter")
+#: A tensor with attributes of its own, of torch's own class or a subclass.
+TYPED = PickledGlobal("torch._tensor", "_rebuild_from_type_v2")
+_OWN_CLASSES = (PickledGlobal("torch", "Tensor"), PickledGlobal("torch.nn.parameter", "Parameter"))
 SIZE = PickledGlobal("torch", "Size")
 #: What files of plain tensors name.
 PLAIN_NAMES = frozenset(
     {
         *_REBUILD,
         _PARAMETER,
+        TYPED,
+        *_OWN_CLASSES,
         _UNTYPED,
         SIZE,
         PickledGlobal("torch", "device"),
@@ -100,7 +105,34 @@ def is_call(value: object, names: Sequence[PickledGlobal] | frozenset[PickledGlo
 
 def is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch's own class, or a parameter."""
-    return isinstance(value, PickledCall) and (value.function in _REBUILD or value.function == _PARAMETER)
+    return isinstance(_bare(value), PickledCall)
+
+
+def _bare(value: object) -> PickledCall | None:
+    """The call that makes a tensor: without what a parameter or attributes add; ``None`` of anything else."""
+    for _ in range(3):
+        if not isinstance(value, PickledCall):
+            return None
+        if value.function in _REBUILD:
+            return value
+        if value.function == _PARAMETER and value.args:
+            value = value.args[0]
+        elif value.function == TYPED and len(value.args) == 4 and value.args[1] in _OWN_CLASSES:
+            function, inner = value.args[0], value.args[2]
+            if not isinstance(function, PickledGlobal) or not isinstance(inner, tuple):
+                return None
+            value = PickledCall(function, inner)
+        else:
+            return None
+    return None
+
+
+def storage_of(value: object) -> object:
+    """What identifies a tensor's storage in its file; ``None`` where it is no tensor."""
+    call = _bare(value)
+    reference = call.args[0] if call is not None and call.args else None
+    key = reference.key if isinstance(reference, PickledReference) else None
+    return key[2] if isinstance(key, tuple) and len(key) == 5 and isinstance(key[2], str) else None
 
 
 def counts(archive: TorchArchive, value: object, name: str, what: str) -> tuple[int, ...]:
@@ -140,9 +172,8 @@ def stored_tensor(archive: TorchArchive, value: object, name: str) -> StoredTens
     Raises:
         FormatError: It is of another form, lies outside of its storage, or is not in row-major order.
     """
-    if isinstance(value, PickledCall) and value.function == _PARAMETER and value.args:
-        value = value.args[0]
-    if not isinstance(value, PickledCall) or value.function not in _REBUILD or value.state is not None:
+    value = _bare(value)
+    if value is None or value.state is not None:
         fail(archive, name, "has something else where a tensor belongs")
     fewest = _REBUILD[value.function]
     if not fewest <= len(value.args) <= fewest + 1:

@@ -174,8 +174,8 @@ class _Replicas:
         doubtful = [*self._differing, *self._unknown]
         if doubtful:
             raise ReplicasDifferError(
-                f"{len(doubtful)} tensors are not known to be equal in all ranks' files, and nothing says that they are "
-                "replicas and not each rank's part",
+                f"{len(doubtful)} tensors are not known to be equal in all ranks' files, and nothing says that they "
+                "are replicas and not each rank's part",
                 path=directory,
                 tensor=doubtful[0],
                 hint="Save the model as one, or as distributed tensors, which say what they are parts of.",

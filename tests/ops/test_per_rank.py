@@ -272,6 +272,12 @@ def test_plain_tensors_that_may_be_parts(tmp_path: Path) -> None:
         consolidate(tmp_path, tmp_path / "export")
 
 
+def test_tensors_in_a_container_are_not_passed_over(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3), "blocks": [torch.ones(2)], "steps": [1, 2]}, tmp_path / "pytorch_model_fsdp.bin")
+    with pytest.raises(IntegrityError, match="a list with tensors in it"):
+        consolidate(tmp_path, tmp_path / "export")
+
+
 def test_what_is_pickled_with_protocol_4(tmp_path: Path) -> None:
     for rank in range(2):
         torch.save({"w": torch.ones(2)}, rank_file(tmp_path, rank, 2), pickle_protocol=4)

@@ -167,6 +167,16 @@ def test_refused(what: str, tmp_path: Path) -> None:
     assert caught.value.path == str(tmp_path / "file.pt")
 
 
+def test_a_parameter_is_what_it_is_made_of_and_no_tensor_is_passed_over(tmp_path: Path) -> None:
+    parameter = named("torch._utils._rebuild_parameter")
+    found = read(tmp_path, PickledCall(parameter, (Form().value(), True, {})))
+    assert found is not None
+    assert found.kind == "DTensor"
+    with pytest.raises(FormatError, match="in a form that is not known"):
+        read(tmp_path, PickledCall(parameter, (PickledCall(parameter, (Form().value(), True, {})), True, {})))
+    assert read(tmp_path, PickledCall(named("torch.Size"), ((2,),))) is None
+
+
 def test_a_class_that_is_not_on_the_list(tmp_path: Path) -> None:
     form = replace(Form(), dtensor="somewhere.QuantizedTensor")
     with pytest.raises(UnsafePickleError, match=r"somewhere\.QuantizedTensor"):

@@ -24,7 +24,16 @@ from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.sources.dcp_model import unwrapped_names
 from shardwise.sources.others.flat import Segment, pieces
 from shardwise.sources.others.layout import OtherModel
-from shardwise.sources.others.stored import PLAIN_NAMES, StoredTensor, counts, is_tensor, storage_of, stored_tensor
+from shardwise.sources.others.stored import (
+    PLAIN_NAMES,
+    StoredTensor,
+    counts,
+    is_tensor,
+    refuse_tensors_inside,
+    refuse_unread,
+    storage_of,
+    stored_tensor,
+)
 from shardwise.sources.sources import Source
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d{1,6})_)?mp_rank_(?P<mp>\d{1,6})_model_states\.pt")
@@ -272,7 +281,11 @@ class _States(_File):
     @property
     def left(self) -> list[str]:
         """Names of what is no tensor there."""
-        return [name for name, value in self._module.items() if not is_tensor(value)]
+        found = {name: value for name, value in self._module.items() if not is_tensor(value)}
+        for name, value in found.items():
+            refuse_unread(self.archive, value, name)
+            refuse_tensors_inside(self.archive, value, name)
+        return list(found)
 
     def whole(self) -> dict[str, tuple[tuple[int, ...], StoredTensor]]:
         """The tensors of the model's state dict."""

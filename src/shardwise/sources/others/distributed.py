@@ -26,7 +26,9 @@ from shardwise.sources.others.stored import (
     fail,
     is_call,
     is_tensor,
+    refuse_unread,
     stored_tensor,
+    without_parameter,
 )
 from shardwise.upstream.torch_checkpoint import (
     DTENSOR_LOCAL,
@@ -121,6 +123,7 @@ def rank_tensor(archive: TorchArchive, value: object, name: str) -> RankTensor |
         FormatError: It is a tensor of another class, or not of the form that its class has.
         TensorError: It is a sum that was not made yet, or spread in a way that is not known.
     """
+    value = without_parameter(value)
     if is_tensor(value):
         stored = stored_tensor(archive, value, name)
         origin = (0,) * len(stored.shape)
@@ -128,6 +131,7 @@ def rank_tensor(archive: TorchArchive, value: object, name: str) -> RankTensor |
             stored.shape, stored.dtype, "Tensor", None, (Part(Region(Box.whole(stored.shape), origin), stored),)
         )
     if not isinstance(value, PickledCall) or value.function not in _TYPED:
+        refuse_unread(archive, value, name)
         return None
     kind = value.args[1] if len(value.args) == 4 else None
     inner = value.args[2] if len(value.args) == 4 else None

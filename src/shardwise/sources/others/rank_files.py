@@ -21,6 +21,7 @@ from shardwise.format.torch_archive import TorchArchive, read_torch_archive
 from shardwise.sources.others.distributed import RANK_ENUMS, RANK_NAMES, RankTensor, rank_tensor
 from shardwise.sources.others.join import RankFile, join
 from shardwise.sources.others.layout import OtherModel
+from shardwise.sources.others.stored import refuse_tensors_inside
 from shardwise.sources.sources import Source
 from shardwise.sources.torch_state import distributed_class, unwrapped
 
@@ -94,6 +95,7 @@ class RankFiles:
         for key, value in state.items():
             tensor = rank_tensor(archive, value, str(key))
             if tensor is None:
+                refuse_tensors_inside(archive, value, str(key))
                 left.append(str(key))
             else:
                 tensors[str(key)] = tensor

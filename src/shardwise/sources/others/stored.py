@@ -103,6 +103,13 @@ def is_call(value: object, names: Sequence[PickledGlobal] | frozenset[PickledGlo
     return isinstance(value, PickledCall) and value.function in names
 
 
+def without_parameter(value: object) -> object:
+    """What a parameter is made of; anything else as it is."""
+    if isinstance(value, PickledCall) and value.function == _PARAMETER and value.args:
+        return value.args[0]
+    return value
+
+
 def is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch's own class, or a parameter."""
     return isinstance(_bare(value), PickledCall)
@@ -125,6 +132,19 @@ def _bare(value: object) -> PickledCall | None:
         else:
             return None
     return None
+
+
+def refuse_unread(archive: TorchArchive, value: object, name: str) -> None:
+    """Refuse a tensor in a form that is not read, so that it is not taken for something else than a tensor."""
+    if isinstance(value, PickledCall) and value.function.name.startswith("_rebuild"):
+        fail(archive, name, f"is a tensor in a form that is not known (made by {value.function})")
+
+
+def refuse_tensors_inside(archive: TorchArchive, value: object, name: str) -> None:
+    """Refuse a container with tensors in it, so that they are not passed over."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if any(isinstance(each, PickledCall) and each.function.name.startswith("_rebuild") for each in inside):
+        fail(archive, name, f"is a {type(value).__name__} with tensors in it, beside the model's tensors")
 
 
 def storage_of(value: object) -> object:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.peers.peer import Peer, Place, Stall, State
+from bench.peers.peer import CannotError, Peer, Place, Stall, State
 from bench.peers.values import empty
 
 
@@ -50,7 +50,10 @@ class AutoModel(Peer):
         return lambda path: checkpointer.save_model(model, str(path))
 
     def stall(self, model: nn.Module) -> Stall:
-        checkpointer = self._checkpointer(False, is_async=True)
+        try:
+            checkpointer = self._checkpointer(False, is_async=True)
+        except AssertionError as error:
+            raise CannotError(f"its staging is for accelerators: {error}") from error
 
         def begin(path: Path) -> None:
             checkpointer.save_model(model, str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -34,7 +35,10 @@ class Torch(Peer):
 
         def save(path: Path) -> Path:
             writer = HuggingFaceStorageWriter(
-                str(path), fqn_to_index_mapping=mapping, save_distributed=True, enable_consolidation=True,
+                str(path),
+                fqn_to_index_mapping=mapping,
+                save_distributed=True,
+                enable_consolidation=True,
                 thread_count_consolidation=2,
             )
             dcp.save(model.state_dict(), storage_writer=writer)
@@ -93,6 +97,24 @@ def _file_numbers(model: nn.Module, largest: int = 450 * 10**6) -> dict[str, int
     return numbers
 
 
+@functools.cache
+def _accelerator() -> Any:
+    """One for all operations: a second one would turn FSDP2 off again."""
+    from accelerate import Accelerator
+
+    made = Accelerator(cpu=True)
+    _turn_on(made)
+    return made
+
+
+def _turn_on(accelerator: Any) -> None:
+    """Turn FSDP2 on, which accelerate does by itself only where there are accelerators."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+
+
 class Accelerate(Peer):
     """accelerate's ``save_state`` with FSDP2 and sharded state dicts, and ``save_model``."""
 
@@ -103,14 +125,8 @@ class Accelerate(Peer):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-        self._accelerator = Accelerator(cpu=True)
-        # accelerate turns FSDP2 on only where there are accelerators.
-        self._accelerator.state.distributed_type = DistributedType.FSDP
-        self._plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
-        self._accelerator.state.fsdp_plugin = self._plugin
+        self._accelerator = _accelerator()
+        self._plugin = self._accelerator.state.fsdp_plugin
 
     # `prepare` takes FSDP2's models together with their optimizers only, and `save_state` would save that too: without
     # an optimizer, its part for the model is called by itself.
@@ -137,6 +153,7 @@ class Accelerate(Peer):
 
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
         self._accelerator.prepare(model, optimizer)
+        _turn_on(self._accelerator)  # which preparing an optimizer undid
         return State(
             lambda path: self._accelerator.save_state(str(path)), lambda path: self._accelerator.load_state(str(path))
         )
@@ -152,9 +169,7 @@ class Torchtitan(Peer):
         super().__init__(place)
         self._open: list[Any] = []
 
-    def _manager(
-        self, folder: Path, model: nn.Module, optimizers: Stateful | None = None, **settings: object
-    ) -> Any:
+    def _manager(self, folder: Path, model: nn.Module, optimizers: Stateful | None = None, **settings: object) -> Any:
         from torchtitan.components.checkpointer import CheckpointManager
 
         config = CheckpointManager.Config(
@@ -191,7 +206,7 @@ class Torchtitan(Peer):
             manager.maybe_wait_for_staging()
 
         made.append(self._manager(self.place.base.parent / "unused", model, async_mode="async"))
-        return Stall(begin, lambda: made[0].maybe_wait_for_saving())
+        return Stall(begin, made[0].maybe_wait_for_saving)
 
     def load(self, model: nn.Module) -> Callable[[Path], nn.Module | None]:
         def load(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: each operation builds what it needs, carries out one turn, and looks whether the bytes are right."""
+"""What is measured: each operation builds what it needs, carries out a turn, and looks whether the bytes are right."""
 
 from __future__ import annotations
 
@@ -130,12 +130,12 @@ class Stalled(Operation):
 
     def turn(self, number: int) -> list[Sample]:
         path = self.path("stall")
+        values.fill(self._model)
         sample = self.timed(lambda: self._stall.begin(path))
         values.clear(self._model)
         self._stall.finish()
         self.saved(path, all_bytes(self._model))
-        self._load(path)
-        values.check_model(self._model)
+        values.check_model(self._load(path) or self._model)
         self.remove(path)
         return [sample]
 
@@ -205,6 +205,8 @@ class State(Operation):
 
     def turn(self, number: int) -> list[Sample]:
         path = self.path("state")
+        values.fill(self._model)
+        values.fill_moments(self._model, self._optimizer)
         save = self.timed(lambda: self._state.save(path), 3 * own_bytes(self._model))
         self.saved(path, 3 * all_bytes(self._model))
         values.clear(self._model)

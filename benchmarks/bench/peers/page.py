@@ -100,27 +100,30 @@ Two processes (gloo) with one thread each, a Llama of transformers of {run.size:
 Machine: {run.machine}; load {run.load:.1f} when the run began. {run.versions}.
 
 Each figure is the median of the ratios of {run.repeats} turns, after one that is not counted, to a raw write or read of
-the same bytes in the same turn (smallest and largest in parentheses), then the growth of the rank's memory that grew most.
-**Less is better; 1 is what the machine does for bare bytes.**
+the same bytes in the same turn (smallest and largest in parentheses), then the growth of the memory of the rank that
+grew most. **Less is better; 1 is what the machine does for bare bytes.**
 
 {table(lines)}
 
 ![Ratios as bars on a logarithmic scale](img/peers.svg)
 
 - **raw**: each rank writes its parameters' memory with large `pwrite` calls into a fresh file of its own, then `fsync`,
-  after as much memory has been touched as the write will take; it reads with `preadv` into memory in use already, for base
-  models into new memory. The stall is compared with the raw write.
+  after as much memory has been touched as the write will take; it reads with `preadv` into memory in use already, for
+  base models into new memory. The stall is compared with the raw write.
 - Each peer has processes of its own, which wait while others work, and turns begin with another peer each time.
-- **What is checked**: after each save that all bytes are there; of each consolidated save's first turn every element of the
-  files; after each load every element, in a model that was zeros before. During an asynchronous save the parameters are set to zero as
-  soon as it says that training may go on, and what it wrote must be what they were.
+- **What is checked**: after each save that all bytes are there; of each consolidated save's first turn every element of
+  the files; after each load every element, in a model that was zeros before. During an asynchronous save the parameters
+  are set to zero as soon as it says that training may go on, and what it wrote must be what they were.
 - *Sharded* is what each library resumes from: torch, accelerate and torchtitan write DCP files, the others safetensors.
   shardwise's are digested; the others' are not.
 - *Columns*: FSDP2 with `shard_placement_fn` along the last dimension. *Model and optimizer*: AdamW's moments in
   bfloat16 and a model of a third of the size, so that all lines move as many bytes.
-- torch's writer splits into files of 450 MB and joins them with two threads. torchtitan's checkpointer is given the same transformers
-  model and a conversion that changes no name. accelerate's FSDP2, which is meant for accelerators, is turned on by hand.
-  nemo-automodel is installed without its dependencies, some of which need a GPU, beside newer transformers than it asks for.
+- torch's writer splits into files of 450 MB and joins them with two threads. torchtitan's checkpointer is given the
+  same transformers model and a conversion that changes no name. accelerate's FSDP2, which is meant for accelerators, is
+  turned on by hand. nemo-automodel is installed without its dependencies, some of which need a GPU, beside a newer
+  transformers than it asks for.
+- Memory is resident memory: where a library maps a file, the pages that it read count, although the system can take
+  them back.
 """
 
 
@@ -157,8 +160,8 @@ def picture(lines: Sequence[Line]) -> str:
     raw = at(1.0)
     parts.append(f'<path d="M{raw:.1f} 4V{y - _GAP:.0f}" class="raw"/>')
     style = (
-        "text{font:12px sans-serif;fill:#444}.head{font-weight:bold}.end{text-anchor:end}.no{fill:#777;font-style:italic}"
-        ".raw{stroke:#777;stroke-dasharray:4 3}@media(prefers-color-scheme:dark){text{fill:#ccc}.no{fill:#999}}"
+        "text{font:12px sans-serif;fill:#444}.head{font-weight:bold}.end{text-anchor:end}"
+        ".no{fill:#777;font-style:italic}.raw{stroke:#777;stroke-dasharray:4 3}@media(prefers-color-scheme:dark){text{fill:#ccc}.no{fill:#999}}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}" role="img">'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
+import multiprocessing.connection
 import socket
 import statistics
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from bench.measure import Sample
 from bench.peers.operations import OPERATIONS
-from bench.peers.worker import PEERS, RAW, Answer, Job, main
+from bench.peers.worker import RAW, Answer, Job, main
 
 _RANKS = 2
 #: After this a pair is stopped: nothing here takes a tenth of it.
@@ -109,10 +111,8 @@ class _Pair:
         """End the processes; the next command starts new ones."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
-                try:
+                with contextlib.suppress(OSError):
                     pipe.send(None)
-                except OSError:
-                    pass
         for process in self._processes:
             process.join(_GRACE)
             if process.is_alive():

@@ -22,6 +22,7 @@ from bench.models import local_tensors, shard
 DTYPE = torch.bfloat16
 #: What an element belongs to: the parameter, and AdamW's two moments.
 PARAMETER, FIRST_MOMENT, SECOND_MOMENT = range(3)
+_MOMENTS = (("exp_avg", FIRST_MOMENT), ("exp_avg_sq", SECOND_MOMENT))
 _STEP = 3.0
 
 
@@ -79,18 +80,23 @@ def clear(model: nn.Module) -> None:
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     """AdamW with moments for every parameter, each element as it has to be."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for number, (_, parameter) in enumerate(_parameters(model)):
-        state: dict[str, torch.Tensor] = {"step": torch.tensor(_STEP)}
-        for key, kind in (("exp_avg", FIRST_MOMENT), ("exp_avg_sq", SECOND_MOMENT)):
-            state[key] = torch.empty_like(parameter.detach())
-            _local(state[key]).copy_(_part(parameter, number, kind))
-        optimizer.state[parameter] = state
+    for parameter in model.parameters():
+        moments = {key: torch.empty_like(parameter.detach()) for key, _ in _MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(_STEP), **moments}
+    fill_moments(model, optimizer)
     return optimizer
+
+
+def fill_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give every moment its values."""
+    for number, (_, parameter) in enumerate(_parameters(model)):
+        for key, kind in _MOMENTS:
+            _local(optimizer.state[parameter][key]).copy_(_part(parameter, number, kind))
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """This rank's memory of an optimizer's moments."""
-    return [_local(state[key]) for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return [_local(state[key]) for state in optimizer.state.values() for key, _ in _MOMENTS]
 
 
 def check_model(model: nn.Module) -> None:
@@ -113,7 +119,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state = optimizer.state[parameter]
         if float(state["step"]) != _STEP:
             raise WrongBytesError(f"the step of {name} is {float(state['step'])}")
-        for key, kind in (("exp_avg", FIRST_MOMENT), ("exp_avg_sq", SECOND_MOMENT)):
+        for key, kind in _MOMENTS:
             _compare(f"{key} of {name}", _local(state[key]), _part(parameter, number, kind))
 
 

@@ -161,7 +161,8 @@ def picture(lines: Sequence[Line]) -> str:
     parts.append(f'<path d="M{raw:.1f} 4V{y - _GAP:.0f}" class="raw"/>')
     style = (
         "text{font:12px sans-serif;fill:#444}.head{font-weight:bold}.end{text-anchor:end}"
-        ".no{fill:#777;font-style:italic}.raw{stroke:#777;stroke-dasharray:4 3}@media(prefers-color-scheme:dark){text{fill:#ccc}.no{fill:#999}}"
+        ".no{fill:#777;font-style:italic}.raw{stroke:#777;stroke-dasharray:4 3}"
+        "@media(prefers-color-scheme:dark){text{fill:#ccc}.no{fill:#999}}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}" role="img">'

@@ -120,7 +120,7 @@ class Accelerate(Peer):
 
     reasons = {  # noqa: RUF012 - never changed
         "stall": "`save_state` returns when all is written",
-        "base": "loads whole models by transformers; sharding follows in `prepare`",
+        "base": "no loader of its own: transformers loads, `prepare` shards",
     }
 
     def __init__(self, place: Place) -> None:

@@ -1,6 +1,6 @@
 # Every target does its own set-up: `make test` on a fresh machine is enough.
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-lowest test-newest slow check docs demo bench faults clean
+.PHONY: help setup test test-lowest test-newest slow check docs demo bench bench-peers faults clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ STAMP := $(VENV)/.setup-done
 RELEASED := transformers|tokenizers|peft|safetensors|huggingface_hub|hf-xet|diffusers
 # Without its advertisement for another tool, which it prints at every build.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+PEERS_ENV ?= .venv-peers
 SURFACE := ../shared/conformance/surface.py
 
 help: ## Show this list
@@ -76,9 +77,18 @@ demo: setup ## Fine-tune a real model, kill it, resume elsewhere, open the resul
 bench: setup ## Measure saves and loads against raw parallel input/output
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+# The peers in an environment of their own. What asks for other releases, or for a GPU, is installed without its
+# dependencies: nemo-automodel 0.7.0 wants transformers 5.18, torchtitan 0.3 an older datasets.
+bench-peers: ## Measure beside other libraries, in .venv-peers, and write docs/peers.md (PEERS_ENV=dir, ARGS=...)
+	test -x $(PEERS_ENV)/bin/python || $(PYTHON) -m venv $(PEERS_ENV)
+	$(PEERS_ENV)/bin/python -m pip install --quiet -c constraints.txt 'torch==2.13.0'
+	$(PEERS_ENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[accelerate]' torchdata tyro tensorboard einops spmd_types datasets
+	$(PEERS_ENV)/bin/python -m pip install --quiet --no-deps 'torchtitan==0.3.0' torch_checkpointing wandb 'nemo-automodel==0.7.0'
+	$(PEERS_ENV)/bin/python benchmarks/peers.py --docs docs $(ARGS)
+
 faults: setup ## Kill, starve and corrupt real saves, and print what survived
 	$(BIN)/python tests/faults/bench.py $(ARGS)
 
 clean: ## Remove the environment and what the tools left
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-peers build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

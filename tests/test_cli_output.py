@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,3 +286,62 @@ def test_interrupted_while_it_writes(to: str, tmp_path: Path, monkeypatch: pytes
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["consolidate", str(source)]) == 130
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- places that do not let themselves be used ----------------------------------------------------------------------
+
+WRITING = (["inspect", "--html"], ["consolidate", "--output"], ["convert", "--to", "hf"], ["convert", "--to", "shards"])
+READING = (["ls"], ["inspect"], ["verify"], ["prune", "--keep-last", "1"], ["repair"])
+
+
+def writing(arguments: list[str], source: Path, target: Path | str) -> list[str]:
+    command, *options = arguments
+    return [command, str(source), *([str(target), *options] if command == "convert" else [*options, str(target)])]
+
+
+@pytest.mark.parametrize("arguments", WRITING)
+def test_a_place_that_takes_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path)
+    place = Path("/proc/self/task")  # read-only to root as well
+    for target in (place / "out", tmp_path / "LATEST" / "manifest.json" / "out"):
+        assert main(writing(arguments, source, target)) == 2
+        told = capsys.readouterr().err
+        assert str(target.parent) in told or str(target.parent.resolve()) in told
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_no_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path / "root")
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    shutil.copytree(source, closed / "inside")
+    for mode in (0o000, 0o500):
+        closed.chmod(mode)
+        try:
+            for arguments in READING if mode == 0 else ():
+                assert main([*arguments, str(closed)]) == 2
+                assert "Permission denied" in capsys.readouterr().err
+            for arguments in WRITING:
+                assert main(writing(arguments, source, closed / "out")) == 2
+                assert "Permission denied" in capsys.readouterr().err
+        finally:
+            closed.chmod(0o700)
+    assert sorted(path.name for path in closed.iterdir()) == ["inside"]
+
+
+def test_a_working_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path / "root")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    every = [[*arguments, "x"] for arguments in READING]
+    every += [writing(arguments, source, "x") for arguments in WRITING]
+    every += [writing(arguments, Path("x"), "y") for arguments in WRITING]
+    for arguments in [*every, ["diff", "x", str(source)], ["push", "x", "org/name"]]:
+        assert main(arguments) == 2, arguments
+        assert "the working directory is gone" in capsys.readouterr().err, arguments
+    assert main(["verify", str(source)]) == 0

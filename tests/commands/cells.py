@@ -108,6 +108,7 @@ def _line(name: str, out: str, err: str) -> str:
         line = next((each for each in shown if re.search(r"\d tensors, ", each)), shown[-1])
     else:
         line = shown[1] if name == "ls" and len(shown) > 1 else shown[-1]
+    line = re.sub(r"(\d+)\.\d\d (kB|MB)", r"\1 \2", line)  # names of places stand in files
     line = re.sub(r" in \d+\.\d+ s \([^)]*\)", "", line)  # how fast it was
     return re.sub(r"  +", " ", re.sub(r"\b\d+ s  ", "", line)).strip()
 

@@ -17,6 +17,7 @@ from tests.sources.per_rank import save_fsdp1, save_fsdp2, trainer_directory, ve
 from tests.support.ranks import run
 
 EXPORT = "model/consolidated/model.safetensors"
+VERL = "model_world_size_2_rank_{}.pt"
 Maker = Callable[[Path], Path]
 
 
@@ -50,6 +51,10 @@ def _hf(place: Path, split: bool = False) -> Path:
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(place / "hf", max_shard_size="10kB" if split else "1GB")
     return place / "hf"
+
+
+def _split(place: Path) -> Path:
+    return _hf(place, split=True)
 
 
 def _snapshot(place: Path) -> Path:
@@ -127,7 +132,8 @@ def _adapter(place: Path) -> Path:
     directory = place / "adapter"
     directory.mkdir()
     name = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
-    save_file({name.format("A"): torch.ones(2, 16), name.format("B"): torch.zeros(48, 2)}, directory / "adapter_model.safetensors")  # fmt: skip  # noqa: E501
+    factors = {name.format("A"): torch.ones(2, 16), name.format("B"): torch.zeros(48, 2)}
+    save_file(factors, directory / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
@@ -198,6 +204,16 @@ def _circle(place: Path) -> Path:
     return place / "circle"
 
 
+def _dangling(place: Path) -> Path:
+    (place / "link").symlink_to("absent")
+    return place / "link"
+
+
+def _nothing_in_it(place: Path) -> Path:
+    (place / "model.safetensors").touch()
+    return place / "model.safetensors"
+
+
 def _linked(place: Path) -> Path:
     _root(place)
     (place / "link").symlink_to("root")
@@ -205,9 +221,10 @@ def _linked(place: Path) -> Path:
 
 
 def _interrupted(place: Path) -> Path:
-    root = _root(place)
-    (root / "epoch_0_step_2").rename(root / ".saving-epoch_0_step_3")
-    (root / "LATEST").unlink()
+    root = _checkpoint(place).parent
+    (root / "epoch_0_step_1").rename(root / ".saving-epoch_0_step_3")
+    for name in ("LATEST", "LOWEST_VAL"):
+        (root / name).unlink()
     return root / ".saving-epoch_0_step_3"
 
 
@@ -228,7 +245,7 @@ ROWS = (
     ),
     Row("its optim/", lambda place: _checkpoint(place) / "optim"),
     Row("a Hugging Face directory", _hf),
-    Row("a Hugging Face directory, several files", lambda place: _hf(place, split=True)),
+    Row("a Hugging Face directory, several files", _split),
     Row("a hub cache's snapshot", _snapshot),
     Row("a safetensors file", lambda place: _hf(place) / "model.safetensors"),
     Row("DCP, bare", _dcp),
@@ -251,16 +268,20 @@ ROWS = (
     Row("manifest cut short", _but(_checkpoint, lambda p: cut(p / "manifest.json", 100)), damaged=True),
     Row("Hugging Face file cut short", _but(_hf, lambda p: cut(p / "model.safetensors", 10)), damaged=True),
     Row("Hugging Face file with a broken header", _but(_hf, lambda p: _header(p / "model.safetensors")), damaged=True),
-    Row("one of several files absent", _but(lambda p: _hf(p, split=True), lambda p: next(p.glob("*-00002-of*")).unlink()), damaged=True),  # fmt: skip  # noqa: E501
+    Row("one of several files absent", _but(_split, lambda p: next(p.glob("*-00002-of*")).unlink()), damaged=True),
     Row("DCP's file cut short", _but(_dcp, lambda p: cut(p / "__0_0.distcp", 3000)), damaged=True),
     Row("DCP's file absent", _but(_dcp, lambda p: (p / "__0_0.distcp").unlink()), damaged=True),
     Row("DCP's .metadata cut short", _but(_dcp, lambda p: cut(p / ".metadata", 100)), damaged=True),
     Row("DCP's .metadata absent", _but(_dcp, lambda p: (p / ".metadata").unlink()), damaged=True),
     Row(".bin cut short", _but(_bin, lambda p: cut(p / "pytorch_model.bin", 2000)), damaged=True),
-    Row("a rank's file of verl absent", _but(_verl, lambda p: (p / "model_world_size_2_rank_1.pt").unlink()), damaged=True, ranks=True),  # fmt: skip  # noqa: E501
+    Row("a rank's file of verl absent", _but(_verl, lambda p: (p / VERL.format(1)).unlink()), damaged=True, ranks=True),
+    Row("an empty .safetensors file", _nothing_in_it, damaged=True),
     Row("an interrupted save", _interrupted, damaged=True),
+    Row("a root of interrupted saves alone", lambda place: _interrupted(place).parent),
+    Row("a directory of settings alone", lambda place: _described(place / "settings")),
     Row("an empty directory", _empty),
     Row("nothing", lambda place: place / "absent"),
     Row("a FIFO", _fifo),
     Row("a link in a circle", _circle),
-)  # fmt: skip
+    Row("a link to nothing", _dangling),
+)

@@ -18,6 +18,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TextIO
 
+from shardwise.errors import ShardwiseError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -73,6 +75,8 @@ def tell_error(error: Exception, about: str = "") -> None:
         error: The error.
         about: What stands before it, such as the path of several that it is about.
     """
+    if isinstance(error, ShardwiseError):
+        error.rank = None  # commands are one process: "rank 0" would say nothing
     tell(f"shardwise: {about}{error}")
     for note in getattr(error, "__notes__", ()):
         tell(note)

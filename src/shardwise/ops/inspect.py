@@ -20,7 +20,7 @@ from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.modules import ModuleDescription, describe_modules
 from shardwise.ops.origin import tools_named, writer_of
-from shardwise.ops.targets import Target, find_targets
+from shardwise.ops.targets import Target, find_targets, is_unfinished
 from shardwise.ops.tensor_listing import DCP_SUFFIX, Piece, format_name, read_contents
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]
@@ -262,7 +262,11 @@ def _from_headers(target: Target) -> CheckpointDescription:
     listed = _listed(target.directory, top)
     found = read_contents(target.directory, listed, target.directory.name, whole=not is_file(top))
     if not found.files:
-        raise CheckpointNotFoundError("the directory holds no file", path=top, hint="Name a checkpoint's directory.")
+        raise CheckpointNotFoundError(
+            "the directory holds no file, or those of interrupted saves alone",
+            path=top,
+            hint="Name a checkpoint's directory.",
+        )
     epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
     return CheckpointDescription(
         top,
@@ -294,9 +298,10 @@ def _from_headers(target: Target) -> CheckpointDescription:
 
 
 def _listed(root: Path, top: Path) -> list[str]:
-    """Every file and link to a file, such as those of a hub cache's snapshots."""
+    """Every file and link to a file, such as those of a hub cache's snapshots; none of an interrupted save."""
     if is_file(top):
         return [top.relative_to(root).as_posix()]
     # Of a hub cache the snapshots' links are listed, and not their targets.
     files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
-    return [path.relative_to(root).as_posix() for path in files]
+    listed = [path.relative_to(root).as_posix() for path in files]
+    return [each for each in listed if not is_unfinished(each)]

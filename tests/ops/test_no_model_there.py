@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests.ops.checkpoints import saved
+from tests.ops.damaged import save_dcp
 
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
 from shardwise.ops.consolidate import consolidate
@@ -32,6 +33,14 @@ def test_files_that_are_not_compared(tmp_path: Path) -> None:
     text.with_suffix(".safetensors").write_text("of the run")  # called so: it is damaged
     with pytest.raises(FormatError):
         diff(text.with_suffix(".safetensors"), text)
+
+
+def test_dcp_without_its_metadata(tmp_path: Path) -> None:
+    directory = save_dcp({"w": torch.ones(2)}, tmp_path / "dcp")
+    (directory / ".metadata").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"the \.metadata of this DCP directory is absent"):
+        diff(directory, directory)
+    assert inspect(directory).damaged == ("__0_0.distcp",)
 
 
 def test_a_pipe_and_a_link_to_nothing(tmp_path: Path) -> None:

@@ -180,7 +180,14 @@ def _opened(place: Path) -> Source:
         return open_source(place, Group(None))
     except (CheckpointNotFoundError, HeaderError):
         hint = "`shardwise convert` makes files of it that can be compared (--to hf)."
-        if is_directory(place) and any(PurePosixPath(name).suffix in TORCH_SUFFIXES for name in names_in(place)):
+        suffixes = {PurePosixPath(name).suffix for name in names_in(place)} if is_directory(place) else set()
+        if ".distcp" in suffixes:
+            raise CheckpointNotFoundError(
+                "the .metadata of this DCP directory is absent, and without it its files cannot be read",
+                path=place,
+                hint="Copy it from where the checkpoint was saved; DCP writes it last.",
+            ) from None
+        if suffixes & set(TORCH_SUFFIXES):
             raise MisuseError("files of torch.save are not compared", path=place, hint=hint) from None
         what = what_is_file(place) if is_file(place) and place.suffix != ".safetensors" else None
         if what is None or what.kind is Kind.SAFETENSORS:

@@ -72,6 +72,7 @@ class Described:
 
     def leave_out(self, path: str, error: ShardwiseError, *, damaged: bool) -> None:
         """Note why the tensors of a file or directory cannot be listed: that is no reason for `inspect` to fail."""
+        error.rank = None  # it is this one process
         self.unread[path] = str(error)
         if damaged:
             self.damaged[path] = None
@@ -180,6 +181,7 @@ def _add_file(root: Path, relative: str, component: str, what: Recognised | None
             found.unread[relative] = str(error)  # only its first bytes say that it is such a file
     elif path.suffix == ".distcp":
         found.unread[relative] = "one file of a DCP directory, whose .metadata is absent"
+        found.damaged[relative] = None
     elif kept_beside_models(path.name):
         found.unread[relative] = "what a training loop keeps beside a model; its tensors are not listed"
     elif kind is Kind.TORCH or _TORCH_WEIGHTS.fullmatch(path.name):

@@ -246,6 +246,16 @@ def test_a_reader_that_leaves(arguments: list[str], many: Path) -> None:
     assert (process.returncode, told) == (2, "")
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_full_standard_error(buffered: str, many: Path) -> None:
+    env = os.environ | {"PYTHONUNBUFFERED": buffered}
+    for arguments, code in ((["verify", many / "absent"], 2), (["verify", many], 3), (["frobnicate"], 2)):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "shardwise", *map(str, arguments)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, timeout=120, env=env)
+        assert done.returncode == code
+
+
 def test_no_standard_output_at_all(many: Path) -> None:
     command = f"{sys.executable} -m shardwise verify {many} >&-; echo $? >&2"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)

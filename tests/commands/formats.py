@@ -214,6 +214,13 @@ def _nothing_in_it(place: Path) -> Path:
     return place / "model.safetensors"
 
 
+def _huge(place: Path) -> Path:
+    directory = _described(place / "huge")
+    (directory / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    os.truncate(directory / "model.safetensors", 2**40)  # sparse
+    return directory
+
+
 def _linked(place: Path) -> Path:
     _root(place)
     (place / "link").symlink_to("root")
@@ -276,6 +283,7 @@ ROWS = (
     Row(".bin cut short", _but(_bin, lambda p: cut(p / "pytorch_model.bin", 2000)), damaged=True),
     Row("a rank's file of verl absent", _but(_verl, lambda p: (p / VERL.format(1)).unlink()), damaged=True, ranks=True),
     Row("an empty .safetensors file", _nothing_in_it, damaged=True),
+    Row("a header that claims to be huge", _huge, damaged=True),
     Row("an interrupted save", _interrupted, damaged=True),
     Row("a root of interrupted saves alone", lambda place: _interrupted(place).parent),
     Row("a directory of settings alone", lambda place: _described(place / "settings")),

@@ -13,6 +13,7 @@ from tools.command_table import codes_on_page, tried
 QUICK = (
     "a root, through a link", "a safetensors file", "a GGUF file", "a text file", "export cut short",
     "Hugging Face file with a broken header", "DCP's .metadata cut short", "an empty .safetensors file",
+    "a header that claims to be huge",
     "an interrupted save", "an empty directory", "nothing", "a FIFO", "a link in a circle", "a link to nothing",
 )  # fmt: skip
 

@@ -26,10 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # an encoding may lack what a name has
-    with warnings_told():
-        code = _done(arguments)
-    drop_output()  # what is left after an error, if it cannot be printed
-    return code
+    try:
+        with warnings_told():
+            return _done(arguments)
+    finally:
+        drop_output()  # what is left after an error, if it cannot be printed
 
 
 def _done(arguments: Sequence[str] | None) -> int:

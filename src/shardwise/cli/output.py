@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TextIO
@@ -65,7 +65,8 @@ def say(text: str = "", colour: str | None = None) -> None:
 def tell(text: str) -> None:
     """Print a line on standard error."""
     if sys.stderr is not None:
-        print(printable(text), file=sys.stderr)
+        with suppress(OSError):  # nobody can be told that nobody can be told; the exit code stays
+            print(printable(text), file=sys.stderr)
 
 
 def tell_error(error: Exception, about: str = "") -> None:
@@ -118,10 +119,12 @@ def flush() -> None:
 
 def drop_output() -> None:
     """What could not be printed goes nowhere, so that Python does not complain about it at exit."""
-    try:
-        flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clear_screen() -> None:

@@ -39,7 +39,7 @@ _PATH = frozenset(
 ALLOWED: dict[str, tuple[int, str]] = {
     "addons/files.py": (2, "the private directory of this machine that libraries write into"),
     "sources/hub_cache.py": (2, "huggingface_hub's cache lies on a disk of this machine"),
-    "cli/__init__.py": (1, "the null device, in place of a pipe that nobody reads any more"),
+    "cli/output.py": (1, "the null device, in place of a pipe that nobody reads any more"),
     "comm/lost_ranks.py": (1, "a process's state in /proc"),
     "lifecycle/ownership.py": (6, "locks of processes, which a remote storage has none of"),
     "settings.py": (1, "the user's configuration file"),

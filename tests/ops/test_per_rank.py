@@ -168,7 +168,7 @@ def test_a_missing_rank(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(IntegrityError, match="of the files of 3 ranks, 1 are absent: those of rank 1"):
         consolidate(copied, tmp_path / "export")
     assert not (tmp_path / "export").exists()
-    assert main(["inspect", str(copied)]) == 0
+    assert main(["inspect", str(copied)]) == 1
     assert "those of rank 1" in capsys.readouterr().out
 
 

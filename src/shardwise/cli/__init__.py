@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 from shardwise.cli.exits import CRASHED, INTERRUPTED, MISUSE, code_of
-from shardwise.cli.output import text_of
+from shardwise.cli.output import drop_output, flush, tell, tell_error, tell_traceback, warnings_told
 from shardwise.cli.parsing import make_parser
 from shardwise.errors import ShardwiseError, StorageError
 
@@ -26,43 +24,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands after the program's name; those of this process by default.
     """
-    options = make_parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding may lack what a name has
     try:
+        with warnings_told():
+            return _done(arguments)
+    finally:
+        drop_output()  # what is left after an error, if it cannot be printed
+
+
+def _done(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parsed(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
         code = command(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # a full disk or a closed pipe is to be seen here, and not at exit
+        flush()  # a full disk or a closed pipe is to be seen here, and not at exit
         return code
     except ShardwiseError as error:
-        _say(text_of(error))
+        tell_error(error)
         return code_of(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # whoever read it has left (`| head`)
-        return MISUSE
+        return MISUSE  # whoever read it has left (`| head`)
     except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_output()
-        _say(str(StorageError.from_os(error, path=error.filename or "standard output, or the working directory")))
+        tell(f"shardwise: {_system_error(error)}")
         return MISUSE
     except Exception:  # noqa: BLE001  any other exit code than Python's, which is that of damage
-        traceback.print_exc()
-        _say("this is an error of shardwise itself: please report it with the lines above")
+        tell_traceback()
+        tell("shardwise: this is an error of shardwise itself: please report it with the lines above")
         return CRASHED
 
 
-def _say(text: str) -> None:
-    print(f"shardwise: {text}", file=sys.stderr)
+def _system_error(error: OSError) -> str:
+    if error.filename is not None:
+        return str(StorageError.from_os(error, path=error.filename))
+    if isinstance(error, FileNotFoundError):
+        return f"the working directory is gone: {error.strerror}. Change to one that exists, or name whole paths."
+    return f"standard output cannot be written: {error.strerror or error}. Send it somewhere else."
 
 
-def _drop_output() -> None:
-    """What could not be printed goes nowhere, so that Python does not complain about it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return make_parser().parse_args(arguments)
+    except SystemExit:
+        flush()  # --help may meet a full disk, too
+        raise
 
 
 if __name__ == "__main__":

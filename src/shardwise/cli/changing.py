@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from shardwise.cli.exits import FINE, FOUND
-from shardwise.cli.output import Bar, print_json, record, size
+from shardwise.cli.output import Bar, print_json, record, say, size, tell
 from shardwise.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -37,11 +36,11 @@ def consolidate(options: argparse.Namespace) -> int:
     finally:
         bar.close()
     for note in report.notes:
-        print(f"note  {note}", file=sys.stderr)
+        tell(f"note  {note}")
     if options.json:
         print_json(record(report))
     elif not options.quiet:
-        print(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
+        say(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
     return FINE
 
 
@@ -69,12 +68,12 @@ def convert(options: argparse.Namespace) -> int:
     finally:
         bar.close()
     for note in report.notes:
-        print(f"note  {note}", file=sys.stderr)
+        tell(f"note  {note}")
     if options.json:
         print_json(record(report))
     elif not options.quiet:
         optimizer = " and the optimizer's state" if report.optimizer else ""
-        print(f"wrote {report.path}: {report.tensors} tensors{optimizer}, {size(report.nbytes)}")
+        say(f"wrote {report.path}: {report.tensors} tensors{optimizer}, {size(report.nbytes)}")
     return FINE
 
 
@@ -117,10 +116,10 @@ def prune(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         for name in report.names:
-            print(f"{'deleted' if report.deleted else 'would delete'}  {name}")
-        print(f"{len(report.kept)} kept in {report.root}")
+            say(f"{'deleted' if report.deleted else 'would delete'}  {name}")
+        say(f"{len(report.kept)} kept in {report.root}")
         if report.names and not report.deleted:
-            print("Nothing was changed; --yes deletes them.")
+            say("Nothing was changed; --yes deletes them.")
     return FINE
 
 
@@ -133,24 +132,24 @@ def repair(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         for name in report.leftovers:
-            print(f"{'removed' if report.done else 'would remove'}  {name}")
+            say(f"{'removed' if report.done else 'would remove'}  {name}")
         for each in report.pointers:
             old = "nothing" if each.old is None else each.old
-            print(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
+            say(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
     for sentence in () if options.json else report.left:
-        print(f"left     {sentence}")
+        say(f"left     {sentence}")
     found = report.leftovers or report.pointers
     if not options.json and not options.quiet:
         if not found and not report.left:
-            print(f"{report.root} is in order")
+            say(f"{report.root} is in order")
         elif found and not report.done:
-            print("Nothing was changed; --yes does it.")
+            say("Nothing was changed; --yes does it.")
     return FOUND if report.left or (found and not report.done) else FINE
 
 
 def push(options: argparse.Namespace) -> int:
     """``shardwise push``."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     from shardwise.ops import push as work
 
@@ -169,12 +168,20 @@ def push(options: argparse.Namespace) -> int:
         raise MisuseError(
             f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."
         ) from error
+    except Exception as error:
+        # No network, no answer: an error of whichever HTTP client the Hub's library has, the first base of its own.
+        if not isinstance(error, (OfflineModeIsEnabled, HfHubHTTPError.__bases__[0])):
+            raise
+        raise MisuseError(
+            f"the Hub cannot be reached: {error}",
+            hint="Check the network, and push again: nothing is shown until then.",
+        ) from error
     finally:
         bar.close()
     if options.json:
         print_json(record(report))
     elif not options.quiet:
-        print(
+        say(
             f"uploaded {len(report.files)} files, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"
         )
     return FINE

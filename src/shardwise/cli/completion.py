@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from shardwise.cli.exits import FINE
+from shardwise.cli.output import say
 
 if TYPE_CHECKING:
     import argparse
@@ -69,7 +70,8 @@ def completion(options: argparse.Namespace) -> int:
 
     program, *commands = described()
     made = {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell]
-    print("\n".join(made(program, commands)))
+    for line in made(program, commands):
+        say(line)
     return FINE
 
 

@@ -1,15 +1,24 @@
-"""What commands print with: sizes, ages, columns, colour, JSON, a progress bar."""
+"""What commands print with: lines in which no name can steer a terminal, sizes, ages, columns, JSON, a progress bar.
+
+Nothing else in `shardwise.cli` prints. Names of tensors and files, values of configurations and messages of other
+libraries come from whoever wrote the files.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from shardwise.errors import ShardwiseError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,9 +46,95 @@ def plain(value: object) -> object:
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def text_of(error: Exception) -> str:
-    """What is printed of an error: its message, and where the documentation has more."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+def printable(text: str) -> str:
+    r"""A text on one line, which says what it says: ``\x1b``, ``\n``, ``\u202e`` in the place of these characters.
+
+    What is spelled out is what Python holds unprintable: control characters (among them those that begin a terminal's
+    commands), line and paragraph separators, marks of direction, spaces that look like others, bytes that are no text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def say(text: str = "", colour: str | None = None) -> None:
+    """Print a line on standard output, in a colour where that is a terminal and ``NO_COLOR`` is not set."""
+    print(_coloured(printable(text), colour))
+
+
+def tell(text: str) -> None:
+    """Print a line on standard error."""
+    if sys.stderr is not None:
+        with suppress(OSError):  # nobody can be told that nobody can be told; the exit code stays
+            print(printable(text), file=sys.stderr)
+
+
+def tell_error(error: Exception, about: str = "") -> None:
+    """Print an error on standard error: its message, and where the documentation has more.
+
+    Args:
+        error: The error.
+        about: What stands before it, such as the path of several that it is about.
+    """
+    if isinstance(error, ShardwiseError):
+        error.rank = None  # commands are one process: "rank 0" would say nothing
+    tell(f"shardwise: {about}{error}")
+    for note in getattr(error, "__notes__", ()):
+        tell(note)
+
+
+def tell_traceback() -> None:
+    """Print the error that is being handled, for a report."""
+    for line in traceback.format_exc().rstrip("\n").split("\n"):
+        tell(line)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """What this and other libraries warn of inside is told as errors are, and not as Python would print it."""
+    handler = _Telling(logging.WARNING)
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        logging.captureWarnings(False)
+
+
+class _Telling(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(f"shardwise: {record.levelname.lower()}: {record.getMessage().rstrip()}")
+
+
+def flush() -> None:
+    """Have everything written that was printed.
+
+    Raises:
+        OSError: It cannot be: the disk is full, or whoever read it has left.
+    """
+    if sys.stdout is not None:  # it is where a process was started without one
+        sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """What could not be printed goes nowhere, so that Python does not complain about it at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def clear_screen() -> None:
+    """Begin at the top again, where standard output is a terminal."""
+    if _is_terminal(sys.stdout):
+        print("\033[2J\033[H", end="")
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def print_json(value: object) -> None:
@@ -68,9 +163,10 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
     """Lines with the cells of each column below each other.
 
     Args:
-        rows: Cells; all rows have the same number.
+        rows: Cells, which are made `printable` before they are measured; all rows have the same number.
         right: Numbers of the columns that are aligned at the right.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -81,10 +177,9 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
     ]
 
 
-def coloured(text: str, colour: str) -> str:
-    """The text in a colour, where standard output is a terminal and ``NO_COLOR`` is not set."""
-    shows = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"\033[{_COLOURS[colour]}m{text}\033[0m" if shows else text
+def _coloured(text: str, colour: str | None) -> str:
+    shows = colour and _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\033[{_COLOURS[colour]}m{text}\033[0m" if colour and shows else text
 
 
 class Bar:
@@ -97,7 +192,7 @@ class Bar:
     def __init__(self, quiet: bool = False) -> None:
         self.progress: Progress | None = None
         self._close: Callable[[], None] | None = None
-        if quiet or not sys.stderr.isatty():
+        if quiet or not _is_terminal(sys.stderr):
             return
         from tqdm import tqdm
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 from shardwise._version import __version__
 from shardwise.cli import changing, showing
 from shardwise.cli.completion import SHELLS, Command, Kind, Option, completion
+from shardwise.cli.output import printable, say
 
 _WORD = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)")
 
@@ -46,12 +47,17 @@ class _Parser(argparse.ArgumentParser):
             self.arguments.append(added)
         return added
 
+    def print_help(self, file: object = None) -> None:
+        """Print the help; argparse itself would pass over a full disk."""
+        for line in self.format_help().splitlines():
+            say(line)
+
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and leave with exit code 2."""
         found = _WORD.search(message)
         word = "" if found is None else (found[1] or found[2] or "").split("=")[0]
         near = difflib.get_close_matches(word, sorted(self.words), n=1) if word else []
-        super().error(f"{message}. Did you mean {near[0]}?" if near else message)
+        super().error(printable(f"{message}. Did you mean {near[0]}?" if near else message))
 
 
 def make_parser() -> _Parser:

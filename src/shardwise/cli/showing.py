@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.cli.exits import FINE, FOUND, UNVERIFIABLE, code_of, gravest
-from shardwise.cli.output import Bar, age, coloured, columns, print_json, record, size, text_of
+from shardwise.cli.output import Bar, age, clear_screen, columns, flush, print_json, record, say, size, tell_error
 from shardwise.errors import MisuseError, ShardwiseError
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from shardwise.ops.verify import VerifyReport
 
 _STATE_COLOURS = {
-    "published": "green",
     "damaged": "red",
     "being written": "yellow",
     "claimed": "yellow",
@@ -46,7 +44,7 @@ def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object
         except ShardwiseError as error:
             if len(paths) == 1:
                 raise
-            print(f"shardwise: {path}: {text_of(error)}", file=sys.stderr)
+            tell_error(error, f"{path}: ")
             code, result = code_of(error), {"requested": str(path), "error": error.to_record()}
         codes.append(code)
         results.append(result)
@@ -62,10 +60,9 @@ def ls(options: argparse.Namespace) -> int:
     if options.json or not options.watch > 0:
         raise MisuseError("--watch takes a number of seconds above 0, and no --json", hint="Leave one of them out.")
     while True:
-        if sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
+        clear_screen()
         _each(options.root, False, lambda root: _list(root, options, len(options.root) > 1))
-        sys.stdout.flush()
+        flush()
         time.sleep(options.watch)
 
 
@@ -77,16 +74,16 @@ def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, o
     if options.json:
         return code, [record(each) for each in found]
     if titled:
-        print(f"{root}:")
+        say(f"{root}:")
     shown = [each for each in found if not options.quiet or each.state == "damaged"]
-    for line in _listed(shown):
-        print(line)
+    for line, colour in _listed(shown):
+        say(line, colour)
     if not found and not options.quiet:
-        print(f"{root} holds no checkpoints")
+        say(f"{root} holds no checkpoints")
     return code, None
 
 
-def _listed(found: list[ListedCheckpoint]) -> list[str]:
+def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:
     if not found:
         return []
     now = time.time()
@@ -99,14 +96,14 @@ def _listed(found: list[ListedCheckpoint]) -> list[str]:
             (str(each.step), str(each.epoch), old, size(each.nbytes), state, " ".join(each.pointers) or "-", metrics)
         )
     lines = columns(rows, frozenset({0, 1, 2, 3}))
-    shown = lines[:1]
+    shown: list[tuple[str, str | None]] = [(lines[0], None)]
     for line, each in zip(lines[1:], found, strict=True):
-        shown.append(coloured(line, _STATE_COLOURS[each.state]) if each.state != "published" else line)
-        shown += [f"      {problem}" for problem in each.problems]
+        shown.append((line, _STATE_COLOURS.get(each.state)))
+        shown += [(f"      {problem}", None) for problem in each.problems]
         if each.writer is not None:
             where = f"process {each.writer.pid} on {each.writer.host}"
             gone = "" if each.writer.alive is not False else ", which has ended"
-            shown.append(f"      {where}{gone}")
+            shown.append((f"      {where}{gone}", None))
     return shown
 
 
@@ -130,30 +127,28 @@ def verify(options: argparse.Namespace) -> int:
 
 def _print_report(report: VerifyReport, quiet: bool) -> None:
     for damage in report.damages:
-        print(f"{coloured('DAMAGED', 'red')}  {damage.describe()}")
+        say(f"DAMAGED  {damage.describe()}", "red")
     if quiet:
         return
     for name in report.extra:
-        print(f"extra    {name}")
+        say(f"extra    {name}")
     for name in report.undigested:
-        print(f"no digest  {name}")
+        say(f"no digest  {name}")
     for what in report.checked:
-        print(f"checked  {what}")
+        say(f"checked  {what}")
     for what in report.unchecked:
-        print(f"unchecked  {what}")
+        say(f"unchecked  {what}")
     counted = f"{report.files} files, {report.tensors} tensors"
     if report.status == "damaged":
         files = len({damage.file for damage in report.damages})
-        print(f"{report.path} is damaged: {files} of {counted}")
+        say(f"{report.path} is damaged: {files} of {counted}")
     elif report.status == "unverifiable":
-        print(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in its {counted}")
+        say(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in its {counted}")
     elif report.level == "sizes":
-        print(f"{report.path} is complete: {counted}; sizes compared, digests not")
+        say(f"{report.path} is complete: {counted}; sizes compared, digests not")
     else:
         rate = report.bytes_read / max(report.seconds, 1e-9)
-        print(
-            f"{report.path} is whole: {counted}, {size(report.bytes_read)} in {report.seconds:.2f} s ({size(rate)}/s)"
-        )
+        say(f"{report.path} is whole: {counted}, {size(report.bytes_read)} in {report.seconds:.2f} s ({size(rate)}/s)")
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -170,7 +165,9 @@ def inspect(options: argparse.Namespace) -> int:
         found = work.inspect(path)
         if not options.json and not options.quiet:
             _print_description(found, options.tensors)
-        return FINE, record(found) | {"nbytes": found.nbytes}
+        elif not options.json:
+            _print_unread(found, only_damaged=True)
+        return FOUND if found.damaged else FINE, record(found) | {"nbytes": found.nbytes}
 
     return _each(options.path, options.json, one)
 
@@ -195,12 +192,14 @@ def _page(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         against = "" if report.against is None else f", against {report.against}"
-        print(f"wrote {report.html}: {report.path} with {report.tensors} tensors{against}")
-    return FINE
+        say(f"wrote {report.html}: {report.path} with {report.tensors} tensors{against}")
+    for name in () if options.json else report.damaged:
+        say(f"DAMAGED  {name}", "red")
+    return FOUND if report.damaged else FINE
 
 
 def _print_description(found: CheckpointDescription, tensors: bool) -> None:
-    print(found.path)
+    say(str(found.path))
     saved_by = [] if found.version is None else [f"shardwise {found.version}"]
     ranks = None if found.world_size is None else str(found.world_size)
     if ranks is None and found.writers:
@@ -216,29 +215,35 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
     }
     for name, value in facts.items():
         if value is not None:
-            print(f"  {name:<9} {value}")
+            say(f"  {name:<9} {value}")
     wide = max((len(component) for component in found.components), default=0)
     for component in found.components:
         own = [tensor for tensor in found.tensors if tensor.component == component]
         kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(found.dtypes(component).items()))
         pieces = sum(len(tensor.pieces) > 1 for tensor in own)
         apart = f", {pieces} of them in pieces" if pieces else ""
-        print(
+        say(
             f"  {component:<{max(9, wide)}} {len(own)} tensors, {size(sum(t.spec.nbytes for t in own))}: {kinds}{apart}"
         )
         for line in _modules(found, component):
-            print(f"    {line}")
-    print(f"  {len(found.files)} files, {size(found.nbytes)}")
+            say(f"    {line}")
+    say(f"  {len(found.files)} files, {size(found.nbytes)}")
     rows = [
         (f.path, f"{f.size:,}", f.format or "unknown", f"{f.tensors} tensors" if f.tensors else "") for f in found.files
     ]
     for line in columns(rows, frozenset({1})) if rows else ():
-        print(f"    {line}")
-    for path, why in found.unread:
-        print(f"    not read: {path}: {why}")
+        say(f"    {line}")
+    _print_unread(found, only_damaged=False)
     for tensor in found.tensors if tensors else ():
         spec = tensor.spec
-        print(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
+        say(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
+
+
+def _print_unread(found: CheckpointDescription, *, only_damaged: bool) -> None:
+    for path, why in found.unread:
+        damaged = path in found.damaged
+        if damaged or not only_damaged:
+            say(f"    {'DAMAGED' if damaged else 'not read'}: {path}: {why}", "red" if damaged else None)
 
 
 def _modules(found: CheckpointDescription, component: str) -> list[str]:
@@ -270,7 +275,7 @@ def diff(options: argparse.Namespace) -> int:
 def _print_diff(report: DiffReport, quiet: bool) -> None:
     for sign, colour, names in (("-", "red", report.only_a), ("+", "green", report.only_b)):
         for component, name in names:
-            print(coloured(f"{sign} {component}  {name}", colour))
+            say(f"{sign} {component}  {name}", colour)
     rows = []
     for each in report.tensors:
         kinds = [f"{spec.dtype} {list(spec.shape)}" for spec in (each.a, each.b)]
@@ -280,20 +285,20 @@ def _print_diff(report: DiffReport, quiet: bool) -> None:
             numbers = f"relative {each.relative:.3g}, largest {each.largest:.3g}, {each.elements:,} elements"
         rows.append(("~", each.component, each.a.name, kind, numbers))
     for line in columns(rows) if rows else ():
-        print(line)
+        say(line)
     for config in report.configs:
         where = f"{config.file}: {config.key}" if config.key else config.file
-        print(f"~ {where}: {config.a!r} -> {config.b!r}")
+        say(f"~ {where}: {config.a!r} -> {config.b!r}")
     for component, name in report.uncompared:
-        print(f"? {component}  {name}  no digests in common: not compared")
+        say(f"? {component}  {name}  no digests in common: not compared")
     if quiet:
         return
     for note in report.notes:
-        print(f"note  {note}")
+        say(f"note  {note}")
     apart = len(report.only_a) + len(report.only_b)
     relative = [each.relative for each in report.tensors if each.relative is not None]
     most = f", relative difference at most {max(relative):.3g}" if relative else ""
-    print(
+    say(
         f"{report.same} tensors equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
         f"{apart} in one alone, {len(report.configs)} differences of configuration"
     )

@@ -21,6 +21,7 @@ from shardwise.errors import (
 from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
+from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.strict_json import JsonValue
 from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
@@ -149,7 +150,7 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
         directory = directory / "model"
     file = directory if is_file(directory) else None
     if file is not None and (TORCH.stem_of(file.name) is None or is_there(target.directory / MANIFEST_NAME)):
-        raise MisuseError("not a directory", path=directory, hint="Name a checkpoint's model directory.")
+        raise _no_model(file)
     if hints.config is not None and not is_file(hints.config / CONFIG_NAME):
         raise MisuseError(
             f"the directory has no {CONFIG_NAME}", path=hints.config, hint="Name the directory of the base model."
@@ -169,6 +170,16 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
     if not manifests:
         found.notes.append(_NO_MANIFEST)
     return _read(found, [manifest for _, manifest in manifests], hints)
+
+
+def _no_model(file: Path) -> MisuseError:
+    what = what_is_file(file)
+    part = what is None or what.kind in (Kind.SAFETENSORS, Kind.TORCH)
+    return MisuseError(
+        f"this is {'a file' if what is None else what.name}, and no directory of a model or checkpoint",
+        path=file,
+        hint="Name the directory that it is in." if what is None or part else what.hint,
+    )
 
 
 def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) -> ModelInput:

@@ -9,17 +9,20 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from shardwise.comm import Group
 from shardwise.disk.guarded import read_whole
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.storage import Storage, current, using
-from shardwise.errors import FormatError, MisuseError
+from shardwise.errors import CheckpointNotFoundError, FormatError, HeaderError, MisuseError
 from shardwise.format.json_file import MAX_JSON_BYTES, parse_json
 from shardwise.format.manifest import TensorRecord
+from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
 from shardwise.ops.parts import Parts, find_parts
+from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.ops.verify import Progress
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
@@ -135,7 +138,7 @@ def diff(
         IncompleteCheckpointError: One is an interrupted save.
         FormatError: A manifest, header or configuration is damaged.
         IntegrityError: A file ends before its header says so.
-        MisuseError: They have no component in common.
+        MisuseError: They have no component in common, or one is of a form that is not compared.
         StorageError: The file system refused.
     """
     with using(storage or current()):
@@ -172,6 +175,28 @@ def _components(first: Parts, second: Parts) -> tuple[list[tuple[str, Path, Path
     return shared, [name for name in dict.fromkeys((*a, *b)) if name not in a or name not in b]
 
 
+def _opened(place: Path) -> Source:
+    try:
+        return open_source(place, Group(None))
+    except (CheckpointNotFoundError, HeaderError):
+        hint = "`shardwise convert` makes files of it that can be compared (--to hf)."
+        suffixes = {PurePosixPath(name).suffix for name in names_in(place)} if is_directory(place) else set()
+        if ".distcp" in suffixes:
+            raise CheckpointNotFoundError(
+                "the .metadata of this DCP directory is absent, and without it its files cannot be read",
+                path=place,
+                hint="Copy it from where the checkpoint was saved; DCP writes it last.",
+            ) from None
+        if suffixes & set(TORCH_SUFFIXES):
+            raise MisuseError("files of torch.save are not compared", path=place, hint=hint) from None
+        what = what_is_file(place) if is_file(place) and place.suffix != ".safetensors" else None
+        if what is None or what.kind is Kind.SAFETENSORS:
+            raise
+        torch = what.kind is Kind.TORCH
+        hint = hint if torch else "Name a model's directory, a safetensors file, a DCP directory or a checkpoint."
+        raise MisuseError(f"this is {what.name}, which is not compared", path=place, hint=hint) from None
+
+
 class _Comparison:
     """The tensors of both, and what is found of them."""
 
@@ -185,8 +210,8 @@ class _Comparison:
 
     def open(self, component: str, mine: Path | None, theirs: Path | None) -> None:
         """Look at the tensors of a component."""
-        a = None if mine is None else open_source(mine, Group(None))
-        b = None if theirs is None else open_source(theirs, Group(None))
+        a = None if mine is None else _opened(mine)
+        b = None if theirs is None else _opened(theirs)
         self.has_dcp |= any(each is not None and each.dcp for each in (a, b))
         names_a, names_b = ({} if each is None else each.tensors for each in (a, b))
         self._only[0].extend((component, name) for name in names_a if name not in names_b)

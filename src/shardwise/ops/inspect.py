@@ -20,7 +20,7 @@ from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.modules import ModuleDescription, describe_modules
 from shardwise.ops.origin import tools_named, writer_of
-from shardwise.ops.targets import Target, find_targets
+from shardwise.ops.targets import Target, find_targets, is_unfinished
 from shardwise.ops.tensor_listing import DCP_SUFFIX, Piece, format_name, read_contents
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]
@@ -85,6 +85,7 @@ class CheckpointDescription:
         tensors: Every tensor. Of a directory without a manifest the component is the folder that the files are in,
             since each model of a pipeline has one of its own; ``model`` at the top.
         unread: Files whose tensors could not be listed, and why.
+        damaged: Those of ``unread`` that are not what their format promises; `verify` says what else is.
         tools: Other tools that wrote it, as far as it is in a layout of their own, and libraries that wrote a part of
             it, as configurations say: ``transformers 5.18.0 (config.json)``.
     """
@@ -100,6 +101,7 @@ class CheckpointDescription:
     tensors: tuple[TensorDescription, ...] = ()
     unread: tuple[tuple[str, str], ...] = ()
     tools: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +145,8 @@ def inspect(path: str | os.PathLike[str], *, storage: Storage | None = None) -> 
 
     Raises:
         CheckpointNotFoundError: There is nothing there.
-        FormatError: The manifest or, without one, a header is damaged; `verify` says what else is.
+        FormatError: The manifest is damaged, or the one file that ``path`` names. Of a directory such a file is in
+            ``damaged``.
     """
     with using(storage or current()):
         return _inspect(path)
@@ -171,6 +174,7 @@ def _inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
         tuple(_below(tensor, name) for name, part in zip(names, parts, strict=True) for tensor in part.tensors),
         tuple((f"{name}/{file}", why) for name, part in zip(names, parts, strict=True) for file, why in part.unread),
         tuple(dict.fromkeys(tool for part in parts for tool in part.tools)),
+        tuple(f"{name}/{file}" for name, part in zip(names, parts, strict=True) for file in part.damaged),
     )
 
 
@@ -205,7 +209,7 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
             tensors.append(TensorDescription(component, spec, places, pieces, crc))
             counts.update(places)
     # A manifest has the bytes of DCP's files; their tensors are in DCP's own metadata.
-    described = read_contents(root, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], root.name)
+    described = read_contents(root, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], root.name, whole=True)
     for (component, name), (spec, held) in described.tensors.items():
         found = tuple(described.pieces.get((component, name), ()))
         tensors.append(TensorDescription(component, spec, tuple(held), found))
@@ -236,6 +240,7 @@ def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
         tuple(tensors),
         tuple(described.unread.items()),
         tuple(tools_named(root, own)),
+        tuple(described.damaged),
     )
 
 
@@ -257,7 +262,11 @@ def _from_headers(target: Target) -> CheckpointDescription:
     listed = _listed(target.directory, top)
     found = read_contents(target.directory, listed, target.directory.name, whole=not is_file(top))
     if not found.files:
-        raise CheckpointNotFoundError("the directory holds no file", path=top, hint="Name a checkpoint's directory.")
+        raise CheckpointNotFoundError(
+            "the directory holds no file, or those of interrupted saves alone",
+            path=top,
+            hint="Name a checkpoint's directory.",
+        )
     epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
     return CheckpointDescription(
         top,
@@ -284,13 +293,15 @@ def _from_headers(target: Target) -> CheckpointDescription:
         ),
         tuple(found.unread.items()),
         (*found.tools, *tools_named(target.directory, found.files)),
+        tuple(found.damaged),
     )
 
 
 def _listed(root: Path, top: Path) -> list[str]:
-    """Every file and link to a file, such as those of a hub cache's snapshots."""
+    """Every file and link to a file, such as those of a hub cache's snapshots; none of an interrupted save."""
     if is_file(top):
         return [top.relative_to(root).as_posix()]
     # Of a hub cache the snapshots' links are listed, and not their targets.
     files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
-    return [path.relative_to(root).as_posix() for path in files]
+    listed = [path.relative_to(root).as_posix() for path in files]
+    return [each for each in listed if not is_unfinished(each)]

@@ -70,12 +70,21 @@ def real_root(given: Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
+        MisuseError: It is a checkpoint itself.
+        StorageError: Links lead in a circle.
     """
-    if not exists(given):
+    place = real_path(given)
+    if not exists(place):
         raise CheckpointNotFoundError(
             "there is nothing at this path", path=given, hint="Check the path and that the file system is mounted."
         )
-    return real_path(given)
+    if is_there(place / MANIFEST_NAME):
+        raise MisuseError(
+            "this is a checkpoint and no directory of checkpoints",
+            path=place,
+            hint=f"`shardwise inspect` shows it; `shardwise ls {place.parent}` lists those beside it.",
+        )
+    return place
 
 
 def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = None) -> tuple[ListedCheckpoint, ...]:
@@ -96,12 +105,6 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):
         place = real_root(given)
-        if is_there(place / MANIFEST_NAME):
-            raise MisuseError(
-                "this is a checkpoint and no directory of checkpoints",
-                path=place,
-                hint=f"`shardwise inspect` shows it; `shardwise ls {place.parent}` lists those beside it.",
-            )
         leading = pointers(place)
         begun = publication_begun(place)
         if begun is not None:

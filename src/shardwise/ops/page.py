@@ -49,6 +49,7 @@ class PageReport:
         path: The checkpoint that it shows.
         against: The one that it is compared with.
         tensors: Number of tensors on it.
+        damaged: Files that are not what their format promises: their tensors are not on it, the reason is.
     """
 
     html: Path
@@ -56,6 +57,7 @@ class PageReport:
     path: Path
     against: Path | None
     tensors: int
+    damaged: tuple[str, ...] = ()
 
 
 def write_page(
@@ -92,7 +94,8 @@ def write_page(
             change = diff(against, path, values=values, progress=progress)
         content = _page(found.path.name or str(found.path), page_data(found, change))
         _write(target, content)
-        return PageReport(target, len(content), found.path, None if change is None else change.a, len(found.tensors))
+        compared = None if change is None else change.a
+        return PageReport(target, len(content), found.path, compared, len(found.tensors), found.damaged)
 
 
 def _check_target(target: Path) -> None:

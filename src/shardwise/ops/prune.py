@@ -60,6 +60,7 @@ def prune_checkpoints(
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
+        MisuseError: It is a checkpoint itself.
         ConfigError: There is no policy: none is given, and the newest checkpoint was saved without one.
         CheckpointBusyError: Another process has been publishing in the root for minutes.
         StorageError: The file system refused.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from shardwise.disk.names import file_size, files_under, is_directory, is_file
 from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.ops.targets import find_targets
+from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.ops.verify import Progress, verify
 from shardwise.sources.directory_contents import holds_model
 
@@ -133,7 +134,7 @@ def _model_of(path: str | os.PathLike[str]) -> Path:
     for candidate in (place / "model" / "consolidated", place / "consolidated", place / "model", place):
         final = is_file(candidate / _ADAPTER) or (candidate.name != "model" and holds_model(candidate))
         own = candidate != place or not is_directory(place / "model")
-        if final and own and not is_file(candidate / ".metadata") and not _sharded(candidate):
+        if final and own and not is_file(candidate / ".metadata") and not _in_pieces(candidate):
             return candidate
     raise MisuseError(
         "there is no model here in the form that others open",
@@ -142,8 +143,16 @@ def _model_of(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _sharded(directory: Path) -> bool:
-    return any(place.name.startswith("shard-") for place in files_under(directory))
+def _in_pieces(directory: Path) -> bool:
+    """Whether its files are each rank's, which others open as a whole model only when they are put together."""
+    names = [place.name for place in files_under(directory)]
+    if any(name.startswith("shard-") for name in names):
+        return True
+    if not any(PurePosixPath(name).suffix in TORCH_SUFFIXES for name in names):
+        return False
+    from shardwise.sources.others.recognise import recognise  # imports torch
+
+    return recognise(directory) is not None
 
 
 def _belongs(relative: Path) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from shardwise.disk.names import is_directory, is_link, is_there, names_in, real_path
+from shardwise.disk.names import is_link, is_there, names_in, real_path, status
 from shardwise.disk.storage import storage_errors
-from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError
+from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError, MisuseError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
 from shardwise.lifecycle.names import is_doomed, is_temporary
@@ -48,6 +48,7 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
     Raises:
         CheckpointNotFoundError: Nothing is there, or a root in which nothing was published.
         IncompleteCheckpointError: An interrupted save.
+        MisuseError: It is neither a directory nor a file.
         StorageError: The file system refused.
     """
     given = Path(path).absolute()
@@ -58,7 +59,16 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
             return find_targets(found.path)
         real = real_path(given)
         _refuse_unfinished(real)
-        if not is_directory(real):
+        there = status(real)
+        if there is None:
+            raise CheckpointNotFoundError("the link leads to nothing", path=given, hint=f"It leads to {real}.")
+        if there.kind not in ("file", "directory"):
+            raise MisuseError(
+                f"this is a {there.kind}, and neither a directory nor a file",
+                path=real,
+                hint="Name a checkpoint or a model.",
+            )
+        if there.kind == "file":
             # A hub cache's snapshot consists of links to files whose names say nothing.
             named = given if is_link(given) and _above(real) is None else real
             return (_above(real) or Target(real_path(named.parent), named.name),)
@@ -78,6 +88,11 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
         names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)
         found += [Target(target.directory, target.under, names), *own]
     return tuple(found)
+
+
+def is_unfinished(relative: str) -> bool:
+    """Whether a file belongs to a directory that is being written or deleted, and is not read."""
+    return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
 
 
 def _refuse_unfinished(real: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from shardwise.disk.names import file_size
-from shardwise.errors import FormatError, ShardwiseError
+from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, TensorError, UnsafePickleError
 from shardwise.format.header import read_header
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.geometry import TensorSpec
-from shardwise.ops.torch_archives import TORCH_SUFFIXES
+from shardwise.ops.torch_archives import TORCH_SUFFIXES, check_torch_file
 from shardwise.sources.directory_contents import kept_beside_models
 
 #: Suffix of the name of DCP's metadata file.
@@ -54,6 +54,7 @@ class Described:
         tensors: (component, name) -> the tensor's spec, and the files that hold it.
         pieces: (component, name) -> where the tensor lies, as far as that is known.
         unread: Path -> why its tensors could not be listed.
+        damaged: Those of ``unread`` that are not what their format promises, in order.
         tools: Who wrote the files, where that is known and it was another tool.
         world_size: The number of ranks that wrote them, where that tool's files say so.
     """
@@ -65,8 +66,16 @@ class Described:
     tensors: dict[tuple[str, str], tuple[TensorSpec, list[str]]] = field(default_factory=dict)
     pieces: dict[tuple[str, str], list[Piece]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, None] = field(default_factory=dict)
     tools: dict[str, None] = field(default_factory=dict)
     world_size: int | None = None
+
+    def leave_out(self, path: str, error: ShardwiseError, *, damaged: bool) -> None:
+        """Note why the tensors of a file or directory cannot be listed: that is no reason for `inspect` to fail."""
+        error.rank = None  # it is this one process
+        self.unread[path] = str(error)
+        if damaged:
+            self.damaged[path] = None
 
     def add(self, component: str, spec: TensorSpec, files: Sequence[str], pieces: Sequence[Piece] = ()) -> None:
         """Add a tensor, or another piece of one."""
@@ -87,10 +96,11 @@ def read_contents(root: Path, listed: Sequence[str], top: str, *, whole: bool = 
         root: The directory.
         listed: The files, relative to it (POSIX).
         top: The directory's own name: that of a component by itself says what its tensors are.
-        whole: Whether these are all files of a directory, among which those of other tools are looked for.
+        whole: Whether these are all files of a directory: those of other tools are looked for, and one that is
+            damaged does not keep the others from being described.
 
     Raises:
-        FormatError: A safetensors header or DCP's metadata is damaged.
+        FormatError: A safetensors header or DCP's metadata is damaged, and it is not ``whole``.
     """
     found = Described()
     own = top if top == "optim" else _TOP
@@ -107,7 +117,12 @@ def read_contents(root: Path, listed: Sequence[str], top: str, *, whole: bool = 
         if relative in laid_out:
             continue
         component = path.parent.as_posix() if len(path.parts) > 1 else own
-        _add_file(root, relative, component, what, found)
+        try:
+            _add_file(root, relative, component, what, found)
+        except (FormatError, TensorError) as error:
+            if not whole:
+                raise
+            found.leave_out(relative, error, damaged=True)
     return found
 
 
@@ -133,8 +148,8 @@ def _add_layout(root: Path, directory: str, component: str, found: Described) ->
             return set()
         opened = layout.open()
     except ShardwiseError as error:
-        # As of other torch files: what they contain is no reason for `inspect` to fail.
-        found.unread[directory] = str(error)
+        wrong = isinstance(error, (CheckpointNotFoundError, FormatError, TensorError))  # as `verify` judges
+        found.leave_out(directory, error, damaged=wrong and not isinstance(error, UnsafePickleError))
         return set()
     found.world_size = opened.world_size
     names = [file.relative_to(root).as_posix() for file in opened.source.files]
@@ -166,6 +181,7 @@ def _add_file(root: Path, relative: str, component: str, what: Recognised | None
             found.unread[relative] = str(error)  # only its first bytes say that it is such a file
     elif path.suffix == ".distcp":
         found.unread[relative] = "one file of a DCP directory, whose .metadata is absent"
+        found.damaged[relative] = None
     elif kept_beside_models(path.name):
         found.unread[relative] = "what a training loop keeps beside a model; its tensors are not listed"
     elif kind is Kind.TORCH or _TORCH_WEIGHTS.fullmatch(path.name):
@@ -209,8 +225,8 @@ def _add_torch(root: Path, relative: str, component: str, found: Described) -> N
     try:
         opened = open_bin(root / relative, Group(None))
     except ShardwiseError as error:
-        # Other tools' files are shown as far as possible: what they contain is no reason for `inspect` to fail.
-        found.unread[relative] = str(error)
+        # As `verify` judges: one that is whole may hold something else than a state dict.
+        found.leave_out(relative, error, damaged=check_torch_file(root / relative).damage is not None)
         return
     for tensor in opened.source.tensors.values():
         pieces = [Piece(relative, chunk.offset, tensor.spec.nbytes) for chunk in tensor.chunks]

@@ -23,10 +23,9 @@ from shardwise.engine.verify import (
 )
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
-from shardwise.lifecycle.names import is_doomed, is_temporary
 from shardwise.ops.collector import few_collections
 from shardwise.ops.contents import check_contents
-from shardwise.ops.targets import Target, find_targets, with_nested
+from shardwise.ops.targets import Target, find_targets, is_unfinished, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
 
@@ -185,7 +184,7 @@ class _Job:
         for relative, problem in iter([(target.under, None)]) if single else _walk(target.directory, target.under):
             if problem is not None:
                 damages.append(problem)
-            elif relative != MANIFEST_NAME and not _is_unfinished(relative):
+            elif relative != MANIFEST_NAME and not is_unfinished(relative):
                 listed.append(relative)
         if not listed and not damages and not target.has_manifest:
             raise CheckpointNotFoundError(
@@ -239,17 +238,12 @@ def _walk(root: Path, under: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[
 def _is_read(relative: str) -> bool:
     """Whether a load takes in a file of this name though no manifest lists it: tensor files are found by listing."""
     path = PurePosixPath(relative)
-    if _is_unfinished(relative):
+    if is_unfinished(relative):
         return False
     top = path.parts[0] if len(path.parts) > 1 else ""
     if path.name.endswith((".safetensors", _INDEX_SUFFIX, ".distcp")) or path.name == ".metadata":
         return top in ("model", "model_ema", "optim", "rng", "extra", "consolidated", "")
     return top in _STATE_DIRS and path.suffix == ".json"
-
-
-def _is_unfinished(relative: str) -> bool:
-    """Whether a file belongs to a directory that is being written or deleted, and is not read."""
-    return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
 
 
 def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:

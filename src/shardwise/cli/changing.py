@@ -94,12 +94,12 @@ def merge_adapter(options: argparse.Namespace) -> int:
     finally:
         bar.close()
     for note in report.notes:
-        print(f"note  {note}", file=sys.stderr)
+        tell(f"note  {note}")
     if options.json:
         print_json(record(report))
     elif not options.quiet:
         merged = f"{report.tensors} tensors, {len(report.merged)} of them merged"
-        print(f"wrote {report.path}: {merged}, {size(report.nbytes)}")
+        say(f"wrote {report.path}: {merged}, {size(report.nbytes)}")
     return FINE
 
 

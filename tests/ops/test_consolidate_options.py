@@ -147,3 +147,15 @@ def test_archives_that_have_to_be_loaded(tensor: torch.Tensor, dtype: str) -> No
 
 def test_an_archive_that_is_cut_short() -> None:
     assert place(PackedItems(), archive(torch.randn(4, 6))[:-200], (4, 6), "F32") is None
+
+
+def test_an_archive_of_the_other_byte_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is loaded, which turns its elements; doing that without memory would end the process."""
+
+    class Other:
+        byteorder = "big"
+
+    with monkeypatch.context() as changed:
+        changed.setattr("torch.serialization.sys", Other)
+        raw = archive(torch.randn(4, 6))
+    assert place(PackedItems(), raw, (4, 6), "F32") is None

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import threading
+import zipfile
 from collections.abc import Callable
+from typing import IO
 
 import torch
 
 from shardwise.dtypes import torch_dtype
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
+
+_LONGEST_NOTE = 16
 
 #: Fills memory with the bytes of an archive from an offset on.
 Fill = Callable[[memoryview, int], None]
@@ -59,7 +64,10 @@ class PackedItems:
 
 def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
     try:
-        with without_memory(), io.BufferedReader(_Archive(fill, nbytes)) as archive:
+        with io.BufferedReader(_Archive(fill, nbytes)) as archive, without_memory():
+            if not in_this_byte_order(archive):
+                return None
+            archive.seek(0)
             found: object = torch.load(archive, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - loading it says what is wrong
         return None
@@ -70,6 +78,18 @@ def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -
     alone = found.storage_offset() == 0 and found.untyped_storage().nbytes() == own and found.is_contiguous()
     plain = not (found.is_conj() or found.is_neg())
     return place if place is not None and alone and plain and place + own <= nbytes else None
+
+
+def in_this_byte_order(archive: IO[bytes]) -> bool:
+    """Whether ``torch.load`` takes an archive's elements as they are: turning ones without memory ends the process.
+
+    Raises:
+        zipfile.BadZipFile: It is no archive.
+    """
+    with zipfile.ZipFile(archive) as entries:
+        notes = [entry for entry in entries.infolist() if entry.filename.rpartition("/")[2] == "byteorder"]
+        sound = len(notes) < 2 and all(entry.file_size < _LONGEST_NOTE for entry in notes)
+        return sound and all(entries.read(entry) == sys.byteorder.encode() for entry in notes)
 
 
 class _Archive(io.RawIOBase):

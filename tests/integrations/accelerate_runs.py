@@ -196,7 +196,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
     for number, each in enumerate(models):
         accelerator.save_model(each, run.directory / f"final-{number}")
     accelerator.wait_for_saves()
-    weights = [digest(each) for each in models] + [str(accelerator.scaler.get_scale())] * run.scaler
+    weights = [digest(each) for each in models] + [str(each.get_scale()) for each in [accelerator.scaler] if each]
     print(json.dumps({"losses": losses, "samples": samples, "weights": weights, "started": started}))
     if dist.is_initialized():
         accelerator.end_training()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +54,7 @@ def made(kind: str, workers: int, seed: int) -> tuple[nn.Module, Iterable[torch.
 
 def batches_of(root: Path, kind: str, workers: int, stop: int, resumes: bool) -> list[object]:
     """Each batch from step ``stop`` on, and a number that is drawn after it; saved after that step."""
+    multiprocessing.current_process().daemon = False  # which may not have workers
     model, loader = made(kind, workers, seed=1 + resumes)
     seen: list[object] = []
     with engine(root) as checkpointer:

@@ -151,6 +151,7 @@ def loader_of(run: Run) -> DataLoader[Any]:
         batch_size=run.batch,
         shuffle=True,
         num_workers=run.workers,
+        multiprocessing_context="fork" if run.workers else None,  # whose processes end with a rank that is killed
         collate_fn=masked if run.workers else None,
     )
 

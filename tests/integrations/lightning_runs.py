@@ -81,7 +81,9 @@ def loader_of(run: Run) -> Any:
     if run.stateful:
         from torchdata.stateful_dataloader import StatefulDataLoader as cls
     makes = masked if run.masks else None
-    return cls(rows(40, 1), batch_size=run.batch, shuffle=True, collate_fn=makes, num_workers=run.workers)
+    # Processes that are forked end with a rank that is killed.
+    workers: dict[str, Any] = {"num_workers": run.workers, "multiprocessing_context": "fork"} if run.workers else {}
+    return cls(rows(40, 1), batch_size=run.batch, shuffle=True, collate_fn=makes, **workers)
 
 
 def _rank(run: Run, rank: int, port: int) -> None:

@@ -100,9 +100,8 @@ def test_saved_at_the_end_of_an_epoch(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["plain", stateful])
-def test_workers_that_mask_at_random(data: str, tmp_path: Path) -> None:
-    killed_and_resumed(Run(tmp_path / "run", data=data, workers=2), tmp_path)
+def test_workers_that_mask_at_random(tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", workers=2), tmp_path)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class Run:
         is_async: They are written in the background.
         named: States go to one directory, again and again, instead of numbered ones.
         data: How batches are made: plain, seedable, stateful, or dispatch.
+        workers: Processes that make them; tokens are then replaced at random.
+        scaler: Losses are scaled, by a factor that grows every 7 steps.
         models: Number of models, each with an optimizer.
         lora: An adapter is trained.
         dropout: How much of it.
@@ -45,6 +48,8 @@ class Run:
     is_async: bool = False
     named: bool = False
     data: str = "plain"
+    workers: int = 0
+    scaler: bool = False
     models: int = 1
     lora: bool = False
     dropout: float = 0.1
@@ -57,7 +62,7 @@ class Result:
 
     Attributes:
         losses: By step, of this run's steps.
-        weights: A digest for each model.
+        weights: A digest for each model, and the factor by which losses are scaled.
         started: The step that it went on from.
         samples: By step, a number that depends on which samples all ranks together had.
     """
@@ -135,11 +140,25 @@ def accelerator_of(run: Run) -> Any:
     if run.fsdp:  # which accelerate turns on only where there are accelerators
         made.state.distributed_type = DistributedType.FSDP
         made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if run.scaler:  # which accelerate makes only for accelerators
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=7)
     return made
+
+
+def loader_of(run: Run) -> DataLoader[Any]:
+    return DataLoader(
+        rows(40, 1),  # type: ignore[arg-type]
+        batch_size=run.batch,
+        shuffle=True,
+        num_workers=run.workers,
+        multiprocessing_context="fork" if run.workers else None,  # whose processes end with a rank that is killed
+        collate_fn=masked if run.workers else None,
+    )
 
 
 def _rank(run: Run, rank: int, port: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    multiprocessing.current_process().daemon = False  # which may not have workers
     if run.world > 1 or run.fsdp:
         announce(rank, run.world, port)
     if run.killed_in and rank == 0:
@@ -148,11 +167,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
     models = [model(lora=run.lora, dropout=run.dropout) for _ in range(run.models)]
     optimizers = [torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=2e-3) for each in models]
     schedulers = [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.1, total_iters=20) for each in optimizers]
-    loader = DataLoader(
-        rows(40, 1),  # type: ignore[arg-type]
-        batch_size=run.batch,
-        shuffle=True,
-    )
+    loader = loader_of(run)
     prepared = accelerator.prepare(*models, *optimizers, *schedulers, loader)
     models, optimizers = list(prepared[: run.models]), list(prepared[run.models : 2 * run.models])
     schedulers, loader = list(prepared[2 * run.models : -1]), prepared[-1]
@@ -182,7 +197,7 @@ def _rank(run: Run, rank: int, port: int) -> None:
     for number, each in enumerate(models):
         accelerator.save_model(each, run.directory / f"final-{number}")
     accelerator.wait_for_saves()
-    weights = [digest(each) for each in models]
+    weights = [digest(each) for each in models] + [str(each.get_scale()) for each in [accelerator.scaler] if each]
     print(json.dumps({"losses": losses, "samples": samples, "weights": weights, "started": started}))
     if dist.is_initialized():
         accelerator.end_training()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ class Run:
         is_async: Checkpoints are written in the background.
         masks: Batches are made with random masks.
         stateful: They come from torchdata's loader.
+        workers: Processes that make them.
+        lora: An adapter is trained.
         dropout: How much of it.
         steps: The run ends after so many.
         killed_in: Rank 0 dies when it opens a file of tensors below such a path.
@@ -41,6 +44,8 @@ class Run:
     is_async: bool = False
     masks: bool = False
     stateful: bool = False
+    workers: int = 0
+    lora: bool = False
     dropout: float = 0.1
     steps: int = 20
     killed_in: str = ""
@@ -75,11 +80,15 @@ def loader_of(run: Run) -> Any:
     cls: Any = DataLoader
     if run.stateful:
         from torchdata.stateful_dataloader import StatefulDataLoader as cls
-    return cls(rows(40, 1), batch_size=run.batch, shuffle=True, collate_fn=masked if run.masks else None)
+    makes = masked if run.masks else None
+    # Processes that are forked end with a rank that is killed.
+    workers: dict[str, Any] = {"num_workers": run.workers, "multiprocessing_context": "fork"} if run.workers else {}
+    return cls(rows(40, 1), batch_size=run.batch, shuffle=True, collate_fn=makes, **workers)
 
 
 def _rank(run: Run, rank: int, port: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    multiprocessing.current_process().daemon = False  # which may not have workers
     if run.world > 1 or run.fsdp:
         announce(rank, run.world, port)
         os.environ |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
@@ -91,10 +100,15 @@ def _rank(run: Run, rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
+def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def _shard(module: Any, mesh: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in module.model.layers:
+    inside = module.get_base_model() if hasattr(module, "get_base_model") else module
+    for layer in inside.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
@@ -109,7 +123,7 @@ def _trainer(run: Run) -> dict[str, object]:
             self.save_hyperparameters()
             self.losses: dict[int, float] = {}
             self.weights = ""
-            self.model: Any = model(dropout=run.dropout)
+            self.model: Any = model(lora=run.lora, dropout=run.dropout)
 
         def configure_model(self) -> None:
             from torch.distributed.fsdp import FSDPModule
@@ -126,7 +140,7 @@ def _trainer(run: Run) -> dict[str, object]:
             self.log("val_loss", self.model(**batch).loss, sync_dist=True)
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+            optimizer = torch.optim.AdamW(trained(self), lr=self.hparams.lr)
             return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=4)]
 
         def on_train_end(self) -> None:
@@ -174,9 +188,9 @@ def _fabric(run: Run) -> dict[str, object]:
     fabric = L.Fabric(accelerator="cpu", devices=run.world, strategy=strategy_of(run))
     fabric.launch()
     fabric.seed_everything(0)
-    module: Any = model(dropout=run.dropout)
+    module: Any = model(lora=run.lora, dropout=run.dropout)
     module = fabric.setup_module(module)
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(module.parameters(), lr=2e-3))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(trained(module), lr=2e-3))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 0.1, total_iters=20)
     loader = fabric.setup_dataloaders(loader_of(run))
     state = {"model": module, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "steps": 0, "epoch": 0}

@@ -229,6 +229,16 @@ def _rank(run: Run, rank: int, port: int) -> None:
         dist.destroy_process_group()
 
 
+def opens_adapter(directory: Path) -> None:
+    """peft opens the adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model().to(torch.float32), directory)
+    assert any(isinstance(module, LoraLayer) for module in adapted.modules())
+
+
 def digest(module: torch.nn.Module) -> str:
     """One number for everything that is trained. All ranks call."""
     hasher = hashlib.blake2b(digest_size=16)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.integrations.accelerate_runs import Run, result, train
-from tests.integrations.runs import die_when_opening, run_pages_script
+from tests.integrations.accelerate_runs import Result, Run, result, train
+from tests.integrations.runs import die_when_opening, opens_adapter, run_pages_script
 
 stateful = pytest.param(
     "stateful",
@@ -22,25 +22,32 @@ stateful = pytest.param(
 )
 
 
-def killed_and_resumed(run: Run, tmp_path: Path) -> None:
-    """A run that is killed in the save of step 12, and resumed, equals one that was never stopped."""
+def killed_and_resumed(run: Run, tmp_path: Path, number: int = 3) -> Result:
+    """A run that is killed in its save of this number (3 is that of step 12), and resumed, equals one never stopped."""
     whole = result(replace(run, directory=tmp_path / "whole"), tmp_path)
-    name = "state/.saving-epoch_0_step_3" if run.named else "checkpoint_3/.saving-epoch_0_step_3"
+    name = f"{'state' if run.named else f'checkpoint_{number}'}/.saving-epoch_0_step_{number}"
     assert train(replace(run, killed_in=name), tmp_path)[0] == -signal.SIGKILL
     resumed = result(run, tmp_path)
-    assert resumed.started == 9
-    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > 9}
+    assert resumed.started == number * run.save_every
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > resumed.started}
     assert resumed.weights == whole.weights
     left = sorted(path.name for path in (run.directory / ("state" if run.named else "checkpoints")).iterdir())
-    assert left[0] == "LATEST" and len(left) == 2 if run.named else left == ["checkpoint_4", "checkpoint_5"]
+    last = run.steps // run.save_every - 1
+    assert (
+        left[0] == "LATEST" and len(left) == 2 if run.named else left == [f"checkpoint_{n}" for n in (last - 1, last)]
+    )
     opens(run)
+    return whole
 
 
 def opens(run: Run) -> None:
-    """transformers opens what `save_model` wrote."""
+    """transformers, or peft, opens what `save_model` wrote."""
     from transformers import LlamaForCausalLM
 
     for number in range(run.models):
+        if run.lora:
+            opens_adapter(run.directory / f"final-{number}")
+            continue
         _, info = LlamaForCausalLM.from_pretrained(run.directory / f"final-{number}", output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
@@ -84,6 +91,29 @@ def test_another_number_of_ranks(first: int, then: int, tmp_path: Path) -> None:
     assert before.samples | after.samples == whole.samples
     assert before.losses | after.losses == pytest.approx(whole.losses, rel=1e-2)
     opens(started)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["plain", stateful])
+def test_saved_at_the_end_of_an_epoch(data: str, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", data=data, save_every=5), tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_workers_that_mask_at_random(tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", workers=2), tmp_path)
+
+
+@pytest.mark.slow
+def test_gradient_scaler(tmp_path: Path) -> None:
+    whole = killed_and_resumed(Run(tmp_path / "run", scaler=True), tmp_path)
+    assert whole.weights[-1] == "16.0"  # twice as much after each 7 of 18 steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False), (2, True)])
+def test_an_adapter(world: int, fsdp: bool, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", world, fsdp, batch=4 // world, lora=True), tmp_path)
 
 
 def say(directory: Path, killed_in: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.integrations.lightning_runs import Run, result, train
-from tests.integrations.runs import die_when_opening, run_pages_script
+from tests.integrations.runs import die_when_opening, opens_adapter, run_pages_script
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lightning") is None, reason="Lightning is not installed: pip install lightning"
@@ -38,9 +38,12 @@ def killed_and_resumed(run: Run, tmp_path: Path) -> None:
 
 
 def opens(run: Run) -> None:
-    """transformers opens what was saved last."""
+    """transformers, or peft, opens what was saved last."""
     from transformers import LlamaForCausalLM
 
+    if run.lora:
+        opens_adapter(run.directory / "last.ckpt" / "LATEST" / "model")
+        return
     directory = run.directory / "last.ckpt" / "LATEST" / "model" / "consolidated"
     _, info = LlamaForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"]
@@ -65,6 +68,19 @@ def test_killed_in_the_background(kind: str, tmp_path: Path) -> None:
 def test_torchdatas_loader(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("torchdata", reason="torchdata is not installed: pip install torchdata")
     killed_and_resumed(Run(tmp_path / "run", kind, stateful=True), tmp_path)
+
+
+@pytest.mark.slow
+@KINDS
+def test_workers_that_mask_at_random(kind: str, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", kind, masks=True, workers=2), tmp_path)
+
+
+@pytest.mark.slow
+@KINDS
+@pytest.mark.parametrize(("world", "fsdp"), [(1, False), (2, False), (2, True)])
+def test_an_adapter(world: int, fsdp: bool, kind: str, tmp_path: Path) -> None:
+    killed_and_resumed(Run(tmp_path / "run", kind, world, fsdp, 4 // world, lora=True), tmp_path)
 
 
 @pytest.mark.slow

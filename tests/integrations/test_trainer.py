@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-import torch
-from tests.integrations.runs import Run, die_when_opening, model, result, scripts, train
+from tests.integrations.runs import Run, die_when_opening, opens_adapter, result, scripts, train
 from tests.support.ranks import fresh
 
 BEST = (("eval_strategy", "steps"), ("eval_steps", 3), ("load_best_model_at_end", True))
@@ -37,13 +36,7 @@ def opens(run: Run) -> None:
     from transformers import LlamaForCausalLM
 
     if run.lora:
-        from peft.tuners.lora import LoraLayer
-
-        from peft import PeftModel
-
-        base = model().to(torch.float32)
-        adapted = PeftModel.from_pretrained(base, run.directory)
-        assert any(isinstance(module, LoraLayer) for module in adapted.modules())
+        opens_adapter(run.directory)
         return
     _, info = LlamaForCausalLM.from_pretrained(run.directory, output_loading_info=True)
     assert not info["missing_keys"]

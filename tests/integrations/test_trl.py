@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integrations.runs import die_when_opening, model
+from tests.integrations.runs import die_when_opening, digest, model
 from tests.support.ranks import fresh
 
 pytestmark = [
@@ -37,6 +37,11 @@ def sentence(number: int, words: int = 8) -> str:
     return " ".join(WORDS[(number * 7 + place * 3) % 100] for place in range(words))
 
 
+def different_words(completions: list[str], **others: object) -> list[float]:
+    """A reward for `GRPOTrainer`."""
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
 def build(kind: str, directory: Path, is_async: bool) -> Any:
     """A trainer of TRL's, in front of `ShardwiseTrainer`."""
     import trl
@@ -45,16 +50,18 @@ def build(kind: str, directory: Path, is_async: bool) -> Any:
     from shardwise import CheckpointingConfig
     from shardwise.integrations.transformers import ShardwiseTrainer
 
-    own = CheckpointingConfig(is_async=is_async, save_consolidated="every")
+    checkpointing = CheckpointingConfig(is_async=is_async, save_consolidated="every")
     host, settings = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
-    cls = type(f"Checkpointed{kind}", (host, ShardwiseTrainer), {"checkpointing": own})
+    cls = type(f"Checkpointed{kind}", (host, ShardwiseTrainer), {"checkpointing": checkpointing})
     rows = {
         "SFT": [{"text": sentence(number)} for number in range(32)],
         "DPO": [
             {"prompt": sentence(n, 3), "chosen": " " + sentence(n + 1, 4), "rejected": " " + sentence(n + 2, 4)}
             for n in range(32)
         ],
+        "GRPO": [{"prompt": sentence(number, 3)} for number in range(32)],
     }[kind]
+    own: dict[str, Any] = {"num_generations": 2, "max_completion_length": 6} if kind == "GRPO" else {}
     args = settings(
         output_dir=str(directory),
         learning_rate=2e-3,
@@ -67,10 +74,11 @@ def build(kind: str, directory: Path, is_async: bool) -> Any:
         bf16=False,
         disable_tqdm=True,
         report_to="none",
+        **own,
     )
-    return cls(
-        model=model(lora=kind == "DPO"), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
-    )
+    rewards: dict[str, Any] = {"reward_funcs": different_words} if kind == "GRPO" else {}
+    trained, data = model(lora=kind == "DPO"), Dataset.from_list(rows)
+    return cls(model=trained, args=args, train_dataset=data, processing_class=tokenizer(), **rewards)
 
 
 def train(kind: str, directory: Path, is_async: bool, killed_in: str) -> None:
@@ -83,11 +91,12 @@ def train(kind: str, directory: Path, is_async: bool, killed_in: str) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(directory))
     trainer.save_model()
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    print(json.dumps({"losses": losses}))
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    print(json.dumps({"losses": losses, "rewards": rewards, "weights": digest(trainer.model)}))
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
 def test_killed_in_a_save_and_resumed(kind: str, is_async: bool, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -96,13 +105,14 @@ def test_killed_in_a_save_and_resumed(kind: str, is_async: bool, tmp_path: Path)
         code = fresh(train, kind, tmp_path / directory, is_async, killed_in, output=output, seconds=280)
         errors = output.with_name(output.name + ".err").read_text()[-3000:]
         assert code == (-signal.SIGKILL if killed_in else 0), errors
-    whole, resumed = (json.loads(said[number].read_text().splitlines()[-1])["losses"] for number in (0, 2))
+    whole, resumed = (json.loads(said[number].read_text().splitlines()[-1]) for number in (0, 2))
     assert resumed == whole
-    assert len(resumed) == 12
+    assert len(resumed["losses"]) == 12
+    assert len(set(resumed["rewards"])) > 1 or kind != "GRPO"
     newest = tmp_path / "b" / "LATEST"
     assert (newest / "trainer_state.json").is_file()
     assert (tmp_path / "b" / "README.md").is_file()  # TRL's model card
-    if kind == "SFT":
+    if kind != "DPO":
         LlamaForCausalLM.from_pretrained(tmp_path / "b")
         assert (newest / "model" / "consolidated" / "tokenizer.json").is_file()
     else:

@@ -1,8 +1,9 @@
 """Runs of torchtitan's own Trainer on the CPU, in processes of their own, with the configuration of the how-to.
 
 torchtitan takes CUDA for granted: `on_cpu` puts the CPU in its place before torchtitan is imported, gives torch the
-function ``set_timeout`` that torchtitan 0.3.0 calls and torch 2.13 lacks, and takes torchtitan's attention without
-masks, the only one that has a backward pass on the CPU. All else is torchtitan's and shardwise's own code.
+function ``set_timeout`` that torchtitan 0.3.0 calls and torch 2.13 lacks, and has FSDP2 reduce by sums, since gloo has
+nothing else; `_fit` takes torchtitan's attention without masks, the only one that has a backward pass on the CPU. All
+else is torchtitan's and shardwise's own code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from tests.integrations.runs import SECONDS, die_when_opening
 from tests.support.ranks import fresh
+from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Run:
         script: The script's name.
         steps: It ends after so many.
         world: Number of ranks.
-        tp: Of them tensor-parallel.
+        tp: So many are tensor-parallel; over the others FSDP2 shards.
         fused: Whether q, k and v are one tensor, as torchtitan has it.
         settings: Further settings of the checkpointer.
         killed_in: Rank 0 dies when it opens a file of tensors for this checkpoint.
@@ -66,6 +68,14 @@ def on_cpu() -> None:
     )
     if not hasattr(torch.distributed, "set_timeout"):
         torch.distributed.set_timeout = nothing
+    divide = FSDPModule.set_gradient_divide_factor
+
+    def divide_apart(module: FSDPModule, factor: float) -> None:
+        """Also the reduction is a sum, which gloo has; with 1.0 nothing is left to divide."""
+        divide(module, factor)
+        module.set_force_sum_reduction_for_comms(True)
+
+    FSDPModule.set_gradient_divide_factor = divide_apart  # type: ignore[method-assign]
 
 
 def make_assets(directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
@@ -15,6 +15,9 @@ from torch.utils.data import RandomSampler
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 _LOG = logging.getLogger(__name__)
 _NAME = "loader"
@@ -70,10 +73,14 @@ class Tracked:
     rng_types: list[str] | None = None
     synchronized_generator: torch.Generator | None = None
     use_stateful_dataloader: bool
+    base_dataloader: StatefulDataLoader
 
     _order: DataOrder
     _begun: dict[str, object] | None
     _start: dict[str, object] | None
+    #: Whether the next epoch's iterator is there: accelerate asks torchdata's loader for its state in the beginning,
+    #: which makes one, and making one draws a random number.
+    _is_made: bool
     _resumed: _Resumed | None
 
     def __iter__(self) -> Iterator[object]:
@@ -98,9 +105,11 @@ class Tracked:
         own = cast("Mapping[str, object]", resumed.own)
         self._set_generator(start)
         self.load_state_dict(own["loader"])  # type: ignore[attr-defined]
+        if was_made := bool(resumed.position["was_made"]):
+            self.base_dataloader.state_dict()  # makes it
         self._start = cast("dict[str, object]", own["start"])
         RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
-        self._begun = {"epoch": resumed.epoch, "generator": start, "count": count}
+        self._begun = {"epoch": resumed.epoch, "generator": start, "count": count, "was_made": was_made}
         for number, batch in enumerate(_Epoch(self)):
             if number == 0:
                 RandomState().load_state_dict(resumed.generators)  # making the iterator has drawn
@@ -113,7 +122,8 @@ class Tracked:
         return self._counted(epoch, self._generator_state(), 0)
 
     def _counted(self, epoch: int, start: object, count: int) -> Iterator[object]:
-        self._begun = {"epoch": epoch, "generator": start, "count": count}
+        self._begun = {"epoch": epoch, "generator": start, "count": count, "was_made": self._is_made}
+        self._is_made = False
         self._start = RandomState().state_dict() if self.use_stateful_dataloader else None
         for batch in self._order.batches(_Epoch(self), epoch, _NAME):
             count += 1
@@ -132,7 +142,7 @@ class Tracked:
         """The position, as far as it is the same on every rank."""
         if self._resumed is not None:
             return dict(self._resumed.position)
-        begun = self._begun or {"epoch": self.iteration, "generator": None, "count": 0}
+        begun = self._begun or {"epoch": self.iteration, "generator": None, "count": 0, "was_made": False}
         seed = getattr(self.get_sampler(), "initial_seed", None)  # type: ignore[attr-defined]
         now = {"now": self._generator_state(), "iteration": self.iteration, "length": _length(self), "seed": seed}
         return begun | now
@@ -153,6 +163,9 @@ class Tracked:
             own: What `own_state` gave; ``None`` on another number of ranks.
         """
         self._order, self._begun = DataOrder(), None
+        if self._is_made and position["count"]:  # a run that went on would have to make one
+            self.load_state_dict({})  # type: ignore[attr-defined]
+            self._is_made = False
         self._resumed = _Resumed(position, own, RandomState().state_dict())
         self.iteration = self._resumed.next_epoch
         self._set_generator(position["now"])
@@ -215,6 +228,7 @@ def tracked(loader: object) -> Tracked | None:
     made = cls.__new__(cls)
     vars(made).update(vars(loader))
     made._order, made._begun, made._start, made._resumed = DataOrder(), None, None, None
+    made._is_made = made.use_stateful_dataloader
     return made
 
 

@@ -31,7 +31,6 @@ from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.state_json import encode_state
 from shardwise.integrations.host_paths import HostPaths, Parts
 from shardwise.integrations.lightning_data import Resumable, resumable, with_own, without_own
-from shardwise.peft.models import is_peft_adapted
 from shardwise.stateful_wrappers.wrapping import is_pretrained, unwrap
 
 if TYPE_CHECKING:
@@ -387,7 +386,7 @@ def _inside(module: nn.Module) -> nn.Module:
     found = module = unwrap(module)
     names = list(module.state_dict(keep_vars=True))
     prefix = ""
-    while not (is_pretrained(found) or hasattr(type(found), "get_base_model") or is_peft_adapted([found])):
+    while not (is_pretrained(found) or hasattr(found, "peft_config")):
         below = [(name, child) for name, child in found.named_children() if _has_all(names, f"{prefix}{name}.")]
         if not below:
             return module

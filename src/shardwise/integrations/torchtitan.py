@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import tyro
-from torch.distributed.tensor import DTensor, Shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchtitan.components.checkpointer import (
     DATALOADER,
@@ -27,13 +26,13 @@ from torchtitan.components.checkpointer import (
     CheckpointManager,
 )
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.models.common.attention import FusedQKVLinear
 
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import ConfigError, MisuseError
 from shardwise.integrations.decided_settings import first_set
-from shardwise.integrations.torchtitan_export import attach_export, hub_adapter
+from shardwise.integrations.torchtitan_export import attach_export, divide, hub_adapter
+from shardwise.integrations.torchtitan_qkv import take_over
 from shardwise.lifecycle import LATEST, resolve
 from shardwise.sources.state_files import pack_state, unpack_state
 
@@ -80,8 +79,7 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
         base_folder: What ``folder`` is below.
 
     Raises:
-        ConfigError: The settings ask for what cannot be done, or the model has sharded projections in one tensor
-            (``fuse_qkv``); the message names it.
+        ConfigError: The settings ask for what cannot be done; the message names it.
         ExportMismatchError: With ``last_save_in_hf`` or exports with every save, ``config.json`` in
             ``hf_assets_path`` describes another model than is trained.
     """
@@ -113,10 +111,9 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
         self.save_future: Future[None] | None = None
         if not self.enable:
             return
-        with Group.current().together("looking at the model"):
-            _refuse_gathering(model_parts)
         self._config = config
         self._parts = list(model_parts)
+        fused = take_over(self._parts)
         self._optimizers = list(optimizers)
         self._schedulers = list(lr_schedulers)
         self._states = _by_data_rank(dataloader, states)
@@ -129,9 +126,12 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
                     hint="Correct the name, or leave it out.",
                 )
         if settings.consolidated_mode is not SaveConsolidatedMode.FALSE:
-            attach_export(self._parts, sd_adapter, config.export_dtype if config.last_save_model_only else None)
+            dtype = config.export_dtype if config.last_save_model_only else None
+            attach_export(self._parts, sd_adapter, fused, dtype)
         elif config.initial_load_in_hf:
-            hub_adapter(self._parts, sd_adapter)
+            hub_adapter(self._parts, sd_adapter, fused)
+        elif fused.known:
+            divide(self._parts, fused)
         self._assets = getattr(sd_adapter, "hf_assets_path", None)
         self._checkpointer: Checkpointer = settings.build()
         self._root = Path(settings.checkpoint_dir).absolute()
@@ -205,30 +205,6 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
             restore_from=path,
             extra_state={name: each for name, each in self._states.items() if name not in left},
         )
-
-
-def _refuse_gathering(parts: Sequence[nn.Module]) -> None:
-    """Refuse modules that gather whole tensors on every rank to give their state. Local.
-
-    Raises:
-        ConfigError: There is one; the message names it.
-    """
-    for part in parts:
-        for name, module in part.named_modules():
-            is_fused = isinstance(module, FusedQKVLinear)
-            if is_fused and any(_is_sharded(parameter) for parameter in module.parameters()):
-                raise ConfigError(
-                    f"the projections of {name} are fused (FusedQKVLinear) and sharded: torchtitan's module gathers "
-                    "them whole on every rank to give its state",
-                    hint="Build the attention with fuse_qkv=False: the tensors have the same names and values.",
-                )
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    if not isinstance(parameter, DTensor):
-        return False
-    sizes = parameter.device_mesh.shape
-    return any(isinstance(kind, Shard) and size > 1 for kind, size in zip(parameter.placements, sizes, strict=True))
 
 
 def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> CheckpointingConfig:

@@ -19,6 +19,7 @@ from shardwise.dtypes import dtype_code
 from shardwise.errors import ConfigError, ExportMismatchError
 from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
+from shardwise.integrations.torchtitan_qkv import FusedProjections
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,27 +44,43 @@ class _TitansAdapter(Protocol):
     def from_hf(self, hf_state_dict: _Tensors) -> _Tensors: ...
 
 
-class HubAdapter:
-    """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time."""
+class _AsTheyAre:
+    """The adapter of a model whose files have torchtitan's own names."""
 
-    def __init__(self, adapter: _TitansAdapter) -> None:
+    def to_hf(self, state_dict: _Tensors) -> _Tensors:
+        return state_dict
+
+    def from_hf(self, hf_state_dict: _Tensors) -> _Tensors:
+        return hf_state_dict
+
+
+class HubAdapter:
+    """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time.
+
+    Args:
+        adapter: torchtitan's, which knows q, k and v apart.
+        fused: The model's projections that are one tensor.
+    """
+
+    def __init__(self, adapter: _TitansAdapter, fused: FusedProjections) -> None:
         self._adapter = adapter
+        self._fused = fused
 
     def to_hf(self, state_dict: Mapping[str, torch.Tensor], **options: object) -> _Tensors:
         """Convert torchtitan's tensors."""
-        return self._adapter.to_hf(dict(state_dict))
+        return self._adapter.to_hf(self._fused.divided(state_dict))
 
     def from_hf(
         self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object
     ) -> _Tensors:
         """Convert tensors of Hugging Face files."""
-        return self._adapter.from_hf(dict(state_dict))
+        return self._fused.fused(self._adapter.from_hf(dict(state_dict)))
 
     def convert_single_tensor_to_hf(
         self, fqn: str, tensor: torch.Tensor, **options: object
     ) -> list[tuple[str, torch.Tensor]]:
         """Convert one of torchtitan's tensors."""
-        return list(self._adapter.to_hf({fqn: tensor}).items())
+        return list(self.to_hf({fqn: tensor}).items())
 
 
 class _Described(Protocol):
@@ -100,7 +117,13 @@ class _Metadata:
         write_tokenizer(tokenizer, self.assets, directory)
 
 
-def hub_adapter(parts: Sequence[nn.Module], adapter: object | None) -> HubAdapter:
+def divide(parts: Sequence[nn.Module], fused: FusedProjections) -> None:
+    """Have the parts' tensors named as torchtitan's own checkpoints name them: q, k and v apart. Local."""
+    for part in parts:
+        cast("_Described", part).state_dict_adapter = HubAdapter(_AsTheyAre(), fused)
+
+
+def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections) -> HubAdapter:
     """Have the parts' tensors named and arranged as torchtitan's adapter says. Local.
 
     Raises:
@@ -111,13 +134,15 @@ def hub_adapter(parts: Sequence[nn.Module], adapter: object | None) -> HubAdapte
             "Hugging Face files are asked for, and torchtitan has no state_dict_adapter for this model",
             hint="Leave last_save_in_hf, save_consolidated and initial_load_in_hf out, or give the ModelSpec one.",
         )
-    made = HubAdapter(cast("_TitansAdapter", adapter))
+    made = HubAdapter(cast("_TitansAdapter", adapter), fused)
     for part in parts:
         cast("_Described", part).state_dict_adapter = made
     return made
 
 
-def attach_export(parts: Sequence[nn.Module], adapter: object | None, dtype: str | None) -> None:
+def attach_export(
+    parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections, dtype: str | None
+) -> None:
     """Have the parts exported under Hugging Face's names, beside the configuration in ``hf_assets_path``.
 
     All ranks call. The model is built again without memory and compared with that configuration: names, shapes, and
@@ -126,6 +151,7 @@ def attach_export(parts: Sequence[nn.Module], adapter: object | None, dtype: str
     Args:
         parts: This rank's parts.
         adapter: torchtitan's adapter.
+        fused: The model's projections that are one tensor.
         dtype: ``export_dtype``, where it counts.
 
     Raises:
@@ -133,7 +159,7 @@ def attach_export(parts: Sequence[nn.Module], adapter: object | None, dtype: str
         ExportMismatchError: The configuration describes another model.
     """
     with Group.current().together("checking whether the export would open"):
-        hub = hub_adapter(parts, adapter)
+        hub = hub_adapter(parts, adapter, fused)
         assets = getattr(adapter, "hf_assets_path", None)
         if assets is None or not (Path(assets) / CONFIG).is_file():
             raise ConfigError(

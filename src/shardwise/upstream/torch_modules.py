@@ -92,6 +92,14 @@ def has_state_hooks(module: nn.Module) -> bool:
     return bool(module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks)
 
 
+def take_off_hooks(module: nn.Module, source: str) -> None:
+    """Take the hooks around giving and before taking state that come from a Python module off a module."""
+    for hooks in (module._state_dict_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "__module__", None) == source:
+                del hooks[number]
+
+
 def save_own(module: nn.Module, entries: MutableMapping[str, object], prefix: str) -> None:
     """Let a module put its own parameters, buffers and extra state into ``entries``, detached."""
     module._save_to_state_dict(cast("dict[str, Any]", entries), prefix, False)

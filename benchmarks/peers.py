@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="operation", help=f"of {', '.join(OPERATIONS)}; by default all")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS), metavar="peer")
-    parser.add_argument("--size", type=float, default=0.9, help="gigabytes of the model (default 0.9)")
+    parser.add_argument("--size", type=float, default=0.5, help="gigabytes of the model (default 0.5)")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns after one that is not (default 3)")
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where files go (default /dev/shm)")
     parser.add_argument("--docs", type=Path, help="write peers.md and img/peers.svg into this directory")

@@ -62,8 +62,12 @@ class _Pair:
     def ask(self, operation: str, turn: int | None) -> Answer:
         """Send a command to all ranks and wait for rank 0's answer, or the first failure."""
         self._start()
-        for pipe in self._pipes:
-            pipe.send((operation, turn))
+        try:
+            for pipe in self._pipes:
+                pipe.send((operation, turn))
+        except OSError:  # as where the system was out of memory and has killed it
+            self.stop()
+            return Answer(failed="the process ended between two commands")
         answers = self._answers()
         for answer in answers:
             if answer.failed or answer.reason:

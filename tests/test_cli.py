@@ -187,6 +187,17 @@ def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixt
     assert f"Did you mean {meant}?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["ls", "repair", "prune"])
+def test_a_mistyped_root_names_the_one_beside_it(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert main([command, str(tmp_path / "chekpoints")]) == 2
+    assert f"Did you mean {str(tmp_path / 'checkpoints')!r}?" in capsys.readouterr().err
+    assert main([command, str(tmp_path / "else")]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_a_working_directory_that_is_gone_is_misuse(tmp_path: Path) -> None:
     code = (
         "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); from shardwise.cli import main; "

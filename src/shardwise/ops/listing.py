@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -75,9 +76,8 @@ def real_root(given: Path) -> Path:
     """
     place = real_path(given)
     if not exists(place):
-        raise CheckpointNotFoundError(
-            "there is nothing at this path", path=given, hint="Check the path and that the file system is mounted."
-        )
+        hint = "Check the path and that the file system is mounted."
+        raise CheckpointNotFoundError("there is nothing at this path", path=given, hint=_name_beside(given) or hint)
     if is_there(place / MANIFEST_NAME):
         raise MisuseError(
             "this is a checkpoint and no directory of checkpoints",
@@ -85,6 +85,15 @@ def real_root(given: Path) -> Path:
             hint=f"`shardwise inspect` shows it; `shardwise ls {place.parent}` lists those beside it.",
         )
     return place
+
+
+def _name_beside(given: Path) -> str:
+    """A sentence that names the directory beside a path that was probably meant; empty where there is none."""
+    try:
+        alike = get_close_matches(given.name, names_in(given.parent), n=1, cutoff=0.8)
+    except OSError:  # absent or unreadable: a suggestion must not replace the error it belongs to
+        return ""
+    return f"Did you mean {str(given.parent / alike[0])!r}?" if alike else ""
 
 
 def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = None) -> tuple[ListedCheckpoint, ...]:

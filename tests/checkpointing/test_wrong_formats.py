@@ -98,9 +98,13 @@ def test_a_base_for_saving_that_is_a_pointer(tmp_path: Path) -> None:
 
 
 def test_inspect_names_it(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(FILES["torch zip"][0])
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(FILES["torch zip"][0])
     with pytest.raises(HeaderError, match="zip archive as torch.save writes it"):
-        inspect(tmp_path)
+        inspect(file)
+    found = inspect(tmp_path)
+    assert found.damaged == ("model.safetensors",)
+    assert "zip archive as torch.save writes it" in dict(found.unread)["model.safetensors"]
 
 
 def test_a_directory_says_what_is_there_instead(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_master_weights_beside_a_model_that_trainer_saved(tmp_path: Path) -> Non
 def test_inspect_and_verify(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = copied(stage, tmp_path)
     found = inspect(root)
-    assert (found.tools, found.world_size) == (("DeepSpeed",), 2)
+    assert (found.tools[0], found.world_size) == ("DeepSpeed", 2)
     assert {tensor.spec.name for tensor in found.tensors} == expected(3, False).keys()
     report = verify(root)
     assert report.status == "unverifiable"

@@ -11,6 +11,10 @@ from shardwise.errors import MisuseError
 if TYPE_CHECKING:
     import argparse
 
+    from shardwise.ops.consolidate import ConsolidateReport
+    from shardwise.ops.convert import ConvertReport
+    from shardwise.ops.merge import MergeReport
+
 
 def consolidate(options: argparse.Namespace) -> int:
     """``shardwise consolidate``."""
@@ -35,13 +39,7 @@ def consolidate(options: argparse.Namespace) -> int:
         )
     finally:
         bar.close()
-    for note in report.notes:
-        tell(f"note  {note}")
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        say(f"wrote {report.path}: {report.tensors} tensors in {len(report.files)} files, {size(report.nbytes)}")
-    return FINE
+    return _tell_written(options, report, f"{report.tensors} tensors in {len(report.files)} files")
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -67,14 +65,8 @@ def convert(options: argparse.Namespace) -> int:
         )
     finally:
         bar.close()
-    for note in report.notes:
-        tell(f"note  {note}")
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        optimizer = " and the optimizer's state" if report.optimizer else ""
-        say(f"wrote {report.path}: {report.tensors} tensors{optimizer}, {size(report.nbytes)}")
-    return FINE
+    optimizer = " and the optimizer's state" if report.optimizer else ""
+    return _tell_written(options, report, f"{report.tensors} tensors{optimizer}")
 
 
 def merge_adapter(options: argparse.Namespace) -> int:
@@ -93,13 +85,19 @@ def merge_adapter(options: argparse.Namespace) -> int:
         )
     finally:
         bar.close()
+    return _tell_written(options, report, f"{report.tensors} tensors, {len(report.merged)} of them merged")
+
+
+def _tell_written(
+    options: argparse.Namespace, report: ConsolidateReport | ConvertReport | MergeReport, what: str
+) -> int:
+    """Print what a command wrote, and the exit code."""
     for note in report.notes:
         tell(f"note  {note}")
     if options.json:
         print_json(record(report))
     elif not options.quiet:
-        merged = f"{report.tensors} tensors, {len(report.merged)} of them merged"
-        say(f"wrote {report.path}: {merged}, {size(report.nbytes)}")
+        say(f"wrote {report.path}: {what}, {size(report.nbytes)}")
     return FINE
 
 

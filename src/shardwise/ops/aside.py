@@ -33,7 +33,7 @@ def written_aside(target: Path, storage: Storage) -> Iterator[Path]:
         StorageError: The file system refused.
     """
     aside = target.with_name(temporary_name(target.name))
-    made = _absent(target.parent)
+    made = absent_directories(target.parent)
     with storage_errors(aside):
         storage.remove_tree(aside)
     try:
@@ -53,7 +53,7 @@ def written_aside(target: Path, storage: Storage) -> Iterator[Path]:
         raise
 
 
-def _absent(directory: Path) -> list[Path]:
+def absent_directories(directory: Path) -> list[Path]:
     """The directories that have to be made for this one to exist, the innermost first."""
     absent = []
     while not exists(directory):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.disk.crc import crc32c
-from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, located, locating, storage_errors
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
@@ -25,6 +24,7 @@ from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import temporary_name
 from shardwise.lifecycle.ownership import claim
+from shardwise.ops.aside import absent_directories
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout
 
@@ -109,7 +109,7 @@ def publish(export: Export, target: Path, storage: Storage, progress: Progress |
         CheckpointBusyError: Another process is writing it.
         ShardwiseError: Reading or writing failed.
     """
-    made = _absent(target.parent)
+    made = absent_directories(target.parent)
     try:
         storage.make_directory(target.parent)
         mine = claim(target.parent, target.name)
@@ -170,15 +170,6 @@ def _has(storage: Storage, handle: int, data: bytes | memoryview, offset: int) -
     """Whether a file has these bytes at an offset."""
     there = bytearray(len(data))
     return storage.read(handle, memoryview(there), offset) == len(data) and there.startswith(data)
-
-
-def _absent(directory: Path) -> list[Path]:
-    """The directories that have to be made for this one to exist, the innermost first."""
-    absent = []
-    while not exists(directory):
-        absent.append(directory)
-        directory = directory.parent
-    return absent
 
 
 def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, progress: Progress | None) -> None:

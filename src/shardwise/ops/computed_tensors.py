@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -46,8 +46,13 @@ class ComputingReader:
 def read_flat(tensor: SourceTensor, reader: BlockReader) -> torch.Tensor:
     """All elements of a tensor, in row-major order; one more than there are where it has none."""
     flat = torch.empty(max(1, tensor.spec.numel), dtype=torch_dtype(tensor.spec.dtype))
-    into, at = as_bytes(flat), 0
-    for block in reader.blocks(tensor):
+    fill(flat, reader.blocks(tensor))
+    return flat
+
+
+def fill(whole: torch.Tensor, blocks: Iterable[memoryview]) -> None:
+    """Put bytes in row-major order into the memory of a contiguous tensor."""
+    into, at = as_bytes(whole), 0
+    for block in blocks:
         into[at : at + len(block)] = block
         at += len(block)
-    return flat

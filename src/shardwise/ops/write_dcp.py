@@ -28,8 +28,8 @@ from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.geometry import TensorSpec
+from shardwise.ops.computed_tensors import fill
 from shardwise.ops.tensors_to_write import TensorToWrite
-from shardwise.sources.tensor_bytes import as_bytes
 from shardwise.upstream.torch_checkpoint import storage_info
 
 if TYPE_CHECKING:
@@ -98,10 +98,7 @@ def _item(tensor: TensorToWrite) -> Iterator[memoryview]:
     """The tensor as ``torch.save`` writes it."""
     spec = tensor.spec
     whole = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-    into, at = as_bytes(whole), 0
-    for block in tensor.blocks():
-        into[at : at + len(block)] = block
-        at += len(block)
+    fill(whole, tensor.blocks())
     kept = _Kept([])
     torch.save(whole, cast("IO[bytes]", kept))
     for part in kept.parts:

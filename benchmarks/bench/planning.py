@@ -31,10 +31,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.arguments import FirstExchange
+from shardwise.checkpointing.calls import without_collector
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.inference import without_collector
-from shardwise.checkpointing.loading.model_metadata import read_model_metadata
-from shardwise.checkpointing.loading.models import load_model
+from shardwise.checkpointing.loading.models import load_model, read_model_metadata
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session

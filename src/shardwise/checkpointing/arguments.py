@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import AdapterError, ConfigError, MisuseError
+from shardwise.disk.names import is_directory, names_in, real_path, status
+from shardwise.disk.storage import IsLocal, Storage, why_not_writable
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import AdapterError, ConfigError, MisuseError, StorageError
+from shardwise.lifecycle import claimed_by, parse_checkpoint_name
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
@@ -165,3 +169,127 @@ def _several(value: object) -> Sequence[object]:
 
 def _not(label: str, value: object, wanted: str) -> MisuseError:
     return MisuseError(f"what was passed as {label} is a {type(value).__name__}", hint=f"Pass {wanted}.")
+
+
+_LOG = logging.getLogger(__name__)
+#: The environment variable that is used where the setting ``trace`` is not given.
+TRACE_VARIABLE = "SHARDWISE_TRACE"
+
+
+def check_places(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
+    """Raise `StorageError` if this process may not write to ``checkpoint_dir`` or to the directory of traces. Local.
+
+    Nothing is made. A storage that keeps its files elsewhere is not asked. A ``checkpoint_dir`` with checkpoints may be
+    there to be restored from, so that this is only a warning.
+    """
+    if config.enabled and not config.is_remote and (storage is None or isinstance(storage, IsLocal)):
+        root = Path(config.checkpoint_dir).absolute()
+        local = root if storage is None else storage.local_path(root)
+        unwritable = _refusal(
+            "checkpoint_dir",
+            local,
+            "Set checkpoint_dir to a directory that this user may write to, or set enabled to false in a program that "
+            "only restores.",
+        )
+        if unwritable is not None:
+            if not is_directory(local) or not any(parse_checkpoint_name(name) for name in names_in(local)):
+                raise unwritable
+            _LOG.warning("no checkpoint can be saved: %s", unwritable)
+    if trace_dir is not None:
+        hint = f"Name another directory in the setting trace or in {TRACE_VARIABLE}."
+        if (no_trace := _refusal("trace", trace_dir, hint)) is not None:
+            raise no_trace
+
+
+def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:
+    reason = why_not_writable(directory)
+    if reason is None:
+        return None
+    error = StorageError(f"{setting} is {directory}, and {reason.strerror}", path=directory, hint=hint)
+    error.errno = reason.errno
+    return error
+
+
+_HINT = (
+    "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
+    "name, no disk of one node's own."
+)
+
+
+class RootLocation(NamedTuple):
+    """The location of a rank's root directory.
+
+    Attributes:
+        path: The resolved path on that machine.
+        identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
+    """
+
+    host: str
+    path: str
+    identity: Sequence[int] | None
+
+    @staticmethod
+    def own(root: Path) -> RootLocation:
+        """The location on this rank."""
+        path = real_path(root)
+        found = status(path)
+        identity = None if found is None or found.identity is None else list(found.identity)
+        return RootLocation(socket.gethostname(), str(path), identity)
+
+    def is_another(self, other: RootLocation) -> bool:
+        """Whether the two are certainly different directories; unknown (false) on different machines."""
+        if self.path == other.path or self.host != other.host:
+            return False
+        return self.identity is None or self.identity != other.identity
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.host}"
+
+
+def check_same_root(locations: Sequence[RootLocation]) -> None:
+    """Raise `ConfigError` if two ranks of one machine use different root directories."""
+    for rank, location in enumerate(locations):
+        first = next(number for number, other in enumerate(locations) if other.host == location.host)
+        if locations[first].is_another(location):
+            raise ConfigError(
+                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
+                hint=_HINT,
+            )
+
+
+def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
+    """Raise `StorageError` unless this rank sees rank 0's claim of the save. Local.
+
+    ``name`` is saved in ``directory``; ``token`` is this run's, ``locations`` are the roots of all ranks.
+    """
+    found = claimed_by(directory, name)
+    if found != token:
+        seen = "another run is saving there" if found else "rank 0's save is not visible there"
+        raise StorageError(
+            f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
+            f"rank 0 writes below {locations[0]}",
+            path=directory,
+            hint=_HINT,
+        )
+
+
+def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
+    """Raise `StorageError` unless rank 0 sees every written file with its size. Rank 0 calls.
+
+    ``records`` say what each rank wrote, ``locations`` where its root is.
+    """
+    # A file in several records was written by the last of these ranks; rank 0 would see its own.
+    writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
+    for rank, file in writers.values():
+        path = directory / file.path
+        found = status(path)
+        size = None if found is None else found.size
+        if size != file.size:
+            sees = "does not see it" if size is None else f"sees {size:,} bytes"
+            raise StorageError(
+                f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                f"{locations[0]}, {sees}",
+                path=path,
+                rank=rank,
+                hint=_HINT,
+            )

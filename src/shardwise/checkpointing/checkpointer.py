@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.inference import public_call
+from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_places
+from shardwise.checkpointing.calls import check_same_call, public_call
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
@@ -26,14 +26,11 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
-from shardwise.checkpointing.places import TRACE_VARIABLE, check_places
-from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.reports import Reports
-from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
+from shardwise.checkpointing.reports import Reports, RestoreRecord
+from shardwise.checkpointing.run_state.extras import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
 from shardwise.checkpointing.saving.models import default_addons
-from shardwise.checkpointing.saving.request import WhatToSave
-from shardwise.checkpointing.saving.whole import save_checkpoint
+from shardwise.checkpointing.saving.whole import WhatToSave, save_checkpoint
 from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.device_streams import DeviceStreams

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
-from shardwise.checkpointing.saving.config_ties import expected_ties
-from shardwise.checkpointing.shared_names import shared_names
+from shardwise.checkpointing.shared_names import expected_ties, shared_names
 from shardwise.convert import Conversion, HeldGroup, adapter_of, check_adapter, conversion_of, kept_out, to_hub
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec

@@ -12,12 +12,16 @@ from typing import cast
 
 import torch
 
-from shardwise.checkpointing.loading.foreign_optimizers import Changes, open_foreign
+from shardwise.checkpointing.loading.foreign_optimizers import Changes, count_in_tensors, find_foreign
 from shardwise.checkpointing.loading.foreign_states import foreign_components
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.distinct_values import gather_distinct
-from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
+from shardwise.checkpointing.run_state.schedule_records import (
+    attached,
+    capture_schedules,
+    gather_distinct,
+    merge_schedules,
+)
 from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, saved_schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
@@ -194,14 +198,6 @@ class OpenedOptimizer:
                     self.own.read(self.session)
 
 
-def _warn_of_fresh(plan: OptimizerRestore) -> None:
-    if plan.fresh:
-        _LOG.warning(
-            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
-            listed(plan.fresh),
-        )
-
-
 def open_optimizer(
     session: Session,
     optimizer: Optimizers,
@@ -217,41 +213,53 @@ def open_optimizer(
         MisuseError: The saved state is of another optimizer or scheduler.
         TensorError: The saved state does not fit the optimizer.
     """
-    group = session.group
-    foreign = open_foreign(session, optimizer, model, as_list(scheduler), directory, changes)
-    if foreign is not None:
-        _warn_of_fresh(foreign.plan)
-        schedulers = FoundSchedules(foreign.schedulers)
-        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_buffered=foreign.is_buffered)
+    group, schedulers = session.group, as_list(scheduler)
     states: list[OptimizerState] = []
     with group.together("looking at the optimizer") as buffered:
         states.append(OptimizerState(optimizer, model))
         buffered.flag = states[0].has_own_ways
+    [state] = states
+    foreign = find_foreign(session, directory, state, schedulers)
+    names: dict[str, str] = {}
     compared: list[tuple[OptimizerRestore, FoundSchedules, OwnRead | None]] = []
 
     def compare() -> JsonValue:
-        plan, schedulers = _compared(session, states[0], model, as_list(scheduler), directory, changes, buffered.any)
-        own = find_optimizer(session, plan, directory)
+        own = None
+        if foreign is not None:
+            plan, found, dcp_names = foreign.compared(state, schedulers, changes, buffered.any)
+            names.update(dcp_names)
+        else:
+            plan, found = _compared(session, state, model, schedulers, directory, changes, buffered.any)
+            own = find_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
-        compared.append((plan, schedulers, own))
-        return [bool(plan.targets), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
+        compared.append((plan, found, own))
+        return [bool(plan.targets), sorted(found.used), list(found.chosen), bool(found.schedules)]
 
     rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
-    [(found, schedulers, own)] = compared
-    _warn_of_fresh(found)
+    [(plan, found, own)] = compared
+    if plan.fresh:
+        _LOG.warning(
+            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
+            listed(plan.fresh),
+        )
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
-            schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
+            found.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
-    if not any(row[0] for row in rows):
-        return OpenedOptimizer(session, found, schedulers, None, is_buffered=buffered.any)
-    state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
-    source = open_source(directory, group, spread=True, exclude=state_files)
-    # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
-    options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
-    tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
-    return OpenedOptimizer(session, found, schedulers, tensors, own, buffered.any)
+    tensors = None
+    if any(row[0] for row in rows):
+        if foreign is not None:
+            source = foreign.agreed(names, group)
+        else:
+            state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
+            source = open_source(directory, group, spread=True, exclude=state_files)
+        # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
+        options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
+        tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
+    if foreign is not None:
+        count_in_tensors(plan)
+    return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]

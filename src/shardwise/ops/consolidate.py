@@ -18,7 +18,7 @@ import torch
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
 from shardwise.checkpointing.saving.class_check import check_described
-from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.checkpointing.shared_names import differing_ties
 from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype

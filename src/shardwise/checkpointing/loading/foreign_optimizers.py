@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.checkpointing.loading.foreign_states import broadcast_state, foreign_schedules, read_schedules
+from shardwise.checkpointing.loading.foreign_states import (
+    ForeignSchedules,
+    broadcast_state,
+    foreign_schedules,
+    read_schedules,
+)
 from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.run_state.schedulers import FoundSchedules
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.convert import rename
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError
 from shardwise.plan.reads import SourceTensor
@@ -32,7 +36,6 @@ from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import has_state
 from shardwise.stateful_wrappers import OptimizerState
-from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
@@ -49,11 +52,32 @@ class ForeignOptimizers:
     Attributes:
         found: The optimizers found; empty where none is to be restored.
         source: All tensors of the directory, under DCP's names.
+        schedules: What is there of schedulers; ``None`` where none is to be restored.
     """
 
     directory: Path
     found: tuple[DcpOptimizer, ...]
     source: Source
+    schedules: ForeignSchedules | None = None
+
+    def compared(
+        self, state: OptimizerState, schedulers: Sequence[Stateful], changes: Changes, is_buffered: bool
+    ) -> tuple[OptimizerRestore, FoundSchedules, dict[str, str]]:
+        """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local.
+
+        Raises:
+            MisuseError: It is another optimizer's or scheduler's, or parameters cannot be matched without doubt.
+            TensorError: The saved state does not fit the optimizer.
+        """
+        record, names = self.matched(state, changes.key_mapping)
+        try:
+            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
+        except ShardwiseError as error:
+            error.path = error.path or str(self.directory)
+            _add_names(error, record)
+            raise
+        fitting = foreign_schedules(schedulers, self.schedules) if schedulers and self.schedules is not None else []
+        return plan, FoundSchedules(tuple(fitting)), names
 
     def matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
@@ -205,32 +229,15 @@ class Changes:
     allow_new: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedForeign:
-    """Optimizers and schedulers matched with another tool's state, on every rank; see `OpenedOptimizer`."""
-
-    plan: OptimizerRestore
-    schedulers: tuple[tuple[Stateful, dict[str, object]], ...]
-    tensors: OpenedLoad | None
-    is_buffered: bool
-
-
-def open_foreign(
-    session: Session,
-    optimizer: AnyOptimizer | Sequence[AnyOptimizer],
-    model: nn.Module | Sequence[nn.Module],
-    schedulers: Sequence[Stateful],
-    directory: Path,
-    changes: Changes,
-) -> OpenedForeign | None:
-    """Match optimizers and schedulers with another tool's state; ``None`` where there is none. All ranks call.
+def find_foreign(
+    session: Session, directory: Path, state: OptimizerState, schedulers: Sequence[Stateful]
+) -> ForeignOptimizers | None:
+    """Read what another tool saved of optimizers and schedulers; ``None`` where it did not. All ranks call.
 
     ``directory`` is where a checkpoint of ours would have its optimizer.
 
     Raises:
-        CheckpointNotFoundError: There is no optimizer or scheduler in it.
-        MisuseError: It is another optimizer's or scheduler's, or parameters cannot be matched without doubt.
-        TensorError: The saved state does not fit the optimizer.
+        CheckpointNotFoundError: There is no optimizer in it.
         UnsafePickleError: A value could run code.
     """
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
@@ -240,34 +247,19 @@ def open_foreign(
     if not found_place:
         return None
     place = Path(cast(str, found_place))
-    state = group.attempt(lambda: OptimizerState(optimizer, model), "describing the optimizer")
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
-    is_buffered = group.any(state.has_own_ways, "asking how optimizers load their state")
-    found = _find_foreign(place, group, legacy, steers)
+
+    def read() -> list[object]:
+        return [each.to_state() for each in _read(place, legacy)] if steers else []
+
+    states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
     has_schedulers = group.any(bool(schedulers), "comparing schedulers")
     schedules = read_schedules(place, group, legacy) if has_schedulers else None
-
-    def compare() -> tuple[OptimizerRestore, dict[str, str], list[tuple[Stateful, dict[str, object]]]]:
-        record, names = found.matched(state, changes.key_mapping)
-        try:
-            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
-        except ShardwiseError as error:
-            error.path = error.path or str(place)
-            _add_names(error, record)
-            raise
-        return plan, names, foreign_schedules(schedulers, schedules) if schedulers and schedules is not None else []
-
-    plan, names, fitting = group.attempt(compare, f"comparing the optimizer with {place}")
-    source = found.agreed(names, group)
-    tensors: OpenedLoad | None = None
-    if group.any(bool(plan.targets), "asking which optimizers have tensors"):
-        options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
-        tensors = open_described(plan.held_as_saved, source, group, session.storage, options)
-    _count_in_tensors(plan)
-    return OpenedForeign(plan, tuple(fitting), tensors, is_buffered)
+    found = tuple(map(DcpOptimizer.from_state, states))
+    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules)
 
 
-def _count_in_tensors(plan: OptimizerRestore) -> None:
+def count_in_tensors(plan: OptimizerRestore) -> None:
     """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
     options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
     for each in plan.params:
@@ -291,17 +283,6 @@ def _foreign_place(directory: Path) -> Path | None:
     if has_state(directory / "optimizer"):
         return None
     return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
-
-
-def _find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
-    """Read the optimizers of a DCP directory, if any rank has one to restore (``steers``). All ranks call."""
-
-    def read() -> list[object]:
-        return [each.to_state() for each in _read(place, legacy)] if steers else []
-
-    states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
-    found = tuple(map(DcpOptimizer.from_state, states))
-    return ForeignOptimizers(place, found, open_source(place, group, spread=True))
 
 
 def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:

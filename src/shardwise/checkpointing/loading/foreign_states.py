@@ -14,10 +14,11 @@ from typing import cast
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.run_state.schedulers import check_rates, no_scheduler, other_number
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
-from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
+from shardwise.errors import MisuseError, StateFormatError
 from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.state_files import joined, pack_state, split, unpack_state
@@ -66,20 +67,10 @@ def foreign_schedules(
     """
     path = found.directory
     if not found.states:
-        raise CheckpointNotFoundError(
-            "the checkpoint was saved without a scheduler",
-            path=path,
-            hint="Restore without a scheduler, or choose a checkpoint that has one.",
-        )
+        raise no_scheduler(path)
     if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
-        raise MisuseError(
-            f"{len(found.states)} {'scheduler was' if len(found.states) == 1 else 'schedulers were'} saved"
-            f" ({listed([*found.states])}) and {len(schedulers)} "
-            f"{'is' if len(schedulers) == 1 else 'are'} to be restored"
-            + ("" if len(found.states) != len(schedulers) else ": which is which is not known"),
-            path=path,
-            hint="Pass the schedulers that the checkpoint was saved with, in the same order; or restore without them.",
-        )
+        unclear = "" if len(found.states) != len(schedulers) else ", and which is which is not known"
+        raise other_number(len(found.states), len(schedulers), path, f": saved are {listed([*found.states])}{unclear}")
     return [
         (scheduler, _fitting(scheduler, place, state, path))
         for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)
@@ -105,14 +96,7 @@ def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict
             path=path,
             hint=f"Build the scheduler that the checkpoint was saved with. {_FRESH}",
         )
-    rates, saved_rates = own.get("base_lrs"), state.get("base_lrs")
-    if isinstance(rates, list) and isinstance(saved_rates, list) and len(rates) != len(saved_rates):
-        raise MisuseError(
-            f"the checkpoint's scheduler {place!r} has learning rates of {len(saved_rates)} parameter groups and the "
-            f"one to be restored of {len(rates)}",
-            path=path,
-            hint="Build the optimizer with the same parameter groups as when the checkpoint was saved.",
-        )
+    check_rates(f" {place!r}", own, state, path)
     return state
 
 

@@ -7,16 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import nn
 
 from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.loading.aliases import Aliased, names_lacking, with_aliases
-from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files
-from shardwise.checkpointing.loading.foreign_model import OwnNames, model_part
-from shardwise.checkpointing.loading.model_metadata import read_model_metadata
+from shardwise.checkpointing.loading.foreign import OwnNames, expected_unused, in_names_of_files, model_part
 from shardwise.checkpointing.loading.module_state import (
     ModuleLoad,
     as_modules_load,
@@ -24,12 +21,13 @@ from shardwise.checkpointing.loading.module_state import (
     steps_of,
     with_extra_in_files,
 )
-from shardwise.checkpointing.loading.ties import under_saved_names, untied
-from shardwise.checkpointing.module_state_files import is_own_module_state
+from shardwise.checkpointing.loading.ties import Aliased, names_lacking, under_saved_names, untied, with_aliases
+from shardwise.checkpointing.module_state_files import find_module_state, is_own_module_state
 from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
+from shardwise.disk.names import is_file
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
     CheckpointSource,
@@ -40,6 +38,10 @@ from shardwise.engine.load import (
     open_described,
 )
 from shardwise.engine.name_suggestions import listed
+from shardwise.engine.per_rank import saved_ranks
+from shardwise.errors import StateFormatError
+from shardwise.format.json_file import read_json
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
@@ -298,3 +300,58 @@ def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; a stage where both kinds of names are equal does not count.
     return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """The metadata; empty for other tools' checkpoints.
+
+    Attributes:
+        exact: Name in the file -> dtype in memory, where the export has another dtype.
+        passed: Names of the base model's tensors that were carried over.
+        ranks: Number of ranks that saved per-rank tensors; 0 where there are none.
+        module_state: Stems of the files of module state.
+    """
+
+    exact: Mapping[str, str]
+    passed: tuple[str, ...]
+    ranks: int = 0
+    module_state: tuple[str, ...] = ()
+
+
+def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
+    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
+
+    Raises:
+        StateFormatError: A file is damaged.
+    """
+    found = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
+    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
+    return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
+
+
+def _noted(path: Path) -> JsonValue:
+    exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
+    passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
+    return [
+        cast(JsonValue, exact),
+        cast(JsonValue, passed),
+        saved_ranks(path),
+        cast(JsonValue, find_module_state(path)),
+    ]
+
+
+_Note = TypeVar("_Note", dict[str, str], list[str])
+
+
+def _read(path: Path, name: str, absent: _Note) -> _Note:
+    """The note called ``name``; ``absent`` where there is none."""
+    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
+        file = directory / name
+        if not is_file(file):
+            continue
+        found = read_json(file, StateFormatError)
+        if not isinstance(found, type(absent)):
+            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
+        return found
+    return absent

@@ -6,17 +6,23 @@ stage may therefore find no tensor under its head's name in the files, and loads
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import filterfalse
+from operator import attrgetter
+from typing import cast
 
 from torch import nn
 
 from shardwise.base.names import names_of_ties
+from shardwise.checkpointing.hub import HubState
+from shardwise.checkpointing.shared_names import file_name
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import derive_for
+from shardwise.convert import rename
 from shardwise.disk.storage import Storage
+from shardwise.engine.missing_files import saved_aliases
 from shardwise.errors import TensorError
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.reader import Reader
@@ -45,12 +51,6 @@ def under_saved_names(
     if not found:
         return list(held)
     return [t._replace(spec=t.spec._replace(name=found.get(t.spec.name, t.spec.name))) for t in held]
-
-
-def file_name(part: nn.Module, name: str) -> str:
-    """Name in the model's files of a tensor that conversion only renames."""
-    made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
-    return made.hub[0].name if len(made.hub) == 1 else name
 
 
 def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Storage) -> Source:
@@ -103,3 +103,69 @@ def _equal(a: SourceTensor, b: SourceTensor, reader: Reader) -> bool:
     if a.spec.shape != b.spec.shape or a.spec.dtype != b.spec.dtype:
         return False
     return all(x == y for x, y in zip(tensor_blocks(a, reader), tensor_blocks(b, reader), strict=True))
+
+
+_NAME = attrgetter("spec.name")
+
+
+@dataclass(frozen=True)
+class Aliased:
+    """A source with tensors under additional names.
+
+    Attributes:
+        source: The source.
+        kept: Added alias -> the name under which the tensor is saved.
+    """
+
+    source: Source
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+
+def names_lacking(source: Source, hub: HubState) -> list[str]:
+    """Names of the model's tensors that the source lacks. Local."""
+    # Walked by the interpreter itself, since every load of a model goes through here.
+    lacking = list(filterfalse(source.tensors.__contains__, map(_NAME, hub.held)))
+    return lacking + [s.name for held in hub.groups for s in held.computed.hub if s.name not in source.tensors]
+
+
+def with_aliases(
+    source: Source, hub: HubState, lacking: Sequence[str], key_mapping: Mapping[str, str] | None, group: Group
+) -> Aliased:
+    """Add aliases of saved tensors, under names that a rank's model has and the files lack.
+
+    All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
+
+    Args:
+        source: The source to load from.
+        hub: What this rank holds.
+        lacking: The `names_lacking` on this rank.
+        key_mapping: What the source's names were passed through.
+        group: The ranks that load together.
+    """
+    received = group.broadcast_result(
+        lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"
+    )
+    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], received).items()}
+    if not aliases:
+        return Aliased(source)
+    lacking = list(lacking)
+    # A source of native names, such as a DCP directory, has native aliases.
+    lacking += filterfalse(source.tensors.__contains__, map(_NAME, hub.native))
+    own = cast(JsonValue, sorted(aliases.keys() & set(lacking)))
+    wanted = {
+        str(name) for theirs in group.gather_json(own, "comparing shared tensors") for name in cast(list[str], theirs)
+    }
+    found = {name: aliases[name] for name in sorted(wanted) if aliases[name] in source.tensors}
+    added = {
+        name: (tensor := source.tensors[kept])._replace(spec=tensor.spec._replace(name=name))
+        for name, kept in found.items()
+    }
+    return Aliased(replace(source, tensors={**source.tensors, **added}), found)
+
+
+def _renamed(aliases: Mapping[str, str], key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:
+    if not key_mapping:
+        return aliases
+    names = tuple(dict.fromkeys([*aliases, *aliases.values()]))
+    mapping = dict(zip(names, rename(names, key_mapping), strict=True))
+    return {mapping[name]: mapping[kept] for name, kept in aliases.items()}

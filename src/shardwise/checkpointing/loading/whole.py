@@ -21,8 +21,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
-from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.reports import Call, Outcome
+from shardwise.checkpointing.reports import Call, Outcome, RestoreRecord
 from shardwise.checkpointing.run_state.checkpoint_state import (
     FoundExtras,
     find_extras,

@@ -11,7 +11,7 @@ from typing import cast
 from shardwise.checkpointing.averages import MODEL_EMA
 from shardwise.checkpointing.loading.foreign_states import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.optimizers import optimizer_components
-from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.reports import RestoreRecord
 from shardwise.checkpointing.run_state.data_order import (
     DATALOADER,
     RESUME_ON_AS_MANY,

@@ -19,7 +19,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.run_state.extra_modules import shared_modules
 from shardwise.checkpointing.run_state.extra_sharded import (
     SHARDS,
     OpenedSharded,
@@ -28,18 +27,19 @@ from shardwise.checkpointing.run_state.extra_sharded import (
     module_steps,
     open_module,
     open_tensors,
+    shared_modules,
     split_tree,
     tensor_steps,
 )
-from shardwise.checkpointing.run_state.extra_values import as_stateful
-from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.checkpointing.run_state.generators import RandomState, as_stateful
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import is_directory, names_in
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.jobs import Step
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.state_files import has_state, joined, pack_state, read_state
+from shardwise.format.torch_value import read_torch_value
+from shardwise.sources.state_files import has_state, joined, pack_state, read_file, read_state
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
@@ -292,3 +292,38 @@ def check_generators(state: object) -> None:
         ) from error
     finally:
         generators.load_state_dict(had)
+
+
+def _stem(path: Path, state_name: str, rank: str) -> Path:
+    if not state_name or "/" in state_name or state_name.startswith("."):
+        raise MisuseError(f"{state_name!r} cannot be the name of a state", hint="Use a plain word.")
+    return path / state_name / f"{state_name}_{rank}"
+
+
+def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
+    """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
+    with session.group.together(f"writing {state_name} of every rank"):
+        stem = _stem(path, state_name, rank)
+        if writes:
+            session.storage.make_directory(stem.parent)
+            write_state(session.storage, stem, pack_state(state.state_dict()))
+            session.storage.sync_directory(stem.parent)
+
+
+def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
+    """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+    with session.group.together(f"reading {state_name} of every rank"):
+        stem = _stem(path, state_name, rank)
+        theirs = stem.with_name(f"{stem.name}.pt")
+        if not has_state(stem) and is_file(theirs):
+            legacy = session.config.allow_legacy_pickle_restore
+            found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
+            state.load_state_dict(cast("dict[str, object]", found))
+            return
+        if not has_state(stem):
+            raise CheckpointNotFoundError(
+                f"no {state_name} was saved for {rank.replace('_', ' ')}",
+                path=stem.with_name(stem.name + ".json"),
+                hint="It was saved on fewer ranks; restore on the same number, or start this state afresh.",
+            )
+        state.load_state_dict(cast(dict[str, object], read_state(stem)))

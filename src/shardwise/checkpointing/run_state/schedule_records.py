@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
-from shardwise.checkpointing.run_state.distinct_values import DistinctValue
+from shardwise.comm import Group, JsonValue
 from shardwise.errors import StateFormatError
 from shardwise.sources.state_files import joined, pack_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
@@ -194,3 +195,30 @@ def merge_schedules(
                     entries.append(SavedSchedule(of, ranks, their_states[number]))
     entries.sort(key=lambda entry: entry.ranks[0])
     return pack_state(SavedSchedules(tuple(entries), world_size).to_state()) if entries else {}
+
+
+class DistinctValue(NamedTuple):
+    """A value as bytes, and the ranks in the group that have it, ascending."""
+
+    blob: bytes
+    ranks: tuple[int, ...]
+
+
+def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctValue]]:
+    """Gather several values from all ranks, and return the distinct ones of each. All ranks call.
+
+    Many ranks have equal values, so only digests and one copy of each distinct value are sent. Empty ones are left out.
+    Every rank passes as many values; the distinct ones of each are in the order of the first rank that has them.
+    """
+    own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
+    everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))
+    found = []
+    for number, blob in enumerate(blobs):
+        digests = [theirs[number] for theirs in everyone]
+        rows = []
+        for digest in filter(None, dict.fromkeys(digests)):
+            ranks = tuple(rank for rank, theirs in enumerate(digests) if theirs == digest)
+            raw = group.broadcast_bytes(blob if group.rank == ranks[0] else b"", ranks[0], "exchanging states")
+            rows.append(DistinctValue(raw, ranks))
+        found.append(rows)
+    return found

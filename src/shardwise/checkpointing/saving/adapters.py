@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
-from shardwise.addons import CheckpointAddon
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.adapters import (
     Declared,
@@ -20,19 +22,23 @@ from shardwise.checkpointing.adapters import (
     hold_extra,
     refuse_wrappers,
 )
+from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.merged_state import merged_state
 from shardwise.checkpointing.optimizers import Optimizers, several
+from shardwise.checkpointing.saving.header_checks import Facts
 from shardwise.checkpointing.saving.hooks import hook_arguments, run_after, run_hooks
-from shardwise.checkpointing.saving.merged import MERGED, MergedSave
+from shardwise.checkpointing.saving.models import Described, ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.name_suggestions import listed
+from shardwise.geometry import TensorSpec
 from shardwise.peft.capture import hold_adapter
 from shardwise.peft.compatibility import vllm_limits
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, as_diffusers, check_opens, header_metadata
-from shardwise.peft.merge import merged_parts
+from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import HeldTensor
@@ -207,3 +213,55 @@ def _log_extra_weights(session: Session, roster: Roster) -> None:
             ADAPTER_EXTRA_NAME,
             listed(names),
         )
+
+
+#: Component of the merged tensors: the manifest lists a tensor once in a component.
+MERGED = "merged"
+
+
+class MergedSave(ModelSave):
+    """The merged export of one save of a model's adapters; it writes nothing that resumes. All ranks make one.
+
+    ``parts`` have their adapters, ``merged`` are the same without; ``directory``, the ``model`` directory, exists.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        parts: Sequence[nn.Module],
+        merged: Sequence[MergedPart],
+        directory: Path,
+        *,
+        tokenizer: SavesPretrained | None,
+        is_final: bool,
+    ) -> None:
+        super().__init__(
+            session,
+            [part.model for part in merged],
+            directory,
+            [ConsolidatedHFAddon()],
+            tokenizer=tokenizer,
+            peft_config=None,
+            is_final=is_final,
+            reserve=lambda: None,
+        )
+        self._parts, self._merged = parts, merged
+
+    def _captured(self) -> tuple[HubState, bool]:
+        session = self._session
+        hub = session.names.capture(self.state)
+        hub = merged_state(hub, self._parts, self._merged, session.may_differ)
+        require_memory(memory_of(hub.held), "values to save")
+        natives = iter(session.staged("model.native", natives_of(hub.groups)))
+        groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
+        return replace(hub, held=tuple(session.staged("model", hub.held)), groups=groups), self._look_at_parameters()
+
+    def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
+        return replace(super()._options(specs), component=MERGED)
+
+    def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
+        # The notes beside an export are for resuming from it.
+        super()._prepare_directory(replace(facts, native={}, outside=frozenset(), excluded=()))
+
+    def _beside(self, described: Described) -> list[Step]:
+        return []

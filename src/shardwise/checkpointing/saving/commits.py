@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from shardwise.checkpointing.saving.shared_directory import check_claim, check_files_visible
+from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import exists, walk

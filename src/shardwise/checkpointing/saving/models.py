@@ -30,9 +30,9 @@ from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require
 from shardwise.checkpointing.module_state_files import module_state_names, module_state_step
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.saving.commits import Closing
-from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
-from shardwise.checkpointing.saving.facts import Facts, RankFacts
 from shardwise.checkpointing.saving.header_checks import (
+    Facts,
+    RankFacts,
     compare_with_base,
     compare_with_keys,
     expectation_row,
@@ -43,6 +43,7 @@ from shardwise.checkpointing.saving.hooks import hook_arguments, leading_own, ru
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.session import Session
+from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import is_file

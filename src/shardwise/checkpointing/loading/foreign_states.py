@@ -69,8 +69,9 @@ def foreign_schedules(
     if not found.states:
         raise no_scheduler(path)
     if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
-        unclear = "" if len(found.states) != len(schedulers) else ", and which is which is not known"
-        raise other_number(len(found.states), len(schedulers), path, f": saved are {listed([*found.states])}{unclear}")
+        unclear = "" if len(found.states) != len(schedulers) else ": which is which is not known"
+        names = f" ({listed([*found.states])})"
+        raise other_number(len(found.states), len(schedulers), path, unclear, names)
     return [
         (scheduler, _fitting(scheduler, place, state, path))
         for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)

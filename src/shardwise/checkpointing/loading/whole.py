@@ -205,32 +205,22 @@ def load_model(
     allow_checkpoint_key_subset: bool,
 ) -> None:
     """See `Checkpointer.load_model`. All ranks call."""
+    path = Path(model_path).absolute()
     with life.reports.call("load_model") as told:
-        _load_model(life, model, Path(model_path).absolute(), is_init_step, key_mapping, allow_checkpoint_key_subset)
-        told.over(Outcome(life.session.group, Path(model_path).absolute()))
-
-
-def _load_model(
-    life: Lifetime,
-    model: Model,
-    path: Path,
-    is_init_step: bool,
-    key_mapping: Mapping[str, str] | None,
-    allow_checkpoint_key_subset: bool,
-) -> None:
-    life.wait()
-    session = life.begin(call := f"load_model({path})")
-    given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-    check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
-    if is_init_step:
-        parts = [model] if isinstance(model, nn.Module) else list(model)
-        base_model.fill_from_base(
-            session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
-        )
-        return
-    opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
-    with overwriting("the model"):
-        opened.fill()
+        life.wait()
+        session = life.begin(call := f"load_model({path})")
+        given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
+        check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
+        if is_init_step:
+            parts = [model] if isinstance(model, nn.Module) else list(model)
+            base_model.fill_from_base(
+                session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
+            )
+        else:
+            opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
+            with overwriting("the model"):
+                opened.fill()
+        told.over(Outcome(session.group, path))
 
 
 def load_optimizer(
@@ -242,28 +232,22 @@ def load_optimizer(
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
-    with life.reports.call("load_optimizer") as told:
-        place = Path(weights_path).absolute() / "optim"
-        _load_optimizer(life, optimizer, model, place, scheduler, changes)
-        told.over(Outcome(life.session.group, place))
-
-
-def _load_optimizer(
-    life: Lifetime, optimizer: Optimizers, model: Model, place: Path, scheduler: Schedulers | None, changes: Changes
-) -> None:
-    life.wait()
-    session = life.begin(call := f"load_optimizer({place.parent})")
+    place = Path(weights_path).absolute() / "optim"
     given = {
         f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
         "allow_new_parameters=True": changes.allow_new,
     }
-    check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-    opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
-    opened.read_buffered()
-    with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
-        opened.take_in(undos)
-    with overwriting("the optimizer's state"):
-        opened.fill()
+    with life.reports.call("load_optimizer") as told:
+        life.wait()
+        session = life.begin(call := f"load_optimizer({place.parent})")
+        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
+        opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
+        opened.read_buffered()
+        with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
+            opened.take_in(undos)
+        with overwriting("the optimizer's state"):
+            opened.fill()
+        told.over(Outcome(session.group, place))
 
 
 def load_base_model(

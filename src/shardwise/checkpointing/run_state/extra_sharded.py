@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
+from shardwise.checkpointing.saving.hooks import ModelRequest
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
@@ -97,6 +98,7 @@ def module_session(session: Session, name: str) -> Session:
         model_repo_id=None,
         original_model_root_dir=None,
         is_peft=False,
+        export_merged=False,
         per_rank_state=None,
         v4_compatible=False,
     )
@@ -106,16 +108,7 @@ def module_session(session: Session, name: str) -> Session:
 def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
     """Capture a module now; returns the steps that write it. All ranks call."""
     own = directory_of(directory, name)
-    save = ModelSave(
-        module_session(session, name),
-        module,
-        own,
-        [],
-        tokenizer=None,
-        peft_config=None,
-        is_final=False,
-        reserve=lambda: None,
-    )
+    save = ModelSave(ModelRequest(module_session(session, name), module, own))
     steps = save.steps()
 
     def finish(group: Group) -> ComponentRecord:

@@ -213,10 +213,10 @@ def _by_position(
     return FoundSchedules(tuple(zip(schedulers, cast(list[dict[str, object]], states), strict=True)))
 
 
-def other_number(saved: int, wanted: int, path: Path, which: str) -> MisuseError:
+def other_number(saved: int, wanted: int, path: Path, which: str, names: str = "") -> MisuseError:
     """The error where as many schedulers were saved and others are to be restored."""
     return MisuseError(
-        f"{saved} {'scheduler was' if saved == 1 else 'schedulers were'} saved and "
+        f"{saved} {'scheduler was' if saved == 1 else 'schedulers were'} saved{names} and "
         f"{wanted} {'is' if wanted == 1 else 'are'} to be restored{which}",
         path=path,
         hint="Pass the schedulers that the checkpoint was saved with; or restore without them.",

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from torch import nn
 
-from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
-from shardwise.addons.base import SavesPretrained
+from shardwise.addons import ConsolidatedHFAddon
 from shardwise.checkpointing.adapters import (
     Declared,
     capture,
@@ -26,7 +24,7 @@ from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require
 from shardwise.checkpointing.merged_state import merged_state
 from shardwise.checkpointing.optimizers import Optimizers, several
 from shardwise.checkpointing.saving.header_checks import Facts
-from shardwise.checkpointing.saving.hooks import hook_arguments, run_after, run_hooks
+from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
@@ -52,24 +50,12 @@ _LOG = logging.getLogger(__name__)
 class AdapterSave:
     """One save of a model's adapters; the counterpart of `ModelSave`. All ranks make one."""
 
-    def __init__(
-        self,
-        session: Session,
-        model: nn.Module | Sequence[nn.Module],
-        directory: Path,
-        addons: Sequence[CheckpointAddon],
-        *,
-        tokenizer: SavesPretrained | None,
-        peft_config: object | None,
-        is_final: bool,
-        reserve: Callable[[], None],
-        optimizer: Optimizers | None = None,
-    ) -> None:
-        self._session, self._directory, self._reserve = session, directory, reserve
-        self._addons, self._config, self._stepped = addons, peft_config, stepped(optimizer)
+    def __init__(self, request: ModelRequest) -> None:
+        self._request, self._session, self._directory = request, request.session, request.directory
+        self._addons, self._config, self._stepped = request.addons, request.peft_config, stepped(request.optimizer)
         self.closing: list[Callable[[Group], None]] = []
-        self.state = ModelState(model)
-        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self.state = ModelState(request.model)
+        self._args = hook_arguments(request, self.state)
 
     def steps(self) -> list[Step]:
         """Capture the adapters, check that they are complete, and return the steps that write them. All ranks call."""
@@ -77,7 +63,7 @@ class AdapterSave:
         with group.together("preparing the adapter's directory"):
             refuse_wrappers(parts)
             if group.is_main:
-                self._reserve()
+                self._request.reserve()
                 session.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
         component = group.attempt(lambda: diffusers_component(session, parts, self._config), "looking at the adapter")
@@ -150,18 +136,11 @@ class AdapterSave:
 
     def _merged_steps(self) -> list[Step]:
         """The steps of the merged export, where this save writes one. All ranks call."""
-        session, is_final = self._session, self._args["is_final_checkpoint"]
-        if not (session.config.export_merged and session.exports(is_final)):
+        session, request = self._session, self._request
+        if not (session.config.export_merged and session.exports(request.is_final)):
             return []
         merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
-        save = MergedSave(
-            session.of_model(MERGED),
-            self.state.model,
-            merged,
-            self._directory,
-            tokenizer=self._args["tokenizer"],
-            is_final=is_final,
-        )
+        save = MergedSave(replace(request, session=session.of_model(MERGED)), self.state.model, merged)
         steps = save.steps()
         self.closing += save.closing
         return steps
@@ -222,29 +201,13 @@ MERGED = "merged"
 class MergedSave(ModelSave):
     """The merged export of one save of a model's adapters; it writes nothing that resumes. All ranks make one.
 
-    ``parts`` have their adapters, ``merged`` are the same without; ``directory``, the ``model`` directory, exists.
+    ``parts`` have their adapters, ``merged`` are the same without; the request's directory exists.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        parts: Sequence[nn.Module],
-        merged: Sequence[MergedPart],
-        directory: Path,
-        *,
-        tokenizer: SavesPretrained | None,
-        is_final: bool,
-    ) -> None:
-        super().__init__(
-            session,
-            [part.model for part in merged],
-            directory,
-            [ConsolidatedHFAddon()],
-            tokenizer=tokenizer,
-            peft_config=None,
-            is_final=is_final,
-            reserve=lambda: None,
-        )
+    def __init__(self, request: ModelRequest, parts: Sequence[nn.Module], merged: Sequence[MergedPart]) -> None:
+        models = [part.model for part in merged]
+        own = replace(request, model=models, addons=[ConsolidatedHFAddon()], peft_config=None, reserve=lambda: None)
+        super().__init__(own)
         self._parts, self._merged = parts, merged
 
     def _captured(self) -> tuple[HubState, bool]:

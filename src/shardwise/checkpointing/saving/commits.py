@@ -119,8 +119,8 @@ def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             out[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the third of tensors with many elements
+            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number", hint="Pass a number.") from error
     return out
 
 

@@ -37,9 +37,8 @@ _QUANTIZED = re.compile(r"(_scale_inv|_scale|_scales|_blocks|_zero_point|weight_
 _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """What the model class says about the tensors in its files.
+class Expectation(NamedTuple):
+    """What the model class says about the tensors in its files: by one rank's part of the model, or by all parts.
 
     Attributes:
         aliases: Names that files of this model may have and ours do not, such as aliases of tied tensors.
@@ -49,65 +48,43 @@ class Expectation:
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
-        keys: Names of the base model's tensors in the settings of all ranks.
+        keys: Names of the base model's tensors in the settings.
     """
 
-    aliases: frozenset[str] = frozenset()
-    unloaded: tuple[str, ...] = ()
-    computed: frozenset[str] = frozenset()
+    aliases: Collection[str] = ()
+    unloaded: Collection[str] = ()
+    computed: Collection[str] = ()
     prefix: str = ""
-    architectures: tuple[str, ...] = ()
+    architectures: Sequence[str] = ()
     vocab_size: int | None = None
-    keys: tuple[str, ...] = ()
+    keys: Collection[str] = ()
 
 
-@dataclass(frozen=True)
-class HeaderComparison:
-    """Result of comparing an export's headers.
-
-    Attributes:
-        passed: Tensors of the base that the model class does not load and the export carries over.
-        differences: One sentence for each difference; empty for a correct export.
-    """
-
-    passed: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
-
-
-#: One rank's part of an `Expectation`: see `expectation_row`.
-ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
-
-
-def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
-    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local."""
+def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> Expectation | None:
+    """What this rank's part of the model says, as JSON has it; ``None`` where the rank has no part. Local."""
     if not parts:
         return None
     module = exported_modules(parts)[0]
     config = config_of(module)
-    text = getattr(config, "text_config", None) or config
-    size = getattr(text, "vocab_size", None)
-    computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
-    return (
+    size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+    return Expectation(
         list(absent),
         sorted(may_be_unexpected(module)),
-        sorted(computed),
+        sorted({_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}),
         str(getattr(module, "base_model_prefix", "") or ""),
-        original_class(module).__name__,
+        [original_class(module).__name__],
         size if isinstance(size, int) else None,
     )
 
 
-def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
-    """Merge the rows of all ranks: pipeline stages have different parts of the model."""
-    prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
-    sizes = [size for *_, size in rows if size is not None]
+def _merged(rows: Sequence[Expectation], keys: Iterable[str]) -> Expectation:
     return Expectation(
-        frozenset(name for names, *_ in rows for name in names),
-        tuple(dict.fromkeys(pattern for _, patterns, *_ in rows for pattern in patterns)),
-        frozenset(name for _, _, names, *_ in rows for name in names),
-        prefixes[0] if prefixes else "",
-        tuple(architecture for *_, architecture, _ in rows[:1]),
-        sizes[0] if sizes else None,
+        frozenset(name for row in rows for name in row.aliases),
+        tuple(dict.fromkeys(pattern for row in rows for pattern in row.unloaded)),
+        frozenset(name for row in rows for name in row.computed),
+        next((row.prefix for row in rows if row.prefix), ""),
+        rows[0].architectures if rows else (),
+        next((row.vocab_size for row in rows if row.vocab_size is not None), None),
         tuple(dict.fromkeys(keys)),
     )
 
@@ -125,11 +102,14 @@ def _tail(name: str) -> str:
 
 def compare_with_base(
     specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
-) -> HeaderComparison:
+) -> tuple[list[str], list[str]]:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
-    ``specs`` are the tensors of all ranks, under the names of the files. With ``pass_through``, tensors that the class
-    does not load are carried over.
+    ``specs`` are the tensors of all ranks, under the names of the files.
+
+    Returns:
+        The tensors of the base that the model class does not load and the export carries over (with ``pass_through``),
+        and one sentence for each difference; none for a correct export.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)
@@ -144,14 +124,14 @@ def compare_with_base(
     if same:
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
-    return HeaderComparison(tuple(passed) if same and pass_through else (), tuple(differences))
+    return passed if same and pass_through else [], differences
 
 
-def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> HeaderComparison:
-    """Compare what will be written with the names in the settings. Pure."""
+def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> list[str]:
+    """Compare what will be written with the names in the settings; a sentence for each difference. Pure."""
     written = {spec.name: spec for spec in specs}
     lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
-    return HeaderComparison((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
+    return [f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost]
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], expectation: Expectation) -> str | None:
@@ -203,16 +183,16 @@ def _same_architecture(config: Mapping[str, object], expectation: Expectation) -
     return isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
 
 
-def require_equal(comparison: HeaderComparison, path: Path) -> None:
+def require_equal(differences: Sequence[str], path: Path) -> None:
     """Raise `ExportMismatchError`, which lists the differences, if there are any."""
-    if not comparison.differences:
+    if not differences:
         return
-    more = len(comparison.differences) - _SHOWN
-    listed = "; ".join(comparison.differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    more = len(differences) - _SHOWN
+    listed = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     raise ExportMismatchError(
         f"the export would differ from what the base model promises: {listed}",
         path=path,
-        tensor=comparison.differences[0].partition(":")[0],
+        tensor=differences[0].partition(":")[0],
         hint="Nothing is published. Set verify_export to false if this is what you want.",
     )
 
@@ -239,7 +219,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
         if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
             same = read_index(index).weight_map == layout.weight_map
             differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
-    require_equal(HeaderComparison((), tuple(differences)), directory)
+    require_equal(differences, directory)
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
@@ -280,7 +260,7 @@ class RankFacts(NamedTuple):
 
     quantized: bool
     beside: list[list[str]]
-    expectation: ExpectationRow | None = None
+    expectation: Expectation | None = None
     native: Mapping[str, str] = {}
     outside: Collection[str] = ()
     excluded: Collection[str] = ()
@@ -309,14 +289,12 @@ class Facts:
     def of(notes: Sequence[JsonValue]) -> Facts:
         """Merge the gathered `RankFacts` of all ranks."""
         rows = [RankFacts(*cast("tuple[Any, ...]", note)) for note in notes]
+        said = [Expectation(*row.expectation) for row in rows if row.expectation is not None]
         specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),
             tuple(row.beside for row in rows),
-            merge_expectations(
-                [row.expectation for row in rows if row.expectation is not None],
-                (key for row in rows for key in row.keys),
-            ),
+            _merged(said, [key for row in rows for key in row.keys]),
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.outside),
             tuple(sorted({name for row in rows for name in row.excluded})),

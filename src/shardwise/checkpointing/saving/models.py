@@ -8,14 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
-from shardwise.addons.base import SavesPretrained
 from shardwise.addons.hf_config import CONFIG
 from shardwise.addons.huggingface import (
     HFMetadataExporter,
@@ -35,14 +32,13 @@ from shardwise.checkpointing.saving.header_checks import (
     RankFacts,
     compare_with_base,
     compare_with_keys,
-    expectation_row,
+    expectation_of,
     read_back,
     require_equal,
 )
-from shardwise.checkpointing.saving.hooks import hook_arguments, leading_own, run_after, run_hooks
+from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
-from shardwise.checkpointing.session import Session
 from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
@@ -115,41 +111,27 @@ class Described:
 class ModelSave:
     """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
 
-    ``directory`` is the ``model`` directory; on rank 0, ``reserve`` makes the one above it before anything is written.
-
     Attributes:
         closing: Local work to do when all bytes are durable; known after `steps`.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        model: nn.Module | Sequence[nn.Module],
-        directory: Path,
-        addons: Sequence[CheckpointAddon],
-        *,
-        tokenizer: SavesPretrained | None,
-        peft_config: object | None,
-        is_final: bool,
-        reserve: Callable[[], None],
-    ) -> None:
-        self._session = session
-        self._directory = directory
-        self._reserve = reserve
-        own = leading_own(addons)
+    def __init__(self, request: ModelRequest) -> None:
+        session, directory = request.session, request.directory
+        self._session, self._directory, self._reserve = session, directory, request.reserve
+        own = leading_own(request.addons)
         # The library's own addon works locally, inside steps whose failures reach all ranks anyway.
-        self._describes, self._addons = bool(own), addons[own:]
+        self._describes, self._addons = bool(own), request.addons[own:]
         self._exporter: HFMetadataExporter | None = None
         self._refusal: Exception | None = None
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._wants_export = session.exports(is_final)
+        self._wants_export = session.exports(request.is_final)
         self._exports = self._wants_export and session.config.model_save_format == "safetensors"
         self._carried: list[str] = []
-        self.state = ModelState(model)
+        self.state = ModelState(request.model)
         self.base = session.base()
-        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self._args = hook_arguments(request, self.state)
         self._args["original_model_path"] = session.base_path()
         self._args["hf_metadata_dir"] = str(directory / METADATA_DIR)
         self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
@@ -221,7 +203,7 @@ class ModelSave:
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
-                facts = facts._replace(expectation=expectation_row(self.state.model, hub.absent), specs=specs)
+                facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
@@ -317,7 +299,7 @@ class ModelSave:
             facts = RankFacts(
                 quantized,
                 module_state_names(hub.listing),
-                expectation_row(self.state.model, hub.absent) if has_expectation else None,
+                expectation_of(self.state.model, hub.absent) if has_expectation else None,
                 own.native,
                 sorted(own.outside),
                 [tensor.spec.name for tensor in hub.excluded],
@@ -390,11 +372,12 @@ class ModelSave:
                 require_equal(compare_with_keys(specs, facts.expectation), self._directory)
             if base is None:
                 return []
-            comparison = compare_with_base(specs, base, facts.expectation, pass_through=config.pass_through_unloaded)
+            through = config.pass_through_unloaded
+            passed, differences = compare_with_base(specs, base, facts.expectation, pass_through=through)
             if verifies:
-                require_equal(comparison, base.directory)
-            base.check_readable(comparison.passed)
-            return list(comparison.passed)
+                require_equal(differences, base.directory)
+            base.check_readable(passed)
+            return cast(JsonValue, passed)
 
         return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
 

@@ -23,7 +23,7 @@ from shardwise.checkpointing.run_state.checkpoint_state import capture_extras
 from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.components import model_save
-from shardwise.checkpointing.saving.hooks import passed_addons
+from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.records import ComponentRecord
@@ -45,7 +45,6 @@ def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | Non
 
 
 def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
-    """As `save_checkpoint`. All ranks call."""
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:
@@ -106,13 +105,22 @@ def _capture(
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
-    save = model_save(
-        life, what.model, temp / "model", what.tokenizer, what.peft_config, what.is_final_checkpoint, reserve, optimizer
+    request = ModelRequest(
+        life.session,
+        what.model,
+        temp / "model",
+        life.addons,
+        what.tokenizer,
+        what.peft_config,
+        what.is_final_checkpoint,
+        reserve,
+        optimizer,
     )
+    save = model_save(request)
     steps = below("model", save.steps())
     closing = [*save.closing]
     if what.ema is not None:
-        own, theirs = _ema_steps(life, what, what.ema, temp / MODEL_EMA)
+        own, theirs = _ema_steps(request, what.ema, temp / MODEL_EMA)
         steps, closing = steps + own, closing + theirs
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
@@ -120,27 +128,21 @@ def _capture(
     return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
 
 
-def _ema_steps(
-    life: Lifetime, what: WhatToSave, ema: Model, directory: Path
-) -> tuple[list[Step], list[Callable[[Group], None]]]:
-    """As `_capture`, for the average. All ranks call."""
-    session = life.session
+def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], list[Callable[[Group], None]]]:
+    """As `_capture`, for the average of the request's model. All ranks call."""
+    session = request.session
 
     def look() -> tuple[Average, list[Step]]:
         average = Average.of(ema)
         return average, average.capture(directory, session.storage)
 
     average, beside = session.group.attempt(look, "looking at the averaged model")
-    saving = model_save(
-        life,
-        average.model,
-        directory,
-        what.tokenizer,
-        what.peft_config,
-        what.is_final_checkpoint,
-        lambda: None,
-        session=session.of_model(MODEL_EMA),
+    # Users' own hooks are for the model alone: they may write to one place.
+    addons = request.addons if session.config.is_peft else request.addons[: leading_own(request.addons)]
+    own = replace(
+        request, model=average.model, directory=directory, addons=addons, reserve=lambda: None, optimizer=None
     )
+    saving = model_save(replace(own, session=session.of_model(MODEL_EMA)))
     return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
 
 

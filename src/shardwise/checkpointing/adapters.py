@@ -58,11 +58,7 @@ class Declared:
 
 
 def declare(session: Session, captured: AdapterTensors) -> Declared:
-    """Gather the layers of the model on each rank. All ranks call.
-
-    Raises:
-        AdapterError: A pipeline stage is missing.
-    """
+    """Gather the layers of the model on each rank; `AdapterError` if a pipeline stage is missing. All ranks call."""
     group = session.group
     layers: dict[str, JsonValue] = {path: list(indices) for path, indices in captured.inventory.items()}
     own: JsonValue = [layers, bool(captured.cut), session.stage, bool(captured.extra)]
@@ -104,11 +100,8 @@ def hold_extra(session: Session, captured: AdapterTensors, parts: Sequence[nn.Mo
 def check_before_training(session: Session, model: nn.Module | Sequence[nn.Module], *, is_adapted: bool) -> None:
     """Describe and check a model's adapters as a save would, and write nothing. All ranks call.
 
-    A configuration that only saves are given (for a model's own LoRA) is checked there. With ``is_adapted`` a model
-    without an adapter is refused.
-
-    Raises:
-        ShardwiseError: What the first save would raise.
+    With ``is_adapted`` a model without an adapter is refused, too. A configuration that only saves are given (for a
+    model's own LoRA) is checked there.
     """
     group = session.group
     session.base_name()  # looked for here, since all ranks have to

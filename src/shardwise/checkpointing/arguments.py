@@ -1,4 +1,11 @@
-"""Checks of arguments and settings before a call does anything: a mistake is the same named error on every rank."""
+"""Checks before a call does anything: arguments, settings, places. A mistake is the same named error on every rank.
+
+A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its writing
+succeeds. Two checks find this without another collective:
+
+1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
+2. rank 0 sees every file that any rank wrote, with its size.
+"""
 
 from __future__ import annotations
 
@@ -66,11 +73,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 
 
 def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
-    """Refuse a model that peft has adapted and that is exported, now or later, as if it were not. Local.
-
-    Raises:
-        AdapterError: The model is adapted.
-    """
+    """Raise `AdapterError` if peft has adapted a model that is exported, now or later, as if it were whole. Local."""
     if is_whole_with_adapter(parts):
         raise AdapterError(
             "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
@@ -103,8 +106,7 @@ _Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | 
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
 
-    Threads, time-outs and paths may differ between machines; on one machine ``checkpoint_dir`` has to be the same
-    directory for all ranks.
+    On one machine ``checkpoint_dir`` has to be the same directory for all ranks.
     """
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
@@ -217,12 +219,7 @@ _HINT = (
 
 
 class RootLocation(NamedTuple):
-    """The location of a rank's root directory.
-
-    Attributes:
-        path: The resolved path on that machine.
-        identity: Device and number of the directory, as that machine counts them; ``None`` where it does not exist.
-    """
+    """Where a rank's root directory is: resolved, with device and number as that machine counts them."""
 
     host: str
     path: str
@@ -258,9 +255,9 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Raise `StorageError` unless this rank sees rank 0's claim of the save. Local.
+    """Raise `StorageError` unless this rank sees rank 0's claim, with this run's ``token``, of saving ``name``. Local.
 
-    ``name`` is saved in ``directory``; ``token`` is this run's, ``locations`` are the roots of all ranks.
+    ``locations`` are the roots of all ranks.
     """
     found = claimed_by(directory, name)
     if found != token:

@@ -1,4 +1,4 @@
-"""The first exchange of every call of the checkpointer: all ranks must make the same call."""
+"""What every call has around it: its storage, no inference mode and no collector; and that all ranks make the same."""
 
 from __future__ import annotations
 
@@ -22,23 +22,17 @@ from shardwise.timing import phase
 def check_same_call(
     call: str, look: Callable[[], str], given: Mapping[str, bool], group: Group, note: JsonValue = None
 ) -> list[JsonValue]:
-    """Check that all ranks make the same call with the same kinds of arguments. All ranks call.
+    """Check that all ranks make the same call with the same kinds of arguments; `MisuseError` if not. All ranks call.
 
     Every call begins with this exchange, so that two different calls that meet are named at once.
 
     Args:
         call: The method and its target, as messages show it: ``save(epoch_0_step_1)``.
-        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on the
-            caller. An error on one rank is raised on all.
+        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on
+            the caller. An error on one rank is raised on all.
         given: Name of an optional argument that decides which collectives follow -> whether it was passed.
         group: The ranks that save or load together.
-        note: Another value to gather from every rank.
-
-    Returns:
-        The note of each rank.
-
-    Raises:
-        MisuseError: The calls differ.
+        note: Another value to gather from every rank; the notes are returned.
     """
     names = sorted(key for key, is_given in given.items() if is_given)
     with group.coming(call):
@@ -71,11 +65,9 @@ def check_same_call(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Whether a save is made, and the error of the previous save.
+    """Whether a save is made, and the error of the previous save, the same on every rank.
 
-    Attributes:
-        skipped: The save is not made: the previous one is still being written, and the settings say not to wait for it.
-        earlier: The error of the previous save, from any rank; the same on every rank.
+    A save is skipped while the previous one is still being written, if the settings say not to wait for it.
     """
 
     skipped: bool = False
@@ -87,9 +79,6 @@ class Turn:
 
         A user who has lost a checkpoint needs the next one all the more, so the new save is made durable before the
         error is raised: ``wait`` returns when it is.
-
-        Raises:
-            ShardwiseError: The error of the previous save.
         """
         earlier = self.earlier
         try:
@@ -107,7 +96,7 @@ class Turn:
 
 
 def own_state(background: Background | None, waits: bool) -> JsonValue:
-    """The state of this rank's background thread, to be gathered before a save: is it busy, has it failed. Local.
+    """This rank's background thread, for `take_turn`: is it busy, is it broken, its error. Local.
 
     Where ``waits`` is true, the save that is being written is waited for.
     """
@@ -120,10 +109,9 @@ def own_state(background: Background | None, waits: bool) -> JsonValue:
 
 
 def take_turn(states: list[JsonValue]) -> Turn:
-    """Decide from the states of all ranks whether a save is made; the result is the same on every rank.
+    """Decide from the states of all ranks whether a save is made; the same on every rank.
 
-    Raises:
-        ShardwiseError: The error of the previous save, where it left the background unable to write another one.
+    Raises the error of the previous save where it left the background unable to write another one.
     """
     everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
     records = [record for _, _, record in everyone if record is not None]

@@ -132,10 +132,8 @@ class Lifetime:
         """Check the arguments, make the model's memory safe to use from other threads, and return ``name``. Local.
 
         In asynchronous mode a save (``saves``) orders its own copies, so nobody waits. The meshes of the run's own
-        model (``is_run``) give the parallel ranks; those of a base model or an average do not.
-
-        Raises:
-            MisuseError: An argument has a wrong type, or a parallel rank was given that contradicts the model's meshes.
+        model (``is_run``) give the parallel ranks, and may contradict given ones (`MisuseError`); those of a base model
+        or an average do not.
         """
         check_arguments(model, optimizer, scheduler)
         if is_run:

@@ -29,11 +29,7 @@ from shardwise.upstream.torch_tensors import storage_key
 
 
 def check_merging(session: Session, parts: Sequence[nn.Module]) -> None:
-    """Describe a model's merged export as a save would, and write nothing. Local.
-
-    Raises:
-        ShardwiseError: Why a save could not merge: as `merged_parts` and `merged_state` say.
-    """
+    """Describe a model's merged export as a save would, raising what it would raise, and write nothing. Local."""
     merged = merged_parts(parts)
     state = ModelState([part.model for part in merged])
     merged_state(HubNames(session.may_differ).capture(state), parts, merged, session.may_differ)
@@ -45,10 +41,7 @@ def merged_state(
     """Divide a merged model's tensors into those in memory and those to compute. Local.
 
     ``hub`` is the merged model's captured state, in which merged tensors have no memory; ``parts`` have their adapters.
-
-    Raises:
-        ConversionError: The model's own conversion computes tensors from merged ones.
-        ModuleStateError: A module's own code makes its state from merged tensors.
+    Refused are conversions, and modules' own code, that make something else of merged tensors.
     """
     makers = {storage_key(t): group for part in merged for group in part.groups for t in group.results}
     held: list[HeldTensor] = []

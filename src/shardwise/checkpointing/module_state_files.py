@@ -32,8 +32,7 @@ _VERSION = 1
 class SavedModuleState:
     """The module state saved beside a model's tensors.
 
-    Attributes:
-        metadata: Plain module name -> torch's metadata of the module (its version).
+    ``metadata`` has what torch keeps of each module (its version), by the module's plain name.
     """
 
     values: Mapping[str, object]
@@ -50,10 +49,8 @@ def module_state_step(
 ) -> Step:
     """Capture this rank's part of the module state now, and return the step that writes it. All ranks call.
 
-    ``everyone`` has the `module_state_names` of each rank, ``directory`` is the model's.
-
-    Raises:
-        ModuleStateError: A value cannot be stored; names the module.
+    ``everyone`` has the `module_state_names` of each rank, ``directory`` is the model's. A value that cannot be stored
+    is a `ModuleStateError` that names the module.
     """
     values = {} if listing is None else listing.aside
     metadata = {} if listing is None else listing.metadata

@@ -166,11 +166,7 @@ class OpenedOptimizer:
             self._read()
 
     def take_in(self, undos: Undos) -> None:
-        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_buffered`.
-
-        Raises:
-            MisuseError: A scheduler refuses its state.
-        """
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_buffered`."""
         undos.add("the optimizer", self.plan.apply())
         for scheduler, state in self.schedulers.schedules:
             try:

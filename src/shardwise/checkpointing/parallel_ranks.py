@@ -44,10 +44,8 @@ class _Row:
 class ParallelRanks:
     """Derives this process's parallel ranks where the caller did not give them.
 
-    The order of ``pp_group``, the ranks of this pipeline, is that of the stages.
-
-    Raises:
-        MisuseError: One is not a whole number from 0.
+    The order of ``pp_group``, the ranks of this pipeline, is that of the stages. A given rank that is not a whole
+    number from 0 is a `MisuseError`.
     """
 
     def __init__(
@@ -77,8 +75,7 @@ class ParallelRanks:
     def look(self, parts: Sequence[nn.Module]) -> None:
         """Read the meshes of a model before its first save or restore; later calls do nothing. Local.
 
-        Raises:
-            MisuseError: A rank was given that contradicts the meshes of the model's tensors.
+        Raises `MisuseError` if a rank was given that contradicts the meshes of the model's tensors.
         """
         if len(parts) == len(self._seen) and all(ref() is part for ref, part in zip(self._seen, parts, strict=True)):
             return
@@ -96,11 +93,7 @@ class ParallelRanks:
         self._seen = tuple(map(weakref.ref, parts))
 
     def all_coordinates(self, group: Group) -> list[Coordinates]:
-        """The coordinates of each rank of the group, in order. All ranks call.
-
-        Raises:
-            MisuseError: One was not given and cannot be derived.
-        """
+        """The coordinates of each rank in order; `MisuseError` where one cannot be derived. All ranks call."""
         if group.world_size == 1:
             return [Coordinates(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
         rows = [_row(row) for row in group.gather(self._own_row, "deriving the parallel ranks")]

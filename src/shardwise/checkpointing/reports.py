@@ -1,4 +1,4 @@
-"""Reports of saves and loads to the user: a line in the log, a record, the callbacks."""
+"""Reports of saves and loads to the user: a line in the log, the records, the callbacks."""
 
 from __future__ import annotations
 
@@ -44,14 +44,7 @@ def show_log() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call has done.
-
-    Attributes:
-        group: The ranks that made it.
-        path: What was written or read.
-        total_bytes: Bytes of all ranks, where they are known.
-        pruned: The checkpoints that were removed.
-    """
+    """What a call has done: the ranks that made it, what was written or read, and the checkpoints that were removed."""
 
     group: Group
     path: Path

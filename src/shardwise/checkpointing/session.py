@@ -107,10 +107,7 @@ class Session:
         return Agreement(self.group, self.stage)
 
     def of_model(self, name: str, config: Settings | None = None) -> Session:
-        """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
-
-        The same name gives the same session. Its settings are ``config``, the checkpointer's by default.
-        """
+        """The session of another model in the same checkpoint, which may have settings of its own. Local."""
         known = self._of_models.get(name)
         if known is None:
             known = self._of_models[name] = Session(
@@ -132,11 +129,7 @@ class Session:
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
-        """The base model's local path, ``None`` where none is named; searched for once. All ranks call.
-
-        Raises:
-            CheckpointNotFoundError: Some rank names one that does not exist.
-        """
+        """The base model's local path, searched for once; an error if one is named and not there. All ranks call."""
         if self.first_exchange.names_base and not self._base_found:
             with self.group.together("looking for the base model"):
                 self._base_path = find_base_path(self.config)

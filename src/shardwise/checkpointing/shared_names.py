@@ -1,11 +1,15 @@
-"""Parameters that modules share: which of their aliases a save writes, and which it records.
+"""Parameters that modules share or a configuration ties: what a save writes of their aliases, and what it records.
 
-A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not
-declare as tied, so that a model in which the modules have parameters of their own finds the values under each. Where a
-tie is declared, a model without it is another model, and misses the tensor.
+A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not declare as
+tied, so that a model in which the modules have parameters of their own finds the values under each. Where a tie is
+declared, a model without it is another model, and misses the tensor.
 
 Other libraries read files and no manifest. Of a model that they build by themselves, a share that is not declared is
 therefore written under every name: transformers would give those that are not there new random values.
+
+A loader ties what the configuration says, whatever the files hold: transformers keeps two tensors that differ, others
+(vLLM) load one and lose the other. Memory and configuration disagree where a tied model is given new memory
+(``to_empty``), where head and embedding are separate FSDP units, and where the configuration is changed later.
 """
 
 from __future__ import annotations

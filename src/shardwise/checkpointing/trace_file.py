@@ -30,11 +30,7 @@ class TraceFile:
         self._size = 0
 
     def __call__(self, record: CallRecord) -> None:
-        """Append the events of a call that is over. Local.
-
-        Raises:
-            StorageError: The file system refused.
-        """
+        """Append the events of a call that is over; `StorageError` if the file system refuses. Local."""
         made = events(record)
         if self._path is None:
             LOCAL.make_directory(self._directory)

@@ -1,4 +1,4 @@
-"""Compares a model's adapters with saved ones, of peft, of diffusers or in a ``.bin`` file, and fills them."""
+"""Finds saved adapters, of peft, of diffusers or in a ``.bin`` file, compares them with a model's, and fills these."""
 
 from __future__ import annotations
 
@@ -65,11 +65,8 @@ def open_adapter(
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
     ``path`` is a checkpoint's ``model`` directory, another adapter's directory, or an adapter's file. With
-    ``allow_missing``, what is not in the checkpoint keeps its values.
-
-    Raises:
-        AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
-        TensorError: Model and adapter do not fit.
+    ``allow_missing``, what is not in the checkpoint keeps its values. A saved adapter that means something else in this
+    model (another alpha, rsLoRA, DoRA) is an `AdapterError`.
     """
     group = session.group
     session.base_name()  # looked for here, since all ranks have to
@@ -182,12 +179,9 @@ _BIN_NAME = "adapter_model.bin"
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """One adapter of a checkpoint.
+    """One adapter of a checkpoint: its file, and its ``adapter_config.json`` or what diffusers' header says, if any.
 
-    Attributes:
-        weights: Its file.
-        settings: Its ``adapter_config.json``, or what the header of diffusers' LoRA file says, where there is one.
-        names: Of diffusers' LoRA file: its tensors of this model, and the model's names for them.
+    ``names`` are of diffusers' LoRA file: its tensors of this model, and the model's names for them.
     """
 
     weights: Path
@@ -203,19 +197,11 @@ def find_saved(
     *,
     allow_missing: bool = False,
 ) -> dict[str, SavedAdapter]:
-    """The saved adapter for each of a model's. Local.
+    """The saved adapter for each of a model's; `AdapterError` if the directory has others. Local.
 
     The only adapter of a model takes the only one that there is, whatever it is called, as peft's own loading does.
-
-    Args:
-        path: A checkpoint's ``model`` directory, another adapter's directory, or an adapter's file.
-        files: The model's adapters.
-        component: The model's name in pipelines of diffusers, where it is a model of such.
-        key_mapping: Regular expressions and replacements for the file's names; first match.
-        allow_missing: Adapters that are not there keep their values, if any is there.
-
-    Raises:
-        AdapterError: The directory has adapters, and not those of the model.
+    ``path`` may be a file. With ``allow_missing`` adapters that are not there keep their values, if any is there.
+    ``component`` is the model's name in pipelines of diffusers, where it is a model of such.
     """
     there = dict(_there(path))
     found: dict[str, SavedAdapter] = {}
@@ -271,11 +257,7 @@ def _there(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> None:
-    """Check that what is one parameter in the model has one value in the file. One rank calls.
-
-    Raises:
-        AdapterError: It has several, or the file is no safetensors file, in which they cannot be compared.
-    """
+    """Raise `AdapterError` if what is one parameter in the model has several values in the file. One rank calls."""
     if not any(item.alias_of is not None for item in file.entries):
         return
     if saved.weights.name == _BIN_NAME:
@@ -290,9 +272,7 @@ def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[st
 def open_saved(session: Session, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
     """Open an adapter's file under the model's names. All ranks call.
 
-    Raises:
-        CheckpointNotFoundError: There is none.
-        FormatError: The file is damaged, or a ``.bin`` file whose tensors no range of bytes holds.
+    A ``.bin`` file whose tensors no range of bytes holds is a `FormatError`.
     """
     if saved.weights.name.endswith(".bin"):
         opened = open_bin(saved.weights, session.group, session.config.allow_legacy_pickle_restore)

@@ -63,10 +63,8 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
     whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
     generators are left as they were.
 
-    All ranks that hold parts of this model call, since they agree on the seed.
-
-    Raises:
-        MisuseError: A tensor has no values and no code that gives it any.
+    All ranks that hold parts of this model call, since they agree on the seed. A tensor that no code gives values is a
+    `MisuseError`.
     """
     seed = _agreed_seed(model)
     if is_peft_adapted([model]):
@@ -117,20 +115,12 @@ def load_base_model(
     model_name: str | None,
     load: bool,
 ) -> LoadReport | None:
-    """Materialise a model and fill it from its base. All ranks call.
+    """Materialise a model and fill it from its base; what was loaded, unless ``load`` is false. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
     memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
     recomputed by the module's own code, since ``to_empty`` leaves them undefined. Names, shapes and dtypes are compared
     before any memory is allocated.
-
-    Returns:
-        What was loaded; ``None`` where ``load`` is false.
-
-    Raises:
-        CheckpointNotFoundError: The base was not found.
-        TensorError, QuantizationError: Model and base do not fit.
-        AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
     fresh: list[nn.Module] = []
@@ -196,7 +186,7 @@ def fill_from_base(
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
 ) -> LoadReport:
-    """Fill a model from a base in place. All ranks of the session's group call.
+    """Fill a model from a base (a directory or file) in place. All ranks of the session's group call.
 
     Args:
         session: Settings, ranks and storage.
@@ -205,10 +195,6 @@ def fill_from_base(
         key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
         allow_missing: Tensors that the base lacks keep their values.
         before: Called when all is known to fit, before anything is read.
-
-    Raises:
-        TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
-        AdapterError: An adapter of a model with memory began with a part of the base weights.
     """
     group, config = session.group, session.config
     if before is None:
@@ -267,10 +253,7 @@ def _described(wanted: BaseWanted) -> list[HeldTensor]:
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config as rank 0 finds it, since it decides which tensors exist, and the files of module state.
-
-    All ranks call.
-    """
+    """The base's config, which decides which tensors exist, and the files of module state. All ranks call."""
 
     def look() -> JsonValue:
         return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]

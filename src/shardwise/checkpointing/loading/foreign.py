@@ -1,4 +1,4 @@
-"""A checkpoint's model under the names in files that other tools wrote; `shardwise.base.names` finds them."""
+"""A model under the names that other tools wrote: in files (`shardwise.base.names` finds them) and in a DCP directory."""
 
 from __future__ import annotations
 
@@ -30,18 +30,11 @@ def in_names_of_files(
 ) -> tuple[HubState, dict[str, str]]:
     """Give this rank's tensors of a model the names that the files have. Local.
 
-    Args:
-        parts: This rank's parts.
-        hub: The tensors that this rank holds.
-        ties: Native alias of a tied tensor -> the native name under which it is kept.
-        names: All names in the files.
+    ``ties`` are native: the alias of a tied tensor -> the name under which it is kept; ``names`` are all in the files.
 
     Returns:
         ``hub`` and ``ties`` in the names of the files; as they are where the files have the hub's names, or the
-        model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
-
-    Raises:
-        ConversionError: Two tensors would be read from one.
+            model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
     """
     available = set(names)
     hub_names = {t.spec.name for t in hub.held} | {s.name for g in hub.groups for s in g.computed.hub}
@@ -120,17 +113,9 @@ def model_part(
 ) -> Source:
     """Select the model's tensors in a DCP directory and remove the prefix of their names. All ranks call.
 
-    Other sources, and a directory that holds a model alone, are returned as they are.
-
-    Args:
-        source: The opened source.
-        names: Returns the names of this rank's model. Local.
-        key_mapping: The caller's mapping of the checkpoint's names, with or without the prefix.
-        group: The ranks that load together.
-
-    Raises:
-        MisuseError: Which part is the model is not clear.
-        NameCollisionError: Two tensors have the model's name.
+    Other sources, and a directory that holds a model alone, are returned as they are. ``names`` returns those of this
+    rank's model; ``key_mapping`` maps the checkpoint's, with or without the prefix. `MisuseError` if it is not clear
+    which part is the model.
     """
     if not source.dcp or not source.tensors:
         return source
@@ -176,11 +161,7 @@ def model_part(
 
 
 def _common(everyone: Sequence[Collection[str]], source: Source) -> str | None:
-    """The prefix under which every rank's names are; ``None`` where the names do not decide it.
-
-    Raises:
-        MisuseError: There are several.
-    """
+    """The prefix under which every rank's names are, ``None`` if they do not decide it; `MisuseError` for several."""
     if not everyone:
         return None
     common = [head for head in everyone[0] if all(head in heads for heads in everyone)]

@@ -63,12 +63,7 @@ class ForeignOptimizers:
     def compared(
         self, state: OptimizerState, schedulers: Sequence[Stateful], changes: Changes, is_buffered: bool
     ) -> tuple[OptimizerRestore, FoundSchedules, dict[str, str]]:
-        """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local.
-
-        Raises:
-            MisuseError: It is another optimizer's or scheduler's, or parameters cannot be matched without doubt.
-            TensorError: The saved state does not fit the optimizer.
-        """
+        """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local."""
         record, names = self.matched(state, changes.key_mapping)
         try:
             plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
@@ -82,11 +77,7 @@ class ForeignOptimizers:
     def matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
-        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local.
-
-        Raises:
-            MisuseError: Parameters cannot be matched without doubt.
-        """
+        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local."""
         named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
         numbered = [each for each in self.found if each.numbered]
         if not state.optimizers:
@@ -108,8 +99,7 @@ class ForeignOptimizers:
     def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
         """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local.
 
-        Raises:
-            MisuseError: Two of them have one parameter.
+        Raises `MisuseError` if two of them have one parameter.
         """
         self._refuse_shared(named)
         groups = [SavedGroup(group.options, group.params) for each in named for group in each.groups]
@@ -194,8 +184,7 @@ class ForeignOptimizers:
     def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
         """The optimizers' tensors under our names. All ranks call.
 
-        Raises:
-            MisuseError: Ranks that match by position would use one tensor for different parameters.
+        Ranks that match by position and would use one tensor for different parameters are a `MisuseError`.
         """
         if any(each.numbered for each in self.found):
             # Each rank named numbered entries by its own parameters.
@@ -235,10 +224,6 @@ def find_foreign(
     """Read what another tool saved of optimizers and schedulers; ``None`` where it did not. All ranks call.
 
     ``directory`` is where a checkpoint of ours would have its optimizer.
-
-    Raises:
-        CheckpointNotFoundError: There is no optimizer in it.
-        UnsafePickleError: A value could run code.
     """
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
     found_place = group.broadcast_result(

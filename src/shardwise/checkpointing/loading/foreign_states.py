@@ -38,12 +38,7 @@ class ForeignSchedules:
 
 
 def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedules:
-    """Read what a DCP directory has of schedulers. All ranks call.
-
-    Raises:
-        FormatError: It is damaged.
-        UnsafePickleError: It could run code.
-    """
+    """Read what a DCP directory has of schedulers. All ranks call."""
 
     def read() -> dict[str, object]:
         values = DcpValues(directory, legacy)
@@ -60,10 +55,7 @@ def foreign_schedules(
 ) -> list[tuple[Stateful, dict[str, object]]]:
     """Each scheduler with its saved state. Local; nothing is changed.
 
-    Raises:
-        CheckpointNotFoundError: None was saved.
-        MisuseError: Others were saved, or another number, or they cannot be matched without doubt.
-        StateFormatError: What is there is no scheduler's state.
+    Others, another number, or such that cannot be matched without doubt are a `MisuseError`.
     """
     path = found.directory
     if not found.states:
@@ -129,11 +121,6 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
 
     A name is the path of a part of the state dict, joined by dots. Empty where the checkpoint is not a DCP directory.
     What cannot be read otherwise is unpickled without restrictions if ``legacy`` is true.
-
-    Raises:
-        CheckpointNotFoundError: There is no such part.
-        FormatError: It is damaged.
-        UnsafePickleError: It could run code.
     """
     own = sorted(wanted)
 

@@ -63,12 +63,7 @@ def load_model(
     options: LoadOptions,
     skip_prefixes: Sequence[str] = (),
 ) -> LoadReport:
-    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call.
-
-    Raises:
-        TensorError: Model and checkpoint do not fit.
-        FormatError: The checkpoint is damaged.
-    """
+    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call."""
     return open_model(
         session, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
     ).fill()
@@ -79,10 +74,9 @@ class OpenedModel:
     """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
 
     Attributes:
-        session: Settings, ranks and storage.
-        direct: Tensors to read into the model's memory, and those for modules that load their state by their own code.
+        direct: Tensors to read into the model's memory, and those for modules that load their state by their own
+            code.
         computed: Tensors that are converted after reading; ``None`` where no rank's model has any.
-        module_load: How modules take their state, where that is not all that there is to it.
         own: Per-rank tensors of this rank; ``None`` on all ranks where there are none.
     """
 
@@ -93,12 +87,7 @@ class OpenedModel:
     own: OwnRead | None = None
 
     def fill(self) -> LoadReport:
-        """Fill the model. All ranks call, once.
-
-        Raises:
-            IntegrityError: A file is shorter than its header promises.
-            ModuleStateError: A module refuses its state.
-        """
+        """Fill the model. All ranks call, once."""
         report = self.direct.read()
         if self.computed is not None:
             self.computed.read(self.session.storage)
@@ -119,12 +108,7 @@ def open_model(
     options: LoadOptions,
     skip_prefixes: Sequence[str] = (),
 ) -> OpenedModel:
-    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
-
-    Raises:
-        TensorError: Model and checkpoint do not fit.
-        FormatError: The checkpoint is damaged.
-    """
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage
     state = ModelState(model, skip_prefixes=skip_prefixes)
     opened = _opened(session, state, path, key_mapping, options)
@@ -320,11 +304,7 @@ class ModelMetadata:
 
 
 def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
-    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call.
-
-    Raises:
-        StateFormatError: A file is damaged.
-    """
+    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call."""
     found = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
     exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
     return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))

@@ -125,8 +125,7 @@ class ModuleLoad:
     def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
         """Call the modules' loading code, one module after the other. All ranks call.
 
-        Raises:
-            ModuleStateError: A module refuses its state; modules before it in torch's order were loaded.
+        Where one refuses its state, modules before it in torch's order were loaded.
         """
         without: list[str] = []
         rounds = list(_rounds(self.steps))
@@ -174,11 +173,6 @@ def open_module_load(
 
     With ``is_strict`` every saved state needs a module; the state beside an export serves other models, too. With
     ``skips_empty`` a module without saved state is skipped.
-
-    Raises:
-        MissingTensorError: Module state was saved, but not that of a module that needs some.
-        UnexpectedTensorError: State was saved that no rank's model loads.
-        StateFormatError: It is damaged.
     """
     found: SavedModuleState | None = None
 

@@ -1,4 +1,4 @@
-"""A pipeline stage's own copy of a tied tensor.
+"""Tensors of a model that files have under another name, since modules shared them in the save or tie them now.
 
 One process has one tensor for embedding and head, and so have its files; two pipeline stages have one each. The last
 stage may therefore find no tensor under its head's name in the files, and loads the embedding instead.
@@ -35,13 +35,7 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 def under_saved_names(
     parts: Sequence[nn.Module], held: Sequence[HeldTensor], available: Collection[str]
 ) -> list[HeldTensor]:
-    """Give copies of tied tensors that the files lack the name of the tensor they are tied to. Local.
-
-    Args:
-        parts: This rank's parts.
-        held: What it holds, under the names of files.
-        available: Names in the files.
-    """
+    """Give copies of tied tensors that the files lack the name of the tensor they are tied to. Local."""
     lacking = {tensor.spec.name for tensor in held if tensor.spec.name not in available}
     found: dict[str, str] = {}
     for part in parts if lacking else ():
@@ -56,16 +50,8 @@ def under_saved_names(
 def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Storage) -> Source:
     """The source with each tensor that the model ties under one name: other tools write both, or the other one.
 
-    All ranks of the group call. Where the source has both, they are compared, by one rank each.
-
-    Args:
-        source: What is to be loaded.
-        ties: Every rank's ties: the name that is not kept -> the name that is.
-        group: The ranks that load together.
-        storage: Through what to read.
-
-    Raises:
-        TensorError: The two differ; one of them would be lost.
+    All ranks call. ``ties`` are every rank's: the name that is not kept -> the name that is. Where the source has both,
+    they are compared, by one rank each; if they differ, one would be lost, which is a `TensorError`.
     """
     tensors = dict(source.tensors)
     pairs = {alias: str(name) for theirs in ties if isinstance(theirs, dict) for alias, name in theirs.items()}
@@ -134,13 +120,10 @@ def with_aliases(
     """Add aliases of saved tensors, under names that a rank's model has and the files lack.
 
     All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
+    ``lacking`` are this rank's `names_lacking`; the source's names were passed through ``key_mapping``.
 
-    Args:
-        source: The source to load from.
-        hub: What this rank holds.
-        lacking: The `names_lacking` on this rank.
-        key_mapping: What the source's names were passed through.
-        group: The ranks that load together.
+    Returns:
+        The source, and the added aliases with the names under which the tensors are saved.
     """
     received = group.broadcast_result(
         lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"

@@ -113,12 +113,7 @@ class FoundExtras:
 
 
 def find_extras(session: Session, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
-    """Read generators and extra state; nothing is changed. All ranks call; a rank may have names that others lack.
-
-    Raises:
-        CheckpointNotFoundError: The checkpoint has no state of a name.
-        StateFormatError: A state is damaged.
-    """
+    """Read generators and extra state; nothing is changed. All ranks call; a rank may have names that others lack."""
     group = session.group
     # For other tools' checkpoints; ours have a directory of extra state.
     foreign: Mapping[str, object] = {}
@@ -149,11 +144,7 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
 
 
 def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
-    """Check that the position of a loader can be restored on every rank. All ranks call; nothing is changed.
-
-    Raises:
-        MisuseError: It cannot; the message says why.
-    """
+    """Raise `MisuseError` if a loader's position cannot be restored on some rank, and why. All ranks call."""
     with group.together("looking for the position in the data"):
         name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
         if name in where.skipped:

@@ -46,12 +46,7 @@ def has_position(loader: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OwnPosition:
-    """The position that a loader keeps itself, with the number of ranks that it is a position among.
-
-    Attributes:
-        loader: The loader.
-        world_size: The present number of ranks.
-    """
+    """The position that a loader keeps itself, with the number of ranks that it is a position among."""
 
     loader: Stateful
     world_size: int
@@ -61,11 +56,7 @@ class OwnPosition:
         return {"world_size": self.world_size, "position": self.loader.state_dict()}
 
     def load_state_dict(self, state_dict: _State) -> None:
-        """Put the loader there.
-
-        Raises:
-            MisuseError: It is a position among another number of ranks.
-        """
+        """Put the loader there; `MisuseError` if it is a position among another number of ranks."""
         if state_dict["world_size"] != self.world_size:
             raise MisuseError(
                 f"the position of the {type(self.loader).__name__} was saved on {state_dict['world_size']} ranks, and "
@@ -78,11 +69,7 @@ class OwnPosition:
 def with_loader(
     extra_state: MutableMapping[str, object], loader: object | None, world_size: int
 ) -> MutableMapping[str, object]:
-    """Extra state, and in it the loader if it has a position of its own. Local.
-
-    Raises:
-        MisuseError: There is another state of this name.
-    """
+    """Extra state, and in it the loader if it has a position of its own; `MisuseError` if its name is taken. Local."""
     if loader is None or not has_position(loader):
         return extra_state
     if DATALOADER in extra_state:
@@ -170,11 +157,7 @@ class DataOrder:
         return {"rank": rank, "loaders": found | kept} if found or kept else None
 
     def check_saved(self, loader: object, save_rng: bool) -> None:
-        """Check that the position of a loader is going to be saved. Local.
-
-        Raises:
-            MisuseError: It is not known, or not saved.
-        """
+        """Raise `MisuseError` if the position of a loader is not known, or would not be saved. Local."""
         name = type(loader).__name__
         if has_position(loader):
             return

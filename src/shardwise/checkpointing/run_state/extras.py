@@ -122,10 +122,7 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
-    """The stem of one rank's state of a name.
-
-    The number of ranks is part of the name, since the state is meaningless on another number.
-    """
+    """The stem of one rank's state; with the number of ranks, since the state is meaningless on another number."""
     return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
 
 
@@ -156,12 +153,9 @@ class FoundValues:
         value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], self.tensors[name])))
 
     def take_in(self, undos: Undos) -> None:
-        """Put the states in place. Local.
+        """Put the states in place; an object may refuse its own (`MisuseError`). Local.
 
         A `Stateful` object loads its state, a mutable mapping is refilled, anything else is replaced.
-
-        Raises:
-            MisuseError: An object refuses its state.
         """
         for name, state in self.states.items():
             value = as_stateful(self.values[name])
@@ -188,12 +182,7 @@ class FoundValues:
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
-    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack.
-
-    Raises:
-        CheckpointNotFoundError: The checkpoint has no state of a name, or none for this rank.
-        StateFormatError: A state is damaged.
-    """
+    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack."""
     states: dict[str, object] = {}
     skipped: list[str] = []
     spread: list[str] = []
@@ -255,12 +244,7 @@ def saved_names(directory: Path) -> list[str]:
 
 
 def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
-    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed.
-
-    Raises:
-        MisuseError: A module is not there on every rank.
-        TensorError: What is there does not fit.
-    """
+    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed."""
     group = session.group
     own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
     everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))

@@ -1,4 +1,7 @@
-"""The random number generators of a process: torch's of CPU and devices, Python's, and numpy's if it is in use."""
+"""The random number generators of a process: torch's of CPU and devices, Python's, and numpy's if it is in use.
+
+Also generators that are values in ``extra_state``, which have a state without having DCP's two methods.
+"""
 
 from __future__ import annotations
 
@@ -67,11 +70,7 @@ class _Single:
 
 
 class RandomState:
-    """The generators, with their state.
-
-    Args:
-        devices: The kind of accelerator with its generators; what torch says by default.
-    """
+    """The generators, with their state; ``devices`` are those of one kind of accelerator, by default torch's."""
 
     def __init__(self, devices: tuple[str, DeviceGenerators] | None = None) -> None:
         self._devices = devices or of_accelerator()
@@ -100,10 +99,8 @@ class RandomState:
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Set the generators.
 
-        The current device gets the state of the one that was current; other devices get their own.
-
-        Raises:
-            ValueError: There is the state of a device that this process does not see, or another one is current.
+        The current device gets the state of the one that was current; other devices get their own. There may be the
+        state of a device that this process does not see, or another one may be current: a `ValueError`.
         """
         torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
         random.setstate(cast(tuple[object, ...], state_dict["python"]))
@@ -150,7 +147,6 @@ class GeneratorState:
 
     Attributes:
         kind: What it is, for messages.
-        get: Its state.
         fits: Whether a state is of this kind of generator.
         put: Sets it to a state that fits.
     """
@@ -165,11 +161,7 @@ class GeneratorState:
         return self.get()
 
     def load_state_dict(self, state_dict: _State) -> None:
-        """Set the generator.
-
-        Raises:
-            MisuseError: The state is of another kind of generator.
-        """
+        """Set the generator; `MisuseError` if the state is of another kind of generator."""
         if not self.fits(state_dict):
             raise _other(self.kind, state_dict)
         self.put(state_dict)

@@ -2,6 +2,10 @@
 
 A scheduler is identified by the parameters of its optimizer, by name. The order in which schedulers are passed only
 distinguishes schedulers of one class that steer the same parameters.
+
+On pipeline stages each rank's scheduler knows the groups of its stage. On another topology a scheduler gets the values
+of each of its groups from the saved scheduler that steered these parameters. Values that do not belong to a group have
+to be equal in all saved schedulers.
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ def saved_schedules(
     rank: int,
     world_size: int,
 ) -> FoundSchedules:
-    """The state of each scheduler. Local; nothing is changed.
+    """The state of each of some schedulers, which ``own`` describes. Local; nothing is changed.
 
     Args:
         schedulers: The schedulers to restore; one at least.
@@ -71,11 +75,6 @@ def saved_schedules(
         directory: The optimizer's directory.
         rank: This rank.
         world_size: Number of ranks.
-
-    Raises:
-        CheckpointNotFoundError: None was saved.
-        MisuseError: Others were saved, or another number.
-        StateFormatError: The state is damaged.
     """
     stem = directory / SCHEDULER_STATE
     path = stem.with_name(f"{SCHEDULER_STATE}.json")
@@ -105,9 +104,7 @@ def saved_schedules(
 class _Match:
     """Finds the states of schedulers.
 
-    Attributes:
-        rank: This rank, where as many ranks restore as saved; ``None`` on another number.
-        count: Number of schedulers to be restored on this rank, for messages.
+    ``rank`` is this one, ``None`` where another number of ranks restores than saved; ``count`` is for messages.
     """
 
     saved: SavedSchedules
@@ -116,11 +113,7 @@ class _Match:
     path: Path
 
     def find(self, scheduler: object, own: Attached) -> tuple[object, set[int], list[str]]:
-        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed.
-
-        Raises:
-            MisuseError: There is none for it.
-        """
+        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed."""
         numbered = self._ordered(own, self._of_kind(scheduler, own, self._steering(own)))
         entries = [entry for _, entry in numbered]
         exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
@@ -287,10 +280,8 @@ def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str,
     """The state of one of torch's schedulers, of the saved ones that steered its parameters. Local.
 
     ``groups`` has the names of the checkpoint. A group of which no saved scheduler steered a parameter keeps its values
-    in ``own``, the state that the scheduler has now.
-
-    Raises:
-        MisuseError: They differ in values that do not belong to a group, or in groups that are one now.
+    in ``own``, the state that the scheduler has now. Saved values that differ where there is one now are a
+    `MisuseError`.
     """
     first = sources[0]
     if len(sources) == 1 and _alike(first.of.groups, groups):

@@ -1,4 +1,7 @@
-"""Adapter checkpoints: peft's ``adapter_model.safetensors`` or diffusers' LoRA file, written by all ranks."""
+"""Adapter checkpoints, written by all ranks: peft's ``adapter_model.safetensors`` or diffusers' LoRA file.
+
+Beside them the merged export, of base plus adapter, without a gather.
+"""
 
 from __future__ import annotations
 

@@ -42,13 +42,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """Differences between a class and the files of an export; none for a correct export.
-
-    Attributes:
-        missing: Names of the class that the files lack.
-        unexpected: Names in the files that the class does not load.
-        shapes: Names whose shapes differ, with both.
-    """
+    """Differences between a class and the files of an export, by name; none for a correct export."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -85,7 +79,7 @@ class ClassCheck:
         left_out: Collection[str] = (),
         untie: bool = False,
     ) -> None:
-        """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
+        """Check an export, unless the same was checked before. Rank 0 calls when config.json is written and no tensor.
 
         Args:
             parts: This rank's parts.
@@ -94,9 +88,6 @@ class ClassCheck:
             passed: Further tensors, carried over from a base.
             left_out: Names of tensors that the export does not contain.
             untie: Whether to check with a config.json that ties nothing.
-
-        Raises:
-            ExportMismatchError: The class would not load them.
         """
         model = described_part(parts)
         if model is None or not is_file(directory / CONFIG):
@@ -124,16 +115,8 @@ class ClassCheck:
 def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
     """Check tensors against the class of transformers' that a configuration names, without a model at hand. Local.
 
-    Args:
-        entries: The content of config.json.
-        specs: The tensors, under the names that the files are to have.
-        path: Where the configuration is, for messages.
-
-    Returns:
-        Why nothing could be checked; ``None`` where the class would load them.
-
-    Raises:
-        ExportMismatchError: The class would not load them.
+    ``entries`` is the content of config.json at ``path``. Returns why nothing could be checked, ``None`` where the
+    class would load them; raises `ExportMismatchError` where it would not.
     """
     classes = [] if CLASS_NAME in entries else named_classes(entries)
     if entries.get("quantization_config") or entries.get("auto_map") or not classes:

@@ -63,12 +63,8 @@ def gather_records(
 ) -> Callable[[], ComponentRecord]:
     """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
 
-    ``closing`` is local work to be done first.
-
-    Returns a function for rank 0 that merges the records and checks that rank 0 sees every file.
-
-    Raises:
-        StorageError: A rank writes elsewhere than rank 0.
+    ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks that
+    rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
     """
     first_exchange = session.first_exchange
 
@@ -154,11 +150,9 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True)
 class RunLine:
-    """The checkpoint that a run continues from.
+    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it.
 
-    Attributes:
-        start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
-        restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
+    Only a restored run may have left checkpoints behind, which it may replace.
     """
 
     start: Start | None = None
@@ -287,10 +281,7 @@ class Publication:
 
 
 def claimed(session: Session, final: Path) -> Claim | None:
-    """Claim the name ``final``, and make the directory around it. One rank calls.
-
-    Raises `CheckpointBusyError` if a process that is alive is saving it.
-    """
+    """Make the directory around ``final`` and claim its name, unless another process saves it. One rank calls."""
     if session.is_remote:
         return None
     make_root(final.parent)

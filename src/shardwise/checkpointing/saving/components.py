@@ -1,4 +1,8 @@
-"""Saving one component of a checkpoint at a time: a model, or an optimizer."""
+"""Saving one component alone, for loops that publish by themselves: ``weights_path/model``, ``weights_path/optim``.
+
+The component is written beside its place and moved there in one step: a re-save leaves no files of an earlier split,
+and an interrupted save leaves the earlier component whole.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checks an export: the planned headers against the base model and the model class, the written ones against the plan.
 
-The first comparison needs headers only, so it is made before a byte is written. After writing, the headers of the files
-are read back.
+The first comparison needs headers only, so it is made before a byte is written, from facts that the ranks gather: each
+pipeline stage knows only its own part of the model. After writing, the headers of the files are read back.
 """
 
 from __future__ import annotations
@@ -198,12 +198,7 @@ def require_equal(differences: Sequence[str], path: Path) -> None:
 
 
 def read_back(plan: ExportPlan, group: Group) -> None:
-    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files.
-
-    Raises:
-        ExportMismatchError: A file or tensor is absent, surplus, or of another shape, dtype or place.
-        FormatError: A header or the index is damaged.
-    """
+    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files."""
     directory, layout = plan.directory, plan.layout
     differences: list[str] = []
     for number, file in enumerate(layout.files):

@@ -139,10 +139,7 @@ class ModelSave:
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
 
-        Raises:
-            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
-                reports it on the other ranks.
-            ShardwiseError: What else failed, on any rank.
+        What the model's own metadata exporter refused with is raised as it is on its rank, and reported on the others.
         """
         try:
             steps = self._written()

@@ -1,4 +1,4 @@
-"""Saving one whole checkpoint."""
+"""Saving one whole checkpoint, from its arguments by position or by name."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.errors import AdapterError, ConfigError, MisuseError, StorageError
 from shardwise.lifecycle import claimed_by, parse_checkpoint_name
 from shardwise.peft.models import is_whole_with_adapter
-from shardwise.settings import Settings
+from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
@@ -178,12 +178,24 @@ _LOG = logging.getLogger(__name__)
 TRACE_VARIABLE = "SHARDWISE_TRACE"
 
 
-def check_places(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
-    """Raise `StorageError` if this process may not write to ``checkpoint_dir`` or to the directory of traces. Local.
+def check_building(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
+    """Check when a checkpointer is built that it may write, and where: not after an hour of training. Local.
 
     Nothing is made. A storage that keeps its files elsewhere is not asked. A ``checkpoint_dir`` with checkpoints may be
     there to be restored from, so that this is only a warning.
     """
+    if config.is_remote and storage is None:
+        raise ConfigError(
+            "checkpoint_dir is a URL, which the mounted file systems cannot reach",
+            path=config.checkpoint_dir,
+            hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
+        )
+    if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
+        raise ConfigError(
+            "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
+            hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
+            "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
+        )
     if config.enabled and not config.is_remote and (storage is None or isinstance(storage, IsLocal)):
         root = Path(config.checkpoint_dir).absolute()
         local = root if storage is None else storage.local_path(root)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import ParamSpec, Protocol, TypeVar, cast, runtime_checkable
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.storage import Storage, current, using
+from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background
+from shardwise.engine.collector import without_collector
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.timing import phase
 
@@ -128,7 +128,6 @@ def take_turn(states: list[JsonValue]) -> Turn:
     return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)
 
 
-@runtime_checkable
 class HasStorage(Protocol):
     """Something whose calls have a storage."""
 
@@ -143,35 +142,23 @@ T = TypeVar("T")
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
-    """Switch Python's cyclic collector off, and on again if it was on.
-
-    A plan consists of some hundred thousand objects that all live until the call returns; the collector would visit
-    them again and again and free none. docs/benchmarks.md has figures with and without it (`benchmarks/run.py plan`).
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def public_call(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a method use its object's storage, and run as outside of ``torch.inference_mode`` and without the collector.
+def undisturbed() -> Iterator[None]:
+    """Run as outside of ``torch.inference_mode``, and without the collector.
 
     Every tensor that is made inside of that mode refuses for good to be changed in place outside of it: staging memory
     that the next save fills, an optimizer's state that the next step updates, a parameter that was given its memory.
     """
+    is_inferring = torch.is_inference_mode_enabled()
+    with without_collector(), torch.inference_mode(False) if is_inferring else nullcontext():
+        yield
+
+
+def public_call(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a method of something that `HasStorage` use that storage, and run it `undisturbed`."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        owner = args[0] if args else None
-        with using(owner.storage if isinstance(owner, HasStorage) else current()), without_collector():
-            if not torch.is_inference_mode_enabled():
-                return function(*args, **kwargs)
-            with torch.inference_mode(False):
-                return function(*args, **kwargs)
+        with using(cast(HasStorage, args[0]).storage), undisturbed():
+            return function(*args, **kwargs)
 
     return call

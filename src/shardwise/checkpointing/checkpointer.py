@@ -17,15 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_places
-from shardwise.checkpointing.calls import check_same_call, public_call
+from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_building
+from shardwise.checkpointing.calls import check_same_call, public_call, undisturbed
 from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
-from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.reports import Reports, RestoreRecord
 from shardwise.checkpointing.run_state.extras import load_rank_state, save_rank_state
 from shardwise.checkpointing.saving import components
@@ -35,9 +35,8 @@ from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.verify import VerifyLevel
-from shardwise.errors import ConfigError
 from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
-from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.settings import Settings
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Callback, CallRecord
 
@@ -96,21 +95,9 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
-        if config.is_remote and storage is None:
-            raise ConfigError(
-                "checkpoint_dir is a URL, which the mounted file systems cannot reach",
-                path=config.checkpoint_dir,
-                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
-            )
-        if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
-            raise ConfigError(
-                "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
-                hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
-                "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
-            )
         trace = config.trace or os.environ.get(TRACE_VARIABLE)
         trace_dir = None if not trace else Path(trace).absolute()
-        check_places(config, storage, trace_dir)
+        check_building(config, storage, trace_dir)
         self._life = Lifetime(
             config,
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
@@ -456,9 +443,7 @@ class Checkpointer:
         coordinates = self._life.ranks.all_coordinates(session.group)
         own = coordinates[session.group.rank]
         # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
-        writes = (
-            coordinates.index(Coordinates(own.dp, 0, 0)) == session.group.rank if (own.tp, own.pp) == (0, 0) else False
-        )
+        writes = (own.tp, own.pp) == (0, 0) and coordinates.index(own) == session.group.rank
         save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
     @public_call
@@ -490,12 +475,12 @@ class Checkpointer:
     # --- base models ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    @public_call
     def initialize_model_weights(
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
-        base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
+        with undisturbed():
+            base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
 
     @public_call
     def load_base_model(

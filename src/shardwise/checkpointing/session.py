@@ -65,10 +65,6 @@ class Session:
     stager: Stager | None = None
     checked_state: HubState | None = None
     prefix: str = ""
-    _base_path: str | None = None
-    _base_found: bool = False
-    _base: BaseModel | None = None
-    _base_read: bool = False
 
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
@@ -130,24 +126,28 @@ class Session:
 
     def base_path(self) -> str | None:
         """The base model's local path, searched for once; an error if one is named and not there. All ranks call."""
-        if self.first_exchange.names_base and not self._base_found:
-            with self.group.together("looking for the base model"):
-                self._base_path = find_base_path(self.config)
-            self._base_found = True
         return self._base_path
 
     def base_name(self) -> str | None:
         """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
-        return self.base_path() or self.config.model_repo_id
+        return self._base_path or self.config.model_repo_id
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.first_exchange.names_base and not self._base_read:
-            legacy = self.config.allow_legacy_pickle_restore
-            path = self.base_path()
-            self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)
-            self._base_read = True
         return self._base
+
+    @cached_property
+    def _base_path(self) -> str | None:
+        if not self.first_exchange.names_base:
+            return None
+        return self.group.attempt(lambda: find_base_path(self.config), "looking for the base model")
+
+    @cached_property
+    def _base(self) -> BaseModel | None:
+        if not self.first_exchange.names_base:
+            return None
+        path = None if self._base_path is None else os.path.abspath(self._base_path)
+        return open_base(path, self.group, self.config.allow_legacy_pickle_restore)
 
     def exports(self, is_final: bool) -> bool:
         """Whether a save writes the consolidated export."""

@@ -30,13 +30,13 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import torch_dtype
+from shardwise.engine.collector import without_collector
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError
 from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
 from shardwise.ops.attach import attach
-from shardwise.ops.collector import few_collections
 from shardwise.ops.exporting import Batch, Export, Piece, batches_of, publish
 from shardwise.ops.merge_input import MergeInput, find_merge, take_extra
 from shardwise.ops.verify import Progress
@@ -116,7 +116,7 @@ def merge_adapter(
         >>> merge_adapter("org/base", "run/LATEST", "merged")  # doctest: +SKIP
     """
     target = Path(output).absolute()
-    with using(storage or current()), few_collections():
+    with using(storage or current()), without_collector():
         if is_there(target):
             raise CheckpointExistsError("the output is already there", path=target, hint="Choose another directory.")
         found = find_merge(base, adapter)

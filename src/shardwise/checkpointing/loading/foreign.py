@@ -1,4 +1,4 @@
-"""A model under the names that other tools wrote: in files (`shardwise.base.names` finds them) and in a DCP directory."""
+"""A model under names of other tools: in files (found by `shardwise.base.names`), and in a DCP directory."""
 
 from __future__ import annotations
 

@@ -54,21 +54,6 @@ _LOG = logging.getLogger(__name__)
 _PREFIX = "module."
 
 
-def load_model(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None,
-    options: LoadOptions,
-    skip_prefixes: Sequence[str] = (),
-) -> LoadReport:
-    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call."""
-    return open_model(
-        session, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
-    ).fill()
-
-
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
     """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
@@ -106,11 +91,10 @@ def open_model(
     *,
     key_mapping: Mapping[str, str] | None,
     options: LoadOptions,
-    skip_prefixes: Sequence[str] = (),
 ) -> OpenedModel:
     """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage
-    state = ModelState(model, skip_prefixes=skip_prefixes)
+    state = ModelState(model)
     opened = _opened(session, state, path, key_mapping, options)
     own = find_model(session, state, path, opened.ranks)
     source, hub, options = opened.source, opened.hub, opened.options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,46 +37,40 @@ from shardwise.stateful_wrappers.model import Model
 _LOG = logging.getLogger(__name__)
 
 
+@dataclass
 class Lifetime:
     """Opens the session at the first call, lets saves take turns, and finishes what is pending at the end.
 
     Attributes:
         made: The session, from the first call on.
         background: Writes asynchronous saves, from the first call on; ``None`` in synchronous mode.
-        reports: Tells the user of saves and loads.
-        order: The state of the run's random number generators and data loaders.
         line: Which checkpoints the run has restored and saved.
         is_tidied: Whether leftovers of interrupted saves have been removed.
         ends: Whether a component of the run's final checkpoint was saved.
         leaves: Whether the ranks have been asked to stop.
     """
 
-    def __init__(
-        self,
-        config: Settings,
-        ranks: ParallelRanks,
-        process_group: ProcessGroup | None,
-        pp_group: ProcessGroup | None,
-        addons: list[CheckpointAddon],
-        storage: Storage,
-        device_streams: DeviceStreams | None,
-        absent_seconds: float,
-        reports: Reports,
-    ) -> None:
-        self.config, self.ranks, self.addons = config, ranks, addons
-        self.storage, self.reports = storage, reports
-        self._process_group, self.pp_group = process_group, pp_group
-        self._device_streams, self._absent_seconds = device_streams, absent_seconds
+    config: Settings
+    ranks: ParallelRanks
+    process_group: ProcessGroup | None
+    pp_group: ProcessGroup | None
+    addons: list[CheckpointAddon]
+    storage: Storage
+    device_streams: DeviceStreams | None
+    absent_seconds: float
+    reports: Reports
+    made: Session | None = None
+    background: Background | None = None
+    order: DataOrder = field(default_factory=DataOrder)
+    line: RunLine = field(default_factory=RunLine)
+    is_tidied: bool = False
+    ends: bool = False
+    leaves: bool = False
+
+    def __post_init__(self) -> None:
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
-        self.root = Path(config.checkpoint_dir).absolute()
-        self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
-        self.made: Session | None = None
-        self.background: Background | None = None
-        self.order = DataOrder()
-        self.line = RunLine()
-        self.is_tidied = False
-        self.ends = False
-        self.leaves = False
+        self.root = Path(self.config.checkpoint_dir).absolute()
+        self._staging_dir = None if self.config.staging_dir is None else Path(self.config.staging_dir).absolute()
 
     @property
     def session(self) -> Session:
@@ -93,10 +87,10 @@ class Lifetime:
                 parts = self.config, group, self.storage, self.ranks, self.root, first_exchange, self._staging_dir
                 made = Session(*parts, self.pp_group)
                 if self.config.is_async:
-                    self.background = Background(self._meet(call), self._device_streams)
+                    self.background = Background(self._meet(call), self.device_streams)
                     made.stager = self.background.stager
                 elif self.config.cpu_offload:
-                    made.stager = Stager(self._device_streams)
+                    made.stager = Stager(self.device_streams)
             except BaseException:
                 group.close()
                 raise
@@ -105,7 +99,7 @@ class Lifetime:
 
     def _meet(self, call: str) -> Group:
         return Group.dedicated(
-            self._process_group, self.config.collective_timeout_seconds, call, absent_seconds=self._absent_seconds
+            self.process_group, self.config.collective_timeout_seconds, call, absent_seconds=self.absent_seconds
         )
 
     def of_ranks(self, call: str, state: Stateful) -> Session:
@@ -124,12 +118,11 @@ class Lifetime:
         model: Model,
         optimizer: object = None,
         scheduler: object = None,
-        name: str = "model",
         *,
         saves: bool = False,
         is_run: bool = True,
     ) -> str:
-        """Check the arguments, make the model's memory safe to use from other threads, and return ``name``. Local.
+        """Check the arguments, make the model's memory safe to use from other threads, and return "model". Local.
 
         In asynchronous mode a save (``saves``) orders its own copies, so nobody waits. The meshes of the run's own
         model (``is_run``) give the parallel ranks, and may contradict given ones (`MisuseError`); those of a base model
@@ -140,16 +133,16 @@ class Lifetime:
             self.ranks.look([model] if isinstance(model, nn.Module) else model)
         if not (saves and self.config.is_async):
             self._settle(model)
-        return name
+        return "model"
 
     def _settle(self, model: Model) -> None:
         """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
 
         Those threads queue their work on other streams.
         """
-        if self._device_streams is None and not torch.accelerator.is_available():
+        if self.device_streams is None and not torch.accelerator.is_available():
             return
-        streams = self._device_streams or AcceleratorStreams()
+        streams = self.device_streams or AcceleratorStreams()
         parts = [model] if isinstance(model, nn.Module) else model
         tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
         for device in {tensor.device for tensor in tensors}:

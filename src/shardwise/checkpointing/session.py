@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass
 class Session:
@@ -45,7 +48,7 @@ class Session:
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
         class_check_untied: The same check with a configuration that ties nothing.
-        logged: Messages that are logged once per run and were logged already.
+        logged: What is logged once per run and was logged already; see `log_once`.
         warned: Checkpoints whose per-rank tensors a warning has named.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
@@ -148,6 +151,12 @@ class Session:
             return None
         path = None if self._base_path is None else os.path.abspath(self._base_path)
         return open_base(path, self.group, self.config.allow_legacy_pickle_restore)
+
+    def log_once(self, level: int, text: str, key: str = "") -> None:
+        """Log a message once per run, or one of those with a key. Local."""
+        if (key or text) not in self.logged:
+            self.logged.add(key or text)
+            _LOG.log(level, "%s", text)
 
     def exports(self, is_final: bool) -> bool:
         """Whether a save writes the consolidated export."""

@@ -135,7 +135,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
-        name = life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        name = life.looked(what.model, what.optimizer, what.scheduler)
         config = life.config
         if config.enabled and not config.is_peft and session.may_export and config.verify_export:
             refuse_whole_adapter([what.model] if isinstance(what.model, nn.Module) else what.model)

@@ -47,8 +47,6 @@ from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
-_LOG = logging.getLogger(__name__)
-
 
 class AdapterSave:
     """One save of a model's adapters; the counterpart of `ModelSave`. All ranks make one."""
@@ -179,22 +177,19 @@ def _log_vllm_limits(
 ) -> None:
     """Log once which features of an adapter vLLM does not serve."""
     limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits and (key := f"vLLM/{name}") not in session.logged:
-        session.logged.add(key)
-        _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
+    if limits:
+        text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
+        session.log_once(logging.INFO, text, f"vLLM/{name}")
 
 
 def _log_extra_weights(session: Session, roster: Roster) -> None:
     names = [spec.name for spec in roster.specs]
-    if ADAPTER_EXTRA_NAME not in session.logged:
-        session.logged.add(ADAPTER_EXTRA_NAME)
-        _LOG.info(
-            "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
-            "not: %s",
-            len(names),
-            ADAPTER_EXTRA_NAME,
-            listed(names),
-        )
+    session.log_once(
+        logging.INFO,
+        f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which restore and "
+        f"load_model read and peft does not: {listed(names)}",
+        ADAPTER_EXTRA_NAME,
+    )
 
 
 #: Component of the merged tensors: the manifest lists a tensor once in a component.

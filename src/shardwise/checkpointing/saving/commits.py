@@ -16,7 +16,7 @@ import yaml
 from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import exists, walk
+from shardwise.disk.names import walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
@@ -46,6 +46,7 @@ from shardwise.lifecycle import (
     put_in_place,
     set_pointer,
     settle,
+    temporary_name,
 )
 from shardwise.settings import Settings
 from shardwise.timing import phase
@@ -164,38 +165,66 @@ class RunLine:
         return self.start if self.restored else None
 
 
-class Publication:
+class Unfinished:
+    """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
+
+    Attributes:
+        total_bytes: Bytes of all files, known on rank 0 after the commit.
+    """
+
+    def __init__(self, session: Session, place: Path, info: Mapping[str, JsonValue]) -> None:
+        self.place, self.temp = place, place.with_name(temporary_name(place.name))
+        self.total_bytes: int | None = None
+        self._session, self._info = session, info
+        self._claim: Claim | None = None
+        self._is_reserved = False
+
+    def _write_manifest(self, record: ComponentRecord) -> None:
+        found = complete_record(self._session.storage, self.temp, record)
+        self.total_bytes = sum(file.size for file in found.files)
+        write_manifest(self._session.storage, self.temp, found, self._info)
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
+        if not group.is_main:
+            return
+        try:
+            if self._is_reserved:
+                abandon(self.temp)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
+        finally:
+            self._release()
+
+
+class Publication(Unfinished):
     """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
 
-    It is written to ``temp`` and published as ``final``. ``info`` goes into the manifest beside files and tensors.
+    ``info`` goes into the manifest beside files and tensors.
     """
 
     def __init__(
         self,
         session: Session,
-        temp: Path,
         final: Path,
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
         line: RunLine,
     ) -> None:
-        self._session = session
-        self._temp = temp
-        self._final = final
-        self._info = info
-        self._metrics = metrics
-        self._line = line
-        self._is_reserved = False
-        self._claim: Claim | None = None
-        #: Bytes of all files, and the names of the checkpoints that were removed; known on rank 0 after `commit`.
-        self.total_bytes: int | None = None
+        super().__init__(session, final, info)
+        self._metrics, self._line = metrics, line
+        #: The names of the checkpoints that were removed; known on rank 0 after `commit`.
         self.pruned: tuple[str, ...] = ()
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
         """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
 
         def reserve() -> None:
-            self._claim = claimed(self._session, self._final)
+            self._claim = claimed(self._session, self.place)
             make_room()
             self._is_reserved = True
 
@@ -205,40 +234,34 @@ class Publication:
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         session = self._session
-        union = gather_records(session, group, self._temp, record, closing)
-        with group.together(f"publishing {self._final}"):
+        union = gather_records(session, group, self.temp, record, closing)
+        with group.together(f"publishing {self.place}"):
             if group.is_main:
-                write_run_files(session.storage, self._temp, session.config, self._metrics)
+                write_run_files(session.storage, self.temp, session.config, self._metrics)
                 found = union()
                 with nullcontext() if session.is_remote else publishing(session.root):
                     # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
-                    found = complete_record(session.storage, self._temp, found)
-                    self.total_bytes = sum(file.size for file in found.files)
-                    write_manifest(session.storage, self._temp, found, self._info)
-                    put_in_place(self._temp, self._final, self._line.left_from)
+                    self._write_manifest(found)
+                    put_in_place(self.temp, self.place, self._line.left_from)
                     # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is
                     # abandoned (what it replaced may be all that a power failure leaves).
-                    self._line.start, self._is_reserved = Start(self._final, lineage), False
-                    settle(self._temp, self._final)
+                    self._line.start, self._is_reserved = Start(self.place, lineage), False
+                    settle(self.temp, self.place)
                     self._point()
                 self._release()
 
-    def _release(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-
     def _write_lineage(self) -> Lineage:
-        numbers = parse_checkpoint_name(self._final.name)
+        numbers = parse_checkpoint_name(self.place.name)
         assert numbers is not None
         root = self._session.root
-        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
-        write_file(self._session.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        lineage = next_lineage(root, list_checkpoints(root), self.place.name, *numbers, self._line.start)
+        write_file(self._session.storage, self.temp / LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self._final.name)
+        set_pointer(session.root, LATEST, self.place.name)
         policy = Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
@@ -247,7 +270,7 @@ class Publication:
             _LOG.warning(
                 "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
                 "again: %s",
-                self._final,
+                self.place,
                 ShardwiseError.wrap(error),
             )
 
@@ -266,18 +289,6 @@ class Publication:
             )
         with phase("prune"):
             self.pruned = tuple(prune(session.root, policy))
-
-    def abandon(self, group: Group) -> None:
-        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
-        if not group.is_main:
-            return
-        try:
-            if self._is_reserved and exists(self._temp):
-                abandon(self._temp)
-        except (OSError, ShardwiseError) as error:
-            _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
-        finally:
-            self._release()
 
 
 def claimed(session: Session, final: Path) -> Claim | None:

@@ -6,7 +6,6 @@ and an interrupted save leaves the earlier component whole.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,20 +17,16 @@ from shardwise.checkpointing.lifetime import Lifetime
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, capture_optimizer
 from shardwise.checkpointing.reports import Outcome
 from shardwise.checkpointing.saving.adapters import AdapterSave
-from shardwise.checkpointing.saving.commits import Closing, claimed, complete_record, gather_records
+from shardwise.checkpointing.saving.commits import Closing, Unfinished, claimed, gather_records
 from shardwise.checkpointing.saving.hooks import ModelRequest, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
-from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.names import is_there, walk
 from shardwise.engine.jobs import Step
-from shardwise.engine.records import ComponentRecord, write_manifest
-from shardwise.errors import ShardwiseError
-from shardwise.lifecycle import Claim, doomed_name, temporary_name
+from shardwise.engine.records import ComponentRecord
+from shardwise.lifecycle import doomed_name, settle
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
-
-_LOG = logging.getLogger(__name__)
 
 
 def save_model(
@@ -100,24 +95,14 @@ def model_save(request: ModelRequest) -> ModelSave | AdapterSave:
     return AdapterSave(request) if request.session.config.is_peft else ModelSave(request)
 
 
-class Replacement:
+class Replacement(Unfinished):
     """Reserve, fill and put in place one component's directory."""
-
-    def __init__(self, session: Session, target: Path, info: Mapping[str, JsonValue]) -> None:
-        self._session = session
-        #: Where it is put in the end.
-        self.place = target
-        self._info = info
-        self._claim: Claim | None = None
-        #: Bytes of all files, known on rank 0 after `commit`.
-        self.total_bytes: int | None = None
-        self.temp = target.with_name(temporary_name(target.name))
 
     def reserve(self) -> None:
         """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
         session = self._session
         session.storage.make_directory(self.place.parent)
-        self._claim = claimed(session, self.place)
+        self._claim, self._is_reserved = claimed(session, self.place), True
         session.storage.remove_tree(self.temp)
         if is_there(self._doomed) and not is_there(self.place):
             # A crash between the two renames of commit(): what stood here is the only copy there is.
@@ -137,33 +122,24 @@ class Replacement:
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
                 storage = self._session.storage
-                found = complete_record(storage, self.temp, union())
-                self.total_bytes = sum(file.size for file in found.files)
-                write_manifest(storage, self.temp, found, self._info)
+                self._write_manifest(union())
                 for where, _ in walk(self.temp):
                     storage.sync_directory(where)
-                if not is_there(self.place):
-                    storage.rename(self.temp, self.place)
-                elif not storage.exchange(self.temp, self.place):
-                    # In two steps where there is no better way; reserve() sees to a crash between them.
-                    storage.rename(self.place, self._doomed)
-                    storage.rename(self.temp, self.place)
-                storage.sync_directory(self.place.parent)
-                storage.remove_tree(self.temp)
-                storage.remove_tree(self._doomed)
+                self._put_in_place()
+                # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
+                self._is_reserved = False
+                settle(self.temp, self.place)
                 self._release()
 
-    def _release(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-
-    def abandon(self, group: Group) -> None:
-        """Remove what was written, after a failure. Never raises."""
-        if not group.is_main or (self._claim is None and not self._session.is_remote):
-            return  # nothing was written, and what stands there may be another process's
-        try:
-            self._session.storage.remove_tree(self.temp)
-        except (OSError, ShardwiseError) as error:
-            _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
-        finally:
-            self._release()
+    def _put_in_place(self) -> None:
+        storage = self._session.storage
+        if not is_there(self.place):
+            storage.rename(self.temp, self.place)
+        elif not storage.exchange(self.temp, self.place):
+            # In two steps where there is no better way; reserve() sees to a crash between them.
+            storage.rename(self.place, self._doomed)
+            try:
+                storage.rename(self.temp, self.place)
+            except BaseException:
+                storage.rename_new(self._doomed, self.place)
+                raise

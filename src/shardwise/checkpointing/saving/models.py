@@ -51,6 +51,7 @@ from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room
 from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
@@ -408,17 +409,11 @@ class ModelSave:
         """Log once why an export has no configuration, and which tensors are not in it. Local; rank 0 calls."""
         session = self._session
         if session.may_export and facts.outside:
-            names = sorted(facts.outside)
-            said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
-            if said not in session.logged:
-                session.logged.add(said)
-                _LOG.info("%s", said)
+            kept = listed(sorted(facts.outside))
+            session.log_once(logging.INFO, f"kept beside the export, for resuming: {kept}")
         config = self._directory / METADATA_DIR / CONFIG
         if session.may_export and self._exporter is None and not is_file(config):
-            why = why_no_config(self.state.model)
-            if why not in session.logged:
-                session.logged.add(why)
-                _LOG.warning("the export has no config.json: %s", why)
+            session.log_once(logging.WARNING, f"the export has no config.json: {why_no_config(self.state.model)}")
 
     def _look_at_ties(self, roster: Roster) -> None:
         """Find the configuration's ties with both names in the files. Local."""

@@ -79,7 +79,7 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
     if session.group.is_main:
         warn_of_metrics(numbers, life.config)
     name = checkpoint_name(what.epoch, what.step)
-    temp, final = session.root / temporary_name(name), session.root / name
+    final = session.root / name
     info: dict[str, JsonValue] = {
         "shardwise": __version__,
         "epoch": what.epoch,
@@ -87,9 +87,9 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
         "world_size": session.group.world_size,
         "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
     }
-    publication = Publication(session, temp, final, info, numbers, life.line)
+    publication = Publication(session, final, info, numbers, life.line)
     with life.saving(name, final, turn, publication.abandon) as run:
-        steps, closing = _capture(life, what, temp, publication.reserved(partial(_reserve, life, name)))
+        steps, closing = _capture(life, what, publication.temp, publication.reserved(partial(_reserve, life, name)))
 
         def commit(group: Group, record: ComponentRecord) -> None:
             publication.commit(group, record, closing)

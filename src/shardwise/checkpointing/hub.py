@@ -62,6 +62,17 @@ class HubState:
         return {alias: name for alias, name in self.kept.items() if alias not in self.copies}
 
     @property
+    def native_names(self) -> frozenset[str]:
+        """The model's own names."""
+        return frozenset(tensor.spec.name for tensor in self.native)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in files, also of tensors that have to be computed."""
+        computed = (spec.name for group in self.groups for spec in group.computed.hub)
+        return frozenset((*(tensor.spec.name for tensor in self.held), *computed))
+
+    @property
     def once(self) -> HubState:
         """The same state with each tensor once, for loading."""
         if not self.copies:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
@@ -52,22 +52,16 @@ _LOG = logging.getLogger(__name__)
 OPTIMIZER_STATE = "optimizer"
 
 
+_T = TypeVar("_T")
 Optimizers = AnyOptimizer | Sequence[AnyOptimizer]
 Schedulers = Stateful | Sequence[Stateful]
 
 
-def several(optimizer: Optimizers | None) -> list[AnyOptimizer]:
-    """Optimizers as a list."""
-    if optimizer is None:
+def as_list(given: _T | Sequence[_T] | None) -> list[_T]:
+    """Optimizers or schedulers as a list."""
+    if given is None:
         return []
-    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-
-
-def as_list(schedulers: Schedulers | None) -> list[Stateful]:
-    """Schedulers as a list."""
-    if schedulers is None:
-        return []
-    return list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def capture_optimizer(

@@ -27,7 +27,7 @@ from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.plan.fragments import HeldTensor
-from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.settings import Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ class Session:
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
-        class_check_untied: The same check with a configuration that ties nothing.
         logged: What is logged once per run and was logged already; see `log_once`.
         warned: Checkpoints whose per-rank tensors a warning has named.
         model_plan: The last export's plan.
@@ -75,8 +74,7 @@ class Session:
         self.extra_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
-        self.class_check = ClassCheck()
-        self.class_check_untied = ClassCheck()
+        self.class_check = ClassCheck(self.log_once)
         self.logged: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
@@ -158,16 +156,10 @@ class Session:
             self.logged.add(key or text)
             _LOG.log(level, "%s", text)
 
-    def exports(self, is_final: bool) -> bool:
-        """Whether a save writes the consolidated export."""
-        mode = self.config.save_consolidated
-        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
-
     @property
     def may_export(self) -> bool:
         """Whether some save of this run writes an export."""
-        config = self.config
-        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
+        return self.config.exports(is_final_checkpoint=True)
 
     @property
     def sharing(self) -> Sharing:

@@ -153,13 +153,12 @@ def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Mod
 
 
 def _found(session: Session, root_dir: str | Path | None, model_name: str | None) -> Path:
-    group, told = session.group, ""
-    with group.together(f"looking for the base model {model_name}"):
+    def find() -> str:
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
-        if group.is_main:
-            told = str(find_base(root_dir, model_name, session.config.model_cache_dir))
-    return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
+        return str(find_base(root_dir, model_name, session.config.model_cache_dir))
+
+    return Path(cast(str, session.group.broadcast_result(find, f"looking for the base model {model_name}")))
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:

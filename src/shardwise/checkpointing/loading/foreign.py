@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
@@ -37,9 +37,11 @@ def in_names_of_files(
             model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
     """
     available = set(names)
-    hub_names = {t.spec.name for t in hub.held} | {s.name for g in hub.groups for s in g.computed.hub}
-    has_natives = all(tensor.spec.name in available for tensor in hub.native)
-    if hub_names <= available or has_natives or not any(is_pretrained(unwrap(part)) for part in parts):
+    if (
+        hub.names <= available
+        or hub.native_names <= available
+        or not any(is_pretrained(unwrap(part)) for part in parts)
+    ):
         return hub, dict(ties)
     by_name = {tensor.spec.name: tensor for tensor in hub.native}
     held: list[HeldTensor] = []
@@ -100,40 +102,33 @@ _HINT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OwnNames:
-    """The names of a rank's model: its native ones, and those in its files."""
-
-    native: frozenset[str]
-    hub: frozenset[str]
-
-
 def model_part(
-    source: Source, names: Callable[[], OwnNames], key_mapping: Mapping[str, str] | None, group: Group
+    source: Source, capture: Callable[[], HubState], key_mapping: Mapping[str, str] | None, group: Group
 ) -> Source:
     """Select the model's tensors in a DCP directory and remove the prefix of their names. All ranks call.
 
-    Other sources, and a directory that holds a model alone, are returned as they are. ``names`` returns those of this
-    rank's model; ``key_mapping`` maps the checkpoint's, with or without the prefix. `MisuseError` if it is not clear
+    Other sources, and a directory that holds a model alone, are returned as they are. ``capture`` returns this rank's
+    model; ``key_mapping`` maps the checkpoint's, with or without the prefix. `MisuseError` if it is not clear
     which part is the model.
     """
     if not source.dcp or not source.tensors:
         return source
-    own = OwnNames(frozenset(), frozenset())
+    native, hub = frozenset[str](), frozenset[str]()
 
     def look() -> JsonValue:
-        nonlocal own
-        own = names()
-        if key_mapping or not own.native:
+        nonlocal native, hub
+        own = capture()
+        native, hub = own.native_names, own.names
+        if key_mapping or not native:
             return None
-        return [*dict.fromkeys([*places_of([*source.tensors], own.native), *places_of([*source.tensors], own.hub)])]
+        return [*dict.fromkeys([*places_of([*source.tensors], native), *places_of([*source.tensors], hub)])]
 
     everyone = cast("list[list[str] | None]", group.gather(look, "looking for the model"))
     place = _common([heads for heads in everyone if heads is not None], source)
     expected: frozenset[str] = frozenset()
     if place is not None:
         front = f"{place}." if place else ""
-        expected = listed_anywhere([front + name for name in own.native | own.hub], source, group)
+        expected = listed_anywhere([front + name for name in native | hub], source, group)
 
     def decide() -> JsonValue:
         metadata = read_dcp_metadata(source.path)
@@ -154,7 +149,7 @@ def model_part(
     model = DcpModel(found, prefix)
     if key_mapping and prefix:
         mapped = frozenset(rename([*model.names.values()], key_mapping))
-        covers = own.native <= mapped or own.hub <= mapped
+        covers = native <= mapped or hub <= mapped
         if not group.any(not covers, "comparing names"):
             model = DcpModel({name: name for name in model.names.values()}, "")
     return _only(source, model)

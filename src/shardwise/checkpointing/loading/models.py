@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.loading.foreign import OwnNames, expected_unused, in_names_of_files, model_part
+from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files, model_part
 from shardwise.checkpointing.loading.module_state import (
     ModuleLoad,
     as_modules_load,
@@ -181,15 +181,7 @@ def _opened(
     metadata = read_model_metadata(path, group)
     source = open_source(path, group, spread=True)
 
-    def own_names() -> OwnNames:
-        hub = session.names.capture(state, load=True)
-        computed = {spec.name for each in hub.groups for spec in each.computed.hub}
-        return OwnNames(
-            frozenset(tensor.spec.name for tensor in hub.native),
-            frozenset({tensor.spec.name for tensor in hub.held} | computed),
-        )
-
-    source = model_part(source, own_names, key_mapping, group)
+    source = model_part(source, lambda: session.names.capture(state, load=True), key_mapping, group)
     lacking: list[str] = []
     matched: _Matched | None = None
     with group.together("describing the model") as differs:

@@ -20,7 +20,7 @@ from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
+from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
 from shardwise.checkpointing.reports import Call, Outcome, RestoreRecord
 from shardwise.checkpointing.run_state.checkpoint_state import (
     FoundExtras,
@@ -188,7 +188,7 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
-    taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken = ["optimizer"] * bool(as_list(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
@@ -257,7 +257,7 @@ def load_base_model(
     with life.reports.call("load_base_model") as told:
         session = life.begin(call := f"load_base_model({model_name})")
         life.wait()
-        given = {"load_base_model=True": loads}
+        given = {"load_base_model=True": loads, "a model_name": bool(model_name)}
         check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
         base_model.load_base_model(session, model, device, root_dir, model_name, loads)
         if life.config.is_peft and life.config.enabled:

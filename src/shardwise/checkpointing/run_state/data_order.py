@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -272,19 +272,12 @@ def _length(loader: object) -> int | None:
         return None
 
 
-_PLACES: Mapping[str, Callable[[object], object]] = {
-    "loader": lambda loader: getattr(loader, "generator", None),
-    "sampler": lambda loader: getattr(getattr(loader, "sampler", None), "generator", None),
-    "batch_sampler": lambda loader: getattr(
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None), "generator", None
-    ),
-}
-
-
 def _own_generators(loader: object) -> dict[str, torch.Generator]:
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    owners = {"loader": loader, "sampler": getattr(loader, "sampler", None), "batch_sampler": inner}
     found: dict[str, torch.Generator] = {}
-    for name, find in _PLACES.items():
-        generator = find(loader)
+    for name, owner in owners.items():
+        generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator) and not any(generator is each for each in found.values()):
             found[name] = generator
     return found

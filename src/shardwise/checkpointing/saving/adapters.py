@@ -25,7 +25,7 @@ from shardwise.checkpointing.adapters import (
 )
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.merged_state import merged_state
-from shardwise.checkpointing.optimizers import Optimizers, several
+from shardwise.checkpointing.optimizers import Optimizers, as_list
 from shardwise.checkpointing.saving.header_checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
@@ -138,7 +138,7 @@ class AdapterSave:
     def _merged_steps(self) -> list[Step]:
         """The steps of the merged export, where this save writes one. All ranks call."""
         session, request = self._session, self._request
-        if not (session.config.export_merged and session.exports(request.is_final)):
+        if not session.config.exports(is_final_checkpoint=request.is_final):
             return []
         merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
         save = MergedSave(replace(request, session=session.of_model(MERGED)), self.state.model, merged)
@@ -166,7 +166,7 @@ class AdapterSave:
 
 def stepped(optimizer: Optimizers | None) -> frozenset[int]:
     """Identities of the parameters with optimizer state: those that have been trained, frozen by now or not."""
-    states = [getattr(each, "state", None) for each in several(optimizer)]
+    states = [getattr(each, "state", None) for each in as_list(optimizer)]
     return frozenset(
         id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
     )

@@ -8,7 +8,7 @@ its own. Names and shapes are all that is looked at, so that it is done before a
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from shardwise.base.class_of_config import build_on_meta, configuration, named_c
 from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import ExportMismatchError
 from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
@@ -34,10 +35,6 @@ from shardwise.upstream.transformers import (
     load_on_meta,
     registered_classes,
 )
-
-_LOG = logging.getLogger(__name__)
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class Misfit:
 
     def __str__(self) -> str:
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.shapes))
-        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names)
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds if names)
 
 
 class _CannotCheckError(Exception):
@@ -63,11 +60,11 @@ class _CannotCheckError(Exception):
 
 
 class ClassCheck:
-    """Checks exports, each kind once. Used on rank 0."""
+    """Checks exports, each kind once. Used on rank 0; ``log`` is told why one cannot be checked."""
 
-    def __init__(self) -> None:
-        self._sound: Memo[None] = Memo()
-        self._told: set[str] = set()
+    def __init__(self, log: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._sound: tuple[Memo[None], Memo[None]] = Memo(), Memo()
 
     def check(
         self,
@@ -95,21 +92,16 @@ class ClassCheck:
         entries = read_json_object(directory / CONFIG)
         if untie:
             entries = untied(entries)
-        if self._sound.holds([roster, type(model)], (entries, passed)):
+        if self._sound[untie].holds([roster, type(model)], (entries, passed)):
             return
         specs = [spec for spec in roster.specs if spec.name not in left_out]
         try:
             name, misfit = _look(model, entries, [*specs, *passed])
         except _CannotCheckError as why:
-            self._tell(f"the export's names are not checked against a class: {why}")
+            self._log(logging.INFO, f"the export's names are not checked against a class: {why}")
         else:
             _require_fit(name, misfit, directory / CONFIG)
-        self._sound.get([roster, type(model)], (entries, passed), lambda: None)
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            _LOG.info("%s", text)
+        self._sound[untie].get([roster, type(model)], (entries, passed), lambda: None)
 
 
 def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
@@ -169,7 +161,7 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
 
 def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
     """Let transformers load tensors without memory into a model without memory."""
-    tensors = _without_memory(specs)
+    tensors = {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
     try:
         built = build_on_meta(cls, configuration(config, entries))
         with quiet():
@@ -196,14 +188,5 @@ def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[Tens
     return Misfit(_sorted(theirs.keys() - ours.keys()), _sorted(ours.keys() - theirs.keys()), _sorted(shapes))
 
 
-def _without_memory(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-    return {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
-
-
-def _sorted(names: object) -> tuple[str, ...]:
-    return tuple(sorted(map(str, cast(Any, names))))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _sorted(names: Iterable[object]) -> tuple[str, ...]:
+    return tuple(sorted(map(str, names)))

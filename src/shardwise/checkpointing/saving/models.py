@@ -73,6 +73,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
@@ -127,8 +128,8 @@ class ModelSave:
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._wants_export = session.exports(request.is_final)
-        self._exports = self._wants_export and session.config.model_save_format == "safetensors"
+        self._is_final = request.is_final
+        self._exports = session.config.exports(is_final_checkpoint=request.is_final)
         self._carried: list[str] = []
         self.state = ModelState(request.model)
         self.base = session.base()
@@ -175,7 +176,8 @@ class ModelSave:
 
     def _distcp(self) -> list[Step]:
         session = self._session
-        if self._wants_export and session.group.is_main:
+        is_wanted = self._is_final and session.config.consolidated_mode is not SaveConsolidatedMode.FALSE
+        if is_wanted and session.group.is_main:
             _LOG.warning(
                 "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
                 "`shardwise consolidate` makes one of it"
@@ -445,13 +447,14 @@ class ModelSave:
         if not self._exports and described.hub.groups:
             return  # shards hold the tensors that the names in files are computed from
         directory, left_out = self._directory / METADATA_DIR, {*described.facts.outside, *described.facts.excluded}
-        session.class_check.check(self.state.model, directory, described.roster, passed=passed, left_out=left_out)
+        check = partial(
+            session.class_check.check, self.state.model, directory, described.roster, passed=passed, left_out=left_out
+        )
+        check()
         if self._exports and self._loose_ties:
             # Whether the two differ is known when they are written; the export is then opened as untied.
             try:
-                session.class_check_untied.check(
-                    self.state.model, directory, described.roster, passed=passed, left_out=left_out, untie=True
-                )
+                check(untie=True)
             except ExportMismatchError as misfit:
                 self._untied_misfit = misfit
 

@@ -28,9 +28,8 @@ from shardwise.checkpointing.optimizers import Optimizers, Schedulers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.reports import Reports, RestoreRecord
 from shardwise.checkpointing.run_state.extras import load_rank_state, save_rank_state
-from shardwise.checkpointing.saving import components
+from shardwise.checkpointing.saving import whole as saving
 from shardwise.checkpointing.saving.models import default_addons
-from shardwise.checkpointing.saving.whole import WhatToSave, save_checkpoint
 from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.device_streams import DeviceStreams
@@ -225,7 +224,7 @@ class Checkpointer:
             >>> checkpointer.save(1, 20, model, optimizer, metrics={"loss": 2.5}).name
             'epoch_1_step_20'
         """
-        what, mistake = WhatToSave.of(positional, named, self._life.order.epoch)
+        what, mistake = saving.WhatToSave.of(positional, named, self._life.order.epoch)
         rest = replace(
             what,
             tokenizer=tokenizer,
@@ -236,7 +235,7 @@ class Checkpointer:
             ema=ema,
             dataloader=dataloader,
         )
-        return save_checkpoint(self._life, rest, mistake)
+        return saving.save_checkpoint(self._life, rest, mistake)
 
     @public_call
     def restore(
@@ -363,7 +362,7 @@ class Checkpointer:
         is_final_checkpoint: bool = False,
     ) -> None:
         """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
-        components.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
+        saving.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
 
     @public_call
     def load_model(
@@ -399,7 +398,7 @@ class Checkpointer:
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
         """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
-        components.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
+        saving.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
 
     @public_call
     def load_optimizer(

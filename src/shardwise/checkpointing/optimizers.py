@@ -12,8 +12,12 @@ from typing import TypeVar, cast
 
 import torch
 
-from shardwise.checkpointing.loading.foreign_optimizers import Changes, count_in_tensors, find_foreign
-from shardwise.checkpointing.loading.foreign_states import foreign_components
+from shardwise.checkpointing.loading.foreign_optimizers import (
+    Changes,
+    count_in_tensors,
+    find_foreign,
+    foreign_components,
+)
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
 from shardwise.checkpointing.run_state.schedule_records import (

@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import FirstExchange
-from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.hub import HubNames, HubState, Recast
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.class_check import ClassCheck
-from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement

@@ -1,11 +1,14 @@
-"""Parameters that modules share or a configuration ties: what a save writes of their aliases, and what it records.
+"""What of a model is exported, and under which names what its modules share or its configuration ties is written.
+
+A value head around a language model, or a running average, is exported as the language model alone: its files use the
+model's own names, and the model's class opens them. Tensors outside that model are written to shards beside the export
+under the outer module's names, and loading reads them from there.
 
 A shared tensor is saved once, under one of its names. The manifest lists the aliases that the model does not declare as
 tied, so that a model in which the modules have parameters of their own finds the values under each. Where a tie is
-declared, a model without it is another model, and misses the tensor.
-
-Other libraries read files and no manifest. Of a model that they build by themselves, a share that is not declared is
-therefore written under every name: transformers would give those that are not there new random values.
+declared, a model without it is another model, and misses the tensor. Other libraries read files and no manifest. Of a
+model that they build by themselves, a share that is not declared is therefore written under every name: transformers
+would give those that are not there new random values.
 
 A loader ties what the configuration says, whatever the files hold: transformers keeps two tensors that differ, others
 (vLLM) load one and lose the other. Memory and configuration disagree where a tied model is given new memory
@@ -23,15 +26,14 @@ from typing import cast
 from torch import nn
 
 from shardwise.addons.hf_config import untie_configs
-from shardwise.checkpointing.exported_part import ExportedPart, exported_modules
 from shardwise.convert import Conversion, HubTensor, adapter_of, derive, derive_for, to_hub
-from shardwise.errors import ConversionError
+from shardwise.errors import ConversionError, NameCollisionError
 from shardwise.format.manifest import TensorRecord
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import wrapping
-from shardwise.stateful_wrappers.names import declared_ties, loaders_ties
-from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
+from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_head, loaders_ties
+from shardwise.stateful_wrappers.wrapping import Inner, inner_model, is_pretrained, plain_name, unwrap
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,3 +187,87 @@ def file_name(part: nn.Module, name: str) -> str:
     """Name in the model's files of a tensor that conversion only renames."""
     made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
     return made.hub[0].name if len(made.hub) == 1 else name
+
+
+_Pair = tuple[NamedTensor, HeldTensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExportedPart:
+    """A part of the model, divided into what is exported and what is not.
+
+    Attributes:
+        module: The exported model.
+        own: The exported tensors, under the exported model's names.
+        outside: Tensors of the part that are not exported, under the part's names.
+        outer: Name outside the exported model of a tensor that it shares -> the exported model's name.
+    """
+
+    module: nn.Module
+    own: tuple[_Pair, ...]
+    outside: tuple[HeldTensor, ...] = ()
+    outer: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Alias of a tensor -> the exported model's name under which it is kept."""
+        return {**self.outer, **{alias: named.name for named, _ in self.own for alias in named.aliases}}
+
+
+def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
+    """Divide a part's tensors into exported ones and others. Local."""
+    inner = inner_model(part)
+    if not inner.has_rest and not inner.prefix:
+        return ExportedPart(part, tuple(own))
+    theirs = _names_inside(inner, (name for named, _ in own for name in (named.name, *named.aliases)))
+    ties = declared_ties([inner.module])
+    found: list[_Pair] = []
+    outside: list[HeldTensor] = []
+    outer: dict[str, str] = {}
+    for named, held in own:
+        names = (named.name, *named.aliases)
+        inside = [theirs[name] for name in names if name in theirs]
+        if not inside:
+            outside.append(held)
+            continue
+        free = [name for name in inside if name not in ties]
+        kept = next((name for name in free if not is_lm_head(name)), (free or inside)[0])
+        aliases = tuple(name for name in inside if name != kept)
+        found.append((named._replace(name=kept, aliases=aliases), held._replace(spec=held.spec._replace(name=kept))))
+        outer |= {name: kept for name in names if name not in theirs}
+    return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
+
+
+def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
+    """Names in the part that belong to the inner model -> the inner model's own names."""
+    listed = list(names)
+    found = {name: name[len(inner.prefix) :] for name in listed if name.startswith(inner.prefix)}
+    if inner.prefix and not found:
+        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
+        own = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
+        found = {name: name for name in listed if name in own}
+    return found
+
+
+def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """The exported model of each part."""
+    return [unwrap(inner_model(part).module) for part in parts]
+
+
+def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> dict[str, str]:
+    """Names outside the exported models of tensors that are written -> the names they are written under."""
+    found = {name: kept for part in parts for name, kept in part.outer.items()}
+    written = {tensor.spec.name for tensor in held} if found else set()
+    return {name: kept for name, kept in found.items() if kept in written and name not in written}
+
+
+def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:
+    """Raise `NameCollisionError` if a tensor outside the exported model has a name that the files may have."""
+    names = {tensor.spec.name for tensor in outside}
+    twice = sorted(names & {*(tensor.spec.name for tensor in held), *absent}) if names else []
+    if twice:
+        raise NameCollisionError(
+            f"a module around the model has a tensor under a name that the model's files use: {twice[0]}",
+            tensor=twice[0],
+            hint="Rename it in the module, or save the model inside by itself.",
+        )

@@ -31,8 +31,7 @@ from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
 from shardwise.checkpointing.loading.foreign import expected_unused
-from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
-from shardwise.checkpointing.module_state_files import find_module_state
+from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.computed import declared, open_computed

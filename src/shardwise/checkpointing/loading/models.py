@@ -11,20 +11,21 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files, model_part
-from shardwise.checkpointing.loading.module_state import (
+from shardwise.checkpointing.loading.ties import Aliased, names_lacking, under_saved_names, untied, with_aliases
+from shardwise.checkpointing.module_state import (
     ModuleLoad,
     as_modules_load,
+    find_module_state,
+    is_own_module_state,
     open_module_load,
     steps_of,
     with_extra_in_files,
 )
-from shardwise.checkpointing.loading.ties import Aliased, names_lacking, under_saved_names, untied, with_aliases
-from shardwise.checkpointing.module_state_files import find_module_state, is_own_module_state
 from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.session import Session
+from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.disk.names import is_file

@@ -22,7 +22,8 @@ from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
 from shardwise.checkpointing.reports import Call, Outcome, RestoreRecord
-from shardwise.checkpointing.run_state.checkpoint_state import (
+from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
+from shardwise.checkpointing.run_state.extras import (
     FoundExtras,
     find_extras,
     locate,
@@ -30,7 +31,6 @@ from shardwise.checkpointing.run_state.checkpoint_state import (
     require_position,
     unrestored,
 )
-from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.load import LoadOptions

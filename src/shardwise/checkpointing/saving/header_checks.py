@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from shardwise.base.layout import BaseModel
-from shardwise.checkpointing.exported_part import exported_modules
+from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.disk.names import is_file, names_in

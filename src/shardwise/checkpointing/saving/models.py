@@ -23,8 +23,8 @@ from shardwise.addons.huggingface import (
     write_metadata,
 )
 from shardwise.checkpointing.arguments import refuse_whole_adapter
-from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.module_state_files import module_state_names, module_state_step
+from shardwise.checkpointing.hub import HubState, Recast, memory_of, natives_of, require_memory
+from shardwise.checkpointing.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.header_checks import (
@@ -37,7 +37,6 @@ from shardwise.checkpointing.saving.header_checks import (
     require_equal,
 )
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
-from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
